@@ -1,0 +1,200 @@
+"""The command line: `python -m separation --help`. Every command is one call into the modules beside this one."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from separation import checkpoints
+from separation.audio import FORMATS
+from separation.demo import run_demo
+from separation.device import PRECISIONS
+from separation.errors import InputError, SeparationError
+from separation.recipes import choices, names
+from separation.separator import SAMPLE_RATES, ModelPool, Separator, StemFiles
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose usage errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 success, 2 bad input or usage, 1 anything else."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if options.verbose else logging.WARNING)
+    try:
+        return options.command(options)
+    except SeparationError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cancelled: no partial file was left", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    shared = Parser(add_help=False)
+    shared.add_argument("-v", "--verbose", action="store_true", help="say which device and precision, and why")
+    shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    shared.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: auto")
+
+    parser = Parser(prog="python -m separation", description="Split songs into stems.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    demo = commands.add_parser("demo", parents=[shared], help="separate the song that ships with the project")
+    demo.add_argument("-o", "--output", type=Path, default=Path("stems"), metavar="DIR", help="default: stems")
+    demo.set_defaults(command=_demo)
+
+    separate = commands.add_parser("separate", parents=[shared], help="separate songs: DIR/<song>/<stem>.<format>")
+    separate.add_argument("songs", nargs="+", type=Path, metavar="SONG")
+    separate.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    all_choices = sorted({choice for name in names() for choice in choices(name)})
+    separate.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
+    separate.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
+    separate.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
+    separate.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
+    separate.add_argument("--format", default="wav", choices=FORMATS, help="default: wav (32-bit float)")
+    separate.add_argument("--sample-rate", type=int, default=44100, choices=SAMPLE_RATES, help="default: 44100")
+    separate.add_argument("--mp3-bitrate", type=int, default=320, metavar="KBPS", help="128 to 320 (default: 320)")
+    separate.add_argument("--chunk-size", type=int, default=8, metavar="S", help="seconds, 4 to 30 (default: 8)")
+    separate.add_argument("--overlap", type=int, default=4, metavar="S", help="seconds, 1 to 8 (default: 4)")
+    separate.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
+    separate.add_argument("--json", action="store_true", help="print one JSON object a song")
+    separate.set_defaults(command=_separate)
+
+    models = commands.add_parser("models", help="list, download or verify the checkpoints").add_subparsers(
+        required=True, metavar="list|download|verify", parser_class=Parser
+    )
+    quiet: dict[str, Any] = {"verbose": False}
+    models.add_parser("list", help="every checkpoint and whether it is here").set_defaults(command=_list, **quiet)
+    for name, command in (("download", _download), ("verify", _verify)):
+        sub = models.add_parser(name, help=f"{name} a checkpoint's files")
+        sub.add_argument("name", metavar="NAME")
+        sub.set_defaults(command=command, **quiet)
+    return parser
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    with _bar("demo") as progress:
+        report = run_demo(options.output, device=options.device, precision=options.precision, progress=progress)
+    print(report)
+    return 0
+
+
+def _separate(options: argparse.Namespace) -> int:
+    separator = _separator(options)
+    folders = [options.output / song.stem for song in options.songs]
+    for song, folder in zip(options.songs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise InputError(f"more than one song would be written to {str(folder)!r}: separate {song.name!r} on its own")
+    failed = 0
+    for song, folder in zip(options.songs, folders, strict=True):
+        started = time.monotonic()
+        try:
+            with _bar(song.name) as progress:
+                files = separator.separate_file(
+                    song,
+                    folder,
+                    format=options.format,
+                    sample_rate=options.sample_rate,
+                    mp3_bitrate=options.mp3_bitrate,
+                    progress=progress,
+                )
+        except SeparationError as e:
+            print(f"error: {e}", file=sys.stderr)
+            failed += 1
+            continue
+        _report(song, files, time.monotonic() - started, as_json=options.json)
+    return 2 if failed else 0
+
+
+def _separator(options: argparse.Namespace) -> Separator:
+    chunking: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "chunk_seconds": options.chunk_size,
+        "overlap_seconds": options.overlap,
+    }
+    pool = ModelPool(options.device, options.precision)
+    logging.getLogger("separation").info(pool.choice.reason)
+    if options.model_name:
+        model = checkpoints.load_model(
+            options.model_name,
+            checkpoint=options.model_path,
+            device=pool.choice.device,
+            precision=pool.choice.precision,
+        )
+        return Separator.from_model(model, **chunking)
+    if options.model_path:
+        raise InputError("--model-path needs --model-name, the name of its configuration in configs/models")
+    return Separator(options.recipe, options.stems, pool=pool, **chunking)
+
+
+def _report(song: Path, files: StemFiles, seconds: float, *, as_json: bool) -> None:
+    speed = files.duration_seconds / seconds
+    if as_json:
+        line = {
+            "song": str(song),
+            "stems": {stem: str(path) for stem, path in files.items()},
+            "duration_seconds": round(files.duration_seconds, 3),
+            "elapsed_seconds": round(seconds, 3),
+            "times_realtime": round(speed, 3),
+            "gain": files.gain,
+        }
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+        return
+    print(f"{song.name}: {files.duration_seconds:.1f} s in {seconds:.1f} s, {speed:.2f} times real-time")
+    for path in files.values():
+        print(f"  {path}")
+
+
+def _list(options: argparse.Namespace) -> int:
+    for name in checkpoints.available():
+        config = checkpoints.read_config(name)
+        here = all(checkpoints.local_path(file).exists() for file in config.files)
+        print(f"{name:28} {'here' if here else '-':5} {', '.join(config.stems)}")
+    return 0
+
+
+def _download(options: argparse.Namespace) -> int:
+    for file in checkpoints.read_config(options.name).files:
+        print(checkpoints.fetch(file))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    for file in checkpoints.read_config(options.name).files:
+        path = checkpoints.local_path(file)
+        checkpoints.verify(path, file)
+        print(f"{path}: right")
+    return 0
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on stderr; nothing where stderr is not a terminal."""
+    with tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+
+        def progress(share: float, stage: str) -> None:
+            bar.set_description_str(f"{name}: {stage}", refresh=False)
+            bar.update(share * 100 - bar.n)
+
+        yield progress
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,683 @@
+"""Audio files to waveforms on disk and back: decode, resample, encode. Memory does not grow with the song.
+
+libsndfile reads and writes WAV, FLAC, OGG and MP3 in process; anything else is read by ffmpeg, through a pipe. What a
+file is, is judged by its content; its name is never looked at.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, Self
+
+import numpy as np
+import soundfile
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchaudio.transforms import Resample
+
+from separation.errors import AudioError, InputError, OutputError
+
+SAMPLE_RATE = 44100  # hertz, of the models and of a Waveform after decode
+FORMATS = ("wav", "mp3", "flac")
+MP3_BITRATES = (128, 160, 192, 224, 256, 320)  # kbit/s
+MP3_SAMPLE_RATES = (32000, 44100, 48000)  # hertz: those of MPEG-1, which alone has these bitrates
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8000, 192000  # hertz, of the input
+
+_BLOCK_SAMPLES = 65536  # per channel: what is in memory at once
+_TAGS = ("title", "artist", "album")
+_WAV_LIMIT_BYTES = 2**32 - 2**20  # WAV sizes have 32 bits; leaves 1 MiB for the header and the tags
+
+
+class Waveform:
+    """A float32 waveform in a temporary file: appended block by block, read at random, gone when closed.
+
+    `peak` is the largest magnitude; `mean` and `std` (unbiased, 0 below two samples) are of the mono mixture, that is
+    the mean of the channels. All three describe what has been appended so far. Raises `OutputError` if `folder` is full
+    or cannot be written to.
+    """
+
+    def __init__(self, folder: Path, *, sample_rate: int = SAMPLE_RATE, channels: int = 2) -> None:
+        self.sample_rate = sample_rate
+        self.channels = channels
+        self.n_samples = 0  # per channel
+        self.peak = 0.0
+        self.mean = 0.0
+        self.tags: dict[str, str] = {}  # title, artist, album
+        self._squares = 0.0  # sum of squared deviations from the mean
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="waveform-", suffix=".f32", dir=folder)
+        except OSError as e:
+            raise _output_error("a temporary file", Path(folder), e) from e
+        self._path = Path(name)
+        self._file = io.FileIO(descriptor, "r+")
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self._squares / (self.n_samples - 1)) if self.n_samples > 1 else 0.0
+
+    def append(self, block: Tensor) -> None:
+        """Append `[C, n]` float32."""
+        if block.ndim != 2 or block.shape[0] != self.channels:
+            raise ValueError(f"a block has the shape {tuple(block.shape)}, the waveform has {self.channels} channels")
+        n = block.shape[1]
+        if n == 0:
+            return
+        block = block.detach().to("cpu", torch.float32)
+        try:
+            self._file.seek(self.n_samples * self.channels * 4)
+            _write_all(self._file.write, block.T.contiguous().numpy().tobytes())
+        except OSError as e:
+            raise _output_error("a temporary file", self._path.parent, e) from e
+        self.peak = max(self.peak, block.abs().max().item())
+        # Two sets' means and squared deviations merge without cancellation (Chan, Golub and LeVeque 1979).
+        mono = block.mean(dim=0, dtype=torch.float64)
+        mean = mono.mean().item()
+        delta, total = mean - self.mean, self.n_samples + n
+        self._squares += (mono - mean).square().sum().item() + delta * delta * self.n_samples * n / total
+        self.mean += delta * n / total
+        self.n_samples = total
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Samples `[start, stop)` as `[C, stop - start]` float32; 0 <= start <= stop <= n_samples."""
+        if not 0 <= start <= stop <= self.n_samples:
+            raise ValueError(f"samples {start} to {stop} are not within the {self.n_samples} of the waveform")
+        # Plain reads: the pages of a memory map would count as this process's memory.
+        samples = bytearray((stop - start) * self.channels * 4)
+        view = memoryview(samples)
+        self._file.seek(start * self.channels * 4)
+        while view:
+            n_bytes = self._file.readinto(view)
+            if not n_bytes:
+                raise OutputError(
+                    f"A temporary file in {self._path.parent} was cut short by something else; run again."
+                )
+            view = view[n_bytes:]
+        return torch.from_numpy(np.frombuffer(samples, dtype=np.float32).reshape(-1, self.channels)).T.contiguous()
+
+    def close(self) -> None:
+        """Delete the file. A second call does nothing."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def decode(path: Path | str, folder: Path, *, sample_rate: int = SAMPLE_RATE) -> Waveform:
+    """The first audio stream of a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
+
+    8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down (see `_LAYOUTS`). Where the
+    rate differs the folder holds the waveform twice for a while. Title, artist and album come with it.
+
+    Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, or holds NaN or Inf;
+    `OutputError` if `folder` cannot be written to.
+    """
+    path = Path(path)
+    name = repr(path.name)
+    _check_is_file(path, name)
+    with contextlib.ExitStack() as stack:
+        source = _open_libsndfile(path, name, stack) or _open_ffmpeg(path, name, stack)
+        if not MIN_SAMPLE_RATE <= source.sample_rate <= MAX_SAMPLE_RATE:
+            raise AudioError(
+                f"{name} has a sample rate of {source.sample_rate} Hz; convert it to one of {MIN_SAMPLE_RATE} to "
+                f"{MAX_SAMPLE_RATE} Hz."
+            )
+        to_stereo = _stereo_matrix(source.layout)
+        with contextlib.ExitStack() as on_error:
+            native = on_error.enter_context(Waveform(folder, sample_rate=source.sample_rate))
+            native.tags = source.tags
+            for block in source.blocks:
+                finite = np.isfinite(block).all(axis=1)
+                if not finite.all():
+                    seconds = (native.n_samples + int(finite.argmin())) / source.sample_rate
+                    raise AudioError(f"{name} holds NaN or Inf at {seconds:.3f} s; export it again without.")
+                native.append(torch.from_numpy(block @ to_stereo).T)
+            if native.n_samples == 0:
+                raise AudioError(f"{name} holds no samples of audio; choose another file.")
+            if source.sample_rate != sample_rate:
+                return resample(native, sample_rate, folder)
+            on_error.pop_all()
+            return native
+
+
+def encode(
+    waveform: Waveform,
+    path: Path,
+    *,
+    format: Literal["wav", "mp3", "flac"],
+    gain: float = 1.0,
+    mp3_bitrate: int = 320,
+) -> None:
+    """Write `gain` times the waveform, with its tags: 32-bit float WAV, 24-bit FLAC, or MP3 at `mp3_bitrate` kbit/s.
+
+    FLAC and MP3 cannot hold samples beyond full scale: these are clipped, so give a gain that leaves none. WAV over
+    4 GB becomes RF64. The file appears under its name when it is complete. Raises `InputError` for an unknown format or
+    bitrate, `OutputError` if the folder is full or cannot be written to; no partial file stays behind.
+    """
+    if format not in FORMATS:
+        raise InputError(f"The output format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
+    if format == "mp3" and mp3_bitrate not in MP3_BITRATES:
+        raise InputError(f"MP3 cannot have {mp3_bitrate} kbit/s; choose one of {', '.join(map(str, MP3_BITRATES))}.")
+    if format == "mp3" and waveform.sample_rate not in MP3_SAMPLE_RATES:
+        raise InputError(
+            f"MP3 cannot have {waveform.sample_rate} Hz; choose one of {', '.join(map(str, MP3_SAMPLE_RATES))}."
+        )
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with _RecordingFile(partial, "x") as file:
+            with soundfile.SoundFile(
+                file,
+                "w",
+                waveform.sample_rate,
+                waveform.channels,
+                **_sound_file_options(waveform, format, mp3_bitrate),
+            ) as sound:
+                for tag in _TAGS:
+                    if tag in waveform.tags:
+                        setattr(sound, tag, waveform.tags[tag])
+                for start in range(0, waveform.n_samples, _BLOCK_SAMPLES):
+                    block = waveform.read(start, min(start + _BLOCK_SAMPLES, waveform.n_samples)) * gain
+                    sound.write((block if format == "wav" else block.clamp(-1, 1)).T.numpy())
+                    file.check()
+            file.check()  # closing writes too: the encoder's last frames and the header
+        os.replace(partial, path)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise _output_error(repr(path.name), path.parent, e) from e
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _sound_file_options(waveform: Waveform, format: str, mp3_bitrate: int) -> dict[str, str | float]:
+    if format == "flac":
+        return {"format": "FLAC", "subtype": "PCM_24"}
+    if format == "mp3":
+        # libsndfile turns the level into 320 - 288 * level kbit/s, of which LAME takes the nearest that exists.
+        level = (320 - mp3_bitrate) / (320 - 32)
+        return {
+            "format": "MP3",
+            "subtype": "MPEG_LAYER_III",
+            "compression_level": level,
+            "bitrate_mode": "CONSTANT",
+        }
+    n_bytes = waveform.n_samples * waveform.channels * 4
+    return {"format": "WAV" if n_bytes <= _WAV_LIMIT_BYTES else "RF64", "subtype": "FLOAT"}
+
+
+class _RecordingFile(io.FileIO):
+    """A file that keeps its first error for `check`, since one raised in libsndfile's callback would be lost."""
+
+    _error: OSError | None = None
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self._error is None:
+            try:
+                _write_all(super().write, data)
+            except OSError as e:
+                self._error = e
+        return len(data)
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _write_all(write: Callable[[memoryview], int], data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:  # a disk that fills up takes a part of the data first and gives the error next
+        rest = rest[write(rest) :]
+
+
+def _output_error(what: str, folder: Path, error: OSError) -> OutputError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    action = "free some space there or choose another folder" if full else "choose a folder that you may write to"
+    return OutputError(f"Cannot write {what} in {folder} ({error.strerror}); {action}.")
+
+
+# --- resampling
+
+
+_LOWPASS_ZEROS = 64  # zero crossings of the sinc on either side
+_ROLLOFF = 0.9475937167399596  # of the lower Nyquist frequency
+_KAISER_BETA = 14.769656459379492
+_KERNEL_LIMIT = 2**22  # taps of torchaudio's kernel: 16 MiB; the usual rates need at most a fifth of a million
+
+
+def resample(waveform: Waveform, sample_rate: int, folder: Path) -> Waveform:
+    """The waveform at `sample_rate`, in a temporary file in `folder`; ceil(n_samples * new / old) samples.
+
+    Equals one call of torchaudio's resampling over the whole of it, with a windowed sinc as long and as steep as
+    librosa's kaiser_best. Raises `OutputError` if `folder` is full or cannot be written to.
+    """
+    common = math.gcd(waveform.sample_rate, sample_rate)
+    old, new = waveform.sample_rate // common, sample_rate // common
+    n_samples = -(-waveform.n_samples * new // old)
+    width = math.ceil(_LOWPASS_ZEROS * old / (min(old, new) * _ROLLOFF))  # old samples that the filter reaches
+    convert = (_by_torchaudio if new * (old + 2 * width) <= _KERNEL_LIMIT else _by_phases)(old, new, width)
+    block_samples = max(1, _BLOCK_SAMPLES // max(old, new)) * new  # a block starts on a sample of both rates
+    with contextlib.ExitStack() as on_error:
+        output = on_error.enter_context(Waveform(folder, sample_rate=sample_rate, channels=waveform.channels))
+        output.tags = dict(waveform.tags)
+        for start in range(0, n_samples, block_samples):
+            output.append(convert(waveform, start, min(start + block_samples, n_samples)))
+        on_error.pop_all()
+    return output
+
+
+def _by_torchaudio(old: int, new: int, width: int) -> Callable[[Waveform, int, int], Tensor]:
+    """Output samples `[start, stop)` of a waveform, where `start` is a multiple of `new`."""
+    convolve = Resample(
+        old,
+        new,
+        resampling_method="sinc_interp_kaiser",
+        lowpass_filter_width=_LOWPASS_ZEROS,
+        rolloff=_ROLLOFF,
+        beta=_KAISER_BETA,
+        dtype=torch.float64,  # in float32 the kernel's times are inexact: errors of 1e-5 and, for odd rates, 1e-4
+    ).float()
+    context = -(-width // old)  # in periods of the two rates: `old` samples in, `new` samples out
+
+    def convert(waveform: Waveform, start: int, stop: int) -> Tensor:
+        first, last = start // new, -(-stop // new)
+        samples = _read_padded(waveform, (first - context) * old, (last + context) * old)
+        converted: Tensor = convolve(samples)
+        return converted[:, context * new :][:, : stop - start]
+
+    return convert
+
+
+def _by_phases(old: int, new: int, width: int) -> Callable[[Waveform, int, int], Tensor]:
+    """As `_by_torchaudio`, whose kernel has new * (old + 2 * width) taps: 31 GB for 44101 to 44100 Hz.
+
+    Here it has new * (2 * width + 2), and each output sample is its own dot product: slower, but for any two rates.
+    """
+    position = torch.arange(-width, width + 2) - (torch.arange(new) * old % new / new).double()[:, None]
+    zeros = position * min(old, new) * _ROLLOFF / old  # in zero crossings of the sinc
+    beta = torch.tensor(_KAISER_BETA, dtype=torch.float64)
+    window = torch.special.i0(beta * (1 - (zeros / _LOWPASS_ZEROS).square().clamp(max=1)).sqrt()) / torch.special.i0(
+        beta
+    )
+    inside = zeros.abs() < _LOWPASS_ZEROS
+    kernel = (torch.sinc(zeros) * window * inside * (min(old, new) * _ROLLOFF / old)).float()  # [new, 2 * width + 2]
+
+    def convert(waveform: Waveform, start: int, stop: int) -> Tensor:
+        parts = []
+        for part in torch.arange(start, stop).split(4096):
+            before = part * old // new  # the input sample at or before each output sample
+            first, last = int(before[0]), int(before[-1])
+            samples = _read_padded(waveform, first - width, last + width + 2)
+            windows = samples.unfold(1, 2 * width + 2, 1)[:, before - first]
+            parts.append(torch.einsum("cnt,nt->cn", windows, kernel[part % new]))
+        return torch.cat(parts, dim=1)
+
+    return convert
+
+
+def _read_padded(waveform: Waveform, start: int, stop: int) -> Tensor:
+    """As `Waveform.read`, with zeros before the first and after the last sample."""
+    first, last = min(max(start, 0), waveform.n_samples), min(max(stop, 0), waveform.n_samples)
+    return torch.nn.functional.pad(waveform.read(first, last), (first - start, stop - last))
+
+
+# --- reading files
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An open file: blocks `[n, C]` of float32 at `sample_rate`, the C channels in the order of `layout`."""
+
+    sample_rate: int
+    layout: str
+    tags: dict[str, str]
+    blocks: Iterator[NDArray[np.float32]]
+
+
+# Channels by their number: L, R, C(entre), LFE, Ls and Rs (surround), Lb and Rb (back), S (one back surround). As WAV,
+# FLAC and AIFF order them, and ffmpeg whatever it reads.
+_LAYOUTS = {
+    1: "C",
+    2: "L R",
+    3: "L R C",
+    4: "L R Ls Rs",
+    5: "L R C Ls Rs",
+    6: "L R C LFE Ls Rs",
+    7: "L R C LFE S Ls Rs",
+    8: "L R C LFE Lb Rb Ls Rs",
+}
+_OGG_LAYOUTS = _LAYOUTS | {  # Vorbis I specification, 4.3.9; Opus has the same
+    3: "L C R",
+    5: "L C R Ls Rs",
+    6: "L C R Ls Rs LFE",
+    7: "L C R Ls Rs S LFE",
+    8: "L C R Ls Rs Lb Rb LFE",
+}
+_FFMPEG_LAYOUTS = {  # ffmpeg's names of those that differ from the usual one with as many channels
+    "2.1": "L R LFE",
+    "3.0(back)": "L R S",
+    "3.1": "L R C LFE",
+    "4.0": "L R C S",
+    "4.1": "L R C LFE S",
+    "6.0": "L R C S Ls Rs",
+    "6.1(back)": "L R C LFE Ls Rs S",
+    "7.0": "L R C Lb Rb Ls Rs",
+}
+# What each channel gives to the left output, mirrored for the right (ITU-R BS.775, annex 4). LFE is dropped.
+_TO_LEFT = {
+    "L": 1.0,
+    "R": 0.0,
+    "C": 0.5**0.5,
+    "LFE": 0.0,
+    "Ls": 0.5**0.5,
+    "Rs": 0.0,
+    "Lb": 0.5**0.5,
+    "Rb": 0.0,
+    "S": 0.5,
+}
+
+
+def _stereo_matrix(layout: str) -> NDArray[np.float32]:
+    """`[C, 2]` float32. Each output's coefficients sum to 1, as ffmpeg has it, so that no input exceeds full scale."""
+    mirror = str.maketrans("LR", "RL")
+    left = [_TO_LEFT[channel] for channel in layout.split()]
+    right = [_TO_LEFT[channel if channel == "LFE" else channel.translate(mirror)] for channel in layout.split()]
+    matrix = np.array([left, right]).T
+    return (matrix / matrix.sum(axis=0)).astype(np.float32)
+
+
+def _check_is_file(path: Path, name: str) -> None:
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode):
+            path.open("rb").close()
+    except FileNotFoundError as e:
+        raise AudioError(f"{name} does not exist; check the path.") from e
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
+        raise AudioError(f"{name} cannot be read ({getattr(e, 'strerror', None) or e}); check the path.") from e
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioError(f"{name} is not a file; give the path of an audio file.")
+    if status.st_size == 0:
+        raise AudioError(f"{name} is empty (0 bytes); get the file again.")
+
+
+def _layout(layouts: dict[int, str], channels: int, name: str) -> str:
+    if channels not in layouts:
+        raise AudioError(f"{name} has {channels} channels; mix it down to 8 or fewer.")
+    return layouts[channels]
+
+
+def _cut_short(name: str) -> AudioError:
+    return AudioError(f"{name} is cut short: it ends before the audio that it announces; get the whole file again.")
+
+
+def _damaged(name: str, seconds: float) -> AudioError:
+    return AudioError(f"{name} is damaged or cut short after {seconds:.1f} s; get the file again.")
+
+
+class _SequentialSoundFile(soundfile.SoundFile):
+    """Without the seek after each read, which is inexact in some MP3 files and fails in FLAC of unknown length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack) -> _Source | None:
+    """None if libsndfile cannot read the file, or not all of it."""
+    file = stack.enter_context(path.open("rb"))
+    _check_chunks(file, name)
+    _check_ogg(file, name)
+    file.seek(0)
+    streamed = file.read(8) in (b"RIFF\0\0\0\0", b"RIFF\xff\xff\xff\xff")
+    file.seek(0)
+    try:
+        # By descriptor, for libsndfile guesses from the names of some headerless formats.
+        sound = stack.enter_context(_SequentialSoundFile(file.fileno(), closefd=False))
+    except soundfile.LibsndfileError:
+        return None
+    if sound.frames == 0 and streamed:
+        return None  # its data size is 0 as well, which libsndfile takes literally
+    if sound.format == "MP3" and sound.subtype != "MPEG_LAYER_II":
+        n_samples = _check_mp3(path, name)
+        # Not Layer III after all (UTF-16 text passes for Layer I), or without a header that counts the samples, so that
+        # libsndfile guesses them from the bitrate and stops there. It leaves out the encoder's delay, 8190 at most.
+        if not 0 < n_samples <= sound.frames + 8190:
+            return None
+    layouts = _OGG_LAYOUTS if sound.format == "OGG" else _LAYOUTS
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        n_samples = 0
+        try:
+            while len(block := sound.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+                n_samples += len(block)
+                yield block
+        except soundfile.LibsndfileError as e:
+            raise _damaged(name, n_samples / sound.samplerate) from e
+        if sound.format == "FLAC" and n_samples < sound.frames < 2**62:  # that is how libsndfile says unknown
+            raise _damaged(name, n_samples / sound.samplerate)
+
+    tags = {tag: value for tag in _TAGS if (value := getattr(sound, tag))}
+    return _Source(sound.samplerate, _layout(layouts, sound.channels, name), tags, blocks())
+
+
+# Those that hold audio and recognise it by its content. No playlists (hls, concat, dash), which can name other files.
+_DEMUXERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,dtshd,eac3,flac,flv,iff,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,"
+    "mxf,nut,ogg,oma,rm,tak,truehd,tta,voc,w64,wav,wtv,wv,xwma"
+)
+
+
+def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
+    ffmpeg, ffprobe = shutil.which("ffmpeg"), shutil.which("ffprobe")
+    if ffmpeg is None or ffprobe is None:
+        raise AudioError(f"{name} is not audio that libsndfile reads; install ffmpeg for M4A, AAC, video and others.")
+    # `file:` before the absolute path: no name is taken for an option or for another protocol.
+    guarded_input = ["-v", "error", "-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS]
+    guarded_input += ["-i", f"file:{path.absolute()}"]
+    entries = "format=format_name:format_tags:stream=sample_rate,channels,channel_layout,duration:stream_tags"
+    probe = subprocess.run(
+        [ffprobe, *guarded_input, "-select_streams", "a:0", "-show_entries", entries, "-of", "json"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if probe.returncode != 0:
+        raise AudioError(f"{name} is not audio that libsndfile or ffmpeg can read; choose an audio file.")
+    answer = json.loads(probe.stdout.decode(errors="replace"))
+    if not answer["streams"]:
+        raise AudioError(f"{name} holds no audio stream; choose a file with sound.")
+    stream, container = answer["streams"][0], answer["format"]["format_name"].split(",")
+    sample_rate, channels = int(stream.get("sample_rate", 0)), int(stream.get("channels", 0))
+    if sample_rate == 0 or channels == 0:
+        raise AudioError(f"{name} is damaged: ffmpeg finds no sample rate or channels in it; get the file again.")
+    if "mp3" in container:
+        _check_mp3(path, name)
+    tags = {key.lower(): value for tags in (stream, answer["format"]) for key, value in tags.get("tags", {}).items()}
+    seconds = float(stream.get("duration", 0)) if "mov" in container else 0.0
+    layout = _FFMPEG_LAYOUTS.get(stream.get("channel_layout", "")) or _layout(_LAYOUTS, channels, name)
+    output = ["-map", "0:a:0", "-f", "f32le", "-ar", str(sample_rate), "-ac", str(channels), "pipe:1"]
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        process = stack.enter_context(
+            subprocess.Popen(
+                [ffmpeg, "-nostdin", *guarded_input, *output],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        stack.callback(process.kill)  # does nothing once it has ended; runs before the wait for its end
+        assert process.stdout is not None
+        n_samples = 0
+        while data := process.stdout.read(_BLOCK_SAMPLES * channels * 4):
+            block = np.frombuffer(data[: len(data) // (channels * 4) * channels * 4], dtype="<f4")
+            n_samples += len(block) // channels
+            yield block.reshape(-1, channels).copy()
+        # MP4's index gives each stream's duration; other containers give at most an estimate.
+        if process.wait() != 0 or n_samples / sample_rate < seconds - 0.5:
+            raise _damaged(name, n_samples / sample_rate)
+
+    return _Source(sample_rate, layout, {tag: tags[tag] for tag in _TAGS if tags.get(tag)}, blocks())
+
+
+# --- files that are cut short, where the decoders do not tell
+
+
+def _check_chunks(file: IO[bytes], name: str) -> None:
+    """Raise `AudioError` if a WAV, RF64 or AIFF file ends within its audio chunk."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    container = file.read(12)[:4]
+    if container not in (b"RIFF", b"RF64", b"RIFX", b"FORM"):
+        return
+    order = ">" if container in (b"RIFX", b"FORM") else "<"
+    long_bytes = 0
+    while len(header := file.read(8)) == 8:
+        kind, n_bytes = header[:4], struct.unpack(f"{order}I", header[4:])[0]
+        start = file.tell()
+        if kind == b"ds64" and len(sizes := file.read(16)) == 16:
+            long_bytes = struct.unpack("<Q", sizes[8:])[0]
+        if kind in (b"data", b"SSND"):
+            if container == b"RF64" and n_bytes == 2**32 - 1:
+                n_bytes = long_bytes
+            elif n_bytes >= 2**31 - 2**12:
+                n_bytes = 0  # programs that stream do not know their size and write the largest
+            if start + n_bytes > size:
+                raise _cut_short(name)
+            return
+        file.seek(start + n_bytes + n_bytes % 2)
+
+
+def _check_ogg(file: IO[bytes], name: str) -> None:
+    """Raise `AudioError` if an Ogg file ends within a page (RFC 3533, section 6)."""
+    file.seek(0)
+    if file.read(4) != b"OggS":
+        return
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 2**17))  # a page has 65307 bytes at most
+    end = file.read()
+    page = end[end.rfind(b"OggS\0") :]
+    segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
+    if len(page) < 27 or len(page) < 27 + page[26] + sum(segments):
+        raise _cut_short(name)
+
+
+# Of a Layer III frame header: version (3 is MPEG-1, 2 is MPEG-2, 0 is MPEG-2.5) to rates and bitrates by their index.
+_MP3_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+_MP3_KBPS = (
+    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
+    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2 and 2.5
+)
+_MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
+
+
+@dataclass(frozen=True)
+class _Mp3Frame:
+    sample_rate: int
+    n_bytes: int
+    n_samples: int
+    xing_offset: int  # where the first frame may hold a Xing header
+
+
+def _check_mp3(path: Path, name: str) -> int:
+    """The samples per channel in the MPEG Layer III frames of a file, the encoder's delay included; 0 if it has none.
+
+    Raises `AudioError` if the last frame is cut short, or if there are fewer frames than a Xing header announces. Bytes
+    between, before and after the frames, such as tags, are passed over.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        position = _after_id3v2(file)
+        first: _Mp3Frame | None = None
+        n_frames, announced, contiguous, cut = 0, 0, False, False
+        while position < size:
+            frame = _mp3_frame(file, position)
+            if frame is not None and first is not None and frame.sample_rate != first.sample_rate:
+                frame = None
+            if frame is not None and not contiguous and position + frame.n_bytes != size:
+                # Two bytes that look like a header are common in other data; two such in step are not.
+                following = _mp3_frame(file, position + frame.n_bytes)
+                if following is None or following.sample_rate != frame.sample_rate:
+                    frame = None
+            contiguous = frame is not None
+            if frame is None:
+                position = _next_sync(file, position + 1, size)
+                continue
+            position += frame.n_bytes
+            cut = position > size
+            if first is None:
+                first = frame
+                announced = _xing_frames(file, position - frame.n_bytes + frame.xing_offset)
+                n_frames -= announced > 0  # the frame with the header holds no audio and is not counted in it
+            n_frames += not cut
+    if first is None:
+        return 0
+    # Some encoders count the header's own frame too.
+    if (cut and n_frames < announced) or n_frames < announced - 1 or (cut and announced == 0):
+        raise _cut_short(name)
+    return n_frames * first.n_samples
+
+
+def _mp3_frame(file: IO[bytes], position: int) -> _Mp3Frame | None:
+    """The Layer III frame whose header stands at a position; None if there is none, or one without a bitrate."""
+    file.seek(position)
+    header = file.read(4)
+    if len(header) < 4 or not _MP3_SYNC.match(header):
+        return None
+    version, bitrate_index, rate_index = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
+    if bitrate_index in (0, 15) or rate_index == 3:
+        return None
+    mpeg1, mono = version == 3, header[3] >> 6 == 3
+    sample_rate, kbps = _MP3_HZ[version][rate_index], _MP3_KBPS[0 if mpeg1 else 1][bitrate_index]
+    n_samples = 1152 if mpeg1 else 576
+    n_bytes = n_samples // 8 * kbps * 1000 // sample_rate + (header[2] >> 1 & 1)
+    side_bytes = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
+    return _Mp3Frame(sample_rate, n_bytes, n_samples, 4 + side_bytes)
+
+
+def _next_sync(file: IO[bytes], position: int, size: int) -> int:
+    """The first position from `position` on where a Layer III header may stand, or `size`."""
+    while position < size:
+        file.seek(position)
+        data = file.read(2**16)
+        if found := _MP3_SYNC.search(data):
+            return position + found.start()
+        position += max(1, len(data) - 1)  # the last byte may be the first of a header
+    return size
+
+
+def _after_id3v2(file: IO[bytes]) -> int:
+    position = 0
+    while True:
+        file.seek(position)
+        header = file.read(10)
+        if len(header) < 10 or header[:3] != b"ID3":
+            return position
+        n_bytes = sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=True))
+        position += 10 + n_bytes + (10 if header[5] & 16 else 0)  # the flag says that a footer follows
+
+
+def _xing_frames(file: IO[bytes], position: int) -> int:
+    """The frames that a Xing header announces; 0 if there is no header or it does not say."""
+    file.seek(position)
+    header = file.read(12)
+    if len(header) < 12 or header[:4] not in (b"Xing", b"Info") or not header[7] & 1:
+        return 0
+    return int.from_bytes(header[8:], "big")

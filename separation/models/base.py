@@ -1,0 +1,42 @@
+"""What every architecture has in common."""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class SeparationModel(nn.Module):
+    """Chunks of waveform `[B, C, T]` in float32 to estimates `[B, S, C, T]` in float32.
+
+    An architecture sets the class attributes; `checkpoints.load_model` sets the rest from the checkpoint's YAML.
+    """
+
+    # What the track is scaled by before chunking: its peak to 0.9, or its mono mixture to zero mean and unit variance.
+    normalisation: ClassVar[Literal["peak", "standard"]] = "peak"
+    # Whether the song's ends are extended by their reflection; if not, by silence.
+    reflects_border: ClassVar[bool] = True
+    # Whether chunks must have exactly `chunk_samples`; if not, the caller chooses.
+    fixed_chunk: ClassVar[bool] = False
+    # Whether `to_precision` may be given a half-precision type.
+    half_precision: ClassVar[bool] = True
+
+    name: str
+    stems: tuple[str, ...]  # S names, in the order of the estimates
+    sample_rate: int  # hertz
+    chunk_samples: int  # the length the checkpoint was trained with
+    channels: int  # C: 1 or 2
+
+    @classmethod
+    def key_prefix(cls, stem: str | None) -> str:
+        """What stands before a checkpoint's keys in this class; `stem` for a file that holds one stem's specialist."""
+        return ""
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def to_precision(self, dtype: torch.dtype) -> None:
+        """Cast the linear layers; norms, rotary angles, STFT and the mask product stay in float32."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)

@@ -1,0 +1,139 @@
+"""The parts that the RoFormer family shares. Module and attribute names spell the community's checkpoint keys.
+
+Linear layers may be cast to bfloat16 or float16; norms, rotary angles and gates' inputs are computed in float32.
+Axes: B batch, N tokens along the attended axis, D feature, H heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from separation.models.attention import BACKENDS
+
+
+class RMSNorm(nn.Module):
+    """Scales each feature vector to the length sqrt(D), times a learned gain; float32 inside, input's dtype outside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.normalize(x.float(), dim=-1) * (self.scale * self.gamma)).to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (RoFormer, Su et al. 2021) over interleaved pairs, `[..., N, dim] -> [..., N, dim]`."""
+
+    def __init__(self, dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        frequencies = theta ** -(torch.arange(0, dim, 2).float() / dim)
+        self.freqs = nn.Parameter(frequencies, requires_grad=False)  # radians a token; a parameter in the checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.freqs.float())  # [N, dim / 2]
+        cos, sin = angles.cos(), angles.sin()
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+        return rotated.flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions and one sigmoid gate a head, `[B, N, D] -> [B, N, D]`."""
+
+    def __init__(self, dim: int, *, heads: int, dim_head: int, rotary_embed: RotaryEmbedding, backend: str) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.attend = BACKENDS[backend]
+        self.rotary_embed = rotary_embed
+        self.norm = RMSNorm(dim)
+        self.to_qkv = nn.Linear(dim, inner * 3, bias=False)
+        self.to_gates = nn.Linear(dim, heads)
+        self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        out = self.attend(self.rotary_embed(q), self.rotary_embed(k), v)
+        gates = rearrange(self.to_gates(x), "b n h -> b h n 1").sigmoid()
+        return self.to_out(rearrange(out * gates, "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Norm, widen, GELU, narrow, `[..., D] -> [..., D]`. The indices of `net` leave room for the dropouts of training."""
+
+    def __init__(self, dim: int, *, expansion: int = 4) -> None:
+        super().__init__()
+        inner = dim * expansion
+        self.net = nn.Sequential(
+            RMSNorm(dim), nn.Linear(dim, inner), nn.GELU(), nn.Identity(), nn.Linear(inner, dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Transformer(nn.Module):
+    """Pre-norm transformer over one axis, `[B, N, D] -> [B, N, D]`."""
+
+    def __init__(
+        self, dim: int, *, depth: int, heads: int, dim_head: int, rotary_embed: RotaryEmbedding, backend: str
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    Attention(dim, heads=heads, dim_head=dim_head, rotary_embed=rotary_embed, backend=backend),
+                    FeedForward(dim),
+                ]
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, feed_forward in self.layers:  # type: ignore[misc]  # a ModuleList is iterable
+            x = x + attention(x)
+            x = x + feed_forward(x)
+        return x
+
+
+class BandSplit(nn.Module):
+    """One norm and one linear layer a band, `[..., sum(widths)] -> [..., K, D]`; casts to the layers' dtype."""
+
+    def __init__(self, dim: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.widths = widths
+        self.to_features = nn.ModuleList(nn.Sequential(RMSNorm(width), nn.Linear(width, dim)) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bands = zip(x.split(self.widths, dim=-1), self.to_features, strict=True)
+        return torch.stack([linear(norm(band).to(linear.weight.dtype)) for band, (norm, linear) in bands], dim=-2)  # type: ignore[misc]
+
+
+class MaskEstimator(nn.Module):
+    """One small MLP a band, tanh between its layers and a gated linear unit last, `[..., K, D] -> [..., sum(widths)]`.
+
+    `linear_layers` counts every linear layer of the MLP (the BS-RoFormer family's reading of `mask_estimator_depth`).
+    """
+
+    def __init__(self, dim: int, widths: tuple[int, ...], *, linear_layers: int, expansion: int) -> None:
+        super().__init__()
+        hidden = [dim * expansion] * (linear_layers - 1)
+        self.to_freqs = nn.ModuleList(
+            nn.Sequential(_tanh_mlp([dim, *hidden, width * 2]), nn.GLU(dim=-1)) for width in widths
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        bands = zip(x.unbind(dim=-2), self.to_freqs, strict=True)
+        return torch.cat([to_mask(band) for band, to_mask in bands], dim=-1)
+
+
+def _tanh_mlp(sizes: list[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for size_in, size_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(size_in, size_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])

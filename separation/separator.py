@@ -1,0 +1,341 @@
+"""Separator: a recipe, its models and a mixture -> stems."""
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from separation.audio import FORMATS, SAMPLE_RATE, Waveform, decode, encode, resample
+from separation.checkpoints import load_model
+from separation.chunking import ChunkPlan, Read, separate
+from separation.device import Choice, choose
+from separation.errors import AudioError, InputError, OutputError
+from separation.models import SeparationModel
+from separation.recipes import Recipe, load_recipe
+
+CHUNK_SECONDS = range(4, 31)
+OVERLAP_SECONDS = range(1, 9)
+SAMPLE_RATES = (44100, 48000)
+PEAK = 0.9  # what a mixture's peak is scaled to before a model that was trained on such audio
+
+logger = logging.getLogger("separation")
+
+Progress = Callable[[float, str], None]  # (share of the whole job done, 0 to 1; stage); raise from it to cancel
+
+
+class ModelPool:
+    """Loaded models on one device in one precision, each loaded when first asked for, and once."""
+
+    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+        self.choice: Choice = choose(device, precision)
+        self._models: dict[str, SeparationModel] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str, stems: tuple[str, ...]) -> SeparationModel:
+        """The model of that name; of a checkpoint made of specialists, at least those for `stems`."""
+        with self._lock:
+            loaded = self._models.get(name)
+            here = loaded.stems if loaded else ()
+            if loaded is None or not set(stems) <= set(here):
+                wanted = tuple(dict.fromkeys((*here, *stems)))
+                loaded = load_model(name, stems=wanted, device=self.choice.device, precision=self.choice.precision)
+                self._models[name] = loaded
+            return loaded
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a song's separation needs to know of it: its samples on demand and its level."""
+
+    read: Read
+    n_samples: int
+    peak: float  # largest absolute sample
+    mean: float  # of the mono mixture
+    std: float  # of the mono mixture, unbiased
+
+    def normalisation(self, model: SeparationModel) -> tuple[float, float]:
+        """(offset, scale) such that the model sees (mixture - offset) / scale."""
+        if model.normalisation == "standard":
+            return self.mean, self.std + 1e-8
+        return 0.0, self.peak / PEAK if self.peak else 1.0
+
+
+class StemFiles(dict[str, Path]):
+    """The paths of a song's stems, by stem and in order, and what else is worth knowing of them."""
+
+    duration_seconds: float  # of the song
+    gain: float  # that every stem was scaled by on writing; 1 unless FLAC or MP3 would have clipped
+
+
+class Separator:
+    """Splits songs into the stems of a recipe.
+
+    Args:
+        recipe: a folder of configs/recipes.
+        stems: one of the recipe's choices, e.g. `vocals_instrumental`, `all_4`, `all_6`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        batch_size: chunks computed at once, or `auto`: 1 on a CPU, 4 on a GPU.
+        chunk_seconds: 4 to 30. A model that takes only chunks of its own length (Demucs) keeps that length.
+        overlap_seconds: 1 to 8, below `chunk_seconds`. A model with chunks of its own length overlaps them by the same
+            share.
+        pool: models that are loaded already, to share between separators; its device and precision then hold.
+
+    Raises:
+        InputError, RecipeError: an option that cannot be used.
+        CheckpointError: a checkpoint that is missing or wrong.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Recipe = "standard",
+        stems: str = "vocals_instrumental",
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_size: int | Literal["auto"] = "auto",
+        chunk_seconds: int = 8,
+        overlap_seconds: int = 4,
+        pool: ModelPool | None = None,
+    ) -> None:
+        _check_options(chunk_seconds, overlap_seconds, batch_size)
+        self.recipe = load_recipe(recipe, stems) if isinstance(recipe, str) else recipe
+        self.pool = pool or ModelPool(device, precision)
+        self._setup(
+            {name: self.pool.get(name, wanted) for name, wanted in self.recipe.models.items()},
+            self.pool.choice.device,
+            batch_size,
+            chunk_seconds,
+            overlap_seconds,
+        )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: SeparationModel,
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        chunk_seconds: int = 8,
+        overlap_seconds: int = 4,
+    ) -> "Separator":
+        """A separator whose stems are those of one loaded model; options as for the class."""
+        _check_options(chunk_seconds, overlap_seconds, batch_size)
+        separator = cls.__new__(cls)
+        separator.recipe = Recipe(model.name, "all", dict.fromkeys(model.stems, model.name))
+        device = next(model.parameters()).device
+        separator._setup({model.name: model}, device, batch_size, chunk_seconds, overlap_seconds)
+        return separator
+
+    def _setup(
+        self,
+        models: dict[str, SeparationModel],
+        device: torch.device,
+        batch_size: int | Literal["auto"],
+        chunk_seconds: int,
+        overlap_seconds: int,
+    ) -> None:
+        for name, model in models.items():
+            missing = [stem for stem in self.recipe.models[name] if stem not in model.stems]
+            if missing:
+                raise InputError(f"model {name!r} has no stem {missing[0]!r}: it gives {', '.join(model.stems)}")
+            if model.sample_rate != SAMPLE_RATE:
+                raise InputError(f"model {name!r} works at {model.sample_rate} Hz: only {SAMPLE_RATE} Hz is supported")
+        self.models = models
+        self.device = device
+        self.batch_size = (1 if device.type == "cpu" else 4) if batch_size == "auto" else batch_size
+        self.plans = {name: _plan(model, chunk_seconds, overlap_seconds) for name, model in models.items()}
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """The stems that come out, in order."""
+        return self.recipe.stems
+
+    def separate(self, mixture: Tensor, *, progress: Progress | None = None) -> dict[str, Tensor]:
+        """A song in memory, `[2, T]` at 44100 Hz, to its stems, each `[2, T]` float32 on the CPU.
+
+        Raises InputError for another shape and AudioError for NaN, Inf or no samples.
+        """
+        if mixture.ndim != 2 or mixture.shape[0] != 2:
+            raise InputError(f"the mixture must be a tensor of shape [2, T], not {list(mixture.shape)}")
+        if mixture.shape[1] == 0:
+            raise AudioError("the mixture has no samples")
+        mixture = mixture.detach().to("cpu", torch.float32)
+        if not torch.isfinite(mixture).all():
+            first = int((~torch.isfinite(mixture)).any(dim=0).nonzero()[0])
+            raise AudioError(f"the mixture holds NaN or Inf at sample {first}")
+        mono = mixture.double().mean(dim=0)
+        song = Mixture(
+            lambda start, stop: mixture[:, start:stop],
+            mixture.shape[1],
+            float(mixture.abs().max()),
+            float(mono.mean()),
+            float(mono.std()) if mixture.shape[1] > 1 else 0.0,
+        )
+        blocks: dict[str, list[Tensor]] = {stem: [] for stem in self.stems if stem != self.recipe.residual}
+        for stem, block in self._estimates(song, progress):
+            blocks[stem].append(block)
+        stems = {stem: torch.cat(parts, dim=-1) for stem, parts in blocks.items()}
+        if self.recipe.residual:
+            stems[self.recipe.residual] = mixture - sum(stems.values())
+        return {stem: stems[stem] for stem in self.stems}
+
+    def separate_file(
+        self,
+        path: Path | str,
+        folder: Path | str,
+        *,
+        format: str = "wav",
+        sample_rate: int = SAMPLE_RATE,
+        mp3_bitrate: int = 320,
+        progress: Progress | None = None,
+    ) -> StemFiles:
+        """A song's file to one file a stem in `folder` (made if needed), named `<stem>.<format>`; returns their paths.
+
+        WAV is 32-bit float, FLAC 24 bit, MP3 `mp3_bitrate` kbit/s. FLAC and MP3 cannot hold samples beyond full scale:
+        if any stem has such, all stems of the song are scaled by one gain, and a warning is logged.
+        Memory does not grow with the song. A run that fails or is cancelled leaves no file behind.
+
+        Raises:
+            AudioError: the file cannot be read as audio.
+            OutputError: the stems cannot be written.
+        """
+        if format not in FORMATS:
+            raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+        if sample_rate not in SAMPLE_RATES:
+            raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
+        folder = Path(folder)
+        with ExitStack() as stack:
+            work = _work_folder(folder, stack)
+            mixture = stack.enter_context(decode(path, work))
+            stems = {stem: stack.enter_context(Waveform(work)) for stem in self.stems}
+            song = Mixture(mixture.read, mixture.n_samples, mixture.peak, mixture.mean, mixture.std)
+            for stem, block in self._estimates(song, progress):
+                stems[stem].append(block)
+            if self.recipe.residual:
+                _write_residual(mixture, stems, self.recipe.residual)
+            if sample_rate != SAMPLE_RATE:
+                stems = {stem: stack.enter_context(resample(wave, sample_rate, work)) for stem, wave in stems.items()}
+            peak = max(wave.peak for wave in stems.values())
+            gain = 1.0
+            if format != "wav" and peak > 1.0:
+                gain = 1.0 / peak
+                logger.warning(
+                    "a stem peaks at %.2f, beyond full scale: all stems are scaled by %.3f so that %s does not clip",
+                    peak,
+                    gain,
+                    format.upper(),
+                )
+            written: dict[str, Path] = {}
+            for stem, wave in stems.items():
+                if progress:
+                    progress(1.0, f"writing {stem}")
+                wave.tags = mixture.tags
+                written[stem] = work / f"{stem}.{format}"
+                encode(wave, written[stem], format=format, gain=gain, mp3_bitrate=mp3_bitrate)  # type: ignore[arg-type]
+            files = StemFiles({stem: _move(part, folder / part.name) for stem, part in written.items()})
+            files.duration_seconds, files.gain = mixture.n_samples / SAMPLE_RATE, gain
+            return files
+
+    def _estimates(self, song: Mixture, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
+        """Runs each model over the song; yields (stem, finished block `[2, n]`), each stem's blocks in order."""
+        counts = {name: len(plan.starts(song.n_samples)) for name, plan in self.plans.items()}
+        total, before = sum(counts.values()), 0
+        for name, model in self.models.items():
+            offset, scale = song.normalisation(model)
+            blocks = separate(
+                model if model.channels == 2 else _mono_on_stereo(model),
+                song.read,
+                song.n_samples,
+                self.plans[name],
+                n_stems=len(model.stems),
+                batch_size=self.batch_size,
+                device=self.device,
+                offset=offset,
+                scale=scale,
+                progress=_within(progress, before, total, name),
+            )
+            wanted = {stem: model.stems.index(stem) for stem in self.recipe.models[name]}
+            for block in blocks:
+                yield from ((stem, block[index]) for stem, index in wanted.items())
+            before += counts[name]
+
+
+def _check_options(chunk_seconds: int, overlap_seconds: int, batch_size: int | str) -> None:
+    for name, value, allowed in (
+        ("chunk size", chunk_seconds, CHUNK_SECONDS),
+        ("overlap", overlap_seconds, OVERLAP_SECONDS),
+    ):
+        if value not in allowed:
+            raise InputError(f"{name} {value} s is out of range: choose {allowed[0]} to {allowed[-1]} s")
+    if overlap_seconds >= chunk_seconds:
+        raise InputError(
+            f"overlap ({overlap_seconds} s) must be smaller than the chunk size ({chunk_seconds} s): "
+            f"choose an overlap of {chunk_seconds - 1} s or less"
+        )
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch size {batch_size!r} must be auto or a whole number from 1 up")
+
+
+def _plan(model: SeparationModel, chunk_seconds: int, overlap_seconds: int) -> ChunkPlan:
+    chunk_samples = model.chunk_samples if model.fixed_chunk else chunk_seconds * model.sample_rate
+    overlap_samples = chunk_samples * overlap_seconds // chunk_seconds
+    return ChunkPlan(chunk_samples, overlap_samples, model.reflects_border)
+
+
+def _mono_on_stereo(model: SeparationModel) -> Callable[[Tensor], Tensor]:
+    """A mono model over both channels: `[B, 2, T]` to `[B, S, 2, T]`."""
+
+    def apply(chunks: Tensor) -> Tensor:
+        estimates = model(chunks.reshape(-1, 1, chunks.shape[-1]))  # [B * 2, S, 1, T]
+        return estimates.unflatten(0, (-1, 2)).squeeze(3).transpose(1, 2)
+
+    return apply
+
+
+def _within(progress: Progress | None, before: int, total: int, stage: str) -> Callable[[int, int], None] | None:
+    """One model's progress in chunks as a share of the whole job's."""
+    return (lambda done, _: progress((before + done) / total, stage)) if progress else None
+
+
+def _write_residual(mixture: Waveform, stems: dict[str, Waveform], residual: str) -> None:
+    block = 10 * SAMPLE_RATE
+    for start in range(0, mixture.n_samples, block):
+        stop = min(start + block, mixture.n_samples)
+        others = [wave.read(start, stop) for stem, wave in stems.items() if stem != residual]
+        stems[residual].append(mixture.read(start, stop) - sum(others))
+
+
+def _work_folder(folder: Path, stack: ExitStack) -> Path:
+    """A hidden temporary folder inside `folder`, on the same file system; it goes with the stack, whatever happens."""
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".separating-", dir=folder))
+    except OSError as e:
+        raise OutputError(f"cannot write into folder {str(folder)!r}: {e.strerror}; choose another with -o") from e
+    for parent in reversed(new):  # folders that this run made are removed again if nothing came of it
+        stack.callback(_remove_if_empty, parent)
+    stack.callback(shutil.rmtree, work, ignore_errors=True)
+    return work
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _move(part: Path, target: Path) -> Path:
+    try:
+        os.replace(part, target)
+    except OSError as e:
+        raise OutputError(f"cannot write {str(target)!r}: {e.strerror}") from e
+    return target

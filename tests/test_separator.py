@@ -1,0 +1,271 @@
+"""Separator: what must stay true of every separation, on the demo recipe and on small models with random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from conftest import PROJECT
+from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, RecipeError, Separator
+from separation.metrics import level_dbfs, sdr
+from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
+from separation.recipes import choices, load_recipe, names
+
+SONG = PROJECT / "weights" / "demo" / "song.flac"
+
+
+@pytest.fixture(scope="module")
+def pool() -> ModelPool:
+    return ModelPool("cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def clip() -> Tensor:
+    """Ten seconds of the demo song, [2, T]."""
+    audio, _ = soundfile.read(SONG, dtype="float32", frames=441_000)
+    return torch.from_numpy(audio.T.copy())
+
+
+def write(path: Path, audio: Tensor, rate: int = 44100) -> Path:
+    soundfile.write(path, audio.T.numpy(), rate, subtype="FLOAT")
+    return path
+
+
+def read(path: Path) -> Tensor:
+    return torch.from_numpy(soundfile.read(path, dtype="float32", always_2d=True)[0].T.copy())
+
+
+def test_every_recipe_gives_the_stems_of_the_contract_in_order() -> None:
+    expected = {
+        "vocals_instrumental": ("vocals", "instrumental"),
+        "all_4": ("vocals", "drums", "bass", "other"),
+        "all_6": ("vocals", "drums", "bass", "guitar", "piano", "other"),
+    }
+    for name in names():
+        for choice in choices(name):
+            assert load_recipe(name, choice).stems == expected[choice]
+
+
+def test_an_unknown_recipe_or_choice_is_an_error_that_names_those_there_are() -> None:
+    with pytest.raises(RecipeError, match="'best'.*demo, standard"):
+        Separator("best", "all_4")
+    with pytest.raises(RecipeError, match="'all_5'.*all_4, all_6, vocals_instrumental"):
+        Separator("demo", "all_5")
+
+
+def test_vocals_plus_instrumental_is_the_mixture(pool: ModelPool, clip: Tensor) -> None:
+    stems = Separator("demo", "vocals_instrumental", pool=pool).separate(clip)
+    assert list(stems) == ["vocals", "instrumental"]
+    assert (stems["vocals"] + stems["instrumental"] - clip).abs().max() <= 2e-7
+    assert sdr(clip, stems["vocals"]) < 10  # the vocals are not the mixture
+
+
+def test_all_4_sums_to_the_mixture_where_other_is_the_residual(pool: ModelPool, clip: Tensor) -> None:
+    stems = Separator("demo", "all_4", pool=pool).separate(clip)
+    assert (torch.stack(list(stems.values())).sum(0) - clip).abs().max() <= 1e-6
+
+
+def test_one_model_for_two_choices_is_loaded_once(pool: ModelPool) -> None:
+    first, second = Separator("demo", "vocals_instrumental", pool=pool), Separator("demo", "all_6", pool=pool)
+    assert first.models["demo"] is second.models["demo"]
+
+
+def test_the_same_input_gives_the_same_samples_whatever_ran_before(pool: ModelPool, clip: Tensor) -> None:
+    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    first = separator.separate(clip)["vocals"]
+    separator.separate(torch.randn(2, 30_000))
+    assert torch.equal(separator.separate(clip)["vocals"], first)
+
+
+def test_batch_size_and_thread_count_do_not_change_the_stems(pool: ModelPool, clip: Tensor) -> None:
+    short = clip[:, :200_000]
+    expected = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2).separate(short)
+    batched = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2, batch_size=3).separate(short)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2).separate(short)
+    finally:
+        torch.set_num_threads(threads)
+    for stem in expected:
+        assert (batched[stem] - expected[stem]).abs().max() <= 1e-5
+        assert (alone[stem] - expected[stem]).abs().max() <= 1e-5
+
+
+def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
+    separator = Separator("demo", "all_4", pool=pool)
+    loud, quiet = separator.separate(clip[:, :150_000]), separator.separate(clip[:, :150_000] * 1e-3)
+    for stem in loud:
+        assert sdr(loud[stem], quiet[stem] * 1e3) > 60
+
+
+def test_silence_in_is_silence_out(pool: ModelPool) -> None:
+    for stem in Separator("demo", "all_6", pool=pool).separate(torch.zeros(2, 100_000)).values():
+        assert stem.shape == (2, 100_000)
+        assert not stem.any()
+
+
+@pytest.mark.parametrize("length", [1, 2, 1000, 4410, 44_100])
+def test_a_short_song_keeps_its_length(pool: ModelPool, clip: Tensor, length: int) -> None:
+    for stem in Separator("demo", "vocals_instrumental", pool=pool).separate(clip[:, 50_000 : 50_000 + length]).values():
+        assert stem.shape == (2, length)
+        assert torch.isfinite(stem).all()
+
+
+def test_bad_mixtures_are_errors_that_say_where(pool: ModelPool) -> None:
+    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    mixture = torch.zeros(2, 1000)
+    mixture[1, 321] = float("nan")
+    with pytest.raises(AudioError, match="sample 321"):
+        separator.separate(mixture)
+    with pytest.raises(AudioError, match="no samples"):
+        separator.separate(torch.zeros(2, 0))
+    with pytest.raises(InputError, match=r"\[2, T\].*\[1000\]"):
+        separator.separate(torch.zeros(1000))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"chunk_seconds": 3}, "chunk size 3 s.*4 to 30"),
+        ({"overlap_seconds": 9}, "overlap 9 s.*1 to 8"),
+        ({"chunk_seconds": 4, "overlap_seconds": 4}, "overlap.*smaller than the chunk size.*3 s or less"),
+        ({"chunk_seconds": 5, "overlap_seconds": 8}, "overlap.*smaller than the chunk size"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"precision": "int4"}, "unknown precision 'int4'"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_clear_sentence(options: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Separator("demo", "all_4", **options)
+
+
+def random_model(stems: tuple[str, ...], *, stereo: bool = True) -> BSRoFormer:
+    torch.manual_seed(0)
+    config = BSRoFormerConfig(
+        dim=16, depth=1, dim_head=8, heads=2, stereo=stereo, num_stems=len(stems), stft_hop_length=1024
+    )
+    model = BSRoFormer(config).eval()
+    model.name, model.stems, model.sample_rate, model.chunk_samples = "random", stems, 44100, 352_800
+    return model
+
+
+def test_one_model_separates_a_song_without_a_recipe(clip: Tensor) -> None:
+    stems = Separator.from_model(random_model(("left", "right")), chunk_seconds=4, overlap_seconds=1).separate(clip)
+    assert list(stems) == ["left", "right"]
+    assert stems["left"].shape == clip.shape
+
+
+def test_a_mono_model_works_on_each_channel(clip: Tensor) -> None:
+    model = random_model(("vocals", "other"), stereo=False)
+    separator = Separator.from_model(model, chunk_seconds=4, overlap_seconds=1)
+    stems = separator.separate(clip[:, :60_000])
+    for channel in (0, 1):
+        doubled = clip[channel : channel + 1, :60_000].expand(2, -1)
+        alone = separator.separate(doubled * clip[:, :60_000].abs().max() / doubled.abs().max())  # the same input gain
+        scale = doubled.abs().max() / clip[:, :60_000].abs().max()
+        assert (alone["vocals"][0] * scale - stems["vocals"][channel]).abs().max() <= 1e-5
+
+
+def test_nan_from_a_model_is_an_error_and_leaves_no_file(clip: Tensor, tmp_path: Path) -> None:
+    model = random_model(("vocals",))
+    with torch.no_grad():
+        model.final_norm.gamma.fill_(float("nan"))
+    song = write(tmp_path / "song.wav", clip[:, :50_000])
+    with pytest.raises(EstimateError, match="NaN or Inf"):
+        Separator.from_model(model).separate_file(song, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
+
+
+def test_a_file_gives_the_stems_that_memory_gives(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    files = separator.separate_file(write(tmp_path / "song.wav", clip), tmp_path / "out")
+    expected = separator.separate(clip)
+    assert [path.name for path in files.values()] == ["vocals.wav", "instrumental.wav"]
+    assert files.duration_seconds == pytest.approx(10)
+    for stem, path in files.items():
+        assert soundfile.info(path).subtype == "FLOAT"
+        assert (read(path) - expected[stem]).abs().max() <= 1e-6
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["instrumental.wav", "vocals.wav"]
+
+
+@pytest.mark.parametrize("format, tolerance", [("wav", 1e-7), ("flac", 1e-6), ("mp3", 0.05)])
+@pytest.mark.parametrize("sample_rate", [44100, 48000])
+def test_every_format_and_rate_has_the_songs_length_and_sums_to_the_mixture(
+    pool: ModelPool, clip: Tensor, tmp_path: Path, format: str, tolerance: float, sample_rate: int
+) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :100_000])
+    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    files = separator.separate_file(song, tmp_path / "out", format=format, sample_rate=sample_rate)
+    stems = [read(path) for path in files.values()]
+    expected = -(-100_000 * sample_rate // 44100)
+    assert {stem.shape[1] for stem in stems} == {expected}
+    if sample_rate == 44100:
+        assert ((stems[0] + stems[1]) * (1 / files.gain) - clip[:, :100_000]).abs().max() <= tolerance
+
+
+def test_loud_stems_are_scaled_by_one_gain_in_flac_and_kept_in_wav(
+    pool: ModelPool, clip: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :100_000] * 4)
+    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    wav = separator.separate_file(song, tmp_path / "wav")
+    assert wav.gain == 1
+    assert max(read(path).abs().max() for path in wav.values()) > 1
+    flac = separator.separate_file(song, tmp_path / "flac", format="flac")
+    assert flac.gain < 1
+    assert "scaled by" in caplog.text
+    for stem, path in flac.items():
+        assert read(path).abs().max() <= 1
+        assert (read(path) / flac.gain - read(wav[stem])).abs().max() <= 1e-5
+
+
+def test_a_cancelled_run_leaves_no_file_and_the_next_is_right(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    class Cancel(Exception):
+        pass
+
+    def cancel(share: float, stage: str) -> None:
+        if share > 0.3:
+            raise Cancel
+
+    song = write(tmp_path / "song.wav", clip)
+    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    with pytest.raises(Cancel):
+        separator.separate_file(song, tmp_path / "a" / "b", progress=cancel)
+    assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
+    shares: list[float] = []
+    separator.separate_file(song, tmp_path / "out", progress=lambda share, stage: shares.append(share))
+    assert shares == sorted(shares)
+    assert shares[0] == 0 and shares[-1] == 1
+
+
+def test_an_unwritable_folder_is_an_error_that_names_it(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :1000])
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OutputError, match="cannot write into folder .*file"):
+        Separator("demo", "all_4", pool=pool).separate_file(song, tmp_path / "file" / "out")
+
+
+def test_tags_go_over_into_the_stems(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    song = tmp_path / "song.flac"
+    with soundfile.SoundFile(song, "w", 44100, 2) as file:
+        file.title, file.artist, file.album = "Größe", "Band", "Album"
+        file.write(clip[:, :44_100].T.numpy())
+    for format in ("wav", "flac", "mp3"):
+        files = Separator("demo", "vocals_instrumental", pool=pool).separate_file(song, tmp_path / format, format=format)
+        with soundfile.SoundFile(files["vocals"]) as file:
+            assert (file.title, file.artist, file.album) == ("Größe", "Band", "Album")
+
+
+def test_the_shipped_weights_separate_the_shipped_song(pool: ModelPool) -> None:
+    mixture = read(SONG)
+    stems = Separator("demo", "all_6", pool=pool).separate(mixture)
+    for stem, estimate in stems.items():
+        reference = read(PROJECT / "weights" / "demo" / "stems" / f"{stem}.ogg")
+        assert sdr(reference, estimate) >= sdr(reference, mixture) + 8
+        assert abs(level_dbfs(estimate) - level_dbfs(reference)) < 6
+        assert np.isfinite(sdr(reference, estimate))
