@@ -101,7 +101,9 @@ def _separate(options: argparse.Namespace) -> int:
     folders = [options.output / song.stem for song in options.songs]
     for song, folder in zip(options.songs, folders, strict=True):
         if folders.count(folder) > 1:
-            raise InputError(f"more than one song would be written to {str(folder)!r}: separate {song.name!r} on its own")
+            raise InputError(
+                f"more than one song would be written to {str(folder)!r}: separate {song.name!r} on its own"
+            )
     failed = 0
     for song, folder in zip(options.songs, folders, strict=True):
         started = time.monotonic()

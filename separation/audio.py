@@ -198,11 +198,11 @@ def encode(
                     file.check()
             file.check()  # closing writes too: the encoder's last frames and the header
         os.replace(partial, path)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise _output_error(repr(path.name), path.parent, e) from e
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as e:
+        with contextlib.suppress(OSError):  # it may not exist; the first error is the one to tell
+            partial.unlink()
+        if isinstance(e, OSError):
+            raise _output_error(repr(path.name), path.parent, e) from e
         raise
 
 
@@ -440,7 +440,7 @@ class _SequentialSoundFile(soundfile.SoundFile):
 
 def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack) -> _Source | None:
     """None if libsndfile cannot read the file, or not all of it."""
-    file = stack.enter_context(path.open("rb"))
+    file = stack.enter_context(path.open("rb", buffering=0))  # unbuffered: libsndfile starts at the descriptor's offset
     _check_chunks(file, name)
     _check_ogg(file, name)
     file.seek(0)
@@ -510,7 +510,7 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
     if "mp3" in container:
         _check_mp3(path, name)
     tags = {key.lower(): value for tags in (stream, answer["format"]) for key, value in tags.get("tags", {}).items()}
-    seconds = float(stream.get("duration", 0)) if "mov" in container else 0.0
+    seconds = float(stream.get("duration", 0)) if {"mov", "flac"} & set(container) else 0.0
     layout = _FFMPEG_LAYOUTS.get(stream.get("channel_layout", "")) or _layout(_LAYOUTS, channels, name)
     output = ["-map", "0:a:0", "-f", "f32le", "-ar", str(sample_rate), "-ac", str(channels), "pipe:1"]
 
@@ -530,7 +530,7 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
             block = np.frombuffer(data[: len(data) // (channels * 4) * channels * 4], dtype="<f4")
             n_samples += len(block) // channels
             yield block.reshape(-1, channels).copy()
-        # MP4's index gives each stream's duration; other containers give at most an estimate.
+        # MP4 and FLAC announce the stream's own duration; of other containers ffmpeg gives at most an estimate.
         if process.wait() != 0 or n_samples / sample_rate < seconds - 0.5:
             raise _damaged(name, n_samples / sample_rate)
 

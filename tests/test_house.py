@@ -14,7 +14,7 @@ FLOORS = {
     "separation": 4,
     "separation.separator": 3,
     "separation.metrics": 2,
-    "separation.picture": 2,
+    "separation.picture": 3,
     "separation.chunking": 2,
     "separation.checkpoints": 2,
     "separation.recipes": 2,
@@ -38,9 +38,7 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             known = modules()
-            found |= {
-                full if (full := f"{node.module}.{alias.name}") in known else node.module for alias in node.names
-            }
+            found |= {full if (full := f"{node.module}.{alias.name}") in known else node.module for alias in node.names}
     return found
 
 

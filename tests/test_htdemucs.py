@@ -11,7 +11,15 @@ from separation.chunking import ChunkPlan, separate
 from separation.models.htdemucs import HTDemucs, HTDemucsConfig
 
 SOURCES = ("drums", "bass", "other", "vocals")
-SMALL = {"sources": SOURCES, "channels": 8, "bottom_channels": 16, "t_layers": 2, "t_heads": 2, "depth": 4, "nfft": 4096}
+SMALL = {
+    "sources": SOURCES,
+    "channels": 8,
+    "bottom_channels": 16,
+    "t_layers": 2,
+    "t_heads": 2,
+    "depth": 4,
+    "nfft": 4096,
+}
 SMALL |= {"segment": Fraction(1, 2), "dconv_mode": 3}
 
 

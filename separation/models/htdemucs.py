@@ -37,7 +37,6 @@ class HTDemucs(SeparationModel):
     """Chunks `[B, 2, T]` to estimates `[B, S, 2, T]`; T is `chunk_samples` exactly, as the transformer was trained."""
 
     Config = HTDemucsConfig
-    TRAINING_KEYS: frozenset[str] = frozenset()
     normalisation = "standard"
     reflects_border = False
     fixed_chunk = True

@@ -4,12 +4,18 @@ Linear layers may be cast to bfloat16 or float16; norms, rotary angles and gates
 Axes: B batch, N tokens along the attended axis, D feature, H heads.
 """
 
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
+
+Pair = tuple[Any, Any]  # two modules of a ModuleList, whose type nn.Module does not say
 
 
 class RMSNorm(nn.Module):
@@ -64,14 +70,12 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Norm, widen, GELU, narrow, `[..., D] -> [..., D]`. The indices of `net` leave room for the dropouts of training."""
+    """Norm, widen, GELU, narrow, `[..., D] -> [..., D]`. The indices in `net` leave room for training's dropouts."""
 
     def __init__(self, dim: int, *, expansion: int = 4) -> None:
         super().__init__()
         inner = dim * expansion
-        self.net = nn.Sequential(
-            RMSNorm(dim), nn.Linear(dim, inner), nn.GELU(), nn.Identity(), nn.Linear(inner, dim)
-        )
+        self.net = nn.Sequential(RMSNorm(dim), nn.Linear(dim, inner), nn.GELU(), nn.Identity(), nn.Linear(inner, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -95,7 +99,7 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:  # type: ignore[misc]  # a ModuleList is iterable
+        for attention, feed_forward in cast(Iterable[Pair], self.layers):
             x = x + attention(x)
             x = x + feed_forward(x)
         return x
@@ -110,8 +114,8 @@ class BandSplit(nn.Module):
         self.to_features = nn.ModuleList(nn.Sequential(RMSNorm(width), nn.Linear(width, dim)) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        bands = zip(x.split(self.widths, dim=-1), self.to_features, strict=True)
-        return torch.stack([linear(norm(band).to(linear.weight.dtype)) for band, (norm, linear) in bands], dim=-2)  # type: ignore[misc]
+        bands = zip(x.split(self.widths, dim=-1), cast(Iterable[Pair], self.to_features), strict=True)
+        return torch.stack([linear(norm(band).to(linear.weight.dtype)) for band, (norm, linear) in bands], dim=-2)
 
 
 class MaskEstimator(nn.Module):
@@ -134,6 +138,6 @@ class MaskEstimator(nn.Module):
 
 def _tanh_mlp(sizes: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for size_in, size_out in zip(sizes, sizes[1:], strict=False):
+    for size_in, size_out in pairwise(sizes):
         layers += [nn.Linear(size_in, size_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])

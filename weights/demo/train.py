@@ -1,6 +1,6 @@
-"""Train the demo weights on songs that make_song.py rendered: two CPU cores, about an hour and a half.
+"""Train the demo weights on songs that make_song.py rendered: two CPU cores, an hour and a half.
 
-    python weights/demo/train.py SONGS --singing a.wav b.wav --held-out 8 --minutes 85 --out weights/demo/demo.safetensors
+    python weights/demo/train.py SONGS --singing a.wav b.wav --minutes 90 --out weights/demo/demo.safetensors
 
 SONGS holds a folder a song with one WAV a stem. The last `--held-out` folders are never trained on: every few minutes
 the running mean of the weights is scored on them and written to `--out` (float16), with the scores beside it.
@@ -17,7 +17,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
@@ -27,7 +27,6 @@ SAMPLE_RATE = 44100
 SEGMENT_SAMPLES = 3 * SAMPLE_RATE
 BATCH = 6
 CONFIG = Path(__file__).parents[2] / "configs" / "models" / "demo.yaml"
-NUMBERS = ("guitar", "piano", "other")  # the quiet ones, printed with the rest
 
 
 def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -144,14 +143,12 @@ def main() -> None:
     BACKENDS["float32"] = float32_attention
     model = BSRoFormer(BSRoFormerConfig(**hyper), attention="float32")
     if options.resume:
-        from safetensors.torch import load_file
-
         model.load_state_dict({k: v.float() for k, v in load_file(options.resume).items()})
     average = BSRoFormer(BSRoFormerConfig(**hyper)).eval()
     average.load_state_dict(model.state_dict())
-    for pair in model.layers:
-        for index in range(2):
-            pair[index] = torch.compile(pair[index])  # type: ignore[index]
+    for layer in model.layers:
+        for transformer in layer.children():
+            transformer.compile()
 
     folders = sorted(path for path in options.songs.iterdir() if path.is_dir())
     songs = [load_song(folder, stems) for folder in folders]
