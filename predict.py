@@ -1,9 +1,11 @@
 """The container's predictor: typed inputs -> Separator -> stem files. No signal processing here.
 
-Cog reads the signature below without running it, so every default, choice and range is a plain literal.
+Cog reads the signature below without running it, so every default, choice and range is a plain literal. Called from
+Python, `predict` needs all its arguments: the defaults are Cog's.
 """
 
 import os
+import secrets
 import shutil
 import tempfile
 from typing import List  # noqa: UP035  # Cog's static reader knows this spelling
@@ -17,8 +19,8 @@ from separation import ModelPool, Separator
 class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the models of vocals_instrumental and all_4 and run each once; all_6 loads its own when first asked."""
-        self.recipe = os.environ.get("SEPARATION_RECIPE", "standard")
-        self.folder: str | None = None
+        self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"
+        self.folder = _new_folder()
         self.pool = ModelPool()
         print(self.pool.choice.reason)
         noise = torch.randn(2, 44100, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -38,26 +40,39 @@ class Predictor(BasePredictor):
         sample_rate: int = Input(description="Output sample rate", default=44100, choices=[44100, 48000]),
     ) -> List[Path]:  # noqa: UP006
         """Separate a song into stems."""
-        if self.folder:  # its files have been sent; Cog leaves them to us
-            shutil.rmtree(self.folder)
-        self.folder = tempfile.mkdtemp(prefix="stems-")
+        # The last prediction's stems have been sent, and Cog leaves them to us. A new name each time, so that no file of
+        # one song can ever be taken for another's. A run that fails or is cancelled removes its folder itself.
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder = _new_folder()
         separator = Separator(
             self.recipe, stems, pool=self.pool, chunk_seconds=int(chunk_size), overlap_seconds=int(overlap)
         )
+        progress = _ProgressLog()
         files = separator.separate_file(
-            str(audio), self.folder, format=output_format, sample_rate=int(sample_rate), progress=_Log()
+            audio, self.folder, format=output_format, sample_rate=int(sample_rate), progress=progress
         )
+        progress.done()
         return [Path(path) for path in files.values()]
 
 
-class _Log:
-    """Prints the progress every tenth of the job, as `npm replicate` reads it."""
+def _new_folder() -> str:
+    """A path that nothing has yet."""
+    return os.path.join(tempfile.gettempdir(), f"stems-{secrets.token_hex(8)}")
+
+
+class _ProgressLog:
+    """Prints every twentieth of the job on a line of its own, as `npm replicate` reads it from the logs."""
 
     def __init__(self) -> None:
-        self.printed = -1
+        self._printed = -1
 
     def __call__(self, share: float, stage: str) -> None:
-        tenths = int(share * 10)
-        if tenths > self.printed:
-            self.printed = tenths
-            print(f"{tenths * 10:3d}%|{'█' * tenths}{' ' * (10 - tenths)}| {tenths}/10 {stage}", flush=True)
+        self._print(min(int(share * 20), 19), stage)  # the last is for when the files are there
+
+    def done(self) -> None:
+        self._print(20, "done")
+
+    def _print(self, steps: int, stage: str) -> None:
+        if steps > self._printed:
+            self._printed = steps
+            print(f"{steps * 5:3d}%|{'█' * steps}{' ' * (20 - steps)}| {steps}/20 {stage}", flush=True)

@@ -453,18 +453,20 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack) -> _Sou
         return None
     if sound.frames == 0 and streamed:
         return None  # its data size is 0 as well, which libsndfile takes literally
+    limit = sound.frames
     if sound.format == "MP3" and sound.subtype != "MPEG_LAYER_II":
-        n_samples = _check_mp3(path, name)
+        # Not beyond the last frame: some padding there is an error to libsndfile.
+        limit = _check_mp3(path, name)
         # Not Layer III after all (UTF-16 text passes for Layer I), or without a header that counts the samples, so that
         # libsndfile guesses them from the bitrate and stops there. It leaves out the encoder's delay, 8190 at most.
-        if not 0 < n_samples <= sound.frames + 8190:
+        if not 0 < limit <= sound.frames + 8190:
             return None
     layouts = _OGG_LAYOUTS if sound.format == "OGG" else _LAYOUTS
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         n_samples = 0
         try:
-            while len(block := sound.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+            while len(block := sound.read(min(_BLOCK_SAMPLES, limit - n_samples), dtype="float32", always_2d=True)):
                 n_samples += len(block)
                 yield block
         except soundfile.LibsndfileError as e:

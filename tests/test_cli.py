@@ -1,0 +1,289 @@
+"""The command line: bad input is one clear line and exit code 2 without a partial file; odd input gives right stems."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from conftest import PROJECT, needs_ffmpeg
+from separation.__main__ import main
+
+DEMO = PROJECT / "weights" / "demo"
+RATE = 44100
+
+
+@pytest.fixture(scope="module")
+def music() -> np.ndarray:
+    """Three seconds of the demo song, [T, 2] float32."""
+    return soundfile.read(DEMO / "song.flac", dtype="float32", frames=3 * RATE)[0]
+
+
+@pytest.fixture
+def song(tmp_path: Path, music: np.ndarray) -> Path:
+    path = tmp_path / "song.wav"
+    soundfile.write(path, music[:RATE], RATE, subtype="FLOAT")
+    return path
+
+
+def separate(song: Path, out: Path, *options: str) -> int:
+    try:
+        return main(["separate", str(song), "-o", str(out), "--recipe", "demo", "--device", "cpu", *options])
+    except SystemExit as e:  # argparse
+        assert isinstance(e.code, int)
+        return e.code
+
+
+def assert_refused(code: int, capsys: pytest.CaptureFixture[str], out: Path, *words: str) -> None:
+    """Exit code 2, one line on stderr that has the words, and nothing written."""
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+    assert captured.out == ""
+    assert not out.exists()
+
+
+def bad_file(kind: str, path: Path, music: np.ndarray) -> None:
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("these are words, not sound\n" * 50)
+    elif kind == "truncated mp3":
+        whole = path.with_suffix(".whole")
+        soundfile.write(whole, music, RATE, format="MP3")
+        path.write_bytes(whole.read_bytes()[:-5000])
+        whole.unlink()
+    elif kind in ("nan", "inf"):
+        damaged = music.copy()
+        damaged[2 * RATE, 1] = float(kind)
+        soundfile.write(path, damaged, RATE, subtype="FLOAT", format="WAV")
+    elif kind == "header only":
+        soundfile.write(path, music[:0], RATE, format="WAV")
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("missing", ("song.bin", "does not exist")),
+        ("empty", ("song.bin", "empty")),
+        ("text", ("song.bin", "not audio")),
+        ("truncated mp3", ("song.bin", "cut short")),
+        ("nan", ("song.bin", "NaN", "2.0")),
+        ("inf", ("song.bin", "Inf", "2.0")),
+        ("header only", ("song.bin", "no samples")),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(
+    kind: str, words: tuple[str, ...], tmp_path: Path, music: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "song.bin"
+    bad_file(kind, bad, music)
+    assert_refused(separate(bad, tmp_path / "out"), capsys, tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--overlap", "8"), ("overlap", "8 s", "7 s or less")),
+        (("--chunk-size", "4", "--overlap", "5"), ("overlap", "chunk size")),
+        (("--chunk-size", "31"), ("chunk size 31 s", "4 to 30")),
+        (("--recipe", "nonsense"), ("nonsense", "demo, standard")),
+        (("--stems", "all_7"), ("all_7", "all_4, all_6, vocals_instrumental")),
+        (("--format", "ogg"), ("ogg", "wav")),
+        (("--mp3-bitrate", "17", "--format", "mp3"), ("17", "320")),
+        (("--batch-size", "-1"), ("batch size -1",)),
+        (("--device", "abacus"), ("abacus", "auto, cpu, cuda")),
+        (("--model-name", "nonsense"), ("nonsense", "htdemucs")),
+        (("--no-such-option",), ("--no-such-option", "--help")),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_refused_in_one_line(
+    options: tuple[str, ...], words: tuple[str, ...], song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(separate(song, tmp_path / "out", *options), capsys, tmp_path / "out", *words)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    out = tmp_path / "file" / "out"
+    with_file = separate(song, out)
+    assert_refused(with_file, capsys, tmp_path / "never", "cannot write into folder", "file")
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0 if shutil.which("unshare") else True,
+    reason="needs unshare for a small file system of its own",
+)
+def test_a_full_disk_is_one_line_and_leaves_no_file(song: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=1m tmpfs {disk}; {sys.executable} -m separation separate {song} -o {disk} "
+        f"--recipe demo --device cpu; code=$?; find {disk} -mindepth 1; exit $code"
+    )
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=PROJECT)
+    assert run.returncode == 2, run.stderr
+    assert "No space left on device" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert run.stdout == ""  # find found nothing
+
+
+def checkpoint_folder(tmp_path: Path) -> tuple[Path, dict]:
+    """A folder of weights of the demo's that a test may damage, and the demo's YAML."""
+    (tmp_path / "weights" / "demo").mkdir(parents=True)
+    shutil.copy(DEMO / "demo.safetensors", tmp_path / "weights" / "demo")
+    return tmp_path / "weights", yaml.safe_load((PROJECT / "configs" / "models" / "demo.yaml").read_text())
+
+
+def test_half_a_checkpoint_and_an_altered_one_are_refused(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, _ = checkpoint_folder(tmp_path)
+    monkeypatch.setenv("SEPARATION_WEIGHTS", str(weights))
+    path = weights / "demo" / "demo.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert_refused(separate(song, tmp_path / "out"), capsys, tmp_path / "out", "demo.safetensors", "bytes instead of")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert_refused(separate(song, tmp_path / "out"), capsys, tmp_path / "out", "demo.safetensors", "sha256")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({"encoder.weight": torch.zeros(3)}, other)
+    code = separate(song, tmp_path / "out", "--model-name", "demo", "--model-path", str(other))
+    assert_refused(code, capsys, tmp_path / "out", "other.safetensors", "another architecture", "encoder.weight")
+    narrower = {key: value[:1] for key, value in load_file(DEMO / "demo.safetensors").items()}
+    save_file({key: value.contiguous() for key, value in narrower.items()}, other)
+    code = separate(song, tmp_path / "out", "--model-name", "demo", "--model-path", str(other))
+    assert_refused(code, capsys, tmp_path / "out", "another architecture or size", "of another shape")
+
+
+def test_one_bad_song_does_not_stop_the_others(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.mp3").write_text("words")
+    arguments = [str(tmp_path / "bad.mp3"), str(song), "-o", str(tmp_path / "out"), "--recipe", "demo", "--json"]
+    assert main(["separate", *arguments]) == 2
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["song"] == str(song)
+    assert all(Path(path).exists() for path in report["stems"].values())
+    assert list(report["stems"]) == ["vocals", "instrumental"]
+    assert "bad.mp3" in captured.err
+
+
+def test_two_songs_of_one_name_are_refused_before_anything_is_written(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["separate", str(song), str(song.with_suffix(".mp3")), "-o", str(tmp_path / "out"), "--recipe", "demo"])
+    assert_refused(code, capsys, tmp_path / "out", "more than one song", "song")
+
+
+def odd_song(kind: str, folder: Path, music: np.ndarray) -> tuple[Path, int]:
+    """The path of an odd but right song, and the samples that its stems must have at 44100 Hz."""
+    path = folder / "song.wav"
+    if kind == "one sample":
+        soundfile.write(path, music[:1], RATE)
+        return path, 1
+    if kind == "0.1 s":
+        soundfile.write(path, music[: RATE // 10], RATE)
+        return path, RATE // 10
+    if kind == "silence":
+        soundfile.write(path, np.zeros((RATE, 2)), RATE)
+    elif kind == "mono":
+        soundfile.write(path, music[:RATE, 0], RATE)
+    elif kind == "7 channels":
+        soundfile.write(path, np.tile(music[:RATE, :1], (1, 7)), RATE)
+    elif kind == "8 kHz":
+        soundfile.write(path, music[:8000], 8000)
+    elif kind == "192 kHz":
+        soundfile.write(path, np.repeat(music, 2, axis=0)[:192_000], 192_000)
+    elif kind == "8 bit":
+        soundfile.write(path, music[:RATE], RATE, subtype="PCM_U8")
+    elif kind == "-60 dBFS":
+        soundfile.write(path, music[:RATE] * 1e-3, RATE, subtype="FLOAT")
+    elif kind == "flac named mp3":
+        path = folder / "song.mp3"
+        soundfile.write(path, music[:RATE], RATE, format="FLAC")
+    elif kind == "odd name":
+        path = folder / "it's a \"song\" – 歌 🎵 .v1.wav"
+        soundfile.write(path, music[:RATE], RATE)
+    return path, RATE
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one sample",
+        "0.1 s",
+        "silence",
+        "mono",
+        "7 channels",
+        "8 kHz",
+        "192 kHz",
+        "8 bit",
+        "-60 dBFS",
+        "flac named mp3",
+        "odd name",
+    ],
+)
+def test_odd_but_right_songs_give_stems_of_the_right_length(kind: str, tmp_path: Path, music: np.ndarray) -> None:
+    path, samples = odd_song(kind, tmp_path, music)
+    assert separate(path, tmp_path / "out") == 0
+    stems = [soundfile.read(stem, always_2d=True) for stem in sorted((tmp_path / "out" / path.stem).iterdir())]
+    assert len(stems) == 2
+    for audio, rate in stems:
+        assert rate == RATE
+        assert audio.shape == (samples, 2)
+        assert np.isfinite(audio).all()
+        assert audio.any() == (kind != "silence")
+    total = sum(audio for audio, _ in stems)
+    if kind in ("flac named mp3", "odd name", "mono", "-60 dBFS"):
+        expected, _ = soundfile.read(path, always_2d=True)
+        assert np.abs(total - expected).max() <= 1e-6
+
+
+@needs_ffmpeg
+def test_m4a_goes_through_ffmpeg(tmp_path: Path, song: Path) -> None:
+    path = tmp_path / "song.m4a"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", song, path], check=True)
+    assert separate(path, tmp_path / "out") == 0
+    assert soundfile.info(tmp_path / "out" / "song" / "vocals.wav").frames >= RATE
+
+
+def test_the_models_are_listed_and_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "list"]) == 0
+    assert "bs_roformer_viperx_1297" in capsys.readouterr().out
+    assert main(["models", "verify", "demo"]) == 0
+    assert "demo.safetensors: right" in capsys.readouterr().out
+
+
+def test_the_demo_separates_scores_and_draws(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONWARNINGS": "error"}
+    run = subprocess.run(
+        [sys.executable, "-m", "separation", "demo", "-o", tmp_path, "--precision", "fp32"],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "times real-time" in run.stdout
+    assert (tmp_path / "stems.svg").exists()
+    assert len(list(tmp_path.rglob("*.wav"))) == 8
