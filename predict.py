@@ -23,8 +23,8 @@ class Predictor(BasePredictor):
         self.folder = _new_folder()
         self.pool = ModelPool()
         print(self.pool.choice.reason)
-        noise = torch.randn(2, 44100, generator=torch.Generator().manual_seed(0)) * 0.1
-        Separator(self.recipe, "all_4", pool=self.pool).separate(noise)
+        noise = torch.randn(2, 44100, generator=torch.Generator().manual_seed(0)) * 0.1  # with this overlap, one chunk
+        Separator(self.recipe, "all_4", overlap_seconds=1, pool=self.pool).separate(noise)
 
     def predict(
         self,
@@ -40,8 +40,8 @@ class Predictor(BasePredictor):
         sample_rate: int = Input(description="Output sample rate", default=44100, choices=[44100, 48000]),
     ) -> List[Path]:  # noqa: UP006
         """Separate a song into stems."""
-        # The last prediction's stems have been sent, and Cog leaves them to us. A new name each time, so that no file of
-        # one song can ever be taken for another's. A run that fails or is cancelled removes its folder itself.
+        # The last prediction's stems have been sent, and Cog leaves them to us. A new name each time, so that no file
+        # of one song can ever be taken for another's. A run that fails or is cancelled removes its folder itself.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder = _new_folder()
         separator = Separator(

@@ -76,18 +76,19 @@ class Waveform:
         n = block.shape[1]
         if n == 0:
             return
-        block = block.detach().to("cpu", torch.float32)
+        samples = block.detach().to("cpu", torch.float32).numpy()
         try:
             self._file.seek(self.n_samples * self.channels * 4)
-            _write_all(self._file.write, block.T.contiguous().numpy().tobytes())
+            _write_all(self._file.write, samples.T.tobytes())
         except OSError as e:
             raise _output_error("a temporary file", self._path.parent, e) from e
-        self.peak = max(self.peak, block.abs().max().item())
-        # Two sets' means and squared deviations merge without cancellation (Chan, Golub and LeVeque 1979).
-        mono = block.mean(dim=0, dtype=torch.float64)
-        mean = mono.mean().item()
+        self.peak = max(self.peak, float(np.abs(samples).max()))
+        # Two sets' means and squared deviations merge without cancellation (Chan, Golub and LeVeque 1979). In numpy,
+        # for sums in torch depend on the number of threads.
+        mono = samples.mean(axis=0, dtype=np.float64)
+        mean = float(mono.mean())
         delta, total = mean - self.mean, self.n_samples + n
-        self._squares += (mono - mean).square().sum().item() + delta * delta * self.n_samples * n / total
+        self._squares += float(np.square(mono - mean).sum()) + delta * delta * self.n_samples * n / total
         self.mean += delta * n / total
         self.n_samples = total
 
@@ -144,9 +145,9 @@ def decode(path: Path | str, folder: Path, *, sample_rate: int = SAMPLE_RATE) ->
             native = on_error.enter_context(Waveform(folder, sample_rate=source.sample_rate))
             native.tags = source.tags
             for block in source.blocks:
-                finite = np.isfinite(block).all(axis=1)
+                finite = np.isfinite(block)
                 if not finite.all():
-                    seconds = (native.n_samples + int(finite.argmin())) / source.sample_rate
+                    seconds = (native.n_samples + int(finite.all(axis=1).argmin())) / source.sample_rate
                     raise AudioError(f"{name} holds NaN or Inf at {seconds:.3f} s; export it again without.")
                 native.append(torch.from_numpy(block @ to_stereo).T)
             if native.n_samples == 0:
@@ -442,7 +443,8 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack) -> _Sou
     """None if libsndfile cannot read the file, or not all of it."""
     file = stack.enter_context(path.open("rb", buffering=0))  # unbuffered: libsndfile starts at the descriptor's offset
     _check_chunks(file, name)
-    _check_ogg(file, name)
+    if not _check_ogg(file, name):
+        return None
     file.seek(0)
     streamed = file.read(8) in (b"RIFF\0\0\0\0", b"RIFF\xff\xff\xff\xff")
     file.seek(0)
@@ -567,11 +569,16 @@ def _check_chunks(file: IO[bytes], name: str) -> None:
         file.seek(start + n_bytes + n_bytes % 2)
 
 
-def _check_ogg(file: IO[bytes], name: str) -> None:
-    """Raise `AudioError` if an Ogg file ends within a page (RFC 3533, section 6)."""
+def _check_ogg(file: IO[bytes], name: str) -> bool:
+    """Raise `AudioError` if an Ogg file ends within a page (RFC 3533, section 6).
+
+    False if its first and last page are of different streams: with songs one after the other, as radio stations send
+    them, libsndfile would read the first and say nothing.
+    """
     file.seek(0)
-    if file.read(4) != b"OggS":
-        return
+    first = file.read(18)
+    if first[:4] != b"OggS":
+        return True
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 2**17))  # a page has 65307 bytes at most
     end = file.read()
@@ -579,6 +586,7 @@ def _check_ogg(file: IO[bytes], name: str) -> None:
     segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
     if len(page) < 27 or len(page) < 27 + page[26] + sum(segments):
         raise _cut_short(name)
+    return page[14:18] == first[14:18]  # the stream's serial number
 
 
 # Of a Layer III frame header: version (3 is MPEG-1, 2 is MPEG-2, 0 is MPEG-2.5) to rates and bitrates by their index.

@@ -9,7 +9,8 @@ from torch import Tensor
 @cache
 def hann_window(win_length: int, device: torch.device) -> Tensor:
     """Periodic Hann window `[win_length]`, made once for each length and device."""
-    return torch.hann_window(win_length, device=device)
+    with torch.inference_mode(False):  # a window made inside inference mode could not be used in training later
+        return torch.hann_window(win_length, device=device)
 
 
 def stft(audio: Tensor, *, n_fft: int, hop_length: int, win_length: int, normalized: bool = False) -> Tensor:

@@ -224,6 +224,23 @@ def test_resampling_keeps_a_tone_its_tags_and_its_level(tmp_path: Path) -> None:
     assert (middle - new[2000:42000]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("old", [48000, 11127])
+def test_resampling_does_not_depend_on_the_number_of_threads(old: int, tmp_path: Path) -> None:
+    n_threads, outputs = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            with (
+                waveform_of(noise(20_000), tmp_path, old) as waveform,
+                resample(waveform, 44100, tmp_path) as resampled,
+            ):
+                outputs.append((resampled.read(0, resampled.n_samples), resampled.mean, resampled.std, resampled.peak))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert outputs[0][1:] == outputs[1][1:]
+
+
 def test_resampling_on_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
     with waveform_of(noise(20_000), tmp_path, 22050) as waveform:
         with disk_full_after(200_000), pytest.raises(OutputError, match="free some space"):
@@ -443,18 +460,26 @@ def test_files_that_were_written_to_a_pipe_are_read_whole(format: str, tmp_path:
     assert 200_000 <= samples_of(path, tmp_path).shape[1] < 200_000 + 2 * 1152
 
 
+@needs_ffmpeg
+def test_ogg_songs_one_after_the_other_are_read_whole(tmp_path: Path) -> None:
+    first = write(tmp_path / "first", noise(70_000), format="OGG").read_bytes()
+    second = write(tmp_path / "second", noise(50_000), format="OGG").read_bytes()
+    (tmp_path / "both.ogg").write_bytes(first + second)
+    assert samples_of(tmp_path / "both.ogg", tmp_path).shape[1] == pytest.approx(120_000, abs=2000)
+
+
 def test_memory_does_not_grow_with_the_song(tmp_path: Path) -> None:
-    """Three minutes of stereo are 64 MB; none of the steps may hold more than some blocks."""
+    """Two minutes of stereo are 42 MB; none of the steps may hold more than some blocks."""
     minute = noise(60 * 48000)
     with soundfile.SoundFile(tmp_path / "long.wav", "w", 48000, 2, subtype="PCM_16") as sound:
-        for _ in range(3):
+        for _ in range(2):
             sound.write(minute.T.numpy())
     del minute
     samples_of(write(tmp_path / "warm.wav", noise(300_000), 48000), tmp_path)
     before = resident_peak_bytes(reset=True)
     with decode(tmp_path / "long.wav", tmp_path) as waveform:
         encode(waveform, tmp_path / "out.wav", format="wav")
-    assert resident_peak_bytes() - before < 40e6
+    assert resident_peak_bytes() - before < 20e6
 
 
 def resident_peak_bytes(*, reset: bool = False) -> int:
@@ -613,17 +638,17 @@ MP3_OPTIONS = {
 @needs_ffmpeg
 @pytest.mark.parametrize("kind", MP3_OPTIONS)
 def test_mp3_files_of_ffmpeg_are_whole_or_refused_as_cut_short(kind: str, tmp_path: Path) -> None:
-    samples = noise(3 * SAMPLE_RATE)
-    samples[:, : SAMPLE_RATE // 2] = 0  # so that the first frames of a VBR file do not tell the bitrate of the rest
+    samples = noise(SAMPLE_RATE)
+    samples[:, : SAMPLE_RATE // 4] = 0  # so that the first frames of a VBR file do not tell the bitrate of the rest
     path = ffmpeg(write(tmp_path / "source.wav", samples), tmp_path / "song.mp3", *MP3_OPTIONS[kind])
-    check_mp3(path, tmp_path, 3 * SAMPLE_RATE, exact="without_xing" not in kind)
+    check_mp3(path, tmp_path, SAMPLE_RATE, exact="without_xing" not in kind)
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
 @pytest.mark.parametrize("sample_rate", [16000, 44100, 48000])
 def test_mp3_files_of_libsndfile_are_whole_or_refused_as_cut_short(mode: str, sample_rate: int, tmp_path: Path) -> None:
-    path = write_mp3(tmp_path / "song.mp3", noise(2 * sample_rate), sample_rate, mode=mode)
-    check_mp3(path, tmp_path, 2 * SAMPLE_RATE, exact=True)
+    path = write_mp3(tmp_path / "song.mp3", noise(sample_rate), sample_rate, mode=mode)
+    check_mp3(path, tmp_path, SAMPLE_RATE, exact=True)
 
 
 def check_mp3(path: Path, folder: Path, n_samples: int, *, exact: bool) -> None:

@@ -1,5 +1,7 @@
 """Separator: what must stay true of every separation, on the demo recipe and on small models with random weights."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,9 @@ import torch
 from torch import Tensor
 
 from conftest import PROJECT
-from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, RecipeError, Separator
+from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, Separator
 from separation.metrics import sdr
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
-from separation.recipes import choices, load_recipe, names
 
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 
@@ -35,24 +36,6 @@ def write(path: Path, audio: Tensor, rate: int = 44100) -> Path:
 
 def read(path: Path) -> Tensor:
     return torch.from_numpy(soundfile.read(path, dtype="float32", always_2d=True)[0].T.copy())
-
-
-def test_every_recipe_gives_the_stems_of_the_contract_in_order() -> None:
-    expected = {
-        "vocals_instrumental": ("vocals", "instrumental"),
-        "all_4": ("vocals", "drums", "bass", "other"),
-        "all_6": ("vocals", "drums", "bass", "guitar", "piano", "other"),
-    }
-    for name in names():
-        for choice in choices(name):
-            assert load_recipe(name, choice).stems == expected[choice]
-
-
-def test_an_unknown_recipe_or_choice_is_an_error_that_names_those_there_are() -> None:
-    with pytest.raises(RecipeError, match=r"'best'.*demo, standard"):
-        Separator("best", "all_4")
-    with pytest.raises(RecipeError, match=r"'all_5'.*all_4, all_6, vocals_instrumental"):
-        Separator("demo", "all_5")
 
 
 def test_vocals_plus_instrumental_is_the_mixture(pool: ModelPool, clip: Tensor) -> None:
@@ -249,6 +232,39 @@ def test_an_unwritable_folder_is_an_error_that_names_it(pool: ModelPool, clip: T
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=r"cannot write into folder .*file"):
         Separator("demo", "all_4", pool=pool).separate_file(song, tmp_path / "file" / "out")
+
+
+MEASURE = """
+import resource, sys
+import torch
+from separation import Separator
+from separation.models.base import SeparationModel
+
+class Identity(SeparationModel):
+    channels, name, stems, sample_rate, chunk_samples = 2, "identity", ("song",), 44100, 352800
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, chunks):
+        return (chunks * self.gain).unsqueeze(1)
+
+Separator.from_model(Identity()).separate_file(sys.argv[1], sys.argv[2], format="flac", sample_rate=48000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_song(tmp_path: Path) -> None:
+    peaks = []
+    for seconds in (30, 480):
+        song = tmp_path / f"{seconds}.wav"
+        with soundfile.SoundFile(song, "w", 44100, 2) as file:
+            for _ in range(seconds // 30):
+                file.write(torch.randn(30 * 44100, 2).numpy() * 0.1)
+        run = [sys.executable, "-c", MEASURE, song, tmp_path / "out"]
+        peaks.append(int(subprocess.run(run, cwd=PROJECT, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] - peaks[0] <= 20_000, peaks  # KiB; the longer song alone has 160 MiB of float32
 
 
 def test_tags_go_over_into_the_stems(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:

@@ -1,0 +1,512 @@
+"""cog.yaml, predict.py as Cog's static parser sees it, the Predictor called from Python, and Cog's real server."""
+
+import ast
+import base64
+import http.client
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from cog import CancelationException
+from numpy.typing import NDArray
+from torch import Tensor
+
+import predict
+from conftest import PROJECT, SHARED
+from separation import separator
+from separation.checkpoints import read_config
+from separation.errors import AudioError, InputError, RecipeError
+from separation.models.base import SeparationModel
+from separation.recipes import load_recipe
+
+SCHEMA = SHARED / "schema" / "cog_config_schema_v1.0.json"
+SONG = PROJECT / "weights" / "demo" / "song.flac"
+STEMS = {
+    "vocals_instrumental": ["vocals", "instrumental"],
+    "all_4": ["vocals", "drums", "bass", "other"],
+    "all_6": ["vocals", "drums", "bass", "guitar", "piano", "other"],
+}
+# The published contract: (name, type, keywords of Input).
+INPUTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("audio", "Path", {"description": "Audio file to separate (WAV, MP3, FLAC, OGG, etc.)"}),
+    (
+        "stems",
+        "str",
+        {
+            "description": "Which stems to extract",
+            "default": "vocals_instrumental",
+            "choices": ["vocals_instrumental", "all_4", "all_6"],
+        },
+    ),
+    (
+        "output_format",
+        "str",
+        {"description": "Output audio format", "default": "wav", "choices": ["wav", "mp3", "flac"]},
+    ),
+    ("chunk_size", "int", {"description": "Processing chunk size in seconds", "default": 8, "ge": 4, "le": 30}),
+    ("overlap", "int", {"description": "Overlap between chunks in seconds", "default": 4, "ge": 1, "le": 8}),
+    ("sample_rate", "int", {"description": "Output sample rate", "default": 44100, "choices": [44100, 48000]}),
+]
+QUICK = {"stems": "vocals_instrumental", "output_format": "wav", "chunk_size": 4, "overlap": 1, "sample_rate": 44100}
+# What `parseProgressFromLogs` of npm `replicate` reads: percent, something between bars, done/total.
+PROGRESS_LINE = re.compile(r"\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
+
+
+# cog.yaml
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return yaml.safe_load((PROJECT / "cog.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(not SCHEMA.exists(), reason="needs Cog's schema in the shared folder beside the checkout")
+def test_cog_yaml_is_valid_against_cogs_schema(config: dict[str, Any]) -> None:
+    jsonschema.Draft7Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(config)
+
+
+def test_the_image_has_what_the_project_needs(config: dict[str, Any]) -> None:
+    build = config["build"]
+    assert build["gpu"] is True
+    assert build["cuda"] == "13.0"
+    assert build["python_version"] == "3.11"
+    assert build["python_requirements"] == "requirements.txt"
+    assert "python_packages" not in build
+    assert "ffmpeg" in build["system_packages"]
+    assert config["predict"] == "predict.py:Predictor"
+    pins = (PROJECT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert f"cog=={build['sdk_version']}" in pins
+
+
+def test_exactly_the_weights_of_recipe_standard_are_baked_each_with_its_sha256(config: dict[str, Any]) -> None:
+    folder = dict(entry.split("=", 1) for entry in config["environment"])["SEPARATION_WEIGHTS"]
+    needed = {
+        (file.url, file.sha256, f"{folder}/{file.name}")
+        for choice in STEMS
+        for name, stems in load_recipe("standard", choice).models.items()
+        for file in read_config(name).files
+        if file.stem is None or file.stem in stems
+    }
+    baked = []
+    for run in config["build"]["run"]:
+        assert "\n" not in run["command"].strip()  # Cog refuses it
+        curl, check = run["command"].split(" && ")
+        downloaded = re.fullmatch(r"curl .*--fail .*--output (\S+) (\S+)", curl)
+        checked = re.fullmatch(r'echo "([0-9a-f]{64})  (\S+)" \| sha256sum -c', check)
+        assert downloaded and checked
+        assert downloaded[1] == checked[2]
+        baked.append((downloaded[2], checked[1], downloaded[1]))
+    assert set(baked) == needed
+    assert len(baked) == len(needed)
+
+
+def test_an_altered_download_fails_the_build(config: dict[str, Any], tmp_path: Path) -> None:
+    curl = tmp_path / "curl"
+    curl.write_text('#!/bin/sh\nwhile [ "$1" != --output ]; do shift; done\necho altered > "$2"\n')
+    curl.chmod(0o755)
+    command = config["build"]["run"][0]["command"].replace(" /weights/", f" {tmp_path}/")
+    ran = subprocess.run(
+        ["sh", "-c", command],
+        env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode != 0
+    assert "FAILED" in ran.stdout
+
+
+# predict.py as Cog's static parser sees it
+
+
+def methods() -> dict[str, ast.FunctionDef]:
+    tree = ast.parse((PROJECT / "predict.py").read_text(encoding="utf-8"))
+    (predictor,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Predictor")
+    assert [ast.unparse(base) for base in predictor.bases] == ["BasePredictor"]
+    return {node.name: node for node in predictor.body if isinstance(node, ast.FunctionDef)}  # no async ones
+
+
+def inputs() -> list[tuple[ast.arg, ast.Call]]:
+    arguments = methods()["predict"].args
+    assert not (arguments.posonlyargs or arguments.kwonlyargs or arguments.vararg or arguments.kwarg)
+    calls = []
+    for call in arguments.defaults:
+        assert isinstance(call, ast.Call) and ast.unparse(call.func) == "Input" and not call.args
+        calls.append(call)
+    return list(zip(arguments.args[1:], calls, strict=True))
+
+
+def plain_literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.List):
+        return [plain_literal(item) for item in node.elts]
+    assert isinstance(node, ast.Constant), f"{ast.unparse(node)} in line {node.lineno} is not a plain literal"
+    return node.value
+
+
+def test_the_signature_is_the_contract_in_plain_literals() -> None:
+    found = [
+        (
+            argument.arg,
+            ast.unparse(argument.annotation),
+            {word.arg: plain_literal(word.value) for word in call.keywords},
+        )
+        for argument, call in inputs()
+        if argument.annotation is not None
+    ]
+    assert found == INPUTS
+    returned = methods()["predict"].returns
+    assert returned is not None and ast.unparse(returned) == "List[Path]"
+
+
+def test_no_comment_and_no_joined_strings_stand_in_an_input() -> None:
+    with (PROJECT / "predict.py").open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type != tokenize.NL]
+    for _, call in inputs():
+        assert call.end_lineno is not None and call.end_col_offset is not None
+        start, end = (call.lineno, call.col_offset), (call.end_lineno, call.end_col_offset)
+        kinds = [token.type for token in tokens if start <= token.start < end]
+        assert set(kinds) <= {tokenize.NAME, tokenize.OP, tokenize.STRING, tokenize.NUMBER}
+        assert (tokenize.STRING, tokenize.STRING) not in list(itertools.pairwise(kinds))
+
+
+def test_setup_and_predict_are_plain_methods() -> None:
+    for name in ("setup", "predict"):
+        method = methods()[name]
+        assert not method.decorator_list
+        assert not any(isinstance(node, ast.Yield | ast.YieldFrom | ast.Await) for node in ast.walk(method))
+
+
+# The Predictor called from Python
+
+
+def song(seconds: float, *, gain: float = 1.0) -> bytes:
+    """The start of the demo song as a float WAV file."""
+    audio, rate = soundfile.read(SONG, dtype="float32", frames=int(seconds * 44100))
+    file = io.BytesIO()
+    soundfile.write(file, audio * np.float32(gain), rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+def read(file: Path | bytes) -> NDArray[np.float32]:
+    return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]
+
+
+def stem_folders(temporary: Path) -> list[Path]:
+    return list(temporary.glob("stems-*"))
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that temporary files go to."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def predictor(temporary: Path) -> predict.Predictor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEPARATION_RECIPE", "demo")
+        predictor = predict.Predictor()
+        predictor.setup()
+    return predictor
+
+
+@pytest.fixture
+def audio(tmp_path: Path) -> Path:
+    path = tmp_path / "song.wav"
+    path.write_bytes(song(1))
+    return path
+
+
+@pytest.mark.parametrize("stems, format, rate", [("vocals_instrumental", "wav", 44100), ("all_4", "flac", 48000.0)])
+def test_a_str_and_floats_for_ints_are_taken(
+    predictor: predict.Predictor, audio: Path, stems: str, format: str, rate: float
+) -> None:
+    files = predictor.predict(str(audio), stems, format, 8.0, 1.0, rate)
+    assert [file.name for file in files] == [f"{stem}.{format}" for stem in STEMS[stems]]
+    assert {soundfile.info(file).frames for file in files} == {int(rate)}
+
+
+@pytest.mark.parametrize("stems", STEMS)
+@pytest.mark.parametrize("format", ["wav", "mp3", "flac"])
+def test_every_choice_gives_files_that_decode_in_the_contracts_order(
+    predictor: predict.Predictor, audio: Path, stems: str, format: str
+) -> None:
+    files = predictor.predict(audio, **QUICK | {"stems": stems, "output_format": format})
+    assert [file.name for file in files] == [f"{stem}.{format}" for stem in STEMS[stems]]
+    assert {read(file).shape for file in files} == {(44100, 2)}
+
+
+def test_each_predictions_folder_goes_when_the_next_begins(
+    predictor: predict.Predictor, audio: Path, temporary: Path
+) -> None:
+    first = predictor.predict(audio, **QUICK)
+    assert stem_folders(temporary) == [first[0].parent]
+    second = predictor.predict(audio, **QUICK)
+    assert stem_folders(temporary) == [second[0].parent]
+    assert not first[0].parent.exists()
+
+
+@pytest.mark.parametrize(
+    "content, changes, error, sentence",
+    [
+        (b"words, words, words\n" * 100, {}, AudioError, r"'song\.wav' is not audio"),
+        (b"", {}, AudioError, r"'song\.wav' is empty"),
+        (None, {"overlap": 4}, InputError, r"overlap \(4 s\) must be smaller than the chunk size \(4 s\)"),
+        (None, {"stems": "all_5"}, RecipeError, "'all_5'"),
+        (None, {"output_format": "ogg"}, InputError, "'ogg'"),
+    ],
+)
+def test_a_failed_prediction_says_why_leaves_no_folder_and_the_next_is_right(
+    predictor: predict.Predictor,
+    audio: Path,
+    temporary: Path,
+    content: bytes | None,
+    changes: dict[str, Any],
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    mixture = read(audio)
+    if content is not None:
+        audio.write_bytes(content)
+    with pytest.raises(error, match=sentence) as caught:
+        predictor.predict(audio, **QUICK | changes)
+    assert "\n" not in str(caught.value)
+    assert str(audio.parent) not in str(caught.value)
+    assert stem_folders(temporary) == []
+    audio.write_bytes(song(1))
+    vocals, instrumental = (read(file) for file in predictor.predict(audio, **QUICK))
+    assert np.abs(vocals + instrumental - mixture).max() <= 1e-6
+
+
+def test_a_cancelled_prediction_leaves_no_folder(
+    predictor: predict.Predictor, audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancel(log: object, share: float, stage: str) -> None:
+        assert stem_folders(temporary) != []
+        if share > 0:
+            raise CancelationException
+
+    monkeypatch.setattr(predict._ProgressLog, "__call__", cancel)
+    with pytest.raises(CancelationException):
+        predictor.predict(audio, **QUICK)
+    assert stem_folders(temporary) == []
+
+
+def test_the_log_is_progress_that_npm_replicate_reads_and_names_no_path(
+    predictor: predict.Predictor, tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio = tmp_path / "song.wav"
+    audio.write_bytes(song(10))
+    predictor.predict(audio, **QUICK)
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.endswith("\n")
+    assert str(temporary) not in shown.out and str(tmp_path) not in shown.out
+    lines = [PROGRESS_LINE.match(line) for line in shown.out.splitlines()]
+    percents = [int(line[1]) for line in lines if line]
+    assert len(percents) == len(lines)
+    assert percents[0] == 0 and percents[-1] == 100
+    assert percents == sorted(set(percents)) and len(percents) > 4
+    assert all(int(line[1]) == 100 * int(line[2]) // int(line[3]) for line in lines if line)
+
+
+class EvenModel(SeparationModel):
+    """Gives each of its stems an equal share of the mixture."""
+
+    def __init__(self, name: str, stems: tuple[str, ...]) -> None:
+        super().__init__()
+        self.name, self.stems, self.sample_rate, self.chunk_samples, self.channels = name, stems, 44100, 352_800, 2
+        self.runs = 0
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        self.runs += 1
+        return torch.stack([chunks / len(self.stems)] * len(self.stems), dim=1)
+
+
+def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own_once(
+    audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[EvenModel] = []
+
+    def load_model(name: str, *, stems: tuple[str, ...], **_: Any) -> EvenModel:
+        loaded.append(EvenModel(name, stems))
+        return loaded[-1]
+
+    monkeypatch.setattr(separator, "load_model", load_model)
+    monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
+    predictor = predict.Predictor()
+    predictor.setup()
+    expected = [("bs_roformer_viperx_1297", ("vocals",)), ("htdemucs_ft", ("drums", "bass", "other"))]
+    assert [(model.name, model.stems) for model in loaded] == expected
+    assert [model.runs for model in loaded] == [1, 1]
+    for stems in ("vocals_instrumental", "all_4", "all_6", "all_6"):
+        predictor.predict(audio, **QUICK | {"stems": stems})
+    expected.append(("htdemucs_6s", ("drums", "bass", "guitar", "piano", "other")))
+    assert [(model.name, model.stems) for model in loaded] == expected
+
+
+# Cog's real server
+
+
+class Server:
+    """`python -m cog.server.http` in a process group of its own; `temporary` is where its temporary files go."""
+
+    def __init__(self, temporary: Path, **environment: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.temporary = temporary
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the server starts a bare `python`
+        environment |= {"PATH": path, "PORT": str(self.port), "TMPDIR": str(temporary)}
+        environment |= {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor"}
+        self.log = temporary / "server.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
+                cwd=PROJECT,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        try:  # its worker, should that not have ended with it
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def health(self) -> dict[str, Any]:
+        """The answer of the health check once setup is over, well or badly."""
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                health = self.request("GET", "/health-check")[1]
+            except ConnectionError:
+                health = {"status": "STARTING"}
+            if health["status"] != "STARTING":
+                return health
+            time.sleep(0.1)
+        raise AssertionError(f"the server did not come up:\n{self.log.read_text()}")
+
+    def predict(self, audio: bytes, **inputs: Any) -> dict[str, Any]:
+        encoded = f"data:application/octet-stream;base64,{base64.b64encode(audio).decode()}"
+        while True:
+            status, prediction = self.request("POST", "/predictions", {"input": {"audio": encoded, **inputs}})
+            if status != 409:  # the answer to a prediction comes a little before its slot is free again
+                break
+            time.sleep(0.05)
+        assert status == 200
+        return prediction
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server"), SEPARATION_RECIPE="demo") as server:
+        assert server.health()["status"] == "READY", server.log.read_text()
+        yield server
+
+
+def decoded(uri: str) -> tuple[str, NDArray[np.float32]]:
+    """The media type and the samples of a data URI."""
+    head, _, content = uri.partition(";base64,")
+    return head.removeprefix("data:"), read(base64.b64decode(content))
+
+
+def test_the_server_answers_a_song_alone_with_stems_that_add_up_to_it(server: Server) -> None:
+    prediction = server.predict(song(3))
+    assert prediction["status"] == "succeeded"
+    stems = [decoded(uri) for uri in prediction["output"]]
+    assert [kind for kind, _ in stems] == ["audio/wav"] * 2
+    assert [samples.shape for _, samples in stems] == [(132_300, 2)] * 2
+    assert np.abs(stems[0][1] + stems[1][1] - read(song(3))).max() <= 1e-6
+    assert np.abs(stems[0][1]).max() > 0
+    lines = prediction["logs"].splitlines()
+    assert all(PROGRESS_LINE.match(line) for line in lines)
+    assert lines[0].startswith("  0%") and lines[-1].startswith("100%")
+
+
+def test_the_server_gives_six_stems_of_another_format_and_says_that_they_were_scaled(server: Server) -> None:
+    loud = song(1, gain=16)
+    prediction = server.predict(loud, stems="all_6", output_format="flac", chunk_size=4.0, overlap=1, sample_rate=48000)
+    assert prediction["status"] == "succeeded"
+    stems = [decoded(uri) for uri in prediction["output"]]
+    assert [samples.shape for _, samples in stems] == [(48_000, 2)] * 6
+    assert max(np.abs(samples).max() for _, samples in stems) == pytest.approx(1, abs=1e-3)
+    assert "all stems are scaled by" in prediction["logs"]
+    assert len(stem_folders(server.temporary)) == 1
+
+
+@pytest.mark.parametrize(
+    "content, inputs, sentence",
+    [
+        (b"words, words, words\n" * 100, {}, "is not audio"),
+        (b"", {}, "is empty (0 bytes)"),
+        (None, {"chunk_size": 4, "overlap": 8}, "overlap (8 s) must be smaller than the chunk size (4 s)"),
+    ],
+)
+def test_the_server_fails_a_bad_prediction_with_one_sentence(
+    server: Server, content: bytes | None, inputs: dict[str, Any], sentence: str
+) -> None:
+    prediction = server.predict(song(1) if content is None else content, **inputs)
+    assert prediction["status"] == "failed"
+    assert sentence in prediction["error"]
+    assert "\n" not in prediction["error"] and str(server.temporary) not in prediction["error"]
+    assert prediction["logs"] == ""
+    assert stem_folders(server.temporary) == []
+
+
+def test_a_server_without_weights_and_network_says_at_once_which_file_is_missing(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
+        proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        started = time.monotonic()
+        environment = {"SEPARATION_RECIPE": "standard", "SEPARATION_WEIGHTS": str(weights), "https_proxy": proxy}
+        with Server(tmp_path, **environment) as server:
+            health = server.health()
+            assert health["status"] == "SETUP_FAILED"
+            assert time.monotonic() - started < 60
+            assert "model_bs_roformer_ep_317_sdr_12.9755.ckpt is not in" in health["setup"]["logs"]
+            assert "python -m separation models download bs_roformer_viperx_1297" in health["setup"]["logs"]
+            assert server.request("POST", "/predictions", {"input": {"audio": "x"}})[0] == 503

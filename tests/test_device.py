@@ -1,0 +1,52 @@
+"""device: each choice is the best there is, with its reason; what is not there is an error that says so."""
+
+import pytest
+import torch
+
+from separation import device
+from separation.errors import InputError
+
+
+def test_auto_is_a_device_that_is_there_with_a_reason() -> None:
+    choice = device.choose()
+    torch.zeros(1, device=choice.device, dtype=choice.precision)
+    assert str(choice.device) in choice.reason
+    assert "(" in choice.reason
+
+
+def test_what_is_asked_for_is_taken() -> None:
+    choice = device.choose("cpu", "fp32")
+    assert (choice.device.type, choice.precision) == ("cpu", torch.float32)
+    assert choice.reason == "device cpu (asked for), precision fp32 (asked for)"
+
+
+@pytest.mark.parametrize(
+    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_a_gpu_computes_in_bfloat16_from_sm_80_and_in_float16_below(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert device.choose_precision("auto", torch.device("cuda")) == dtype
+
+
+@pytest.mark.parametrize("instructions, dtype", [("avx512_bf16", torch.bfloat16), ("", torch.float32)])
+def test_a_cpu_computes_in_bfloat16_where_it_has_the_instructions(
+    instructions: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_bfloat16_instructions", lambda: instructions)
+    choice = device.choose("cpu", "auto")
+    assert choice.precision == dtype
+    assert (instructions or "no bfloat16 instructions") in choice.reason
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "cpu cpu"])
+def test_an_unknown_device_is_an_error(name: str) -> None:
+    with pytest.raises(InputError, match="auto, cpu, cuda"):
+        device.choose(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is there")
+def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(InputError, match="PyTorch sees no CUDA GPU; use --device cpu or auto"):
+        device.choose("cuda")
