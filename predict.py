@@ -47,11 +47,9 @@ class Predictor(BasePredictor):
         separator = Separator(
             self.recipe, stems, pool=self.pool, chunk_seconds=int(chunk_size), overlap_seconds=int(overlap)
         )
-        progress = _ProgressLog()
         files = separator.separate_file(
-            audio, self.folder, format=output_format, sample_rate=int(sample_rate), progress=progress
+            audio, self.folder, format=output_format, sample_rate=int(sample_rate), progress=_ProgressLog()
         )
-        progress.done()
         return [Path(path) for path in files.values()]
 
 
@@ -67,12 +65,7 @@ class _ProgressLog:
         self._printed = -1
 
     def __call__(self, share: float, stage: str) -> None:
-        self._print(min(int(share * 20), 19), stage)  # the last is for when the files are there
-
-    def done(self) -> None:
-        self._print(20, "done")
-
-    def _print(self, steps: int, stage: str) -> None:
+        steps = int(share * 20)
         if steps > self._printed:
             self._printed = steps
             print(f"{steps * 5:3d}%|{'█' * steps}{' ' * (20 - steps)}| {steps}/20 {stage}", flush=True)

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import IO, Self
 
 import numpy as np
 import soundfile
@@ -158,11 +158,21 @@ def decode(path: Path | str, folder: Path, *, sample_rate: int = SAMPLE_RATE) ->
             return native
 
 
+def check_output(format: str, sample_rate: int, mp3_bitrate: int) -> None:
+    """Raise `InputError` unless `encode` can write the format at this rate (hertz) and, for MP3, bitrate (kbit/s)."""
+    if format not in FORMATS:
+        raise InputError(f"The output format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
+    if format == "mp3" and mp3_bitrate not in MP3_BITRATES:
+        raise InputError(f"MP3 cannot have {mp3_bitrate} kbit/s; choose one of {', '.join(map(str, MP3_BITRATES))}.")
+    if format == "mp3" and sample_rate not in MP3_SAMPLE_RATES:
+        raise InputError(f"MP3 cannot have {sample_rate} Hz; choose one of {', '.join(map(str, MP3_SAMPLE_RATES))}.")
+
+
 def encode(
     waveform: Waveform,
     path: Path,
     *,
-    format: Literal["wav", "mp3", "flac"],
+    format: str,
     gain: float = 1.0,
     mp3_bitrate: int = 320,
 ) -> None:
@@ -172,14 +182,7 @@ def encode(
     4 GB becomes RF64. The file appears under its name when it is complete. Raises `InputError` for an unknown format or
     bitrate, `OutputError` if the folder is full or cannot be written to; no partial file stays behind.
     """
-    if format not in FORMATS:
-        raise InputError(f"The output format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
-    if format == "mp3" and mp3_bitrate not in MP3_BITRATES:
-        raise InputError(f"MP3 cannot have {mp3_bitrate} kbit/s; choose one of {', '.join(map(str, MP3_BITRATES))}.")
-    if format == "mp3" and waveform.sample_rate not in MP3_SAMPLE_RATES:
-        raise InputError(
-            f"MP3 cannot have {waveform.sample_rate} Hz; choose one of {', '.join(map(str, MP3_SAMPLE_RATES))}."
-        )
+    check_output(format, waveform.sample_rate, mp3_bitrate)
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         with _RecordingFile(partial, "x") as file:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from separation.audio import FORMATS, SAMPLE_RATE, Waveform, decode, encode, resample
+from separation.audio import SAMPLE_RATE, Waveform, check_output, decode, encode, resample
 from separation.checkpoints import load_model
 from separation.chunking import ChunkPlan, Read, separate
 from separation.device import Choice, choose
@@ -25,6 +26,7 @@ from separation.recipes import Recipe, load_recipe
 CHUNK_SECONDS = range(4, 31)
 OVERLAP_SECONDS = range(1, 9)
 SAMPLE_RATES = (44100, 48000)
+ESTIMATING_SHARE = 0.9  # of the whole job, in the progress; the rest is writing
 PEAK = 0.9  # what a mixture's peak is scaled to before a model that was trained on such audio
 
 logger = logging.getLogger("separation")
@@ -186,6 +188,8 @@ class Separator:
         stems = {stem: torch.cat(parts, dim=-1) for stem, parts in blocks.items()}
         if self.recipe.residual:
             stems[self.recipe.residual] = mixture - sum(stems.values())
+        if progress:
+            progress(1.0, "done")
         return {stem: stems[stem] for stem in self.stems}
 
     def separate_file(
@@ -208,8 +212,7 @@ class Separator:
             AudioError: the file cannot be read as audio.
             OutputError: the stems cannot be written.
         """
-        if format not in FORMATS:
-            raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+        check_output(format, sample_rate, mp3_bitrate)
         if sample_rate not in SAMPLE_RATES:
             raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
         folder = Path(folder)
@@ -234,15 +237,12 @@ class Separator:
                     gain,
                     format.upper(),
                 )
-            written: dict[str, Path] = {}
-            for stem, wave in stems.items():
-                if progress:
-                    progress(1.0, f"writing {stem}")
-                wave.tags = mixture.tags
-                written[stem] = work / f"{stem}.{format}"
-                encode(wave, written[stem], format=format, gain=gain, mp3_bitrate=mp3_bitrate)  # type: ignore[arg-type]
-            files = StemFiles({stem: _move(part, folder / part.name) for stem, part in written.items()})
+            parts = {stem: work / f"{stem}.{format}" for stem in stems}
+            _encode_all(stems, parts, mixture.tags, gain, mp3_bitrate, progress)
+            files = StemFiles(_move_all(parts, folder))
             files.duration_seconds, files.gain = mixture.n_samples / SAMPLE_RATE, gain
+            if progress:
+                progress(1.0, "done")
             return files
 
     def _estimates(self, song: Mixture, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
@@ -303,7 +303,7 @@ def _mono_on_stereo(model: SeparationModel) -> Callable[[Tensor], Tensor]:
 
 def _within(progress: Progress | None, before: int, total: int, stage: str) -> Callable[[int, int], None] | None:
     """One model's progress in chunks as a share of the whole job's."""
-    return (lambda done, _: progress((before + done) / total, stage)) if progress else None
+    return (lambda done, _: progress(ESTIMATING_SHARE * (before + done) / total, stage)) if progress else None
 
 
 def _write_residual(mixture: Waveform, stems: dict[str, Waveform], residual: str) -> None:
@@ -321,7 +321,7 @@ def _work_folder(folder: Path, stack: ExitStack) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".separating-", dir=folder))
     except OSError as e:
-        raise OutputError(f"cannot write into folder {str(folder)!r}: {e.strerror}; choose another with -o") from e
+        raise OutputError(f"cannot write into folder {str(folder)!r}: {e.strerror}: choose another") from e
     for parent in reversed(new):  # folders that this run made are removed again if nothing came of it
         stack.callback(_remove_if_empty, parent)
     stack.callback(shutil.rmtree, work, ignore_errors=True)
@@ -333,9 +333,49 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _move(part: Path, target: Path) -> Path:
+def _encode_all(
+    stems: dict[str, Waveform],
+    parts: dict[str, Path],
+    tags: dict[str, str],
+    gain: float,
+    mp3_bitrate: int,
+    progress: Progress | None,
+) -> None:
+    """Encode each stem into its part, side by side, each in a thread of its own.
+
+    In this thread, an exception that is thrown into it from outside (Ctrl-C, the container's cancel) would be lost
+    inside the encoder's library.
+    """
+    encoders = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
-        os.replace(part, target)
-    except OSError as e:
-        raise OutputError(f"cannot write {str(target)!r}: {e.strerror}") from e
-    return target
+        jobs = []
+        for stem, wave in stems.items():
+            wave.tags = tags
+            jobs.append(
+                encoders.submit(
+                    encode, wave, parts[stem], format=parts[stem].suffix[1:], gain=gain, mp3_bitrate=mp3_bitrate
+                )
+            )
+        for done, (stem, job) in enumerate(zip(stems, jobs, strict=True)):
+            if progress:
+                progress(ESTIMATING_SHARE + (1 - ESTIMATING_SHARE) * done / len(jobs), f"writing {stem}")
+            job.result()
+    finally:
+        encoders.shutdown(cancel_futures=True)
+
+
+def _move_all(parts: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """Give the finished files their place in `folder`: all of them, or none."""
+    moved: dict[str, Path] = {}
+    try:
+        for stem, part in parts.items():
+            moved[stem] = folder / part.name
+            os.replace(part, moved[stem])
+    except BaseException as e:
+        for path in moved.values():
+            if path.is_file():
+                path.unlink()
+        if isinstance(e, OSError):
+            raise OutputError(f"cannot write {str(path)!r}: {e.strerror}; move what is there away") from e
+        raise
+    return moved

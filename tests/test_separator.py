@@ -1,5 +1,6 @@
 """Separator: what must stay true of every separation, on the demo recipe and on small models with random weights."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,38 @@ def test_a_cancelled_run_leaves_no_file_and_the_next_is_right(pool: ModelPool, c
     separator.separate_file(song, tmp_path / "out", progress=lambda share, stage: shares.append(share))
     assert shares == sorted(shares)
     assert shares[0] == 0 and shares[-1] == 1
+
+
+def test_an_interrupt_while_stems_are_written_is_not_lost_and_leaves_no_file(
+    pool: ModelPool, clip: Tensor, tmp_path: Path
+) -> None:
+    class CancelError(Exception):
+        pass
+
+    def cancel(*_: object) -> None:
+        raise CancelError
+
+    def soon(share: float, stage: str) -> None:
+        if stage == "writing vocals":
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+    song = write(tmp_path / "song.wav", clip)
+    before = signal.signal(signal.SIGALRM, cancel)
+    try:
+        with pytest.raises(CancelError):
+            Separator("demo", "all_6", pool=pool).separate_file(song, tmp_path / "out", format="mp3", progress=soon)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
+
+
+def test_stems_take_their_place_together_or_not_at_all(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :10_000])
+    (tmp_path / "out" / "instrumental.wav" / "in the way").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"instrumental\.wav.*move what is there away"):
+        Separator("demo", "vocals_instrumental", pool=pool).separate_file(song, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["instrumental.wav"]
 
 
 def test_an_unwritable_folder_is_an_error_that_names_it(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
