@@ -1,8 +1,10 @@
 """The command line: `python -m separation --help`. Every command is one call into the modules beside this one."""
 
 import argparse
+import io
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 2 bad input or usage, 1 anything else."""
     options = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a song's name may hold what the terminal cannot show
     logging.basicConfig(format="%(message)s", level=logging.INFO if options.verbose else logging.WARNING)
     try:
         return options.command(options)
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cancelled: no partial file was left", file=sys.stderr)
+        print("cancelled", file=sys.stderr)
         return 1
 
 
@@ -66,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     separate.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
     separate.add_argument("--format", default="wav", choices=FORMATS, help="default: wav (32-bit float)")
     separate.add_argument("--sample-rate", type=int, default=44100, choices=SAMPLE_RATES, help="default: 44100")
-    separate.add_argument("--mp3-bitrate", type=int, default=320, metavar="KBPS", help="128 to 320 (default: 320)")
+    separate.add_argument(
+        "--mp3-bitrate", type=int, default=320, metavar="KBPS", help="128, 160, 192, 224, 256 or 320 (default: 320)"
+    )
     separate.add_argument("--chunk-size", type=int, default=8, metavar="S", help="seconds, 4 to 30 (default: 8)")
     separate.add_argument("--overlap", type=int, default=4, metavar="S", help="seconds, 1 to 8 (default: 4)")
     separate.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
@@ -86,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _batch_size(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be auto or a whole number from 1 up")
     return text if text == "auto" else int(text)
 
 
@@ -97,13 +105,15 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _separate(options: argparse.Namespace) -> int:
-    separator = _separator(options)
-    folders = [options.output / song.stem for song in options.songs]
+    folders = [options.output / (song.name if song.stem == ".." else song.stem) for song in options.songs]
     for song, folder in zip(options.songs, folders, strict=True):
         if folders.count(folder) > 1:
             raise InputError(
                 f"more than one song would be written to {str(folder)!r}: separate {song.name!r} on its own"
             )
+    if not any(song.exists() for song in options.songs):  # before a checkpoint is downloaded in vain
+        raise InputError(f"{options.songs[0].name!r} does not exist: check the path")
+    separator = _separator(options)
     failed = 0
     for song, folder in zip(options.songs, folders, strict=True):
         started = time.monotonic()
@@ -157,7 +167,7 @@ def _report(song: Path, files: StemFiles, seconds: float, *, as_json: bool) -> N
             "times_realtime": round(speed, 3),
             "gain": files.gain,
         }
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print(json.dumps(line), flush=True)
         return
     print(f"{song.name}: {files.duration_seconds:.1f} s in {seconds:.1f} s, {speed:.2f} times real-time")
     for path in files.values():
@@ -198,5 +208,11 @@ def _bar(name: str) -> Iterator[Callable[[float, str], None]]:
         yield progress
 
 
+def _terminate(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)  # an exception, so that temporary files are removed on the way out
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
     sys.exit(main())

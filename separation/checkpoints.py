@@ -310,14 +310,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:
     part = path.with_name(path.name + ".part")
-    fruitless = 0
+    fruitless, most_bytes = 0, _size(part)
     while True:
-        bytes_before = _size(part)
         try:
             _transfer(file, url, part, quiet=quiet)
             break
         except _BrokenConnectionError as e:
-            fruitless = 0 if _size(part) > bytes_before else fruitless + 1
+            fruitless = 0 if _size(part) > most_bytes else fruitless + 1
+            most_bytes = max(most_bytes, _size(part))
             if fruitless > len(RETRY_SECONDS):
                 raise _not_downloaded(file, path, str(e)) from e
             time.sleep(RETRY_SECONDS[max(0, fruitless - 1)])
@@ -409,7 +409,7 @@ def load_model(
         if not paths:
             raise CheckpointError(f"{name_or_path} names no files of weights: give one with checkpoint=")
     elif len(files) > 1:
-        raise CheckpointError(f"{description.name} needs {len(files)} files, checkpoint= gives one: ask for one stem")
+        raise CheckpointError(f"{description.name} needs {len(files)} files, checkpoint= gives one")
     else:
         paths = {specialists[0] if specialists else None: Path(checkpoint)}
     weights: dict[str, Tensor] = {}

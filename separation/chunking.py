@@ -93,8 +93,8 @@ def read_extended(read: Read, start: int, stop: int, total_samples: int, border:
     mirrored = min(border, total_samples - 1)
     parts = []
     if start < 0:
-        count = min(-start, mirrored)  # mixture[count], …, mixture[1], as far as the window reaches
-        reflection = read(1, count + 1).flip(-1)[:, : stop - start] if count else inside[:, :0]
+        count = min(-start, mirrored)
+        reflection = read(1, count + 1).flip(-1) if count else inside[:, :0]
         parts += [inside.new_zeros(inside.shape[0], -start - count), reflection]
     parts.append(inside)
     if stop > total_samples:
@@ -125,7 +125,8 @@ def separate(
         model: chunks `[B, C, chunk_samples]` on `device` to estimates `[B, S, C, chunk_samples]`.
         read: gives a slice of the mixture; called with 0 <= start <= stop <= total_samples.
         n_stems: S.
-        batch_size: chunks computed at once; does not change the result beyond the rounding of matrix products.
+        batch_size: chunks computed at once; changes the result by no more than the rounding of matrix products in
+            the model's precision.
         offset, scale: the model sees `(mixture - offset) / scale` and its estimates are put back the same way.
         progress: called before the first batch and after each; raise from it to cancel.
 
@@ -134,6 +135,7 @@ def separate(
     """
     weights = fades(plan.chunk_samples, plan.overlap_samples)
     parts = list(chunks(plan, total_samples))
+    batch_size = min(batch_size, len(parts))
     finished = 0  # samples yielded so far; the sums below start there
     width = plan.chunk_samples + batch_size * plan.chunk_hop
     sums = torch.zeros(n_stems, read(0, 0).shape[0], width)
@@ -154,7 +156,10 @@ def separate(
                 continue
             kept = estimates[..., start - part.read_start : stop - part.read_start]
             if not torch.isfinite(kept).all():
-                raise EstimateError(f"the model gave NaN or Inf between samples {start} and {stop}: try precision fp32")
+                raise EstimateError(
+                    f"the model gave NaN or Inf between samples {start} and {stop}: check its weights, and use "
+                    "precision fp32 if it ran in another"
+                )
             sums[..., start - finished : stop - finished] += weight * kept
         following = parts[first + batch_size].start if first + batch_size < len(parts) else total_samples
         ready = max(0, min(following, total_samples) - finished)

@@ -29,7 +29,7 @@ def choose(device: str = "auto", precision: str = "auto") -> Choice:
     chosen_precision, precision_reason = _precision(precision, chosen_device)
     device_reason = "asked for" if device != "auto" else _device_reason(chosen_device)
     name = next(name for name, dtype in PRECISIONS.items() if dtype == chosen_precision)
-    reason = f"device {chosen_device} ({device_reason}), precision {name} ({precision_reason})"
+    reason = f"device {chosen_device} ({device_reason}), precision {name} where a model can ({precision_reason})"
     return Choice(chosen_device, chosen_precision, reason)
 
 

@@ -44,7 +44,12 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The recipes that there are."""
+    """The recipes that there are.
+
+    Raises RecipeError where configs/ is not beside the package: it runs from a checkout.
+    """
+    if not FOLDER.is_dir():
+        raise RecipeError(f"there is no {FOLDER}: install with `pip install -e .` from a checkout")
     return sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir())
 
 
@@ -65,9 +70,13 @@ def load_recipe(name: str, choice: str) -> Recipe:
     path = FOLDER / name / f"{choice}.yaml"
     try:
         sources = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path.name} of recipe {name!r} is not YAML: {str(e).splitlines()[0]}") from e
-    if not isinstance(sources, dict) or not all(isinstance(v, str) for pair in sources.items() for v in pair):
+    if (
+        not isinstance(sources, dict)
+        or not sources
+        or not all(isinstance(v, str) for pair in sources.items() for v in pair)
+    ):
         raise RecipeError(f"{path.name} of recipe {name!r} must map each stem to a model's name or to {RESIDUAL!r}")
     if list(sources.values()).count(RESIDUAL) > 1:
         raise RecipeError(f"{path.name} of recipe {name!r} has more than one {RESIDUAL!r}: only one stem can be that")

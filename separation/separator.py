@@ -1,12 +1,8 @@
 """Separator: a recipe, its models and a mixture -> stems."""
 
 import logging
-import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from separation.audio import SAMPLE_RATE, Waveform, check_output, decode, encode, resample
+from separation.audio import SAMPLE_RATE, Waveform, check_output, decode, resample
 from separation.checkpoints import load_model
 from separation.chunking import ChunkPlan, Read, separate
 from separation.device import Choice, choose
-from separation.errors import AudioError, InputError, OutputError
+from separation.errors import AudioError, InputError
 from separation.models import SeparationModel
+from separation.output import OutputFolder, encode_all
 from separation.recipes import Recipe, load_recipe
 
 CHUNK_SECONDS = range(4, 31)
@@ -35,7 +32,10 @@ Progress = Callable[[float, str], None]  # (share of the whole job done, 0 to 1;
 
 
 class ModelPool:
-    """Loaded models on one device in one precision, each loaded when first asked for, and once."""
+    """Loaded models on one device in one precision, each loaded when first asked for.
+
+    A model is loaded once; only a checkpoint made of specialists is loaded again when others of them are asked for.
+    """
 
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
         self.choice: Choice = choose(device, precision)
@@ -111,10 +111,10 @@ class Separator:
     ) -> None:
         _check_options(chunk_seconds, overlap_seconds, batch_size)
         self.recipe = load_recipe(recipe, stems) if isinstance(recipe, str) else recipe
-        self.pool = pool or ModelPool(device, precision)
+        pool = pool or ModelPool(device, precision)
         self._setup(
-            {name: self.pool.get(name, wanted) for name, wanted in self.recipe.models.items()},
-            self.pool.choice.device,
+            {name: pool.get(name, wanted) for name, wanted in self.recipe.models.items()},
+            pool.choice.device,
             batch_size,
             chunk_seconds,
             overlap_seconds,
@@ -146,9 +146,6 @@ class Separator:
         overlap_seconds: int,
     ) -> None:
         for name, model in models.items():
-            missing = [stem for stem in self.recipe.models[name] if stem not in model.stems]
-            if missing:
-                raise InputError(f"model {name!r} has no stem {missing[0]!r}: it gives {', '.join(model.stems)}")
             if model.sample_rate != SAMPLE_RATE:
                 raise InputError(f"model {name!r} works at {model.sample_rate} Hz: only {SAMPLE_RATE} Hz is supported")
         self.models = models
@@ -209,40 +206,43 @@ class Separator:
         Memory does not grow with the song. A run that fails or is cancelled leaves no file behind.
 
         Raises:
+            InputError: a format, rate or bitrate that is not offered, or a folder where a stem would replace the song.
             AudioError: the file cannot be read as audio.
+            EstimateError: a model gave NaN or Inf.
             OutputError: the stems cannot be written.
         """
         check_output(format, sample_rate, mp3_bitrate)
         if sample_rate not in SAMPLE_RATES:
             raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
-        folder = Path(folder)
-        with ExitStack() as stack:
-            work = _work_folder(folder, stack)
-            mixture = stack.enter_context(decode(path, work))
-            stems = {stem: stack.enter_context(Waveform(work)) for stem in self.stems}
+        path = Path(path)
+        parts = {stem: f"{stem}.{format}" for stem in self.stems}
+        with OutputFolder(Path(folder)) as output, ExitStack() as stack:
+            output.check_targets(list(parts.values()), path)
+            mixture = stack.enter_context(decode(path, output.work))
+            stems = {stem: stack.enter_context(Waveform(output.work)) for stem in self.stems}
             song = Mixture(mixture.read, mixture.n_samples, mixture.peak, mixture.mean, mixture.std)
             for stem, block in self._estimates(song, progress):
                 stems[stem].append(block)
             if self.recipe.residual:
                 _write_residual(mixture, stems, self.recipe.residual)
             if sample_rate != SAMPLE_RATE:
-                stems = {stem: stack.enter_context(resample(wave, sample_rate, work)) for stem, wave in stems.items()}
-            peak = max(wave.peak for wave in stems.values())
-            gain = 1.0
-            if format != "wav" and peak > 1.0:
-                gain = 1.0 / peak
-                logger.warning(
-                    "a stem peaks at %.2f, beyond full scale: all stems are scaled by %.3f so that %s does not clip",
-                    peak,
-                    gain,
-                    format.upper(),
-                )
-            parts = {stem: work / f"{stem}.{format}" for stem in stems}
-            _encode_all(stems, parts, mixture.tags, gain, mp3_bitrate, progress)
-            files = StemFiles(_move_all(parts, folder))
-            files.duration_seconds, files.gain = mixture.n_samples / SAMPLE_RATE, gain
+                stems = {
+                    stem: stack.enter_context(resample(wave, sample_rate, output.work)) for stem, wave in stems.items()
+                }
+            gain = 1.0 if format == "wav" else _gain(stems)
+            for wave in stems.values():
+                wave.tags = mixture.tags
+            encoded = {stem: output.work / name for stem, name in parts.items()}
+
+            def writing(done: int, stem: str) -> None:
+                if progress:
+                    progress(ESTIMATING_SHARE + (1 - ESTIMATING_SHARE) * done / len(stems), f"writing {stem}")
+
+            encode_all(stems, encoded, gain=gain, mp3_bitrate=mp3_bitrate, progress=writing)
             if progress:
-                progress(1.0, "done")
+                progress(1.0, "done")  # the last moment to cancel
+            files = StemFiles(output.publish(encoded))
+            files.duration_seconds, files.gain = mixture.n_samples / SAMPLE_RATE, gain
             return files
 
     def _estimates(self, song: Mixture, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
@@ -274,8 +274,9 @@ def _check_options(chunk_seconds: int, overlap_seconds: int, batch_size: int | s
         ("chunk size", chunk_seconds, CHUNK_SECONDS),
         ("overlap", overlap_seconds, OVERLAP_SECONDS),
     ):
-        if value not in allowed:
-            raise InputError(f"{name} {value} s is out of range: choose {allowed[0]} to {allowed[-1]} s")
+        if not isinstance(value, int) or value not in allowed:
+            choose = f"choose whole seconds from {allowed[0]} to {allowed[-1]}"
+            raise InputError(f"{name} {value} s is not offered: {choose}")
     if overlap_seconds >= chunk_seconds:
         raise InputError(
             f"overlap ({overlap_seconds} s) must be smaller than the chunk size ({chunk_seconds} s): "
@@ -306,76 +307,20 @@ def _within(progress: Progress | None, before: int, total: int, stage: str) -> C
     return (lambda done, _: progress(ESTIMATING_SHARE * (before + done) / total, stage)) if progress else None
 
 
+def _gain(stems: dict[str, Waveform]) -> float:
+    """What to scale all stems by so that none exceeds full scale; says so if that is not 1."""
+    peak = max(wave.peak for wave in stems.values())
+    if peak <= 1.0:
+        return 1.0
+    logger.warning(
+        "a stem peaks at %.2f, beyond full scale: all stems are scaled by %.3f so that none clips", peak, 1 / peak
+    )
+    return 1 / peak
+
+
 def _write_residual(mixture: Waveform, stems: dict[str, Waveform], residual: str) -> None:
     block = 10 * SAMPLE_RATE
     for start in range(0, mixture.n_samples, block):
         stop = min(start + block, mixture.n_samples)
         others = [wave.read(start, stop) for stem, wave in stems.items() if stem != residual]
         stems[residual].append(mixture.read(start, stop) - sum(others))
-
-
-def _work_folder(folder: Path, stack: ExitStack) -> Path:
-    """A hidden temporary folder inside `folder`, on the same file system; it goes with the stack, whatever happens."""
-    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".separating-", dir=folder))
-    except OSError as e:
-        raise OutputError(f"cannot write into folder {str(folder)!r}: {e.strerror}: choose another") from e
-    for parent in reversed(new):  # folders that this run made are removed again if nothing came of it
-        stack.callback(_remove_if_empty, parent)
-    stack.callback(shutil.rmtree, work, ignore_errors=True)
-    return work
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _encode_all(
-    stems: dict[str, Waveform],
-    parts: dict[str, Path],
-    tags: dict[str, str],
-    gain: float,
-    mp3_bitrate: int,
-    progress: Progress | None,
-) -> None:
-    """Encode each stem into its part, side by side, each in a thread of its own.
-
-    In this thread, an exception that is thrown into it from outside (Ctrl-C, the container's cancel) would be lost
-    inside the encoder's library.
-    """
-    encoders = ThreadPoolExecutor(max_workers=os.cpu_count())
-    try:
-        jobs = []
-        for stem, wave in stems.items():
-            wave.tags = tags
-            jobs.append(
-                encoders.submit(
-                    encode, wave, parts[stem], format=parts[stem].suffix[1:], gain=gain, mp3_bitrate=mp3_bitrate
-                )
-            )
-        for done, (stem, job) in enumerate(zip(stems, jobs, strict=True)):
-            if progress:
-                progress(ESTIMATING_SHARE + (1 - ESTIMATING_SHARE) * done / len(jobs), f"writing {stem}")
-            job.result()
-    finally:
-        encoders.shutdown(cancel_futures=True)
-
-
-def _move_all(parts: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """Give the finished files their place in `folder`: all of them, or none."""
-    moved: dict[str, Path] = {}
-    try:
-        for stem, part in parts.items():
-            moved[stem] = folder / part.name
-            os.replace(part, moved[stem])
-    except BaseException as e:
-        for path in moved.values():
-            if path.is_file():
-                path.unlink()
-        if isinstance(e, OSError):
-            raise OutputError(f"cannot write {str(path)!r}: {e.strerror}; move what is there away") from e
-        raise
-    return moved

@@ -108,18 +108,20 @@ def test_nan_out_is_an_error_that_says_where() -> None:
 
 
 def test_memory_does_not_grow_with_the_song() -> None:
-    largest = 0
+    largest, furthest = 0, 0
 
     def read(start: int, stop: int) -> Tensor:
-        nonlocal largest
-        largest = max(largest, stop - start)
+        nonlocal largest, furthest
+        largest, furthest = max(largest, stop - start), max(furthest, stop)
         return torch.ones(1, stop - start)
 
     plan = ChunkPlan(100, 50)
     samples = 0
     for block in separate(identity, read, 100_000, plan, n_stems=1, batch_size=2):
+        assert block.shape[:2] == (1, 1)
         assert block.shape[-1] <= plan.chunk_samples + 2 * plan.chunk_hop
         samples += block.shape[-1]
+        assert furthest <= samples + plan.chunk_samples  # nothing is read long before it is needed
     assert samples == 100_000
     assert largest <= plan.chunk_samples
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +103,8 @@ def test_a_bad_file_is_refused_in_one_line(
         (("--stems", "all_7"), ("all_7", "all_4, all_6, vocals_instrumental")),
         (("--format", "ogg"), ("ogg", "wav")),
         (("--mp3-bitrate", "17", "--format", "mp3"), ("17", "320")),
-        (("--batch-size", "-1"), ("batch size -1",)),
+        (("--batch-size", "-1"), ("--batch-size", "'-1'", "whole number")),
+        (("--batch-size", "0"), ("batch size 0", "whole number")),
         (("--device", "abacus"), ("abacus", "auto, cpu, cuda")),
         (("--model-name", "nonsense"), ("nonsense", "htdemucs")),
         (("--no-such-option",), ("--no-such-option", "--help")),
@@ -187,6 +190,55 @@ def test_one_bad_song_does_not_stop_the_others(song: Path, tmp_path: Path, capsy
     assert "bad.mp3" in captured.err
 
 
+def test_a_song_that_is_not_there_is_reported_before_a_checkpoint_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEPARATION_WEIGHTS", str(tmp_path / "no weights"))
+    code = main(["separate", str(tmp_path / "nothing.wav"), "-o", str(tmp_path / "out")])
+    assert_refused(code, capsys, tmp_path / "out", "nothing.wav", "does not exist")
+
+
+def test_a_name_of_dots_stays_below_the_output_folder(tmp_path: Path, song: Path) -> None:
+    dots = song.rename(tmp_path / "...wav")
+    assert separate(dots, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "...wav" / "vocals.wav").exists()
+
+
+def test_a_stem_never_takes_the_place_of_the_song(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vocals").mkdir()
+    song = song.rename(tmp_path / "vocals" / "vocals.wav")
+    before = song.read_bytes()
+    assert_refused(separate(song, tmp_path), capsys, tmp_path / "never", "take the place of the song", "vocals.wav")
+    assert song.read_bytes() == before
+    assert [path.name for path in tmp_path.rglob("*.wav")] == ["vocals.wav"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_in_mid_song_leaves_no_file(number: int, tmp_path: Path, music: np.ndarray) -> None:
+    song = tmp_path / "song.wav"
+    soundfile.write(song, np.tile(music, (40, 1)), RATE)
+    arguments = [sys.executable, "-m", "separation", "separate", song, "-o", tmp_path / "out", "--recipe", "demo"]
+    with subprocess.Popen(arguments, cwd=PROJECT, stderr=subprocess.PIPE) as run:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out/song/.separating-*/waveform-*")):
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.05)
+        run.send_signal(number)
+        assert run.wait(60) == (1 if number == signal.SIGINT else 128 + number)
+    assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_error(tmp_path: Path, song: Path) -> None:
+    song = song.rename(tmp_path / "🎵.wav")
+    arguments = [sys.executable, "-m", "separation", "separate", song, "-o", tmp_path / "out", "--recipe", "demo"]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    run = subprocess.run(arguments, cwd=PROJECT, env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert b"\\U0001f3b5.wav" in run.stdout
+
+
 def test_two_songs_of_one_name_are_refused_before_anything_is_written(
     song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,9 +305,9 @@ def test_odd_but_right_songs_give_stems_of_the_right_length(kind: str, tmp_path:
         assert np.isfinite(audio).all()
         assert audio.any() == (kind != "silence")
     total = sum(audio for audio, _ in stems)
-    if kind in ("flac named mp3", "odd name", "mono", "-60 dBFS"):
+    if "kHz" not in kind:
         expected, _ = soundfile.read(path, always_2d=True)
-        assert np.abs(total - expected).max() <= 1e-6
+        assert np.abs(total - expected[:, :2]).max() <= 1e-6  # the seven channels are alike
 
 
 @needs_ffmpeg

@@ -17,7 +17,7 @@ def test_auto_is_a_device_that_is_there_with_a_reason() -> None:
 def test_what_is_asked_for_is_taken() -> None:
     choice = device.choose("cpu", "fp32")
     assert (choice.device.type, choice.precision) == ("cpu", torch.float32)
-    assert choice.reason == "device cpu (asked for), precision fp32 (asked for)"
+    assert choice.reason == "device cpu (asked for), precision fp32 where a model can (asked for)"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ FLOORS = {
     "separation.demo": 4,
     "separation": 4,
     "separation.separator": 3,
+    "separation.output": 2.5,
     "separation.metrics": 2,
     "separation.picture": 3,
     "separation.chunking": 2,

@@ -40,6 +40,7 @@ def test_the_standard_recipe_is_the_designs() -> None:
         ("vocals: [", "not YAML"),
         ("- vocals", "must map each stem"),
         ("vocals: 3", "must map each stem"),
+        ("{}", "must map each stem"),
         ("vocals: residual\nother: residual", "more than one 'residual'"),
     ],
 )

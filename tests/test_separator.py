@@ -1,5 +1,6 @@
 """Separator: what must stay true of every separation, on the demo recipe and on small models with random weights."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,8 +13,12 @@ from torch import Tensor
 
 from conftest import PROJECT
 from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, Separator
+from separation import separator as separator_module
 from separation.metrics import sdr
+from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
+from separation.output import OutputFolder
+from separation.recipes import Recipe
 
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 
@@ -68,14 +73,23 @@ def test_batch_size_and_thread_count_do_not_change_the_stems(pool: ModelPool, cl
     expected = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2).separate(short)
     batched = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2, batch_size=3).separate(short)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        alone = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2).separate(short)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            alone = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2).separate(short)
+            for stem in expected:
+                assert (batched[stem] - expected[stem]).abs().max() <= 1e-5
+                assert (alone[stem] - expected[stem]).abs().max() <= 1e-5
     finally:
         torch.set_num_threads(threads)
-    for stem in expected:
-        assert (batched[stem] - expected[stem]).abs().max() <= 1e-5
-        assert (alone[stem] - expected[stem]).abs().max() <= 1e-5
+
+
+def test_batch_size_in_bfloat16_changes_the_stems_by_no_more_than_its_rounding(clip: Tensor) -> None:
+    half = ModelPool("cpu", "bf16")
+    options = {"pool": half, "chunk_seconds": 4, "overlap_seconds": 2}
+    one = Separator("demo", "vocals_instrumental", **options).separate(clip[:, :200_000])
+    three = Separator("demo", "vocals_instrumental", batch_size=3, **options).separate(clip[:, :200_000])
+    assert sdr(one["vocals"], three["vocals"]) > 40
 
 
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
@@ -120,6 +134,8 @@ def test_bad_mixtures_are_errors_that_say_where(pool: ModelPool) -> None:
         ({"chunk_seconds": 4, "overlap_seconds": 4}, "overlap.*smaller than the chunk size.*3 s or less"),
         ({"chunk_seconds": 5, "overlap_seconds": 8}, "overlap.*smaller than the chunk size"),
         ({"batch_size": 0}, "batch size 0"),
+        ({"chunk_seconds": 8.0}, "chunk size 8.0 s.*whole seconds"),
+        ({"overlap_seconds": 2.5}, "overlap 2.5 s.*whole seconds"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"precision": "int4"}, "unknown precision 'int4'"),
     ],
@@ -255,9 +271,114 @@ def test_an_interrupt_while_stems_are_written_is_not_lost_and_leaves_no_file(
 def test_stems_take_their_place_together_or_not_at_all(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
     song = write(tmp_path / "song.wav", clip[:, :10_000])
     (tmp_path / "out" / "instrumental.wav" / "in the way").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"instrumental\.wav.*move what is there away"):
+    with pytest.raises(OutputError, match=r"instrumental\.wav.*a folder of that name"):
         Separator("demo", "vocals_instrumental", pool=pool).separate_file(song, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["instrumental.wav"]
+
+
+def test_a_move_that_fails_puts_the_older_stems_back(tmp_path: Path) -> None:
+    (tmp_path / "vocals.wav").write_text("older")
+    with OutputFolder(tmp_path) as output:
+        (output.work / "vocals.wav").write_text("newer")
+        parts = {"vocals": output.work / "vocals.wav", "instrumental": output.work / "not there.wav"}
+        with pytest.raises(OutputError, match=r"not there\.wav"):
+            output.publish(parts)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("vocals.wav", "older")]
+
+
+def test_newer_stems_take_the_place_of_older_ones(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :10_000])
+    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    for level in (1.0, 0.5):
+        write(song, clip[:, :10_000] * level)
+        files = separator.separate_file(song, tmp_path / "out")
+        assert (read(files["vocals"]) + read(files["instrumental"]) - clip[:, :10_000] * level).abs().max() <= 1e-6
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+class Recorder(SeparationModel):
+    """Keeps what it is given; estimates each stem as its input."""
+
+    channels, sample_rate = 2, 44100
+
+    def __init__(self, name: str, stems: tuple[str, ...], chunk_samples: int) -> None:
+        super().__init__()
+        self.name, self.stems, self.chunk_samples = name, stems, chunk_samples
+        self.gain = torch.nn.Parameter(torch.ones(1))
+        self.seen: list[Tensor] = []
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        self.seen.append(chunks.clone())
+        return (chunks * self.gain).unsqueeze(1).repeat(1, len(self.stems), 1, 1)
+
+
+class StandardRecorder(Recorder):
+    """As Demucs: chunks of its own length, normalised by mean and deviation, no reflected border."""
+
+    normalisation = "standard"
+    fixed_chunk = True
+    reflects_border = False
+
+
+def test_each_model_of_a_recipe_gets_its_own_normalisation_and_chunks(clip: Tensor, tmp_path: Path) -> None:
+    first, second = Recorder("first", ("vocals",), 100_000), StandardRecorder("second", ("bass", "drums"), 78_000)
+    pool = ModelPool("cpu", "fp32")
+    pool._models = {"first": first, "second": second}
+    recipe = Recipe("test", "test", {"drums": "second", "vocals": "first", "bass": "second"})
+    separator = Separator(recipe, pool=pool, chunk_seconds=4, overlap_seconds=1)
+    mixture = clip * 0.3 + 0.05
+    shares: list[float] = []
+    stems = separator.separate(mixture, progress=lambda share, stage: shares.append(share))
+    assert list(stems) == ["drums", "vocals", "bass"]
+    for stem in stems.values():
+        assert (stem - mixture).abs().max() <= 1e-6
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert {chunk.shape[-1] for chunk in first.seen} == {4 * 44100}
+    assert {chunk.shape[-1] for chunk in second.seen} == {78_000}
+    assert max(chunk.abs().max() for chunk in first.seen) == pytest.approx(0.9)
+    inner = torch.cat([chunk[0, :, : 78_000 * 3 // 4] for chunk in second.seen], dim=-1)[:, : mixture.shape[1]]
+    assert inner[:, :234_000].mean(0).mean() == pytest.approx(
+        ((mixture - mixture.mean()) / mixture.mean(0).std())[:, :234_000].mean().item(), abs=1e-3
+    )
+    assert len(second.seen) == -(-mixture.shape[1] // (78_000 * 3 // 4))
+    from_memory = [chunk.clone() for chunk in second.seen]
+    second.seen.clear()
+    separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out")
+    assert all((a - b).abs().max() <= 1e-4 for a, b in zip(from_memory, second.seen, strict=True))
+
+
+def test_a_pool_keeps_the_specialists_it_has_when_others_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[str, ...]] = []
+
+    def load(name: str, *, stems: tuple[str, ...], device: torch.device, precision: torch.dtype) -> Recorder:
+        loaded.append(stems)
+        return Recorder(name, stems, 1000)
+
+    monkeypatch.setattr(separator_module, "load_model", load)
+    pool = ModelPool("cpu", "fp32")
+    pool.get("bag", ("drums", "bass"))
+    assert pool.get("bag", ("bass",)) is pool.get("bag", ("drums",))
+    assert pool.get("bag", ("vocals", "bass")).stems == ("drums", "bass", "vocals")
+    assert loaded == [("drums", "bass"), ("drums", "bass", "vocals")]
+
+
+def test_a_model_of_another_sample_rate_is_refused() -> None:
+    model = Recorder("wide", ("vocals",), 1000)
+    model.sample_rate = 48000
+    with pytest.raises(InputError, match=r"'wide' works at 48000 Hz"):
+        Separator.from_model(model)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to stop being root")
+def test_a_folder_that_another_user_may_not_see_is_an_error(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    separator, song = Separator("demo", "all_4", pool=pool), write(tmp_path / "song.wav", clip[:, :1000])
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(OutputError, match=r"cannot write into folder .*Permission denied"):
+            separator.separate_file(song, tmp_path / "a" / "out")
+    finally:
+        os.seteuid(0)
 
 
 def test_an_unwritable_folder_is_an_error_that_names_it(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:

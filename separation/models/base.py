@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class SeparationModel(nn.Module):
@@ -34,9 +34,6 @@ class SeparationModel(nn.Module):
     def key_prefix(cls, stem: str | None) -> str:
         """What stands before a checkpoint's keys in this class; `stem` for a file that holds one stem's specialist."""
         return ""
-
-    def forward(self, chunks: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def to_precision(self, dtype: torch.dtype) -> None:
         """Cast the linear layers; norms, rotary angles, STFT and the mask product stay in float32."""

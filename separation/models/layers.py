@@ -1,6 +1,6 @@
 """The parts that the RoFormer family shares. Module and attribute names spell the community's checkpoint keys.
 
-Linear layers may be cast to bfloat16 or float16; norms, rotary angles and gates' inputs are computed in float32.
+Linear layers may be cast to bfloat16 or float16; norms and rotary angles are computed in float32.
 Axes: B batch, N tokens along the attended axis, D feature, H heads.
 """
 
