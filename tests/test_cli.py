@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import PROJECT, needs_ffmpeg
+from separation import checkpoints
 from separation.__main__ import main
 
 DEMO = PROJECT / "weights" / "demo"
@@ -205,6 +206,19 @@ def test_two_stems_are_two_files_that_add_up_to_the_song(
     drums, rest, mixture = (soundfile.read(path)[0] for path in (*report["stems"].values(), song))
     assert np.abs(drums + rest - mixture).max() <= 1e-6
     assert np.abs(drums).max() > 0
+
+
+@pytest.mark.parametrize("options, asked", [(("--two-stems", "drums"), ["drums"]), ((), None)])
+def test_of_a_named_models_specialists_two_stems_ask_for_one(
+    options: tuple[str, ...], asked: list[str] | None, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[list[str] | None] = []
+    load_model = checkpoints.load_model
+    monkeypatch.setattr(
+        checkpoints, "load_model", lambda name, *, stems, **rest: loads.append(stems) or load_model(name, **rest)
+    )
+    assert separate(song, tmp_path / "out", "--model-name", "demo", *options) == 0
+    assert loads == [asked]
 
 
 def test_a_song_that_is_not_there_is_reported_before_a_checkpoint_is(
