@@ -6,7 +6,6 @@ import json
 import logging
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     separate.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     all_choices = sorted({choice for name in names() for choice in choices(name)})
     separate.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
+    separate.add_argument(
+        "--two-stems",
+        metavar="STEM",
+        help="vocals, drums, bass or other: give this stem and no_STEM, the song without it; --stems is then ignored",
+    )
     separate.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
     separate.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
     separate.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
@@ -116,7 +120,6 @@ def _separate(options: argparse.Namespace) -> int:
     separator = _separator(options)
     failed = 0
     for song, folder in zip(options.songs, folders, strict=True):
-        started = time.monotonic()
         try:
             with _bar(song.name) as progress:
                 files = separator.separate_file(
@@ -131,12 +134,13 @@ def _separate(options: argparse.Namespace) -> int:
             print(f"error: {e}", file=sys.stderr)
             failed += 1
             continue
-        _report(song, files, time.monotonic() - started, as_json=options.json)
+        _report(song, files, as_json=options.json)
     return 2 if failed else 0
 
 
 def _separator(options: argparse.Namespace) -> Separator:
-    chunking: dict[str, Any] = {
+    shared: dict[str, Any] = {
+        "two_stems": options.two_stems,
         "batch_size": options.batch_size,
         "chunk_seconds": options.chunk_size,
         "overlap_seconds": options.overlap,
@@ -147,29 +151,30 @@ def _separator(options: argparse.Namespace) -> Separator:
         model = checkpoints.load_model(
             options.model_name,
             checkpoint=options.model_path,
+            stems=None if options.two_stems is None else [options.two_stems],
             device=pool.choice.device,
             precision=pool.choice.precision,
         )
-        return Separator.from_model(model, **chunking)
+        return Separator.from_model(model, **shared)
     if options.model_path:
         raise InputError("--model-path needs --model-name, the name of its configuration in configs/models")
-    return Separator(options.recipe, options.stems, pool=pool, **chunking)
+    return Separator(options.recipe, options.stems, pool=pool, **shared)
 
 
-def _report(song: Path, files: StemFiles, seconds: float, *, as_json: bool) -> None:
-    speed = files.duration_seconds / seconds
+def _report(song: Path, files: StemFiles, *, as_json: bool) -> None:
     if as_json:
         line = {
             "song": str(song),
             "stems": {stem: str(path) for stem, path in files.items()},
             "duration_seconds": round(files.duration_seconds, 3),
-            "elapsed_seconds": round(seconds, 3),
-            "times_realtime": round(speed, 3),
+            "elapsed_seconds": round(files.elapsed_seconds, 3),
+            "times_realtime": round(files.times_realtime, 3),
             "gain": files.gain,
         }
         print(json.dumps(line), flush=True)
         return
-    print(f"{song.name}: {files.duration_seconds:.1f} s in {seconds:.1f} s, {speed:.2f} times real-time")
+    seconds = f"{files.duration_seconds:.1f} s in {files.elapsed_seconds:.1f} s"
+    print(f"{song.name}: {seconds}, {files.times_realtime:.2f} times real-time")
     for path in files.values():
         print(f"  {path}")
 

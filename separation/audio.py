@@ -121,17 +121,26 @@ class Waveform:
         self.close()
 
 
-def decode(path: Path | str, folder: Path, *, sample_rate: int = SAMPLE_RATE) -> Waveform:
+def decode(
+    path: Path | str,
+    folder: Path,
+    *,
+    sample_rate: int = SAMPLE_RATE,
+    progress: Callable[[float], None] | None = None,
+) -> Waveform:
     """The first audio stream of a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
 
     8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down (see `_LAYOUTS`). Where the
-    rate differs the folder holds the waveform twice for a while. Title, artist and album come with it.
+    rate differs the folder holds the waveform twice for a while. Title, artist and album come with it. `progress` is
+    called with the share that is read, first with 0 and then after each block; raise from it to cancel.
 
     Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, or holds NaN or Inf;
     `OutputError` if `folder` cannot be written to.
     """
     path = Path(path)
     name = repr(path.name)
+    if progress:
+        progress(0.0)
     _check_is_file(path, name)
     with contextlib.ExitStack() as stack:
         source = _open_libsndfile(path, name, stack) or _open_ffmpeg(path, name, stack)
@@ -150,6 +159,8 @@ def decode(path: Path | str, folder: Path, *, sample_rate: int = SAMPLE_RATE) ->
                     seconds = (native.n_samples + int(finite.all(axis=1).argmin())) / source.sample_rate
                     raise AudioError(f"{name} holds NaN or Inf at {seconds:.3f} s; export it again without.")
                 native.append(torch.from_numpy(block @ to_stereo).T)
+                if progress:
+                    progress(min(native.n_samples / (source.expected_samples or math.inf), 1.0))
             if native.n_samples == 0:
                 raise AudioError(f"{name} holds no samples of audio; choose another file.")
             if source.sample_rate != sample_rate:
@@ -351,6 +362,7 @@ class _Source:
     sample_rate: int
     layout: str
     tags: dict[str, str]
+    expected_samples: float  # per channel; an estimate, and 0 where the file tells nothing
     blocks: Iterator[NDArray[np.float32]]
 
 
@@ -480,7 +492,7 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack) -> _Sou
             raise _damaged(name, n_samples / sound.samplerate)
 
     tags = {tag: value for tag in _TAGS if (value := getattr(sound, tag))}
-    return _Source(sound.samplerate, _layout(layouts, sound.channels, name), tags, blocks())
+    return _Source(sound.samplerate, _layout(layouts, sound.channels, name), tags, limit, blocks())
 
 
 # Those that hold audio and recognise it by its content. No playlists (hls, concat, dash), which can name other files.
@@ -497,7 +509,7 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
     # `file:` before the absolute path: no name is taken for an option or for another protocol.
     guarded_input = ["-v", "error", "-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS]
     guarded_input += ["-i", f"file:{path.absolute()}"]
-    entries = "format=format_name:format_tags:stream=sample_rate,channels,channel_layout,duration:stream_tags"
+    entries = "format=format_name,duration:format_tags:stream=sample_rate,channels,channel_layout,duration:stream_tags"
     probe = subprocess.run(
         [ffprobe, *guarded_input, "-select_streams", "a:0", "-show_entries", entries, "-of", "json"],
         stdin=subprocess.DEVNULL,
@@ -541,7 +553,9 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
         if process.wait() != 0 or n_samples / sample_rate < seconds - 0.5:
             raise _damaged(name, n_samples / sample_rate)
 
-    return _Source(sample_rate, layout, {tag: tags[tag] for tag in _TAGS if tags.get(tag)}, blocks())
+    expected_samples = float(answer["format"].get("duration", 0)) * sample_rate
+    tags = {tag: tags[tag] for tag in _TAGS if tags.get(tag)}
+    return _Source(sample_rate, layout, tags, expected_samples, blocks())
 
 
 # --- files that are cut short, where the decoders do not tell

@@ -1,6 +1,8 @@
 """Which device and precision to compute with, each chosen once, with the reason."""
 
 import platform
+import resource
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -57,6 +59,14 @@ def choose_device(name: str = "auto") -> torch.device:
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for `auto` the fastest that the device computes well."""
     return _precision(name, device)[0]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has used at once: the tensors on a CUDA GPU; else all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def _device_reason(device: torch.device) -> str:

@@ -42,6 +42,17 @@ class Recipe:
         """The stem that is the mixture minus the others, if any."""
         return next((stem for stem, source in self.sources.items() if source == RESIDUAL), None)
 
+    def only(self, stem: str) -> "Recipe":
+        """The recipe of what this stem alone needs: its model or, if it is the residual, the models of the others too.
+
+        Raises RecipeError for a stem that is none of the recipe's.
+        """
+        if stem not in self.sources:
+            raise RecipeError(
+                f"{self.choice} of recipe {self.name!r} has no stem {stem!r}: choose one of {', '.join(self.stems)}"
+            )
+        return self if stem == self.residual else Recipe(self.name, self.choice, {stem: self.sources[stem]})
+
 
 def names() -> list[str]:
     """The recipes that there are.

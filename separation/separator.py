@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from separation.recipes import Recipe, load_recipe
 CHUNK_SECONDS = range(4, 31)
 OVERLAP_SECONDS = range(1, 9)
 SAMPLE_RATES = (44100, 48000)
-ESTIMATING_SHARE = 0.9  # of the whole job, in the progress; the rest is writing
+DECODED, ESTIMATED = 0.05, 0.9  # the share of a file's job, in the progress, that is done by then; the rest is writing
 PEAK = 0.9  # what a mixture's peak is scaled to before a model that was trained on such audio
 
 logger = logging.getLogger("separation")
@@ -39,19 +40,22 @@ class ModelPool:
 
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
         self.choice: Choice = choose(device, precision)
+        self.load_seconds: dict[str, float] = {}  # how long each model took
         self._models: dict[str, SeparationModel] = {}
         self._lock = threading.Lock()
 
     def get(self, name: str, stems: tuple[str, ...]) -> SeparationModel:
-        """The model of that name; of a checkpoint made of specialists, at least those for `stems`."""
+        """The model of that name; of a checkpoint made of specialists, those for `stems` alone."""
         with self._lock:
             loaded = self._models.get(name)
             here = loaded.stems if loaded else ()
             if loaded is None or not set(stems) <= set(here):
                 wanted = tuple(dict.fromkeys((*here, *stems)))
+                started = time.monotonic()
                 loaded = load_model(name, stems=wanted, device=self.choice.device, precision=self.choice.precision)
+                self.load_seconds[name] = time.monotonic() - started
                 self._models[name] = loaded
-            return loaded
+            return loaded.only(stems)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,13 @@ class StemFiles(dict[str, Path]):
     """The paths of a song's stems, by stem and in order, and what else is worth knowing of them."""
 
     duration_seconds: float  # of the song
+    elapsed_seconds: float  # from the song's file to the stems' files
     gain: float  # that every stem was scaled by on writing; 1 unless FLAC or MP3 would have clipped
+
+    @property
+    def times_realtime(self) -> float:
+        """Seconds of the song separated in a second."""
+        return self.duration_seconds / self.elapsed_seconds
 
 
 class Separator:
@@ -84,6 +94,8 @@ class Separator:
     Args:
         recipe: a folder of configs/recipes.
         stems: one of the recipe's choices, e.g. `vocals_instrumental`, `all_4`, `all_6`.
+        two_stems: one stem of `all_4`, e.g. `drums`, to give that and `no_drums`, the mixture minus it. Only the models
+            that this needs are loaded and run; `stems` is then ignored.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         batch_size: chunks computed at once, or `auto`: 1 on a CPU, 4 on a GPU.
@@ -102,6 +114,7 @@ class Separator:
         recipe: str | Recipe = "standard",
         stems: str = "vocals_instrumental",
         *,
+        two_stems: str | None = None,
         device: str = "auto",
         precision: str = "auto",
         batch_size: int | Literal["auto"] = "auto",
@@ -110,7 +123,9 @@ class Separator:
         pool: ModelPool | None = None,
     ) -> None:
         _check_options(chunk_seconds, overlap_seconds, batch_size)
-        self.recipe = load_recipe(recipe, stems) if isinstance(recipe, str) else recipe
+        if isinstance(recipe, str):
+            recipe = load_recipe(recipe, stems if two_stems is None else "all_4")
+        self._choose_stems(recipe, two_stems)
         pool = pool or ModelPool(device, precision)
         self._setup(
             {name: pool.get(name, wanted) for name, wanted in self.recipe.models.items()},
@@ -125,6 +140,7 @@ class Separator:
         cls,
         model: SeparationModel,
         *,
+        two_stems: str | None = None,
         batch_size: int | Literal["auto"] = "auto",
         chunk_seconds: int = 8,
         overlap_seconds: int = 4,
@@ -132,10 +148,14 @@ class Separator:
         """A separator whose stems are those of one loaded model; options as for the class."""
         _check_options(chunk_seconds, overlap_seconds, batch_size)
         separator = cls.__new__(cls)
-        separator.recipe = Recipe(model.name, "all", dict.fromkeys(model.stems, model.name))
+        separator._choose_stems(Recipe(model.name, "all", dict.fromkeys(model.stems, model.name)), two_stems)
         device = next(model.parameters()).device
         separator._setup({model.name: model}, device, batch_size, chunk_seconds, overlap_seconds)
         return separator
+
+    def _choose_stems(self, recipe: Recipe, two_stems: str | None) -> None:
+        self.recipe = recipe if two_stems is None else recipe.only(two_stems)
+        self.two_stems = two_stems
 
     def _setup(
         self,
@@ -156,7 +176,7 @@ class Separator:
     @property
     def stems(self) -> tuple[str, ...]:
         """The stems that come out, in order."""
-        return self.recipe.stems
+        return (self.two_stems, f"no_{self.two_stems}") if self.two_stems else self.recipe.stems
 
     def separate(self, mixture: Tensor, *, progress: Progress | None = None) -> dict[str, Tensor]:
         """A song in memory, `[2, T]` at 44100 Hz, to its stems, each `[2, T]` float32 on the CPU.
@@ -179,12 +199,14 @@ class Separator:
             float(mono.mean()),
             float(mono.std()) if mixture.shape[1] > 1 else 0.0,
         )
-        blocks: dict[str, list[Tensor]] = {stem: [] for stem in self.stems if stem != self.recipe.residual}
+        blocks: dict[str, list[Tensor]] = {stem: [] for stem in self.recipe.stems if stem != self.recipe.residual}
         for stem, block in self._estimates(song, progress):
             blocks[stem].append(block)
         stems = {stem: torch.cat(parts, dim=-1) for stem, parts in blocks.items()}
         if self.recipe.residual:
             stems[self.recipe.residual] = mixture - sum(stems.values())
+        if self.two_stems:
+            stems[f"no_{self.two_stems}"] = mixture - stems[self.two_stems]
         if progress:
             progress(1.0, "done")
         return {stem: stems[stem] for stem in self.stems}
@@ -211,6 +233,7 @@ class Separator:
             EstimateError: a model gave NaN or Inf.
             OutputError: the stems cannot be written.
         """
+        started = time.monotonic()
         check_output(format, sample_rate, mp3_bitrate)
         if sample_rate not in SAMPLE_RATES:
             raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
@@ -218,13 +241,17 @@ class Separator:
         parts = {stem: f"{stem}.{format}" for stem in self.stems}
         with OutputFolder(Path(folder)) as output, ExitStack() as stack:
             output.check_targets(list(parts.values()), path)
-            mixture = stack.enter_context(decode(path, output.work))
-            stems = {stem: stack.enter_context(Waveform(output.work)) for stem in self.stems}
+            mixture = stack.enter_context(decode(path, output.work, progress=_decoding(progress)))
+            stems = {stem: stack.enter_context(Waveform(output.work)) for stem in self.recipe.stems}
             song = Mixture(mixture.read, mixture.n_samples, mixture.peak, mixture.mean, mixture.std)
-            for stem, block in self._estimates(song, progress):
+            for stem, block in self._estimates(song, _part(progress, DECODED, ESTIMATED)):
                 stems[stem].append(block)
             if self.recipe.residual:
                 _write_residual(mixture, stems, self.recipe.residual)
+            if self.two_stems:
+                rest = f"no_{self.two_stems}"
+                stems = {self.two_stems: stems[self.two_stems], rest: stack.enter_context(Waveform(output.work))}
+                _write_residual(mixture, stems, rest)
             if sample_rate != SAMPLE_RATE:
                 stems = {
                     stem: stack.enter_context(resample(wave, sample_rate, output.work)) for stem, wave in stems.items()
@@ -236,13 +263,14 @@ class Separator:
 
             def writing(done: int, stem: str) -> None:
                 if progress:
-                    progress(ESTIMATING_SHARE + (1 - ESTIMATING_SHARE) * done / len(stems), f"writing {stem}")
+                    progress(ESTIMATED + (1 - ESTIMATED) * done / len(stems), f"writing {stem}")
 
             encode_all(stems, encoded, gain=gain, mp3_bitrate=mp3_bitrate, progress=writing)
             if progress:
                 progress(1.0, "done")  # the last moment to cancel
             files = StemFiles(output.publish(encoded))
             files.duration_seconds, files.gain = mixture.n_samples / SAMPLE_RATE, gain
+            files.elapsed_seconds = time.monotonic() - started
             return files
 
     def _estimates(self, song: Mixture, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
@@ -302,9 +330,18 @@ def _mono_on_stereo(model: SeparationModel) -> Callable[[Tensor], Tensor]:
     return apply
 
 
+def _part(progress: Progress | None, start: float, stop: float) -> Progress | None:
+    """The progress of a part of the job, which begins and ends at these shares of the whole."""
+    return (lambda share, stage: progress(start + (stop - start) * share, stage)) if progress else None
+
+
+def _decoding(progress: Progress | None) -> Callable[[float], None] | None:
+    return (lambda share: progress(DECODED * share, "decoding")) if progress else None
+
+
 def _within(progress: Progress | None, before: int, total: int, stage: str) -> Callable[[int, int], None] | None:
-    """One model's progress in chunks as a share of the whole job's."""
-    return (lambda done, _: progress(ESTIMATING_SHARE * (before + done) / total, stage)) if progress else None
+    """One model's progress in chunks as a share of all models'."""
+    return (lambda done, _: progress((before + done) / total, stage)) if progress else None
 
 
 def _gain(stems: dict[str, Waveform]) -> float:

@@ -348,6 +348,39 @@ def test_any_rate_comes_out_at_the_asked_rate_with_the_exact_length(sample_rate:
     assert samples_of(path, tmp_path, sample_rate=48000).shape == (2, math.ceil(n_samples * 48000 / sample_rate))
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", pytest.param("m4a", marks=needs_ffmpeg)])
+def test_progress_rises_from_0_to_1_as_a_file_is_read(suffix: str, tmp_path: Path) -> None:
+    song = tmp_path / f"song.{suffix}"
+    if suffix == "m4a":
+        ffmpeg(write(tmp_path / "song.wav", noise(500_000)), song)
+    else:
+        write(song, noise(500_000))
+    shares: list[float] = []
+    decode(song, tmp_path, progress=shares.append).close()
+    assert shares[0] == 0 and shares[-1] == pytest.approx(1, abs=0.01) and max(shares) <= 1
+    assert shares == sorted(shares)
+    assert len(set(shares)) > 5
+
+
+@pytest.mark.parametrize("suffix", ["wav", pytest.param("m4a", marks=needs_ffmpeg)])
+def test_an_exception_of_the_progress_cancels_and_leaves_no_file(suffix: str, tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", noise(500_000))
+    if suffix == "m4a":
+        song = ffmpeg(song, tmp_path / "song.m4a")
+    before = set(tmp_path.iterdir())
+    shares: list[float] = []
+
+    def cancel(share: float) -> None:
+        shares.append(share)
+        if share > 0:
+            raise KeyError("cancelled")
+
+    with pytest.raises(KeyError, match="cancelled"):
+        decode(song, tmp_path, progress=cancel)
+    assert len(shares) == 2
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_mono_is_duplicated(tmp_path: Path) -> None:
     mono = noise(3000, channels=1)
     stereo = samples_of(write(tmp_path / "mono.wav", mono, subtype="FLOAT"), tmp_path)

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import PROJECT, needs_ffmpeg
+from separation import checkpoints
 from separation.__main__ import main
 
 DEMO = PROJECT / "weights" / "demo"
@@ -100,6 +101,9 @@ def test_a_bad_file_is_refused_in_one_line(
         (("--chunk-size", "4", "--overlap", "5"), ("overlap", "chunk size")),
         (("--chunk-size", "31"), ("chunk size 31 s", "4 to 30")),
         (("--recipe", "nonsense"), ("nonsense", "demo, standard")),
+        (("--two-stems", "guitar"), ("'guitar'", "vocals, drums, bass, other")),
+        (("--two-stems", "", "--stems", "all_6"), ("''", "vocals, drums, bass, other")),
+        (("--two-stems", "kazoo", "--model-name", "demo"), ("'kazoo'", "vocals, drums, bass, guitar, piano, other")),
         (("--stems", "all_7"), ("all_7", "all_4, all_6, vocals_instrumental")),
         (("--format", "ogg"), ("ogg", "wav")),
         (("--mp3-bitrate", "17", "--format", "mp3"), ("17", "320")),
@@ -188,6 +192,33 @@ def test_one_bad_song_does_not_stop_the_others(song: Path, tmp_path: Path, capsy
     assert all(Path(path).exists() for path in report["stems"].values())
     assert list(report["stems"]) == ["vocals", "instrumental"]
     assert "bad.mp3" in captured.err
+
+
+@pytest.mark.parametrize("options", [("--stems", "all_6"), ("--model-name", "demo")])
+def test_two_stems_are_two_files_that_add_up_to_the_song(
+    options: tuple[str, ...], song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert separate(song, tmp_path / "out", "--two-stems", "drums", "--json", *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    folder = tmp_path / "out" / "song"
+    assert report["stems"] == {"drums": str(folder / "drums.wav"), "no_drums": str(folder / "no_drums.wav")}
+    assert report["times_realtime"] == pytest.approx(report["duration_seconds"] / report["elapsed_seconds"], rel=0.01)
+    drums, rest, mixture = (soundfile.read(path)[0] for path in (*report["stems"].values(), song))
+    assert np.abs(drums + rest - mixture).max() <= 1e-6
+    assert np.abs(drums).max() > 0
+
+
+@pytest.mark.parametrize("options, asked", [(("--two-stems", "drums"), ["drums"]), ((), None)])
+def test_of_a_named_models_specialists_two_stems_ask_for_one(
+    options: tuple[str, ...], asked: list[str] | None, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[list[str] | None] = []
+    load_model = checkpoints.load_model
+    monkeypatch.setattr(
+        checkpoints, "load_model", lambda name, *, stems, **rest: loads.append(stems) or load_model(name, **rest)
+    )
+    assert separate(song, tmp_path / "out", "--model-name", "demo", *options) == 0
+    assert loads == [asked]
 
 
 def test_a_song_that_is_not_there_is_reported_before_a_checkpoint_is(

@@ -44,7 +44,7 @@ STEMS = {
     "all_4": ["vocals", "drums", "bass", "other"],
     "all_6": ["vocals", "drums", "bass", "guitar", "piano", "other"],
 }
-# The published contract: (name, type, keywords of Input).
+# The published contract: (name, type, keywords of Input). The first six never change.
 INPUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("audio", "Path", {"description": "Audio file to separate (WAV, MP3, FLAC, OGG, etc.)"}),
     (
@@ -64,10 +64,39 @@ INPUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("chunk_size", "int", {"description": "Processing chunk size in seconds", "default": 8, "ge": 4, "le": 30}),
     ("overlap", "int", {"description": "Overlap between chunks in seconds", "default": 4, "ge": 1, "le": 8}),
     ("sample_rate", "int", {"description": "Output sample rate", "default": 44100, "choices": [44100, 48000]}),
+    (
+        "mp3_bitrate",
+        "int",
+        {
+            "description": "Bitrate in kbit/s if the output format is mp3",
+            "default": 320,
+            "choices": [128, 192, 320],
+        },
+    ),
+    (
+        "two_stems",
+        "str",
+        {
+            "description": "Give only this stem and the rest of the song (such as no_vocals); stems is then ignored",
+            "default": "none",
+            "choices": ["none", "vocals", "drums", "bass", "other"],
+        },
+    ),
+    (
+        "recipe",
+        "str",
+        {
+            "description": "Models: standard for quality, demo for a quick rough try, default leaves it to the server",
+            "default": "default",
+            "choices": ["default", "standard", "demo"],
+        },
+    ),
 ]
 QUICK = {"stems": "vocals_instrumental", "output_format": "wav", "chunk_size": 4, "overlap": 1, "sample_rate": 44100}
+QUICK |= {"mp3_bitrate": 320, "two_stems": "none", "recipe": "default"}
 # What `parseProgressFromLogs` of npm `replicate` reads: percent, something between bars, done/total.
 PROGRESS_LINE = re.compile(r"\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
+METRICS = ["audio_seconds", "times_realtime", "model_load_seconds", "device", "peak_memory_mib"]
 
 
 # cog.yaml
@@ -242,7 +271,7 @@ def audio(tmp_path: Path) -> Path:
 def test_a_str_and_floats_for_ints_are_taken(
     predictor: predict.Predictor, audio: Path, stems: str, format: str, rate: float
 ) -> None:
-    files = predictor.predict(str(audio), stems, format, 8.0, 1.0, rate)
+    files = predictor.predict(str(audio), stems, format, 8.0, 1.0, rate, 192.0, "none", "default")
     assert [file.name for file in files] == [f"{stem}.{format}" for stem in STEMS[stems]]
     assert {soundfile.info(file).frames for file in files} == {int(rate)}
 
@@ -255,6 +284,42 @@ def test_every_choice_gives_files_that_decode_in_the_contracts_order(
     files = predictor.predict(audio, **QUICK | {"stems": stems, "output_format": format})
     assert [file.name for file in files] == [f"{stem}.{format}" for stem in STEMS[stems]]
     assert {read(file).shape for file in files} == {(44100, 2)}
+
+
+@pytest.mark.parametrize("bitrate", [128, 192, 320.0])
+def test_mp3_files_have_the_asked_bitrate(predictor: predict.Predictor, tmp_path: Path, bitrate: float) -> None:
+    audio = tmp_path / "song.wav"
+    audio.write_bytes(song(4))
+    files = predictor.predict(audio, **QUICK | {"output_format": "mp3", "mp3_bitrate": bitrate})
+    for file in files:
+        assert file.stat().st_size * 8 / 4000 == pytest.approx(bitrate, rel=0.05)
+
+
+@pytest.mark.parametrize("stem", ["vocals", "drums", "bass", "other"])
+def test_two_stems_are_that_stem_and_the_song_without_it_whatever_stems_says(
+    predictor: predict.Predictor, audio: Path, stem: str
+) -> None:
+    files = predictor.predict(audio, **QUICK | {"two_stems": stem, "stems": "all_6"})
+    assert [file.name for file in files] == [f"{stem}.wav", f"no_{stem}.wav"]
+    assert np.abs(read(files[0]) + read(files[1]) - read(audio)).max() <= 1e-6
+
+
+def test_the_figures_of_a_prediction_are_recorded_with_their_units(
+    predictor: predict.Predictor, audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: dict[str, Any] = {}
+    monkeypatch.setattr(predictor, "record_metric", figures.__setitem__)
+    monkeypatch.setattr(predictor.pool, "load_seconds", {"demo": 1.25, "not used": 100.0})
+    monkeypatch.setattr(predict, "peak_memory_bytes", lambda device: 3 * 2**20)
+    predictor.predict(audio, **QUICK)
+    assert list(figures) == METRICS
+    assert 0.01 < figures.pop("times_realtime") < 1000
+    assert figures == {
+        "audio_seconds": 1.0,
+        "model_load_seconds": 1.25,
+        "device": str(predictor.pool.choice.device),
+        "peak_memory_mib": 3.0,
+    }
 
 
 def test_each_predictions_folder_goes_when_the_next_begins(
@@ -322,12 +387,15 @@ def test_the_log_is_progress_that_npm_replicate_reads_and_names_no_path(
     shown = capsys.readouterr()
     assert shown.err == "" and shown.out.endswith("\n")
     assert str(temporary) not in shown.out and str(tmp_path) not in shown.out
-    lines = [PROGRESS_LINE.match(line) for line in shown.out.splitlines()]
-    percents = [int(line[1]) for line in lines if line]
-    assert len(percents) == len(lines)
+    lines = shown.out.splitlines()
+    stages = [line for line in lines if not PROGRESS_LINE.match(line)]
+    assert stages == ["decoding", "demo", "writing vocals", "writing instrumental", "done"]
+    assert lines[0] == "decoding"
+    matches = [match for line in lines if (match := PROGRESS_LINE.match(line))]
+    percents = [int(match[1]) for match in matches]
     assert percents[0] == 0 and percents[-1] == 100
     assert percents == sorted(set(percents)) and len(percents) > 4
-    assert all(int(line[1]) == 100 * int(line[2]) // int(line[3]) for line in lines if line)
+    assert all(int(match[1]) == 100 * int(match[2]) // int(match[3]) for match in matches)
 
 
 class EvenModel(SeparationModel):
@@ -363,6 +431,44 @@ def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own
         predictor.predict(audio, **QUICK | {"stems": stems})
     expected.append(("htdemucs_6s", ("drums", "bass", "guitar", "piano", "other")))
     assert [(model.name, model.stems) for model in loaded] == expected
+
+
+def test_a_prediction_may_choose_another_recipe_for_itself_alone(
+    audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[EvenModel] = []
+
+    def load_model(name: str, *, stems: tuple[str, ...], **_: Any) -> EvenModel:
+        loaded.append(EvenModel(name, stems))
+        return loaded[-1]
+
+    monkeypatch.setattr(separator, "load_model", load_model)
+    monkeypatch.setenv("SEPARATION_RECIPE", "demo")
+    predictor = predict.Predictor()
+    predictor.setup()
+    for recipe in ("standard", "default", "demo"):
+        predictor.predict(audio, **QUICK | {"recipe": recipe})
+    assert [model.name for model in loaded] == ["demo", "bs_roformer_viperx_1297"]
+    assert [model.runs for model in loaded] == [3, 1]
+
+
+def test_two_stems_run_no_model_that_they_do_not_need(
+    audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[EvenModel] = []
+
+    def load_model(name: str, *, stems: tuple[str, ...], **_: Any) -> EvenModel:
+        loaded.append(EvenModel(name, stems))
+        return loaded[-1]
+
+    monkeypatch.setattr(separator, "load_model", load_model)
+    monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
+    predictor = predict.Predictor()
+    predictor.setup()
+    predictor.predict(audio, **QUICK | {"two_stems": "drums", "stems": "all_6"})
+    assert [(model.name, model.runs) for model in loaded] == [("bs_roformer_viperx_1297", 1), ("htdemucs_ft", 2)]
+    predictor.predict(audio, **QUICK | {"two_stems": "vocals"})
+    assert [model.runs for model in loaded] == [2, 2]
 
 
 # Cog's real server
@@ -461,8 +567,28 @@ def test_the_server_answers_a_song_alone_with_stems_that_add_up_to_it(server: Se
     assert np.abs(stems[0][1] + stems[1][1] - read(song(3))).max() <= 1e-6
     assert np.abs(stems[0][1]).max() > 0
     lines = prediction["logs"].splitlines()
-    assert all(PROGRESS_LINE.match(line) for line in lines)
-    assert lines[0].startswith("  0%") and lines[-1].startswith("100%")
+    assert lines[:2] == ["decoding", f"  0%|{' ' * 20}| 0/20"]
+    assert lines[-2:] == ["done", f"100%|{'█' * 20}| 20/20"]
+
+
+def test_the_servers_answer_carries_the_figures_of_the_prediction(server: Server) -> None:
+    figures = server.predict(song(3))["metrics"]
+    assert set(METRICS) <= set(figures)
+    assert figures["audio_seconds"] == 3.0
+    assert 0.99 < figures["times_realtime"] / (3 / figures["predict_time"]) < 5  # predict_time holds a little more
+    assert 0 < figures["model_load_seconds"] < 60
+    assert re.fullmatch(r"cpu|mps|cuda(:\d+)?", figures["device"])
+    assert 100 < figures["peak_memory_mib"] < 100_000
+
+
+def test_the_server_gives_two_stems_in_mp3_of_the_asked_bitrate(server: Server) -> None:
+    prediction = server.predict(song(3), two_stems="drums", output_format="mp3", mp3_bitrate=128, recipe="demo")
+    assert prediction["status"] == "succeeded", prediction["error"]
+    assert len(prediction["output"]) == 2
+    for uri in prediction["output"]:
+        head, _, content = uri.partition(";base64,")
+        assert head == "data:audio/mpeg"
+        assert len(base64.b64decode(content)) * 8 / 3000 == pytest.approx(128, rel=0.06)
 
 
 def test_the_server_gives_six_stems_of_another_format_and_says_that_they_were_scaled(server: Server) -> None:
@@ -491,7 +617,7 @@ def test_the_server_fails_a_bad_prediction_with_one_sentence(
     assert prediction["status"] == "failed"
     assert sentence in prediction["error"]
     assert "\n" not in prediction["error"] and str(server.temporary) not in prediction["error"]
-    assert prediction["logs"] == ""
+    assert prediction["logs"] in ("", f"decoding\n  0%|{' ' * 20}| 0/20\n")
     assert stem_folders(server.temporary) == []
 
 

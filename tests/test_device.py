@@ -1,5 +1,10 @@
 """device: each choice is the best there is, with its reason; what is not there is an error that says so."""
 
+import os
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -50,3 +55,17 @@ def test_an_unknown_device_is_an_error(name: str) -> None:
 def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(InputError, match="PyTorch sees no CUDA GPU; use --device cpu or auto"):
         device.choose("cuda")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_peak_memory_without_a_gpu_is_that_of_the_process_in_bytes() -> None:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    high_water = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert high_water * 0.95 <= device.peak_memory_bytes(torch.device("cpu")) < everything
+
+
+def test_peak_memory_on_a_gpu_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"cuda": 123, "cuda:1": 456}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: peaks[str(gpu)])
+    assert {name: device.peak_memory_bytes(torch.device(name)) for name in peaks} == peaks

@@ -7,6 +7,7 @@ import torch
 from demucs.apply import BagOfModels, apply_model
 from demucs.htdemucs import HTDemucs as Network
 
+from separation import ModelPool, separator
 from separation.chunking import ChunkPlan, separate
 from separation.models.htdemucs import HTDemucs, HTDemucsConfig
 
@@ -71,6 +72,30 @@ def test_specialists_equal_the_bag_and_only_those_asked_for_are_there() -> None:
     assert model.stems == ("bass", "drums")
     assert sum(p.numel() for p in model.parameters()) == 2 * sum(p.numel() for p in nets[0].parameters())
     assert (got - expected[[1, 0]]).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_of_loaded_specialists_only_those_asked_for_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of([network(seed) for seed in range(3)], ("drums", "bass", "other"))
+    monkeypatch.setattr(separator, "load_model", lambda name, **options: model)
+    ran: list[str] = []
+    for stem, specialist in model.specialists.items():
+        specialist.register_forward_hook(lambda *_, stem=stem: ran.append(stem))
+    pool = ModelPool("cpu", "fp32")
+    every = pool.get("htdemucs_ft", ("drums", "bass", "other"))
+    alone = pool.get("htdemucs_ft", ("bass",))
+    chunk = torch.randn(1, 2, 22050) * 0.2
+    with torch.no_grad():
+        estimates = alone(chunk)
+        assert ran == ["bass"] and alone.stems == ("bass",)
+        assert torch.equal(estimates[:, 0], every(chunk)[:, 1])
+    assert every.stems == ("drums", "bass", "other")
+    assert next(alone.parameters()) is next(every.parameters())
+
+
+def test_a_network_of_all_stems_is_itself_for_any_of_them() -> None:
+    model = model_of([network(0)])
+    assert model.only(("bass",)) is model
+    assert model.stems == SOURCES
 
 
 def test_the_same_input_gives_the_same_samples() -> None:

@@ -34,6 +34,26 @@ def test_the_standard_recipe_is_the_designs() -> None:
     assert load_recipe("standard", "all_6").models["htdemucs_6s"] == ("drums", "bass", "guitar", "piano", "other")
 
 
+@pytest.mark.parametrize("stem, model", [("vocals", "bs_roformer_viperx_1297"), ("bass", "htdemucs_ft")])
+def test_one_stem_alone_needs_one_model_and_of_that_this_stem_alone(stem: str, model: str) -> None:
+    alone = load_recipe("standard", "all_4").only(stem)
+    assert alone.sources == {stem: model}
+    assert alone.models == {model: (stem,)}
+    assert alone.residual is None
+
+
+def test_a_residual_alone_needs_all_the_others() -> None:
+    full = load_recipe("demo", "all_4")
+    assert full.only("other").models == {"demo": ("vocals", "drums", "bass")}
+    assert full.only("other").residual == "other"
+    assert full.only("drums").models == {"demo": ("drums",)}
+
+
+def test_a_stem_that_is_none_of_the_recipes_is_an_error_that_names_those_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"'standard' has no stem 'guitar': choose one of vocals, drums, bass, other"):
+        load_recipe("standard", "all_4").only("guitar")
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

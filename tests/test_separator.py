@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from conftest import PROJECT
-from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, Separator
+from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, RecipeError, Separator
 from separation import separator as separator_module
 from separation.metrics import sdr
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 from separation.output import OutputFolder
-from separation.recipes import Recipe
+from separation.recipes import RESIDUAL, Recipe
 
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 
@@ -54,6 +54,80 @@ def test_vocals_plus_instrumental_is_the_mixture(pool: ModelPool, clip: Tensor) 
 def test_all_4_sums_to_the_mixture_where_other_is_the_residual(pool: ModelPool, clip: Tensor) -> None:
     stems = Separator("demo", "all_4", pool=pool).separate(clip)
     assert (torch.stack(list(stems.values())).sum(0) - clip).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("stem", ["vocals", "drums", "bass", "other"])
+def test_two_stems_are_the_stem_of_all_4_and_the_mixture_minus_it(
+    pool: ModelPool, clip: Tensor, tmp_path: Path, stem: str
+) -> None:
+    expected = Separator("demo", "all_4", pool=pool).separate(clip)[stem]
+    separator = Separator("demo", two_stems=stem, pool=pool)
+    assert separator.stems == (stem, f"no_{stem}")
+    stems = separator.separate(clip)
+    assert list(stems) == [stem, f"no_{stem}"]
+    assert (stems[stem] - expected).abs().max() <= 1e-6
+    assert (stems[stem] + stems[f"no_{stem}"] - clip).abs().max() <= 2e-7
+    files = separator.separate_file(write(tmp_path / "song.wav", clip), tmp_path / "out")
+    assert [path.name for path in files.values()] == [f"{stem}.wav", f"no_{stem}.wav"]
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    for name, path in files.items():
+        assert (read(path) - stems[name]).abs().max() <= 1e-6
+
+
+def test_two_stems_go_before_stems_and_an_unknown_one_is_an_error(pool: ModelPool) -> None:
+    assert Separator("demo", "all_6", two_stems="bass", pool=pool).stems == ("bass", "no_bass")
+    for stem in ("guitar", "none", ""):
+        with pytest.raises(RecipeError, match=f"'demo' has no stem '{stem}': choose one of vocals, drums, bass, other"):
+            Separator("demo", two_stems=stem, pool=pool)
+
+
+def test_one_model_gives_two_stems_without_a_recipe(clip: Tensor) -> None:
+    model = random_model(("left", "right"))
+    stems = Separator.from_model(model, two_stems="right").separate(clip[:, :50_000])
+    assert list(stems) == ["right", "no_right"]
+    assert (stems["right"] - Separator.from_model(model).separate(clip[:, :50_000])["right"]).abs().max() <= 1e-6
+    with pytest.raises(RecipeError, match=r"'random' has no stem 'vocals': choose one of left, right"):
+        Separator.from_model(model, two_stems="vocals")
+
+
+@pytest.mark.parametrize(
+    "stem, expected",
+    [
+        ("vocals", ("bs_roformer_viperx_1297", ("vocals",))),
+        ("drums", ("htdemucs_ft", ("drums",))),
+        ("other", ("htdemucs_ft", ("other",))),
+    ],
+)
+def test_two_stems_load_and_run_only_what_the_one_needs(
+    stem: str, expected: tuple[str, tuple[str, ...]], clip: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Recorder] = []
+
+    def load(name: str, *, stems: tuple[str, ...], **_: object) -> Recorder:
+        loaded.append(Recorder(name, stems, 100_000))
+        return loaded[-1]
+
+    monkeypatch.setattr(separator_module, "load_model", load)
+    pool = ModelPool("cpu", "fp32")
+    Separator("standard", two_stems=stem, pool=pool).separate(clip[:, :1000])
+    assert [(model.name, model.stems) for model in loaded] == [expected]
+    assert list(pool.load_seconds) == [expected[0]]
+    assert 0 <= pool.load_seconds[expected[0]] < 10
+
+
+def test_a_stem_that_no_file_is_made_of_does_not_scale_the_others(clip: Tensor, tmp_path: Path) -> None:
+    models = {name: Recorder(name, (name,), 100_000) for name in ("louder", "inverted")}
+    for name, gain in (("louder", 3.0), ("inverted", -3.0)):
+        models[name].gain.data.fill_(gain)
+    pool = ModelPool("cpu", "fp32")
+    pool._models = dict(models)
+    recipe = Recipe("test", "test", {"louder": "louder", "inverted": "inverted", "rest": RESIDUAL})
+    mixture = clip[:, :100_000] * 0.8 / clip[:, :100_000].abs().max()
+    song = write(tmp_path / "song.wav", mixture)
+    files = Separator(recipe, two_stems="rest", pool=pool).separate_file(song, tmp_path / "out", format="flac")
+    assert files.gain == 1
+    assert (read(files["rest"]) - mixture).abs().max() <= 1e-5
+    assert read(files["no_rest"]).abs().max() <= 1e-5
 
 
 def test_one_model_for_two_choices_is_loaded_once(pool: ModelPool) -> None:
@@ -242,6 +316,40 @@ def test_a_cancelled_run_leaves_no_file_and_the_next_is_right(pool: ModelPool, c
     separator.separate_file(song, tmp_path / "out", progress=lambda share, stage: shares.append(share))
     assert shares == sorted(shares)
     assert shares[0] == 0 and shares[-1] == 1
+
+
+def test_progress_goes_over_the_whole_job_and_names_each_stage_once(
+    pool: ModelPool, clip: Tensor, tmp_path: Path
+) -> None:
+    song = write(tmp_path / "song.wav", clip)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, chunk_seconds=4, overlap_seconds=1)
+    calls: list[tuple[float, str]] = []
+    files = separator.separate_file(song, tmp_path / "out", progress=lambda *call: calls.append(call))
+    shares = [share for share, _ in calls]
+    assert shares == sorted(shares)
+    assert calls[0] == (0, "decoding") and calls[-1] == (1, "done")
+    stages = list(dict.fromkeys(stage for _, stage in calls))
+    assert stages == ["decoding", "demo", "writing vocals", "writing instrumental", "done"]
+    last = {stage: share for share, stage in calls}
+    assert last["decoding"] == pytest.approx(0.05) and last["demo"] == pytest.approx(0.9)
+    assert len({share for share, stage in calls if stage == "decoding"}) > 3
+    assert len({share for share, stage in calls if stage == "demo"}) > 3
+    assert 0 < files.elapsed_seconds < 60
+    assert files.times_realtime == pytest.approx(10 / files.elapsed_seconds)
+
+
+def test_a_song_can_be_cancelled_while_it_is_decoded(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    class CancelError(Exception):
+        pass
+
+    def cancel(share: float, stage: str) -> None:
+        if stage == "decoding" and share > 0:
+            raise CancelError
+
+    song = write(tmp_path / "song.wav", clip)
+    with pytest.raises(CancelError):
+        Separator("demo", pool=pool).separate_file(song, tmp_path / "out", progress=cancel)
+    assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
 def test_an_interrupt_while_stems_are_written_is_not_lost_and_leaves_no_file(

@@ -35,6 +35,10 @@ class SeparationModel(nn.Module):
         """What stands before a checkpoint's keys in this class; `stem` for a file that holds one stem's specialist."""
         return ""
 
+    def only(self, stems: tuple[str, ...]) -> "SeparationModel":
+        """The model as it gives at least these of its stems, on the same weights; a network gives all that it has."""
+        return self
+
     def to_precision(self, dtype: torch.dtype) -> None:
         """Cast the linear layers; norms, rotary angles, STFT and the mask product stay in float32."""
         for module in self.modules():

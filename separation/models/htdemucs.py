@@ -4,6 +4,7 @@ One network that gives every stem (htdemucs, htdemucs_6s), or one fine-tuned spe
 only the stem that it was tuned for is used.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, field, make_dataclass
@@ -58,6 +59,13 @@ class HTDemucs(SeparationModel):
     @classmethod
     def key_prefix(cls, stem: str | None) -> str:
         return "network." if stem is None else f"specialists.{stem}."
+
+    def only(self, stems: tuple[str, ...]) -> "HTDemucs":
+        if not self._specialised:
+            return self
+        fewer = copy.copy(self)  # shares the networks
+        fewer.stems = stems
+        return fewer
 
     def forward(self, chunks: Tensor) -> Tensor:
         if not self._specialised:
