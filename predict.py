@@ -21,6 +21,8 @@ class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the models of vocals_instrumental and all_4 and run each once; all_6 loads its own when first asked."""
         self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"
+        # Three hours: up to there each stem is a plain WAV of less than 4 GB at either rate.
+        self.max_seconds = float(os.environ.get("SEPARATION_MAX_SECONDS") or 3 * 60 * 60)
         self.folder = _new_folder()
         self.pool = ModelPool()
         print(self.pool.choice.reason)
@@ -72,6 +74,7 @@ class Predictor(BasePredictor):
             format=output_format,
             sample_rate=int(sample_rate),
             mp3_bitrate=int(mp3_bitrate),
+            max_seconds=self.max_seconds,
             progress=_ProgressLog(),
         )
         device = self.pool.choice.device

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import select
 import shutil
 import stat
 import struct
@@ -126,16 +127,18 @@ def decode(
     folder: Path,
     *,
     sample_rate: int = SAMPLE_RATE,
+    max_seconds: float | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Waveform:
     """The first audio stream of a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
 
     8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down (see `_LAYOUTS`). Where the
     rate differs the folder holds the waveform twice for a while. Title, artist and album come with it. `progress` is
-    called with the share that is read, first with 0 and then after each block; raise from it to cancel.
+    called with the share that is read, first with 0 and then after each block; raise from it to cancel. Reading stops
+    after `max_seconds`, whatever the file says of its length.
 
-    Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, or holds NaN or Inf;
-    `OutputError` if `folder` cannot be written to.
+    Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, holds NaN or Inf, or is longer
+    than `max_seconds`; `OutputError` if `folder` cannot be written to.
     """
     path = Path(path)
     name = repr(path.name)
@@ -143,7 +146,7 @@ def decode(
         progress(0.0)
     _check_is_file(path, name)
     with contextlib.ExitStack() as stack:
-        source = _open_libsndfile(path, name, stack) or _open_ffmpeg(path, name, stack)
+        source = _open_libsndfile(path, name, stack, max_seconds) or _open_ffmpeg(path, name, stack, max_seconds)
         if not MIN_SAMPLE_RATE <= source.sample_rate <= MAX_SAMPLE_RATE:
             raise AudioError(
                 f"{name} has a sample rate of {source.sample_rate} Hz; convert it to one of {MIN_SAMPLE_RATE} to "
@@ -154,6 +157,7 @@ def decode(
             native = on_error.enter_context(Waveform(folder, sample_rate=source.sample_rate))
             native.tags = source.tags
             for block in source.blocks:
+                _check_length(native.n_samples + len(block), source.sample_rate, max_seconds, name)
                 finite = np.isfinite(block)
                 if not finite.all():
                     seconds = (native.n_samples + int(finite.all(axis=1).argmin())) / source.sample_rate
@@ -205,8 +209,9 @@ def encode(
                 **_sound_file_options(waveform, format, mp3_bitrate),
             ) as sound:
                 for tag in _TAGS:
-                    if tag in waveform.tags:
-                        setattr(sound, tag, waveform.tags[tag])
+                    # What libsndfile can take: an empty text, to it one that begins with NUL, is an error.
+                    if value := waveform.tags.get(tag, "").encode(errors="replace").partition(b"\0")[0]:
+                        setattr(sound, tag, value.decode())
                 for start in range(0, waveform.n_samples, _BLOCK_SAMPLES):
                     block = waveform.read(start, min(start + _BLOCK_SAMPLES, waveform.n_samples)) * gain
                     sound.write((block if format == "wav" else block.clamp(-1, 1)).T.numpy())
@@ -447,6 +452,11 @@ def _damaged(name: str, seconds: float) -> AudioError:
     return AudioError(f"{name} is damaged or cut short after {seconds:.1f} s; get the file again.")
 
 
+def _check_length(n_samples: int, sample_rate: int, max_seconds: float | None, name: str) -> None:
+    if max_seconds is not None and n_samples > max_seconds * sample_rate:
+        raise AudioError(f"{name} is longer than {max_seconds:,g} s, the limit here; cut it into shorter parts.")
+
+
 class _SequentialSoundFile(soundfile.SoundFile):
     """Without the seek after each read, which is inexact in some MP3 files and fails in FLAC of unknown length."""
 
@@ -454,12 +464,15 @@ class _SequentialSoundFile(soundfile.SoundFile):
         return False
 
 
-def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack) -> _Source | None:
+def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_seconds: float | None) -> _Source | None:
     """None if libsndfile cannot read the file, or not all of it."""
     file = stack.enter_context(path.open("rb", buffering=0))  # unbuffered: libsndfile starts at the descriptor's offset
     _check_chunks(file, name)
     if not _check_ogg(file, name):
         return None
+    file.seek(_after_id3v2(file))
+    if file.read(3) == b"ID3":
+        return None  # so many tags that libsndfile, which nothing can interrupt, would be busy with them
     file.seek(0)
     streamed = file.read(8) in (b"RIFF\0\0\0\0", b"RIFF\xff\xff\xff\xff")
     file.seek(0)
@@ -473,10 +486,10 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack) -> _Sou
     limit = sound.frames
     if sound.format == "MP3" and sound.subtype != "MPEG_LAYER_II":
         # Not beyond the last frame: some padding there is an error to libsndfile.
-        limit = _check_mp3(path, name)
+        limit = _check_mp3(path, name, max_seconds)
         # Not Layer III after all (UTF-16 text passes for Layer I), or without a header that counts the samples, so that
-        # libsndfile guesses them from the bitrate and stops there. It leaves out the encoder's delay, 8190 at most.
-        if not 0 < limit <= sound.frames + 8190:
+        # libsndfile guesses them from the bitrate and stops there. It leaves out what the encoder adds.
+        if not 0 < limit <= sound.frames + _MP3_EXTRA_SAMPLES:
             return None
     layouts = _OGG_LAYOUTS if sound.format == "OGG" else _LAYOUTS
 
@@ -502,7 +515,10 @@ _DEMUXERS = (
 )
 
 
-def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
+_PATIENCE_SECONDS = 30.0  # for a word from ffprobe and for each next block from ffmpeg
+
+
+def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack, max_seconds: float | None) -> _Source:
     ffmpeg, ffprobe = shutil.which("ffmpeg"), shutil.which("ffprobe")
     if ffmpeg is None or ffprobe is None:
         raise AudioError(f"{name} is not audio that libsndfile reads; install ffmpeg for M4A, AAC, video and others.")
@@ -510,13 +526,19 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
     guarded_input = ["-v", "error", "-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS]
     guarded_input += ["-i", f"file:{path.absolute()}"]
     entries = "format=format_name,duration:format_tags:stream=sample_rate,channels,channel_layout,duration:stream_tags"
-    probe = subprocess.run(
-        [ffprobe, *guarded_input, "-select_streams", "a:0", "-show_entries", entries, "-of", "json"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
+    try:
+        probe = subprocess.run(
+            [ffprobe, *guarded_input, "-select_streams", "a:0", "-show_entries", entries, "-of", "json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_PATIENCE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise AudioError(
+            f"{name} is damaged: ffmpeg cannot tell what is in it within {e.timeout:g} s; get the file again."
+        ) from e
     if probe.returncode != 0:
         raise AudioError(f"{name} is not audio that libsndfile or ffmpeg can read; choose an audio file.")
     answer = json.loads(probe.stdout.decode(errors="replace"))
@@ -527,7 +549,7 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
     if sample_rate == 0 or channels == 0:
         raise AudioError(f"{name} is damaged: ffmpeg finds no sample rate or channels in it; get the file again.")
     if "mp3" in container:
-        _check_mp3(path, name)
+        _check_mp3(path, name, max_seconds)
     tags = {key.lower(): value for tags in (stream, answer["format"]) for key, value in tags.get("tags", {}).items()}
     seconds = float(stream.get("duration", 0)) if {"mov", "flac"} & set(container) else 0.0
     layout = _FFMPEG_LAYOUTS.get(stream.get("channel_layout", "")) or _layout(_LAYOUTS, channels, name)
@@ -540,12 +562,12 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                bufsize=0,
             )
         )
         stack.callback(process.kill)  # does nothing once it has ended; runs before the wait for its end
-        assert process.stdout is not None
         n_samples = 0
-        while data := process.stdout.read(_BLOCK_SAMPLES * channels * 4):
+        while data := _read_output(process, _BLOCK_SAMPLES * channels * 4):
             block = np.frombuffer(data[: len(data) // (channels * 4) * channels * 4], dtype="<f4")
             n_samples += len(block) // channels
             yield block.reshape(-1, channels).copy()
@@ -558,7 +580,32 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack) -> _Source:
     return _Source(sample_rate, layout, tags, expected_samples, blocks())
 
 
+def _read_output(process: subprocess.Popen[bytes], n_bytes: int) -> bytes:
+    """The next bytes that a program writes, fewer only at the end. One that falls silent is ended."""
+    pipe = process.stdout
+    assert pipe is not None
+    data = bytearray()
+    while len(data) < n_bytes:
+        if not select.select([pipe], [], [], _PATIENCE_SECONDS)[0]:
+            process.kill()
+        part = pipe.read(n_bytes - len(data))
+        if not part:
+            break
+        data += part
+    return bytes(data)
+
+
 # --- files that are cut short, where the decoders do not tell
+
+
+# A file made to keep these checks busy can hold millions of each; beyond these numbers the decoders alone judge it.
+_MAX_CHUNKS = 10_000
+_MAX_ID3V2_TAGS = 100
+_MAX_FALSE_HEADERS = 100_000
+_MAX_FALSE_PAGES = 1000
+
+_OGG_MARK = re.compile(b"OggS")
+_OGG_HEADER_BYTES = 27 + 255  # at most
 
 
 def _check_chunks(file: IO[bytes], name: str) -> None:
@@ -570,7 +617,10 @@ def _check_chunks(file: IO[bytes], name: str) -> None:
         return
     order = ">" if container in (b"RIFX", b"FORM") else "<"
     long_bytes = 0
-    while len(header := file.read(8)) == 8:
+    for _ in range(_MAX_CHUNKS):
+        header = file.read(8)
+        if len(header) < 8:
+            return
         kind, n_bytes = header[:4], struct.unpack(f"{order}I", header[4:])[0]
         start = file.tell()
         if kind == b"ds64" and len(sizes := file.read(16)) == 16:
@@ -603,7 +653,26 @@ def _check_ogg(file: IO[bytes], name: str) -> bool:
     segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
     if len(page) < 27 or len(page) < 27 + page[26] + sum(segments):
         raise _cut_short(name)
+    _check_ogg_pages(file, name)
     return page[14:18] == first[14:18]  # the stream's serial number
+
+
+def _check_ogg_pages(file: IO[bytes], name: str) -> None:
+    """Raise `AudioError` if the mark of a page often stands within other pages: libogg checks up to 64 KB at each."""
+    data, start, n_false, page_end = b"", 0, 0, 0
+    file.seek(0)
+    while block := file.read(2**20):
+        data += block
+        done = max(0, len(data) - _OGG_HEADER_BYTES)
+        for mark in _OGG_MARK.finditer(data, 0, done):
+            at = mark.start()
+            if start + at < page_end:
+                n_false += 1
+                if n_false > _MAX_FALSE_PAGES:
+                    raise AudioError(f"{name} is damaged: it is full of false Ogg pages; get the file again.")
+            else:
+                page_end = start + at + 27 + data[at + 26] + sum(data[at + 27 : at + 27 + data[at + 26]])
+        data, start = data[done:], start + done
 
 
 # Of a Layer III frame header: version (3 is MPEG-1, 2 is MPEG-2, 0 is MPEG-2.5) to rates and bitrates by their index.
@@ -612,6 +681,7 @@ _MP3_KBPS = (
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2 and 2.5
 )
+_MP3_EXTRA_SAMPLES = 8190  # per channel: the most that an encoder may add before and after the song
 _MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
 
 
@@ -623,17 +693,17 @@ class _Mp3Frame:
     xing_offset: int  # where the first frame may hold a Xing header
 
 
-def _check_mp3(path: Path, name: str) -> int:
+def _check_mp3(path: Path, name: str, max_seconds: float | None) -> int:
     """The samples per channel in the MPEG Layer III frames of a file, the encoder's delay included; 0 if it has none.
 
-    Raises `AudioError` if the last frame is cut short, or if there are fewer frames than a Xing header announces. Bytes
-    between, before and after the frames, such as tags, are passed over.
+    Raises `AudioError` if the last frame is cut short, if there are fewer frames than a Xing header announces, or if it
+    is longer than `max_seconds`. Bytes between, before and after the frames, such as tags, are passed over.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         position = _after_id3v2(file)
         first: _Mp3Frame | None = None
-        n_frames, announced, contiguous, cut = 0, 0, False, False
+        n_frames, n_false, announced, contiguous, cut = 0, 0, 0, False, False
         while position < size:
             frame = _mp3_frame(file, position)
             if frame is not None and first is not None and frame.sample_rate != first.sample_rate:
@@ -645,6 +715,9 @@ def _check_mp3(path: Path, name: str) -> int:
                     frame = None
             contiguous = frame is not None
             if frame is None:
+                n_false += 1
+                if n_false > _MAX_FALSE_HEADERS:
+                    return 0
                 position = _next_sync(file, position + 1, size)
                 continue
             position += frame.n_bytes
@@ -654,6 +727,7 @@ def _check_mp3(path: Path, name: str) -> int:
                 announced = _xing_frames(file, position - frame.n_bytes + frame.xing_offset)
                 n_frames -= announced > 0  # the frame with the header holds no audio and is not counted in it
             n_frames += not cut
+            _check_length(n_frames * frame.n_samples - _MP3_EXTRA_SAMPLES, frame.sample_rate, max_seconds, name)
     if first is None:
         return 0
     # Some encoders count the header's own frame too.
@@ -692,13 +766,14 @@ def _next_sync(file: IO[bytes], position: int, size: int) -> int:
 
 def _after_id3v2(file: IO[bytes]) -> int:
     position = 0
-    while True:
+    for _ in range(_MAX_ID3V2_TAGS):
         file.seek(position)
         header = file.read(10)
         if len(header) < 10 or header[:3] != b"ID3":
-            return position
+            break
         n_bytes = sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=True))
         position += 10 + n_bytes + (10 if header[5] & 16 else 0)  # the flag says that a footer follows
+    return position
 
 
 def _xing_frames(file: IO[bytes], position: int) -> int:

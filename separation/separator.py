@@ -219,6 +219,7 @@ class Separator:
         format: str = "wav",
         sample_rate: int = SAMPLE_RATE,
         mp3_bitrate: int = 320,
+        max_seconds: float | None = None,
         progress: Progress | None = None,
     ) -> StemFiles:
         """A song's file to one file a stem in `folder` (made if needed), named `<stem>.<format>`; returns their paths.
@@ -229,7 +230,7 @@ class Separator:
 
         Raises:
             InputError: a format, rate or bitrate that is not offered, or a folder where a stem would replace the song.
-            AudioError: the file cannot be read as audio.
+            AudioError: the file cannot be read as audio, or holds more than `max_seconds` of it.
             EstimateError: a model gave NaN or Inf.
             OutputError: the stems cannot be written.
         """
@@ -241,7 +242,9 @@ class Separator:
         parts = {stem: f"{stem}.{format}" for stem in self.stems}
         with OutputFolder(Path(folder)) as output, ExitStack() as stack:
             output.check_targets(list(parts.values()), path)
-            mixture = stack.enter_context(decode(path, output.work, progress=_decoding(progress)))
+            mixture = stack.enter_context(
+                decode(path, output.work, max_seconds=max_seconds, progress=_decoding(progress))
+            )
             stems = {stem: stack.enter_context(Waveform(output.work)) for stem in self.recipe.stems}
             song = Mixture(mixture.read, mixture.n_samples, mixture.peak, mixture.mean, mixture.std)
             for stem, block in self._estimates(song, _part(progress, DECODED, ESTIMATED)):
