@@ -10,18 +10,16 @@ import io
 import json
 import math
 import os
-import re
 import secrets
 import select
 import shutil
 import stat
-import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import numpy as np
 import soundfile
@@ -31,6 +29,7 @@ from torch import Tensor
 from torchaudio.transforms import Resample
 
 from separation.errors import AudioError, InputError, OutputError
+from separation.integrity import MP3_EXTRA_SAMPLES, after_id3v2, check_chunks, check_length, check_mp3, check_ogg
 
 SAMPLE_RATE = 44100  # hertz, of the models and of a Waveform after decode
 FORMATS = ("wav", "mp3", "flac")
@@ -157,7 +156,7 @@ def decode(
             native = on_error.enter_context(Waveform(folder, sample_rate=source.sample_rate))
             native.tags = source.tags
             for block in source.blocks:
-                _check_length(native.n_samples + len(block), source.sample_rate, max_seconds, name)
+                check_length(native.n_samples + len(block), source.sample_rate, max_seconds, name)
                 finite = np.isfinite(block)
                 if not finite.all():
                     seconds = (native.n_samples + int(finite.all(axis=1).argmin())) / source.sample_rate
@@ -444,17 +443,8 @@ def _layout(layouts: dict[int, str], channels: int, name: str) -> str:
     return layouts[channels]
 
 
-def _cut_short(name: str) -> AudioError:
-    return AudioError(f"{name} is cut short: it ends before the audio that it announces; get the whole file again.")
-
-
 def _damaged(name: str, seconds: float) -> AudioError:
     return AudioError(f"{name} is damaged or cut short after {seconds:.1f} s; get the file again.")
-
-
-def _check_length(n_samples: int, sample_rate: int, max_seconds: float | None, name: str) -> None:
-    if max_seconds is not None and n_samples > max_seconds * sample_rate:
-        raise AudioError(f"{name} is longer than {max_seconds:,g} s, the limit here; cut it into shorter parts.")
 
 
 class _SequentialSoundFile(soundfile.SoundFile):
@@ -467,10 +457,10 @@ class _SequentialSoundFile(soundfile.SoundFile):
 def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_seconds: float | None) -> _Source | None:
     """None if libsndfile cannot read the file, or not all of it."""
     file = stack.enter_context(path.open("rb", buffering=0))  # unbuffered: libsndfile starts at the descriptor's offset
-    _check_chunks(file, name)
-    if not _check_ogg(file, name):
+    check_chunks(file, name)
+    if not check_ogg(file, name):
         return None
-    file.seek(_after_id3v2(file))
+    file.seek(after_id3v2(file))
     if file.read(3) == b"ID3":
         return None  # so many tags that libsndfile, which nothing can interrupt, would be busy with them
     file.seek(0)
@@ -486,10 +476,10 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_sec
     limit = sound.frames
     if sound.format == "MP3" and sound.subtype != "MPEG_LAYER_II":
         # Not beyond the last frame: some padding there is an error to libsndfile.
-        limit = _check_mp3(path, name, max_seconds)
+        limit = check_mp3(path, name, max_seconds)
         # Not Layer III after all (UTF-16 text passes for Layer I), or without a header that counts the samples, so that
         # libsndfile guesses them from the bitrate and stops there. It leaves out what the encoder adds.
-        if not 0 < limit <= sound.frames + _MP3_EXTRA_SAMPLES:
+        if not 0 < limit <= sound.frames + MP3_EXTRA_SAMPLES:
             return None
     layouts = _OGG_LAYOUTS if sound.format == "OGG" else _LAYOUTS
 
@@ -549,7 +539,7 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack, max_seconds
     if sample_rate == 0 or channels == 0:
         raise AudioError(f"{name} is damaged: ffmpeg finds no sample rate or channels in it; get the file again.")
     if "mp3" in container:
-        _check_mp3(path, name, max_seconds)
+        check_mp3(path, name, max_seconds)
     tags = {key.lower(): value for tags in (stream, answer["format"]) for key, value in tags.get("tags", {}).items()}
     seconds = float(stream.get("duration", 0)) if {"mov", "flac"} & set(container) else 0.0
     layout = _FFMPEG_LAYOUTS.get(stream.get("channel_layout", "")) or _layout(_LAYOUTS, channels, name)
@@ -593,193 +583,3 @@ def _read_output(process: subprocess.Popen[bytes], n_bytes: int) -> bytes:
             break
         data += part
     return bytes(data)
-
-
-# --- files that are cut short, where the decoders do not tell
-
-
-# A file made to keep these checks busy can hold millions of each; beyond these numbers the decoders alone judge it.
-_MAX_CHUNKS = 10_000
-_MAX_ID3V2_TAGS = 100
-_MAX_FALSE_HEADERS = 100_000
-_MAX_FALSE_PAGES = 1000
-
-_OGG_MARK = re.compile(b"OggS")
-_OGG_HEADER_BYTES = 27 + 255  # at most
-
-
-def _check_chunks(file: IO[bytes], name: str) -> None:
-    """Raise `AudioError` if a WAV, RF64 or AIFF file ends within its audio chunk."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    container = file.read(12)[:4]
-    if container not in (b"RIFF", b"RF64", b"RIFX", b"FORM"):
-        return
-    order = ">" if container in (b"RIFX", b"FORM") else "<"
-    long_bytes = 0
-    for _ in range(_MAX_CHUNKS):
-        header = file.read(8)
-        if len(header) < 8:
-            return
-        kind, n_bytes = header[:4], struct.unpack(f"{order}I", header[4:])[0]
-        start = file.tell()
-        if kind == b"ds64" and len(sizes := file.read(16)) == 16:
-            long_bytes = struct.unpack("<Q", sizes[8:])[0]
-        if kind in (b"data", b"SSND"):
-            if container == b"RF64" and n_bytes == 2**32 - 1:
-                n_bytes = long_bytes
-            elif n_bytes >= 2**31 - 2**12:
-                n_bytes = 0  # programs that stream do not know their size and write the largest
-            if start + n_bytes > size:
-                raise _cut_short(name)
-            return
-        file.seek(start + n_bytes + n_bytes % 2)
-
-
-def _check_ogg(file: IO[bytes], name: str) -> bool:
-    """Raise `AudioError` if an Ogg file ends within a page (RFC 3533, section 6).
-
-    False if its first and last page are of different streams: with songs one after the other, as radio stations send
-    them, libsndfile would read the first and say nothing.
-    """
-    file.seek(0)
-    first = file.read(18)
-    if first[:4] != b"OggS":
-        return True
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 2**17))  # a page has 65307 bytes at most
-    end = file.read()
-    page = end[end.rfind(b"OggS\0") :]
-    segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
-    if len(page) < 27 or len(page) < 27 + page[26] + sum(segments):
-        raise _cut_short(name)
-    _check_ogg_pages(file, name)
-    return page[14:18] == first[14:18]  # the stream's serial number
-
-
-def _check_ogg_pages(file: IO[bytes], name: str) -> None:
-    """Raise `AudioError` if the mark of a page often stands within other pages: libogg checks up to 64 KB at each."""
-    data, start, n_false, page_end = b"", 0, 0, 0
-    file.seek(0)
-    while block := file.read(2**20):
-        data += block
-        done = max(0, len(data) - _OGG_HEADER_BYTES)
-        for mark in _OGG_MARK.finditer(data, 0, done):
-            at = mark.start()
-            if start + at < page_end:
-                n_false += 1
-                if n_false > _MAX_FALSE_PAGES:
-                    raise AudioError(f"{name} is damaged: it is full of false Ogg pages; get the file again.")
-            else:
-                page_end = start + at + 27 + data[at + 26] + sum(data[at + 27 : at + 27 + data[at + 26]])
-        data, start = data[done:], start + done
-
-
-# Of a Layer III frame header: version (3 is MPEG-1, 2 is MPEG-2, 0 is MPEG-2.5) to rates and bitrates by their index.
-_MP3_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-_MP3_KBPS = (
-    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
-    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2 and 2.5
-)
-_MP3_EXTRA_SAMPLES = 8190  # per channel: the most that an encoder may add before and after the song
-_MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
-
-
-@dataclass(frozen=True)
-class _Mp3Frame:
-    sample_rate: int
-    n_bytes: int
-    n_samples: int
-    xing_offset: int  # where the first frame may hold a Xing header
-
-
-def _check_mp3(path: Path, name: str, max_seconds: float | None) -> int:
-    """The samples per channel in the MPEG Layer III frames of a file, the encoder's delay included; 0 if it has none.
-
-    Raises `AudioError` if the last frame is cut short, if there are fewer frames than a Xing header announces, or if it
-    is longer than `max_seconds`. Bytes between, before and after the frames, such as tags, are passed over.
-    """
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        position = _after_id3v2(file)
-        first: _Mp3Frame | None = None
-        n_frames, n_false, announced, contiguous, cut = 0, 0, 0, False, False
-        while position < size:
-            frame = _mp3_frame(file, position)
-            if frame is not None and first is not None and frame.sample_rate != first.sample_rate:
-                frame = None
-            if frame is not None and not contiguous and position + frame.n_bytes != size:
-                # Two bytes that look like a header are common in other data; two such in step are not.
-                following = _mp3_frame(file, position + frame.n_bytes)
-                if following is None or following.sample_rate != frame.sample_rate:
-                    frame = None
-            contiguous = frame is not None
-            if frame is None:
-                n_false += 1
-                if n_false > _MAX_FALSE_HEADERS:
-                    return 0
-                position = _next_sync(file, position + 1, size)
-                continue
-            position += frame.n_bytes
-            cut = position > size
-            if first is None:
-                first = frame
-                announced = _xing_frames(file, position - frame.n_bytes + frame.xing_offset)
-                n_frames -= announced > 0  # the frame with the header holds no audio and is not counted in it
-            n_frames += not cut
-            _check_length(n_frames * frame.n_samples - _MP3_EXTRA_SAMPLES, frame.sample_rate, max_seconds, name)
-    if first is None:
-        return 0
-    # Some encoders count the header's own frame too.
-    if (cut and n_frames < announced) or n_frames < announced - 1 or (cut and announced == 0):
-        raise _cut_short(name)
-    return n_frames * first.n_samples
-
-
-def _mp3_frame(file: IO[bytes], position: int) -> _Mp3Frame | None:
-    """The Layer III frame whose header stands at a position; None if there is none, or one without a bitrate."""
-    file.seek(position)
-    header = file.read(4)
-    if len(header) < 4 or not _MP3_SYNC.match(header):
-        return None
-    version, bitrate_index, rate_index = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
-    if bitrate_index in (0, 15) or rate_index == 3:
-        return None
-    mpeg1, mono = version == 3, header[3] >> 6 == 3
-    sample_rate, kbps = _MP3_HZ[version][rate_index], _MP3_KBPS[0 if mpeg1 else 1][bitrate_index]
-    n_samples = 1152 if mpeg1 else 576
-    n_bytes = n_samples // 8 * kbps * 1000 // sample_rate + (header[2] >> 1 & 1)
-    side_bytes = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
-    return _Mp3Frame(sample_rate, n_bytes, n_samples, 4 + side_bytes)
-
-
-def _next_sync(file: IO[bytes], position: int, size: int) -> int:
-    """The first position from `position` on where a Layer III header may stand, or `size`."""
-    while position < size:
-        file.seek(position)
-        data = file.read(2**16)
-        if found := _MP3_SYNC.search(data):
-            return position + found.start()
-        position += max(1, len(data) - 1)  # the last byte may be the first of a header
-    return size
-
-
-def _after_id3v2(file: IO[bytes]) -> int:
-    position = 0
-    for _ in range(_MAX_ID3V2_TAGS):
-        file.seek(position)
-        header = file.read(10)
-        if len(header) < 10 or header[:3] != b"ID3":
-            break
-        n_bytes = sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=True))
-        position += 10 + n_bytes + (10 if header[5] & 16 else 0)  # the flag says that a footer follows
-    return position
-
-
-def _xing_frames(file: IO[bytes], position: int) -> int:
-    """The frames that a Xing header announces; 0 if there is no header or it does not say."""
-    file.seek(position)
-    header = file.read(12)
-    if len(header) < 12 or header[:4] not in (b"Xing", b"Info") or not header[7] & 1:
-        return 0
-    return int.from_bytes(header[8:], "big")

@@ -14,6 +14,7 @@ FLOORS = {
     "separation": 4,
     "separation.separator": 3,
     "separation.output": 2.5,
+    "separation.integrity": 1,
     "separation.metrics": 2,
     "separation.picture": 3,
     "separation.chunking": 2,
