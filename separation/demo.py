@@ -10,7 +10,7 @@ from separation.audio import SAMPLE_RATE, decode
 from separation.checkpoints import PROJECT
 from separation.metrics import level_dbfs, sdr
 from separation.picture import Row, draw
-from separation.separator import ModelPool, Progress, Separator
+from separation.separator import ModelPool, Progress, Separator, part_of
 
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 TRUE_STEMS = PROJECT / "weights" / "demo" / "stems"
@@ -29,9 +29,9 @@ def run_demo(folder: Path, *, device: str = "auto", precision: str = "auto", pro
     separating, duration = 0.0, 0.0
     for index, choice in enumerate(CHOICES):
         separator = Separator("demo", choice, pool=pool)
-        begun = time.monotonic()
-        files = separator.separate_file(SONG, folder / choice, progress=_part(progress, index, len(CHOICES)))
-        separating += time.monotonic() - begun
+        share = part_of(progress, index / len(CHOICES), (index + 1) / len(CHOICES))
+        files = separator.separate_file(SONG, folder / choice, progress=share)
+        separating += files.elapsed_seconds
         duration += files.duration_seconds
         for stem, path in files.items():
             estimate, reference = _read(path), _true_stem(stem)
@@ -50,10 +50,6 @@ def run_demo(folder: Path, *, device: str = "auto", precision: str = "auto", pro
         f"({total:.1f} s with loading and drawing; {pool.choice.reason})",
     ]
     return "\n".join(lines)
-
-
-def _part(progress: Progress | None, index: int, count: int) -> Progress | None:
-    return (lambda share, stage: progress((index + share) / count, stage)) if progress else None
 
 
 def _read(path: Path) -> torch.Tensor:

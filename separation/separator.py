@@ -247,7 +247,7 @@ class Separator:
             )
             stems = {stem: stack.enter_context(Waveform(output.work)) for stem in self.recipe.stems}
             song = Mixture(mixture.read, mixture.n_samples, mixture.peak, mixture.mean, mixture.std)
-            for stem, block in self._estimates(song, _part(progress, DECODED, ESTIMATED)):
+            for stem, block in self._estimates(song, part_of(progress, DECODED, ESTIMATED)):
                 stems[stem].append(block)
             if self.recipe.residual:
                 _write_residual(mixture, stems, self.recipe.residual)
@@ -333,7 +333,7 @@ def _mono_on_stereo(model: SeparationModel) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-def _part(progress: Progress | None, start: float, stop: float) -> Progress | None:
+def part_of(progress: Progress | None, start: float, stop: float) -> Progress | None:
     """The progress of a part of the job, which begins and ends at these shares of the whole."""
     return (lambda share, stage: progress(start + (stop - start) * share, stage)) if progress else None
 

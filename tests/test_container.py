@@ -411,16 +411,22 @@ class EvenModel(SeparationModel):
         return torch.stack([chunks / len(self.stems)] * len(self.stems), dim=1)
 
 
-def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own_once(
-    audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded: list[EvenModel] = []
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
+    """The models that the engine loads from here on, in order; each is an EvenModel of that name."""
+    models: list[EvenModel] = []
 
     def load_model(name: str, *, stems: tuple[str, ...], **_: Any) -> EvenModel:
-        loaded.append(EvenModel(name, stems))
-        return loaded[-1]
+        models.append(EvenModel(name, stems))
+        return models[-1]
 
     monkeypatch.setattr(separator, "load_model", load_model)
+    return models
+
+
+def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own_once(
+    audio: Path, temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
     predictor = predict.Predictor()
     predictor.setup()
@@ -434,15 +440,8 @@ def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own
 
 
 def test_a_prediction_may_choose_another_recipe_for_itself_alone(
-    audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+    audio: Path, temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[EvenModel] = []
-
-    def load_model(name: str, *, stems: tuple[str, ...], **_: Any) -> EvenModel:
-        loaded.append(EvenModel(name, stems))
-        return loaded[-1]
-
-    monkeypatch.setattr(separator, "load_model", load_model)
     monkeypatch.setenv("SEPARATION_RECIPE", "demo")
     predictor = predict.Predictor()
     predictor.setup()
@@ -453,15 +452,8 @@ def test_a_prediction_may_choose_another_recipe_for_itself_alone(
 
 
 def test_two_stems_run_no_model_that_they_do_not_need(
-    audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+    audio: Path, temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[EvenModel] = []
-
-    def load_model(name: str, *, stems: tuple[str, ...], **_: Any) -> EvenModel:
-        loaded.append(EvenModel(name, stems))
-        return loaded[-1]
-
-    monkeypatch.setattr(separator, "load_model", load_model)
     monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
     predictor = predict.Predictor()
     predictor.setup()

@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from separation.metrics import sdr
 from separation.models.attention import BACKENDS
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 
@@ -119,8 +120,7 @@ def score(model: nn.Module, songs: list[np.ndarray]) -> np.ndarray:
     for song in songs:
         references = torch.from_numpy(np.asarray(song, dtype=np.float32) / 32767)
         estimates = model(references.sum(0, keepdim=True))[0]
-        noise = (references - estimates).square().sum((1, 2))
-        scores.append((10 * torch.log10(references.square().sum((1, 2)) / noise)).numpy())
+        scores.append([sdr(reference, estimate) for reference, estimate in zip(references, estimates, strict=True)])
     return np.median(scores, axis=0)
 
 
