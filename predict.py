@@ -7,14 +7,26 @@ Python, `predict` needs all its arguments: the defaults are Cog's.
 import os
 import secrets
 import shutil
+import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import List  # noqa: UP035  # Cog's static reader knows this spelling
 
 import torch
 from cog import BasePredictor, Input, Path
+from cog.types import URLPath
 
 from separation import ModelPool, Separator
+from separation.checkpoints import is_here
 from separation.device import peak_memory_bytes
+from separation.errors import AudioError, EstimateError, InputError, RecipeError, SeparationError
+from separation.recipes import load_recipe
+
+DOWNLOAD_SECONDS = 600.0  # for all of it; a web server may be silent for 10 seconds at most, by Cog's choice
+BLOCK_BYTES = 1 << 16
 
 
 class Predictor(BasePredictor):
@@ -23,6 +35,10 @@ class Predictor(BasePredictor):
         self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"
         # Three hours: up to there each stem is a plain WAV of less than 4 GB at either rate.
         self.max_seconds = float(os.environ.get("SEPARATION_MAX_SECONDS") or 3 * 60 * 60)
+        self.max_mib = float(os.environ.get("SEPARATION_MAX_MIB") or 4096)
+        # Cog calls this to download a URL before `predict`: without a limit, out of a cancel's reach, and with a part
+        # of the file left behind if it fails. So it passes the URL on unread, and `_received` reads it.
+        URLPath.convert = lambda self: self
         self.folder = _new_folder()
         self.pool = ModelPool()
         print(self.pool.choice.reason)
@@ -60,23 +76,27 @@ class Predictor(BasePredictor):
         # of one song can ever be taken for another's. A run that fails or is cancelled removes its folder itself.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder = _new_folder()
-        separator = Separator(
-            self.recipe if recipe == "default" else recipe,
-            stems,
-            two_stems=None if two_stems == "none" else two_stems,
-            chunk_seconds=int(chunk_size),
-            overlap_seconds=int(overlap),
-            pool=self.pool,
-        )
-        files = separator.separate_file(
-            audio,
-            self.folder,
-            format=output_format,
-            sample_rate=int(sample_rate),
-            mp3_bitrate=int(mp3_bitrate),
-            max_seconds=self.max_seconds,
-            progress=_ProgressLog(),
-        )
+        with _errors_without_paths(), tempfile.TemporaryDirectory(prefix="song-", ignore_cleanup_errors=True) as folder:
+            if recipe not in ("default", self.recipe):
+                self._check_recipe(recipe, stems if two_stems == "none" else "all_4")
+            separator = Separator(
+                self.recipe if recipe == "default" else recipe,
+                stems,
+                two_stems=None if two_stems == "none" else two_stems,
+                chunk_seconds=int(chunk_size),
+                overlap_seconds=int(overlap),
+                pool=self.pool,
+            )
+            song = _received(audio, folder, self.max_mib)
+            files = separator.separate_file(
+                song,
+                self.folder,
+                format=output_format,
+                sample_rate=int(sample_rate),
+                mp3_bitrate=int(mp3_bitrate),
+                max_seconds=self.max_seconds,
+                progress=_ProgressLog(),
+            )
         device = self.pool.choice.device
         self.record_metric("audio_seconds", round(files.duration_seconds, 3))
         self.record_metric("times_realtime", round(files.times_realtime, 3))
@@ -85,10 +105,75 @@ class Predictor(BasePredictor):
         self.record_metric("peak_memory_mib", round(peak_memory_bytes(device) / 2**20, 1))
         return [Path(path) for path in files.values()]
 
+    def _check_recipe(self, recipe: str, choice: str) -> None:
+        """Raise RecipeError if the weights are not here: only the server's own recipe may download any."""
+        if not all(is_here(model, stems) for model, stems in load_recipe(recipe, choice).models.items()):
+            raise RecipeError(
+                f"recipe {recipe!r} is not on this server, which runs {self.recipe!r}: leave recipe at 'default'"
+            )
+
 
 def _new_folder() -> str:
     """A path that nothing has yet."""
     return os.path.join(tempfile.gettempdir(), f"stems-{secrets.token_hex(8)}")
+
+
+def _received(audio: object, folder: str, max_mib: float) -> Path:
+    """The song's file: what Cog would have downloaded, written into `folder` under its own name, or the path given.
+
+    Raises InputError for anything else, such as the name of a file here, which Cog passes on as a str, and for what
+    cannot be downloaded; AudioError for a file of more than `max_mib` MiB.
+    """
+    if not isinstance(audio, os.PathLike):
+        raise InputError(
+            f"audio is {audio!r:.100}: give a URL that begins with http:// or https:// in small letters, or a file"
+        )
+    if not isinstance(audio, URLPath):
+        return Path(audio)
+    name = audio.filename.strip(".") or "song"  # without a slash, as Cog makes it; stripped, it is not `..` either
+    song = Path(folder, name)
+    n_bytes, deadline = 0, time.monotonic() + DOWNLOAD_SECONDS
+    with song.open("wb") as file:
+        while block := _read(audio, name):
+            n_bytes += len(block)
+            if n_bytes > max_mib * 2**20:
+                raise AudioError(f"{name!r} has more than {max_mib:,g} MiB, the limit here: send a smaller file")
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{name!r} could not be downloaded within {DOWNLOAD_SECONDS:g} s: put it on a faster web server"
+                )
+            file.write(block)
+    return song
+
+
+def _read(audio: URLPath, name: str) -> bytes:
+    try:
+        return audio.fileobj.read1(BLOCK_BYTES)
+    except Exception as e:  # of requests, urllib3 or the socket; the first read is what sends the request
+        _tell_operator()
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        reason = f"the web server answers {status}" if status else type(e).__name__
+        raise InputError(f"{name!r} could not be downloaded ({reason}): check the URL") from e
+
+
+@contextmanager
+def _errors_without_paths() -> Iterator[None]:
+    """What is not about the caller's own song and choices may name files here: that is for the operator alone."""
+    try:
+        yield
+    except (InputError, EstimateError):
+        raise
+    except Exception as e:
+        _tell_operator()
+        cause = e if isinstance(e, OSError) else e.__cause__
+        reason = (isinstance(cause, OSError) and cause.strerror) or type(e).__name__
+        kind = type(e) if isinstance(e, SeparationError) else SeparationError
+        raise kind(f"the server failed ({reason}): try again, or tell its operator, whose log says more") from e
+
+
+def _tell_operator() -> None:
+    """Print the traceback to the server's own log. What is printed to `sys.stderr` goes to the prediction's."""
+    print(traceback.format_exc(), file=sys.__stderr__, flush=True)
 
 
 class _ProgressLog:

@@ -182,8 +182,7 @@ def _report(song: Path, files: StemFiles, *, as_json: bool) -> None:
 def _list(options: argparse.Namespace) -> int:
     for name in checkpoints.available():
         config = checkpoints.read_config(name)
-        here = all(checkpoints.local_path(file).exists() for file in config.files)
-        print(f"{name:28} {'here' if here else '-':5} {', '.join(config.stems)}")
+        print(f"{name:28} {'here' if checkpoints.is_here(name) else '-':5} {', '.join(config.stems)}")
     return 0
 
 

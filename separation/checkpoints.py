@@ -208,6 +208,11 @@ def local_path(file: WeightFile) -> Path:
     return PROJECT / "weights" / file.name if ships_with_project else path
 
 
+def is_here(name: str, stems: Sequence[str] | None = None) -> bool:
+    """Whether nothing of a checkpoint, or of its specialists for `stems`, is left to download."""
+    return all(local_path(file).exists() for file in _files_for(read_config(name), stems))
+
+
 def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
     """The verified file's path: found in the weights folder, else downloaded with a progress bar on stderr.
 

@@ -60,7 +60,7 @@ def names() -> list[str]:
     Raises RecipeError where configs/ is not beside the package: it runs from a checkout.
     """
     if not FOLDER.is_dir():
-        raise RecipeError(f"there is no {FOLDER}: install with `pip install -e .` from a checkout")
+        raise RecipeError("configs/recipes is not beside the package: install with `pip install -e .` from a checkout")
     return sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir())
 
 
