@@ -447,6 +447,9 @@ def _damaged(name: str, seconds: float) -> AudioError:
     return AudioError(f"{name} is damaged or cut short after {seconds:.1f} s; get the file again.")
 
 
+_UNKNOWN_SAMPLES = 2**62  # or more is how libsndfile says that a file does not tell its length
+
+
 class _SequentialSoundFile(soundfile.SoundFile):
     """Without the seek after each read, which is inexact in some MP3 files and fails in FLAC of unknown length."""
 
@@ -484,6 +487,8 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_sec
     layouts = _OGG_LAYOUTS if sound.format == "OGG" else _LAYOUTS
 
     def blocks() -> Iterator[NDArray[np.float32]]:
+        if sound.format != "MP3" and limit < _UNKNOWN_SAMPLES:  # the disk need not fill up for what is too long
+            check_length(limit, sound.samplerate, max_seconds, name)
         n_samples = 0
         try:
             while len(block := sound.read(min(_BLOCK_SAMPLES, limit - n_samples), dtype="float32", always_2d=True)):
@@ -491,7 +496,7 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_sec
                 yield block
         except soundfile.LibsndfileError as e:
             raise _damaged(name, n_samples / sound.samplerate) from e
-        if sound.format == "FLAC" and n_samples < sound.frames < 2**62:  # that is how libsndfile says unknown
+        if sound.format == "FLAC" and n_samples < sound.frames < _UNKNOWN_SAMPLES:
             raise _damaged(name, n_samples / sound.samplerate)
 
     tags = {tag: value for tag in _TAGS if (value := getattr(sound, tag))}

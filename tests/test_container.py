@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import soundfile
 import torch
 import yaml
 from cog import CancelationException
+from cog.types import URLPath
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -266,10 +267,10 @@ def audio(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("stems, format, rate", [("vocals_instrumental", "wav", 44100), ("all_4", "flac", 48000.0)])
-def test_a_str_and_floats_for_ints_are_taken(
+def test_floats_for_ints_are_taken(
     predictor: predict.Predictor, audio: Path, stems: str, format: str, rate: float
 ) -> None:
-    files = predictor.predict(str(audio), stems, format, 8.0, 1.0, rate, 192.0, "none", "default")
+    files = predictor.predict(audio, stems, format, 8.0, 1.0, rate, 192.0, "none", "default")
     assert [file.name for file in files] == [f"{stem}.{format}" for stem in STEMS[stems]]
     assert {soundfile.info(file).frames for file in files} == {int(rate)}
 
@@ -396,6 +397,63 @@ def test_the_log_is_progress_that_npm_replicate_reads_and_names_no_path(
     assert all(int(match[1]) == 100 * int(match[2]) // int(match[3]) for match in matches)
 
 
+@pytest.mark.parametrize(
+    "audio", ["/etc/passwd", str(SONG), "file:///etc/passwd", b"/etc/passwd", 3, None, "x" * 10**6]
+)
+def test_what_is_not_a_path_is_refused_in_a_sentence_that_names_it(
+    predictor: predict.Predictor, temporary: Path, audio: object
+) -> None:
+    with pytest.raises(InputError, match=r"^audio is .*: give a URL .*or a file$") as caught:
+        predictor.predict(audio, **QUICK)  # type: ignore[arg-type]
+    assert repr(audio)[:100] in str(caught.value) and len(str(caught.value)) < 200
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.fixture
+def upload(predictor: predict.Predictor) -> Callable[[bytes], URLPath]:
+    """What Cog hands over for a file sent as a data URI."""
+    return lambda content: URLPath(source="data:", filename="song.wav", fileobj=io.BytesIO(content))
+
+
+def test_an_upload_is_read_once_under_its_name_and_does_not_stay(
+    predictor: predict.Predictor, temporary: Path, upload: Callable[[bytes], URLPath]
+) -> None:
+    audio = upload(song(1))
+    assert audio.convert() is audio  # Cog's part: it is left unread
+    files = predictor.predict(audio, **QUICK)
+    assert np.abs(read(files[0]) + read(files[1]) - read(song(1))).max() <= 1e-6
+    assert list(temporary.iterdir()) == [files[0].parent]
+
+
+def test_an_upload_over_the_limit_in_mebibytes_is_refused_and_one_of_just_so_much_is_taken(
+    temporary: Path, upload: Callable[[bytes], URLPath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEPARATION_RECIPE", "demo")
+    monkeypatch.setenv("SEPARATION_MAX_MIB", "0.5")
+    predictor = predict.Predictor()
+    predictor.setup()
+    content = song(1).ljust(2**19, b"\0")
+    assert len(predictor.predict(upload(content), **QUICK)) == 2
+    with pytest.raises(AudioError, match=r"^'song\.wav' has more than 0\.5 MiB, the limit here: send a smaller file$"):
+        predictor.predict(upload(content + b"\0"), **QUICK)
+    assert list(temporary.glob("song-*")) == []
+
+
+def test_a_download_that_takes_too_long_is_given_up(
+    predictor: predict.Predictor, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dripping(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            time.sleep(0.05)
+            return b"x"
+
+    monkeypatch.setattr(predict, "DOWNLOAD_SECONDS", 0.2)
+    audio = URLPath(source="http://", filename="song.wav", fileobj=Dripping())
+    with pytest.raises(InputError, match=r"'song\.wav' could not be downloaded within 0\.2 s: put it on a faster"):
+        predictor.predict(audio, **QUICK)
+    assert list(temporary.glob("song-*")) == []
+
+
 class EvenModel(SeparationModel):
     """Gives each of its stems an equal share of the mixture."""
 
@@ -438,15 +496,41 @@ def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own
 
 
 def test_a_prediction_may_choose_another_recipe_for_itself_alone(
-    audio: Path, temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch
+    audio: Path, temporary: Path, loaded: list[EvenModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEPARATION_RECIPE", "demo")
+    monkeypatch.setenv("SEPARATION_WEIGHTS", str(tmp_path))
+    (tmp_path / read_config("bs_roformer_viperx_1297").files[0].name).touch()
     predictor = predict.Predictor()
     predictor.setup()
     for recipe in ("standard", "default", "demo"):
         predictor.predict(audio, **QUICK | {"recipe": recipe})
     assert [model.name for model in loaded] == ["demo", "bs_roformer_viperx_1297"]
     assert [model.runs for model in loaded] == [3, 1]
+
+
+@pytest.mark.parametrize("changes", [{"stems": "all_4"}, {"two_stems": "drums"}, {"stems": "all_6"}])
+def test_a_recipe_of_which_weights_are_missing_is_refused_unless_it_is_the_servers_own(
+    audio: Path,
+    temporary: Path,
+    loaded: list[EvenModel],
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SEPARATION_RECIPE", "demo")
+    monkeypatch.setenv("SEPARATION_WEIGHTS", str(tmp_path))
+    (tmp_path / read_config("bs_roformer_viperx_1297").files[0].name).touch()
+    predictor = predict.Predictor()
+    predictor.setup()
+    sentence = "^recipe 'standard' is not on this server, which runs 'demo': leave recipe at 'default'$"
+    with pytest.raises(RecipeError, match=sentence):
+        predictor.predict(audio, **QUICK | changes | {"recipe": "standard"})
+    assert [model.name for model in loaded] == ["demo"]
+    monkeypatch.setenv("SEPARATION_RECIPE", "standard")
+    predictor.setup()
+    predictor.predict(audio, **QUICK | changes | {"recipe": "standard"})
+    assert len(loaded) > 2
 
 
 def test_two_stems_run_no_model_that_they_do_not_need(

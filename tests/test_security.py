@@ -11,7 +11,6 @@ import pickle
 import random
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -99,11 +98,12 @@ def assert_stopped(path: Path, folder: Path, appended: list[int]) -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_small_flac_that_decodes_to_hours_is_stopped_at_the_limit(
+def test_a_small_flac_that_decodes_to_hours_is_refused_before_anything_is_written(
     flac_bomb: Path, tmp_path: Path, appended: list[int]
 ) -> None:
     assert flac_bomb.stat().st_size < 1e6
     assert_stopped(flac_bomb, tmp_path, appended)
+    assert appended == []
 
 
 def test_a_flac_that_hides_its_length_is_stopped_at_the_limit(
@@ -682,116 +682,3 @@ def test_other_archives_under_the_name_of_a_checkpoint_are_refused(kind: str, tm
     with pytest.raises(CheckpointError, match=r"is refused: loading it would run code|is damaged, incomplete or no"):
         load_model(CONFIG, checkpoint=path)
     assert not (tmp_path / "ran").exists()
-
-
-# What Cog's server hands over
-
-
-ECHO = """
-from cog import BasePredictor, Path
-
-class Predictor(BasePredictor):
-    def predict(self, audio: Path) -> str:
-        return f"{type(audio).__name__} {audio.read_bytes() if isinstance(audio, Path) else audio}"
-"""
-
-
-@pytest.fixture(scope="module")
-def echo_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of Cog's server with a predictor that answers what it was given."""
-    folder = tmp_path_factory.mktemp("echo")
-    (folder / "predict.py").write_text(ECHO)
-    (folder / "cog.yaml").write_text("predict: predict.py:Predictor\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PORT": str(port), "TMPDIR": str(folder)}
-    environment["COG_PREDICT_TYPE_STUB"] = "predict.py:Predictor"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(ConnectionError):
-                if ask(port, "GET", "/health-check", None)["status"] == "READY":
-                    break
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(10)
-        with contextlib.suppress(ProcessLookupError):  # its worker, should that not have ended with it
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def ask(port: int, method: str, path: str, body: Any) -> dict[str, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    with contextlib.closing(connection):
-        connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-        return answer | {"status": "busy"} if response.status == 409 else answer
-
-
-def given(port: int, audio: str) -> dict[str, Any]:
-    while True:
-        answer = ask(port, "POST", "/predictions", {"input": {"audio": audio}})
-        if answer["status"] != "busy":
-            return answer
-        time.sleep(0.05)
-
-
-class Files(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        location = {"/to-file": "file:///etc/passwd", "/to-ftp": "ftp://127.0.0.1/x"}.get(self.path)
-        self.send_response(302 if location else 200)
-        if location:
-            self.send_header("Location", location)
-        self.send_header("Content-Length", "5")
-        self.end_headers()
-        self.wfile.write(b"hello")
-
-    def log_message(self, *_: object) -> None:
-        """Keep quiet."""
-
-
-@pytest.fixture(scope="module")
-def files() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("name", ["song.wav", "song", "..%2F..%2Fsong.wav"])
-def test_a_url_arrives_as_the_path_of_a_downloaded_file(name: str, echo_port: int, files: str) -> None:
-    assert given(echo_port, f"{files}/{name}")["output"] == "Path b'hello'"
-
-
-def test_a_data_uri_arrives_as_the_path_of_a_file(echo_port: int) -> None:
-    assert given(echo_port, "data:audio/wav;base64,aGVsbG8=")["output"] == "Path b'hello'"
-
-
-@pytest.mark.parametrize(
-    "audio",
-    ["/etc/passwd", "file:///etc/passwd", "file:/etc/passwd", "../../etc/passwd", "ftp://127.0.0.1/x", "s3://a/b", ""],
-)
-def test_whatever_cog_did_not_download_arrives_as_a_str_and_never_as_a_path(audio: str, echo_port: int) -> None:
-    assert given(echo_port, audio)["output"] == f"str {audio}"
-
-
-@pytest.mark.parametrize("name", ["to-file", "to-ftp"])
-def test_cog_follows_no_redirect_to_another_scheme(name: str, echo_port: int, files: str) -> None:
-    answer = given(echo_port, f"{files}/{name}")
-    assert answer["status"] == "failed" and "No connection adapters" in answer["error"]

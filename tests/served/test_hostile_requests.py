@@ -1,0 +1,395 @@
+"""What a hostile or mistaken request to Cog's real server gets, and what it cannot get."""
+
+import base64
+import http.server
+import io
+import json
+import random
+import resource
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+import served_process
+from conftest import PROJECT, needs_ffmpeg
+from served_process import Server
+
+SONG = PROJECT / "weights" / "demo" / "song.flac"
+LIMIT_MIB = 2
+
+
+def wav(seconds: float) -> bytes:
+    """The start of the demo song."""
+    samples, rate = soundfile.read(SONG, dtype="float32", frames=int(seconds * 44100))
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+class HostileServer(Server):
+    """Cog's server with the demo recipe and, in SEPARATION_WEIGHTS, no weights of another."""
+
+    def __init__(self, temporary: Path, **environment: str) -> None:
+        self.weights = Path(environment["SEPARATION_WEIGHTS"])
+        super().__init__(temporary, SEPARATION_RECIPE="demo", **environment)
+
+    def worker(self) -> int:
+        """The process that runs the predictions."""
+        lists = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = [int(pid) for file in lists for pid in file.read_text().split()]
+        (child,) = [pid for pid in children if b"_run_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return child
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    requested: list[str]
+
+    def do_GET(self) -> None:
+        self.requested.append(self.path)
+        address = "http://{}:{}".format(*self.server.server_address[:2])
+        locations = {"/to-file": "file:///etc/passwd", "/to-ftp": "ftp://127.0.0.1/x", "/to-song": f"{address}/a/song"}
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        self.send_response(302 if self.path in locations else 200)
+        if self.path in locations:
+            self.send_header("Location", locations[self.path])
+            self.send_header("Content-Length", "0")
+        elif self.path == "/gzip":
+            self.send_header("Content-Encoding", "gzip")
+        elif self.path == "/short":
+            self.send_header("Content-Length", str(10 * 2**30))
+        self.end_headers()
+        try:
+            self.wfile.writelines(self.body())
+        except OSError:
+            return  # the other side has heard enough
+
+    def body(self) -> Iterator[bytes]:
+        if self.path == "/endless":
+            while True:
+                yield bytes(2**16)
+        elif self.path == "/gzip":
+            packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+            while True:
+                yield packer.compress(bytes(2**22))
+        elif self.path == "/dripping":
+            while True:
+                yield b"x"
+                time.sleep(0.05)
+        elif self.path.startswith("/words"):
+            yield b"words, words, words\n" * 100
+        else:
+            yield wav(1)
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[tuple[str, list[str]]]:
+    """The address of a web server and the paths that are asked of it."""
+    handler = type("Handler", (Web,), {"requested": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", handler.requested
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, web: tuple[str, list[str]]) -> Iterator[HostileServer]:
+    """One with low limits."""
+    folder = tmp_path_factory.mktemp("server")
+    weights = tmp_path_factory.mktemp("weights")
+    environment = {"SEPARATION_WEIGHTS": str(weights), "https_proxy": web[0]}
+    environment |= {"SEPARATION_MAX_MIB": str(LIMIT_MIB), "SEPARATION_MAX_SECONDS": "60"}
+    with HostileServer(folder, **environment) as server:
+        assert server.health()["status"] == "READY", server.log.read_text()
+        yield server
+
+
+def answer(server: HostileServer, audio: Any, **inputs: Any) -> dict[str, Any]:
+    """The prediction; whatever becomes of it, its error and its log name no path of the server."""
+    while True:
+        status, prediction = server.request("POST", "/predictions", {"input": {"audio": audio, **inputs}})
+        if status != 409:  # the answer to a prediction comes a little before its slot is free again
+            break
+        time.sleep(0.05)
+    assert status == 200
+    told = prediction.get("error", "").replace(str(audio), "") + prediction["logs"]
+    for folder in (server.temporary, server.temporary.parent, server.weights, PROJECT, "/tmp", "site-packages"):
+        assert str(folder) not in told
+    if prediction["status"] == "failed":
+        assert "\n" not in prediction["error"]
+        assert list(server.temporary.glob("song-*")) + list(server.temporary.glob("tmp*")) == []
+        assert not [path for path in server.temporary.rglob("*") if path.is_file() and path != server.log]
+    return prediction
+
+
+def error(server: HostileServer, audio: Any, **inputs: Any) -> str:
+    prediction = answer(server, audio, **inputs)
+    assert prediction["status"] == "failed", prediction
+    return prediction["error"]
+
+
+def upload(content: bytes) -> str:
+    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+
+
+def assert_works(server: HostileServer) -> None:
+    prediction = answer(server, upload(wav(1)))
+    assert prediction["status"] == "succeeded", prediction
+    stems = [soundfile.read(io.BytesIO(base64.b64decode(uri.partition(",")[2])))[0] for uri in prediction["output"]]
+    assert np.abs(sum(stems) - soundfile.read(io.BytesIO(wav(1)))[0]).max() <= 1e-6
+
+
+# Where the song comes from
+
+
+@pytest.mark.parametrize(
+    "audio",
+    [
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "file:/etc/passwd",
+        "../../etc/passwd",
+        str(SONG),
+        "weights/demo/song.flac",
+        f"file://{SONG}",
+        "ftp://127.0.0.1/song.wav",
+        "s3://bucket/song.wav",
+        "gopher://127.0.0.1/song.wav",
+        "HTTP://127.0.0.1/song.wav",
+        "DATA:audio/wav;base64,aGVsbG8=",
+        "",
+        5,
+        None,
+        ["/etc/passwd"],
+    ],
+)
+def test_only_http_and_https_and_uploads_are_taken(audio: object, server: HostileServer) -> None:
+    sentence = f"audio is {audio!r}: give a URL that begins with http:// or https:// in small letters, or a file"
+    assert error(server, audio).endswith(f"InputError: {sentence}")
+
+
+def test_a_song_behind_a_url_and_a_redirect_is_separated(server: HostileServer, web: tuple[str, list[str]]) -> None:
+    prediction = answer(server, f"{web[0]}/to-song")
+    assert prediction["status"] == "succeeded" and len(prediction["output"]) == 2
+    assert web[1][-2:] == ["/to-song", "/a/song"]
+
+
+@pytest.mark.parametrize("path", ["to-file", "to-ftp"])
+def test_no_redirect_to_another_scheme_is_followed(
+    path: str, server: HostileServer, web: tuple[str, list[str]]
+) -> None:
+    assert f"'{path}' could not be downloaded (InvalidSchema): check the URL" in error(server, f"{web[0]}/{path}")
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("words.mp3", "words.mp3"),
+        ("words/x", "x"),
+        ("words/..%2F..%2Fetc%2Fpasswd", ".._.._etc_passwd".strip(".")),
+        ("words/%2e%2e", "song"),
+        ("words/", "song"),
+        ("words/%00%0Ax", "_\\nx"),
+        ("words/" + "x" * 1000, "x" * 199 + "~"),
+    ],
+)
+def test_a_downloaded_file_keeps_its_name_but_no_folder(
+    path: str, name: str, server: HostileServer, web: tuple[str, list[str]]
+) -> None:
+    assert f"AudioError: '{name}' is not audio" in error(server, f"{web[0]}/{path}")
+
+
+@pytest.mark.parametrize(
+    "url, reason",
+    [
+        ("{web}/missing", "'missing' could not be downloaded (the web server answers 404)"),
+        ("{web}/short", "'short' could not be downloaded (ProtocolError)"),
+        ("http://127.0.0.1:1/x", "'x' could not be downloaded (ConnectionError)"),
+        ("http://127.0.0.1:99999/x", "'x' could not be downloaded (InvalidURL)"),
+        ("http://" + "a" * 100 + ".com/x", "'x' could not be downloaded (LocationParseError)"),
+        ("http://", "'song' could not be downloaded (InvalidURL)"),
+    ],
+)
+def test_a_download_that_fails_is_told_in_one_sentence(
+    url: str, reason: str, server: HostileServer, web: tuple[str, list[str]]
+) -> None:
+    assert f"InputError: {reason}: check the URL" in error(server, url.replace("{web}", web[0]))
+
+
+# How much it is
+
+
+@pytest.mark.parametrize("path", ["endless", "gzip"])
+def test_a_body_without_an_end_is_read_up_to_the_limit(
+    path: str, server: HostileServer, web: tuple[str, list[str]]
+) -> None:
+    sentence = f"AudioError: '{path}' has more than 2 MiB, the limit here: send a smaller file"
+    assert error(server, f"{web[0]}/{path}").endswith(sentence)
+    assert_works(server)
+
+
+def test_an_upload_over_the_limit_is_refused(server: HostileServer) -> None:
+    assert "'file.bin' has more than 2 MiB" in error(server, upload(bytes(LIMIT_MIB * 2**20 + 1)))
+    assert "is not audio" in error(server, upload(bytes(LIMIT_MIB * 2**20)))
+
+
+def test_a_download_can_be_cancelled(server: HostileServer, web: tuple[str, list[str]]) -> None:
+    assert_works(server)
+    answers: list[dict[str, Any]] = []
+
+    def put() -> None:
+        body = {"input": {"audio": f"{web[0]}/dripping"}}
+        while (ended := server.request("PUT", "/predictions/dripping", body))[0] == 409:
+            time.sleep(0.05)
+        answers.append(ended[1])
+
+    n_requested = len(web[1])
+    thread = threading.Thread(target=put)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 30
+        while len(web[1]) == n_requested and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert len(list(server.temporary.glob("song-*/dripping"))) == 1
+    finally:
+        assert server.request("POST", "/predictions/dripping/cancel")[0] == 200
+        thread.join(30)
+    assert [ended["status"] for ended in answers] == ["canceled"]
+    assert list(server.temporary.glob("song-*")) == []
+    assert_works(server)
+
+
+def test_a_small_file_that_decodes_to_hours_is_stopped_at_the_limit(server: HostileServer) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(8000 * 3600, dtype=np.int16), 8000, format="FLAC")
+    content = bytearray(file.getvalue())
+    assert "is longer than 60 s, the limit here" in error(server, upload(bytes(content)))
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])  # STREAMINFO's number of samples: unknown
+    assert "is longer than 60 s, the limit here" in error(server, upload(bytes(content)))
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("target", [f"file://{SONG}", str(SONG), "{web}/words"])
+def test_a_playlist_reads_neither_other_files_nor_the_network(
+    target: str, server: HostileServer, web: tuple[str, list[str]]
+) -> None:
+    n_requested = len(web[1])
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n".replace("{web}", web[0])
+    assert "'file.bin' is not audio" in error(server, upload(playlist.encode()))
+    assert len(web[1]) == n_requested
+
+
+def test_what_the_mp3_decoder_prints_is_not_in_the_predictions_log(server: HostileServer) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros((20 * 44100, 2)), 44100, format="MP3")
+    content = bytearray(file.getvalue())
+    content[3000:3000] = random.Random(0).randbytes(2000)
+    prediction = answer(server, upload(bytes(content)))
+    printed = [line["fields"]["message"] for line in map(json.loads, server.log.read_text().splitlines())]
+    assert any("libmpg123" in message or "MPEG" in message for message in printed)
+    assert "MPEG" not in prediction["logs"] and "mpg123" not in prediction["logs"]
+
+
+# What the server lacks
+
+
+def test_another_recipe_than_the_servers_downloads_nothing(server: HostileServer, web: tuple[str, list[str]]) -> None:
+    n_requested = len(web[1])
+    sentence = "RecipeError: recipe 'standard' is not on this server, which runs 'demo': leave recipe at 'default'"
+    for inputs in ({}, {"stems": "all_6"}, {"two_stems": "drums"}):
+        assert error(server, upload(wav(1)), recipe="standard", **inputs).endswith(sentence)
+    assert len(web[1]) == n_requested and list(server.weights.iterdir()) == []
+
+
+@pytest.fixture
+def told(server: HostileServer) -> Callable[[], str]:
+    """What the server's own log says since the test began."""
+    start = server.log.stat().st_size
+
+    def since() -> str:
+        deadline = time.monotonic() + 10  # the log is written beside the answer
+        while "Traceback" not in server.log.read_text()[start:] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        return server.log.read_text()[start:]
+
+    return since
+
+
+SERVER_FAILED = "Error: the server failed ({}): try again, or tell its operator, whose log says more"
+
+
+@pytest.mark.parametrize("limit, where", [(2**15, "song-"), (2**18, "stems-")])
+def test_a_disk_that_takes_no_more_is_told_without_its_paths_which_are_in_the_servers_log(
+    limit: int, where: str, server: HostileServer, told: Callable[[], str]
+) -> None:
+    before = resource.prlimit(server.worker(), resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        assert error(server, upload(wav(1))).endswith(SERVER_FAILED.format("File too large"))
+    finally:
+        resource.prlimit(server.worker(), resource.RLIMIT_FSIZE, before)
+    assert "Traceback" in told() and "File too large" in told()
+    assert where == "song-" or f"{server.temporary}/stems-" in told()
+    assert_works(server)
+
+
+def test_a_lost_folder_for_temporary_files_is_told_without_its_path(
+    server: HostileServer, told: Callable[[], str]
+) -> None:
+    elsewhere = server.temporary.with_name("elsewhere")
+    server.temporary.rename(elsewhere)
+    try:
+        sentence = error(server, upload(wav(1)))
+    finally:
+        elsewhere.rename(server.temporary)
+    assert sentence.endswith("Separation" + SERVER_FAILED.format("No such file or directory"))
+    assert f"{server.temporary}/song-" in told()
+    assert_works(server)
+
+
+def test_weights_that_are_not_right_are_told_without_their_path(server: HostileServer, told: Callable[[], str]) -> None:
+    path = server.weights / "model_bs_roformer_ep_317_sdr_12.9755.ckpt"
+    path.write_bytes(b"altered")
+    try:
+        sentence = error(server, upload(wav(1)), recipe="standard")
+    finally:
+        path.unlink()
+    assert sentence.endswith("Checkpoint" + SERVER_FAILED.format("CheckpointError"))
+    assert f"{path} has 7 bytes instead of 639,331,213" in told()
+    assert_works(server)
+
+
+@pytest.mark.slow
+def test_weights_of_the_servers_own_recipe_that_cannot_be_downloaded_are_told_without_their_folder(
+    tmp_path: Path, web: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, temporary, weights = tmp_path / "project", tmp_path / "temporary", tmp_path / "weights"
+    for folder in (project, temporary, weights):
+        folder.mkdir()
+    for name in ("predict.py", "cog.yaml", "separation", "weights"):
+        (project / name).symlink_to(PROJECT / name)
+    shutil.copytree(PROJECT / "configs", project / "configs")
+    (project / "configs" / "recipes" / "demo" / "all_6.yaml").write_text("drums: htdemucs_6s\n")
+    monkeypatch.setattr(served_process, "PROJECT", project)
+    with HostileServer(temporary, SEPARATION_WEIGHTS=str(weights), https_proxy=web[0]) as server:
+        assert server.health()["status"] == "READY", server.log.read_text()
+        sentence = error(server, upload(wav(1)), stems="all_6")
+        assert sentence.endswith("Download" + SERVER_FAILED.format("DownloadError"))
+        assert f"5c90dfd2.safetensors is not in {weights}/htdemucs_6s and could not be" in server.log.read_text()
+        assert_works(server)
