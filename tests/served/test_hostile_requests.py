@@ -3,14 +3,13 @@
 import base64
 import http.server
 import io
-import json
 import random
 import resource
 import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +234,7 @@ def test_a_download_that_fails_is_told_in_one_sentence(
 
 
 @pytest.mark.parametrize("path", ["endless", "gzip"])
-def test_a_body_without_an_end_is_read_up_to_the_limit(
-    path: str, server: HostileServer, web: tuple[str, list[str]]
-) -> None:
+def test_an_endless_body_is_read_up_to_the_limit(path: str, server: HostileServer, web: tuple[str, list[str]]) -> None:
     sentence = f"AudioError: '{path}' has more than 2 MiB, the limit here: send a smaller file"
     assert error(server, f"{web[0]}/{path}").endswith(sentence)
     assert_works(server)
@@ -301,8 +298,7 @@ def test_what_the_mp3_decoder_prints_is_not_in_the_predictions_log(server: Hosti
     content = bytearray(file.getvalue())
     content[3000:3000] = random.Random(0).randbytes(2000)
     prediction = answer(server, upload(bytes(content)))
-    printed = [line["fields"]["message"] for line in map(json.loads, server.log.read_text().splitlines())]
-    assert any("libmpg123" in message or "MPEG" in message for message in printed)
+    assert_operator_reads("Illegal Audio-MPEG-Header", server)
     assert "MPEG" not in prediction["logs"] and "mpg123" not in prediction["logs"]
 
 
@@ -317,41 +313,30 @@ def test_another_recipe_than_the_servers_downloads_nothing(server: HostileServer
     assert len(web[1]) == n_requested and list(server.weights.iterdir()) == []
 
 
-@pytest.fixture
-def told(server: HostileServer) -> Callable[[], str]:
-    """What the server's own log says since the test began."""
-    start = server.log.stat().st_size
-
-    def since() -> str:
-        deadline = time.monotonic() + 10  # the log is written beside the answer
-        while "Traceback" not in server.log.read_text()[start:] and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.2)
-        return server.log.read_text()[start:]
-
-    return since
+def assert_operator_reads(sentence: str, server: HostileServer) -> None:
+    deadline = time.monotonic() + 10  # the log is written beside the answer
+    while sentence not in server.log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sentence in server.log.read_text()
 
 
 SERVER_FAILED = "Error: the server failed ({}): try again, or tell its operator, whose log says more"
 
 
-@pytest.mark.parametrize("limit, where", [(2**15, "song-"), (2**18, "stems-")])
+@pytest.mark.parametrize("limit, where", [(2**15, "[Errno 27] File too large"), (2**18, "file in {temporary}/stems-")])
 def test_a_disk_that_takes_no_more_is_told_without_its_paths_which_are_in_the_servers_log(
-    limit: int, where: str, server: HostileServer, told: Callable[[], str]
+    limit: int, where: str, server: HostileServer
 ) -> None:
     before = resource.prlimit(server.worker(), resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         assert error(server, upload(wav(1))).endswith(SERVER_FAILED.format("File too large"))
     finally:
         resource.prlimit(server.worker(), resource.RLIMIT_FSIZE, before)
-    assert "Traceback" in told() and "File too large" in told()
-    assert where == "song-" or f"{server.temporary}/stems-" in told()
+    assert_operator_reads(where.format(temporary=server.temporary), server)
     assert_works(server)
 
 
-def test_a_lost_folder_for_temporary_files_is_told_without_its_path(
-    server: HostileServer, told: Callable[[], str]
-) -> None:
+def test_a_lost_folder_for_temporary_files_is_told_without_its_path(server: HostileServer) -> None:
     elsewhere = server.temporary.with_name("elsewhere")
     server.temporary.rename(elsewhere)
     try:
@@ -359,11 +344,13 @@ def test_a_lost_folder_for_temporary_files_is_told_without_its_path(
     finally:
         elsewhere.rename(server.temporary)
     assert sentence.endswith("Separation" + SERVER_FAILED.format("No such file or directory"))
-    assert f"{server.temporary}/song-" in told()
+    assert_operator_reads(f"No such file or directory: '{server.temporary}/song-", server)
+    for stems in server.temporary.glob("stems-*"):
+        shutil.rmtree(stems)  # those of the prediction before could not be removed
     assert_works(server)
 
 
-def test_weights_that_are_not_right_are_told_without_their_path(server: HostileServer, told: Callable[[], str]) -> None:
+def test_weights_that_are_not_right_are_told_without_their_path(server: HostileServer) -> None:
     path = server.weights / "model_bs_roformer_ep_317_sdr_12.9755.ckpt"
     path.write_bytes(b"altered")
     try:
@@ -371,7 +358,7 @@ def test_weights_that_are_not_right_are_told_without_their_path(server: HostileS
     finally:
         path.unlink()
     assert sentence.endswith("Checkpoint" + SERVER_FAILED.format("CheckpointError"))
-    assert f"{path} has 7 bytes instead of 639,331,213" in told()
+    assert_operator_reads(f"{path} has 7 bytes instead of 639,331,213", server)
     assert_works(server)
 
 
@@ -391,5 +378,5 @@ def test_weights_of_the_servers_own_recipe_that_cannot_be_downloaded_are_told_wi
         assert server.health()["status"] == "READY", server.log.read_text()
         sentence = error(server, upload(wav(1)), stems="all_6")
         assert sentence.endswith("Download" + SERVER_FAILED.format("DownloadError"))
-        assert f"5c90dfd2.safetensors is not in {weights}/htdemucs_6s and could not be" in server.log.read_text()
+        assert_operator_reads(f"5c90dfd2.safetensors is not in {weights}/htdemucs_6s and could not be", server)
         assert_works(server)
