@@ -149,7 +149,7 @@ def _received(audio: object, folder: str, max_mib: float) -> Path:
 def _read(audio: URLPath, name: str) -> bytes:
     try:
         return audio.fileobj.read1(BLOCK_BYTES)
-    except Exception as e:  # of requests, urllib3 or the socket; the first read is what sends the request
+    except Exception as e:  # of the HTTP client or the socket; the first read sends the request
         _tell_operator()
         status = getattr(getattr(e, "response", None), "status_code", None)
         reason = f"the web server answers {status}" if status else type(e).__name__
