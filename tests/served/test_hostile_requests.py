@@ -1,6 +1,7 @@
 """What a hostile or mistaken request to Cog's real server gets, and what it cannot get."""
 
 import base64
+import gzip
 import http.server
 import io
 import random
@@ -62,7 +63,7 @@ class Web(http.server.BaseHTTPRequestHandler):
         if self.path in locations:
             self.send_header("Location", locations[self.path])
             self.send_header("Content-Length", "0")
-        elif self.path == "/gzip":
+        elif self.path in ("/gzip", "/packed-song"):
             self.send_header("Content-Encoding", "gzip")
         elif self.path == "/short":
             self.send_header("Content-Length", str(10 * 2**30))
@@ -84,6 +85,8 @@ class Web(http.server.BaseHTTPRequestHandler):
             while True:
                 yield b"x"
                 time.sleep(0.05)
+        elif self.path == "/packed-song":
+            yield gzip.compress(wav(1))
         elif self.path.startswith("/words"):
             yield b"words, words, words\n" * 100
         else:
@@ -146,8 +149,9 @@ def upload(content: bytes) -> str:
     return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
 
 
-def assert_works(server: HostileServer) -> None:
-    prediction = answer(server, upload(wav(1)))
+def assert_works(server: HostileServer, audio: str | None = None) -> None:
+    """`audio` is the address of `wav(1)`, or it is uploaded."""
+    prediction = answer(server, audio or upload(wav(1)))
     assert prediction["status"] == "succeeded", prediction
     stems = [soundfile.read(io.BytesIO(base64.b64decode(uri.partition(",")[2])))[0] for uri in prediction["output"]]
     assert np.abs(sum(stems) - soundfile.read(io.BytesIO(wav(1)))[0]).max() <= 1e-6
@@ -182,10 +186,11 @@ def test_only_http_and_https_and_uploads_are_taken(audio: object, server: Hostil
     assert error(server, audio).endswith(f"InputError: {sentence}")
 
 
-def test_a_song_behind_a_url_and_a_redirect_is_separated(server: HostileServer, web: tuple[str, list[str]]) -> None:
-    prediction = answer(server, f"{web[0]}/to-song")
-    assert prediction["status"] == "succeeded" and len(prediction["output"]) == 2
-    assert web[1][-2:] == ["/to-song", "/a/song"]
+@pytest.mark.parametrize("path", ["a/song", "to-song", "packed-song"])
+def test_a_song_behind_a_url_a_redirect_or_a_content_encoding_is_separated(
+    path: str, server: HostileServer, web: tuple[str, list[str]]
+) -> None:
+    assert_works(server, f"{web[0]}/{path}")
 
 
 @pytest.mark.parametrize("path", ["to-file", "to-ftp"])
