@@ -13,7 +13,7 @@ import type { FileObject, Prediction, WebhookEventType } from "replicate";
 
 export const TOKEN = "r8_for_tests";
 
-/** One sending of a webhook, and what was answered to it. */
+/** One sending of a webhook, and the status that was answered to it; 0 if the connection failed. */
 export interface Delivery {
   webhookId: string;
   event: WebhookEventType;
@@ -64,6 +64,16 @@ export class Gateway {
 
   get origin(): string {
     return `http://127.0.0.1:${(this.#server.address() as AddressInfo).port}`;
+  }
+
+  /** How many predictions were ever created. */
+  get created(): number {
+    return this.#jobs.size;
+  }
+
+  /** The prediction that is neither over nor in the queue. */
+  running(): string | undefined {
+    return [...this.#jobs.values()].find(({ prediction }) => prediction.status === "processing")?.prediction.id;
   }
 
   /** All webhooks of a prediction that is over, once they have been sent. */
@@ -225,10 +235,12 @@ export class Gateway {
     for (let attempt = 0; attempt < (event === "completed" ? ATTEMPTS : 1); attempt++) {
       if (attempt > 0) await sleep(100 * 2 ** attempt);
       const headers = { "content-type": "application/json", ...signatureHeaders(this.secret, webhookId, body) };
-      const answer = await fetch(url, { method: "POST", headers, body });
-      await answer.arrayBuffer();
-      this.deliveries.push({ webhookId, event, status, answer: answer.status });
-      if (answer.ok) return;
+      const answer = await fetch(url, { method: "POST", headers, body }).then(
+        async (response) => (await response.arrayBuffer(), response.status),
+        () => 0,
+      );
+      this.deliveries.push({ webhookId, event, status, answer });
+      if (answer >= 200 && answer < 300) return;
     }
   }
 }

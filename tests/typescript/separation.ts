@@ -41,7 +41,10 @@ export type StemUrls<S extends StemsChoice = StemsChoice, T extends TwoStems = T
     : never
   : Record<T | `no_${T}`, string>;
 
-/** A song: an http(s) URL, a data URI, or the file itself, which is uploaded to Replicate first. */
+/**
+ * A song: an http(s) URL, or the file itself, which is uploaded to Replicate first. A data URI works too, but every
+ * webhook repeats it, and worker.ts takes none of more than 1 MiB.
+ */
 export type Song = string | Blob | Uint8Array<ArrayBuffer>;
 
 export interface Waiting {
@@ -85,9 +88,7 @@ export class Separator {
   constructor({ model, ...options }: { model: `${string}/${string}`; auth?: string; baseUrl?: string }) {
     const version = model.split(":")[1];
     this.#model = version === undefined ? { model } : { version };
-    // "data-uri" leaves strings as they are, and files are uploaded below. The default looks for Node's Buffer, and in
-    // a Worker that has none replicate 1.4.0 then sends the prediction without its input.
-    this.#replicate = new Replicate({ ...options, fileEncodingStrategy: "data-uri" });
+    this.#replicate = new Replicate(options);
   }
 
   /**
@@ -133,6 +134,7 @@ export class Separator {
     });
   }
 
+  // Not left to `predictions.create`: where an upload fails it sends the file within the request, up to 10 MB, instead.
   async #upload(song: Blob | Uint8Array<ArrayBuffer>): Promise<string> {
     const file = await this.#replicate.files.create(song instanceof Blob ? song : new Blob([song]));
     return file.urls.get;

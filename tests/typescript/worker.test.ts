@@ -9,7 +9,6 @@ import { createTables, startReceiver, type Receiver } from "./workerd.js";
 const SECRET = `whsec_${Buffer.from("the account's secret").toString("base64")}`;
 const VOCALS = "https://replicate.delivery/a/vocals.wav";
 const INSTRUMENTAL = "https://replicate.delivery/b/instrumental.wav";
-
 const now = (): number => Math.floor(Date.now() / 1000);
 const messageId = (): string => `msg_${randomUUID()}`;
 
