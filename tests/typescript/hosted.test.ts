@@ -162,11 +162,11 @@ test("aborting cancels the prediction in the container, and the next one is righ
 
 test("a prediction that somebody else cancels is an error; one that waits in the queue is canceled there", async () => {
   const first = separator.separate(longSong, { output_format: "flac", pollSeconds: 0.1, webhook: receiver.url });
+  const running = await until(() => gateway.running());
   const queued = await separator.start(song, { output_format: "mp3", webhook: receiver.url });
   assert.equal((await replicate.predictions.cancel(queued)).status, "canceled");
   const row = await until(async () => (await receiver.rows()).find(({ replicate_id }) => replicate_id === queued));
   assert.equal(row.status, "canceled");
-  const running = await until(() => gateway.running());
   await replicate.predictions.cancel(running);
   await assert.rejects(first, { name: "PredictionError", status: "canceled", message: `prediction ${running} was canceled` });
 });
