@@ -98,8 +98,7 @@ class Server:
     @property
     def worker(self) -> int:
         """The id of the process that runs the Predictor."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        tasks = children.parent.parent.glob("*/children")
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         (worker,) = [int(child) for task in tasks for child in task.read_text().split()]
         return worker
 
@@ -173,9 +172,9 @@ class Server:
         """The lines that a prediction has printed so far."""
         return [event["message"] for event in self.events() if event["prediction_id"] == id and "source" in event]
 
-    def leftovers(self) -> list[str]:
+    def leftovers(self) -> set[str]:
         """The names of what lies among the temporary files, without PyTorch's own folder."""
-        return [path.name for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
+        return {path.name for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")}
 
 
 @dataclass(frozen=True)
