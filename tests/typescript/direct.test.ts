@@ -1,10 +1,10 @@
 /** npm replicate and the client against the container itself, without Replicate's routes around it. */
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
-import test, { before } from "node:test";
+import test, { before, beforeEach } from "node:test";
 import Replicate, { type FileOutput } from "replicate";
 import { PredictionError, Separator } from "./separation.js";
-import { dataUri, plain, songFile } from "./served.js";
+import { dataUri, idle, plain, songFile } from "./served.js";
 import { startReceiver } from "./workerd.js";
 
 const MODEL = "owner/separation:any";
@@ -16,6 +16,8 @@ before(async () => {
   separator = new Separator({ model: MODEL, auth: "unused", baseUrl: plain() });
   song = dataUri(await readFile(songFile()));
 });
+
+beforeEach(() => idle(plain()));
 
 test("replicate.run with a version gives the stems' files in the contract's order", async () => {
   const output = (await replicate.run(MODEL, { input: { audio: song, output_format: "flac" } })) as FileOutput[];
@@ -50,7 +52,12 @@ test("a failed prediction is an error with the container's sentence", async () =
     assert.match(error.message, /overlap/);
     return true;
   });
+  await idle(plain());
   assert.ok((await separator.separate(song)).vocals);
+});
+
+test("an input out of its range is refused with its name", async () => {
+  await assert.rejects(separator.separate(song, { chunk_size: 99 }), /status 422 .*chunk_size/);
 });
 
 test("a file cannot be uploaded to the container itself, which is an error and not a prediction", async () => {

@@ -17,6 +17,15 @@ export const gatewayPort = (): number => Number(given("GATEWAY_PORT"));
 export const songFile = (): string => given("SONG");
 export const longSongFile = (): string => given("LONG_SONG");
 
+/** Waits for the container's one place: an answer comes a little before it is free again. */
+export async function idle(container: string): Promise<void> {
+  for (;;) {
+    const health = (await (await fetch(`${container}/health-check`)).json()) as { status: string };
+    if (health.status === "READY") return;
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
+
 export function dataUri(bytes: Buffer): string {
   return `data:audio/flac;base64,${bytes.toString("base64")}`;
 }
