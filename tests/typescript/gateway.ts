@@ -235,10 +235,9 @@ export class Gateway {
     for (let attempt = 0; attempt < (event === "completed" ? ATTEMPTS : 1); attempt++) {
       if (attempt > 0) await sleep(100 * 2 ** attempt);
       const headers = { "content-type": "application/json", ...signatureHeaders(this.secret, webhookId, body) };
-      const answer = await fetch(url, { method: "POST", headers, body }).then(
-        async (response) => (await response.arrayBuffer(), response.status),
-        () => 0,
-      );
+      const answer = await fetch(url, { method: "POST", headers, body })
+        .then(async (response) => (await response.arrayBuffer(), response.status))
+        .catch(() => 0);
       this.deliveries.push({ webhookId, event, status, answer });
       if (answer >= 200 && answer < 300) return;
     }

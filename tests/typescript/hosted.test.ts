@@ -59,11 +59,17 @@ test("by version: replicate.run and the client", async () => {
   assert.ok((await versioned.separate(song, { two_stems: "bass", pollSeconds: 0.1 })).no_bass);
 });
 
+test("replicate.run returns nothing if its wait is over before the song is; the client waits by itself", async () => {
+  const wait = { mode: "block", timeout: 1 } as const;
+  assert.equal(await replicate.run("owner/separation", { input: { audio: longSong }, wait }), null);
+  await replicate.predictions.cancel(await until(() => gateway.running()));
+});
+
 test("progress rises from below a half to the whole while the client waits", async () => {
   const shares: number[] = [];
   const onProgress = (share: number): void => void shares.push(share);
   await separator.separate(longSong, { output_format: "mp3", pollSeconds: 0.1, onProgress });
-  assert.ok(shares.length >= 4, `only ${shares.join(" ")}`);
+  assert.ok(shares.length >= 3, `only ${shares.join(" ")}`);
   assert.ok(shares[0]! < 0.5);
   assert.equal(shares.at(-1), 1);
   assert.deepEqual(shares, [...new Set(shares)].sort((a, b) => a - b));
@@ -114,7 +120,7 @@ test("a webhook whose row could not be stored is sent again and stored then", as
   assert.deepEqual((await receiver.rows()).map((row) => [row.replicate_id, row.status]), [[id, "succeeded"]]);
 });
 
-test("a webhook repeats its prediction's inputs, so that of a large data URI is refused, and that of a file is not", async () => {
+test("a webhook repeats its prediction's inputs, so a large data URI makes one that the Worker refuses", async () => {
   const [inline, uploaded] = [dataUri(Buffer.from(await longSong.arrayBuffer())), longSong];
   const failing = { chunk_size: 4, overlap: 8, webhook: receiver.url };
   const answers = [];
@@ -168,7 +174,8 @@ test("a prediction that somebody else cancels is an error; one that waits in the
   const row = await until(async () => (await receiver.rows()).find(({ replicate_id }) => replicate_id === queued));
   assert.equal(row.status, "canceled");
   await replicate.predictions.cancel(running);
-  await assert.rejects(first, { name: "PredictionError", status: "canceled", message: `prediction ${running} was canceled` });
+  const message = `prediction ${running} was canceled`;
+  await assert.rejects(first, { name: "PredictionError", status: "canceled", message });
 });
 
 test("an aborted signal starts nothing", async () => {

@@ -81,9 +81,9 @@ export class Separator {
   readonly #replicate: Replicate;
 
   /**
-   * @param options.model "owner/name" or "owner/name:version".
+   * @param options.model "owner/name:version"; "owner/name" alone if Replicate lists the model as an official one.
    * @param options.auth Replicate's token; the environment's REPLICATE_API_TOKEN unless given.
-   * @param options.baseUrl Another server than Replicate's: `cog predict`'s or a container's own.
+   * @param options.baseUrl A container's own address, where there is no Replicate around it.
    */
   constructor({ model, ...options }: { model: `${string}/${string}`; auth?: string; baseUrl?: string }) {
     const version = model.split(":")[1];

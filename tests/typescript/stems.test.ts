@@ -4,12 +4,14 @@ import test from "node:test";
 import { expectedStems, stemsByName, StemsError } from "./separation.js";
 
 const SIX = ["vocals", "drums", "bass", "guitar", "piano", "other"];
-const url = (name: string): string => `https://replicate.delivery/xezq/${name}Zf3/${name}.flac?Expires=1&Signature=/bass.wav`;
+const url = (name: string): string => `https://replicate.delivery/xezq/Zf3/${name}.flac?Expires=1&Signature=/bass.wav`;
 
 test("stems are told by name in each of the 720 orders of six", () => {
   const right = Object.fromEntries(SIX.map((name) => [name, url(name)]));
   const orders = (names: string[]): string[][] =>
-    names.length === 0 ? [[]] : names.flatMap((name) => orders(names.filter((n) => n !== name)).map((o) => [name, ...o]));
+    names.length > 0
+      ? names.flatMap((first) => orders(names.filter((name) => name !== first)).map((rest) => [first, ...rest]))
+      : [[]];
   const all = orders(SIX);
   assert.equal(all.length, 720);
   for (const order of all) assert.deepEqual({ ...stemsByName(order.map(url), SIX) }, right);

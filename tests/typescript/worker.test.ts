@@ -1,4 +1,4 @@
-/** The webhook's Worker in workerd with a real D1. The sender is this file, with the hosted service's way of signing. */
+/** The Worker in workerd, with a real D1. The sender is this file, which signs as the hosted service does. */
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
 import test, { after, before, beforeEach } from "node:test";
@@ -132,7 +132,7 @@ test("the replay of an earlier stage does not take a prediction back", async () 
 
 test("handled ids are forgotten only when their timestamp alone refuses them", async () => {
   const ids = async (): Promise<unknown[]> =>
-    (await receiver.database.prepare("SELECT webhook_id FROM deliveries").all()).results.map((row) => row["webhook_id"]);
+    (await receiver.database.prepare("SELECT * FROM deliveries").all()).results.map((row) => row["webhook_id"]);
   const insert = receiver.database.prepare("INSERT INTO deliveries VALUES (?1, ?2)");
   await receiver.database.batch([insert.bind("old", now() - 303), insert.bind("young", now() - 290)]);
   await send(prediction(), signatureHeaders(SECRET, "new", prediction()));
@@ -186,7 +186,7 @@ test("failed, canceled and incomplete predictions are stored with their error", 
   ]);
 });
 
-test("what is signed but no prediction is answered with 400, another method with 405, too long a body with 413", async () => {
+test("signed but no prediction is answered with 400, another method with 405, too long a body with 413", async () => {
   for (const body of ["[]", "null", '"p1"', "{", "{}", prediction({ id: 7 }), prediction({ status: "done" })]) {
     await isRefused([400, "the webhook's body is not a prediction"], body, signatureHeaders(SECRET, messageId(), body));
   }
