@@ -209,9 +209,12 @@ test("quotes and letters beyond ASCII in a prediction are stored as they are", a
 test("a Worker without the right kind of secret stores nothing", async () => {
   for (const secret of ["", "whsec_", "whsec_%", Buffer.from("no prefix").toString("base64")]) {
     const broken = await startReceiver(secret);
-    const headers = signatureHeaders(secret, messageId(), prediction());
-    assert.equal((await fetch(broken.url, { method: "POST", headers, body: prediction() })).status, 500);
-    assert.deepEqual(await broken.rows(), []);
-    await broken.close();
+    try {
+      const headers = signatureHeaders(secret, messageId(), prediction());
+      assert.equal((await fetch(broken.url, { method: "POST", headers, body: prediction() })).status, 500);
+      assert.deepEqual(await broken.rows(), []);
+    } finally {
+      await broken.close();
+    }
   }
 });
