@@ -1,13 +1,44 @@
-"""What the tests share: where the optional things are, and the demo recipe's parts."""
+"""What the tests share: where the optional things are, the demo song, and the contract's words."""
 
+import io
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
+from numpy.typing import NDArray
 
 PROJECT = Path(__file__).parents[1]
 SHARED = PROJECT.parent / "shared"
+SONG = PROJECT / "weights" / "demo" / "song.flac"
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 needs_shared = pytest.mark.skipif(not (SHARED / "audio").is_dir(), reason="needs the shared folder beside the checkout")
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
+
+STEMS = {
+    "vocals_instrumental": ["vocals", "instrumental"],
+    "all_4": ["vocals", "drums", "bass", "other"],
+    "all_6": ["vocals", "drums", "bass", "guitar", "piano", "other"],
+}
+QUICK: dict[str, Any] = {"stems": "vocals_instrumental", "output_format": "wav", "chunk_size": 4, "overlap": 1}
+QUICK |= {"sample_rate": 44100, "mp3_bitrate": 320, "two_stems": "none", "recipe": "default"}
+# What `parseProgressFromLogs` of npm `replicate` reads: percent, something between bars, done/total.
+PROGRESS_LINE = re.compile(r"\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
+METRICS = ["audio_seconds", "times_realtime", "model_load_seconds", "device", "peak_memory_mib"]
+
+
+def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
+    """The demo song, cut or repeated to that length, as a float WAV file or a FLAC file."""
+    audio, rate = soundfile.read(SONG, dtype="float32")
+    audio = np.resize(audio, (int(seconds * rate), 2)) * np.float32(gain)
+    file = io.BytesIO()
+    soundfile.write(file, audio, rate, format=format, subtype="FLOAT" if format == "WAV" else None)
+    return file.getvalue()
+
+
+def read(file: Path | bytes) -> NDArray[np.float32]:
+    return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]

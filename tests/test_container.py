@@ -1,13 +1,11 @@
-"""cog.yaml, predict.py as Cog's static parser sees it, the Predictor called from Python, and Cog's real server."""
+"""cog.yaml, predict.py as Cog's static parser sees it, and the Predictor called from Python."""
 
 import ast
-import base64
 import io
 import itertools
 import json
 import os
 import re
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,25 +22,17 @@ import torch
 import yaml
 from cog import CancelationException
 from cog.types import URLPath
-from numpy.typing import NDArray
 from torch import Tensor
 
 import predict
-from conftest import PROJECT, SHARED
+from conftest import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, STEMS, read, song
 from separation import separator
 from separation.checkpoints import read_config
 from separation.errors import AudioError, InputError, RecipeError
 from separation.models.base import SeparationModel
 from separation.recipes import load_recipe
-from served_process import Server
 
 SCHEMA = SHARED / "schema" / "cog_config_schema_v1.0.json"
-SONG = PROJECT / "weights" / "demo" / "song.flac"
-STEMS = {
-    "vocals_instrumental": ["vocals", "instrumental"],
-    "all_4": ["vocals", "drums", "bass", "other"],
-    "all_6": ["vocals", "drums", "bass", "guitar", "piano", "other"],
-}
 # The published contract: (name, type, keywords of Input). The first six never change.
 INPUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("audio", "Path", {"description": "Audio file to separate (WAV, MP3, FLAC, OGG, etc.)"}),
@@ -91,11 +81,6 @@ INPUTS: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
 ]
-QUICK = {"stems": "vocals_instrumental", "output_format": "wav", "chunk_size": 4, "overlap": 1, "sample_rate": 44100}
-QUICK |= {"mp3_bitrate": 320, "two_stems": "none", "recipe": "default"}
-# What `parseProgressFromLogs` of npm `replicate` reads: percent, something between bars, done/total.
-PROGRESS_LINE = re.compile(r"\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
-METRICS = ["audio_seconds", "times_realtime", "model_load_seconds", "device", "peak_memory_mib"]
 
 
 # cog.yaml
@@ -223,18 +208,6 @@ def test_setup_and_predict_are_plain_methods() -> None:
 
 
 # The Predictor called from Python
-
-
-def song(seconds: float, *, gain: float = 1.0) -> bytes:
-    """The start of the demo song as a float WAV file."""
-    audio, rate = soundfile.read(SONG, dtype="float32", frames=int(seconds * 44100))
-    file = io.BytesIO()
-    soundfile.write(file, audio * np.float32(gain), rate, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-def read(file: Path | bytes) -> NDArray[np.float32]:
-    return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]
 
 
 def stem_folders(temporary: Path) -> list[Path]:
@@ -547,99 +520,3 @@ def test_two_stems_run_no_model_that_they_do_not_need(
     assert [(model.name, model.runs) for model in loaded] == [("bs_roformer_viperx_1297", 1), ("htdemucs_ft", 2)]
     predictor.predict(audio, **QUICK | {"two_stems": "vocals"})
     assert [model.runs for model in loaded] == [2, 2]
-
-
-# Cog's real server
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server"), SEPARATION_RECIPE="demo") as server:
-        assert server.health()["status"] == "READY", server.log.read_text()
-        yield server
-
-
-def decoded(uri: str) -> tuple[str, NDArray[np.float32]]:
-    """The media type and the samples of a data URI."""
-    head, _, content = uri.partition(";base64,")
-    return head.removeprefix("data:"), read(base64.b64decode(content))
-
-
-def test_the_server_answers_a_song_alone_with_stems_that_add_up_to_it(server: Server) -> None:
-    prediction = server.predict(song(3))
-    assert prediction["status"] == "succeeded"
-    stems = [decoded(uri) for uri in prediction["output"]]
-    assert [kind for kind, _ in stems] == ["audio/wav"] * 2
-    assert [samples.shape for _, samples in stems] == [(132_300, 2)] * 2
-    assert np.abs(stems[0][1] + stems[1][1] - read(song(3))).max() <= 1e-6
-    assert np.abs(stems[0][1]).max() > 0
-    lines = prediction["logs"].splitlines()
-    assert lines[:2] == ["decoding", f"  0%|{' ' * 20}| 0/20"]
-    assert lines[-2:] == ["done", f"100%|{'█' * 20}| 20/20"]
-
-
-def test_the_servers_answer_carries_the_figures_of_the_prediction(server: Server) -> None:
-    figures = server.predict(song(3))["metrics"]
-    assert set(METRICS) <= set(figures)
-    assert figures["audio_seconds"] == 3.0
-    assert 0.99 < figures["times_realtime"] / (3 / figures["predict_time"]) < 5  # predict_time holds a little more
-    assert 0 < figures["model_load_seconds"] < 60
-    assert re.fullmatch(r"cpu|mps|cuda(:\d+)?", figures["device"])
-    assert 100 < figures["peak_memory_mib"] < 100_000
-
-
-def test_the_server_gives_two_stems_in_mp3_of_the_asked_bitrate(server: Server) -> None:
-    prediction = server.predict(song(3), two_stems="drums", output_format="mp3", mp3_bitrate=128, recipe="demo")
-    assert prediction["status"] == "succeeded", prediction["error"]
-    assert len(prediction["output"]) == 2
-    for uri in prediction["output"]:
-        head, _, content = uri.partition(";base64,")
-        assert head == "data:audio/mpeg"
-        assert len(base64.b64decode(content)) * 8 / 3000 == pytest.approx(128, rel=0.06)
-
-
-def test_the_server_gives_six_stems_of_another_format_and_says_that_they_were_scaled(server: Server) -> None:
-    loud = song(1, gain=16)
-    prediction = server.predict(loud, stems="all_6", output_format="flac", chunk_size=4.0, overlap=1, sample_rate=48000)
-    assert prediction["status"] == "succeeded"
-    stems = [decoded(uri) for uri in prediction["output"]]
-    assert [samples.shape for _, samples in stems] == [(48_000, 2)] * 6
-    assert max(np.abs(samples).max() for _, samples in stems) == pytest.approx(1, abs=1e-3)
-    assert "all stems are scaled by" in prediction["logs"]
-    assert len(stem_folders(server.temporary)) == 1
-
-
-@pytest.mark.parametrize(
-    "content, inputs, sentence",
-    [
-        (b"words, words, words\n" * 100, {}, "is not audio"),
-        (b"", {}, "is empty (0 bytes)"),
-        (None, {"chunk_size": 4, "overlap": 8}, "overlap (8 s) must be smaller than the chunk size (4 s)"),
-    ],
-)
-def test_the_server_fails_a_bad_prediction_with_one_sentence(
-    server: Server, content: bytes | None, inputs: dict[str, Any], sentence: str
-) -> None:
-    prediction = server.predict(song(1) if content is None else content, **inputs)
-    assert prediction["status"] == "failed"
-    assert sentence in prediction["error"]
-    assert "\n" not in prediction["error"] and str(server.temporary) not in prediction["error"]
-    assert prediction["logs"] in ("", f"decoding\n  0%|{' ' * 20}| 0/20\n")
-    assert stem_folders(server.temporary) == []
-
-
-def test_a_server_without_weights_and_network_says_at_once_which_file_is_missing(tmp_path: Path) -> None:
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
-        proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        started = time.monotonic()
-        environment = {"SEPARATION_RECIPE": "standard", "SEPARATION_WEIGHTS": str(weights), "https_proxy": proxy}
-        with Server(tmp_path, **environment) as server:
-            health = server.health()
-            assert health["status"] == "SETUP_FAILED"
-            assert time.monotonic() - started < 60
-            assert "model_bs_roformer_ep_317_sdr_12.9755.ckpt is not in" in health["setup"]["logs"]
-            assert "python -m separation models download bs_roformer_viperx_1297" in health["setup"]["logs"]
-            assert server.request("POST", "/predictions", {"input": {"audio": "x"}})[0] == 503

@@ -1,0 +1,1 @@
+"""The HTTP API, proved on Cog's real server."""

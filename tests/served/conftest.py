@@ -1,0 +1,20 @@
+"""One server with the demo recipe for the whole folder."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from served_process import Receiver, Server
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server"), SEPARATION_RECIPE="demo", OMP_NUM_THREADS="1") as server:
+        assert server.health()["status"] == "READY", server.log.read_text()
+        yield server
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        yield receiver

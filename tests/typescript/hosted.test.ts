@@ -1,0 +1,210 @@
+/** The client and the Worker with the hosted shapes: gateway.ts in front of the container, signed webhooks into D1. */
+import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
+import test, { after, afterEach, before, beforeEach } from "node:test";
+import Replicate from "replicate";
+import { Gateway, TOKEN } from "./gateway.js";
+import { PredictionError, Separator } from "./separation.js";
+import { contents, dataUri, gatewayPort, longSongFile, plain, songFile, uploading } from "./served.js";
+import { createTables, runInWorker, startReceiver, type Receiver } from "./workerd.js";
+
+let gateway: Gateway;
+let receiver: Receiver;
+let replicate: Replicate;
+let separator: Separator;
+let song: string;
+let longSong: Blob;
+
+before(async () => {
+  gateway = new Gateway(uploading());
+  await gateway.listen(gatewayPort());
+  const server = { auth: TOKEN, baseUrl: `${gateway.origin}/v1` };
+  replicate = new Replicate(server);
+  separator = new Separator({ model: "owner/separation", ...server });
+  receiver = await startReceiver((await replicate.webhooks.default.secret.get()).key);
+  song = dataUri(await readFile(songFile()));
+  longSong = new Blob([new Uint8Array(await readFile(longSongFile()))]);
+});
+after(async () => {
+  await gateway.close();
+  await receiver.close();
+});
+beforeEach(() => receiver.database.batch([receiver.database.prepare("DELETE FROM jobs")]));
+afterEach(() => void (gateway.uploadSeconds = () => 0));
+
+test("by name: uploads that end in another order do not mix up the stems", async () => {
+  const inputs = { stems: "all_6", output_format: "flac" } as const;
+  const direct = new Separator({ model: "owner/separation:any", auth: "unused", baseUrl: plain() });
+  const expected = await contents(await direct.separate(song, inputs));
+  const order = ["piano", "bass", "other", "vocals", "guitar", "drums"];
+  gateway.uploadSeconds = (stem) => order.indexOf(stem) * 0.25;
+
+  const prediction = await replicate.predictions.create({
+    model: "owner/separation",
+    input: { audio: song, ...inputs },
+    wait: 60,
+  });
+  const names = (prediction.output as string[]).map((url) => url.split("/").pop());
+  assert.deepEqual(names, order.map((name) => `${name}.flac`));
+
+  const stems = await separator.separate(song, { ...inputs, pollSeconds: 0.1 });
+  assert.deepEqual(await contents(stems), expected);
+  assert.equal(new Set(Object.values(expected)).size, 6);
+});
+
+test("by version: replicate.run and the client", async () => {
+  const output = await replicate.run("owner/separation:1", { input: { audio: song, output_format: "mp3" } });
+  assert.equal((output as string[]).length, 2);
+  const versioned = new Separator({ model: "owner/separation:1", auth: TOKEN, baseUrl: `${gateway.origin}/v1` });
+  assert.ok((await versioned.separate(song, { two_stems: "bass", pollSeconds: 0.1 })).no_bass);
+});
+
+test("replicate.run returns nothing if its wait is over before the song is; the client waits by itself", async () => {
+  const wait = { mode: "block", timeout: 1 } as const;
+  assert.equal(await replicate.run("owner/separation", { input: { audio: longSong }, wait }), null);
+  await replicate.predictions.cancel(await until(() => gateway.running()));
+});
+
+test("progress rises from below a half to the whole while the client waits", async () => {
+  const shares: number[] = [];
+  const onProgress = (share: number): void => void shares.push(share);
+  await separator.separate(longSong, { output_format: "mp3", pollSeconds: 0.1, onProgress });
+  assert.ok(shares.length >= 3, `only ${shares.join(" ")}`);
+  assert.ok(shares[0]! < 0.5);
+  assert.equal(shares.at(-1), 1);
+  assert.deepEqual(shares, [...new Set(shares)].sort((a, b) => a - b));
+});
+
+test("a song given as a Blob or as bytes is uploaded and gives the stems that its data URI gives", async () => {
+  const bytes = await readFile(songFile());
+  const options = { output_format: "flac", pollSeconds: 0.1 } as const;
+  const expected = await contents(await separator.separate(song, options));
+  for (const file of [new Blob([new Uint8Array(bytes)]), new Uint8Array(bytes), Buffer.from(new Uint8Array(bytes))]) {
+    assert.deepEqual(await contents(await separator.separate(file, options)), expected);
+  }
+});
+
+test("start: the signed webhook of the end puts the stems' URLs into D1", async () => {
+  const id = await separator.start(song, { stems: "all_4", output_format: "mp3", webhook: receiver.url });
+  const deliveries = await gateway.webhooksOf(id);
+  assert.deepEqual(deliveries.map(({ event, answer }) => [event, answer]), [["completed", 200]]);
+  const [row, ...others] = await receiver.rows();
+  assert.deepEqual([row!.replicate_id, row!.status, row!.error, others], [id, "succeeded", null, []]);
+  const stems: Record<string, string> = JSON.parse(row!.stems!);
+  assert.deepEqual(Object.keys(stems).sort(), ["bass", "drums", "other", "vocals"]);
+  for (const [name, url] of Object.entries(stems)) assert.ok(url.endsWith(`/${name}.mp3`));
+  assert.equal(new Set(Object.values(await contents(stems))).size, 4);
+});
+
+test("webhooks of every stage leave the row of the end", async () => {
+  const { id } = await replicate.predictions.create({
+    model: "owner/separation",
+    input: { audio: song, output_format: "mp3" },
+    webhook: receiver.url,
+    webhook_events_filter: ["start", "output", "logs", "completed"],
+  });
+  const deliveries = await gateway.webhooksOf(id);
+  assert.deepEqual(new Set(deliveries.map(({ event }) => event)), new Set(["start", "output", "logs", "completed"]));
+  assert.deepEqual(new Set(deliveries.map(({ answer }) => answer)), new Set([200]));
+  assert.deepEqual((await receiver.rows()).map((row) => [row.replicate_id, row.status]), [[id, "succeeded"]]);
+});
+
+test("a webhook whose row could not be stored is sent again and stored then", async () => {
+  await receiver.database.prepare("DROP TABLE jobs").run();
+  const id = await separator.start(song, { output_format: "mp3", webhook: receiver.url });
+  await until(() => gateway.deliveries.find(({ webhookId, answer }) => webhookId.includes(id) && answer === 500));
+  await createTables(receiver.database);
+  const deliveries = await gateway.webhooksOf(id);
+  assert.equal(deliveries.at(-1)!.answer, 200);
+  assert.equal(new Set(deliveries.map(({ webhookId }) => webhookId)).size, 1);
+  assert.deepEqual((await receiver.rows()).map((row) => [row.replicate_id, row.status]), [[id, "succeeded"]]);
+});
+
+test("a webhook repeats its prediction's inputs, so a large data URI makes one that the Worker refuses", async () => {
+  const [inline, uploaded] = [dataUri(Buffer.from(await longSong.arrayBuffer())), longSong];
+  const failing = { chunk_size: 4, overlap: 8, webhook: receiver.url };
+  const answers = [];
+  for (const each of [inline, uploaded]) {
+    answers.push((await gateway.webhooksOf(await separator.start(each, failing))).at(-1)!.answer);
+  }
+  assert.notEqual(answers[0], 200); // 413, or the connection ended before all was sent
+  assert.equal(answers[1], 200);
+  assert.equal((await receiver.rows()).length, 1);
+});
+
+test("a failed prediction is an error with the container's sentence, in the client and in D1", async () => {
+  const sentence = /InputError: .*overlap.*/;
+  const failing = { chunk_size: 4, overlap: 8, webhook: receiver.url };
+  const error: unknown = await separator.separate(song, { ...failing, pollSeconds: 0.1 }).catch((reason) => reason);
+  assert.ok(error instanceof PredictionError);
+  assert.equal(error.status, "failed");
+  assert.match(error.message, sentence);
+  await gateway.webhooksOf(error.predictionId);
+  const [row] = await receiver.rows();
+  assert.deepEqual(row, { replicate_id: error.predictionId, status: "failed", stems: null, error: error.message });
+});
+
+test("a song that is not audio fails with a sentence", async () => {
+  await assert.rejects(separator.separate(new Blob(["no song"]), { pollSeconds: 0.1 }), /AudioError: /);
+});
+
+test("aborting cancels the prediction in the container, and the next one is right", async () => {
+  const abort = new AbortController();
+  const reason = new Error("the user left");
+  const waiting = separator.separate(longSong, {
+    output_format: "flac",
+    pollSeconds: 0.1,
+    signal: abort.signal,
+    webhook: receiver.url,
+    onProgress: (share) => share > 0.1 && abort.abort(reason),
+  });
+  await assert.rejects(waiting, reason);
+  const { webhookId } = await until(() => gateway.deliveries.find(({ status }) => status === "canceled"));
+  const id = webhookId.split("_")[1]!;
+  assert.equal((await replicate.predictions.get(id)).status, "canceled");
+  assert.deepEqual(await receiver.rows(), [{ replicate_id: id, status: "canceled", stems: null, error: null }]);
+  assert.ok((await separator.separate(song, { pollSeconds: 0.1 })).vocals);
+});
+
+test("a prediction that somebody else cancels is an error; one that waits in the queue is canceled there", async () => {
+  const first = separator.separate(longSong, { output_format: "flac", pollSeconds: 0.1, webhook: receiver.url });
+  const running = await until(() => gateway.running());
+  const queued = await separator.start(song, { output_format: "mp3", webhook: receiver.url });
+  assert.equal((await replicate.predictions.cancel(queued)).status, "canceled");
+  const row = await until(async () => (await receiver.rows()).find(({ replicate_id }) => replicate_id === queued));
+  assert.equal(row.status, "canceled");
+  await replicate.predictions.cancel(running);
+  const message = `prediction ${running} was canceled`;
+  await assert.rejects(first, { name: "PredictionError", status: "canceled", message });
+});
+
+test("an aborted signal starts nothing", async () => {
+  const before = gateway.created;
+  await assert.rejects(separator.separate(song, { signal: AbortSignal.abort() }), { name: "AbortError" });
+  assert.equal(gateway.created, before);
+});
+
+test("a wrong token and an unknown prediction are errors that say so", async () => {
+  const stranger = new Separator({ model: "owner/separation", auth: "r8_wrong", baseUrl: `${gateway.origin}/v1` });
+  await assert.rejects(stranger.separate(song), /status 401/);
+  await assert.rejects(replicate.predictions.get("none"), /status 404/);
+});
+
+test("the client runs in a Worker, without Node's modules there: from its start to the row in D1", async () => {
+  const server = JSON.stringify({ model: "owner/separation", auth: TOKEN, baseUrl: `${gateway.origin}/v1` });
+  const inputs = JSON.stringify({ output_format: "mp3", webhook: receiver.url });
+  const id = await runInWorker(`const separator = new Separator(${server});
+    const song = await (await fetch(${JSON.stringify(song)})).blob();
+    return new Response(await separator.start(song, ${inputs}));`);
+  await gateway.webhooksOf(id);
+  assert.deepEqual((await receiver.rows()).map((row) => [row.replicate_id, row.status]), [[id, "succeeded"]]);
+});
+
+async function until<T>(look: () => T | undefined | Promise<T | undefined>): Promise<T> {
+  for (const end = Date.now() + 60_000; Date.now() < end; ) {
+    const found = await look();
+    if (found !== undefined) return found;
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  throw new Error("it did not happen within a minute");
+}

@@ -1,0 +1,68 @@
+/** Workers in the real workerd, with a real D1, for the tests: bundled as wrangler does it, run by miniflare. */
+import { readFile } from "node:fs/promises";
+import { build } from "esbuild";
+import { Miniflare } from "miniflare";
+
+export interface Row {
+  replicate_id: string;
+  status: string;
+  stems: string | null;
+  error: string | null;
+}
+
+export type Database = Awaited<ReturnType<Miniflare["getD1Database"]>>;
+
+export interface Receiver {
+  url: string;
+  database: Database;
+  rows: () => Promise<Row[]>;
+  close: () => Promise<void>;
+}
+
+/** worker.ts with an empty database. */
+export async function startReceiver(secret: string): Promise<Receiver> {
+  const worker = new Miniflare({
+    modules: true,
+    script: await bundle('export { default } from "./worker.js";'),
+    compatibilityDate: "2026-01-01",
+    d1Databases: ["DB"],
+    bindings: { REPLICATE_WEBHOOK_SECRET: secret },
+  });
+  const database = await worker.getD1Database("DB");
+  await createTables(database);
+  return {
+    url: (await worker.ready).href,
+    database,
+    rows: async () => (await database.prepare("SELECT * FROM jobs ORDER BY rowid").all<Row>()).results,
+    close: () => worker.dispose(),
+  };
+}
+
+export async function createTables(database: Database): Promise<void> {
+  for (const statement of (await readFile("schema.sql", "utf8")).split(";")) {
+    if (statement.trim()) await database.prepare(statement).run();
+  }
+}
+
+/** Runs `body`, in which `Separator` and `request` are known, in a Worker, and returns its answer as text. */
+export async function runInWorker(body: string): Promise<string> {
+  const code = `import { Separator } from "./separation.js";
+    export default { async fetch(request) { ${body} } };`;
+  const worker = new Miniflare({ modules: true, script: await bundle(code), compatibilityDate: "2026-01-01" });
+  try {
+    return await (await worker.dispatchFetch("http://worker.test/")).text();
+  } finally {
+    await worker.dispose();
+  }
+}
+
+async function bundle(contents: string): Promise<string> {
+  const { outputFiles } = await build({
+    stdin: { contents, resolveDir: process.cwd(), loader: "ts" },
+    bundle: true,
+    format: "esm",
+    platform: "browser",
+    write: false,
+  });
+  return outputFiles[0]!.text;
+}
