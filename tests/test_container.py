@@ -25,7 +25,7 @@ from cog.types import URLPath
 from torch import Tensor
 
 import predict
-from conftest import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, STEMS, read, song
+from conftest import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
 from separation import separator
 from separation.checkpoints import read_config
 from separation.errors import AudioError, InputError, RecipeError

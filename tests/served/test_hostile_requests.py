@@ -41,13 +41,6 @@ class HostileServer(Server):
         self.weights = Path(environment["SEPARATION_WEIGHTS"])
         super().__init__(temporary, SEPARATION_RECIPE="demo", **environment)
 
-    def worker(self) -> int:
-        """The process that runs the predictions."""
-        lists = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        children = [int(pid) for file in lists for pid in file.read_text().split()]
-        (child,) = [pid for pid in children if b"_run_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return child
-
 
 class Web(http.server.BaseHTTPRequestHandler):
     requested: list[str]
@@ -332,11 +325,11 @@ SERVER_FAILED = "Error: the server failed ({}): try again, or tell its operator,
 def test_a_disk_that_takes_no_more_is_told_without_its_paths_which_are_in_the_servers_log(
     limit: int, where: str, server: HostileServer
 ) -> None:
-    before = resource.prlimit(server.worker(), resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    before = resource.prlimit(server.worker, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         assert error(server, upload(wav(1))).endswith(SERVER_FAILED.format("File too large"))
     finally:
-        resource.prlimit(server.worker(), resource.RLIMIT_FSIZE, before)
+        resource.prlimit(server.worker, resource.RLIMIT_FSIZE, before)
     assert_operator_reads(where.format(temporary=server.temporary), server)
     assert_works(server)
 
