@@ -21,6 +21,8 @@ from conftest import PROJECT, read
 
 SCHEMA = PROJECT / "tests" / "served" / "openapi.json"
 COGLETS_FOLDERS = Path("/tmp/coglet/predictions")  # coglet 0.23.1 makes one a prediction here, whatever TMPDIR says
+# The demo's weights on one thread of a CPU: the same everywhere, and slow enough to be met in mid-song.
+DEMO = {"SEPARATION_RECIPE": "demo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ASYNC = {"Prefer": "respond-async"}
 
 
@@ -160,7 +162,7 @@ class Server:
         wait_for(lambda: self.request("GET", "/health-check")[1]["status"] == "READY", "the end of the prediction")
 
     def events(self, about: str) -> list[dict[str, str]]:
-        """The log's entries about predictions that hold these words, in order: `message`, `prediction_id` and others."""
+        """The log's entries about predictions that hold these words: each has `message` and `prediction_id`."""
         lines = [line for line in self.log.read_text().splitlines() if '"prediction_id"' in line and about in line]
         return [json.loads(line)["fields"] for line in lines]
 

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from conftest import PROGRESS_LINE, song
-from served_process import ASYNC, COGLETS_FOLDERS, Receiver, Server, data_uri, decoded, wait_for
+from served_process import ASYNC, COGLETS_FOLDERS, DEMO, Receiver, Server, data_uri, decoded, wait_for
 
 SHORT = {"chunk_size": 4, "overlap": 1}
 LONG = song(45, format="FLAC")  # 16 chunks of SHORT: each is a line of progress
@@ -24,10 +23,15 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="need
 
 
 def stems_of(server: Server) -> list[NDArray[np.float32]]:
-    """The samples of each stem of a prediction that has not been disturbed, or should not have been."""
+    """The samples of each stem of a prediction, always the same one."""
     prediction = server.predict(song(2), stems="all_4", **SHORT)
     assert prediction["status"] == "succeeded"
     return [decoded(uri)[1] for uri in prediction["output"]]
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> list[NDArray[np.float32]]:
+    return stems_of(server)
 
 
 def percent(lines: list[str]) -> int:
@@ -48,6 +52,11 @@ def resources(pid: int) -> dict[str, int]:
         "files": len(os.listdir(f"/proc/{pid}/fd")),
         "resident": int(status["VmRSS"].split()[0]) // 1024,
     }
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 # While one runs
@@ -102,9 +111,8 @@ def test_a_put_of_another_id_than_its_bodys_is_answered_422(server: Server) -> N
 
 @needs_proc
 def test_a_cancel_in_mid_song_ends_it_within_a_chunk_and_leaves_nothing_behind(
-    server: Server, receiver: Receiver
+    server: Server, receiver: Receiver, expected: list[NDArray[np.float32]]
 ) -> None:
-    expected = stems_of(server)
     threads_and_files = {key: value for key, value in resources(server.worker).items() if key != "resident"}
     before = server.leftovers()
     start_long(server, receiver, "cancelled")
@@ -160,9 +168,8 @@ def test_a_client_that_hangs_up_cancels_its_synchronous_prediction(server: Serve
     ids=["words", "cut", "empty", "overlap"],
 )
 def test_a_failed_prediction_leaves_the_next_unharmed(
-    server: Server, content: bytes | None, inputs: dict[str, Any]
+    server: Server, expected: list[NDArray[np.float32]], content: bytes | None, inputs: dict[str, Any]
 ) -> None:
-    expected = stems_of(server)
     failed = server.predict(song(1) if content is None else content, **inputs)
     assert failed["status"] == "failed" and failed["error"]
     assert not any(name.startswith("stems-") for name in server.leftovers())
@@ -176,7 +183,7 @@ def test_a_hundred_predictions_of_all_kinds_leave_no_memory_thread_or_file_behin
     tmp_path: Path, receiver: Receiver
 ) -> None:
     audio = song(6)
-    with Server(tmp_path, SEPARATION_RECIPE="demo", OMP_NUM_THREADS="1") as server:
+    with Server(tmp_path, **DEMO) as server:
         assert server.health()["status"] == "READY"
         seen: list[dict[str, int]] = []
         for index in range(110):  # 10 to warm up: memory pools and thread pools grow to their size
@@ -229,17 +236,18 @@ def test_a_server_without_weights_and_network_says_at_once_which_file_is_missing
             assert server.request("POST", "/predictions", {"input": {"audio": "https://127.0.0.1/x"}})[0] == 503
 
 
+@needs_proc
 def test_sigterm_in_mid_song_ends_the_server_and_leaves_nothing_half_written(
     tmp_path: Path, receiver: Receiver
 ) -> None:
-    with Server(tmp_path, SEPARATION_RECIPE="demo", OMP_NUM_THREADS="1") as server:
+    with Server(tmp_path, **DEMO) as server:
         assert server.health()["status"] == "READY"
         start_long(server, receiver, "ended", until=10)
+        worker = server.worker
         assert any(name.startswith("stems-") for name in server.leftovers())
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
-        group = ["pgrep", "-g", str(server.process.pid)]
-        wait_for(lambda: subprocess.run(group, capture_output=True, check=False).stdout == b"", "the worker's end")
+        wait_for(lambda: not is_running(worker), "the worker's end")
         assert server.leftovers() == set()
         with pytest.raises(ConnectionRefusedError):
             server.request("GET", "/health-check")
