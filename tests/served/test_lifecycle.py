@@ -212,7 +212,7 @@ def test_a_hundred_predictions_of_all_kinds_leave_no_memory_thread_or_file_behin
             assert late[key] <= early[key]
         # 70 predictions lie between the two: each that kept its song's samples (2 MiB) would show as 140 MiB.
         assert late["resident"] - early["resident"] < 70
-        # Answers are larger, 5 MiB on average, and what coglet's allocator holds of them goes up and down by some 50 MiB.
+        # Answers are larger, 5 MiB on average, and what is held back of them goes up and down by some 50 MiB.
         assert late["parent_resident"] - early["parent_resident"] < 140
         # coglet's own, one folder a prediction for the container's life, whatever TMPDIR says: two empty folders each.
         for prediction in server.predictions():
