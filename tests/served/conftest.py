@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from served_process import Receiver, Server
+from served_process import DEMO, Receiver, Server
 
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server"), SEPARATION_RECIPE="demo", OMP_NUM_THREADS="1") as server:
+    with Server(tmp_path_factory.mktemp("server"), **DEMO) as server:
         assert server.health()["status"] == "READY", server.log.read_text()
         yield server
 

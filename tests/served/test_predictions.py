@@ -2,14 +2,14 @@
 
 import base64
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import METRICS, STEMS, read, song
-from served_process import ASYNC, Receiver, Request, Server, data_uri, decoded, wait_for
+from served_process import ASYNC, DEMO, Receiver, Request, Server, data_uri, decoded, wait_for
 
 SHORT = {"chunk_size": 4, "overlap": 1}
 KINDS = {"wav": "audio/wav", "mp3": "audio/mpeg", "flac": "audio/flac"}
@@ -106,15 +106,15 @@ def test_any_other_preference_is_answered_with_the_finished_prediction(server: S
 
 
 @pytest.fixture(scope="module")
-def uploads() -> Any:
+def uploads() -> Iterator[Receiver]:
     with Receiver() as receiver:
         yield receiver
 
 
 @pytest.fixture(scope="module")
-def uploading(tmp_path_factory: pytest.TempPathFactory, uploads: Receiver) -> Any:
+def uploading(tmp_path_factory: pytest.TempPathFactory, uploads: Receiver) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("uploading")
-    with Server(folder, "--upload-url", f"{uploads.url}/up", SEPARATION_RECIPE="demo", OMP_NUM_THREADS="1") as server:
+    with Server(folder, "--upload-url", f"{uploads.url}/up", **DEMO) as server:
         assert server.health()["status"] == "READY", server.log.read_text()
         yield server
 
@@ -125,19 +125,13 @@ def test_uploaded_stems_come_in_any_order_and_are_told_apart_by_file_name(
     direct = server.predict(song(2), stems="all_4", **SHORT)["output"]  # in the contract's order
     uploads.requests.clear()
 
+    answered: list[str] = []
+
     def vocals_last(request: Request) -> int:
         if request.path.endswith("/vocals.wav"):
-            wait_for(lambda: len(uploads.requests) == 4, "the other stems")
-            wait_for(lambda: answered == 3, "the other answers")
-        else:
-            counted()
+            wait_for(lambda: len(answered) == 3, "the answers to the other stems")
+        answered.append(request.path)
         return 200
-
-    answered = 0
-
-    def counted() -> None:
-        nonlocal answered
-        answered += 1
 
     uploads.answer = vocals_last
     status, prediction = uploading.post({"audio": data_uri(song(2)), "stems": "all_4", **SHORT}, id="up")

@@ -1,0 +1,256 @@
+"""One prediction at a time, and what each leaves behind: nothing, however it ends."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from conftest import PROGRESS_LINE, song
+from served_process import ASYNC, COGLETS_FOLDERS, DEMO, Receiver, Server, data_uri, decoded, wait_for
+
+SHORT = {"chunk_size": 4, "overlap": 1}
+LONG = song(45, format="FLAC")  # 16 chunks of SHORT: each is a line of progress
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux' /proc")
+
+
+def stems_of(server: Server) -> list[NDArray[np.float32]]:
+    """The samples of each stem of a prediction, always the same one."""
+    prediction = server.predict(song(2), stems="all_4", **SHORT)
+    assert prediction["status"] == "succeeded"
+    return [decoded(uri)[1] for uri in prediction["output"]]
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> list[NDArray[np.float32]]:
+    return stems_of(server)
+
+
+def percent(lines: list[str]) -> int:
+    return max([int(match[1]) for line in lines if (match := PROGRESS_LINE.match(line))], default=-1)
+
+
+def start_long(server: Server, receiver: Receiver, id: str, *, until: int = 25) -> None:
+    """Begin a long prediction whose end `receiver` hears of; back when that much per cent of it is done."""
+    server.start(LONG, id=id, inputs=SHORT, webhook=receiver.url, webhook_events_filter=["completed"])
+    wait_for(lambda: percent(server.printed(id)) >= until, f"{until} % of the prediction")
+
+
+def resources(pid: int) -> dict[str, int]:
+    """Threads, open files and resident MiB of a process."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {
+        "threads": int(status["Threads"]),
+        "files": len(os.listdir(f"/proc/{pid}/fd")),
+        "resident": int(status["VmRSS"].split()[0]) // 1024,
+    }
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+# While one runs
+
+
+def test_a_second_request_while_busy_is_answered_409(server: Server, receiver: Receiver) -> None:
+    start_long(server, receiver, "first", until=10)
+    assert server.request("GET", "/health-check")[1]["status"] == "BUSY"
+    for method, path in (("POST", "/predictions"), ("PUT", "/predictions/second")):
+        status, answer = server.request(method, path, {"input": {"audio": data_uri(song(1))}})
+        assert status == 409
+        assert answer == {"error": "At capacity - all prediction slots busy", "status": "failed"}
+    assert server.cancel("first") == 200
+    assert receiver.wait_for_end()["status"] == "canceled"
+
+
+def test_the_same_put_again_joins_the_prediction_while_it_runs_and_starts_another_after(
+    server: Server, receiver: Receiver
+) -> None:
+    request = {
+        "input": {"audio": data_uri(song(12, format="FLAC")), **SHORT},
+        "webhook": receiver.url,
+        "webhook_events_filter": ["start", "completed"],
+    }
+    server.wait_until_idle()
+    before = server.predictions().count("put")
+    status, first = server.request("PUT", "/predictions/put", request, ASYNC)
+    assert (status, first) == (202, {"id": "put", "status": "starting"})
+    for headers in (ASYNC, {}):  # even without asking for it, the second answer does not wait for the stems
+        status, again = server.request("PUT", "/predictions/put", request, headers)
+        assert status == 202
+        assert again["id"] == "put" and again["status"] in ("starting", "processing")
+        assert again["input"] == request["input"]
+    receiver.wait_for_end()
+    server.wait_until_idle()
+    assert [body["status"] for body in receiver.bodies()] == ["processing", "succeeded"]
+    assert server.predictions().count("put") - before == 1
+    while (answer := server.request("PUT", "/predictions/put", {"input": {"audio": data_uri(song(1))}}))[0] == 409:
+        time.sleep(0.05)
+    assert answer[0] == 200 and answer[1]["id"] == "put" and answer[1]["status"] == "succeeded"
+    assert server.predictions().count("put") - before == 2
+
+
+def test_a_put_of_another_id_than_its_bodys_is_answered_422(server: Server) -> None:
+    status, answer = server.request("PUT", "/predictions/one", {"id": "other", "input": {"audio": data_uri(b"")}})
+    assert status == 422
+    assert answer["detail"][0]["loc"] == ["body", "id"]
+
+
+# Cancelled, failed, given up
+
+
+@needs_proc
+def test_a_cancel_in_mid_song_ends_it_within_a_chunk_and_leaves_nothing_behind(
+    server: Server, receiver: Receiver, expected: list[NDArray[np.float32]]
+) -> None:
+    held = []
+    for id in ("cancelled", "cancelled-again"):
+        before = server.leftovers()
+        start_long(server, receiver, id)
+        seen = len(server.printed(id))
+        receiver.requests.clear()
+        assert server.cancel(id) == 200
+        completed = receiver.wait_for_end()
+        assert completed["status"] == "canceled"
+        assert "output" not in completed and "error" not in completed
+        # One line may have been on its way when the cancel was sent; the chunk that ran then never ends.
+        assert len(completed["logs"].splitlines()) - seen <= 1
+        assert percent(completed["logs"].splitlines()) < 50
+        assert server.leftovers() <= before
+        assert not any(name.startswith("stems-") for name in server.leftovers())  # the last one's went when this began
+        assert server.cancel(id) == 404  # it is over
+        held.append(resources(server.worker))
+    assert held[1]["threads"] <= held[0]["threads"] and held[1]["files"] <= held[0]["files"]
+    assert held[1]["resident"] - held[0]["resident"] < 8  # MiB; the song's samples alone are 15
+    for samples, right in zip(stems_of(server), expected, strict=True):
+        np.testing.assert_array_equal(samples, right)
+
+
+def test_a_synchronous_request_is_answered_when_its_prediction_is_cancelled(server: Server, receiver: Receiver) -> None:
+    server.wait_until_idle()
+    body = json.dumps({"input": {"audio": data_uri(LONG), **SHORT}})
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("PUT", "/predictions/waiting", body, {"Content-Type": "application/json"})
+    wait_for(lambda: percent(server.printed("waiting")) >= 10, "10 % of the prediction")
+    assert server.cancel("waiting") == 200
+    response = connection.getresponse()
+    prediction = json.loads(response.read())
+    connection.close()
+    assert response.status == 200
+    assert (prediction["id"], prediction["status"]) == ("waiting", "canceled")
+
+
+def test_a_client_that_hangs_up_cancels_its_synchronous_prediction(server: Server, receiver: Receiver) -> None:
+    server.wait_until_idle()
+    body = {"input": {"audio": data_uri(LONG), **SHORT}, "id": "left", "webhook": receiver.url}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/predictions", json.dumps(body), {"Content-Type": "application/json"})
+    wait_for(lambda: percent(server.printed("left")) >= 10, "10 % of the prediction")
+    connection.close()
+    assert receiver.wait_for_end()["status"] == "canceled"
+
+
+@pytest.mark.parametrize(
+    "content, inputs",
+    [
+        (b"words, words, words\n" * 100, {}),
+        (song(2)[:100_000], {}),
+        (b"", {}),
+        (None, {"chunk_size": 4, "overlap": 4}),
+    ],
+    ids=["words", "cut", "empty", "overlap"],
+)
+def test_a_failed_prediction_leaves_the_next_unharmed(
+    server: Server, expected: list[NDArray[np.float32]], content: bytes | None, inputs: dict[str, Any]
+) -> None:
+    failed = server.predict(song(1) if content is None else content, **inputs)
+    assert failed["status"] == "failed" and failed["error"]
+    assert not any(name.startswith("stems-") for name in server.leftovers())
+    for samples, right in zip(stems_of(server), expected, strict=True):
+        np.testing.assert_array_equal(samples, right)
+
+
+@pytest.mark.slow
+@needs_proc
+def test_a_hundred_predictions_of_all_kinds_leave_no_memory_thread_or_file_behind(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    audio = song(6)
+    with Server(tmp_path, **DEMO) as server:
+        assert server.health()["status"] == "READY"
+        seen: list[dict[str, int]] = []
+        for index in range(110):  # 10 to warm up: memory pools and thread pools grow to their size
+            if index % 10 == 3:
+                assert server.predict(b"words", **SHORT)["status"] == "failed"
+            elif index % 10 == 7:
+                receiver.requests.clear()
+                start_long(server, receiver, f"cancelled-{index}", until=10)
+                assert server.cancel(f"cancelled-{index}") == 200
+                assert receiver.wait_for_end()["status"] == "canceled"
+            else:
+                stems = ("vocals_instrumental", "all_4", "all_6")[index % 3]
+                format = ("wav", "flac", "mp3")[index // 3 % 3]
+                prediction = server.predict(audio, stems=stems, output_format=format, overlap=1)
+                assert prediction["status"] == "succeeded", prediction
+            kept = {name for name in server.leftovers() if name.startswith("stems-")}
+            assert server.leftovers() == kept and len(kept) <= 1
+            worker, parent = resources(server.worker), resources(server.process.pid)
+            seen.append(worker | {f"parent_{key}": value for key, value in parent.items()})
+        early, late = (
+            {key: statistics.median(figures[key] for figures in part) for key in seen[0]}
+            for part in (seen[10:40], seen[80:110])
+        )
+        print(f"after 10 to 40 predictions {early}, after 80 to 110 {late}")
+        for key in ("threads", "files", "parent_threads", "parent_files"):
+            assert late[key] <= early[key]
+        # MiB. 70 predictions lie between the two: each that kept its song's samples (2 MiB) would show as 140.
+        assert late["resident"] - early["resident"] < 16
+        assert late["parent_resident"] - early["parent_resident"] < 16
+        # coglet's own, one folder a prediction for the container's life, whatever TMPDIR says: two empty folders each.
+        for prediction in server.predictions():
+            assert not [path for path in (COGLETS_FOLDERS / prediction).rglob("*") if path.is_file()]
+
+
+# The server's own begin and end
+
+
+def test_a_server_without_weights_and_network_says_at_once_which_file_is_missing(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
+        proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        environment = {"SEPARATION_RECIPE": "standard", "SEPARATION_WEIGHTS": str(weights), "https_proxy": proxy}
+        with Server(tmp_path, **environment) as server:
+            health = server.health()
+            assert health["status"] == "SETUP_FAILED"
+            assert "model_bs_roformer_ep_317_sdr_12.9755.ckpt is not in" in health["setup"]["logs"]
+            assert "python -m separation models download bs_roformer_viperx_1297" in health["setup"]["logs"]
+            assert server.request("POST", "/predictions", {"input": {"audio": "https://127.0.0.1/x"}})[0] == 503
+
+
+@needs_proc
+def test_sigterm_in_mid_song_ends_the_server_and_leaves_nothing_half_written(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    with Server(tmp_path, **DEMO) as server:
+        assert server.health()["status"] == "READY"
+        start_long(server, receiver, "ended", until=10)
+        worker = server.worker
+        assert any(name.startswith("stems-") for name in server.leftovers())
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        wait_for(lambda: not is_running(worker), "the worker's end")
+        assert server.leftovers() == set()
+        with pytest.raises(ConnectionRefusedError):
+            server.request("GET", "/health-check")
