@@ -29,7 +29,7 @@ from torch import Tensor
 import predict
 from conftest import PROJECT, SHARED
 from separation import separator
-from separation.checkpoints import read_config
+from separation.catalogue import read_config
 from separation.errors import AudioError, InputError, RecipeError
 from separation.models.base import SeparationModel
 from separation.recipes import load_recipe
