@@ -163,6 +163,7 @@ def _separator(options: argparse.Namespace) -> "Separator":
     from separation.checkpoints import load_model
     from separation.separator import ModelPool, Separator
 
+    _check_model_options(options)
     shared: dict[str, Any] = {
         "two_stems": options.two_stems,
         "batch_size": options.batch_size,
@@ -180,9 +181,12 @@ def _separator(options: argparse.Namespace) -> "Separator":
             precision=pool.choice.precision,
         )
         return Separator.from_model(model, **shared)
-    if options.model_path:
-        raise InputError("--model-path needs --model-name, the name of its configuration in configs/models")
     return Separator(options.recipe, options.stems, pool=pool, **shared)
+
+
+def _check_model_options(options: argparse.Namespace) -> None:
+    if options.model_path and not options.model_name:
+        raise InputError("--model-path needs --model-name, the name of its configuration in configs/models")
 
 
 def _report(song: Path, files: "StemFiles", *, as_json: bool) -> None:
@@ -238,6 +242,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from separation.bench import cold_start
 
+    _check_model_options(options)
     result = cold_start(
         options.recipe,
         options.stems,

@@ -20,7 +20,7 @@ import torch
 from separation.catalogue import PROJECT, fetch, files_for, read_config
 from separation.checkpoints import load_model
 from separation.device import choose
-from separation.errors import CheckpointError, SeparationError
+from separation.errors import SeparationError
 from separation.models import SeparationModel
 from separation.recipes import load_recipe
 from separation.separator import SAMPLE_RATE, ModelPool, Separator
@@ -64,9 +64,8 @@ class ColdStart:
                 *lines,
                 f"{'first stem by':14} {total:8.2f}",
                 "",
-                f"{self.weight_bytes / 1e6:.1f} MB of weights; plainly reading them, from the page cache as above, takes "
-                f"{self.plain_read:.3f} s:",
-                f"read weights takes {self.stages['read weights'] / self.plain_read:.2f} times that",
+                f"{self.weight_bytes / 1e6:.1f} MB of weights, in the page cache: just reading the files takes "
+                f"{self.plain_read:.3f} s, read weights {self.stages['read weights'] / self.plain_read:.2f} times that",
                 self.reason,
             ]
         )
@@ -101,8 +100,6 @@ def cold_start(
     With `model_name` all stems of that one model, its weights from `model_path` if given, in place of the recipe. The
     weights are downloaded and read once before, so that they are in the page cache. Raises what `Separator` raises.
     """
-    if model_path is not None and model_name is None:
-        raise CheckpointError("--model-path needs --model-name, the name of its configuration in configs/models")
     wanted = {model_name: None} if model_name else load_recipe(recipe, stems).models
     paths = (
         [model_path]
