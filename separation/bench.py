@@ -20,7 +20,7 @@ import torch
 from separation.catalogue import PROJECT, fetch, files_for, read_config
 from separation.checkpoints import load_model
 from separation.device import choose
-from separation.errors import SeparationError
+from separation.errors import CheckpointError, SeparationError
 from separation.models import SeparationModel
 from separation.recipes import load_recipe
 from separation.separator import SAMPLE_RATE, ModelPool, Separator
@@ -100,6 +100,8 @@ def cold_start(
     With `model_name` all stems of that one model, its weights from `model_path` if given, in place of the recipe. The
     weights are downloaded and read once before, so that they are in the page cache. Raises what `Separator` raises.
     """
+    if model_path is not None and not model_path.is_file():
+        raise CheckpointError(f"there is no file {model_path}: give a checkpoint's path")
     wanted = {model_name: None} if model_name else load_recipe(recipe, stems).models
     paths = (
         [model_path]

@@ -216,7 +216,7 @@ def converted_path(file: WeightFile) -> Path | None:
 
     Raises CheckpointError if it is damaged.
     """
-    path = local_path(file)
+    path = weights_folder() / file.name
     converted = path.with_suffix(".safetensors")
     if file.sha256 is None or converted == path or not converted.is_file():
         return None

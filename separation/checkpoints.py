@@ -120,10 +120,12 @@ def convert(checkpoint: Path, target: Path) -> None:
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata)
-        os.replace(part, target)
+        try:
+            safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
         raise OutputError(f"{target} cannot be written ({first_line(e)}): free space, or name another place") from e
 
 

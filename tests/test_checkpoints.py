@@ -1,5 +1,6 @@
 """Loading weights of small models in every form, and converting them."""
 
+import hashlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from separation import checkpoints
-from separation.catalogue import available, read_config
-from separation.checkpoints import load_model
-from separation.errors import CheckpointError, InputError, RecipeError
+from separation.catalogue import available, is_here, read_config
+from separation.checkpoints import convert, load_model
+from separation.device import PRECISIONS
+from separation.errors import CheckpointError, InputError, OutputError, RecipeError
 from separation.models import ARCHITECTURES
 from separation.models.base import SeparationModel
 from small_model import HYPER_PARAMETERS, chunks, small_model, write_weights, write_yaml
@@ -242,6 +245,13 @@ def test_wrong_hyper_parameters_are_named(tmp_path: Path, changes: dict[str, Any
         load_model(write_yaml(tmp_path, model=HYPER_PARAMETERS | changes))
 
 
+def test_an_unknown_architecture_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"small\.yaml: unknown architecture 'perceptron', use one of bs_roformer"
+    ):
+        load_model(write_yaml(tmp_path, architecture="perceptron"))
+
+
 def test_a_checkpoint_path_that_is_not_there_and_a_yaml_without_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no file .*nothing\.ckpt"):
         load_model(write_yaml(tmp_path), checkpoint=tmp_path / "nothing.ckpt")
@@ -310,3 +320,140 @@ def test_a_single_network_of_the_same_architecture_loads(tmp_path: Path, weights
     path.write_text(yaml.safe_dump(document))
     mixture = chunks(11025)
     assert torch.equal(load_model(path)(mixture), networks["drums"](mixture))
+
+
+# What is read, and in which type
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_weights_are_rounded_to_the_type_that_each_layer_computes_in(
+    tmp_path: Path, state: dict[str, Tensor], suffix: str, precision: str
+) -> None:
+    path = write_weights(state, tmp_path / f"x{suffix}")
+    reference = small_model()
+    if precision != "fp32":
+        reference.to_precision(PRECISIONS[precision])
+    loaded = load_model(write_yaml(tmp_path), checkpoint=path, precision=precision).state_dict()
+    for key, value in reference.state_dict().items():
+        assert loaded[key].dtype == value.dtype and torch.equal(loaded[key], value), key
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_loaded_model_has_read_its_file_and_needs_it_no_more(
+    tmp_path: Path, state: dict[str, Tensor], suffix: str
+) -> None:
+    path = write_weights(state, tmp_path / f"x{suffix}")
+    model = load_model(write_yaml(tmp_path), checkpoint=path)
+    with path.open("r+b") as stream:  # in place: memory mapped from the file would change too
+        stream.write(bytes(path.stat().st_size))
+    assert torch.equal(model(chunks()), small_model()(chunks()))
+
+
+def test_every_type_and_shape_that_safetensors_holds_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = {str(dtype): torch.arange(7).to(dtype).view(7, 1) for dtype in checkpoints.DTYPES.values()} | {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+    }
+    save_file(written, tmp_path / "x.safetensors")
+    read = checkpoints._read_weights(tmp_path / "x.safetensors", {})
+    assert read.keys() == written.keys()
+    assert all(read[key].dtype == value.dtype and torch.equal(read[key], value) for key, value in written.items())
+
+
+def test_a_type_that_no_model_has_is_named(tmp_path: Path) -> None:
+    save_file({"gain": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: gain has the type F8_E4M3: use one of F64, F32"):
+        load_model(write_yaml(tmp_path), checkpoint=tmp_path / "x.safetensors")
+
+
+def test_building_draws_no_random_numbers_and_later_layers_are_initialised() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    checkpoints._build(read_config("demo"), ())
+    assert torch.equal(torch.rand(1), expected)
+    assert 0 < torch.nn.Linear(100, 100).weight.abs().max() < 0.1001
+
+
+# Converting
+
+
+def convert_to(folder: Path, saved: dict[str, Any], name: str = "x.ckpt") -> tuple[Path, str]:
+    """Save a checkpoint and convert it; its converted file and the sha256 of the checkpoint itself."""
+    folder.mkdir(exist_ok=True)
+    torch.save(saved, folder / name)
+    target = (folder / name).with_suffix(".safetensors")
+    convert(folder / name, target)
+    return target, hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+def test_a_converted_checkpoint_is_the_same_model_and_names_its_source(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    angles = [key for key in state if key.endswith("rotary_embed.freqs")]
+    saved = {f"module.{key}": state[angles[0]] if key in angles else value for key, value in state.items()}
+    assert len({value.data_ptr() for value in saved.values()}) < len(saved)  # shared, which safetensors refuses
+    target, sha256 = convert_to(tmp_path / "out", {"epoch": 3, "state_dict": saved})
+    with safe_open(target, framework="pt") as opened:
+        assert opened.metadata() == {"source_sha256": sha256, "source_name": "x.ckpt"}
+        assert set(opened.keys()) == set(state)
+    assert torch.equal(load_model(write_yaml(tmp_path), checkpoint=target)(chunks()), small_model()(chunks()))
+    assert sorted(path.name for path in target.parent.iterdir()) == ["x.ckpt", "x.safetensors"]
+
+
+def test_converting_keeps_the_types(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    target, _ = convert_to(tmp_path, {key: value.half() for key, value in state.items()})
+    assert {value.dtype for value in load_file(target).values()} == {torch.float16}
+
+
+def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    target, ran = tmp_path / "out" / "x.safetensors", tmp_path / "ran"
+    torch.save({"state_dict": state, "extra": Malicious(ran)}, tmp_path / "code.ckpt")
+    with pytest.raises(CheckpointError, match="would run code"):
+        convert(tmp_path / "code.ckpt", target)
+    torch.save({"epoch": 3}, tmp_path / "none.ckpt")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        convert(tmp_path / "none.ckpt", target)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        convert(tmp_path / "nothing.ckpt", target)
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=r"must end in \.safetensors"):
+        convert(tmp_path / "x.ckpt", tmp_path / "x.bin")
+    assert not ran.exists() and not target.parent.exists()
+
+
+def test_a_converted_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, tmp_path / "x.ckpt")
+    (tmp_path / "taken.safetensors" / "inside").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"taken\.safetensors cannot be written"):
+        convert(tmp_path / "x.ckpt", tmp_path / "taken.safetensors")
+    with pytest.raises(OutputError, match=r"x\.safetensors cannot be written"):
+        convert(tmp_path / "x.ckpt", tmp_path / "x.ckpt" / "x.safetensors")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_converted_file_stands_for_its_checkpoint_without_a_checksum_and_without_the_checkpoint(
+    tmp_path: Path, weights: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, sha256 = convert_to(weights, state, "small.ckpt")
+    (weights / "small.ckpt").unlink()
+    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": sha256, "url": "http://127.0.0.1:1/x"}])
+    assert torch.equal(load_model(config)(chunks()), small_model()(chunks()))
+    assert is_here(str(config))
+
+
+def test_a_converted_file_of_another_checkpoint_is_not_taken_and_a_damaged_one_is_named(
+    tmp_path: Path, weights: Path, state: dict[str, Tensor]
+) -> None:
+    target, sha256 = convert_to(weights, state, "small.ckpt")
+    (weights / "small.ckpt").unlink()
+    config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": "0" * 64}])
+    with pytest.raises(CheckpointError, match=r"small\.ckpt is missing"):
+        load_model(config)
+    assert not is_here(str(config))
+    target.write_bytes(target.read_bytes()[:-100])
+    config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": sha256}])
+    with pytest.raises(CheckpointError, match=r"small\.safetensors .* is damaged or incomplete .*: delete it"):
+        load_model(config)
