@@ -12,6 +12,12 @@ from separation.__main__ import main
 STAGES = ["interpreter", "imports", "read weights", "to device", "warm-up", "first stem"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More only wait for each other where tests run side by side."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def bench(*options: str) -> int:
     return main(["bench", "--cold-start", "--device", "cpu", "--precision", "fp32", *options])
 
