@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -122,6 +123,7 @@ def convert(checkpoint: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata)
+            shutil.copymode(checkpoint, part)  # the library lets no one else read what it writes
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,7 @@ def test_a_converted_checkpoint_is_the_same_model_and_names_its_source(
     saved = {f"module.{key}": state[angles[0]] if key in angles else value for key, value in state.items()}
     assert len({value.data_ptr() for value in saved.values()}) < len(saved)  # shared, which safetensors refuses
     target, sha256 = convert_to(tmp_path / "out", {"epoch": 3, "state_dict": saved})
+    assert target.stat().st_mode == (target.parent / "x.ckpt").stat().st_mode
     with safe_open(target, framework="pt") as opened:
         assert opened.metadata() == {"source_sha256": sha256, "source_name": "x.ckpt"}
         assert set(opened.keys()) == set(state)
@@ -431,6 +433,21 @@ def test_a_converted_file_that_cannot_be_written_is_one_sentence(tmp_path: Path,
     with pytest.raises(OutputError, match=r"x\.safetensors cannot be written"):
         convert(tmp_path / "x.ckpt", tmp_path / "x.ckpt" / "x.safetensors")
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_full_disk_while_converting_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    torch.save(state, tmp_path / "x.ckpt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes; to write more fails as on a full disk
+    try:
+        with pytest.raises(OutputError, match=r"x\.safetensors cannot be written \(.*too large") as caught:
+            convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
 
 
 def test_a_converted_file_stands_for_its_checkpoint_without_a_checksum_and_without_the_checkpoint(

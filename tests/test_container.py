@@ -152,9 +152,9 @@ def test_exactly_the_weights_of_recipe_standard_are_baked_each_with_its_sha256(c
             (size_bytes,) = (file.bytes for file in files if file.sha256 == sha256)
             assert rest == [f"touch -d @0 {path}", f'echo "{sha256} {size_bytes} 0" > {path}.verified']
         else:
-            convert, remove = rest
-            assert convert.endswith(f'" {path} {path.removesuffix(".ckpt")}.safetensors {sha256}')
-            assert remove == f"rm {path}"
+            written, *rest = rest
+            assert written.endswith(f'" {path} {path.removesuffix(".ckpt")}.safetensors {sha256}')
+            assert rest == [f"chmod 644 {path.removesuffix('.ckpt')}.safetensors", f"rm {path}"]
     assert set(baked) == needed
     assert len(baked) == len(needed)
 
@@ -192,7 +192,7 @@ def test_the_images_converted_checkpoint_loads_without_its_source_and_without_a_
 ) -> None:
     state = small_model().state_dict()
     angles = [key for key in state if key.endswith("rotary_embed.freqs")]
-    state |= dict.fromkeys(angles, state[angles[0]])  # shared, as in the published checkpoint
+    state |= dict.fromkeys(angles, state[angles[0]])  # shared, which safetensors refuses
     saved = tmp_path / "saved.ckpt"
     torch.save({nesting: state} if nesting else state, saved)
     sha256 = hashlib.sha256(saved.read_bytes()).hexdigest()
@@ -202,6 +202,7 @@ def test_the_images_converted_checkpoint_loads_without_its_source_and_without_a_
     assert ran.returncode == 0, ran.stderr
     name = Path(file.name).with_suffix(".safetensors").name
     assert [path.name for path in weights.iterdir()] == [name]
+    assert (weights / name).stat().st_mode & 0o777 == 0o644
     convert(saved, tmp_path / "by_command.safetensors")
     with (
         safe_open(weights / name, framework="pt") as by_image,
