@@ -1,5 +1,6 @@
 """Loading weights of small models in every form, and converting them."""
 
+import gc
 import hashlib
 import os
 import pickle
@@ -375,6 +376,22 @@ def test_building_draws_no_random_numbers_and_later_layers_are_initialised() -> 
     checkpoints._build(read_config("demo"), ())
     assert torch.equal(torch.rand(1), expected)
     assert 0 < torch.nn.Linear(100, 100).weight.abs().max() < 0.1001
+
+
+def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = write_weights(state, tmp_path / "x.ckpt")
+    config = write_yaml(tmp_path)
+    load_model(config, checkpoint=path)
+    assert gc.isenabled()
+    with pytest.raises(CheckpointError):
+        load_model(config, checkpoint=tmp_path / "nothing.ckpt")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load_model(config, checkpoint=path)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 # Converting
