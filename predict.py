@@ -20,7 +20,7 @@ from cog import BasePredictor, Input, Path
 from cog.types import URLPath
 
 from separation import ModelPool, Separator
-from separation.checkpoints import is_here
+from separation.catalogue import is_here
 from separation.device import peak_memory_bytes
 from separation.errors import AudioError, EstimateError, InputError, RecipeError, SeparationError
 from separation.recipes import load_recipe

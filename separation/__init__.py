@@ -4,7 +4,9 @@
 >>> stems = Separator(recipe="demo", stems="all_4").separate(mixture)  # [2, T] at 44100 Hz -> {"vocals": [2, T], ...}
 """
 
-from separation.checkpoints import load_model
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from separation.errors import (
     AudioError,
     CheckpointError,
@@ -15,7 +17,10 @@ from separation.errors import (
     RecipeError,
     SeparationError,
 )
-from separation.separator import ModelPool, Separator
+
+if TYPE_CHECKING:
+    from separation.checkpoints import load_model
+    from separation.separator import ModelPool, Separator
 
 __all__ = [
     "AudioError",
@@ -30,3 +35,16 @@ __all__ = [
     "Separator",
     "load_model",
 ]
+
+# Imported when first asked for: PyTorch takes a second, which `python -m separation --help` has no use for.
+_MODULES = {
+    "ModelPool": "separation.separator",
+    "Separator": "separation.separator",
+    "load_model": "separation.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'separation' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -9,17 +9,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
-from separation import checkpoints
-from separation.audio import FORMATS
-from separation.demo import run_demo
-from separation.device import PRECISIONS
+from separation import catalogue
 from separation.errors import InputError, SeparationError
 from separation.recipes import choices, names
-from separation.separator import SAMPLE_RATES, ModelPool, Separator, StemFiles
+
+# What imports PyTorch is imported by the commands that need it: it takes a second, which --help, a wrong option and
+# `models list` do without. For the same reason these choices are written out; a test compares them with the engine's.
+if TYPE_CHECKING:
+    from separation.separator import Separator, StemFiles
+
+FORMATS = ("wav", "mp3", "flac")
+SAMPLE_RATES = (44100, 48000)
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,8 +88,18 @@ def build_parser() -> argparse.ArgumentParser:
     separate.add_argument("--json", action="store_true", help="print one JSON object a song")
     separate.set_defaults(command=_separate)
 
-    models = commands.add_parser("models", help="list, download or verify the checkpoints").add_subparsers(
-        required=True, metavar="list|download|verify", parser_class=Parser
+    bench = commands.add_parser("bench", parents=[shared], help="measure how long the program takes")
+    what = bench.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cold-start", action="store_true", help="from a fresh process's start to the first stem")
+    bench.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
+    bench.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
+    bench.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
+    bench.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.set_defaults(command=_bench)
+
+    models = commands.add_parser("models", help="list, download, verify or convert the checkpoints").add_subparsers(
+        required=True, metavar="list|download|verify|convert", parser_class=Parser
     )
     quiet: dict[str, Any] = {"verbose": False}
     models.add_parser("list", help="every checkpoint and whether it is here").set_defaults(command=_list, **quiet)
@@ -92,6 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub = models.add_parser(name, help=f"{name} a checkpoint's files")
         sub.add_argument("name", metavar="NAME")
         sub.set_defaults(command=command, **quiet)
+    convert = models.add_parser("convert", help="write a checkpoint's weights as the format that loads fastest")
+    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    convert.add_argument("output", type=Path, metavar="OUT.safetensors")
+    convert.set_defaults(command=_convert, **quiet)
     return parser
 
 
@@ -102,6 +121,8 @@ def _batch_size(text: str) -> int | str:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from separation.demo import run_demo
+
     with _bar("demo") as progress:
         report = run_demo(options.output, device=options.device, precision=options.precision, progress=progress)
     print(report)
@@ -138,7 +159,11 @@ def _separate(options: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def _separator(options: argparse.Namespace) -> Separator:
+def _separator(options: argparse.Namespace) -> "Separator":
+    from separation.checkpoints import load_model
+    from separation.separator import ModelPool, Separator
+
+    _check_model_options(options)
     shared: dict[str, Any] = {
         "two_stems": options.two_stems,
         "batch_size": options.batch_size,
@@ -148,7 +173,7 @@ def _separator(options: argparse.Namespace) -> Separator:
     pool = ModelPool(options.device, options.precision)
     logging.getLogger("separation").info(pool.choice.reason)
     if options.model_name:
-        model = checkpoints.load_model(
+        model = load_model(
             options.model_name,
             checkpoint=options.model_path,
             stems=None if options.two_stems is None else [options.two_stems],
@@ -156,12 +181,15 @@ def _separator(options: argparse.Namespace) -> Separator:
             precision=pool.choice.precision,
         )
         return Separator.from_model(model, **shared)
-    if options.model_path:
-        raise InputError("--model-path needs --model-name, the name of its configuration in configs/models")
     return Separator(options.recipe, options.stems, pool=pool, **shared)
 
 
-def _report(song: Path, files: StemFiles, *, as_json: bool) -> None:
+def _check_model_options(options: argparse.Namespace) -> None:
+    if options.model_path and not options.model_name:
+        raise InputError("--model-path needs --model-name, the name of its configuration in configs/models")
+
+
+def _report(song: Path, files: "StemFiles", *, as_json: bool) -> None:
     if as_json:
         line = {
             "song": str(song),
@@ -180,23 +208,50 @@ def _report(song: Path, files: StemFiles, *, as_json: bool) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    for name in checkpoints.available():
-        config = checkpoints.read_config(name)
-        print(f"{name:28} {'here' if checkpoints.is_here(name) else '-':5} {', '.join(config.stems)}")
+    for name in catalogue.available():
+        stems = ", ".join(catalogue.read_config(name).stems)
+        print(f"{name:28} {'here' if catalogue.is_here(name) else '-':5} {stems}")
     return 0
 
 
 def _download(options: argparse.Namespace) -> int:
-    for file in checkpoints.read_config(options.name).files:
-        print(checkpoints.fetch(file))
+    for file in catalogue.read_config(options.name).files:
+        print(catalogue.fetch(file))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    for file in checkpoints.read_config(options.name).files:
-        path = checkpoints.local_path(file)
-        checkpoints.verify(path, file)
-        print(f"{path}: right")
+    for file in catalogue.read_config(options.name).files:
+        path, converted = catalogue.local_path(file), catalogue.converted_path(file)
+        if converted:
+            print(f"{converted}: made from the right {path.name}")
+        if path.exists() or not converted:
+            catalogue.verify(path, file)
+            print(f"{path}: right")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from separation.checkpoints import convert
+
+    convert(options.checkpoint, options.output)
+    print(options.output)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from separation.bench import cold_start
+
+    _check_model_options(options)
+    result = cold_start(
+        options.recipe,
+        options.stems,
+        model_name=options.model_name,
+        model_path=options.model_path,
+        device=options.device,
+        precision=options.precision,
+    )
+    print(result.as_json() if options.json else result)
     return 0
 
 

@@ -1,391 +1,81 @@
-"""From a name to a loaded model: configs/models/NAME.yaml -> verified file in weights/ -> model in eval mode.
+"""From a name to a loaded model: the YAML and the verified file of catalogue.py -> model in eval mode.
 
-The YAML holds the community's sections as they are published (`audio`, `model`, `training`, …) and beside them
-`architecture`, `stems`, `files` (name, url, bytes, sha256, stem), `licence` and `quality`. This module alone downloads
-and unpickles: YAML through a safe loader that knows `!!python/tuple` besides, pickles with `weights_only=True`.
+This module alone unpickles, with `weights_only=True`. When it is done every weight has been read: nothing of the file
+is needed any more, and no page of it is left for the first chunk to wait for.
 """
 
 import contextlib
-import fcntl  # Linux and macOS, the systems that PyTorch's CUDA and MPS builds and Cog run on
+import gc
 import hashlib
 import itertools
+import json
 import os
 import pickle
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from http.client import HTTPException, HTTPResponse
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 import safetensors.torch
 import torch
-import yaml
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
+from torch.overrides import TorchFunctionMode
 
+from separation.catalogue import (
+    SOURCE_SHA256,
+    Checkpoint,
+    fetch,
+    files_for,
+    first_line,
+    read_config,
+    size_bytes,
+)
 from separation.device import choose_device, choose_precision
-from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
+from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.base import SeparationModel
 
-PROJECT = Path(__file__).parents[1]
-CONFIGS = PROJECT / "configs" / "models"
-
-KEYS = {"architecture", "stems", "files", "licence", "quality", "audio", "model"}
-TRAINING_SECTIONS = {"training", "inference", "augmentations", "loss_multistft"}  # of community files
 # Parts that relatives of an architecture have. Community files name them even where they are off.
 ABSENT_PARTS = {"linear_transformer_depth", "skip_connection"}
 NESTINGS = ("state_dict", "state", "model", "model_state_dict")  # where trainers put the weights in what they save
 WRAPPERS = ("module.", "model.")  # what DataParallel and Lightning put before every key
-
-TIMEOUT_SECONDS = 30.0  # without a byte
-RETRY_SECONDS = (0.5, 1.0, 2.0)  # waits between attempts that bring nothing; one that brings a byte starts over
-BLOCK_BYTES = 1 << 18
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightFile:
-    """A file of weights: where it lies below the weights folder, where it comes from, and how it is recognised."""
-
-    name: str  # may hold a subfolder: demo/demo.safetensors
-    url: str | None  # None: it ships with the project, or is the user's own
-    bytes: int | None
-    sha256: str | None
-    stem: str | None  # in a checkpoint that is made of specialists: the one stem that this file is for
-    checkpoint: str = "NAME"  # the checkpoint it belongs to, for the command in error messages
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """What a YAML file says about a checkpoint."""
-
-    name: str
-    architecture: str  # a key of ARCHITECTURES
-    stems: tuple[str, ...]  # in the order of the model's estimates
-    sample_rate: int  # hertz
-    chunk_samples: int
-    files: tuple[WeightFile, ...]
-    hyper_parameters: dict[str, Any]  # the `model:` section
-    licence: str
-    quality: str  # as published, with its source
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses every `!!python/...` tag, plus a constructor for tuples alone."""
-
-
-def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
-    return tuple(loader.construct_sequence(node, deep=True))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
-
-
-class _BrokenConnectionError(Exception):
-    """The server or the way to it failed in a manner that may pass."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading the YAML
-
-
-def weights_folder() -> Path:
-    """Where weights are kept: the environment variable SEPARATION_WEIGHTS, else weights/ in the project."""
-    return Path(os.environ.get("SEPARATION_WEIGHTS") or PROJECT / "weights")
-
-
-def available() -> list[str]:
-    """The names of the checkpoints in configs/models."""
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
-def read_config(name_or_path: str | Path) -> Checkpoint:
-    """Read a checkpoint's YAML: a name in configs/models, or the path of a .yaml file.
-
-    A file as the community publishes it lacks our keys: `stems` are then those it was trained on, `architecture`
-    follows from the hyper-parameters, and `files` is empty.
-
-    Raises RecipeError for an unknown name and CheckpointError for a file that does not make sense.
-    """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        if str(name_or_path) not in available():
-            raise RecipeError(
-                f"unknown model {str(name_or_path)!r}: use one of {', '.join(available())}, or the path of a .yaml file"
-            )
-        path = CONFIGS / f"{name_or_path}.yaml"
-    document = _read_yaml(path)
-    _refuse_unknown(set(document) - KEYS - TRAINING_SECTIONS, path)
-    audio = _take(document, "audio", dict, path)
-    hyper_parameters = _take(document, "model", dict, path)
-    if "architecture" not in document and "freqs_per_bands" in hyper_parameters:
-        document["architecture"] = "bs_roformer"
-    if "stems" not in document and isinstance(training := document.get("training"), dict):
-        target = training.get("target_instrument")
-        document["stems"] = [target] if target else training.get("instruments")
-    architecture = _take(document, "architecture", str, path)
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: unknown architecture {architecture!r}, use one of {', '.join(ARCHITECTURES)}")
-    stems = tuple(str(stem) for stem in _take(document, "stems", list, path))
-    files = tuple(_weight_file(entry, path) for entry in _take(document, "files", list, path, default=[]))
-    specialised = sorted(file.stem for file in files if file.stem is not None)
-    if len(set(stems)) != len(stems) or not stems:
-        raise CheckpointError(f"{path}: stems must name each stem once, not {list(stems)}")
-    if (specialised or len(files) > 1) and specialised != sorted(stems):
-        raise CheckpointError(f"{path}: the files must name one stem each of {list(stems)}, not {specialised}")
-    return Checkpoint(
-        name=path.stem,
-        architecture=architecture,
-        stems=stems,
-        sample_rate=_take(audio, "sample_rate", int, path),
-        chunk_samples=_take(audio, "chunk_size", int, path),
-        files=files,
-        hyper_parameters=hyper_parameters,
-        licence=_take(document, "licence", str, path, default="not stated"),
-        quality=_take(document, "quality", str, path, default="not stated"),
-    )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError as e:
-        raise RecipeError(f"there is no file {path}: give the path of a model's .yaml file") from e
-    except yaml.MarkedYAMLError as e:  # for a refused tag, the problem names it
-        line = f" line {e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise CheckpointError(f"{path}{line} is not safe and valid YAML: {e.problem}") from e
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{path} cannot be read as YAML: {_first_line(e)}") from e
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise CheckpointError(f"{path} does not describe a model: it must hold keys such as architecture and model")
-    return document
-
-
-def _take(section: Mapping[str, Any], key: str, kind: type, path: Path, *, default: Any = None) -> Any:
-    value = section.get(key, default)
-    if not isinstance(value, kind) or (isinstance(value, int) and value <= 0):
-        words = {dict: "a section", list: "a list", str: "a text", int: "a whole number above 0"}
-        found = f"not {value!r}" if key in section else "and is missing"
-        raise CheckpointError(f"{path}: {key} must be {words[kind]}, {found}")
-    return value
-
-
-def _refuse_unknown(keys: set[Any], path: Path) -> None:
-    if keys:
-        raise CheckpointError(f"{path}: unknown key {', '.join(sorted(map(repr, keys)))}: correct or remove it")
-
-
-def _weight_file(entry: Any, path: Path) -> WeightFile:
-    if not isinstance(entry, dict):
-        raise CheckpointError(f"{path}: each of files must be a section with a name, not {entry!r}")
-    _refuse_unknown(set(entry) - {field.name for field in fields(WeightFile)} - {"checkpoint"}, path)
-    optional = {
-        key: None if entry.get(key) is None else _take(entry, key, kind, path)
-        for key, kind in {"url": str, "bytes": int, "sha256": str, "stem": str}.items()
-    }
-    file = WeightFile(name=_take(entry, "name", str, path), checkpoint=path.stem, **optional)
-    if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
-        raise CheckpointError(f"{path}: the file name {file.name!r} leads out of the weights folder")
-    if file.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", file.sha256):
-        raise CheckpointError(f"{path}: sha256 must be 64 digits of 0-9 and a-f, not {file.sha256!r}")
-    if file.url is not None and not file.url.startswith(("https://", "http://")):
-        raise CheckpointError(f"{path}: url must begin with https:// or http://, not {file.url!r}")
-    return file
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding, checking and downloading files
-
-
-def local_path(file: WeightFile) -> Path:
-    """Where the file lies or, if it is not there yet, where a download puts it."""
-    path = weights_folder() / file.name
-    ships_with_project = file.url is None and not path.exists()
-    return PROJECT / "weights" / file.name if ships_with_project else path
-
-
-def is_here(name: str, stems: Sequence[str] | None = None) -> bool:
-    """Whether nothing of a checkpoint, or of its specialists for `stems`, is left to download."""
-    return all(local_path(file).exists() for file in _files_for(read_config(name), stems))
-
-
-def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
-    """The verified file's path: found in the weights folder, else downloaded with a progress bar on stderr.
-
-    A download that broke off is resumed, also by the next process; a second process waits for the first one's file.
-
-    Raises CheckpointError for a file that is not the right one, DownloadError where it cannot be had, OutputError
-    where it cannot be written.
-    """
-    path = local_path(file)
-    if path.exists():
-        if not _is_stamped(path, file):
-            verify(path, file)
-            _stamp(path, file)
-        return path
-    if file.url is None:
-        raise CheckpointError(f"{path} is missing and has no url: restore it, or put it into {weights_folder()}")
-    with _locked(path):
-        if not path.exists():  # it exists if another process held the lock until now
-            _download(file, file.url, path, quiet=quiet)
-    return path
-
-
-def verify(path: Path, file: WeightFile) -> None:
-    """Raise CheckpointError unless the file at `path` has the size and then the sha256 that are known for it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {_command(file)}")
-    if fault := _fault(path, file):
-        raise CheckpointError(f"{path} {fault}: delete it, then {_command(file)}")
-
-
-def _command(file: WeightFile) -> str:
-    if file.url is None:
-        return "restore it from the project's repository"
-    return f"run `python -m separation models download {file.checkpoint}`"
-
-
-def _fault(path: Path, file: WeightFile) -> str | None:
-    """What is wrong with the file, as the end of a sentence."""
-    found_bytes = _size(path)
-    if file.bytes is not None and found_bytes != file.bytes:
-        return f"has {found_bytes:,} bytes instead of {file.bytes:,}"
-    if file.sha256 is not None:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != file.sha256:
-            return f"has the sha256 {found} instead of {file.sha256}"
-    return None
-
-
-def _stamp_path(path: Path) -> Path:
-    return path.with_name(path.name + ".verified")
-
-
-def _stamp_text(path: Path, file: WeightFile) -> str:
-    status = path.stat()
-    return f"{file.sha256} {status.st_size} {status.st_mtime_ns}\n"
-
-
-def _is_stamped(path: Path, file: WeightFile) -> bool:
-    """Whether this very file was verified before: hashing 640 MB at each start would take a second or more."""
-    try:
-        return _stamp_path(path).read_text(encoding="ascii") == _stamp_text(path, file)
-    except (OSError, UnicodeDecodeError):  # no stamp, or a damaged one: the file is hashed
-        return False
-
-
-def _stamp(path: Path, file: WeightFile) -> None:
-    if file.sha256 is None:
-        return
-    with contextlib.suppress(OSError):  # in a read-only folder the file is hashed each time
-        _stamp_path(path).write_text(_stamp_text(path, file), encoding="ascii")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+READERS = 4  # threads that read a file of weights: one does not fill a fast disk
+# What the header of a safetensors file calls the types that weights have.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _collector_paused() -> Iterator[None]:
+    """Keeps the thousands of objects of a new model from setting off Python's garbage collector.
+
+    It would walk all of PyTorch's too: a tenth of a second, and nothing of them is garbage.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
-    except OSError as e:
-        raise OutputError(
-            f"{path} cannot be written ({e.strerror or e}): free space, or set SEPARATION_WEIGHTS to another folder"
-        ) from e
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock for the download of `path`; waits as long as another process holds it."""
-    lock = path.with_name(path.name + ".lock")
-    with contextlib.ExitStack() as stack:
-        with _writing(lock):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(lock.open("w"))
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-        lock.unlink(missing_ok=True)  # safe: who still waits for it finds the finished file
-
-
-def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:
-    part = path.with_name(path.name + ".part")
-    fruitless, most_bytes = 0, _size(part)
-    while True:
-        try:
-            _transfer(file, url, part, quiet=quiet)
-            break
-        except _BrokenConnectionError as e:
-            fruitless = 0 if _size(part) > most_bytes else fruitless + 1
-            most_bytes = max(most_bytes, _size(part))
-            if fruitless > len(RETRY_SECONDS):
-                raise _not_downloaded(file, path, str(e)) from e
-            time.sleep(RETRY_SECONDS[max(0, fruitless - 1)])
-    if fault := _fault(part, file):
-        part.unlink()
-        raise CheckpointError(f"{url} gave a file that {fault}: it was removed, {_command(file)} to try again")
-    with _writing(path):
-        os.replace(part, path)
-    _stamp(path, file)
-
-
-def _not_downloaded(file: WeightFile, path: Path, reason: str) -> DownloadError:
-    return DownloadError(
-        f"{path.name} is not in {path.parent} and could not be downloaded from {file.url} ({reason}): put it into that "
-        f"folder, or {_command(file)} when the network is there"
-    )
-
-
-def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool) -> None:
-    """Append to `part` what is still missing, in one request."""
-    offset = _size(part)
-    request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
-    try:
-        response = urlopen(request, timeout=TIMEOUT_SECONDS)
-    except HTTPError as e:
-        e.close()
-        if e.code == 416:  # the server has nothing behind what is here already; whether it is right, the checksum says
-            return
-        reason = f"the server answers {e.code} {e.reason}"
-        if e.code < 500 and e.code != 429:
-            raise _not_downloaded(file, part.with_suffix(""), reason) from e
-        raise _BrokenConnectionError(reason) from e
-    except (OSError, HTTPException) as e:
-        cause = e.reason if isinstance(e, URLError) else e
-        raise _BrokenConnectionError(f"no connection: {cause}") from e
-    with response:
-        if response.status != 206:  # the server knows no ranges and sends the file from its beginning
-            offset = 0
-        total = file.bytes if response.length is None else offset + response.length
-        bar = tqdm(
-            desc=part.stem, total=total, initial=offset, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet
-        )
-        received = offset
-        with _writing(part), part.open("ab" if offset else "wb") as stream, bar:
-            while block := _receive(response):
-                stream.write(block)
-                bar.update(len(block))
-                received += len(block)
-    if total is not None and received < total:
-        raise _BrokenConnectionError(f"the connection broke after {received:,} of {total:,} bytes")
-
-
-def _receive(response: HTTPResponse) -> bytes:
-    try:
-        return response.read(BLOCK_BYTES)
-    except (OSError, HTTPException) as e:
-        raise _BrokenConnectionError(f"the connection broke: {e}") from e
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
+@_collector_paused()
 def load_model(
     name_or_path: str | Path,
     *,
@@ -405,9 +95,12 @@ def load_model(
     description = read_config(name_or_path)
     device = choose_device(device) if isinstance(device, str) else device
     dtype = choose_precision(precision, device) if isinstance(precision, str) else precision
-    files = _files_for(description, stems)
+    files = files_for(description, stems)
     specialists = tuple(file.stem for file in files if file.stem is not None)
     model = _build(description, specialists)
+    if dtype != torch.float32 and model.half_precision:
+        model.to_precision(dtype)  # still without weights: it now says in which type each is wanted
+    dtypes = {key: value.dtype for key, value in model.state_dict().items()}
 
     if checkpoint is None:
         paths = {file.stem: fetch(file) for file in files}
@@ -420,31 +113,49 @@ def load_model(
     weights: dict[str, Tensor] = {}
     for stem, path in paths.items():
         prefix = type(model).key_prefix(stem)
-        weights |= {prefix + key: value for key, value in _read_weights(path).items()}
+        wanted = {key.removeprefix(prefix): dtype for key, dtype in dtypes.items() if key.startswith(prefix)}
+        weights |= {prefix + key: value for key, value in _read_weights(path, wanted).items()}
     _assign(model, weights, f"{description.name} ({', '.join(str(path) for path in paths.values())})")
 
     model.name = description.name
     model.stems = specialists or description.stems
     model.sample_rate = description.sample_rate
     model.chunk_samples = description.chunk_samples
-    model.eval().requires_grad_(False)
-    if dtype != torch.float32 and model.half_precision:
-        model.to_precision(dtype)
-    return model.to(device)
+    return model.eval().requires_grad_(False).to(device)
 
 
-def _files_for(description: Checkpoint, stems: Sequence[str] | None) -> tuple[WeightFile, ...]:
-    wanted = description.stems if stems is None else tuple(dict.fromkeys(stems))
-    unknown = [stem for stem in wanted if stem not in description.stems]
-    if unknown or not wanted:
-        given = ", ".join(description.stems)
-        raise RecipeError(f"{description.name} gives {given}, not {', '.join(map(repr, unknown)) or 'no stem at all'}")
-    specialists = {file.stem: file for file in description.files if file.stem is not None}
-    return tuple(specialists[stem] for stem in wanted) if specialists else description.files
+def convert(checkpoint: Path, target: Path) -> None:
+    """Write a checkpoint's state dict, in the types that it has, as a .safetensors file: the form that loads fastest.
+
+    `target` appears complete or not at all. Its metadata names the checkpoint and holds its sha256, by which `fetch`
+    knows what it is. Raises CheckpointError for a checkpoint that cannot be used, InputError for a target with another
+    ending, OutputError where it cannot be written.
+    """
+    if target.suffix != ".safetensors":
+        raise InputError(f"the output {str(target)!r} must end in .safetensors: that is its format")
+    weights = _read_weights(checkpoint, {})
+    with checkpoint.open("rb") as stream:
+        metadata = {SOURCE_SHA256: hashlib.file_digest(stream, "sha256").hexdigest(), "source_name": checkpoint.name}
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata)
+            shutil.copymode(checkpoint, part)  # the library lets no one else read what it writes
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as e:
+        raise OutputError(f"{target} cannot be written ({first_line(e)}): free space, or name another place") from e
 
 
 def _build(description: Checkpoint, specialists: tuple[str, ...]) -> SeparationModel:
-    """The model without weights, on the meta device, so that nothing is allocated or initialised in vain."""
+    """The model without weights, on the meta device, so that no memory is used or filled in vain."""
+    if description.architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{description.name}.yaml: unknown architecture {description.architecture!r}, use one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     architecture: Any = ARCHITECTURES[description.architecture]
     known = {field.name for field in fields(architecture.Config)}
     hyper_parameters = {
@@ -459,27 +170,56 @@ def _build(description: Checkpoint, specialists: tuple[str, ...]) -> SeparationM
         )
     try:
         config = architecture.Config(**hyper_parameters)
-        with torch.device("meta"):
+        # Built where PyTorch computes and then emptied: operations on the meta device itself would import its
+        # compiler, most of a second. Until it is written to, memory on the CPU costs nothing either.
+        with _Uninitialised():
             model = architecture(config, specialists=specialists) if specialists else architecture(config)
+        model.to("meta")
     except (TypeError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{description.name}.yaml: the model section is not usable: {_first_line(e)}") from e
+        raise CheckpointError(f"{description.name}.yaml: the model section is not usable: {first_line(e)}") from e
     outputs = getattr(config, "num_stems", len(description.stems))
     if outputs != len(description.stems):
         raise CheckpointError(f"{description.name}.yaml names {len(description.stems)} stems, num_stems is {outputs}")
     return model
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, taken out of what trainers wrap it in; memory-mapped where the format allows it."""
+class _Uninitialised(TorchFunctionMode):
+    """Within it, new layers keep whatever their memory holds in place of random numbers."""
+
+    _SKIPPED = frozenset(
+        {getattr(torch.nn.init, name) for name in dir(torch.nn.init) if re.fullmatch("[a-z].*_", name)}
+        | {Tensor.uniform_, Tensor.normal_}
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _read_weights(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The state dict in a file, taken out of what trainers wrap it in; in these types, others in the file's own.
+
+    The file is read and cast by several threads, tensor by tensor, so that its memory is needed once.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
     try:
-        if path.suffix == ".safetensors":
-            loaded: Any = safetensors.torch.load_file(path)
-        else:
-            with path.open("rb") as stream:
-                is_zip = stream.read(4) == b"PK\x03\x04"  # older formats cannot be mapped
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        stored = _unwrapped(_open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path))
+        if not stored:
+            raise CheckpointError(f"{path} holds no state dict (names and tensors): it is not a checkpoint of a model")
+
+        def read(key: str) -> Tensor:
+            value = stored[key]
+            tensor = value if isinstance(value, Tensor) else value()
+            # A tensor of a pickle is mapped memory, which the copy reads.
+            return tensor.to(dtypes.get(key, tensor.dtype), copy=isinstance(value, Tensor))
+
+        with ThreadPoolExecutor(READERS) as readers:
+            return dict(zip(stored, readers.map(read, stored), strict=True))
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as e:
         if code := re.search(r"GLOBAL (\S+)", str(e)):
             raise CheckpointError(
@@ -491,15 +231,55 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
     except Exception as e:  # of a damaged file, PyTorch's readers raise almost any type
         raise _unreadable(path) from e
-    while isinstance(loaded, Mapping):
-        inner = next((loaded[key] for key in NESTINGS if isinstance(loaded.get(key), Mapping)), None)
+
+
+def _open_pickle(path: Path) -> Any:
+    """What was saved, its tensors mapped from the file where the format allows it."""
+    with path.open("rb") as stream:
+        is_zip = stream.read(4) == b"PK\x03\x04"  # older formats cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _open_safetensors(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """For each name a function that reads its tensor."""
+    with safe_open(path, framework="pt"):  # checks the header, also against the size of the file
+        pass
+    with path.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: {name} has the type {entry['dtype']}: use one of {', '.join(DTYPES)}")
+    return {name: partial(_read_tensor, path, 8 + header_bytes, entry) for name, entry in header.items()}
+
+
+def _read_tensor(path: Path, data_start: int, entry: Mapping[str, Any]) -> Tensor:
+    """A tensor of a safetensors file, read at once: mapped memory would be read page by page, slowly if not cached."""
+    start, stop = entry["data_offsets"]
+    content = torch.empty(stop - start, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(data_start + start)
+        missing = content.numpy().data
+        while missing:
+            n_bytes = stream.readinto(missing)
+            if not n_bytes:
+                raise EOFError(f"{path} became shorter while it was read")
+            missing = missing[n_bytes:]
+    return content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def _unwrapped(saved: Any) -> dict[str, Any]:
+    """The state dict in what was saved, under the model's own names; empty if there is none."""
+    while isinstance(saved, Mapping):
+        inner = next((saved[key] for key in NESTINGS if isinstance(saved.get(key), Mapping)), None)
         if inner is None:
             break
-        loaded = inner
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(f"{path} holds no state dict (names and tensors): it is not a checkpoint of a model")
-    weights = {str(key): value for key, value in loaded.items()}
-    while prefix := next((p for p in WRAPPERS if all(key.startswith(p) for key in weights)), None):
+        saved = inner
+    if not isinstance(saved, Mapping) or not all(isinstance(value, Tensor | partial) for value in saved.values()):
+        return {}
+    weights = {str(key): value for key, value in saved.items()}
+    while prefix := next((p for p in WRAPPERS if weights and all(key.startswith(p) for key in weights)), None):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights
 
@@ -507,12 +287,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def _unreadable(path: Path) -> CheckpointError:
     kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
     return CheckpointError(
-        f"{path} ({_size(path):,} bytes) is damaged, incomplete or no {kind} checkpoint: delete it and get it again"
+        f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or no {kind} checkpoint: "
+        "delete it and get it again"
     )
 
 
 def _assign(model: SeparationModel, weights: dict[str, Tensor], source: str) -> None:
-    """Make these tensors the model's own, in float32; every key and shape must match."""
+    """Make these tensors the model's own; every key and shape must match."""
     expected = model.state_dict()
     faults = {
         "missing": [key for key in expected if key not in weights],
@@ -530,13 +311,7 @@ def _assign(model: SeparationModel, weights: dict[str, Tensor], source: str) -> 
             if keys
         )
         raise CheckpointError(f"{source} seems to be of another architecture or size: {found}")
-    # Weights stored in half precision are widened: what "fp32" computes with is float32 throughout.
-    widened = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
-    model.load_state_dict(widened, strict=True, assign=True)
+    model.load_state_dict(weights, strict=True, assign=True)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     stranded = [name for name, tensor in tensors if tensor.is_meta]
     assert not stranded, f"not in the state dict, so nothing fills them: {stranded}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from separation.audio import SAMPLE_RATE, decode
-from separation.checkpoints import PROJECT
+from separation.catalogue import PROJECT
 from separation.metrics import level_dbfs, sdr
 from separation.picture import Row, draw
 from separation.separator import ModelPool, Progress, Separator, part_of

@@ -42,3 +42,10 @@ def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
 
 def read(file: Path | bytes) -> NDArray[np.float32]:
     return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "weights"
+    monkeypatch.setenv("SEPARATION_WEIGHTS", str(folder))
+    return folder

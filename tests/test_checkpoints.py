@@ -1,13 +1,10 @@
-"""Reading YAML, fetching files from a server on 127.0.0.1, and loading weights of small models."""
+"""Loading weights of small models in every form, and converting them."""
 
+import gc
 import hashlib
-import http.server
 import os
 import pickle
-import subprocess
-import sys
-import threading
-import time
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,36 +12,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from separation import checkpoints
-from separation.checkpoints import WeightFile, available, fetch, load_model, read_config, verify
-from separation.errors import CheckpointError, DownloadError, InputError, OutputError, RecipeError
+from separation.catalogue import available, is_here, read_config
+from separation.checkpoints import convert, load_model
+from separation.device import PRECISIONS
+from separation.errors import CheckpointError, InputError, OutputError, RecipeError
 from separation.models import ARCHITECTURES
 from separation.models.base import SeparationModel
-from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
+from small_model import HYPER_PARAMETERS, chunks, small_model, write_weights, write_yaml
 
-CONTENT = bytes(range(256)) * 4096  # 1 MiB
-HYPER_PARAMETERS: dict[str, Any] = {
-    "dim": 16,
-    "depth": 1,
-    "stereo": True,
-    "num_stems": 2,
-    "freqs_per_bands": [3] * 11,
-    "dim_head": 8,
-    "heads": 2,
-    "stft_n_fft": 64,
-    "stft_hop_length": 16,
-    "stft_win_length": 64,
-}
-DOCUMENT: dict[str, Any] = {
-    "architecture": "bs_roformer",
-    "stems": ["vocals", "drums"],
-    "files": [{"name": "small.ckpt"}],
-    "audio": {"sample_rate": 44100, "chunk_size": 4096, "dim_f": 1024},
-    "model": HYPER_PARAMETERS,
-}
 SMALL_HTDEMUCS = {
     "sources": ["drums", "bass"],
     "channels": 8,
@@ -57,69 +37,6 @@ SMALL_HTDEMUCS = {
 }
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` at every path, with the faults that a test asks for; `ranges` logs the Range headers."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content = CONTENT
-        self.knows_ranges = True
-        self.break_after: list[int] = []  # of each answer in turn, the bytes after which the connection closes
-        self.statuses: list[int] = []  # of each answer in turn, an error to give instead
-        self.delay_seconds = 0.0
-        self.ranges: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/weights.bin"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        server = self.server
-        asked = self.headers.get("Range")
-        server.ranges.append(asked)
-        time.sleep(server.delay_seconds)
-        if server.statuses:
-            self.send_error(server.statuses.pop(0))
-            return
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.knows_ranges else 0
-        if asked and start >= len(server.content):
-            self.send_error(416)
-            return
-        body = server.content[start:]
-        self.send_response(206 if asked and server.knows_ranges else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if server.break_after:
-            body = body[: server.break_after.pop(0)]
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(checkpoints, "RETRY_SECONDS", (0.0, 0.0, 0.0))
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "weights"
-    monkeypatch.setenv("SEPARATION_WEIGHTS", str(folder))
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Models this small only lose time to more."""
@@ -129,267 +46,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def weight_file(url: str | None, content: bytes = CONTENT, **other: Any) -> WeightFile:
-    known = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "stem": None}
-    return WeightFile(**{"name": "sub/weights.bin", "url": url, "checkpoint": "some_model", **known, **other})
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-def write_yaml(folder: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> Path:
-    path = folder / "small.yaml"
-    document = {key: value for key, value in {**DOCUMENT, **changes}.items() if key not in drop}
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def state() -> dict[str, Tensor]:
     return small_model().state_dict()
 
 
-def small_model() -> BSRoFormer:
-    torch.manual_seed(0)
-    hyper_parameters = HYPER_PARAMETERS | {"freqs_per_bands": tuple(HYPER_PARAMETERS["freqs_per_bands"])}
-    return BSRoFormer(BSRoFormerConfig(**hyper_parameters)).eval()
-
-
-def chunks(samples: int = 256) -> Tensor:
-    return torch.randn(1, 2, samples, generator=torch.Generator().manual_seed(1))
-
-
-# Fetching
-
-
-def test_a_missing_file_is_downloaded_verified_and_left_alone_in_its_folder(server: Server, weights: Path) -> None:
-    path = fetch(weight_file(server.url), quiet=True)
-    assert path == weights / "sub" / "weights.bin" and path.read_bytes() == CONTENT
-    assert names_in(weights) == ["weights.bin", "weights.bin.verified"]
-    assert fetch(weight_file(server.url), quiet=True) == path
-    assert server.ranges == [None]
-
-
-def test_a_broken_connection_is_resumed_where_it_broke(server: Server, weights: Path) -> None:
-    server.break_after = [300_000, 200_000]
-    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
-    assert server.ranges == [None, "bytes=300000-", "bytes=500000-"]
-
-
-def test_a_part_that_an_earlier_process_left_is_resumed(server: Server, weights: Path) -> None:
-    part = weights / "sub" / "weights.bin.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(CONTENT[:1000])
-    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
-    assert server.ranges == ["bytes=1000-"] and not part.exists()
-
-
-def test_a_part_that_was_complete_is_taken(server: Server, weights: Path) -> None:
-    part = weights / "sub" / "weights.bin.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(CONTENT)
-    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
-
-
-def test_a_server_without_ranges_makes_it_start_from_zero(server: Server, weights: Path) -> None:
-    server.knows_ranges, server.break_after = False, [300_000]
-    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
-    assert server.ranges == [None, "bytes=300000-"]
-
-
-def test_a_connection_that_breaks_every_time_is_given_up(server: Server, weights: Path) -> None:
-    server.break_after = [0] * 20
-    with pytest.raises(DownloadError, match="the connection broke after 0 of 1,048,576 bytes"):
-        fetch(weight_file(server.url), quiet=True)
-    assert len(server.ranges) == 1 + len(checkpoints.RETRY_SECONDS)
-
-
-def test_a_busy_server_is_asked_again_and_a_missing_page_is_not(server: Server, weights: Path) -> None:
-    server.statuses = [404]
-    with pytest.raises(DownloadError, match=r"weights\.bin is not in .*sub and .*the server answers 404"):
-        fetch(weight_file(server.url), quiet=True)
-    assert len(server.ranges) == 1
-    server.statuses = [503, 429]
-    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
-
-
-def test_wrong_content_from_the_server_is_refused_and_removed(server: Server, weights: Path) -> None:
-    server.content = b"x" * len(CONTENT)
-    with pytest.raises(CheckpointError, match=r"gave a file that has the sha256 .* instead of"):
-        fetch(weight_file(server.url), quiet=True)
-    server.content = b"<html>please log in</html>"
-    with pytest.raises(CheckpointError, match="has 26 bytes instead of 1,048,576"):
-        fetch(weight_file(server.url), quiet=True)
-    assert not any(name.startswith("weights.bin") for name in names_in(weights) if not name.endswith(".lock"))
-
-
-def test_no_network_names_the_file_the_url_the_folder_and_the_command(server: Server, weights: Path) -> None:
-    with Server() as closed:
-        url = closed.url
-    with pytest.raises(DownloadError) as caught:
-        fetch(weight_file(url), quiet=True)
-    for part in ("weights.bin", url, str(weights / "sub"), "python -m separation models download some_model"):
-        assert part in str(caught.value)
-
-
-def test_a_missing_file_without_url_is_named(weights: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no_such\.bin is missing and has no url"):
-        fetch(weight_file(None, name="no_such.bin"))
-
-
-def test_a_file_without_url_is_also_found_beside_the_project(weights: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(checkpoints, "PROJECT", tmp_path / "project")
-    shipped = tmp_path / "project" / "weights" / "shipped.bin"
-    shipped.parent.mkdir(parents=True)
-    shipped.write_bytes(CONTENT)
-    assert fetch(weight_file(None, name="shipped.bin")) == shipped
-
-
-@pytest.mark.parametrize(
-    "content, fault", [(b"short", "has 5 bytes instead of"), (b"x" * len(CONTENT), "has the sha256")]
-)
-def test_an_altered_file_is_named_with_what_to_do(weights: Path, content: bytes, fault: str) -> None:
-    path = weights / "sub" / "weights.bin"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{fault}.*delete it, then run .*models download some_model"):
-        fetch(weight_file("http://127.0.0.1/"))
-    with pytest.raises(CheckpointError, match=fault):
-        verify(path, weight_file("http://127.0.0.1/"))
-    assert path.read_bytes() == content
-
-
-def test_a_verified_file_is_hashed_again_only_after_a_change(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = weights / "sub" / "weights.bin"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(CONTENT)
-    file = weight_file("http://127.0.0.1/")
-    hashed = []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *args: hashed.append(1) or digest(*args))
-    for _ in range(3):
-        fetch(file)
-    assert len(hashed) == 1
-    path.write_bytes(b"x" * len(CONTENT))
-    with pytest.raises(CheckpointError, match="sha256"):
-        fetch(file)
-
-
-def test_a_folder_that_takes_no_stamp_costs_a_hash_and_no_error(weights: Path) -> None:
-    path = weights / "sub" / "weights.bin"
-    (weights / "sub" / "weights.bin.verified").mkdir(parents=True)
-    path.write_bytes(CONTENT)
-    assert fetch(weight_file("http://127.0.0.1/")) == path
-
-
-def test_progress_goes_to_stderr_unless_quiet(
-    server: Server, weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fetch(weight_file(server.url, name="a.bin"))
-    shown = capsys.readouterr()
-    assert "a.bin: 100%" in shown.err and shown.out == ""
-    fetch(weight_file(server.url, name="b.bin"), quiet=True)
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_is_an_output_error(server: Server, weights: Path) -> None:
-    weights.mkdir()
-    (weights / "full.bin.part").symlink_to("/dev/full")
-    with pytest.raises(OutputError, match=r"full\.bin\.part cannot be written \(No space left on device\)"):
-        fetch(weight_file(server.url, name="full.bin"), quiet=True)
-
-
-def test_an_unwritable_folder_is_an_output_error(server: Server, weights: Path) -> None:
-    weights.write_text("a file where the folder should be")
-    with pytest.raises(OutputError, match="SEPARATION_WEIGHTS"):
-        fetch(weight_file(server.url), quiet=True)
-
-
-def test_two_processes_that_want_one_file_download_it_once(server: Server, weights: Path) -> None:
-    server.delay_seconds = 0.5
-    script = (
-        "import sys; from separation.checkpoints import WeightFile, fetch; print('ready', flush=True); input();"
-        f"print(fetch({weight_file(server.url)!r}, quiet=True))"
-    )
-    command = [sys.executable, "-c", script]
-    environment = os.environ | {"PYTHONPATH": str(checkpoints.PROJECT), "SEPARATION_WEIGHTS": str(weights)}
-    processes = [
-        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    for process in processes:  # both at once, as soon as both are ready
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    answers = [process.communicate()[0] for process in processes]
-    assert answers == [f"{weights / 'sub' / 'weights.bin'}\n"] * 2
-    assert server.ranges == [None]
-    assert names_in(weights) == ["weights.bin", "weights.bin.verified"]
-
-
-# Reading YAML
-
-
-def test_a_python_tuple_loads_and_no_other_python_tag_does(tmp_path: Path) -> None:
-    path = tmp_path / "model.yaml"
-    text = "architecture: bs_roformer\nstems: [vocals]\naudio: {sample_rate: 44100, chunk_size: 8}\nmodel:\n"
-    path.write_text(text + "  freqs_per_bands: !!python/tuple\n    - 2\n    - [3, 4]\n")
-    assert read_config(path).hyper_parameters == {"freqs_per_bands": (2, [3, 4])}
-    ran = tmp_path / "ran"
-    for tag in (
-        f"!!python/object/apply:os.mkdir ['{ran}']",
-        "!!python/object:os.PathLike {}",
-        "!!python/name:os.system",
-    ):
-        path.write_text(text + f"  dim: {tag}\n")
-        with pytest.raises(CheckpointError, match=rf"model\.yaml line 5 .*{tag.split()[0].removeprefix('!!')}"):
-            read_config(path)
-    assert not ran.exists()
-
-
-def test_an_unknown_model_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(
-        RecipeError, match="unknown model 'nonsense': use one of bs_roformer_viperx_1297, demo, htdemucs"
-    ):
-        read_config("nonsense")
-    with pytest.raises(RecipeError, match="unknown model"):
-        read_config("../models/demo")
-    with pytest.raises(RecipeError, match="there is no file"):
-        read_config(tmp_path / "nonsense.yaml")
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"colour": "red"}, "unknown key 'colour'"),
-        ({"architecture": "perceptron"}, "unknown architecture 'perceptron', use one of bs_roformer"),
-        ({"stems": "vocals"}, "stems must be a list, not 'vocals'"),
-        ({"stems": ["vocals", "vocals"]}, "stems must name each stem once"),
-        ({"audio": {"chunk_size": 8}}, "sample_rate must be a whole number above 0, and is missing"),
-        ({"audio": {"chunk_size": -8, "sample_rate": 44100}}, "chunk_size must be a whole number above 0, not -8"),
-        ({"files": ["x.ckpt"]}, "each of files must be a section"),
-        ({"files": [{"name": "x", "md5": "0"}]}, "unknown key 'md5'"),
-        ({"files": [{"name": "../x"}]}, "leads out of the weights folder"),
-        ({"files": [{"name": "x", "sha256": "12"}]}, "sha256 must be 64 digits"),
-        ({"files": [{"name": "x", "url": "file:///etc/passwd"}]}, "url must begin with https"),
-        ({"files": [{"name": "x"}, {"name": "y"}]}, "the files must name one stem each"),
-    ],
-)
-def test_a_yaml_that_does_not_make_sense_is_named_with_its_key(tmp_path: Path, changes: Any, message: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"small\.yaml: .*{message}"):
-        read_config(write_yaml(tmp_path, **changes))
-
-
-@pytest.mark.parametrize("content", [b"", b"- a list", b"a: [1", b"\xff\xfe\x00", b"a: \x07"])
-def test_a_file_that_is_no_yaml_section_is_an_error(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "model.yaml"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.yaml"):
-        read_config(path)
+# Building
 
 
 def test_a_community_yaml_needs_none_of_our_keys(tmp_path: Path, state: dict[str, Tensor]) -> None:
@@ -430,14 +92,6 @@ def test_the_published_models_have_their_number_of_parameters(name: str, paramet
 
 
 # Loading
-
-
-def write_weights(state: dict[str, Tensor], path: Path) -> Path:
-    if path.suffix == ".safetensors":
-        save_file({key: value.clone() for key, value in state.items()}, path)  # it refuses tensors that share memory
-    else:
-        torch.save(state, path, _use_new_zipfile_serialization=path.suffix != ".th")
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".pt", ".th", ".safetensors"])
@@ -593,6 +247,13 @@ def test_wrong_hyper_parameters_are_named(tmp_path: Path, changes: dict[str, Any
         load_model(write_yaml(tmp_path, model=HYPER_PARAMETERS | changes))
 
 
+def test_an_unknown_architecture_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"small\.yaml: unknown architecture 'perceptron', use one of bs_roformer"
+    ):
+        load_model(write_yaml(tmp_path, architecture="perceptron"))
+
+
 def test_a_checkpoint_path_that_is_not_there_and_a_yaml_without_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no file .*nothing\.ckpt"):
         load_model(write_yaml(tmp_path), checkpoint=tmp_path / "nothing.ckpt")
@@ -661,3 +322,172 @@ def test_a_single_network_of_the_same_architecture_loads(tmp_path: Path, weights
     path.write_text(yaml.safe_dump(document))
     mixture = chunks(11025)
     assert torch.equal(load_model(path)(mixture), networks["drums"](mixture))
+
+
+# What is read, and in which type
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_weights_are_rounded_to_the_type_that_each_layer_computes_in(
+    tmp_path: Path, state: dict[str, Tensor], suffix: str, precision: str
+) -> None:
+    path = write_weights(state, tmp_path / f"x{suffix}")
+    reference = small_model()
+    if precision != "fp32":
+        reference.to_precision(PRECISIONS[precision])
+    loaded = load_model(write_yaml(tmp_path), checkpoint=path, precision=precision).state_dict()
+    for key, value in reference.state_dict().items():
+        assert loaded[key].dtype == value.dtype and torch.equal(loaded[key], value), key
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_loaded_model_has_read_its_file_and_needs_it_no_more(
+    tmp_path: Path, state: dict[str, Tensor], suffix: str
+) -> None:
+    path = write_weights(state, tmp_path / f"x{suffix}")
+    model = load_model(write_yaml(tmp_path), checkpoint=path)
+    with path.open("r+b") as stream:  # in place: memory mapped from the file would change too
+        stream.write(bytes(path.stat().st_size))
+    assert torch.equal(model(chunks()), small_model()(chunks()))
+
+
+def test_every_type_and_shape_that_safetensors_holds_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = {str(dtype): torch.arange(7).to(dtype).view(7, 1) for dtype in checkpoints.DTYPES.values()} | {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+    }
+    save_file(written, tmp_path / "x.safetensors")
+    read = checkpoints._read_weights(tmp_path / "x.safetensors", {})
+    assert read.keys() == written.keys()
+    assert all(read[key].dtype == value.dtype and torch.equal(read[key], value) for key, value in written.items())
+
+
+def test_a_type_that_no_model_has_is_named(tmp_path: Path) -> None:
+    save_file({"gain": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: gain has the type F8_E4M3: use one of F64, F32"):
+        load_model(write_yaml(tmp_path), checkpoint=tmp_path / "x.safetensors")
+
+
+def test_building_draws_no_random_numbers_and_later_layers_are_initialised() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    checkpoints._build(read_config("demo"), ())
+    assert torch.equal(torch.rand(1), expected)
+    assert 0 < torch.nn.Linear(100, 100).weight.abs().max() < 0.1001
+
+
+def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = write_weights(state, tmp_path / "x.ckpt")
+    config = write_yaml(tmp_path)
+    load_model(config, checkpoint=path)
+    assert gc.isenabled()
+    with pytest.raises(CheckpointError):
+        load_model(config, checkpoint=tmp_path / "nothing.ckpt")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load_model(config, checkpoint=path)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+# Converting
+
+
+def convert_to(folder: Path, saved: dict[str, Any], name: str = "x.ckpt") -> tuple[Path, str]:
+    """Save a checkpoint and convert it; its converted file and the sha256 of the checkpoint itself."""
+    folder.mkdir(exist_ok=True)
+    torch.save(saved, folder / name)
+    target = (folder / name).with_suffix(".safetensors")
+    convert(folder / name, target)
+    return target, hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+def test_a_converted_checkpoint_is_the_same_model_and_names_its_source(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    angles = [key for key in state if key.endswith("rotary_embed.freqs")]
+    saved = {f"module.{key}": state[angles[0]] if key in angles else value for key, value in state.items()}
+    assert len({value.data_ptr() for value in saved.values()}) < len(saved)  # shared, which safetensors refuses
+    target, sha256 = convert_to(tmp_path / "out", {"epoch": 3, "state_dict": saved})
+    assert target.stat().st_mode == (target.parent / "x.ckpt").stat().st_mode
+    with safe_open(target, framework="pt") as opened:
+        assert opened.metadata() == {"source_sha256": sha256, "source_name": "x.ckpt"}
+        assert set(opened.keys()) == set(state)
+    assert torch.equal(load_model(write_yaml(tmp_path), checkpoint=target)(chunks()), small_model()(chunks()))
+    assert sorted(path.name for path in target.parent.iterdir()) == ["x.ckpt", "x.safetensors"]
+
+
+def test_converting_keeps_the_types(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    target, _ = convert_to(tmp_path, {key: value.half() for key, value in state.items()})
+    assert {value.dtype for value in load_file(target).values()} == {torch.float16}
+
+
+def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    target, ran = tmp_path / "out" / "x.safetensors", tmp_path / "ran"
+    torch.save({"state_dict": state, "extra": Malicious(ran)}, tmp_path / "code.ckpt")
+    with pytest.raises(CheckpointError, match="would run code"):
+        convert(tmp_path / "code.ckpt", target)
+    torch.save({"epoch": 3}, tmp_path / "none.ckpt")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        convert(tmp_path / "none.ckpt", target)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        convert(tmp_path / "nothing.ckpt", target)
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=r"must end in \.safetensors"):
+        convert(tmp_path / "x.ckpt", tmp_path / "x.bin")
+    assert not ran.exists() and not target.parent.exists()
+
+
+def test_a_converted_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, tmp_path / "x.ckpt")
+    (tmp_path / "taken.safetensors" / "inside").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"taken\.safetensors cannot be written"):
+        convert(tmp_path / "x.ckpt", tmp_path / "taken.safetensors")
+    with pytest.raises(OutputError, match=r"x\.safetensors cannot be written"):
+        convert(tmp_path / "x.ckpt", tmp_path / "x.ckpt" / "x.safetensors")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_full_disk_while_converting_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    torch.save(state, tmp_path / "x.ckpt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes; to write more fails as on a full disk
+    try:
+        with pytest.raises(OutputError, match=r"x\.safetensors cannot be written \(.*too large") as caught:
+            convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_a_converted_file_stands_for_its_checkpoint_without_a_checksum_and_without_the_checkpoint(
+    tmp_path: Path, weights: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, sha256 = convert_to(weights, state, "small.ckpt")
+    (weights / "small.ckpt").unlink()
+    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": sha256, "url": "http://127.0.0.1:1/x"}])
+    assert torch.equal(load_model(config)(chunks()), small_model()(chunks()))
+    assert is_here(str(config))
+
+
+def test_a_converted_file_of_another_checkpoint_is_not_taken_and_a_damaged_one_is_named(
+    tmp_path: Path, weights: Path, state: dict[str, Tensor]
+) -> None:
+    target, sha256 = convert_to(weights, state, "small.ckpt")
+    (weights / "small.ckpt").unlink()
+    config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": "0" * 64}])
+    with pytest.raises(CheckpointError, match=r"small\.ckpt is missing"):
+        load_model(config)
+    assert not is_here(str(config))
+    target.write_bytes(target.read_bytes()[:-100])
+    config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": sha256}])
+    with pytest.raises(CheckpointError, match=r"small\.safetensors .* is damaged or incomplete .*: delete it"):
+        load_model(config)

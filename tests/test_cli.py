@@ -1,5 +1,6 @@
 """The command line: bad input is one clear line and exit code 2 without a partial file; odd input gives right stems."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import PROJECT, needs_ffmpeg
-from separation import checkpoints
+from separation import catalogue, checkpoints
 from separation.__main__ import main
+from small_model import write_yaml
 
 DEMO = PROJECT / "weights" / "demo"
 RATE = 44100
@@ -354,6 +356,29 @@ def test_the_models_are_listed_and_verified(capsys: pytest.CaptureFixture[str]) 
     assert "bs_roformer_viperx_1297" in capsys.readouterr().out
     assert main(["models", "verify", "demo"]) == 0
     assert "demo.safetensors: right" in capsys.readouterr().out
+
+
+def test_a_converted_checkpoint_is_listed_and_verified_in_its_place(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "small.ckpt"
+    torch.save({"gain": torch.zeros(2)}, checkpoint)
+    sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    monkeypatch.setattr(catalogue, "CONFIGS", tmp_path)
+    write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": sha256, "url": "http://127.0.0.1:1/"}])
+    assert main(["models", "list"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["small", "-"]
+    converted = weights / "small.safetensors"
+    assert main(["models", "convert", str(checkpoint), str(converted)]) == 0
+    assert capsys.readouterr().out == f"{converted}\n"
+    assert main(["models", "list"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["small", "here"]
+    assert main(["models", "verify", "small"]) == 0
+    assert capsys.readouterr().out == f"{converted}: made from the right small.ckpt\n"
+    assert main(["models", "download", "small"]) == 0
+    assert capsys.readouterr().out == f"{converted}\n"
+    assert main(["models", "convert", str(tmp_path / "nothing.ckpt"), str(converted)]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no file")
 
 
 def test_the_demo_separates_scores_and_draws(tmp_path: Path) -> None:

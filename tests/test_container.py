@@ -1,12 +1,15 @@
 """cog.yaml, predict.py as Cog's static parser sees it, and the Predictor called from Python."""
 
 import ast
+import dataclasses
+import hashlib
 import io
 import itertools
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 import tokenize
@@ -22,15 +25,18 @@ import torch
 import yaml
 from cog import CancelationException
 from cog.types import URLPath
+from safetensors import safe_open
 from torch import Tensor
 
 import predict
 from conftest import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
 from separation import separator
-from separation.checkpoints import read_config
+from separation.catalogue import fetch, files_for, read_config
+from separation.checkpoints import convert, load_model
 from separation.errors import AudioError, InputError, RecipeError
 from separation.models.base import SeparationModel
 from separation.recipes import load_recipe
+from small_model import chunks, small_model, write_yaml
 
 SCHEMA = SHARED / "schema" / "cog_config_schema_v1.0.json"
 # The published contract: (name, type, keywords of Input). The first six never change.
@@ -111,40 +117,106 @@ def test_the_image_has_what_the_project_needs(config: dict[str, Any]) -> None:
 
 def test_exactly_the_weights_of_recipe_standard_are_baked_each_with_its_sha256(config: dict[str, Any]) -> None:
     folder = dict(entry.split("=", 1) for entry in config["environment"])["SEPARATION_WEIGHTS"]
-    needed = {
-        (file.url, file.sha256, f"{folder}/{file.name}")
+    files = {
+        file
         for choice in STEMS
         for name, stems in load_recipe("standard", choice).models.items()
-        for file in read_config(name).files
-        if file.stem is None or file.stem in stems
+        for file in files_for(read_config(name), stems)
     }
+    needed = {(file.url, file.sha256, f"{folder}/{file.name}") for file in files}
     baked = []
     for run in config["build"]["run"]:
         assert "\n" not in run["command"].strip()  # Cog refuses it
-        curl, check = run["command"].split(" && ")
+        curl, check, *rest = run["command"].split(" && ")
         downloaded = re.fullmatch(r"curl .*--fail .*--output (\S+) (\S+)", curl)
         checked = re.fullmatch(r'echo "([0-9a-f]{64})  (\S+)" \| sha256sum -c', check)
         assert downloaded and checked
-        assert downloaded[1] == checked[2]
-        baked.append((downloaded[2], checked[1], downloaded[1]))
+        path, sha256 = checked[2], checked[1]
+        assert downloaded[1] == path
+        baked.append((downloaded[2], sha256, path))
+        if path.endswith(".safetensors"):
+            (size_bytes,) = (file.bytes for file in files if file.sha256 == sha256)
+            assert rest == [f"touch -d @0 {path}", f'echo "{sha256} {size_bytes} 0" > {path}.verified']
+        else:
+            written, *rest = rest
+            assert written.endswith(f'" {path} {path.removesuffix(".ckpt")}.safetensors {sha256}')
+            assert rest == [f"chmod 644 {path.removesuffix('.ckpt')}.safetensors", f"rm {path}"]
     assert set(baked) == needed
     assert len(baked) == len(needed)
 
 
-def test_an_altered_download_fails_the_build(config: dict[str, Any], tmp_path: Path) -> None:
-    curl = tmp_path / "curl"
-    curl.write_text('#!/bin/sh\nwhile [ "$1" != --output ]; do shift; done\necho altered > "$2"\n')
+def run_in_build(command: str, folder: Path, content: bytes) -> subprocess.CompletedProcess[str]:
+    """Run one of the image's build commands in `folder` in place of /weights, with a curl that brings this content."""
+    (folder / "content").write_bytes(content)
+    curl = folder / "curl"
+    curl.write_text(f"""#!/bin/sh
+while [ "$1" != --output ]; do shift; done
+mkdir -p "$(dirname "$2")" && cp '{folder}/content' "$2"
+""")
     curl.chmod(0o755)
-    command = config["build"]["run"][0]["command"].replace(" /weights/", f" {tmp_path}/")
-    ran = subprocess.run(
-        ["sh", "-c", command],
-        env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LC_ALL": "C"},
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["sh", "-c", command.replace("/weights/", f"{folder}/weights/")],
+        env=os.environ | {"PATH": path, "LC_ALL": "C"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert ran.returncode != 0
-    assert "FAILED" in ran.stdout
+
+
+def test_an_altered_download_fails_the_build(config: dict[str, Any], tmp_path: Path) -> None:
+    for run in config["build"]["run"]:
+        ran = run_in_build(run["command"], tmp_path, b"altered")
+        assert ran.returncode != 0
+        assert "FAILED" in ran.stdout
+    assert not [path for path in (tmp_path / "weights").rglob("*") if path.suffix == ".verified"]
+
+
+@pytest.mark.parametrize("nesting", [None, "state_dict"])
+def test_the_images_converted_checkpoint_loads_without_its_source_and_without_a_checksum(
+    config: dict[str, Any], weights: Path, tmp_path: Path, nesting: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = small_model().state_dict()
+    angles = [key for key in state if key.endswith("rotary_embed.freqs")]
+    state |= dict.fromkeys(angles, state[angles[0]])  # shared, which safetensors refuses
+    saved = tmp_path / "saved.ckpt"
+    torch.save({nesting: state} if nesting else state, saved)
+    sha256 = hashlib.sha256(saved.read_bytes()).hexdigest()
+    (file,) = read_config("bs_roformer_viperx_1297").files
+    (command,) = (run["command"] for run in config["build"]["run"] if f"{file.sha256}  " in run["command"])
+    ran = run_in_build(command.replace(str(file.sha256), sha256), tmp_path, saved.read_bytes())
+    assert ran.returncode == 0, ran.stderr
+    name = Path(file.name).with_suffix(".safetensors").name
+    assert [path.name for path in weights.iterdir()] == [name]
+    assert (weights / name).stat().st_mode & 0o777 == 0o644
+    convert(saved, tmp_path / "by_command.safetensors")
+    with (
+        safe_open(weights / name, framework="pt") as by_image,
+        safe_open(tmp_path / "by_command.safetensors", framework="pt") as by_command,
+    ):
+        assert by_image.metadata() == by_command.metadata() | {"source_name": file.name}
+        assert set(by_image.keys()) == set(by_command.keys())
+    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    model = load_model(write_yaml(tmp_path, files=[{"name": file.name, "sha256": sha256}]))
+    assert torch.equal(model(chunks()), small_model()(chunks()))
+
+
+def test_the_images_other_weights_are_not_hashed_again(
+    config: dict[str, Any], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"weights" * 1000
+    sha256 = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    for file in read_config("htdemucs_ft").files[:3]:
+        (command,) = (run["command"] for run in config["build"]["run"] if f"{file.sha256}  " in run["command"])
+        command = command.replace(str(file.sha256), sha256).replace(str(file.bytes), str(len(content)))
+        ran = run_in_build(command, tmp_path, content)
+        assert ran.returncode == 0, ran.stderr
+        baked = dataclasses.replace(file, bytes=len(content), sha256=sha256)
+        assert fetch(baked) == weights / file.name
+        os.utime(weights / file.name)  # changed: now it would be hashed
+        with pytest.raises(TypeError):
+            fetch(baked)
 
 
 # predict.py as Cog's static parser sees it

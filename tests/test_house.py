@@ -1,15 +1,21 @@
 """The house stays in order: imports only go down, and each outside thing has one door."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parents[1]
+import separation
+from conftest import PROJECT
+from separation import __main__, audio, device, separator
+
 # A module may import from strictly lower floors, and within `models` from its own.
 FLOORS = {
     "predict": 5,
     "separation.__main__": 5,
+    "separation.bench": 4,
     "separation.demo": 4,
     "separation": 4,
     "separation.separator": 3,
@@ -19,6 +25,7 @@ FLOORS = {
     "separation.picture": 3,
     "separation.chunking": 2,
     "separation.checkpoints": 2,
+    "separation.catalogue": 1,
     "separation.recipes": 2,
     "separation.audio": 2,
     "separation.models": 1,
@@ -63,16 +70,84 @@ def test_a_library_has_one_door(library: str, allowed: set[str]) -> None:
     assert users == allowed
 
 
-def test_only_checkpoints_downloads_or_unpickles_and_only_audio_runs_programs() -> None:
+def test_only_catalogue_downloads_only_checkpoints_unpickles_and_only_audio_and_bench_run_programs() -> None:
     for name, path in modules().items():
         text = path.read_text(encoding="utf-8")
-        assert name == "separation.checkpoints" or not any(w in text for w in ("torch.load(", "urllib", "pickle.load"))
-        assert name == "separation.audio" or "subprocess" not in text
+        assert name == "separation.catalogue" or "urllib" not in text
+        assert name == "separation.checkpoints" or not any(word in text for word in ("torch.load(", "pickle.load"))
+        assert name in ("separation.audio", "separation.bench") or "subprocess" not in text
 
 
-def test_the_public_names_are_pinned() -> None:
-    import separation
+def test_only_the_command_line_imports_bench() -> None:
+    users = {name for name, path in modules().items() if "separation.bench" in imports(path)}
+    assert users == {"separation.__main__"}
 
+
+def modules_after(code: str) -> set[str]:
+    """What a fresh Python has imported when it has run the code."""
+    code += "\nimport sys; print(*sys.modules, file=sys.stderr)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    return set(ran.stderr.split())
+
+
+def run_command(*arguments: str) -> str:
+    return f"""
+from separation.__main__ import main
+try:
+    main({list(arguments)})
+except SystemExit:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import separation",
+        run_command("--help"),
+        run_command("separate", "--help"),
+        run_command("separate", "song.wav", "-o", "out", "--format", "ogg"),
+        run_command("models", "list"),
+        run_command("models", "verify", "demo"),
+    ],
+)
+def test_what_separates_nothing_imports_nothing_heavy(code: str) -> None:
+    heavy = {"torch", "numpy", "torchaudio", "librosa", "soundfile", "demucs", "scipy", "einops"}
+    assert not heavy & modules_after(code)
+
+
+def test_loading_models_imports_nothing_that_only_training_and_compiling_need() -> None:
+    unused = {
+        "sympy",
+        "torch._dynamo",
+        "torch._inductor",
+        "librosa",
+        "scipy",
+        "numba",
+        "openunmix",
+        "sklearn",
+        "pandas",
+    }
+    code = """
+from separation import Separator, catalogue, checkpoints
+Separator("demo", "all_4")
+checkpoints._build(catalogue.read_config("htdemucs_6s"), ())
+"""
+    found = modules_after(code)
+    assert {"torch", "demucs.htdemucs"} <= found
+    assert not unused & found
+
+
+def test_the_command_line_offers_what_the_engine_does() -> None:
+    assert __main__.FORMATS == audio.FORMATS
+    assert __main__.SAMPLE_RATES == separator.SAMPLE_RATES
+    assert tuple(device.PRECISIONS) == __main__.PRECISIONS
+
+
+def test_the_public_names_are_pinned_and_there() -> None:
+    assert all(callable(getattr(separation, name)) for name in separation.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Kazoo'"):
+        separation.Kazoo  # noqa: B018
     assert separation.__all__ == [
         "AudioError",
         "CheckpointError",

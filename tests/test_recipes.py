@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from separation import checkpoints, recipes
+from separation import catalogue, recipes
 from separation.errors import RecipeError
 from separation.recipes import RESIDUAL, load_recipe
 
@@ -24,7 +24,7 @@ def test_a_recipe_gives_the_stems_of_the_contract_in_order(name: str, choice: st
 @pytest.mark.parametrize("name, choice", ALL)
 def test_a_recipe_takes_from_models_only_what_they_give(name: str, choice: str) -> None:
     for model, stems in load_recipe(name, choice).models.items():
-        assert set(stems) <= set(checkpoints.read_config(model).stems)
+        assert set(stems) <= set(catalogue.read_config(model).stems)
 
 
 def test_the_standard_recipe_is_the_designs() -> None:

@@ -1,0 +1,56 @@
+"""A BS-RoFormer of a few thousand weights, its YAML and its checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
+
+HYPER_PARAMETERS: dict[str, Any] = {
+    "dim": 16,
+    "depth": 1,
+    "stereo": True,
+    "num_stems": 2,
+    "freqs_per_bands": [3] * 11,
+    "dim_head": 8,
+    "heads": 2,
+    "stft_n_fft": 64,
+    "stft_hop_length": 16,
+    "stft_win_length": 64,
+}
+DOCUMENT: dict[str, Any] = {
+    "architecture": "bs_roformer",
+    "stems": ["vocals", "drums"],
+    "files": [{"name": "small.ckpt"}],
+    "audio": {"sample_rate": 44100, "chunk_size": 4096, "dim_f": 1024},
+    "model": HYPER_PARAMETERS,
+}
+
+
+def write_yaml(folder: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> Path:
+    path = folder / "small.yaml"
+    document = {key: value for key, value in {**DOCUMENT, **changes}.items() if key not in drop}
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+def small_model() -> BSRoFormer:
+    torch.manual_seed(0)
+    hyper_parameters = HYPER_PARAMETERS | {"freqs_per_bands": tuple(HYPER_PARAMETERS["freqs_per_bands"])}
+    return BSRoFormer(BSRoFormerConfig(**hyper_parameters)).eval()
+
+
+def chunks(samples: int = 256) -> Tensor:
+    return torch.randn(1, 2, samples, generator=torch.Generator().manual_seed(1))
+
+
+def write_weights(state: dict[str, Tensor], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file({key: value.clone() for key, value in state.items()}, path)  # it refuses tensors that share memory
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=path.suffix != ".th")
+    return path
