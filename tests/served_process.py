@@ -23,8 +23,6 @@ SCHEMA = PROJECT / "tests" / "served" / "openapi.json"
 COGLETS_FOLDERS = Path("/tmp/coglet/predictions")  # coglet 0.23.1 makes one a prediction here, whatever TMPDIR says
 # The demo's weights on one thread of a CPU: the same everywhere, and slow enough to be met in mid-song.
 DEMO = {"SEPARATION_RECIPE": "demo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-# glibc gives back at once what is freed: otherwise it holds back some 100 MiB more or less, and a leak cannot be seen.
-DEMO |= {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 ASYNC = {"Prefer": "respond-async"}
 
 

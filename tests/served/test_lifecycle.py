@@ -19,6 +19,8 @@ from served_process import ASYNC, COGLETS_FOLDERS, DEMO, Receiver, Server, data_
 
 SHORT = {"chunk_size": 4, "overlap": 1}
 LONG = song(45, format="FLAC")  # 16 chunks of SHORT: each is a line of progress
+# glibc gives back at once what is freed: slow, but else it holds back some 100 MiB more or less, and no leak is seen.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux' /proc")
 
 
@@ -117,21 +119,21 @@ def test_a_cancel_in_mid_song_ends_it_within_a_chunk_and_leaves_nothing_behind(
     for id in ("cancelled", "cancelled-again"):
         before = server.leftovers()
         start_long(server, receiver, id)
-        seen = len(server.printed(id))
         receiver.requests.clear()
         assert server.cancel(id) == 200
         completed = receiver.wait_for_end()
         assert completed["status"] == "canceled"
         assert "output" not in completed and "error" not in completed
-        # One line may have been on its way when the cancel was sent; the chunk that ran then never ends.
-        assert len(completed["logs"].splitlines()) - seen <= 1
+        # The server's log has both in order. One line may have been on its way; the chunk that ran then never ends.
+        messages = [event["message"] for event in server.events(f'"{id}"')]
+        after = messages[messages.index("Cancelling prediction") :]
+        assert len([message for message in after if PROGRESS_LINE.match(message)]) <= 1
         assert percent(completed["logs"].splitlines()) < 50
         assert server.leftovers() <= before
         assert not any(name.startswith("stems-") for name in server.leftovers())  # the last one's went when this began
         assert server.cancel(id) == 404  # it is over
         held.append(resources(server.worker))
-    assert held[1]["threads"] <= held[0]["threads"] and held[1]["files"] <= held[0]["files"]
-    assert held[1]["resident"] - held[0]["resident"] < 8  # MiB; the song's samples alone are 15
+    assert held[1]["files"] <= held[0]["files"]  # threads and memory: with the hundred below
     for samples, right in zip(stems_of(server), expected, strict=True):
         np.testing.assert_array_equal(samples, right)
 
@@ -186,10 +188,10 @@ def test_a_hundred_predictions_of_all_kinds_leave_no_memory_thread_or_file_behin
     tmp_path: Path, receiver: Receiver
 ) -> None:
     audio = song(6)
-    with Server(tmp_path, **DEMO) as server:
+    with Server(tmp_path, **DEMO, **GIVES_BACK) as server:
         assert server.health()["status"] == "READY"
         seen: list[dict[str, int]] = []
-        for index in range(110):  # 10 to warm up: memory pools and thread pools grow to their size
+        for index in range(110):  # 10 to warm up: thread pools grow to their size; one in ten is cancelled, one fails
             if index % 10 == 3:
                 assert server.predict(b"words", **SHORT)["status"] == "failed"
             elif index % 10 == 7:
