@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("wav", "mp3", "flac")
 SAMPLE_RATES = (44100, 48000)
 PRECISIONS = ("fp32", "bf16", "fp16")
+ATTENTIONS = ("auto", "fused", "sage", "sdpa", "itemwise", "einsum")
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     shared.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: auto")
 
+    engine = Parser(add_help=False)
+    engine.add_argument("--chunk-size", type=int, default=8, metavar="S", help="seconds, 4 to 30 (default: 8)")
+    engine.add_argument("--overlap", type=int, default=4, metavar="S", help="seconds, 1 to 8 (default: 4)")
+    engine.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
+    engine.add_argument("--attention", default="auto", choices=ATTENTIONS, help="how attention is computed")
+
     parser = Parser(prog="python -m separation", description="Split songs into stems.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -64,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("-o", "--output", type=Path, default=Path("stems"), metavar="DIR", help="default: stems")
     demo.set_defaults(command=_demo)
 
-    separate = commands.add_parser("separate", parents=[shared], help="separate songs: DIR/<song>/<stem>.<format>")
+    separate = commands.add_parser(
+        "separate", parents=[shared, engine], help="separate songs: DIR/<song>/<stem>.<format>"
+    )
     separate.add_argument("songs", nargs="+", type=Path, metavar="SONG")
     separate.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     all_choices = sorted({choice for name in names() for choice in choices(name)})
@@ -82,19 +92,24 @@ def build_parser() -> argparse.ArgumentParser:
     separate.add_argument(
         "--mp3-bitrate", type=int, default=320, metavar="KBPS", help="128, 160, 192, 224, 256 or 320 (default: 320)"
     )
-    separate.add_argument("--chunk-size", type=int, default=8, metavar="S", help="seconds, 4 to 30 (default: 8)")
-    separate.add_argument("--overlap", type=int, default=4, metavar="S", help="seconds, 1 to 8 (default: 4)")
-    separate.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
     separate.add_argument("--json", action="store_true", help="print one JSON object a song")
     separate.set_defaults(command=_separate)
 
-    bench = commands.add_parser("bench", parents=[shared], help="measure how long the program takes")
-    what = bench.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cold-start", action="store_true", help="from a fresh process's start to the first stem")
+    bench = commands.add_parser("bench", parents=[shared, engine], help="measure how fast a model or a recipe is here")
+    bench.add_argument(
+        "--cold-start",
+        action="store_true",
+        help="instead, where the time goes from a fresh process's start to the first stem",
+    )
     bench.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
     bench.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
     bench.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
     bench.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
+    bench.add_argument(
+        "--random-weights", action="store_true", help="as fast as the true ones, and nothing to download"
+    )
+    bench.add_argument("--seconds", type=int, default=30, metavar="S", help="of music in a run (default: 30)")
+    bench.add_argument("--runs", type=int, default=3, metavar="N", help="after a warm-up (default: 3)")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(command=_bench)
 
@@ -170,7 +185,7 @@ def _separator(options: argparse.Namespace) -> "Separator":
         "chunk_seconds": options.chunk_size,
         "overlap_seconds": options.overlap,
     }
-    pool = ModelPool(options.device, options.precision)
+    pool = ModelPool(options.device, options.precision, options.attention)
     logging.getLogger("separation").info(pool.choice.reason)
     if options.model_name:
         model = load_model(
@@ -179,6 +194,7 @@ def _separator(options: argparse.Namespace) -> "Separator":
             stems=None if options.two_stems is None else [options.two_stems],
             device=pool.choice.device,
             precision=pool.choice.precision,
+            attention=options.attention,
         )
         return Separator.from_model(model, **shared)
     return Separator(options.recipe, options.stems, pool=pool, **shared)
@@ -240,17 +256,33 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from separation.bench import cold_start
+    from separation.bench import cold_start, engine_speed
 
     _check_model_options(options)
-    result = cold_start(
-        options.recipe,
-        options.stems,
-        model_name=options.model_name,
-        model_path=options.model_path,
-        device=options.device,
-        precision=options.precision,
-    )
+    shared: dict[str, Any] = {
+        "model_name": options.model_name,
+        "model_path": options.model_path,
+        "device": options.device,
+        "precision": options.precision,
+    }
+    engine: dict[str, Any] = {
+        "attention": options.attention,
+        "batch_size": options.batch_size,
+        "chunk_seconds": options.chunk_size,
+        "overlap_seconds": options.overlap,
+        "random": options.random_weights,
+        "seconds": options.seconds,
+        "runs": options.runs,
+    }
+    result: Any
+    if options.cold_start:
+        default = build_parser().parse_args(["bench"])
+        for name in ("attention", "batch_size", "chunk_size", "overlap", "random_weights", "seconds", "runs"):
+            if getattr(options, name) != getattr(default, name):
+                raise InputError(f"--cold-start does not take --{name.replace('_', '-')}: leave one of them out")
+        result = cold_start(options.recipe, options.stems, **shared)
+    else:
+        result = engine_speed(options.recipe, options.stems, **shared, **engine)
     print(result.as_json() if options.json else result)
     return 0
 
@@ -272,6 +304,9 @@ def _terminate(number: int, _: object) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # PyTorch's threads then wait asleep. Spinning, as they would, they take the cores from the fused layers' threads
+    # and from other processes: two songs at once took longer than one after the other. Read as PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     sys.exit(main())

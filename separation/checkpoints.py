@@ -9,6 +9,7 @@ import gc
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pickle
 import re
@@ -38,7 +39,11 @@ from separation.catalogue import (
 from separation.device import choose_device, choose_precision
 from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
+from separation.models.attention import AttentionChoice, choose_attention
 from separation.models.base import SeparationModel
+from separation.models.native import NotFusedError
+
+logger = logging.getLogger("separation")
 
 # Parts that relatives of an architecture have. Community files name them even where they are off.
 ABSENT_PARTS = {"linear_transformer_depth", "skip_connection"}
@@ -83,12 +88,13 @@ def load_model(
     stems: Sequence[str] | None = None,
     device: str | torch.device = "cpu",
     precision: torch.dtype | str = "fp32",
+    attention: str = "auto",
 ) -> SeparationModel:
     """Load a model in eval mode, without gradients, on the device.
 
     `checkpoint` is a file of weights to use in place of the YAML's own; it is not compared with a sha256. Of a
     checkpoint made of specialists, only those for `stems` are fetched and loaded, in that order; other models keep all
-    their stems. `device` and `precision` may be "auto". An architecture without half precision stays in float32.
+    their stems. `device` and `precision` may be "auto". `attention` is a name of `separation.models.attention.NAMES`.
 
     Raises RecipeError for an unknown model or stem, CheckpointError for weights that are missing or do not fit.
     """
@@ -98,8 +104,9 @@ def load_model(
     files = files_for(description, stems)
     specialists = tuple(file.stem for file in files if file.stem is not None)
     model = _build(description, specialists)
-    if dtype != torch.float32 and model.half_precision:
-        model.to_precision(dtype)  # still without weights: it now says in which type each is wanted
+    choice = choose_attention(attention, device, dtype, model.head_size) if model.head_size else None
+    if choice is None or choice.name != "fused":  # that folds gains into the weights before it rounds them
+        model.prepare(dtype)  # still without weights: it now says in which type each is wanted
     dtypes = {key: value.dtype for key, value in model.state_dict().items()}
 
     if checkpoint is None:
@@ -121,7 +128,37 @@ def load_model(
     model.stems = specialists or description.stems
     model.sample_rate = description.sample_rate
     model.chunk_samples = description.chunk_samples
-    return model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    if choice is None:
+        model.prepare(dtype)
+    else:
+        _prepare(model, dtype, choice, asked_for=attention)
+    return model.to(device)
+
+
+def random_weights(name_or_path: str | Path, *, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of this model's shapes as a training would begin with: to measure time and memory without a checkpoint.
+
+    The same seed gives the same weights. No two tensors share memory, so any format can hold them; `load_model` takes
+    the file as `checkpoint=`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(read_config(name_or_path), (), initialised=True)
+    prefix = type(model).key_prefix(None)
+    return {key.removeprefix(prefix): value.clone() for key, value in model.state_dict().items()}
+
+
+def _prepare(model: SeparationModel, dtype: torch.dtype, choice: AttentionChoice, *, asked_for: str) -> None:
+    try:
+        model.prepare(dtype, attention=choice.name)
+    except NotFusedError as e:
+        if asked_for == choice.name:
+            raise InputError(f"{model.name} cannot use attention {choice.name!r} ({e}): use auto") from e
+        choice = AttentionChoice("itemwise", f"not fused: {e}")
+        model.prepare(dtype, attention=choice.name)
+    model.attention = choice.name
+    logger.info(f"{model.name}: attention {choice.name} ({choice.reason})")
 
 
 def convert(checkpoint: Path, target: Path) -> None:
@@ -149,8 +186,11 @@ def convert(checkpoint: Path, target: Path) -> None:
         raise OutputError(f"{target} cannot be written ({first_line(e)}): free space, or name another place") from e
 
 
-def _build(description: Checkpoint, specialists: tuple[str, ...]) -> SeparationModel:
-    """The model without weights, on the meta device, so that no memory is used or filled in vain."""
+def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised: bool = False) -> SeparationModel:
+    """The model without weights, on the meta device, so that no memory is used or filled in vain.
+
+    If `initialised`, it is on the CPU with PyTorch's random weights.
+    """
     if description.architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{description.name}.yaml: unknown architecture {description.architecture!r}, use one of "
@@ -172,9 +212,10 @@ def _build(description: Checkpoint, specialists: tuple[str, ...]) -> SeparationM
         config = architecture.Config(**hyper_parameters)
         # Built where PyTorch computes and then emptied: operations on the meta device itself would import its
         # compiler, most of a second. Until it is written to, memory on the CPU costs nothing either.
-        with _Uninitialised():
+        with contextlib.nullcontext() if initialised else _Uninitialised():
             model = architecture(config, specialists=specialists) if specialists else architecture(config)
-        model.to("meta")
+        if not initialised:
+            model.to("meta")
     except (TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{description.name}.yaml: the model section is not usable: {first_line(e)}") from e
     outputs = getattr(config, "num_stems", len(description.stems))

@@ -3,17 +3,33 @@
 A chunk's ends are faded by straight ramps over the overlap and the sum is divided by the sum of the fades, so that an
 identity model returns its input and a gain error in one chunk is cross-faded, never stepped. Memory holds one batch of
 chunks and the samples that the next chunk may still change, whatever the song's length. Knows no model.
+
+The sums are on the model's device; only finished samples leave it. On a CUDA GPU three batches are under way: one is
+read, one computed, and the samples that the one before has finished are with the caller.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from separation.device import free_memory_bytes, needed_memory_bytes
 from separation.errors import EstimateError, InputError
 
+MAX_BATCH_SIZE = 8  # chunks; of a large model far fewer fill a GPU
+MEMORY_SHARE = 1 / 3  # of a GPU's free memory that a batch may take: it is not ours alone, and not all in one piece
+
+logger = logging.getLogger("separation")
+
+T = TypeVar("T")
+
+Model = Callable[[Tensor], Tensor]  # chunks [B, C, chunk_samples] to estimates [B, S, C, chunk_samples]
 Read = Callable[[int, int], Tensor]  # (start, stop) -> mixture[:, start:stop], [C, stop - start] float32 on the CPU
 Progress = Callable[[int, int], None]  # (chunks done, chunks in all); an exception that it raises cancels
 
@@ -104,8 +120,23 @@ def read_extended(read: Read, start: int, stop: int, total_samples: int, border:
     return torch.cat(parts, dim=-1) if len(parts) > 1 else inside
 
 
+@torch.inference_mode()
+def chunk_memory_bytes(model: Model, channels: int, chunk_samples: int, device: torch.device) -> int:
+    """The memory of a CUDA GPU that the model needs for each chunk of a batch: it computes one.
+
+    Raises EstimateError if that is more than there is.
+    """
+    chunk = torch.zeros(1, channels, chunk_samples, device=device)
+    return needed_memory_bytes(lambda: _Fitting(model, 1)(chunk), device)
+
+
+def fitting_batch_size(chunk_bytes: int, device: torch.device) -> int:
+    """How many chunks to compute at once on a CUDA GPU with the memory that is free now, if each needs so much."""
+    return max(1, min(MAX_BATCH_SIZE, int(free_memory_bytes(device) * MEMORY_SHARE / chunk_bytes)))
+
+
 def separate(
-    model: Callable[[Tensor], Tensor],
+    model: Model,
     read: Read,
     total_samples: int,
     plan: ChunkPlan,
@@ -119,11 +150,13 @@ def separate(
 ) -> Iterator[Tensor]:
     """Run `model` over a song; yields finished estimates `[S, C, n]`, float32 on the CPU, in order, to the song's end.
 
-    Chunks of digital silence are not computed: their estimates are silence.
+    Chunks of digital silence are not computed: their estimates are silence. A batch that a GPU's memory does not hold
+    is halved until it fits, as are all that follow, and a warning is logged.
 
     Args:
         model: chunks `[B, C, chunk_samples]` on `device` to estimates `[B, S, C, chunk_samples]`.
-        read: gives a slice of the mixture; called with 0 <= start <= stop <= total_samples.
+        read: gives a slice of the mixture; called with 0 <= start <= stop <= total_samples. With a CUDA GPU another
+            thread calls it.
         n_stems: S.
         batch_size: chunks computed at once; changes the result by no more than the rounding of matrix products in
             the model's precision.
@@ -131,62 +164,156 @@ def separate(
         progress: called before the first batch and after each; raise from it to cancel.
 
     Raises:
-        EstimateError: the model gave NaN or Inf; the message says where.
+        EstimateError: the model gave NaN or Inf; the message says where. Or a GPU's memory does not hold one chunk.
     """
-    weights = fades(plan.chunk_samples, plan.overlap_samples)
+    device = torch.device(device)
     parts = list(chunks(plan, total_samples))
     batch_size = min(batch_size, len(parts))
-    finished = 0  # samples yielded so far; the sums below start there
-    width = plan.chunk_samples + batch_size * plan.chunk_hop
-    sums = torch.zeros(n_stems, read(0, 0).shape[0], width)
-    weight_sums = torch.zeros(width)
-    if progress:
-        progress(0, len(parts))
+    sums = torch.zeros(n_stems, read(0, 0).shape[0], plan.chunk_samples + batch_size * plan.chunk_hop, device=device)
+    fitting = _Fitting(model, batch_size)
+    ahead = _ahead if _is_asynchronous(device) else _in_turn
+    done = 0
+    with (
+        closing(ahead(_read_batches(read, total_samples, plan, parts, batch_size, device))) as batches,
+        closing(ahead(_overlap_add(fitting, batches, plan, total_samples, sums, offset, scale))) as finished,
+    ):
+        if progress:
+            progress(0, len(parts))
+        for block in finished:
+            if block.shape[-1]:
+                yield block
+            done = min(done + batch_size, len(parts))
+            if progress:
+                progress(done, len(parts))
+
+
+def _is_asynchronous(device: torch.device) -> bool:
+    """Whether the device computes while the CPU does something else."""
+    return device.type == "cuda"
+
+
+def _in_turn(items: Generator[T]) -> Generator[T]:
+    return items
+
+
+def _ahead(items: Generator[T]) -> Generator[T]:
+    """The same items; while the caller works on one, a thread makes the next."""
+    end: Any = object()
+    with closing(items), ThreadPoolExecutor(max_workers=1) as thread:
+        following = thread.submit(next, items, end)
+        try:
+            while (item := following.result()) is not end:
+                following = thread.submit(next, items, end)
+                yield item
+        finally:
+            del following  # it and the error that it may hold would keep each other, and the tensors of a GPU, alive
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Chunks that follow each other, and the mixtures `[n, C, chunk_samples]` of the n among them that sound."""
+
+    parts: list[Chunk]
+    sounding: list[bool]
+    mixtures: Tensor | None  # on the CPU, in page-locked memory if they go to a GPU; None if n is 0
+    finishes: int  # no later chunk changes samples before this one
+
+
+def _read_batches(
+    read: Read, total_samples: int, plan: ChunkPlan, parts: list[Chunk], batch_size: int, device: torch.device
+) -> Generator[_Batch]:
     for first in range(0, len(parts), batch_size):
         batch = parts[first : first + batch_size]
         mixtures = [
             read_extended(read, part.read_start, part.read_start + plan.chunk_samples, total_samples, plan.border)
             for part in batch
         ]
-        for part, estimates in zip(batch, _estimate(model, mixtures, device, offset, scale), strict=True):
+        sounding = [bool(mixture.any()) for mixture in mixtures]
+        stacked = None
+        if any(sounding):
+            stacked = torch.stack([mixture for mixture, sounds in zip(mixtures, sounding, strict=True) if sounds])
+            if device.type == "cuda":
+                stacked = stacked.pin_memory()
+        following = parts[first + batch_size].start if first + batch_size < len(parts) else total_samples
+        yield _Batch(batch, sounding, stacked, min(following, total_samples))
+
+
+def _overlap_add(
+    model: Model,
+    batches: Iterator[_Batch],
+    plan: ChunkPlan,
+    total_samples: int,
+    sums: Tensor,
+    offset: float,
+    scale: float,
+) -> Generator[Tensor]:
+    """For each batch the samples `[S, C, n]` that it finishes, on the CPU; n may be 0.
+
+    `sums` are zeros `[S, C, chunk_samples + batch_size * chunk_hop]` on the model's device.
+    """
+    device = sums.device
+    weights = fades(plan.chunk_samples, plan.overlap_samples).to(device)
+    weight_sums = torch.zeros(sums.shape[-1], device=device)
+    finished = 0  # samples yielded so far; the sums start there
+    reached = 0  # samples that any chunk so far has a part in
+    for batch in batches:
+        estimates = iter(() if batch.mixtures is None else _estimate(model, batch.mixtures, device, offset, scale))
+        spans, finite = [], []
+        for part, sounds in zip(batch.parts, batch.sounding, strict=True):
             start, stop = max(part.start, 0), min(part.start + part.length, total_samples)
             weight = weights[start - part.start : stop - part.start]
             weight_sums[start - finished : stop - finished] += weight
-            if estimates is None:
-                continue
-            kept = estimates[..., start - part.read_start : stop - part.read_start]
-            if not torch.isfinite(kept).all():
+            reached = max(reached, stop)
+            if sounds:
+                kept = next(estimates)[..., start - part.read_start : stop - part.read_start]
+                # Without a tensor in between as large as the estimates: on a CPU its memory costs more than the sums.
+                sums[..., start - finished : stop - finished].addcmul_(kept, weight, value=scale)
+                if offset:
+                    sums[..., start - finished : stop - finished] += offset * weight
+                spans.append((start, stop))
+                finite.append(torch.stack(torch.aminmax(kept)).isfinite().all())
+        # All of them together, for a GPU must be waited for.
+        for span, is_finite in zip(spans, torch.stack(finite).tolist() if finite else (), strict=True):
+            if not is_finite:
                 raise EstimateError(
-                    f"the model gave NaN or Inf between samples {start} and {stop}: check its weights, and use "
+                    f"the model gave NaN or Inf between samples {span[0]} and {span[1]}: check its weights, and use "
                     "precision fp32 if it ran in another"
                 )
-            sums[..., start - finished : stop - finished] += weight * kept
-        following = parts[first + batch_size].start if first + batch_size < len(parts) else total_samples
-        ready = max(0, min(following, total_samples) - finished)
-        if ready:
-            yield sums[..., :ready] / weight_sums[:ready]
-            finished += ready
-            for buffer in (sums, weight_sums):
-                buffer[..., : width - ready] = buffer[..., ready:].clone()
-                buffer[..., width - ready :] = 0
-        if progress:
-            progress(min(first + batch_size, len(parts)), len(parts))
+        ready = max(0, batch.finishes - finished)
+        yield (sums[..., :ready] / weight_sums[:ready]).to("cpu")
+        pending = max(0, reached - finished - ready)  # samples that the next batch may still change
+        for buffer in (sums, weight_sums):
+            buffer[..., :pending] = buffer[..., ready : ready + pending].clone()
+            buffer[..., pending : ready + pending] = 0
+        finished += ready
 
 
 @torch.inference_mode()
-def _estimate(
-    model: Callable[[Tensor], Tensor],
-    mixtures: list[Tensor],
-    device: torch.device | str,
-    offset: float,
-    scale: float,
-) -> list[Tensor | None]:
-    """Estimates `[S, C, chunk_samples]` of each mixture `[C, chunk_samples]`; None for digital silence."""
-    sounding = [index for index, mixture in enumerate(mixtures) if mixture.any()]
-    results: list[Tensor | None] = [None] * len(mixtures)
-    if sounding:
-        batch = torch.stack([mixtures[index] for index in sounding])
-        estimates = model(((batch - offset) / scale).to(device)).to("cpu", torch.float32) * scale + offset
-        for index, estimate in zip(sounding, estimates, strict=True):
-            results[index] = estimate
-    return results
+def _estimate(model: Model, mixtures: Tensor, device: torch.device, offset: float, scale: float) -> Tensor:
+    """What the model makes of mixtures `[n, C, chunk_samples]` on the CPU: `[n, S, C, chunk_samples]` on the device."""
+    return model((mixtures.to(device, non_blocking=True) - offset) / scale).float()
+
+
+class _Fitting:
+    """A model over batches of any size, in pieces that the device's memory holds: halved where it did not."""
+
+    def __init__(self, model: Model, largest: int) -> None:
+        self._model = model
+        self._largest = largest  # chunks at once
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        while True:
+            size = min(self._largest, len(batch))
+            try:
+                pieces = [self._model(piece) for piece in batch.split(size)]
+                return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            except torch.OutOfMemoryError as e:
+                if size == 1:
+                    raise EstimateError(
+                        f"the memory of {batch.device} does not hold one chunk of {batch.shape[-1]} samples: choose a "
+                        "smaller chunk size, precision bf16 or fp16, or device cpu"
+                    ) from e
+            # Not in the handler: until that is left, the error keeps what the attempt had allocated.
+            torch.cuda.empty_cache()
+            self._largest = size // 2
+            logger.warning("the GPU's memory does not hold %d chunks at once: from here on %d", size, self._largest)

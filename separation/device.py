@@ -3,6 +3,7 @@
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -64,9 +65,27 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has used at once: the tensors on a CUDA GPU; else all of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(_earlier_peaks.get(device.index or 0, 0), torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """The memory of a CUDA GPU that new tensors can have: what no program has, and what PyTorch holds in reserve."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+_earlier_peaks: dict[int, int] = {}  # of each GPU in bytes, before its statistics began anew
+
+
+def needed_memory_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most memory of a CUDA GPU that `run` has at once beyond what was in use before."""
+    before = torch.cuda.memory_allocated(device)
+    _earlier_peaks[device.index or 0] = peak_memory_bytes(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _device_reason(device: torch.device) -> str:
@@ -87,14 +106,14 @@ def _precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float16, f"compute capability {major}.{minor} has no fast bfloat16"
     if device.type == "mps":
         return torch.float32, "the Apple GPU's exact type"
-    instructions = _bfloat16_instructions()
+    instructions = bfloat16_instructions()
     if instructions:
         return torch.bfloat16, f"the CPU has {instructions}"
     return torch.float32, "the CPU has no bfloat16 instructions"
 
 
 @cache
-def _bfloat16_instructions() -> str:
+def bfloat16_instructions() -> str:
     """The CPU's instructions for bfloat16 matrix products by name, empty where there are none."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return ""

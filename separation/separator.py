@@ -14,7 +14,7 @@ from torch import Tensor
 
 from separation.audio import SAMPLE_RATE, Waveform, check_output, decode, resample
 from separation.checkpoints import load_model
-from separation.chunking import ChunkPlan, Read, separate
+from separation.chunking import ChunkPlan, Model, Read, chunk_memory_bytes, fitting_batch_size, separate
 from separation.device import Choice, choose
 from separation.errors import AudioError, InputError
 from separation.models import SeparationModel
@@ -29,6 +29,7 @@ PEAK = 0.9  # what a mixture's peak is scaled to before a model that was trained
 
 logger = logging.getLogger("separation")
 
+ChunkKind = tuple[str, tuple[str, ...], int]  # a model's name, its stems, samples
 Progress = Callable[[float, str], None]  # (share of the whole job done, 0 to 1; stage); raise from it to cancel
 
 
@@ -38,9 +39,11 @@ class ModelPool:
     A model is loaded once; only a checkpoint made of specialists is loaded again when others of them are asked for.
     """
 
-    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(self, device: str = "auto", precision: str = "auto", attention: str = "auto") -> None:
         self.choice: Choice = choose(device, precision)
+        self.attention = attention
         self.load_seconds: dict[str, float] = {}  # how long each model took
+        self.chunk_bytes: dict[ChunkKind, int] = {}  # the GPU memory that each model needs for a chunk, as measured
         self._models: dict[str, SeparationModel] = {}
         self._lock = threading.Lock()
 
@@ -52,7 +55,13 @@ class ModelPool:
             if loaded is None or not set(stems) <= set(here):
                 wanted = tuple(dict.fromkeys((*here, *stems)))
                 started = time.monotonic()
-                loaded = load_model(name, stems=wanted, device=self.choice.device, precision=self.choice.precision)
+                loaded = load_model(
+                    name,
+                    stems=wanted,
+                    device=self.choice.device,
+                    precision=self.choice.precision,
+                    attention=self.attention,
+                )
                 self.load_seconds[name] = time.monotonic() - started
                 self._models[name] = loaded
             return loaded.only(stems)
@@ -98,11 +107,14 @@ class Separator:
             that this needs are loaded and run; `stems` is then ignored.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
-        batch_size: chunks computed at once, or `auto`: 1 on a CPU, 4 on a GPU.
+        attention: `auto` or a backend's name in `separation.models.attention.NAMES`.
+        batch_size: chunks computed at once, or `auto`: 1 on a CPU, on a CUDA GPU up to 8 that its free memory holds, 4
+            on an Apple GPU.
         chunk_seconds: 4 to 30. A model that takes only chunks of its own length (Demucs) keeps that length.
         overlap_seconds: 1 to 8, below `chunk_seconds`. A model with chunks of its own length overlaps them by the same
             share.
-        pool: models that are loaded already, to share between separators; its device and precision then hold.
+        pool: models that are loaded already, to share between separators; its device, precision and
+            attention then hold.
 
     Raises:
         InputError, RecipeError: an option that cannot be used.
@@ -117,6 +129,7 @@ class Separator:
         two_stems: str | None = None,
         device: str = "auto",
         precision: str = "auto",
+        attention: str = "auto",
         batch_size: int | Literal["auto"] = "auto",
         chunk_seconds: int = 8,
         overlap_seconds: int = 4,
@@ -126,13 +139,14 @@ class Separator:
         if isinstance(recipe, str):
             recipe = load_recipe(recipe, stems if two_stems is None else "all_4")
         self._choose_stems(recipe, two_stems)
-        pool = pool or ModelPool(device, precision)
+        pool = pool or ModelPool(device, precision, attention)
         self._setup(
             {name: pool.get(name, wanted) for name, wanted in self.recipe.models.items()},
             pool.choice.device,
             batch_size,
             chunk_seconds,
             overlap_seconds,
+            pool.chunk_bytes,
         )
 
     @classmethod
@@ -149,8 +163,9 @@ class Separator:
         _check_options(chunk_seconds, overlap_seconds, batch_size)
         separator = cls.__new__(cls)
         separator._choose_stems(Recipe(model.name, "all", dict.fromkeys(model.stems, model.name)), two_stems)
-        device = next(model.parameters()).device
-        separator._setup({model.name: model}, device, batch_size, chunk_seconds, overlap_seconds)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # fused: none
+        models = {model.name: model.only(separator.recipe.models[model.name])}
+        separator._setup(models, device, batch_size, chunk_seconds, overlap_seconds, {})
         return separator
 
     def _choose_stems(self, recipe: Recipe, two_stems: str | None) -> None:
@@ -164,13 +179,15 @@ class Separator:
         batch_size: int | Literal["auto"],
         chunk_seconds: int,
         overlap_seconds: int,
+        chunk_bytes: dict[ChunkKind, int],
     ) -> None:
         for name, model in models.items():
             if model.sample_rate != SAMPLE_RATE:
                 raise InputError(f"model {name!r} works at {model.sample_rate} Hz: only {SAMPLE_RATE} Hz is supported")
         self.models = models
         self.device = device
-        self.batch_size = (1 if device.type == "cpu" else 4) if batch_size == "auto" else batch_size
+        self.batch_size = batch_size
+        self._chunk_bytes = chunk_bytes
         self.plans = {name: _plan(model, chunk_seconds, overlap_seconds) for name, model in models.items()}
 
     @property
@@ -282,13 +299,14 @@ class Separator:
         total, before = sum(counts.values()), 0
         for name, model in self.models.items():
             offset, scale = song.normalisation(model)
+            stereo_model = model if model.channels == 2 else _mono_on_stereo(model)
             blocks = separate(
-                model if model.channels == 2 else _mono_on_stereo(model),
+                stereo_model,
                 song.read,
                 song.n_samples,
                 self.plans[name],
                 n_stems=len(model.stems),
-                batch_size=self.batch_size,
+                batch_size=self._batch_size((name, model.stems, self.plans[name].chunk_samples), stereo_model),
                 device=self.device,
                 offset=offset,
                 scale=scale,
@@ -298,6 +316,18 @@ class Separator:
             for block in blocks:
                 yield from ((stem, block[index]) for stem, index in wanted.items())
             before += counts[name]
+
+    def _batch_size(self, kind: ChunkKind, model: Model) -> int:
+        """Chunks of that kind to compute at once."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        if self.device.type != "cuda":
+            return 1 if self.device.type == "cpu" else 4
+        if kind not in self._chunk_bytes:
+            self._chunk_bytes[kind] = chunk_memory_bytes(model, 2, kind[-1], self.device)
+        batch_size = fitting_batch_size(self._chunk_bytes[kind], self.device)
+        logger.info("%s: %d chunks at once, of %.0f MiB each", kind[0], batch_size, self._chunk_bytes[kind] / 2**20)
+        return batch_size
 
 
 def _check_options(chunk_seconds: int, overlap_seconds: int, batch_size: int | str) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from numpy.typing import NDArray
+
+from separation import device
 
 PROJECT = Path(__file__).parents[1]
 SHARED = PROJECT.parent / "shared"
@@ -42,6 +45,16 @@ def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
 
 def read(file: Path | bytes) -> NDArray[np.float32]:
     return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]
+
+
+@pytest.fixture
+def gpu_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch says of a GPU: 300 bytes are in use, the most were 5000, and 1000 since that was reset."""
+    peaks = [5000, 1000]
+    monkeypatch.setattr(device, "_earlier_peaks", {})
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 300)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: peaks[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: peaks.pop(0))
 
 
 @pytest.fixture

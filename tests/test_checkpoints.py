@@ -18,7 +18,7 @@ from torch import Tensor
 
 from separation import checkpoints
 from separation.catalogue import available, is_here, read_config
-from separation.checkpoints import convert, load_model
+from separation.checkpoints import convert, load_model, random_weights
 from separation.device import PRECISIONS
 from separation.errors import CheckpointError, InputError, OutputError, RecipeError
 from separation.models import ARCHITECTURES
@@ -302,7 +302,7 @@ def test_only_the_specialists_that_are_asked_for_are_loaded_in_that_order(tmp_pa
     assert both.stems == ("bass", "drums")
     assert torch.equal(both(mixture), torch.stack([bass, drums], dim=1))
     (weights / "drums.safetensors").unlink()
-    one = load_model(path, stems=["bass"], precision="bf16")  # the architecture has no half precision
+    one = load_model(path, stems=["bass"])
     assert one.stems == ("bass",) and torch.equal(one(mixture), bass.unsqueeze(1))
     with pytest.raises(CheckpointError, match=r"drums\.safetensors is missing"):
         load_model(path)
@@ -491,3 +491,16 @@ def test_a_converted_file_of_another_checkpoint_is_not_taken_and_a_damaged_one_i
     config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": sha256}])
     with pytest.raises(CheckpointError, match=r"small\.safetensors .* is damaged or incomplete .*: delete it"):
         load_model(config)
+
+
+def test_random_weights_are_a_checkpoint_that_its_seed_decides(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, model=HYPER_PARAMETERS | {"depth": 2})  # whose layers share their rotary frequencies
+    before = torch.get_rng_state()
+    first, again, other = (random_weights(path, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    assert any(not torch.equal(value, other[key]) for key, value in first.items())
+    save_file(first, tmp_path / "random.safetensors")
+    model = load_model(path, checkpoint=tmp_path / "random.safetensors")
+    assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
+    assert "channel_downsampler.weight" in random_weights("htdemucs")  # as in a file, without the class's own prefix

@@ -1,10 +1,25 @@
 """chunking: any model, any length, exact reconstruction, cross-faded chunk borders, flat memory."""
 
+import gc
+import logging
+import threading
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from separation.chunking import ChunkPlan, chunks, fades, read_extended, separate
+from separation import chunking
+from separation.chunking import (
+    ChunkPlan,
+    chunk_memory_bytes,
+    chunks,
+    fades,
+    fitting_batch_size,
+    read_extended,
+    separate,
+)
 from separation.errors import EstimateError, InputError
 
 
@@ -28,6 +43,64 @@ def test_an_identity_model_returns_its_input(length: int, chunk: int, overlap: i
         result = run(mixture, ChunkPlan(chunk, overlap, reflects_border), batch_size=batch_size)
         assert result.shape == (1, 2, length)
         assert (result[0] - mixture).abs().max() <= 1e-6
+
+
+def two_stems(batch: Tensor) -> Tensor:
+    """A model that tells chunks and their samples apart."""
+    return torch.stack([batch.sin() + batch.amax(-1, keepdim=True), batch.flip(-1)], dim=1)
+
+
+def in_plain_steps(mixture: Tensor, plan: ChunkPlan, offset: float, scale: float) -> Tensor:
+    """What `separate` gives with `two_stems`: the whole song at once, one chunk after the other."""
+    channels, total = mixture.shape
+    room = plan.chunk_samples + plan.overlap_samples  # around the song, for all that a chunk may reach
+    song = np.zeros((channels, total + 2 * room), np.float32)
+    song[:, room : room + total] = mixture
+    for i in range(1, min(plan.border, total - 1) + 1):
+        song[:, room - i] = mixture[:, i]
+        song[:, room + total - 1 + i] = mixture[:, total - 1 - i]
+    sums, weight_sums = np.zeros((2, channels, song.shape[1]), np.float32), np.zeros(song.shape[1], np.float32)
+    fade = min(plan.overlap_samples, plan.chunk_samples // 2)
+    weights = np.ones(plan.chunk_samples, np.float32)
+    for i in range(fade):
+        weights[i] = weights[-1 - i] = np.float32(i + 1) / np.float32(fade + 1)
+    for start in plan.starts(total):
+        stop = start + plan.chunk_samples
+        shift = 0  # a short last chunk is centred in what is around it
+        if not plan.reflects_border and stop > total:
+            shift, stop = (stop - total) // 2, total
+        seen = song[:, room + start - shift :][:, : plan.chunk_samples]
+        estimates = np.zeros((2, *seen.shape), np.float32)
+        if seen.any():
+            estimates = two_stems((torch.from_numpy(seen)[None] - offset) / scale)[0].numpy() * scale + offset
+        here = slice(room + start, room + stop)
+        sums[..., here] += weights[: stop - start] * estimates[..., shift : shift + stop - start]
+        weight_sums[here] += weights[: stop - start]
+    song = slice(room, room + total)
+    return torch.from_numpy(sums[..., song] / weight_sums[song])
+
+
+@pytest.fixture(params=["in turn", "ahead"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Reading, computing and what the caller does one after the other, or at once in threads as for a GPU."""
+    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: request.param == "ahead")
+    return request.param
+
+
+@pytest.mark.parametrize("reflects_border", [True, False])
+@pytest.mark.parametrize("chunk, overlap", [(16, 8), (16, 12), (15, 7), (16, 0), (1, 0), (100, 50)])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 33, 257])
+def test_every_sample_is_that_of_the_plain_steps(
+    length: int, chunk: int, overlap: int, reflects_border: bool, order: str
+) -> None:
+    mixture = torch.randn(2, length)
+    mixture[:, length // 3 : length // 2] = 0
+    plan = ChunkPlan(chunk, overlap, reflects_border)
+    expected = in_plain_steps(mixture, plan, 0.1, 0.7)
+    for batch_size in (1, 4):
+        result = run(mixture, plan, two_stems, 2, batch_size=batch_size, offset=0.1, scale=0.7)
+        assert result.shape == expected.shape
+        assert (result - expected).abs().max() <= 2e-6  # products and sums are rounded once together, not each
 
 
 def test_every_second_and_overlap_of_the_contract_reconstructs_a_song() -> None:
@@ -99,12 +172,14 @@ def test_offset_and_scale_are_undone() -> None:
     assert (result[0] - mixture).abs().max() <= 1e-6
 
 
-def test_nan_out_is_an_error_that_says_where() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
+def test_nan_out_is_an_error_that_says_where(batch_size: int, order: str) -> None:
     def model(batch: Tensor) -> Tensor:
-        return batch.unsqueeze(1) / 0
+        return torch.where(batch > 40, torch.nan, batch).unsqueeze(1)
 
-    with pytest.raises(EstimateError, match="between samples 0 and"):
-        run(torch.ones(1, 50), ChunkPlan(20, 10), model)
+    with pytest.raises(EstimateError, match="NaN or Inf between samples 30 and 50:"):
+        run(torch.arange(60.0)[None], ChunkPlan(20, 10), model, batch_size=batch_size)
+    assert run(torch.arange(40.0)[None], ChunkPlan(20, 10), model).shape == (1, 1, 40)
 
 
 def test_memory_does_not_grow_with_the_song() -> None:
@@ -159,3 +234,217 @@ def test_fades_are_never_zero_and_sum_to_a_constant_over_the_overlap() -> None:
         weights = fades(100, overlap)
         assert weights.min() > 0
         assert (weights[:overlap] + weights[-overlap:] - 1).abs().max() < 1e-6
+
+
+# Ahead, as for a GPU
+
+
+class OtherThreads:
+    """The threads that this test has started and that still run."""
+
+    def __init__(self) -> None:
+        self._before = set(threading.enumerate())
+
+    def __bool__(self) -> bool:
+        return bool(set(threading.enumerate()) - self._before)
+
+
+def test_the_next_batch_is_computed_and_the_one_after_it_read_while_the_caller_has_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    computed, read_so_far = threading.Semaphore(0), threading.Semaphore(0)
+
+    def model(batch: Tensor) -> Tensor:
+        computed.release()
+        return batch.unsqueeze(1)
+
+    def read(start: int, stop: int) -> Tensor:
+        if stop > start:
+            read_so_far.release()
+        return torch.ones(1, stop - start)
+
+    blocks = separate(model, read, 1000, ChunkPlan(100, 0), n_stems=1)
+    next(blocks)
+    for _ in range(2):
+        assert computed.acquire(timeout=60)
+    for _ in range(3):
+        assert read_so_far.acquire(timeout=60)
+    blocks.close()
+    assert not computed.acquire(blocking=False)  # no more than that
+
+
+def test_what_is_under_way_does_not_grow_with_the_song(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    furthest = samples = 0
+
+    def read(start: int, stop: int) -> Tensor:
+        nonlocal furthest
+        furthest = max(furthest, stop)
+        return torch.ones(1, stop - start)
+
+    plan = ChunkPlan(100, 50)
+    for block in separate(identity, read, 100_000, plan, n_stems=1, batch_size=2):
+        samples += block.shape[-1]
+        assert furthest <= samples + plan.chunk_samples + 4 * 2 * plan.chunk_hop
+
+
+@pytest.mark.parametrize("where", ["read", "model", "progress", "caller"])
+def test_an_error_anywhere_comes_through_as_it_is_and_leaves_no_thread(where: str, order: str) -> None:
+    class StopError(Exception):
+        pass
+
+    count = 0
+
+    def may_stop(here: str) -> None:
+        nonlocal count
+        count += here == where
+        if count == 4:
+            raise StopError
+
+    def read(start: int, stop: int) -> Tensor:
+        may_stop("read")
+        return torch.ones(1, stop - start)
+
+    def model(batch: Tensor) -> Tensor:
+        may_stop("model")
+        return batch.unsqueeze(1)
+
+    threads = OtherThreads()
+    blocks = separate(
+        model, read, 1000, ChunkPlan(100, 50), n_stems=1, progress=lambda done, total: may_stop("progress")
+    )
+
+    def use_all() -> None:
+        for _ in blocks:
+            may_stop("caller")
+
+    with pytest.raises(StopError):
+        use_all()
+    blocks.close()
+    assert not threads
+
+
+def test_a_song_that_is_given_up_leaves_no_thread(order: str) -> None:
+    threads = OtherThreads()
+    blocks = separate(identity, lambda start, stop: torch.ones(1, stop - start), 1000, ChunkPlan(100, 50), n_stems=1)
+    next(blocks)
+    assert bool(threads) == (order == "ahead")
+    blocks.close()
+    assert not threads
+
+
+# A GPU's memory
+
+
+class SmallGpu:
+    """A model on a GPU that holds `room` chunks at once."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.sizes: list[int] = []  # of the batches asked for
+        self.attempts: list[weakref.ref[Tensor]] = []
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        assert not any(attempt() is not None for attempt in self.attempts), "memory of a failed attempt is still held"
+        self.sizes.append(len(batch))
+        if len(batch) > self.room:
+            activations = batch * 2
+            self.attempts.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return two_stems(batch)
+
+
+@pytest.mark.parametrize(
+    "batch_size, room, sizes",
+    [
+        (4, 4, [4, 4, 4, 3]),
+        (4, 3, [4, 2, 2, 2, 2, 2, 2, 2, 1]),
+        (8, 2, [8, 4, 2, 2, 2, 2, 2, 2, 2, 1]),
+        (5, 1, [5, 2] + [1] * 15),
+        (99, 3, [15, 7, 3, 3, 3, 3, 3]),
+    ],
+)
+def test_a_batch_that_memory_does_not_hold_is_halved_and_no_sample_changes(
+    batch_size: int, room: int, sizes: list[int], order: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixture, plan, model = torch.randn(2, 1234), ChunkPlan(128, 40), SmallGpu(room)
+    result = run(mixture, plan, model, 2, batch_size=batch_size)
+    assert torch.equal(result, run(mixture, plan, two_stems, 2))
+    assert model.sizes == sizes
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == len(model.attempts)
+    if warned:
+        assert warned[0].startswith(f"the GPU's memory does not hold {sizes[0]} chunks at once: from here on ")
+
+
+def test_one_chunk_that_memory_does_not_hold_is_an_error_that_says_what_to_do(order: str) -> None:
+    model = SmallGpu(0)
+    what_to_do = "choose a smaller chunk size, precision bf16 or fp16, or device cpu"
+    with pytest.raises(
+        EstimateError, match=f"^the memory of cpu does not hold one chunk of 128 samples: {what_to_do}$"
+    ) as raised:
+        run(torch.randn(2, 1234), ChunkPlan(128, 40), model, 2, batch_size=4)
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    assert model.sizes == [4, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["NaN", "no memory"])
+def test_an_error_that_is_dealt_with_holds_no_tensors(kind: str, order: str) -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def model(batch: Tensor) -> Tensor:
+        estimates = two_stems(batch) / 0
+        held.append(weakref.ref(estimates))
+        if kind == "no memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return estimates
+
+    gc.disable()  # a GPU's memory must not wait for it
+    try:
+        with pytest.raises(EstimateError):
+            run(torch.randn(2, 1234), ChunkPlan(128, 40), model, 2, batch_size=4)
+        assert held and not any(each() is not None for each in held)
+    finally:
+        gc.enable()
+
+
+def test_another_error_of_the_model_is_not_taken_for_missing_memory() -> None:
+    calls = 0
+
+    def model(batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(torch.randn(2, 1234), ChunkPlan(128, 40), model, 2, batch_size=4)
+    assert calls == 1
+
+
+@pytest.mark.parametrize(
+    "free_gib, reserved_gib, chunk_gib, expected",
+    [(140, 1, 0.7, 8), (14, 1, 0.7, 6), (5, 1, 0.7, 2), (1, 1, 0.7, 1), (0.1, 0.5, 0.7, 1), (0, 15, 0.7, 6)],
+)
+def test_a_batch_takes_a_third_of_the_free_memory_at_most(
+    free_gib: float, reserved_gib: float, chunk_gib: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (int(free_gib * 2**30), 140 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: int(reserved_gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 2**29)
+    assert fitting_batch_size(int(chunk_gib * 2**30), torch.device("cuda")) == expected
+
+
+def test_a_chunks_memory_is_that_which_computing_one_adds(gpu_statistics: None) -> None:
+    seen: list[Tensor] = []
+
+    def model(batch: Tensor) -> Tensor:
+        assert torch.is_inference_mode_enabled()  # else what a gradient would need is kept, and measured
+        seen.append(batch)
+        return two_stems(batch)
+
+    # The statistics are a GPU's, the computing is done here.
+    assert chunk_memory_bytes(model, 2, 1000, torch.device("cpu")) == 700
+    assert [chunk.shape for chunk in seen] == [(1, 2, 1000)]
+    with pytest.raises(EstimateError, match="does not hold one chunk of 1000 samples"):
+        chunk_memory_bytes(SmallGpu(0), 2, 1000, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """The command line: bad input is one clear line and exit code 2 without a partial file; odd input gives right stems."""
 
+import functools
 import hashlib
 import json
 import os
@@ -253,7 +254,8 @@ def test_a_signal_in_mid_song_leaves_no_file(number: int, tmp_path: Path, music:
     song = tmp_path / "song.wav"
     soundfile.write(song, np.tile(music, (40, 1)), RATE)
     arguments = [sys.executable, "-m", "separation", "separate", song, "-o", tmp_path / "out", "--recipe", "demo"]
-    with subprocess.Popen(arguments, cwd=PROJECT, stderr=subprocess.PIPE) as run:
+    unignored = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    with subprocess.Popen(arguments, cwd=PROJECT, stderr=subprocess.PIPE, preexec_fn=unignored) as run:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("out/song/.separating-*/waveform-*")):
             assert time.monotonic() < deadline and run.poll() is None
@@ -394,3 +396,20 @@ def test_the_demo_separates_scores_and_draws(tmp_path: Path) -> None:
     assert "times real-time" in run.stdout
     assert (tmp_path / "stems.svg").exists()
     assert len(list(tmp_path.rglob("*.wav"))) == 8
+
+
+@pytest.mark.parametrize("own, expected", [(None, "passive"), ("active", "active")])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(own: str | None, expected: str) -> None:
+    code = """
+import os, runpy, sys
+sys.argv = ["separation", "models", "list"]
+try:
+    runpy.run_module("separation", run_name="__main__")
+except SystemExit:
+    assert "torch" not in sys.modules  # which reads the variable when it is imported
+    print(os.environ["OMP_WAIT_POLICY"])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": own} if own else {}
+    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1:] == [expected], run.stderr

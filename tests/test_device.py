@@ -39,7 +39,7 @@ def test_a_gpu_computes_in_bfloat16_from_sm_80_and_in_float16_below(
 def test_a_cpu_computes_in_bfloat16_where_it_has_the_instructions(
     instructions: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_bfloat16_instructions", lambda: instructions)
+    monkeypatch.setattr(device, "bfloat16_instructions", lambda: instructions)
     choice = device.choose("cpu", "auto")
     assert choice.precision == dtype
     assert (instructions or "no bfloat16 instructions") in choice.reason
@@ -63,6 +63,16 @@ def test_peak_memory_without_a_gpu_is_that_of_the_process_in_bytes() -> None:
     high_water = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert high_water * 0.95 <= device.peak_memory_bytes(torch.device("cpu")) < everything
+
+
+def test_what_something_needs_of_a_gpus_memory_is_measured_and_the_peak_so_far_not_forgotten(
+    gpu_statistics: None,
+) -> None:
+    gpu, ran = torch.device("cuda"), []
+    assert device.peak_memory_bytes(gpu) == 5000
+    assert device.needed_memory_bytes(lambda: ran.append(True), gpu) == 700
+    assert ran
+    assert device.peak_memory_bytes(gpu) == device.peak_memory_bytes(torch.device("cuda:0")) == 5000
 
 
 def test_peak_memory_on_a_gpu_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

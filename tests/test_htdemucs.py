@@ -98,6 +98,16 @@ def test_a_network_of_all_stems_is_itself_for_any_of_them() -> None:
     assert model.stems == SOURCES
 
 
+@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 30), (torch.float16, 45)])
+def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: float) -> None:
+    model = model_of([network(0)])
+    mixture = torch.randn(2, 30_000) * 0.2
+    exact = run(model, mixture, 0.25)
+    model.prepare(precision, attention="sdpa")
+    error = run(model, mixture, 0.25) - exact
+    assert 10 * torch.log10(exact.square().sum() / error.square().sum()) > decibels
+
+
 def test_the_same_input_gives_the_same_samples() -> None:
     model = model_of([network(0)])
     mixture = torch.randn(2, 40_000) * 0.2

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conftest import PROJECT
-from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, RecipeError, Separator
+from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, RecipeError, Separator, output
 from separation import separator as separator_module
 from separation.metrics import sdr
 from separation.models.base import SeparationModel
@@ -130,9 +131,18 @@ def test_a_stem_that_no_file_is_made_of_does_not_scale_the_others(clip: Tensor, 
     assert read(files["no_rest"]).abs().max() <= 1e-5
 
 
+def test_the_attention_backend_asked_for_is_the_models() -> None:
+    for name in ("einsum", "itemwise"):
+        separator = Separator("demo", "all_4", device="cpu", precision="fp32", attention=name)
+        assert separator.models["demo"].attention == name
+    with pytest.raises(InputError, match="unknown attention backend 'abacus'"):
+        Separator("demo", "all_4", device="cpu", attention="abacus")
+
+
 def test_one_model_for_two_choices_is_loaded_once(pool: ModelPool) -> None:
     first, second = Separator("demo", "vocals_instrumental", pool=pool), Separator("demo", "all_6", pool=pool)
-    assert first.models["demo"] is second.models["demo"]
+    assert next(first.models["demo"].parameters()) is next(second.models["demo"].parameters())
+    assert list(pool.load_seconds) == ["demo"]
 
 
 def test_the_same_input_gives_the_same_samples_whatever_ran_before(pool: ModelPool, clip: Tensor) -> None:
@@ -164,6 +174,35 @@ def test_batch_size_in_bfloat16_changes_the_stems_by_no_more_than_its_rounding(c
     one = Separator("demo", "vocals_instrumental", **options).separate(clip[:, :200_000])
     three = Separator("demo", "vocals_instrumental", batch_size=3, **options).separate(clip[:, :200_000])
     assert sdr(one["vocals"], three["vocals"]) > 40
+
+
+def test_chunks_at_once_are_one_on_a_cpu_unless_asked_for(pool: ModelPool) -> None:
+    separator = Separator("demo", "all_4", pool=pool)
+    (kind,) = [(name, model.stems, 1000) for name, model in separator.models.items()]
+    assert separator._batch_size(kind, separator.models["demo"]) == 1
+    assert Separator("demo", "all_4", batch_size=5, pool=pool)._batch_size(kind, separator.models["demo"]) == 5
+
+
+def test_on_a_gpu_a_models_need_is_measured_once_and_free_memory_looked_at_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured, free = [], [12, 5]
+
+    def measure(model: object, channels: int, samples: int, device: torch.device) -> int:
+        measured.append((channels, samples, device.type))
+        return 2
+
+    monkeypatch.setattr(separator_module, "chunk_memory_bytes", measure)
+    monkeypatch.setattr(separator_module, "fitting_batch_size", lambda chunk_bytes, gpu: free.pop(0) // chunk_bytes)
+    pool = ModelPool("cpu", "fp32")
+    sizes = []
+    for _ in range(2):
+        separator = Separator("demo", "all_4", pool=pool)
+        separator.device = torch.device("cuda")  # only asked for its type here
+        ((name, model),) = separator.models.items()
+        sizes.append(separator._batch_size((name, model.stems, 1000), model))
+    assert sizes == [6, 2]
+    assert measured == [(2, 1000, "cuda")]
 
 
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
@@ -384,6 +423,22 @@ def test_stems_take_their_place_together_or_not_at_all(pool: ModelPool, clip: Te
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["instrumental.wav"]
 
 
+@pytest.mark.skipif(os.cpu_count() == 1, reason="needs two cores")
+def test_stems_are_encoded_side_by_side(
+    pool: ModelPool, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, both = output.encode, threading.Barrier(2, timeout=20)
+
+    def met(*arguments: object, **options: object) -> None:
+        both.wait()  # an error if the other encoder does not come
+        encode(*arguments, **options)
+
+    monkeypatch.setattr(output, "encode", met)
+    song = write(tmp_path / "song.wav", clip[:, :20_000])
+    files = Separator("demo", "vocals_instrumental", pool=pool).separate_file(song, tmp_path / "out", format="mp3")
+    assert [path.name for path in files.values()] == ["vocals.mp3", "instrumental.mp3"]
+
+
 def test_a_move_that_fails_puts_the_older_stems_back(tmp_path: Path) -> None:
     (tmp_path / "vocals.wav").write_text("older")
     with OutputFolder(tmp_path) as output:
@@ -453,6 +508,49 @@ def test_each_model_of_a_recipe_gets_its_own_normalisation_and_chunks(clip: Tens
     second.seen.clear()
     separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out")
     assert all((a - b).abs().max() <= 1e-4 for a, b in zip(from_memory, second.seen, strict=True))
+
+
+def test_the_models_of_a_recipe_share_the_mixture_which_is_decoded_once(
+    clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Path] = []
+    decode = separator_module.decode
+
+    def recorded(path: Path, *arguments: Path, **options: object) -> object:
+        decoded.append(path)
+        return decode(path, *arguments, **options)
+
+    monkeypatch.setattr(separator_module, "decode", recorded)
+    pool = ModelPool("cpu", "fp32")
+    pool._models = {name: Recorder(name, (name,), 100_000) for name in ("vocals", "bass", "drums")}
+    recipe = Recipe("test", "test", {name: name for name in pool._models})
+    song = write(tmp_path / "song.wav", clip[:, :100_000])
+    files = Separator(recipe, pool=pool).separate_file(song, tmp_path / "out")
+    assert decoded == [song]
+    assert all((read(path) - clip[:, :100_000]).abs().max() <= 1e-6 for path in files.values())
+
+
+def test_of_a_network_with_a_mask_estimator_a_stem_only_those_asked_for_run(pool: ModelPool, clip: Tensor) -> None:
+    model = pool.get("demo", Separator("demo", "all_6", pool=pool).stems)
+    ran: list[int] = []
+    hooks = [
+        estimator.register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index, estimator in enumerate(model.mask_estimators)
+    ]
+    every = Separator("demo", "all_6", pool=pool).separate(clip[:, :50_000])
+    assert sorted(set(ran)) == list(range(6))
+    for separator, expected in (
+        (Separator("demo", "vocals_instrumental", pool=pool), {0}),
+        (Separator("demo", "all_4", pool=pool), {0, 1, 2}),
+        (Separator("demo", two_stems="bass", pool=pool), {2}),
+        (Separator.from_model(model, two_stems="piano"), {4}),
+    ):
+        ran.clear()
+        stems = separator.separate(clip[:, :50_000])
+        assert set(ran) == expected
+        assert all(torch.equal(stems[stem], every[stem]) for stem in set(stems) & set(every) - {"other"})
+    for hook in hooks:
+        hook.remove()
 
 
 def test_a_pool_keeps_the_specialists_it_has_when_others_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

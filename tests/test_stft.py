@@ -19,10 +19,28 @@ def test_istft_undoes_stft(length: int, n_fft: int, hop_length: int, win_length:
     assert (result - audio).abs().max() <= 5e-5  # the last samples may lie under the foot of a window
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("n_fft, hop_length, win_length", [(2048, 441, 2048), (2048, 1024, 2048), (1024, 300, 801)])
+@pytest.mark.parametrize("length", [1100, 44_100, 44_111])
+def test_istft_equals_that_of_torch(
+    length: int, n_fft: int, hop_length: int, win_length: int, normalized: bool
+) -> None:
+    sizes = {"n_fft": n_fft, "hop_length": hop_length, "win_length": win_length, "normalized": normalized}
+    frames = length // hop_length + 1
+    spectrum = torch.randn(2, 3, n_fft // 2 + 1, frames, dtype=torch.complex64)
+    window = torch.hann_window(win_length)
+    expected = torch.istft(spectrum.flatten(0, 1), **sizes, window=window, length=length).unflatten(0, (2, 3))
+    got = istft(spectrum, length=length, **sizes)
+    assert got.shape == expected.shape
+    inside = slice(0, length - hop_length)  # after it, both divide by the foot of a window, where rounding shows
+    assert (got - expected)[..., inside].abs().max() <= 1e-5 * expected.abs().max()
+    assert (got - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
 def test_a_window_made_in_inference_mode_serves_training() -> None:
     sizes = {"n_fft": 256, "hop_length": 64, "win_length": 250}
     with torch.inference_mode():
-        stft(torch.randn(1, 1000), **sizes)
+        istft(stft(torch.randn(1, 1000), **sizes), length=1000, **sizes)
     audio = torch.randn(1, 1000, requires_grad=True)
-    stft(audio, **sizes).abs().sum().backward()
+    istft(stft(audio, **sizes), length=1000, **sizes).abs().sum().backward()
     assert audio.grad is not None

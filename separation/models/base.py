@@ -21,14 +21,13 @@ class SeparationModel(nn.Module):
     reflects_border: ClassVar[bool] = True
     # Whether chunks must have exactly `chunk_samples`; if not, the caller chooses.
     fixed_chunk: ClassVar[bool] = False
-    # Whether `to_precision` may be given a half-precision type.
-    half_precision: ClassVar[bool] = True
-
     name: str
     stems: tuple[str, ...]  # S names, in the order of the estimates
     sample_rate: int  # hertz
     chunk_samples: int  # the length the checkpoint was trained with
     channels: int  # C: 1 or 2
+    head_size: int | None = None  # features a head, of a model that is told an attention backend by `prepare`
+    attention: str | None = None  # the attention backend's name, if it has one
 
     @classmethod
     def key_prefix(cls, stem: str | None) -> str:
@@ -36,8 +35,16 @@ class SeparationModel(nn.Module):
         return ""
 
     def only(self, stems: tuple[str, ...]) -> "SeparationModel":
-        """The model as it gives at least these of its stems, on the same weights; a network gives all that it has."""
+        """The model as it gives at least these of its stems, on the same weights.
+
+        What only the others need is then not computed, where the architecture has such parts.
+        """
         return self
+
+    def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
+        """Make the loaded weights ready to compute in a precision, with an attention backend."""
+        if dtype != torch.float32:
+            self.to_precision(dtype)
 
     def to_precision(self, dtype: torch.dtype) -> None:
         """Cast the linear layers; norms, rotary angles, STFT and the mask product stay in float32."""

@@ -4,6 +4,7 @@ The spectrogram is cut into bands, each band becomes a token, transformers run a
 and an MLP a band and a stem gives a complex mask for the mixture's spectrogram.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,8 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from separation.models.attention import BACKENDS
 from separation.models.base import SeparationModel
-from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, RotaryEmbedding, Transformer
+from separation.models.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
+from separation.models.layers import Attention, BandSplit, MaskEstimator, Pair, RMSNorm, RotaryEmbedding, Transformer
 from separation.stft import istft, stft
 
 BANDS_62 = (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)  # bins a band; sum 1025
@@ -75,6 +78,7 @@ class BSRoFormer(SeparationModel):
         super().__init__()
         self.config = config
         self.channels = 2 if config.stereo else 1
+        self.head_size = config.dim_head
         self._stft: dict[str, Any] = {
             "n_fft": config.stft_n_fft,
             "hop_length": config.stft_hop_length,
@@ -103,8 +107,8 @@ class BSRoFormer(SeparationModel):
             )
             for _ in range(config.depth)
         )
-        self.final_norm = RMSNorm(config.dim)
-        self.band_split = BandSplit(config.dim, widths)
+        self.final_norm: nn.Module = RMSNorm(config.dim)
+        self.band_split: nn.Module = BandSplit(config.dim, widths)
         self.mask_estimators = nn.ModuleList(
             MaskEstimator(
                 config.dim,
@@ -114,25 +118,63 @@ class BSRoFormer(SeparationModel):
             )
             for _ in range(config.num_stems)
         )
+        self._outputs = tuple(range(config.num_stems))  # those that are computed, in the order of the estimates
+
+    def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
+        if attention == "fused":
+            self.fuse()
+            return
+        if attention is not None:
+            for module in self.modules():
+                if isinstance(module, Attention):
+                    module.attend = BACKENDS[attention]
+        super().prepare(dtype)
+
+    def fuse(self) -> None:
+        """Replace the layers by their fused twins, which compute in bfloat16 on the CPU.
+
+        Raises NotFusedError for sizes that those do not know; the model is then as before.
+        """
+        layers = [
+            nn.ModuleList(FusedTransformer(transformer) for transformer in pair)
+            for pair in cast(Iterable[Iterable[Transformer]], self.layers)
+        ]
+        split = FusedBandSplit(cast(BandSplit, self.band_split))
+        estimators = [
+            FusedMaskEstimator(self.final_norm, each) for each in cast(Iterable[MaskEstimator], self.mask_estimators)
+        ]
+        self.band_split, self.layers, self.mask_estimators = split, nn.ModuleList(layers), nn.ModuleList(estimators)
+        self.final_norm = nn.Identity()  # it is within the mask estimators
+
+    def only(self, stems: tuple[str, ...]) -> "BSRoFormer":
+        fewer = copy.copy(self)  # shares the layers; the mask estimators of other stems do not run
+        fewer._outputs = tuple(self._outputs[self.stems.index(stem)] for stem in stems)
+        fewer.stems = stems
+        return fewer
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = stft(chunks, **self._stft)  # [B, C, F, N]
-        masks = self.masks(spectrum)  # [B, S, C, F, N]
-        estimates = spectrum.unsqueeze(1) * masks
-        if self.config.zero_dc:
-            estimates[..., 0, :] = 0
-        return istft(estimates, length=chunks.shape[-1], **self._stft)
+        features = self._features(spectrum)
+        # Stem by stem, for masks and spectrograms of all stems at once would be the largest tensors by far: beyond the
+        # 32 MiB from which on glibc gives memory back at once, only to have it zeroed again for the next chunk.
+        return torch.stack([self._estimate(index, features, spectrum, chunks.shape[-1]) for index in self._outputs], 1)
 
-    def masks(self, spectrum: Tensor) -> Tensor:
-        """Complex spectrogram `[B, C, F, N]` to complex masks `[B, S, C, F, N]`, both in complex64."""
+    def _features(self, spectrum: Tensor) -> Tensor:
+        """Complex spectrogram `[B, C, F, N]` to `[B, N, K, D]`."""
         x = rearrange(torch.view_as_real(spectrum), "b c f n ri -> b n (f c ri)")
-        x = self.band_split(x)  # [B, N, K, D]
+        x = self.band_split(x)
         frames = x.shape[1]
         for time_transformer, freq_transformer in cast(Iterable[Pair], self.layers):
             x = time_transformer(rearrange(x, "b n k d -> (b k) n d"))
             x = freq_transformer(rearrange(x, "(b k) n d -> (b n) k d", b=spectrum.shape[0]))
             x = rearrange(x, "(b n) k d -> b n k d", n=frames)
-        x = self.final_norm(x)
-        masks = torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1).float()
-        masks = rearrange(masks, "b s n (f c ri) -> b s c f n ri", c=self.channels, ri=2)
-        return torch.view_as_complex(masks.contiguous())
+        return self.final_norm(x)
+
+    def _estimate(self, index: int, features: Tensor, spectrum: Tensor, length: int) -> Tensor:
+        """One stem's estimate `[B, C, length]`: its complex mask times the mixture's spectrogram `[B, C, F, N]`."""
+        mask = self.mask_estimators[index](features).float()
+        mask = rearrange(mask, "b n (f c ri) -> b c f n ri", c=self.channels, ri=2)  # a view
+        estimate = spectrum * torch.view_as_complex(mask)
+        if self.config.zero_dc:
+            estimate[..., 0, :] = 0
+        return istft(estimate, length=length, **self._stft)

@@ -12,9 +12,11 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from demucs.htdemucs import HTDemucs as Network
 from torch import Tensor, nn
 
+from separation.models.attention import BACKENDS
 from separation.models.base import SeparationModel
 
 
@@ -41,7 +43,6 @@ class HTDemucs(SeparationModel):
     normalisation = "standard"
     reflects_border = False
     fixed_chunk = True
-    half_precision = False
     channels = 2
 
     def __init__(self, config: Any, *, specialists: Sequence[str] | None = None) -> None:
@@ -55,6 +56,9 @@ class HTDemucs(SeparationModel):
             self.stems = tuple(specialists)
         self._sources = tuple(config.sources)
         self._specialised = specialists is not None
+        plain = (module for module in self.modules() if isinstance(module, nn.MultiheadAttention))
+        self.head_size = next((module.head_dim for module in plain), None)
+        self._precision = torch.float32
 
     @classmethod
     def key_prefix(cls, stem: str | None) -> str:
@@ -67,8 +71,57 @@ class HTDemucs(SeparationModel):
         fewer.stems = stems
         return fewer
 
+    def to_precision(self, dtype: torch.dtype) -> None:
+        self._precision = dtype
+
+    def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
+        if attention is not None:
+            for module in list(self.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.MultiheadAttention):
+                        setattr(module, name, MultiheadAttention(child, attention))
+        super().prepare(dtype)
+
     def forward(self, chunks: Tensor) -> Tensor:
-        if not self._specialised:
-            return self.network(chunks)
-        estimates = [self.specialists[stem](chunks)[:, self._sources.index(stem)] for stem in self.stems]
-        return torch.stack(estimates, dim=1)
+        # Weights stay in float32 and are cast in passing: norms, STFT and residual sums choose their own precision.
+        with torch.autocast(chunks.device.type, self._precision, enabled=self._precision != torch.float32):
+            if not self._specialised:
+                return self.network(chunks).float()
+            estimates = [self.specialists[stem](chunks)[:, self._sources.index(stem)] for stem in self.stems]
+            return torch.stack(estimates, dim=1).float()
+
+
+class MultiheadAttention(nn.Module):
+    """An `nn.MultiheadAttention` on its weights by one of our backends; batch first, no masks, no attention weights."""
+
+    def __init__(self, plain: nn.MultiheadAttention, backend: str) -> None:
+        super().__init__()
+        assert plain.batch_first and plain.in_proj_weight is not None and plain.bias_k is None
+        self.in_proj_weight, self.in_proj_bias, self.out_proj = plain.in_proj_weight, plain.in_proj_bias, plain.out_proj
+        self.heads = plain.num_heads
+        self.attend = BACKENDS[backend]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """`[B, N, D]` and twice `[B, M, D]` to `[B, N, D]`; key and value are the same."""
+        assert attn_mask is None and key_padding_mask is None and not need_weights and key is value
+        dim = query.shape[-1]
+        if query is key:
+            q, k, v = self._heads(query, 0, 3 * dim).chunk(3, dim=1)
+        else:
+            q = self._heads(query, 0, dim)
+            k, v = self._heads(key, dim, 3 * dim).chunk(2, dim=1)
+        return self.out_proj(self.attend(q, k, v).transpose(1, 2).flatten(2)), None
+
+    def _heads(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """These rows of the input projection, `[B, heads of all, tokens, dim_head]`."""
+        projected = F.linear(x, self.in_proj_weight[start:stop], self.in_proj_bias[start:stop])
+        return projected.unflatten(-1, (-1, x.shape[-1] // self.heads)).transpose(1, 2)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
 
+TOKENS_AT_ONCE = 8192  # that a transformer computes on a CPU
 Pair = tuple[Any, Any]  # two modules of a ModuleList, whose type nn.Module does not say
 
 
@@ -43,6 +44,7 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(positions, self.freqs.float())  # [N, dim / 2]
         cos, sin = angles.cos(), angles.sin()
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        # Not as a complex product, though that is faster: its rounding depends on a number's place in memory.
         rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
         return rotated.flatten(-2).to(x.dtype)
 
@@ -99,6 +101,13 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return self._all_layers(x)
+        # A CPU's caches hold what lies between two operations on a few sequences, and not on all.
+        parts = x.split(max(1, TOKENS_AT_ONCE // x.shape[1]))
+        return torch.cat([self._all_layers(part.contiguous()) for part in parts])
+
+    def _all_layers(self, x: Tensor) -> Tensor:
         for attention, feed_forward in cast(Iterable[Pair], self.layers):
             x = x + attention(x)
             x = x + feed_forward(x)

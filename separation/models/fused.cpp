@@ -1,0 +1,456 @@
+// The RoFormer family's transformers and mask estimators on CPUs with AVX-512 BF16, compiled by fused.py on first use.
+//
+// Matrix products take bfloat16 and add up in float32, everything between them is float32, and no intermediate of a
+// layer leaves the caches. Each row of an output is computed the same way whatever else is computed with it, so that
+// the result depends neither on the batch nor on the number of threads.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr long PANEL = 32;   // output columns computed at once: two vectors
+constexpr long ROWS = 12;    // rows computed at once: 12 x 2 accumulators fill 24 of the 32 registers
+constexpr long BLOCK = 96;   // rows whose operands stay in the L2 cache through a product
+constexpr long GROUP = 512;  // rows, at least if there are so many, that a thread takes on at a time
+constexpr float LOG2_E = 1.44269504f;
+
+long padded(long columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
+
+// Zeroed memory on a cache line's border; padding that is never written stays zero.
+template <class T>
+class Buffer {
+ public:
+    explicit Buffer(long count) {
+        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+        data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+        if (!data_) throw std::bad_alloc();
+        std::memset(data_, 0, bytes);
+    }
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    operator T*() const { return data_; }
+
+ private:
+    T* data_;
+};
+
+// Runs `work(next)` on `threads` threads; each takes its next item from `next()` until that is `count` or more.
+template <class Work>
+void parallel(long count, long threads, Work work) {
+    std::atomic<long> taken{0};
+    auto run = [&] { work([&] { return taken++; }); };
+    std::vector<std::thread> others;
+    for (long t = 1; t < std::min(threads, count); t++) others.emplace_back(run);
+    run();
+    for (auto& other : others) other.join();
+}
+
+// ---- vectors --------------------------------------------------------------------------------------------------------
+
+__m512 all(float value) { return _mm512_set1_ps(value); }
+
+__mmask16 columns_from(long column, long count) {  // those of 16 that lie below `count`
+    return column + 16 <= count ? 0xFFFF : column >= count ? 0 : (1u << (count - column)) - 1;
+}
+
+// PANEL floats.
+struct Values {
+    __m512 low, high;
+    static Values at(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}; }
+    Values plus(Values other) const { return {_mm512_add_ps(low, other.low), _mm512_add_ps(high, other.high)}; }
+    Values times(__m512 factor) const { return {_mm512_mul_ps(low, factor), _mm512_mul_ps(high, factor)}; }
+    template <class Function>
+    Values through(Function function) const {
+        return {function(low), function(high)};
+    }
+    void store(float* to) const {
+        _mm512_storeu_ps(to, low);
+        _mm512_storeu_ps(to + 16, high);
+    }
+    void store_below(float* to, long column, long count) const {  // to[column ...], up to to[count - 1]
+        _mm512_mask_storeu_ps(to + column, columns_from(column, count), low);
+        _mm512_mask_storeu_ps(to + column + 16, columns_from(column + 16, count), high);
+    }
+    void store(bf16* to) const { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+};
+
+Values values_below(const float* from, long column, long count) {  // from[column ...], zero from from[count] on
+    return {_mm512_maskz_loadu_ps(columns_from(column, count), from + column),
+            _mm512_maskz_loadu_ps(columns_from(column + 16, count), from + column + 16)};
+}
+
+// 2 ** x, relative error 2e-6; 0 where x is below -126. (Of max and min, the second operand is given for NaN.)
+__m512 exp2_of(__m512 x) {
+    x = _mm512_max_ps(all(-126.0f), x);
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 p = all(1.33988e-3f);
+    p = _mm512_fmadd_ps(p, rest, all(9.61813e-3f));
+    p = _mm512_fmadd_ps(p, rest, all(5.550327e-2f));
+    p = _mm512_fmadd_ps(p, rest, all(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, rest, all(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, rest, all(1.0f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+__m512 sigmoid(__m512 x) {
+    return _mm512_div_ps(all(1.0f), _mm512_add_ps(all(1.0f), exp2_of(_mm512_mul_ps(x, all(-LOG2_E)))));
+}
+
+__m512 tanh_of(__m512 x) { return _mm512_fmsub_ps(all(2.0f), sigmoid(_mm512_add_ps(x, x)), all(1.0f)); }
+
+// x times the normal distribution function, which is 1/2 plus an odd polynomial on [-4.5, 4.5]: absolute error 1e-5 |x|
+__m512 gelu(__m512 x) {
+    constexpr float c[] = {3.988837946e-01f, -6.633705688e-02f, 9.833185280e-03f, -1.122678607e-03f,
+                           9.787138340e-05f, -6.365258343e-06f, 2.958900163e-07f, -9.193755619e-09f,
+                           1.697305335e-10f, -1.400068910e-12f};
+    const __m512 near = _mm512_max_ps(all(-4.5f), _mm512_min_ps(all(4.5f), x));
+    const __m512 square = _mm512_mul_ps(near, near);
+    __m512 p = all(c[9]);
+    for (int i = 8; i >= 0; i--) p = _mm512_fmadd_ps(p, square, all(c[i]));
+    return _mm512_mul_ps(x, _mm512_fmadd_ps(near, p, all(0.5f)));
+}
+
+// ---- matrix products ------------------------------------------------------------------------------------------------
+
+// results[r] = a[r, 0 : 2 * pairs] times a panel [pairs][PANEL][2]. Not inlined: what a caller keeps in registers would
+// push the accumulators out of them.
+template <int R>
+__attribute__((noinline)) void multiply(const bf16* a, long stride, const bf16* panel, long pairs, float* results) {
+    __m512 sums[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    for (long k = 0; k < pairs; k++) {
+        const __m512bh low = (__m512bh)_mm512_load_si512(panel + k * 2 * PANEL);
+        const __m512bh high = (__m512bh)_mm512_load_si512(panel + k * 2 * PANEL + PANEL);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, a + r * stride + 2 * k, sizeof pair);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, low);
+            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, high);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+        _mm512_store_ps(results + r * PANEL, sums[r][0]);
+        _mm512_store_ps(results + r * PANEL + 16, sums[r][1]);
+    }
+}
+
+constexpr void (*MULTIPLY[ROWS + 1])(const bf16*, long, const bf16*, long, float*) = {
+    nullptr,     multiply<1>, multiply<2>, multiply<3>,  multiply<4>,  multiply<5>, multiply<6>,
+    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
+
+// a [rows, 2 * pairs] times packed weights; `take(row, column, values)` is given each row's columns from `column` on.
+template <class Take>
+void product(const bf16* a, long stride, long rows, const bf16* packed, long pairs, long columns, Take take) {
+    alignas(64) float results[ROWS * PANEL];
+    for (long column = 0; column < columns; column += PANEL)
+        for (long row = 0; row < rows; row += ROWS) {
+            const long count = std::min(ROWS, rows - row);
+            MULTIPLY[count](a + row * stride, stride, packed + column * pairs * 2, pairs, results);
+            for (long r = 0; r < count; r++) take(row + r, column, Values::at(results + r * PANEL));
+        }
+}
+
+// The direction of x [dim] at the length sqrt(dim), in bfloat16; the norm's gain is in the weights that follow.
+void normalise(const float* x, long dim, bf16* to) {
+    __m512 squares = _mm512_setzero_ps();
+    for (long d = 0; d < dim; d += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(columns_from(d, dim), x + d);
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const float length = std::sqrt(_mm512_reduce_add_ps(squares));
+    const __m512 gain = all(std::sqrt(static_cast<float>(dim)) / std::max(length, 1e-12f));
+    for (long d = 0; d < dim; d += PANEL) values_below(x, d, dim).times(gain).store(to + d);
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+// One head's attention, for at most `queries` rows of q over `keys` rows of k and v, each of `size` values.
+class Head {
+ public:
+    Head(long keys, long size)
+        : keys_(keys),
+          size_(size),
+          width_(padded(keys)),
+          packed_k_(width_ * size),
+          packed_v_(width_ * size),
+          scores_(ROWS * width_),
+          weights_(ROWS * width_) {}
+
+    // Rows of k and v lie `stride` values apart.
+    void take(const bf16* k, const bf16* v, long stride) {
+        for (long t = 0; t < keys_; t++)  // k as packed weights of keys_ columns and a depth of size_
+            for (long d = 0; d < size_; d += 2)
+                std::memcpy(packed_k_ + t / PANEL * PANEL * size_ + d * PANEL + t % PANEL * 2, k + t * stride + d, 4);
+        for (long t = 0; t < keys_; t += 2)  // v as packed weights of size_ columns and a depth of width_
+            for (long d = 0; d < size_; d += 16) {
+                const bf16* row = v + t * stride + d;
+                const __m512i even = widened(row);
+                const __m512i odd = t + 1 < keys_ ? widened(row + stride) : _mm512_setzero_si512();
+                _mm512_store_si512(packed_v_ + d / PANEL * PANEL * width_ + t * PANEL + d % PANEL * 2,
+                                   _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            }
+    }
+
+    // Rows of q lie `stride` values apart, those of out `out_stride`; each is times its gate, `gate_stride` apart.
+    void attend(const bf16* q, long stride, long queries, const float* gates, long gate_stride, bf16* out,
+                long out_stride) {
+        for (long start = 0; start < queries; start += ROWS) {
+            const long rows = std::min(ROWS, queries - start);
+            product(q + start * stride, stride, rows, packed_k_, size_ / 2, width_,
+                    [&](long row, long column, Values sums) { sums.store(scores_ + row * width_ + column); });
+            float factors[ROWS];
+            for (long row = 0; row < rows; row++) factors[row] = gates[(start + row) * gate_stride] / exponentials(row);
+            product(weights_, width_, rows, packed_v_, width_ / 2, size_, [&](long row, long column, Values sums) {
+                sums.times(all(factors[row])).store(out + (start + row) * out_stride + column);
+            });
+        }
+    }
+
+ private:
+    static __m512i widened(const bf16* row) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)row)); }
+
+    // The softmax of a row of scores without its division, as weights; returns their sum.
+    float exponentials(long row) {
+        float* scores = scores_ + row * width_;
+        for (long t = keys_; t < width_; t++) scores[t] = -INFINITY;
+        __m512 top = _mm512_load_ps(scores);
+        for (long t = 16; t < width_; t += 16) top = _mm512_max_ps(top, _mm512_load_ps(scores + t));
+        const float scale = LOG2_E / std::sqrt(static_cast<float>(size_));
+        const __m512 factor = all(scale), offset = all(-scale * _mm512_reduce_max_ps(top));
+        __m512 sum = _mm512_setzero_ps();
+        for (long t = 0; t < width_; t += PANEL) {
+            const Values weights = Values::at(scores + t).through([&](__m512 score) {
+                return exp2_of(_mm512_fmadd_ps(score, factor, offset));
+            });
+            sum = _mm512_add_ps(sum, _mm512_add_ps(weights.low, weights.high));
+            weights.store(weights_ + row * width_ + t);
+        }
+        return _mm512_reduce_add_ps(sum);
+    }
+
+    const long keys_, size_, width_;  // width_: keys_ padded to whole panels
+    Buffer<bf16> packed_k_, packed_v_;
+    Buffer<float> scores_;
+    Buffer<bf16> weights_;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Weights are packed (see `pack`) and hold the gain of the norm before them; biases are padded to whole panels.
+struct Layer {
+    long dim, heads, head_size, hidden;
+    const bf16 *qkv_gates, *out, *up, *down;
+    const float *gates_bias, *up_bias, *down_bias;
+};
+
+// A band's network: a norm and `layers` linear layers of sizes[0] -> sizes[1] -> ...
+struct BandNetwork {
+    long layers;
+    const long* sizes;
+    const bf16* const* weights;
+    const float* const* biases;
+    long first;  // where its values start in a row of the spectrogram or the mask
+};
+
+// weights [columns, depth], times gains [depth] if there are any, to [panel][depth / 2][PANEL][2] in bfloat16; columns
+// that are missing in the last panel are zero.
+void pack(const float* weights, long columns, long depth, const float* gains, bf16* packed, long threads) {
+    const long panels = (columns + PANEL - 1) / PANEL;
+    parallel(panels, threads, [&](auto next) {
+        Buffer<int32_t> pairs(16 * 8);  // 16 columns' next 8 pairs
+        alignas(64) int32_t eights[16];
+        for (int i = 0; i < 16; i++) eights[i] = 8 * i;
+        const __m512i down = _mm512_load_si512(eights);
+        for (long panel; (panel = next()) < panels;)
+            for (long half = 0; half < PANEL; half += 16)
+                for (long k = 0; k < depth; k += 16) {
+                    const __mmask16 there = columns_from(k, depth);
+                    const __m512 gain = gains ? _mm512_maskz_loadu_ps(there, gains + k) : all(1.0f);
+                    for (long c = 0; c < 16; c++) {
+                        const long column = panel * PANEL + half + c;
+                        const float* row = weights + std::min(column, columns - 1) * depth + k;
+                        const __m512 values = _mm512_maskz_loadu_ps(column < columns ? there : 0, row);
+                        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(values, gain));
+                        _mm256_store_si256((__m256i*)(pairs + c * 8), (__m256i)rounded);
+                    }
+                    for (long pair = 0; pair < 8 && k + 2 * pair < depth; pair++)
+                        _mm512_store_si512(packed + panel * PANEL * depth + (k / 2 + pair) * 2 * PANEL + half * 2,
+                                           _mm512_i32gather_epi32(down, pairs + pair, 4));
+                }
+    });
+}
+
+// One pre-norm transformer layer over x [sequences, tokens, dim], strides in floats, in place. cosines and sines
+// [tokens, head_size] hold each pair's angle twice, the first sine of a pair negated.
+void transformer_layer(float* x, long sequences, long tokens, long sequence_stride, long token_stride,
+                       const Layer* layer, const float* cosines, const float* sines, long threads) {
+    const long dim = layer->dim, heads = layer->heads, size = layer->head_size, inner = heads * size,
+               hidden = layer->hidden;
+    const long width = padded(dim), apart = hidden + PANEL;  // rows 4 KiB apart would fall into one set of the L1 cache
+    const long group = std::max(1L, std::min(GROUP / tokens, (sequences + threads - 1) / threads));
+    const long most = group * tokens;
+    const auto add = [&](Values values, float* to, long column) {
+        values.plus(values_below(to, column, dim)).store_below(to, column, dim);
+    };
+
+    parallel((sequences + group - 1) / group, threads, [&](auto next) {
+        Buffer<bf16> normed(BLOCK * width), q(most * inner), k(most * inner), v(most * inner), attended(most * inner),
+            up(BLOCK * apart);
+        Buffer<float> gates(most * PANEL);
+        Head head(tokens, size);
+        for (long first; (first = group * next()) < sequences;) {
+            const long count = std::min(group, sequences - first), rows = count * tokens;
+            const auto row_at = [&](long row) {
+                return x + (first + row / tokens) * sequence_stride + row % tokens * token_stride;
+            };
+            for (long start = 0; start < rows; start += BLOCK) {
+                const long block = std::min(BLOCK, rows - start);
+                for (long row = 0; row < block; row++) normalise(row_at(start + row), dim, normed + row * width);
+                product(
+                    normed, width, block, layer->qkv_gates, dim / 2, 3 * inner + PANEL,
+                    [&](long row, long column, Values sums) {
+                        row += start;
+                        if (column >= 3 * inner) {
+                            sums.plus(Values::at(layer->gates_bias)).through(sigmoid).store(gates + row * PANEL);
+                        } else if (column >= 2 * inner) {
+                            sums.store(v + row * inner + column - 2 * inner);
+                        } else {
+                            const long angle = row % tokens * size + column % size;
+                            const Values cosine = Values::at(cosines + angle), sine = Values::at(sines + angle);
+                            const auto turned = [](__m512 value, __m512 cosine, __m512 sine) {
+                                return _mm512_fmadd_ps(value, cosine,
+                                                       _mm512_mul_ps(_mm512_permute_ps(value, 0xB1), sine));
+                            };
+                            Values{turned(sums.low, cosine.low, sine.low), turned(sums.high, cosine.high, sine.high)}
+                                .store(column < inner ? q + row * inner + column : k + row * inner + column - inner);
+                        }
+                    });
+            }
+            for (long sequence = 0; sequence < count; sequence++)
+                for (long h = 0; h < heads; h++) {
+                    const long at = sequence * tokens * inner + h * size;
+                    head.take(k + at, v + at, inner);
+                    head.attend(q + at, inner, tokens, gates + sequence * tokens * PANEL + h, PANEL, attended + at,
+                                inner);
+                }
+            for (long start = 0; start < rows; start += BLOCK) {
+                const long block = std::min(BLOCK, rows - start);
+                product(attended + start * inner, inner, block, layer->out, inner / 2, dim,
+                        [&](long row, long column, Values sums) { add(sums, row_at(start + row), column); });
+                for (long row = 0; row < block; row++) normalise(row_at(start + row), dim, normed + row * width);
+                product(normed, width, block, layer->up, dim / 2, hidden, [&](long row, long column, Values sums) {
+                    sums.plus(Values::at(layer->up_bias + column)).through(gelu).store(up + row * apart + column);
+                });
+                product(up, apart, block, layer->down, hidden / 2, dim, [&](long row, long column, Values sums) {
+                    add(sums.plus(Values::at(layer->down_bias + column)), row_at(start + row), column);
+                });
+            }
+        }
+    });
+}
+
+// Multi-head attention of q [batch, queries, heads * size] over k and v [batch, keys, heads * size] to out, as q. The
+// strides, in values, are q's between batch items and between rows, and then those of k and of v alike.
+void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, long batch, long queries, long keys, long heads,
+               long size, const long* strides, long threads) {
+    const long blocks = (queries + GROUP - 1) / GROUP, count = batch * heads * blocks;
+    const float ungated = 1.0f;
+    parallel(count, threads, [&](auto next) {
+        Head head(keys, size);
+        for (long item; (item = next()) < count;) {
+            const long start = item % blocks * GROUP, h = item / blocks % heads * size, b = item / blocks / heads;
+            head.take(k + b * strides[2] + h, v + b * strides[2] + h, strides[3]);
+            head.attend(q + b * strides[0] + start * strides[1] + h, strides[1], std::min(GROUP, queries - start),
+                        &ungated, 0, out + (b * queries + start) * heads * size + h, heads * size);
+        }
+    });
+}
+
+// x, rows of `stride` floats, through each band's linear layer to features [frames, bands, dim].
+void split_bands(const float* x, long stride, long frames, long bands, const BandNetwork* networks, float* features,
+                 long threads) {
+    long widest = 0;
+    for (long band = 0; band < bands; band++) widest = std::max(widest, padded(networks[band].sizes[0]));
+
+    parallel(bands, threads, [&](auto next) {
+        Buffer<bf16> normed(BLOCK * widest);
+        for (long band; (band = next()) < bands;) {
+            const BandNetwork& network = networks[band];
+            const long width = network.sizes[0], dim = network.sizes[1];
+            const float* biases = network.biases[0];
+            for (long start = 0; start < frames; start += BLOCK) {
+                const long block = std::min(BLOCK, frames - start);
+                for (long row = 0; row < block; row++)
+                    normalise(x + (start + row) * stride + network.first, width, normed + row * widest);
+                product(normed, widest, block, network.weights[0], width / 2, dim,
+                        [&](long row, long column, Values sums) {
+                            float* to = features + ((start + row) * bands + band) * dim;
+                            sums.plus(Values::at(biases + column)).store_below(to, column, dim);
+                        });
+            }
+        }
+    });
+}
+
+// x [frames, bands, dim] through each band's network, tanh between its layers and a gated linear unit last, to masks,
+// rows of `stride` floats.
+void estimate_masks(const float* x, long frames, long bands, const BandNetwork* networks, float* masks, long stride,
+                    long threads) {
+    long widest = 0;
+    for (long band = 0; band < bands; band++)
+        for (long layer = 0; layer <= networks[band].layers; layer++)
+            widest = std::max(widest, padded(networks[band].sizes[layer]));
+    const long apart = widest + PANEL, blocks = (frames + BLOCK - 1) / BLOCK;
+
+    parallel(bands * blocks, threads, [&](auto next) {
+        Buffer<bf16> even(BLOCK * apart), odd(BLOCK * apart);
+        Buffer<float> last(BLOCK * apart);
+        for (long item; (item = next()) < bands * blocks;) {
+            const long band = item / blocks, start = item % blocks * BLOCK, block = std::min(BLOCK, frames - start);
+            const BandNetwork& network = networks[band];
+            const long dim = network.sizes[0], width = network.sizes[network.layers] / 2;
+            for (long row = 0; row < block; row++)
+                normalise(x + ((start + row) * bands + band) * dim, dim, even + row * apart);
+            for (long layer = 0; layer < network.layers; layer++) {
+                const bf16* from = layer % 2 ? odd : even;
+                bf16* to = layer % 2 ? even : odd;
+                const float* biases = network.biases[layer];
+                const bool is_last = layer + 1 == network.layers;
+                product(from, apart, block, network.weights[layer], network.sizes[layer] / 2, network.sizes[layer + 1],
+                        [&](long row, long column, Values sums) {
+                            sums = sums.plus(Values::at(biases + column));
+                            if (is_last)
+                                sums.store(last + row * apart + column);
+                            else
+                                sums.through(tanh_of).store(to + row * apart + column);
+                        });
+            }
+            for (long row = 0; row < block; row++)
+                for (long column = 0; column < width; column += 16) {
+                    const float* value = last + row * apart + column;
+                    const __m512 gated = _mm512_mul_ps(_mm512_loadu_ps(value), sigmoid(_mm512_loadu_ps(value + width)));
+                    _mm512_mask_storeu_ps(masks + (start + row) * stride + network.first + column,
+                                          columns_from(column, width), gated);
+                }
+        }
+    });
+}
+}

@@ -1,0 +1,179 @@
+"""The RoFormer family's layers on the CPU, computed by fused.cpp.
+
+One call a layer, in bfloat16 with sums, norms, rotary angles and the residual stream in float32: about four times as
+fast as the same layers in PyTorch (layers.py, the plain twin).
+"""
+
+import ctypes
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from separation.models.layers import BandSplit, MaskEstimator, Pair, Transformer
+from separation.models.native import NotFusedError, library
+
+PANEL = 32  # columns of packed weights come in panels of so many, and a panel holds columns of one head only
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("dim", "heads", "head_size", "hidden")] + [
+        (name, ctypes.c_void_p) for name in ("qkv_gates", "out", "up", "down", "gates_bias", "up_bias", "down_bias")
+    ]
+
+
+class _BandNetwork(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.c_long),
+        ("sizes", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("biases", ctypes.c_void_p),
+        ("first", ctypes.c_long),
+    ]
+
+
+def _packed(*weights: Tensor, gain: Tensor | None = None) -> Tensor:
+    """Linear layers' weights `[columns, depth]`, one below the other, times the gain `[depth]`, in fused.cpp's order.
+
+    All but the last have a multiple of PANEL columns.
+    """
+    depth = weights[0].shape[1]
+    sizes = [-(-len(each) // PANEL) * PANEL * depth for each in weights]
+    packed = torch.empty(sum(sizes) + PANEL, dtype=torch.bfloat16)
+    packed = packed[(-packed.data_ptr() % 64) // 2 :]  # on a cache line's border
+    gain = None if gain is None else gain.float().contiguous()
+    start = packed.data_ptr()
+    for each, size in zip(weights, sizes, strict=True):
+        each = each.float().contiguous()
+        gains = None if gain is None else gain.data_ptr()
+        library().pack(each.data_ptr(), len(each), depth, gains, start, torch.get_num_threads())
+        start += 2 * size
+    return packed
+
+
+def _padded(bias: Tensor) -> Tensor:
+    return nn.functional.pad(bias.float(), (0, -len(bias) % PANEL)).contiguous()
+
+
+class FusedTransformer(nn.Module):
+    """A `Transformer`'s layers, `[B, N, D]` in float32 on the CPU, computed in place.
+
+    Raises NotFusedError for sizes that fused.cpp does not know.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self._keep: list[Tensor] = []  # what the structures below point at
+        self._layers: list[Any] = []
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}  # of the length seen last: chunks have one length
+        for attention, feed_forward in cast(Iterable[Pair], transformer.layers):
+            norm, up, _, _, down = feed_forward.net
+            heads, dim = attention.to_gates.weight.shape
+            self._head_size = attention.to_out[0].weight.shape[1] // heads
+            hidden = up.weight.shape[0]
+            if dim % 2 or hidden % PANEL or self._head_size % PANEL or heads > PANEL:
+                raise NotFusedError(
+                    f"it does not know {heads} heads of {self._head_size} on {dim} features ({hidden} hidden)"
+                )
+            tensors = [
+                _packed(attention.to_qkv.weight, attention.to_gates.weight, gain=attention.norm.gamma),
+                _packed(attention.to_out[0].weight),
+                _packed(up.weight, gain=norm.gamma),
+                _packed(down.weight),
+                _padded(attention.to_gates.bias),
+                _padded(up.bias),
+                _padded(down.bias),
+            ]
+            self._keep += tensors
+            sizes = (dim, heads, self._head_size, hidden)
+            self._layers.append(_Layer(*sizes, *(tensor.data_ptr() for tensor in tensors)))
+            self._frequencies = attention.rotary_embed.freqs.float()
+
+    def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines as fused.cpp wants them, each `[tokens, head_size]`."""
+        if tokens not in self._tables:
+            angles = torch.outer(torch.arange(tokens, dtype=torch.float32), self._frequencies).repeat_interleave(2, -1)
+            signs = torch.tensor([-1.0, 1.0]).repeat(self._head_size // 2)
+            self._tables = {tokens: (angles.cos().contiguous(), (angles.sin() * signs).contiguous())}
+        return self._tables[tokens]
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1
+        cosines, sines = self._angles(x.shape[1])
+        for layer in self._layers:
+            library().transformer_layer(
+                x.data_ptr(),
+                *x.shape[:2],
+                *x.stride()[:2],
+                ctypes.addressof(layer),
+                cosines.data_ptr(),
+                sines.data_ptr(),
+                torch.get_num_threads(),
+            )
+        return x
+
+
+class _BandNetworks(nn.Module):
+    """For each band a norm, the linear layers after it and the band's width in a row of the spectrogram."""
+
+    def __init__(self, bands: Iterable[tuple[Any, list[nn.Linear], int]]) -> None:
+        super().__init__()
+        self._keep: list[Any] = []  # what the structures point at
+        networks: list[_BandNetwork] = []
+        self._width = 0
+        for norm, linears, width in bands:
+            sizes = [linears[0].weight.shape[1], *(linear.weight.shape[0] for linear in linears)]
+            if any(size % 2 for size in sizes):
+                raise NotFusedError(f"it does not know layers of {sizes} features")
+            weights = [_packed(linear.weight, gain=None if i else norm.gamma) for i, linear in enumerate(linears)]
+            biases = [_padded(linear.bias) for linear in linears]
+            lists = (
+                (ctypes.c_long * len(sizes))(*sizes),
+                (ctypes.c_void_p * len(weights))(*(tensor.data_ptr() for tensor in weights)),
+                (ctypes.c_void_p * len(biases))(*(tensor.data_ptr() for tensor in biases)),
+            )
+            self._keep += [weights, biases, lists]
+            networks.append(_BandNetwork(len(linears), *(ctypes.addressof(each) for each in lists), self._width))
+            self._width += width
+            self._dim = sizes[-1]
+        self._networks = (_BandNetwork * len(networks))(*networks)
+
+
+class FusedBandSplit(_BandNetworks):
+    """A `BandSplit`, `[B, N, sum(widths)] -> [B, N, K, D]`, both in float32 on the CPU."""
+
+    def __init__(self, split: BandSplit) -> None:
+        bands = zip(cast(Iterable[Pair], split.to_features), split.widths, strict=True)
+        super().__init__((norm, [linear], width) for (norm, linear), width in bands)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        assert x.dtype == torch.float32 and x.device.type == "cpu"
+        features = torch.empty(*x.shape[:2], len(self._networks), self._dim)
+        rows = x.shape[0] * x.shape[1]
+        networks = ctypes.addressof(self._networks), features.data_ptr()
+        library().split_bands(x.data_ptr(), self._width, rows, len(self._networks), *networks, torch.get_num_threads())
+        return features
+
+
+class FusedMaskEstimator(_BandNetworks):
+    """An RMS norm and a `MaskEstimator`, `[B, N, K, D] -> [B, N, sum(widths)]`, both in float32 on the CPU."""
+
+    def __init__(self, norm: Any, estimator: MaskEstimator) -> None:
+        networks = [
+            [module for module in network[0] if isinstance(module, nn.Linear)]
+            for network in cast(Iterable[Any], estimator.to_freqs)
+        ]
+        super().__init__((norm, linears, linears[-1].weight.shape[0] // 2) for linears in networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        assert x.dtype == torch.float32 and x.device.type == "cpu"
+        masks = torch.empty(*x.shape[:2], self._width)
+        rows = x.shape[0] * x.shape[1]
+        networks = ctypes.addressof(self._networks), masks.data_ptr()
+        library().estimate_masks(
+            x.data_ptr(), rows, len(self._networks), *networks, self._width, torch.get_num_threads()
+        )
+        return masks

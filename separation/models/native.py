@@ -1,0 +1,81 @@
+"""fused.cpp as a loaded library: compiled on first use, which takes seconds, and kept in the user's cache folder."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from separation.device import bfloat16_instructions
+
+SOURCE = Path(__file__).with_name("fused.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+
+
+class NotFusedError(Exception):
+    """The fused layers cannot be had; the message says why."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """fused.cpp as a loaded library, compiled unless it was before on such a CPU by such a compiler.
+
+    Raises NotFusedError where the CPU or the compiler is not there.
+    """
+    instructions = bfloat16_instructions()
+    if instructions != "avx512_bf16":
+        has = f"has {instructions}, which PyTorch's own products use better" if instructions else "has no AVX-512 BF16"
+        raise NotFusedError(f"the CPU {has}")
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NotFusedError("no C++ compiler (c++, g++ or clang++) is installed")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = "\n".join([SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), _cpu_flags()])
+    name = f"fused-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    for folder in _cache_folders():
+        path = folder / name
+        try:
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                _compile(compiler, path)
+            return _declared(ctypes.CDLL(str(path)))
+        except OSError as e:
+            reason = NotFusedError(f"{path} cannot be written or loaded ({e.strerror or e})")
+    raise reason
+
+
+def _cpu_flags() -> str:
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        return next((line for line in file if line.startswith("flags")), "")
+
+
+def _cache_folders() -> list[Path]:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return [Path(base) / "music-separation", Path(tempfile.gettempdir()) / f"music-separation-{os.getuid()}"]
+
+
+def _compile(compiler: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        ran = subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(part)], capture_output=True, text=True, check=False
+        )
+        if ran.returncode != 0:
+            said = next((line for line in ran.stderr.splitlines() if "error" in line), f"exit code {ran.returncode}")
+            raise NotFusedError(f"{Path(compiler).name} cannot compile {SOURCE.name} ({said.strip()})")
+        os.replace(part, path)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    long, pointer = ctypes.c_long, ctypes.c_void_p
+    library.pack.argtypes = [pointer, long, long, pointer, pointer, long]
+    library.transformer_layer.argtypes = [pointer, long, long, long, long, pointer, pointer, pointer, long]
+    library.attention.argtypes = [pointer] * 4 + [long] * 5 + [pointer, long]
+    library.split_bands.argtypes = [pointer, long, long, long, pointer, pointer, long]
+    library.estimate_masks.argtypes = [pointer, long, long, pointer, pointer, long, long]
+    for name in ("pack", "transformer_layer", "attention", "split_bands", "estimate_masks"):
+        library[name].restype = None
+    return library

@@ -1,0 +1,114 @@
+"""How time and memory grow with a song, and whether two songs at once hinder each other, as Markdown. Linux only.
+
+    python tests/bench/scaling.py [--seconds 30 240 1200 10800] [--stems vocals_instrumental] [--folder DIR]
+
+The song is the demo's, over and over, as FLAC, and the stems are written as FLAC; every figure is of a fresh process
+with the demo weights. Memory is what the system counts as resident (RSS), the temporary files' cache not included. The
+folder needs 32 bytes a sample for two stems: 15 GB for three hours.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+PROJECT = Path(__file__).parents[2]
+SONG = PROJECT / "weights" / "demo" / "song.flac"
+PAIR_SECONDS = 240  # the length of the songs that two processes separate
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line
+from separation import Separator
+
+def resident_mib(key):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+separator = Separator("demo", sys.argv[3])
+loaded = resident_mib("VmRSS:")
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+files = separator.separate_file(sys.argv[1], sys.argv[2], format="flac")
+print(json.dumps({"seconds": files.elapsed_seconds, "loaded": loaded, "peak": resident_mib("VmHWM:")}))
+"""
+
+
+def write_song(path: Path, seconds: float) -> Path:
+    """The demo song over and over, streamed to a FLAC file of that length."""
+    audio, rate = soundfile.read(SONG, dtype="int16")
+    with soundfile.SoundFile(path, "w", rate, audio.shape[1], subtype="PCM_16") as file:
+        left = round(seconds * rate)
+        while left:
+            file.write(audio[:left])
+            left -= min(left, len(audio))
+    return path
+
+
+def start(song: Path, stems: str) -> subprocess.Popen[str]:
+    """A process that separates the song and says how it went."""
+    run = [sys.executable, "-c", WORKER, song, song.with_suffix(""), stems]
+    return subprocess.Popen(run, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+
+
+def command(song: Path, stems: str) -> subprocess.Popen[str]:
+    """The command line as users run it."""
+    run = [sys.executable, "-m", "separation", "separate", song, "-o", song.parent, "--recipe", "demo"]
+    run += ["--stems", stems, "--format", "flac"]
+    return subprocess.Popen(run, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What the process has printed when it has ended."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the separation failed with exit code {process.returncode}: see its message above")
+    return output
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Seconds, MiB of the loaded process and its peak since, of a process of `start`."""
+    return json.loads(finish(process))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How time and memory grow with a song, as Markdown.")
+    parser.add_argument("--seconds", nargs="*", type=float, default=[30, 240, 1200, 10800], help="the songs' lengths")
+    parser.add_argument("--stems", default="vocals_instrumental")
+    parser.add_argument("--pairs", type=int, default=2, help="how often two songs are measured, one by one and at once")
+    parser.add_argument("--folder", type=Path, help="where the songs and stems go meanwhile (default: a temporary one)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        if options.seconds:
+            print("\n| song | time | times real-time | loaded MiB | peak MiB | above loaded |\n" + "|---" * 6 + "|")
+        for seconds in options.seconds:
+            song = write_song(folder / f"{seconds:.0f}.flac", seconds)
+            run = result(start(song, options.stems))
+            speed = f"{run['seconds']:.1f} s | {seconds / run['seconds']:.1f}"
+            memory = f"{run['loaded']:.0f} | {run['peak']:.0f} | {run['peak'] - run['loaded']:.0f}"
+            print(f"| {seconds:.0f} s | {speed} | {memory} |", flush=True)
+            song.unlink()
+        if not options.pairs:
+            return
+        songs = [write_song(folder / f"{name}.flac", PAIR_SECONDS) for name in ("first", "second")]
+        print(f"\n| two songs of {PAIR_SECONDS} s, two commands | time |\n|---|---|")
+        for _ in range(options.pairs):
+            started = time.perf_counter()
+            for song in songs:
+                finish(command(song, options.stems))
+            print(f"| one after the other | {time.perf_counter() - started:.1f} s |", flush=True)
+            started = time.perf_counter()
+            for process in [command(song, options.stems) for song in songs]:
+                finish(process)
+            print(f"| at once | {time.perf_counter() - started:.1f} s |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
