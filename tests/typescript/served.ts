@@ -13,7 +13,7 @@ export const plain = (): string => given("PLAIN_CONTAINER");
 /** The container that uploads its stems to http://127.0.0.1:{gatewayPort}/upload. */
 export const uploading = (): string => given("UPLOADING_CONTAINER");
 export const gatewayPort = (): number => Number(given("GATEWAY_PORT"));
-/** FLAC files, of two seconds and of twenty. */
+/** FLAC files, of two seconds and of ninety. */
 export const songFile = (): string => given("SONG");
 export const longSongFile = (): string => given("LONG_SONG");
 

@@ -41,7 +41,7 @@ def run(folder: Path, *command: str, **environment: str) -> str:
 def served(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The demo recipe's container twice, by itself and as on Replicate, and two songs, as variables for the tests."""
     (tmp_path / "song.flac").write_bytes(song(2, format="FLAC"))
-    (tmp_path / "long_song.flac").write_bytes(song(20, format="FLAC"))
+    (tmp_path / "long_song.flac").write_bytes(song(90, format="FLAC"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         gateway_port = free.getsockname()[1]
