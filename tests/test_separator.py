@@ -556,7 +556,7 @@ def test_of_a_network_with_a_mask_estimator_a_stem_only_those_asked_for_run(pool
 def test_a_pool_keeps_the_specialists_it_has_when_others_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[str, ...]] = []
 
-    def load(name: str, *, stems: tuple[str, ...], device: torch.device, precision: torch.dtype) -> Recorder:
+    def load(name: str, *, stems: tuple[str, ...], **_: object) -> Recorder:
         loaded.append(stems)
         return Recorder(name, stems, 1000)
 
