@@ -99,7 +99,7 @@ test("start: the signed webhook of the end puts the stems' URLs into D1", async 
 test("webhooks of every stage leave the row of the end", async () => {
   const { id } = await replicate.predictions.create({
     model: "owner/separation",
-    input: { audio: song, output_format: "mp3" },
+    input: { audio: longSong, output_format: "mp3" },
     webhook: receiver.url,
     webhook_events_filter: ["start", "output", "logs", "completed"],
   });
