@@ -441,8 +441,16 @@ def _fresh_process(here: float) -> None:
         choice = choose(job.device, job.precision)
         lap("to device")  # a GPU is initialised when it is first asked for
         wanted = {job.model_name: None} if job.model_name else load_recipe(job.recipe, job.stems).models
+        attention = "auto" if choice.device.type == "cpu" else "sdpa"  # layers fused for the CPU cannot leave it
         models = {
-            name: load_model(name, checkpoint=job.model_path, stems=stems, device="cpu", precision=choice.precision)
+            name: load_model(
+                name,
+                checkpoint=job.model_path,
+                stems=stems,
+                device="cpu",
+                precision=choice.precision,
+                attention=attention,
+            )
             for name, stems in wanted.items()
         }
         lap("read weights")
