@@ -60,6 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: auto")
 
     engine = Parser(add_help=False)
+    all_choices = sorted({choice for name in names() for choice in choices(name)})
+    engine.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
+    engine.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
+    engine.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
+    engine.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
     engine.add_argument("--chunk-size", type=int, default=8, metavar="S", help="seconds, 4 to 30 (default: 8)")
     engine.add_argument("--overlap", type=int, default=4, metavar="S", help="seconds, 1 to 8 (default: 4)")
     engine.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
@@ -77,16 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     separate.add_argument("songs", nargs="+", type=Path, metavar="SONG")
     separate.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    all_choices = sorted({choice for name in names() for choice in choices(name)})
-    separate.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
     separate.add_argument(
         "--two-stems",
         metavar="STEM",
         help="vocals, drums, bass or other: give this stem and no_STEM, the song without it; --stems is then ignored",
     )
-    separate.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
-    separate.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
-    separate.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
     separate.add_argument("--format", default="wav", choices=FORMATS, help="default: wav (32-bit float)")
     separate.add_argument("--sample-rate", type=int, default=44100, choices=SAMPLE_RATES, help="default: 44100")
     separate.add_argument(
@@ -101,10 +101,6 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead, where the time goes from a fresh process's start to the first stem",
     )
-    bench.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
-    bench.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
-    bench.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
-    bench.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
     bench.add_argument(
         "--random-weights", action="store_true", help="as fast as the true ones, and nothing to download"
     )

@@ -113,10 +113,16 @@ def _precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 @cache
+def cpu_flags() -> str:
+    """What Linux says that the CPU can do: the names of its instructions, with spaces between them."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        return next((line for line in file if line.startswith("flags")), "")
+
+
+@cache
 def bfloat16_instructions() -> str:
     """The CPU's instructions for bfloat16 matrix products by name, empty where there are none."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return ""
-    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-        flags = next((line.split() for line in file if line.startswith("flags")), [])
+    flags = cpu_flags().split()
     return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from separation.errors import InputError
-from separation.models.native import NotFusedError, library
+from separation.models.native import PANEL, NotFusedError, library
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -38,7 +38,7 @@ def itemwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """fused.cpp's kernel, for bfloat16 on the CPU and a multiple of 32 for `dim_head`; scores never leave the cache."""
     batch, heads, queries, size = q.shape
-    if size % 32:
+    if size % PANEL:
         return itemwise_attention(q, k, v)
     q, k, v = (tensor if _has_rows(tensor) else _in_rows(tensor) for tensor in (q, k, v))
     if k.stride() != v.stride():

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from separation.models.layers import BandSplit, MaskEstimator, Pair, Transformer
-from separation.models.native import NotFusedError, library
-
-PANEL = 32  # columns of packed weights come in panels of so many, and a panel holds columns of one head only
+from separation.models.native import PANEL, NotFusedError, library
 
 
 class _Layer(ctypes.Structure):

@@ -9,10 +9,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from separation.device import bfloat16_instructions
+from separation.device import bfloat16_instructions, cpu_flags
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+PANEL = 32  # columns of packed weights come in panels of so many, and a panel holds columns of one head only
 
 
 class NotFusedError(Exception):
@@ -33,7 +34,7 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise NotFusedError("no C++ compiler (c++, g++ or clang++) is installed")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), _cpu_flags()])
+    key = "\n".join([SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), cpu_flags()])
     name = f"fused-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     for folder in _cache_folders():
         path = folder / name
@@ -45,11 +46,6 @@ def library() -> ctypes.CDLL:
         except OSError as e:
             reason = NotFusedError(f"{path} cannot be written or loaded ({e.strerror or e})")
     raise reason
-
-
-def _cpu_flags() -> str:
-    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-        return next((line for line in file if line.startswith("flags")), "")
 
 
 def _cache_folders() -> list[Path]:

@@ -19,10 +19,9 @@ import pytest
 import soundfile
 
 import served_process
-from conftest import PROJECT, needs_ffmpeg
-from served_process import Server
+from conftest import PROJECT, SONG, needs_ffmpeg
+from served_process import Server, data_uri
 
-SONG = PROJECT / "weights" / "demo" / "song.flac"
 LIMIT_MIB = 2
 
 
@@ -116,11 +115,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, web: tuple[str, list[str]])
 
 def answer(server: HostileServer, audio: Any, **inputs: Any) -> dict[str, Any]:
     """The prediction; whatever becomes of it, its error and its log name no path of the server."""
-    while True:
-        status, prediction = server.request("POST", "/predictions", {"input": {"audio": audio, **inputs}})
-        if status != 409:  # the answer to a prediction comes a little before its slot is free again
-            break
-        time.sleep(0.05)
+    status, prediction = server.post({"audio": audio, **inputs})
     assert status == 200
     told = prediction.get("error", "").replace(str(audio), "") + prediction["logs"]
     for folder in (server.temporary, server.temporary.parent, server.weights, PROJECT, "/tmp", "site-packages"):
@@ -138,13 +133,9 @@ def error(server: HostileServer, audio: Any, **inputs: Any) -> str:
     return prediction["error"]
 
 
-def upload(content: bytes) -> str:
-    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
-
-
 def assert_works(server: HostileServer, audio: str | None = None) -> None:
     """`audio` is the address of `wav(1)`, or it is uploaded."""
-    prediction = answer(server, audio or upload(wav(1)))
+    prediction = answer(server, audio or data_uri(wav(1)))
     assert prediction["status"] == "succeeded", prediction
     stems = [soundfile.read(io.BytesIO(base64.b64decode(uri.partition(",")[2])))[0] for uri in prediction["output"]]
     assert np.abs(sum(stems) - soundfile.read(io.BytesIO(wav(1)))[0]).max() <= 1e-6
@@ -236,8 +227,8 @@ def test_an_endless_body_is_read_up_to_the_limit(path: str, server: HostileServe
 
 
 def test_an_upload_over_the_limit_is_refused(server: HostileServer) -> None:
-    assert "'file.bin' has more than 2 MiB" in error(server, upload(bytes(LIMIT_MIB * 2**20 + 1)))
-    assert "is not audio" in error(server, upload(bytes(LIMIT_MIB * 2**20)))
+    assert "'file.bin' has more than 2 MiB" in error(server, data_uri(bytes(LIMIT_MIB * 2**20 + 1)))
+    assert "is not audio" in error(server, data_uri(bytes(LIMIT_MIB * 2**20)))
 
 
 def test_a_download_can_be_cancelled(server: HostileServer, web: tuple[str, list[str]]) -> None:
@@ -271,9 +262,9 @@ def test_a_small_file_that_decodes_to_hours_is_stopped_at_the_limit(server: Host
     file = io.BytesIO()
     soundfile.write(file, np.zeros(8000 * 3600, dtype=np.int16), 8000, format="FLAC")
     content = bytearray(file.getvalue())
-    assert "is longer than 60 s, the limit here" in error(server, upload(bytes(content)))
+    assert "is longer than 60 s, the limit here" in error(server, data_uri(bytes(content)))
     content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])  # STREAMINFO's number of samples: unknown
-    assert "is longer than 60 s, the limit here" in error(server, upload(bytes(content)))
+    assert "is longer than 60 s, the limit here" in error(server, data_uri(bytes(content)))
 
 
 @needs_ffmpeg
@@ -283,7 +274,7 @@ def test_a_playlist_reads_neither_other_files_nor_the_network(
 ) -> None:
     n_requested = len(web[1])
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n".replace("{web}", web[0])
-    assert "'file.bin' is not audio" in error(server, upload(playlist.encode()))
+    assert "'file.bin' is not audio" in error(server, data_uri(playlist.encode()))
     assert len(web[1]) == n_requested
 
 
@@ -292,7 +283,7 @@ def test_what_the_mp3_decoder_prints_is_not_in_the_predictions_log(server: Hosti
     soundfile.write(file, np.zeros((20 * 44100, 2)), 44100, format="MP3")
     content = bytearray(file.getvalue())
     content[3000:3000] = random.Random(0).randbytes(2000)
-    prediction = answer(server, upload(bytes(content)))
+    prediction = answer(server, data_uri(bytes(content)))
     assert_operator_reads("Illegal Audio-MPEG-Header", server)
     assert "MPEG" not in prediction["logs"] and "mpg123" not in prediction["logs"]
 
@@ -304,7 +295,7 @@ def test_another_recipe_than_the_servers_downloads_nothing(server: HostileServer
     n_requested = len(web[1])
     sentence = "RecipeError: recipe 'standard' is not on this server, which runs 'demo': leave recipe at 'default'"
     for inputs in ({}, {"stems": "all_6"}, {"two_stems": "drums"}):
-        assert error(server, upload(wav(1)), recipe="standard", **inputs).endswith(sentence)
+        assert error(server, data_uri(wav(1)), recipe="standard", **inputs).endswith(sentence)
     assert len(web[1]) == n_requested and list(server.weights.iterdir()) == []
 
 
@@ -324,7 +315,7 @@ def test_a_disk_that_takes_no_more_is_told_without_its_paths_which_are_in_the_se
 ) -> None:
     before = resource.prlimit(server.worker, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        assert error(server, upload(wav(1))).endswith(SERVER_FAILED.format("File too large"))
+        assert error(server, data_uri(wav(1))).endswith(SERVER_FAILED.format("File too large"))
     finally:
         resource.prlimit(server.worker, resource.RLIMIT_FSIZE, before)
     assert_operator_reads(where.format(temporary=server.temporary), server)
@@ -335,7 +326,7 @@ def test_a_lost_folder_for_temporary_files_is_told_without_its_path(server: Host
     elsewhere = server.temporary.with_name("elsewhere")
     server.temporary.rename(elsewhere)
     try:
-        sentence = error(server, upload(wav(1)))
+        sentence = error(server, data_uri(wav(1)))
     finally:
         elsewhere.rename(server.temporary)
     assert sentence.endswith("Separation" + SERVER_FAILED.format("No such file or directory"))
@@ -349,7 +340,7 @@ def test_weights_that_are_not_right_are_told_without_their_path(server: HostileS
     path = server.weights / "model_bs_roformer_ep_317_sdr_12.9755.ckpt"
     path.write_bytes(b"altered")
     try:
-        sentence = error(server, upload(wav(1)), recipe="standard")
+        sentence = error(server, data_uri(wav(1)), recipe="standard")
     finally:
         path.unlink()
     assert sentence.endswith("Checkpoint" + SERVER_FAILED.format("CheckpointError"))
@@ -371,7 +362,7 @@ def test_weights_of_the_servers_own_recipe_that_cannot_be_downloaded_are_told_wi
     monkeypatch.setattr(served_process, "PROJECT", project)
     with HostileServer(temporary, SEPARATION_WEIGHTS=str(weights), https_proxy=web[0]) as server:
         assert server.health()["status"] == "READY", server.log.read_text()
-        sentence = error(server, upload(wav(1)), stems="all_6")
+        sentence = error(server, data_uri(wav(1)), stems="all_6")
         assert sentence.endswith("Download" + SERVER_FAILED.format("DownloadError"))
         assert_operator_reads(f"5c90dfd2.safetensors is not in {weights}/htdemucs_6s and could not be", server)
         assert_works(server)
