@@ -60,6 +60,7 @@ class Checkpoint:
     sample_rate: int  # hertz
     chunk_samples: int
     files: tuple[WeightFile, ...]
+    audio: dict[str, Any]  # the `audio:` section, of which some architectures read more than the two above
     hyper_parameters: dict[str, Any]  # the `model:` section
     licence: str
     quality: str  # as published, with its source
@@ -133,6 +134,7 @@ def read_config(name_or_path: str | Path) -> Checkpoint:
         sample_rate=_take(audio, "sample_rate", int, path),
         chunk_samples=_take(audio, "chunk_size", int, path),
         files=files,
+        audio=audio,
         hyper_parameters=hyper_parameters,
         licence=_take(document, "licence", str, path, default="not stated"),
         quality=_take(document, "quality", str, path, default="not stated"),

@@ -202,7 +202,7 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
         key: tuple(value) if isinstance(value, list) else value
         for key, value in description.hyper_parameters.items()
         if key not in architecture.TRAINING_KEYS and not (key in ABSENT_PARTS and not value)
-    }
+    } | {key: value for key, value in description.audio.items() if key in architecture.AUDIO_KEYS}
     if unknown := sorted(set(hyper_parameters) - known):
         raise CheckpointError(
             f"{description.name}.yaml: {description.architecture} has no hyper-parameter {', '.join(unknown)}: "

@@ -15,6 +15,8 @@ class SeparationModel(nn.Module):
     # A frozen dataclass of hyper-parameters under the community's names, and names that only training reads.
     Config: ClassVar[type]
     TRAINING_KEYS: ClassVar[frozenset[str]] = frozenset()
+    # Keys of the YAML's `audio:` section that the Config takes as well.
+    AUDIO_KEYS: ClassVar[frozenset[str]] = frozenset()
     # What the track is scaled by before chunking: its peak to 0.9, or its mono mixture to zero mean and unit variance.
     normalisation: ClassVar[Literal["peak", "standard"]] = "peak"
     # Whether the song's ends are extended by their reflection; if not, by silence.
