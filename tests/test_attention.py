@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "itemwise"])
-@pytest.mark.parametrize("shape", [(3, 2, 37, 16), (5, 8, 801, 64), (40, 8, 62, 64)])
+@pytest.mark.parametrize("shape", [(3, 2, 37, 16), (5, 8, 801, 64), (40, 8, 62, 64), (2, 2, 2100, 16)])
 def test_every_backend_equals_the_plain_definition(backend: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, *shape)

@@ -7,7 +7,7 @@ a RoFormer replaces whole layers (fused.py) and only other models use it as a ba
 import ctypes
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +20,32 @@ from separation.models.native import PANEL, NotFusedError, library
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+CACHED_BYTES = 2**24  # of scores that a CPU's caches hold
+
 
 def einsum_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The definition, softmax(q k^T / sqrt(dim_head)) v, in plain operations: the reference for the others."""
-    scores = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+    return _weighted(torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5, v)
+
+
+def _weighted(scores: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bhjd->bhid", scores.softmax(dim=-1), v)
 
 
 def itemwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition over a few batch items at a time, whose scores stay in a CPU's cache."""
-    scores_bytes = q.shape[1] * q.shape[2] ** 2 * q.element_size()
-    items = max(1, 2**24 // scores_bytes)
-    parts = zip(q.split(items), k.split(items), v.split(items), strict=True)
-    return torch.cat([einsum_attention(*part) for part in parts])
+    """The definition over a few items or, of long sequences, a few queries at a time: scores stay in the cache."""
+    q = q * q.shape[-1] ** -0.5  # in place of the scores, of which there are far more
+    scores_bytes = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()  # of an item
+    if scores_bytes <= CACHED_BYTES:
+        items = CACHED_BYTES // scores_bytes
+        return _joined(zip(q.split(items), k.split(items), v.split(items), strict=True), 0)
+    queries = max(1, CACHED_BYTES // 4 * q.shape[2] // scores_bytes)
+    each = zip(q.split(1), k.contiguous().split(1), v.contiguous().split(1), strict=True)
+    return torch.cat([_joined(((part, k, v) for part in q.split(queries, 2)), 2) for q, k, v in each])
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]], dim: int) -> Tensor:
+    return torch.cat([_weighted(torch.einsum("bhid,bhjd->bhij", q, k), v) for q, k, v in parts], dim)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

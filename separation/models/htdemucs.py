@@ -119,7 +119,9 @@ class MultiheadAttention(nn.Module):
         else:
             q = self._heads(query, 0, dim)
             k, v = self._heads(key, dim, 3 * dim).chunk(2, dim=1)
-        return self.out_proj(self.attend(q, k, v).transpose(1, 2).flatten(2)), None
+        with torch.autocast(q.device.type, enabled=False):  # it would compute the softmax in float32
+            out = self.attend(q, k, v)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
     def _heads(self, x: Tensor, start: int, stop: int) -> Tensor:
         """These rows of the input projection, `[B, heads of all, tokens, dim_head]`."""
