@@ -92,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     separate.add_argument(
         "--mp3-bitrate", type=int, default=320, metavar="KBPS", help="128, 160, 192, 224, 256 or 320 (default: 320)"
     )
+    separate.add_argument(
+        "--report", action="store_true", help="write stems.html beside the stems: pictures, levels and a player"
+    )
     separate.add_argument("--json", action="store_true", help="print one JSON object a song")
     separate.set_defaults(command=_separate)
 
@@ -162,11 +165,12 @@ def _separate(options: argparse.Namespace) -> int:
                     mp3_bitrate=options.mp3_bitrate,
                     progress=progress,
                 )
+            _report(song, files, as_json=options.json)
+            if options.report:
+                _page(song, files, folder / "stems.html", as_json=options.json)
         except SeparationError as e:
             print(f"error: {e}", file=sys.stderr)
             failed += 1
-            continue
-        _report(song, files, as_json=options.json)
     return 2 if failed else 0
 
 
@@ -217,6 +221,15 @@ def _report(song: Path, files: "StemFiles", *, as_json: bool) -> None:
     print(f"{song.name}: {seconds}, {files.times_realtime:.2f} times real-time")
     for path in files.values():
         print(f"  {path}")
+
+
+def _page(song: Path, files: "StemFiles", target: Path, *, as_json: bool) -> None:
+    from separation.report import write_report
+
+    with _bar(f"{song.name}: report") as progress:
+        write_report(song.name, song, files, target, progress=progress)
+    if not as_json:
+        print(f"  {target}")
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -316,7 +316,7 @@ def _by_torchaudio(old: int, new: int, width: int) -> Callable[[Waveform, int, i
 
     def convert(waveform: Waveform, start: int, stop: int) -> Tensor:
         first, last = start // new, -(-stop // new)
-        samples = _read_padded(waveform, (first - context) * old, (last + context) * old)
+        samples = read_padded(waveform, (first - context) * old, (last + context) * old)
         converted: Tensor = convolve(samples)
         return converted[:, context * new :][:, : stop - start]
 
@@ -342,7 +342,7 @@ def _by_phases(old: int, new: int, width: int) -> Callable[[Waveform, int, int],
         for part in torch.arange(start, stop).split(4096):
             before = part * old // new  # the input sample at or before each output sample
             first, last = int(before[0]), int(before[-1])
-            samples = _read_padded(waveform, first - width, last + width + 2)
+            samples = read_padded(waveform, first - width, last + width + 2)
             windows = samples.unfold(1, 2 * width + 2, 1)[:, before - first]
             parts.append(torch.einsum("cnt,nt->cn", windows, kernel[part % new]))
         return torch.cat(parts, dim=1)
@@ -350,7 +350,7 @@ def _by_phases(old: int, new: int, width: int) -> Callable[[Waveform, int, int],
     return convert
 
 
-def _read_padded(waveform: Waveform, start: int, stop: int) -> Tensor:
+def read_padded(waveform: Waveform, start: int, stop: int) -> Tensor:
     """As `Waveform.read`, with zeros before the first and after the last sample."""
     first, last = min(max(start, 0), waveform.n_samples), min(max(stop, 0), waveform.n_samples)
     return torch.nn.functional.pad(waveform.read(first, last), (first - start, stop - last))

@@ -1,4 +1,4 @@
-"""The demo: the shipped song through the shipped weights, scored against its true stems, with a picture."""
+"""The demo: the shipped song through the shipped weights, scored against its true stems, with a picture and a page."""
 
 import time
 from pathlib import Path
@@ -10,15 +10,18 @@ from separation.audio import SAMPLE_RATE, decode
 from separation.catalogue import PROJECT
 from separation.metrics import level_dbfs, sdr
 from separation.picture import Row, draw
+from separation.report import write_report
 from separation.separator import ModelPool, Progress, Separator, part_of
 
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 TRUE_STEMS = PROJECT / "weights" / "demo" / "stems"
 CHOICES = ("vocals_instrumental", "all_6")
+SEPARATED = 0.7  # the share of the job, in the progress, that is done by then; the rest is the page
 
 
 def run_demo(folder: Path, *, device: str = "auto", precision: str = "auto", progress: Progress | None = None) -> str:
-    """Separate the demo song into `folder/vocals_instrumental` and `folder/all_6` and draw `folder/stems.svg`.
+    """Separate the demo song into `folder/vocals_instrumental` and `folder/all_6` and draw `folder/stems.svg`
+    and `folder/stems.html`.
 
     Returns a table as text: stem, SDR in dB against the true stem, level in dBFS, file; then the speed.
     """
@@ -26,26 +29,31 @@ def run_demo(folder: Path, *, device: str = "auto", precision: str = "auto", pro
     pool = ModelPool(device, precision)
     lines = [f"{'stems':20} {'stem':13} {'SDR dB':>7} {'level dBFS':>11}  file"]
     rows: list[Row] = []
+    scores: dict[str, float] = {}
     separating, duration = 0.0, 0.0
     for index, choice in enumerate(CHOICES):
         separator = Separator("demo", choice, pool=pool)
-        share = part_of(progress, index / len(CHOICES), (index + 1) / len(CHOICES))
+        share = part_of(progress, SEPARATED * index / len(CHOICES), SEPARATED * (index + 1) / len(CHOICES))
         files = separator.separate_file(SONG, folder / choice, progress=share)
         separating += files.elapsed_seconds
         duration += files.duration_seconds
         for stem, path in files.items():
             estimate, reference = _read(path), _true_stem(stem)
-            score, level = sdr(reference, estimate), level_dbfs(estimate)
-            lines.append(f"{choice:20} {stem:13} {score:7.2f} {level:11.1f}  {path}")
+            scores[stem], level = sdr(reference, estimate), level_dbfs(estimate)
+            lines.append(f"{choice:20} {stem:13} {scores[stem]:7.2f} {level:11.1f}  {path}")
             if choice == CHOICES[-1]:
-                rows.append(Row(stem, estimate, SAMPLE_RATE, f"SDR {score:.1f} dB"))
+                rows.append(Row(stem, estimate, SAMPLE_RATE, f"SDR {scores[stem]:.1f} dB"))
     mixture = _read(SONG)
     picture = folder / "stems.svg"
     draw(picture, [Row("mixture", mixture, SAMPLE_RATE), *rows], title="The demo song")
+    page = folder / "stems.html"
+    share = part_of(progress, SEPARATED, 1)
+    write_report("The demo song", SONG, files, page, scores, progress=share)
     total = time.monotonic() - started
     lines += [
         "",
         f"picture: {picture}",
+        f"page to listen: {page}",
         f"{duration:.1f} s of audio separated in {separating:.1f} s: {duration / separating:.1f} times real-time "
         f"({total:.1f} s with loading and drawing; {pool.choice.reason})",
     ]

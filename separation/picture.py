@@ -79,6 +79,27 @@ class Row:
     note: str = ""
 
 
+def colour_of(name: str, index: int) -> str:
+    """The colour of the row of that name, which is the row at that index."""
+    return STEM_COLOURS.get(name, OTHER_COLOURS[index % len(OTHER_COLOURS)])
+
+
+def level_text(dbfs: float) -> str:
+    return f"{dbfs:.1f} dBFS".replace("-", "−") if math.isfinite(dbfs) else "silent"
+
+
+def magnification(own_peak: float, peak: float) -> int:
+    """By how much to magnify a waveform where `peak`, that of the loudest, fills the panel."""
+    return max(factor for factor in MAGNIFICATIONS if own_peak * factor <= peak) if own_peak else 1
+
+
+def spectrogram_base64(energy: Floats) -> str:
+    """Energy `[bands, columns]` against the loudest, low bands first, as a PNG in base64."""
+    decibels = 10 * np.log10(np.maximum(energy, 1e-12))
+    shades = np.clip(1 + decibels / RANGE_DECIBELS, 0, 1) * (SHADES - 1)
+    return base64.b64encode(_png(np.round(shades[::-1]).astype(np.uint8), _palette())).decode()
+
+
 def draw(path: Path, rows: Sequence[Row], *, title: str) -> None:
     """Writes the picture to `path` as SVG, beside it first and renamed when it is complete.
 
@@ -136,7 +157,7 @@ def _document(rows: Sequence[Row], title: str) -> Iterator[str]:
 
     for index, (row, energy) in enumerate(zip(rows, bands, strict=True)):
         y = HEADER_HEIGHT + index * ROW_HEIGHT
-        colour = STEM_COLOURS.get(row.name, OTHER_COLOURS[index % len(OTHER_COLOURS)])
+        colour = colour_of(row.name, index)
         share = _seconds(row) / seconds
         yield from _label(row, y, colour)
         yield from _waveform(row, y, colour, peak, share, seconds)
@@ -147,8 +168,7 @@ def _document(rows: Sequence[Row], title: str) -> Iterator[str]:
 
 
 def _label(row: Row, y: int, colour: str) -> Iterator[str]:
-    level = level_dbfs(row.audio)
-    lines = [f"{level:.1f} dBFS".replace("-", "−") if math.isfinite(level) else "silent", row.note.replace(" -", " −")]
+    lines = [level_text(level_dbfs(row.audio)), row.note.replace(" -", " −")]
     yield f'<rect x="{NAME_X}" y="{y + 14}" width="5" height="{PANEL_HEIGHT - 28}" rx="2.5" fill="{colour}"/>'
     x, y = NAME_X + 18, y if row.note else y + 9
     yield f'<text x="{x}" y="{y + 31}" font-size="18" font-weight="700" fill="{INK}">{_text(row.name, 14)}</text>'
@@ -167,13 +187,12 @@ def _waveform(row: Row, y: int, colour: str, peak: float, share: float, seconds:
     counts = np.maximum(1, np.diff(starts, append=samples.shape[1]))
     rms = np.sqrt(np.add.reduceat(np.square(samples).mean(axis=0), starts) / counts)
 
-    own_peak = max(high.max(), -low.min())
-    magnified = max(factor for factor in MAGNIFICATIONS if own_peak * factor <= peak) if own_peak else 1
+    magnified = magnification(max(high.max(), -low.min()), peak)
     middle = PANEL_HEIGHT / 2
     scale = (middle - 5) / peak * magnified
     yield f'<g transform="translate({WAVE_X} {y})" clip-path="url(#wave)">'
     yield f'<rect width="{WAVE_WIDTH}" height="{PANEL_HEIGHT}" fill="{PANEL}"/>'
-    for tick in _time_ticks(seconds)[1:]:
+    for tick in time_ticks(seconds)[1:]:
         x = WAVE_WIDTH * tick / seconds
         yield f'<path d="M{x:.1f} 0V{PANEL_HEIGHT}" stroke="{GRID}"/>'
     at = (np.arange(columns) + 0.5) * width / columns
@@ -191,15 +210,12 @@ def _waveform(row: Row, y: int, colour: str, peak: float, share: float, seconds:
 
 def _spectrogram(energy: Floats, y: int, share: float) -> Iterator[str]:
     """Energy `[bands, columns]` against the loudest, low bands first, as an image with its axis of frequency."""
-    decibels = 10 * np.log10(np.maximum(energy, 1e-12))
-    shades = np.clip(1 + decibels / RANGE_DECIBELS, 0, 1) * (SHADES - 1)
-    png = base64.b64encode(_png(np.round(shades[::-1]).astype(np.uint8), _palette())).decode()
     width = SPECTRUM_WIDTH * share
     yield f'<g transform="translate({SPECTRUM_X} {y})" clip-path="url(#spectrum)">'
     yield f'<rect width="{SPECTRUM_WIDTH}" height="{PANEL_HEIGHT}" fill="{COLOUR_STOPS[0]}"/>'
     yield (
         f'<image width="{width:.1f}" height="{PANEL_HEIGHT}" preserveAspectRatio="none" '
-        f'href="data:image/png;base64,{png}"/>'
+        f'href="data:image/png;base64,{spectrogram_base64(energy)}"/>'
     )
     yield "</g>"
     for hertz, label in FREQUENCY_TICKS.items():
@@ -216,7 +232,7 @@ def _legend(right: int, baseline: int) -> Iterator[str]:
 
 
 def _time_axis(x: int, width: int, y: int, seconds: float) -> Iterator[str]:
-    ticks = _time_ticks(seconds)
+    ticks = time_ticks(seconds)
     decimals = max(0, -math.floor(math.log10(ticks[1]))) if len(ticks) > 1 else 0
     for tick in ticks:
         at = x + width * tick / seconds
@@ -228,7 +244,7 @@ def _time_axis(x: int, width: int, y: int, seconds: float) -> Iterator[str]:
         yield f'<text x="{at:.1f}" y="{y + 24}" font-size="12" text-anchor="middle">{label}</text>'
 
 
-def _time_ticks(seconds: float) -> list[float]:
+def time_ticks(seconds: float) -> list[float]:
     """Round times from 0 up, at most nine, none so close to the end that its label would stand out."""
     steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)
     decade = 10.0 ** math.floor(math.log10(seconds))
@@ -254,13 +270,13 @@ def _bands(row: Row) -> Floats:
     padded = torch.nn.functional.pad(audio, (0, max(0, N_FFT - samples)))
     power = stft(padded, n_fft=N_FFT, hop_length=hop_samples, win_length=N_FFT).abs().square().mean(dim=0)  # [F, N]
     power = power[:, : samples // hop_samples + 1]
-    energy = torch.from_numpy(_filters(row.sample_rate)).float() @ power
+    energy = torch.from_numpy(band_filters(row.sample_rate)).float() @ power
     if energy.shape[1] > COLUMNS:
         energy = torch.nn.functional.adaptive_avg_pool1d(energy, COLUMNS)
     return energy.double().numpy()
 
 
-def _filters(sample_rate: int) -> Floats:
+def band_filters(sample_rate: int) -> Floats:
     """How much of each STFT bin lies in each band, `[BANDS, F]`: bins and bands are intervals on the axis of hertz."""
     edges = 700 * (10 ** (np.linspace(0, _mel(TOP_HERTZ), BANDS + 1) / 2595) - 1)
     bin_hertz = sample_rate / N_FFT

@@ -21,6 +21,9 @@ SONG = PROJECT / "weights" / "demo" / "song.flac"
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 needs_shared = pytest.mark.skipif(not (SHARED / "audio").is_dir(), reason="needs the shared folder beside the checkout")
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
+needs_chromium = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
+)
 
 STEMS = {
     "vocals_instrumental": ["vocals", "instrumental"],

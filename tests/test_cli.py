@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import PROJECT, needs_ffmpeg
-from separation import catalogue, checkpoints
+from separation import catalogue, checkpoints, report
 from separation.__main__ import main
 from small_model import write_yaml
 
@@ -383,6 +383,22 @@ def test_a_converted_checkpoint_is_listed_and_verified_in_its_place(
     assert capsys.readouterr().err.startswith("error: there is no file")
 
 
+def test_a_report_lies_beside_the_stems(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "out" / "song" / "stems.html"
+    assert separate(song, tmp_path / "out", "--report") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"  {page}"
+    assert '"name": "instrumental"' in page.read_text(encoding="utf-8")
+    page.unlink()
+    monkeypatch.setattr(report, "MAX_SECONDS", 0.5)
+    assert separate(song, tmp_path / "out", "--report", "--json") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: there is no report of song.wav: 'song.wav' is longer than 0.5 s")
+    assert all(Path(stem).exists() for stem in json.loads(captured.out)["stems"].values())
+    assert not page.exists()
+
+
 def test_the_demo_separates_scores_and_draws(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONWARNINGS": "error"}
     run = subprocess.run(
@@ -395,6 +411,7 @@ def test_the_demo_separates_scores_and_draws(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "times real-time" in run.stdout
     assert (tmp_path / "stems.svg").exists()
+    assert "SDR 10." in (tmp_path / "stems.html").read_text(encoding="utf-8")
     assert len(list(tmp_path.rglob("*.wav"))) == 8
 
 

@@ -24,6 +24,7 @@ FLOORS = {
     "separation.integrity": 1,
     "separation.metrics": 2,
     "separation.picture": 3,
+    "separation.report": 3.5,
     "separation.chunking": 2,
     "separation.checkpoints": 2,
     "separation.catalogue": 1,
