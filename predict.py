@@ -7,12 +7,8 @@ Python, `predict` needs all its arguments: the defaults are Cog's.
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import List  # noqa: UP035  # Cog's static reader knows this spelling
 
 import torch
@@ -22,8 +18,9 @@ from cog.types import URLPath
 from separation import ModelPool, Separator
 from separation.catalogue import is_here
 from separation.device import peak_memory_bytes
-from separation.errors import AudioError, EstimateError, InputError, RecipeError, SeparationError
-from separation.recipes import load_recipe
+from separation.errors import AudioError, InputError, RecipeError
+from separation.public import errors_without_paths, max_mib, max_seconds, tell_operator
+from separation.recipes import Recipe, load_recipe
 
 DOWNLOAD_SECONDS = 600.0  # for all of it; a web server may be silent for 10 seconds at most, by Cog's choice
 BLOCK_BYTES = 1 << 16
@@ -33,9 +30,7 @@ class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the models of vocals_instrumental and all_4 and run each once; all_6 loads its own when first asked."""
         self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"
-        # Three hours: up to there each stem is a plain WAV of less than 4 GB at either rate.
-        self.max_seconds = float(os.environ.get("SEPARATION_MAX_SECONDS") or 3 * 60 * 60)
-        self.max_mib = float(os.environ.get("SEPARATION_MAX_MIB") or 4096)
+        self.max_seconds, self.max_mib = max_seconds(), max_mib()
         # Cog calls this to download a URL before `predict`: without a limit, out of a cancel's reach, and with a part
         # of the file left behind if it fails. So it passes the URL on unread, and `_received` reads it.
         URLPath.convert = lambda self: self
@@ -51,7 +46,7 @@ class Predictor(BasePredictor):
         stems: str = Input(
             description="Which stems to extract",
             default="vocals_instrumental",
-            choices=["vocals_instrumental", "all_4", "all_6"],
+            choices=["vocals_instrumental", "all_4", "all_6", "drum_kit"],
         ),
         output_format: str = Input(description="Output audio format", default="wav", choices=["wav", "mp3", "flac"]),
         chunk_size: int = Input(description="Processing chunk size in seconds", default=8, ge=4, le=30),
@@ -61,14 +56,14 @@ class Predictor(BasePredictor):
             description="Bitrate in kbit/s if the output format is mp3", default=320, choices=[128, 192, 320]
         ),
         two_stems: str = Input(
-            description="Give only this stem and the rest of the song (such as no_vocals); stems is then ignored",
+            description="Give only this stem and the song minus it (no_vocals), made as for stems if that has it",
             default="none",
-            choices=["none", "vocals", "drums", "bass", "other"],
+            choices=["none", "vocals", "drums", "bass", "other", "guitar", "piano"],
         ),
         recipe: str = Input(
-            description="Models: standard for quality, demo for a quick rough try, default leaves it to the server",
+            description="Models: standard or sw for quality, demo for a rough try, default leaves it to the server",
             default="default",
-            choices=["default", "standard", "demo"],
+            choices=["default", "standard", "sw", "demo"],
         ),
     ) -> List[Path]:  # noqa: UP006
         """Separate a song into stems."""
@@ -76,13 +71,15 @@ class Predictor(BasePredictor):
         # of one song can ever be taken for another's. A run that fails or is cancelled removes its folder itself.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder = _new_folder()
-        with _errors_without_paths(), tempfile.TemporaryDirectory(prefix="song-", ignore_cleanup_errors=True) as folder:
-            if recipe not in ("default", self.recipe):
-                self._check_recipe(recipe, stems if two_stems == "none" else "all_4")
-            separator = Separator(
+        with errors_without_paths(), tempfile.TemporaryDirectory(prefix="song-", ignore_cleanup_errors=True) as folder:
+            chosen = load_recipe(
                 self.recipe if recipe == "default" else recipe,
                 stems,
                 two_stems=None if two_stems == "none" else two_stems,
+            )
+            self._check_weights(chosen)
+            separator = Separator(
+                chosen,
                 chunk_seconds=int(chunk_size),
                 overlap_seconds=int(overlap),
                 pool=self.pool,
@@ -105,12 +102,18 @@ class Predictor(BasePredictor):
         self.record_metric("peak_memory_mib", round(peak_memory_bytes(device) / 2**20, 1))
         return [Path(path) for path in files.values()]
 
-    def _check_recipe(self, recipe: str, choice: str) -> None:
-        """Raise RecipeError if the weights are not here: only the server's own recipe may download any."""
-        if not all(is_here(model, stems) for model, stems in load_recipe(recipe, choice).models.items()):
+    def _check_weights(self, recipe: Recipe) -> None:
+        """Say which weights are not here yet; raise RecipeError if that is so of another recipe than the server's own.
+
+        Only that may download any.
+        """
+        missing = [model for model, stems in recipe.models.items() if not is_here(model, stems)]
+        if missing and recipe.name != self.recipe:
             raise RecipeError(
-                f"recipe {recipe!r} is not on this server, which runs {self.recipe!r}: leave recipe at 'default'"
+                f"recipe {recipe.name!r} is not on this server, which runs {self.recipe!r}: leave recipe at 'default'"
             )
+        if missing:
+            print(f"downloading the weights of {', '.join(missing)}, which are not on this server yet", flush=True)
 
 
 def _new_folder() -> str:
@@ -150,30 +153,10 @@ def _read(audio: URLPath, name: str) -> bytes:
     try:
         return audio.fileobj.read1(BLOCK_BYTES)
     except Exception as e:  # of the HTTP client or the socket; the first read sends the request
-        _tell_operator()
+        tell_operator()
         status = getattr(getattr(e, "response", None), "status_code", None)
         reason = f"the web server answers {status}" if status else type(e).__name__
         raise InputError(f"{name!r} could not be downloaded ({reason}): check the URL") from e
-
-
-@contextmanager
-def _errors_without_paths() -> Iterator[None]:
-    """What is not about the caller's own song and choices may name files here: that is for the operator alone."""
-    try:
-        yield
-    except (InputError, EstimateError):
-        raise
-    except Exception as e:
-        _tell_operator()
-        cause = e if isinstance(e, OSError) else e.__cause__
-        reason = (isinstance(cause, OSError) and cause.strerror) or type(e).__name__
-        kind = type(e) if isinstance(e, SeparationError) else SeparationError
-        raise kind(f"the server failed ({reason}): try again, or tell its operator, whose log says more") from e
-
-
-def _tell_operator() -> None:
-    """Print the traceback to the server's own log. What is printed to `sys.stderr` goes to the prediction's."""
-    print(traceback.format_exc(), file=sys.__stderr__, flush=True)
 
 
 class _ProgressLog:

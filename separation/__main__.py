@@ -1,14 +1,15 @@
 """The command line: `python -m separation --help`. Every command is one call into the modules beside this one."""
 
 import argparse
+import contextlib
 import io
 import json
 import logging
 import os
 import signal
 import sys
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from separation.separator import Separator, StemFiles
 
 FORMATS = ("wav", "mp3", "flac")
-SAMPLE_RATES = (44100, 48000)
+SAMPLE_RATES = (44100, 48000, "source")
+WAV_DEPTHS = ("16", "24", "32f")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ATTENTIONS = ("auto", "fused", "sage", "sdpa", "itemwise", "einsum")
 
@@ -64,7 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
     engine.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
     engine.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
-    engine.add_argument("--model-path", type=Path, metavar="FILE", help="its weights, instead of those in weights/")
+    engine.add_argument(
+        "--model-dir", type=Path, metavar="DIR", help="where that lies: DIR/NAME, or NAME.yaml and .ckpt"
+    )
+    engine.add_argument(
+        "--model-path", type=Path, metavar="FILE", help="weights of your own; their YAML is beside them"
+    )
     engine.add_argument("--chunk-size", type=int, default=8, metavar="S", help="seconds, 4 to 30 (default: 8)")
     engine.add_argument("--overlap", type=int, default=4, metavar="S", help="seconds, 1 to 8 (default: 4)")
     engine.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
@@ -85,10 +92,19 @@ def build_parser() -> argparse.ArgumentParser:
     separate.add_argument(
         "--two-stems",
         metavar="STEM",
-        help="vocals, drums, bass or other: give this stem and no_STEM, the song without it; --stems is then ignored",
+        help="any stem, such as drums: give it and no_STEM, the song minus it; by the models of --stems if that has it",
     )
-    separate.add_argument("--format", default="wav", choices=FORMATS, help="default: wav (32-bit float)")
-    separate.add_argument("--sample-rate", type=int, default=44100, choices=SAMPLE_RATES, help="default: 44100")
+    separate.add_argument("--format", default="wav", choices=FORMATS, help="default: wav")
+    separate.add_argument(
+        "--sample-rate",
+        type=_sample_rate,
+        default=44100,
+        choices=SAMPLE_RATES,
+        help="or source, the song's (default: 44100)",
+    )
+    separate.add_argument(
+        "--wav-depth", default="32f", choices=WAV_DEPTHS, help="bits of WAV; 16 is dithered (default: 32f, float)"
+    )
     separate.add_argument(
         "--mp3-bitrate", type=int, default=320, metavar="KBPS", help="128, 160, 192, 224, 256 or 320 (default: 320)"
     )
@@ -97,6 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     separate.add_argument("--json", action="store_true", help="print one JSON object a song")
     separate.set_defaults(command=_separate)
+
+    serve = commands.add_parser("serve", parents=[shared], help="a page in the browser for songs, stems and listening")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for the whole network (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8765, help="0: any that is free (default: 8765)")
+    serve.add_argument("--no-browser", action="store_true", help="only print the page's address")
+    serve.set_defaults(command=_serve)
 
     bench = commands.add_parser("bench", parents=[shared, engine], help="measure how fast a model or a recipe is here")
     bench.add_argument(
@@ -112,15 +134,42 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(command=_bench)
 
+    evaluate = commands.add_parser(
+        "evaluate", parents=[shared, engine], help="score stems against their references: SDR, SI-SDR, SIR, SAR in dB"
+    )
+    evaluate.add_argument(
+        "--references",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the true stems: DIR/<song>/<stem>.wav, or MUSDB18-HQ",
+    )
+    evaluate.add_argument(
+        "--estimates", type=Path, metavar="DIR", help="the stems to score; without it the mixtures are separated first"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(command=_evaluate, two_stems=None)
+
+    null = commands.add_parser("null", help="what is left of A minus B in dBFS, file by file")
+    null.add_argument("first", type=Path, metavar="A", help="a file, or a folder of them")
+    null.add_argument(
+        "second", type=Path, metavar="B", help="likewise; or a file, the mixture that the stems in A sum to"
+    )
+    null.set_defaults(command=_null, verbose=False)
+
     models = commands.add_parser("models", help="list, download, verify or convert the checkpoints").add_subparsers(
         required=True, metavar="list|download|verify|convert", parser_class=Parser
     )
     quiet: dict[str, Any] = {"verbose": False}
-    models.add_parser("list", help="every checkpoint and whether it is here").set_defaults(command=_list, **quiet)
-    for name, command in (("download", _download), ("verify", _verify)):
-        sub = models.add_parser(name, help=f"{name} a checkpoint's files")
-        sub.add_argument("name", metavar="NAME")
-        sub.set_defaults(command=command, **quiet)
+    listing = models.add_parser("list", help="every checkpoint, what it gives and whether it is here")
+    listing.add_argument("--json", action="store_true", help="print one JSON object a checkpoint")
+    listing.set_defaults(command=_list, **quiet)
+    download = models.add_parser("download", help="download checkpoints' files")
+    download.add_argument("names", nargs="+", metavar="NAME")
+    download.set_defaults(command=_download, **quiet)
+    verify = models.add_parser("verify", help="compare checkpoints' files with their sha256")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="default: all that are here")
+    verify.set_defaults(command=_verify, **quiet)
     convert = models.add_parser("convert", help="write a checkpoint's weights as the format that loads fastest")
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     convert.add_argument("output", type=Path, metavar="OUT.safetensors")
@@ -132,6 +181,10 @@ def _batch_size(text: str) -> int | str:
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be auto or a whole number from 1 up")
     return text if text == "auto" else int(text)
+
+
+def _sample_rate(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -163,6 +216,7 @@ def _separate(options: argparse.Namespace) -> int:
                     format=options.format,
                     sample_rate=options.sample_rate,
                     mp3_bitrate=options.mp3_bitrate,
+                    wav_depth=options.wav_depth,
                     progress=progress,
                 )
             _report(song, files, as_json=options.json)
@@ -178,7 +232,7 @@ def _separator(options: argparse.Namespace) -> "Separator":
     from separation.checkpoints import load_model
     from separation.separator import ModelPool, Separator
 
-    _check_model_options(options)
+    model_name = _model_name(options)
     shared: dict[str, Any] = {
         "two_stems": options.two_stems,
         "batch_size": options.batch_size,
@@ -187,9 +241,9 @@ def _separator(options: argparse.Namespace) -> "Separator":
     }
     pool = ModelPool(options.device, options.precision, options.attention)
     logging.getLogger("separation").info(pool.choice.reason)
-    if options.model_name:
+    if model_name:
         model = load_model(
-            options.model_name,
+            model_name,
             checkpoint=options.model_path,
             stems=None if options.two_stems is None else [options.two_stems],
             device=pool.choice.device,
@@ -200,9 +254,15 @@ def _separator(options: argparse.Namespace) -> "Separator":
     return Separator(options.recipe, options.stems, pool=pool, **shared)
 
 
-def _check_model_options(options: argparse.Namespace) -> None:
-    if options.model_path and not options.model_name:
-        raise InputError("--model-path needs --model-name, the name of its configuration in configs/models")
+def _model_name(options: argparse.Namespace) -> str | None:
+    """The name or the path of the model that is to take the recipe's place, if any."""
+    if options.model_dir is not None:
+        if options.model_path is not None or not options.model_name:
+            raise InputError("--model-dir needs --model-name, a name in that folder, and excludes --model-path")
+        return os.path.join(options.model_dir, options.model_name)
+    if options.model_path is not None and options.model_path.suffix in catalogue.YAML_SUFFIXES:
+        raise InputError(f"--model-path {options.model_path} is a YAML file: give that to --model-name, weights here")
+    return options.model_name or (options.model_path and str(options.model_path))
 
 
 def _report(song: Path, files: "StemFiles", *, as_json: bool) -> None:
@@ -223,6 +283,18 @@ def _report(song: Path, files: "StemFiles", *, as_json: bool) -> None:
         print(f"  {path}")
 
 
+def _each(names: Sequence[str], job: Callable[[str], None]) -> int:
+    """Does the job for each model; one that fails does not stop the others. Returns the exit code."""
+    failed = 0
+    for name in names:
+        try:
+            job(name)
+        except SeparationError as e:
+            print(f"error: {e}", file=sys.stderr)
+            failed += 1
+    return 2 if failed else 0
+
+
 def _page(song: Path, files: "StemFiles", target: Path, *, as_json: bool) -> None:
     from separation.report import write_report
 
@@ -232,28 +304,60 @@ def _page(song: Path, files: "StemFiles", target: Path, *, as_json: bool) -> Non
         print(f"  {target}")
 
 
-def _list(options: argparse.Namespace) -> int:
-    for name in catalogue.available():
-        stems = ", ".join(catalogue.read_config(name).stems)
-        print(f"{name:28} {'here' if catalogue.is_here(name) else '-':5} {stems}")
+def _serve(options: argparse.Namespace) -> int:
+    from separation.serve import serve
+
+    desktop = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+
+    def ready(url: str) -> None:
+        print(f"{url} is the page; Ctrl-C ends it and removes its files", flush=True)
+        if desktop and not options.no_browser:  # without a desktop, a browser would be one for this terminal
+            webbrowser.open(url)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(options.host, options.port, device=options.device, precision=options.precision, ready=ready)
     return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    def show(name: str) -> None:
+        model, here = catalogue.read_config(name), catalogue.is_here(name)
+        n_bytes = catalogue.known_bytes(model.files)
+        if options.json:
+            facts = {"name": name, "architecture": model.architecture, "stems": model.stems, "bytes": n_bytes}
+            print(json.dumps(facts | {"here": here, "licence": model.licence, "quality": model.quality}))
+            return
+        size = f"{n_bytes / 1e6:.0f} MB" if n_bytes else "?"
+        stems = ", ".join(model.stems)
+        print(f"{name:{width}}  {'here' if here else '-':4}  {size:>7}  {model.architecture or '?':16}  {stems}")
+        print(f"    quality: {model.quality}; licence: {model.licence}")
+
+    names = catalogue.available()
+    width = max(map(len, names))
+    if not options.json:
+        print(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':16}  STEMS")
+    return _each(names, show)
 
 
 def _download(options: argparse.Namespace) -> int:
-    for file in catalogue.read_config(options.name).files:
-        print(catalogue.fetch(file))
-    return 0
+    def download(name: str) -> None:
+        for file in catalogue.read_config(name).files:
+            print(catalogue.fetch(file))
+
+    return _each(options.names, download)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    for file in catalogue.read_config(options.name).files:
-        path, converted = catalogue.local_path(file), catalogue.converted_path(file)
-        if converted:
-            print(f"{converted}: made from the right {path.name}")
-        if path.exists() or not converted:
-            catalogue.verify(path, file)
-            print(f"{path}: right")
-    return 0
+    def verify(name: str) -> None:
+        for file in catalogue.read_config(name).files:
+            path, converted = catalogue.local_path(file), catalogue.converted_path(file)
+            if converted:
+                print(f"{converted}: made from the right {path.name}")
+            if path.exists() or (options.names and not converted):
+                known = catalogue.verify(path, file)
+                print(f"{path}: {'right' if known else 'here, but no sha256 is known to compare it with'}")
+
+    return _each(options.names or catalogue.available(), verify)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -267,9 +371,8 @@ def _convert(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from separation.bench import cold_start, engine_speed
 
-    _check_model_options(options)
     shared: dict[str, Any] = {
-        "model_name": options.model_name,
+        "model_name": _model_name(options),
         "model_path": options.model_path,
         "device": options.device,
         "precision": options.precision,
@@ -285,10 +388,8 @@ def _bench(options: argparse.Namespace) -> int:
     }
     result: Any
     if options.cold_start:
-        default = build_parser().parse_args(["bench"])
-        for name in ("attention", "batch_size", "chunk_size", "overlap", "random_weights", "seconds", "runs"):
-            if getattr(options, name) != getattr(default, name):
-                raise InputError(f"--cold-start does not take --{name.replace('_', '-')}: leave one of them out")
+        unused = ("attention", "batch_size", "chunk_size", "overlap", "random_weights", "seconds", "runs")
+        _refuse(options, ["bench"], "--cold-start", unused)
         result = cold_start(options.recipe, options.stems, **shared)
     else:
         result = engine_speed(options.recipe, options.stems, **shared, **engine)
@@ -296,7 +397,37 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
+def _evaluate(options: argparse.Namespace) -> int:
+    from separation.evaluate import evaluate, find_songs
+
+    if options.estimates:
+        unused = ("recipe", "stems", "model_name", "model_path", "chunk_size", "overlap", "batch_size", "attention")
+        _refuse(options, ["evaluate", "--references", "."], "--estimates", (*unused, "device", "precision"))
+    references = find_songs(options.references)  # before a checkpoint is downloaded in vain
+    estimates = find_songs(options.estimates) if options.estimates else _separator(options)
+    with _bar("evaluate") as progress:
+        report = evaluate(references, estimates, progress=progress)
+    print(report.as_json() if options.json else report)
+    return 0
+
+
+def _null(options: argparse.Namespace) -> int:
+    from separation.evaluate import null
+
+    for residual in null(options.first, options.second):
+        print(residual)
+    return 0
+
+
+def _refuse(options: argparse.Namespace, command: list[str], flag: str, names: Sequence[str]) -> None:
+    """Raise if an option was given that means nothing beside the flag."""
+    default = build_parser().parse_args(command)
+    for name in names:
+        if getattr(options, name) != getattr(default, name):
+            raise InputError(f"{flag} does not take --{name.replace('_', '-')}: leave one of them out")
+
+
+@contextlib.contextmanager
 def _bar(name: str) -> Iterator[Callable[[float, str], None]]:
     """A progress bar on stderr; nothing where stderr is not a terminal."""
     with tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:

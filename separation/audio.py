@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import math
 import os
 import secrets
@@ -16,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,25 +37,30 @@ SAMPLE_RATE = 44100  # hertz, of the models and of a Waveform after decode
 FORMATS = ("wav", "mp3", "flac")
 MP3_BITRATES = (128, 160, 192, 224, 256, 320)  # kbit/s
 MP3_SAMPLE_RATES = (32000, 44100, 48000)  # hertz: those of MPEG-1, which alone has these bitrates
+WAV_DEPTHS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}  # bits of integers, or of floats, and libsndfile's name
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8000, 192000  # hertz, of the input
 
 _BLOCK_SAMPLES = 65536  # per channel: what is in memory at once
 _TAGS = ("title", "artist", "album")
 _WAV_LIMIT_BYTES = 2**32 - 2**20  # WAV sizes have 32 bits; leaves 1 MiB for the header and the tags
+_SAMPLE_BYTES = {"PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
+
+logger = logging.getLogger("separation")
 
 
 class Waveform:
     """A float32 waveform in a temporary file: appended block by block, read at random, gone when closed.
 
     `peak` is the largest magnitude; `mean` and `std` (unbiased, 0 below two samples) are of the mono mixture, that is
-    the mean of the channels. All three describe what has been appended so far. Raises `OutputError` if `folder` is full
-    or cannot be written to.
+    the mean of the channels. All three describe what has been appended so far. `source_rate` (hertz) and
+    `source_samples` (per channel) are of the file that it was decoded from. Raises `OutputError` if `folder` is full or
+    cannot be written to.
     """
 
     def __init__(self, folder: Path, *, sample_rate: int = SAMPLE_RATE, channels: int = 2) -> None:
-        self.sample_rate = sample_rate
+        self.sample_rate = self.source_rate = sample_rate
         self.channels = channels
-        self.n_samples = 0  # per channel
+        self.n_samples = self.source_samples = 0  # per channel
         self.peak = 0.0
         self.mean = 0.0
         self.tags: dict[str, str] = {}  # title, artist, album
@@ -125,16 +132,16 @@ def decode(
     path: Path | str,
     folder: Path,
     *,
-    sample_rate: int = SAMPLE_RATE,
+    sample_rate: int | None = SAMPLE_RATE,
     max_seconds: float | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Waveform:
     """The first audio stream of a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
 
-    8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down (see `_LAYOUTS`). Where the
-    rate differs the folder holds the waveform twice for a while. Title, artist and album come with it. `progress` is
-    called with the share that is read, first with 0 and then after each block; raise from it to cancel. Reading stops
-    after `max_seconds`, whatever the file says of its length.
+    8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down (see `_LAYOUTS`), and a
+    warning says so. Where the rate differs the folder holds the waveform twice for a while; None keeps the file's own.
+    Title, artist and album come with it. `progress` is called with the share that is read, first with 0 and then after
+    each block; raise from it to cancel. Reading stops after `max_seconds`, whatever the file says of its length.
 
     Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, holds NaN or Inf, or is longer
     than `max_seconds`; `OutputError` if `folder` cannot be written to.
@@ -152,6 +159,13 @@ def decode(
                 f"{MAX_SAMPLE_RATE} Hz."
             )
         to_stereo = _stereo_matrix(source.layout)
+        if len(to_stereo) > 2:
+            logger.warning(
+                "%s has %d channels (%s): mixed down to stereo, centre and surround 3 dB lower, LFE left out",
+                name,
+                len(to_stereo),
+                source.layout,
+            )
         with contextlib.ExitStack() as on_error:
             native = on_error.enter_context(Waveform(folder, sample_rate=source.sample_rate))
             native.tags = source.tags
@@ -166,20 +180,39 @@ def decode(
                     progress(min(native.n_samples / (source.expected_samples or math.inf), 1.0))
             if native.n_samples == 0:
                 raise AudioError(f"{name} holds no samples of audio; choose another file.")
-            if source.sample_rate != sample_rate:
-                return resample(native, sample_rate, folder)
+            decoded = native
+            if sample_rate is not None and source.sample_rate != sample_rate:
+                decoded = resample(native, sample_rate, folder)
+                native.close()
+            decoded.source_rate, decoded.source_samples = native.sample_rate, native.n_samples
             on_error.pop_all()
-            return native
+            return decoded
 
 
-def check_output(format: str, sample_rate: int, mp3_bitrate: int) -> None:
-    """Raise `InputError` unless `encode` can write the format at this rate (hertz) and, for MP3, bitrate (kbit/s)."""
+def check_output(format: str, mp3_bitrate: int, wav_depth: str) -> None:
+    """Raise `InputError` unless `encode` knows the format and its bitrate (kbit/s) or depth."""
     if format not in FORMATS:
         raise InputError(f"The output format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
     if format == "mp3" and mp3_bitrate not in MP3_BITRATES:
         raise InputError(f"MP3 cannot have {mp3_bitrate} kbit/s; choose one of {', '.join(map(str, MP3_BITRATES))}.")
+    if wav_depth not in WAV_DEPTHS:
+        raise InputError(f"The WAV depth {wav_depth!r} is unknown; choose one of {', '.join(map(repr, WAV_DEPTHS))}.")
+
+
+def check_rate(format: str, sample_rate: int) -> None:
+    """Raise `InputError` unless the format can have this rate (hertz)."""
     if format == "mp3" and sample_rate not in MP3_SAMPLE_RATES:
-        raise InputError(f"MP3 cannot have {sample_rate} Hz; choose one of {', '.join(map(str, MP3_SAMPLE_RATES))}.")
+        rates = ", ".join(map(str, MP3_SAMPLE_RATES))
+        raise InputError(f"MP3 cannot have {sample_rate} Hz, only {rates}; choose another sample rate or format.")
+    if format == "flac" and sample_rate > 65535 and sample_rate % 10:
+        raise InputError(f"FLAC cannot have {sample_rate} Hz, only tens above 65535; choose another rate or format.")
+
+
+def _integer_bits(format: str, wav_depth: str) -> int | None:
+    """The bits of a sample, where samples are integers and so cannot go beyond full scale; None for floats."""
+    if format == "wav":
+        return None if wav_depth == "32f" else int(wav_depth)
+    return 24 if format == "flac" else None
 
 
 def encode(
@@ -189,14 +222,19 @@ def encode(
     format: str,
     gain: float = 1.0,
     mp3_bitrate: int = 320,
+    wav_depth: str = "32f",
 ) -> None:
-    """Write `gain` times the waveform, with its tags: 32-bit float WAV, 24-bit FLAC, or MP3 at `mp3_bitrate` kbit/s.
+    """Write `gain` times the waveform, with its tags: WAV of `wav_depth`, 24-bit FLAC, or MP3 at `mp3_bitrate` kbit/s.
 
-    FLAC and MP3 cannot hold samples beyond full scale: these are clipped, so give a gain that leaves none. WAV over
-    4 GB becomes RF64. The file appears under its name when it is complete. Raises `InputError` for an unknown format or
-    bitrate, `OutputError` if the folder is full or cannot be written to; no partial file stays behind.
+    Only float WAV can hold samples beyond full scale: others are clipped, so give a gain that leaves none. 16 bits are
+    dithered, in the same way each time for the same name. WAV over 4 GB becomes RF64. The file appears under its name
+    when it is complete. Raises `InputError` for an unknown format, bitrate, depth or rate, `OutputError` if the folder
+    is full or cannot be written to; no partial file stays behind.
     """
-    check_output(format, waveform.sample_rate, mp3_bitrate)
+    check_output(format, mp3_bitrate, wav_depth)
+    check_rate(format, waveform.sample_rate)
+    bits = _integer_bits(format, wav_depth)
+    dither = np.random.default_rng(zlib.crc32(path.stem.encode())) if bits == 16 else None
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         with _RecordingFile(partial, "x") as file:
@@ -205,15 +243,18 @@ def encode(
                 "w",
                 waveform.sample_rate,
                 waveform.channels,
-                **_sound_file_options(waveform, format, mp3_bitrate),
+                **_sound_file_options(waveform, format, mp3_bitrate, wav_depth),
             ) as sound:
                 for tag in _TAGS:
                     # What libsndfile can take: an empty text, to it one that begins with NUL, is an error.
                     if value := waveform.tags.get(tag, "").encode(errors="replace").partition(b"\0")[0]:
                         setattr(sound, tag, value.decode())
                 for start in range(0, waveform.n_samples, _BLOCK_SAMPLES):
-                    block = waveform.read(start, min(start + _BLOCK_SAMPLES, waveform.n_samples)) * gain
-                    sound.write((block if format == "wav" else block.clamp(-1, 1)).T.numpy())
+                    stop = min(start + _BLOCK_SAMPLES, waveform.n_samples)
+                    block = (waveform.read(start, stop) * gain).T.numpy()
+                    if bits is not None:
+                        block = _integers(block, bits, dither)
+                    sound.write(block.clip(-1, 1) if format == "mp3" else block)
                     file.check()
             file.check()  # closing writes too: the encoder's last frames and the header
         os.replace(partial, path)
@@ -225,7 +266,25 @@ def encode(
         raise
 
 
-def _sound_file_options(waveform: Waveform, format: str, mp3_bitrate: int) -> dict[str, str | float]:
+def _integers(block: NDArray[np.float32], bits: int, dither: np.random.Generator | None) -> NDArray[np.int32]:
+    """Samples of full scale 1, rounded to so many bits and clipped: the upper bits of integers.
+
+    Dither is of triangular density, two steps wide (Lipshitz, Wannamaker and Vanderkooy 1992): it makes the rounding
+    error a steady noise that does not depend on the music. Zeros stay zeros, so silence stays silent.
+    """
+    scale = 2 ** (bits - 1)
+    samples = block * np.float64(scale)
+    if dither is not None:
+        samples += (dither.random(samples.shape) - dither.random(samples.shape)) * (samples != 0)
+    return np.rint(samples).clip(-scale, scale - 1).astype(np.int32) << (32 - bits)
+
+
+def is_rf64(waveform: Waveform, wav_depth: str) -> bool:
+    """Whether the waveform as WAV of that depth would have more than 4 GB, so that `encode` writes RF64."""
+    return waveform.n_samples * waveform.channels * _SAMPLE_BYTES[WAV_DEPTHS[wav_depth]] > _WAV_LIMIT_BYTES
+
+
+def _sound_file_options(waveform: Waveform, format: str, mp3_bitrate: int, wav_depth: str) -> dict[str, str | float]:
     if format == "flac":
         return {"format": "FLAC", "subtype": "PCM_24"}
     if format == "mp3":
@@ -237,8 +296,7 @@ def _sound_file_options(waveform: Waveform, format: str, mp3_bitrate: int) -> di
             "compression_level": level,
             "bitrate_mode": "CONSTANT",
         }
-    n_bytes = waveform.n_samples * waveform.channels * 4
-    return {"format": "WAV" if n_bytes <= _WAV_LIMIT_BYTES else "RF64", "subtype": "FLOAT"}
+    return {"format": "RF64" if is_rf64(waveform, wav_depth) else "WAV", "subtype": WAV_DEPTHS[wav_depth]}
 
 
 class _RecordingFile(io.FileIO):
@@ -280,15 +338,18 @@ _KAISER_BETA = 14.769656459379492
 _KERNEL_LIMIT = 2**22  # taps of torchaudio's kernel: 16 MiB; the usual rates need at most a fifth of a million
 
 
-def resample(waveform: Waveform, sample_rate: int, folder: Path) -> Waveform:
-    """The waveform at `sample_rate`, in a temporary file in `folder`; ceil(n_samples * new / old) samples.
+def resample(waveform: Waveform, sample_rate: int, folder: Path, *, max_samples: int | None = None) -> Waveform:
+    """The waveform at `sample_rate`, in a temporary file in `folder`; ceil(n_samples * new / old) samples at most.
 
+    `max_samples` cuts it there: of a waveform that was resampled before, rounding up twice may have made it longer.
     Equals one call of torchaudio's resampling over the whole of it, with a windowed sinc as long and as steep as
     librosa's kaiser_best. Raises `OutputError` if `folder` is full or cannot be written to.
     """
     common = math.gcd(waveform.sample_rate, sample_rate)
     old, new = waveform.sample_rate // common, sample_rate // common
     n_samples = -(-waveform.n_samples * new // old)
+    if max_samples is not None:
+        n_samples = min(n_samples, max_samples)
     width = math.ceil(_LOWPASS_ZEROS * old / (min(old, new) * _ROLLOFF))  # old samples that the filter reaches
     convert = (_by_torchaudio if new * (old + 2 * width) <= _KERNEL_LIMIT else _by_phases)(old, new, width)
     block_samples = max(1, _BLOCK_SAMPLES // max(old, new)) * new  # a block starts on a sample of both rates
@@ -457,26 +518,53 @@ class _SequentialSoundFile(soundfile.SoundFile):
         return False
 
 
+class _FileFrom(io.FileIO):
+    """A file as if it began at byte `start`."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        super().__init__(path)
+        self._start = start
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(offset + (self._start if whence == os.SEEK_SET else 0), whence) - self._start
+
+    def tell(self) -> int:
+        return super().tell() - self._start
+
+
 def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_seconds: float | None) -> _Source | None:
     """None if libsndfile cannot read the file, or not all of it."""
     file = stack.enter_context(path.open("rb", buffering=0))  # unbuffered: libsndfile starts at the descriptor's offset
-    check_chunks(file, name)
+    audio_bytes = check_chunks(file, name)
     if not check_ogg(file, name):
         return None
     file.seek(after_id3v2(file))
     if file.read(3) == b"ID3":
         return None  # so many tags that libsndfile, which nothing can interrupt, would be busy with them
     file.seek(0)
-    streamed = file.read(8) in (b"RIFF\0\0\0\0", b"RIFF\xff\xff\xff\xff")
-    file.seek(0)
     try:
         # By descriptor, for libsndfile guesses from the names of some headerless formats.
         sound = stack.enter_context(_SequentialSoundFile(file.fileno(), closefd=False))
     except soundfile.LibsndfileError:
         return None
-    if sound.frames == 0 and streamed:
-        return None  # its data size is 0 as well, which libsndfile takes literally
+    tags = {tag: value for tag in _TAGS if (value := getattr(sound, tag))}
     limit = sound.frames
+    if audio_bytes is not None:
+        # libsndfile takes the header at its word, which here is wrong: the same samples again, without a header.
+        if sound.subtype not in _SAMPLE_BYTES:
+            return None
+        limit = audio_bytes[1] // (_SAMPLE_BYTES[sound.subtype] * sound.channels)
+        sound = stack.enter_context(
+            _SequentialSoundFile(
+                stack.enter_context(_FileFrom(path, audio_bytes[0])),
+                samplerate=sound.samplerate,
+                channels=sound.channels,
+                subtype=sound.subtype,
+                endian=sound.endian,
+                format="RAW",
+            )
+        )
     if sound.format == "MP3" and sound.subtype != "MPEG_LAYER_II":
         # Not beyond the last frame: some padding there is an error to libsndfile.
         limit = check_mp3(path, name, max_seconds)
@@ -499,7 +587,6 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_sec
         if sound.format == "FLAC" and n_samples < sound.frames < _UNKNOWN_SAMPLES:
             raise _damaged(name, n_samples / sound.samplerate)
 
-    tags = {tag: value for tag in _TAGS if (value := getattr(sound, tag))}
     return _Source(sound.samplerate, _layout(layouts, sound.channels, name), tags, limit, blocks())
 
 

@@ -177,15 +177,15 @@ def engine_speed(
             )
 
         models = {name: load(name, choice.precision, attention) for name in wanted}
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "chunk_seconds": chunk_seconds,
-            "overlap_seconds": overlap_seconds,
-        }
-        if model_name:
-            separator = Separator.from_model(models[model_name], **options)
-        else:
-            separator = Separator(recipe, stems, pool=_LoadedPool(models, device, precision), **options)
+        separator = _separator(
+            models,
+            None if model_name else (recipe, stems),
+            device,
+            precision,
+            batch_size=batch_size,
+            chunk_seconds=chunk_seconds,
+            overlap_seconds=overlap_seconds,
+        )
         mixture = _song(seconds)
         gc.collect()
         model_bytes = _memory_bytes(choice.device)[0]
@@ -204,7 +204,8 @@ def engine_speed(
                 estimates = model(chunk)
             reference, flops, products = _reference(load(name, torch.float32, "itemwise"), chunk)
             scores[model.name] = sdr(reference[0].flatten(0, 1), estimates[0].flatten(0, 1).cpu())
-            chunks = len(plan.starts(mixture.shape[1]))
+            times = sum(run.model == model.name for run in separator.recipe.runs)
+            chunks = times * len(plan.starts(mixture.shape[1]))
             total_chunks += chunks
             operations += chunks * flops
             floor_seconds += chunks * flops / _ceiling(products, choice.precision, choice.device)
@@ -224,6 +225,24 @@ def engine_speed(
         model_bytes=model_bytes,
         sdr_db=scores,
     )
+
+
+class _LoadedPool(ModelPool):
+    """Models that were loaded one by one, to be timed."""
+
+    def __init__(self, models: dict[str, SeparationModel], device: str, precision: str) -> None:
+        super().__init__(device, precision)
+        self._models = models
+
+
+def _separator(
+    models: dict[str, SeparationModel], recipe: tuple[str, str] | None, device: str, precision: str, **options: Any
+) -> Separator:
+    """A separator of the loaded models of a recipe and choice of stems; without, of the only model."""
+    if recipe is None:
+        (model,) = models.values()
+        return Separator.from_model(model, **options)
+    return Separator(*recipe, pool=_LoadedPool(models, device, precision), **options)
 
 
 def _song(seconds: int) -> Tensor:
@@ -415,14 +434,6 @@ def _read(paths: list[Path]) -> float:
     return time.monotonic() - started
 
 
-class _LoadedPool(ModelPool):
-    """Models that were loaded one by one, to be timed."""
-
-    def __init__(self, models: dict[str, SeparationModel], device: str, precision: str) -> None:
-        super().__init__(device, precision)
-        self._models = models
-
-
 def _fresh_process(here: float) -> None:
     """What the process that `cold_start` starts does; `here` is the clock at its first statement. Prints JSON."""
     stages: dict[str, float] = {}
@@ -457,12 +468,8 @@ def _fresh_process(here: float) -> None:
         for model in models.values():
             model.to(choice.device)
         lap("to device")
-        if job.model_name:
-            (model,) = models.values()
-            separator = Separator.from_model(model, overlap_seconds=1)
-        else:
-            pool = _LoadedPool(models, job.device, job.precision)
-            separator = Separator(job.recipe, job.stems, overlap_seconds=1, pool=pool)
+        recipe = None if job.model_name else (job.recipe, job.stems)
+        separator = _separator(models, recipe, job.device, job.precision, overlap_seconds=1)
         separator.separate(torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0)) * 0.1)
         lap("warm-up")
         separator.separate_file(job.song, job.folder)

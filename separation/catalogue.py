@@ -1,18 +1,24 @@
 """What there is to load: configs/models/NAME.yaml, and the files of weights it names, found, checked and downloaded.
 
 The YAML holds the community's sections as they are published (`audio`, `model`, `training`, …) and beside them
-`architecture`, `stems`, `files` (name, url, bytes, sha256, stem), `licence` and `quality`. This module alone downloads.
-It does without PyTorch, whose import takes a second: `python -m separation models list` is there at once.
+`architecture`, `stems`, `files` (name, url, bytes, sha256, stem), `licence` and `quality`. One that is the user's own
+may lack all of the latter: then its weights lie beside it, and the rest follows from them and from `training`.
+
+This module alone downloads. It does without PyTorch, whose import takes a second: `python -m separation models list` is
+there at once.
 """
 
 import contextlib
 import fcntl  # Linux and macOS, the systems that PyTorch's CUDA and MPS builds and Cog run on
 import hashlib
+import json
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -28,8 +34,14 @@ from separation.errors import CheckpointError, DownloadError, OutputError, Recip
 PROJECT = Path(__file__).parents[1]
 CONFIGS = PROJECT / "configs" / "models"
 
+logger = logging.getLogger("separation")
+
 KEYS = {"architecture", "stems", "files", "licence", "quality", "audio", "model"}
-TRAINING_SECTIONS = {"training", "inference", "augmentations", "loss_multistft"}  # of community files
+COMMUNITY_SECTIONS = {"training", "inference", "augmentations", "loss_multistft"}
+AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_fft", "num_channels", "min_mean_abs"}
+YAML_SUFFIXES = (".yaml", ".yml")
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".th", ".chpt", ".bin")  # the first that is there is taken
+UVR_CONFIGS = Path("model_data", "mdx_c_configs")  # where Ultimate Vocal Remover keeps the YAML files of its models
 
 SOURCE_SHA256 = "source_sha256"  # in the metadata of a converted file: the checksum of what it was made from
 
@@ -46,8 +58,9 @@ class WeightFile:
     url: str | None  # None: it ships with the project, or is the user's own
     bytes: int | None
     sha256: str | None
-    stem: str | None  # in a checkpoint that is made of specialists: the one stem that this file is for
+    stem: str | None  # the one stem that this file is for; without it, several files' estimates are averaged
     checkpoint: str = "NAME"  # the checkpoint it belongs to, for the command in error messages
+    is_recorded: bool = False  # whether its sha256 is not its publisher's word but what the first download brought
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +68,18 @@ class Checkpoint:
     """What a YAML file says about a checkpoint."""
 
     name: str
-    architecture: str  # a key of models.ARCHITECTURES
+    source: Path  # the YAML file; the file of weights if that describes itself
+    architecture: str | None  # a key of models.ARCHITECTURES; None: the names of its weights tell
     stems: tuple[str, ...]  # in the order of the model's estimates
     sample_rate: int  # hertz
     chunk_samples: int
     files: tuple[WeightFile, ...]
     audio: dict[str, Any]  # the `audio:` section, of which some architectures read more than the two above
     hyper_parameters: dict[str, Any]  # the `model:` section
+    normalised: bool  # `normalize` of the `inference:` section: the model knows tracks of zero mean and unit variance
     licence: str
     quality: str  # as published, with its source
+    ignored: tuple[str, ...]  # keys that nothing here knows
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,6 +91,10 @@ def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[
 
 
 _Loader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
+# PyYAML takes 1e-3, without a point, for a text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class _BrokenConnectionError(Exception):
@@ -90,54 +110,83 @@ def weights_folder() -> Path:
     return Path(os.environ.get("SEPARATION_WEIGHTS") or PROJECT / "weights")
 
 
+def models_folder() -> Path | None:
+    """The user's own folder of models: the environment variable SEPARATION_MODELS."""
+    folder = os.environ.get("SEPARATION_MODELS")
+    return Path(folder) if folder else None
+
+
 def available() -> list[str]:
-    """The names of the checkpoints in configs/models."""
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    """The names of the checkpoints in configs/models and in the user's own folder, whose subfolders are one each."""
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    if (own := models_folder()) is not None:
+        weights = _files(own, WEIGHT_SUFFIXES)
+        alone = set(_files(own, YAML_SUFFIXES)) - {_config_named_after(path) for path in weights}
+        names |= {path.stem for path in [*weights, *alone]}
+        names |= {path.parent.name for suffix in YAML_SUFFIXES for path in own.glob(f"*/*{suffix}")}
+    return sorted(names)
 
 
 def read_config(name_or_path: str | Path) -> Checkpoint:
-    """Read a checkpoint's YAML: a name in configs/models, or the path of a .yaml file.
+    """Read what describes a checkpoint.
 
-    A file as the community publishes it lacks our keys: `stems` are then those it was trained on, `architecture`
-    follows from the hyper-parameters, and `files` is empty.
+    Args:
+        name_or_path: a name in configs/models or in the user's own folder; or the path of a YAML file, of a file of
+            weights with its YAML beside it, of a folder with one of each, or of such a pair without its suffix.
 
-    Raises RecipeError for an unknown name and CheckpointError for a file that does not make sense.
+    A file as the community publishes it lacks our keys: `stems` are then those it was trained on, `architecture` is
+    what its `training` names, if anything, and `files` are the weights beside it, if any. Keys that nothing here knows
+    are an error in configs/models, where they are misspelt, and `ignored` elsewhere.
+
+    Raises RecipeError for an unknown name and CheckpointError for files that are missing or do not make sense.
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        if str(name_or_path) not in available():
-            raise RecipeError(
-                f"unknown model {str(name_or_path)!r}: use one of {', '.join(available())}, or the path of a .yaml file"
-            )
-        path = CONFIGS / f"{name_or_path}.yaml"
-    document = _read_yaml(path)
-    _refuse_unknown(set(document) - KEYS - TRAINING_SECTIONS, path)
+    found = _find(name_or_path)
+    if found.config is None:
+        assert found.weights is not None
+        path, document = found.weights, _own_description(found.weights)
+        if document is None:
+            raise _no_yaml(found.weights)
+    else:
+        path, document = found.config, _read_yaml(found.config)
+    training, inference = _section(document, "training", path), _section(document, "inference", path)
+    unknown = set(document) - KEYS - COMMUNITY_SECTIONS
+    if isinstance(document.get("model"), str):
+        unknown.discard(document["model"])
+        document = _demucs_document(document, training, path)
     audio = _take(document, "audio", dict, path)
+    unknown |= {f"audio.{key}" for key in set(audio) - AUDIO_KEYS}
+    if path.parent == CONFIGS:
+        _refuse_unknown(unknown, path)
     hyper_parameters = _take(document, "model", dict, path)
-    if "architecture" not in document and "freqs_per_bands" in hyper_parameters:
-        document["architecture"] = "bs_roformer"
-    if "stems" not in document and isinstance(training := document.get("training"), dict):
-        target = training.get("target_instrument")
-        document["stems"] = [target] if target else training.get("instruments")
-    architecture = _take(document, "architecture", str, path)
-    stems = tuple(str(stem) for stem in _take(document, "stems", list, path))
-    files = tuple(_weight_file(entry, path) for entry in _take(document, "files", list, path, default=[]))
+    stems = _stems(document, training, hyper_parameters, path)
+    architecture = document.get("architecture", training.get("model_type"))
+    if architecture is not None and not isinstance(architecture, str):
+        raise CheckpointError(f"{path}: architecture must be a text, not {architecture!r}")
+    files = tuple(_weight_file(entry, path, found.name) for entry in _take(document, "files", list, path, default=[]))
     specialised = sorted(file.stem for file in files if file.stem is not None)
-    if len(set(stems)) != len(stems) or not stems:
-        raise CheckpointError(f"{path}: stems must name each stem once, not {list(stems)}")
-    if (specialised or len(files) > 1) and specialised != sorted(stems):
+    if specialised and (specialised != sorted(stems) or len(files) > len(stems)):
         raise CheckpointError(f"{path}: the files must name one stem each of {list(stems)}, not {specialised}")
+    if found.weights is not None and (found.by_weights or not files):
+        if len(files) > 1:
+            raise CheckpointError(f"{path} needs {len(files)} files, {found.weights} is one: give the model's name")
+        own = str(found.weights.absolute())  # which also within the weights folder leads to itself
+        files = (WeightFile(name=own, url=None, bytes=None, sha256=None, stem=None, checkpoint=found.name),)
+    sample_rate = _take(audio, "sample_rate", int, path, default=44100)
+    chunk_samples = _chunk_samples(audio, inference, path)
     return Checkpoint(
-        name=path.stem,
+        name=found.name,
+        source=path,
         architecture=architecture,
         stems=stems,
-        sample_rate=_take(audio, "sample_rate", int, path),
-        chunk_samples=_take(audio, "chunk_size", int, path),
+        sample_rate=sample_rate,
+        chunk_samples=chunk_samples,
         files=files,
-        audio=audio,
+        audio=audio | {"sample_rate": sample_rate, "chunk_size": chunk_samples},
         hyper_parameters=hyper_parameters,
+        normalised=bool(inference.get("normalize")),
         licence=_take(document, "licence", str, path, default="not stated"),
         quality=_take(document, "quality", str, path, default="not stated"),
+        ignored=tuple(sorted(unknown)),
     )
 
 
@@ -153,6 +202,174 @@ def files_for(description: Checkpoint, stems: Sequence[str] | None) -> tuple[Wei
         raise RecipeError(f"{description.name} gives {given}, not {', '.join(map(repr, unknown)) or 'no stem at all'}")
     specialists = {file.stem: file for file in description.files if file.stem is not None}
     return tuple(specialists[stem] for stem in wanted) if specialists else description.files
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Where a model's files lie."""
+
+    name: str
+    config: Path | None  # None: the weights must describe themselves
+    weights: Path | None  # those beside the YAML
+    by_weights: bool = False  # whether it was the weights that were asked for
+
+
+def _find(name_or_path: str | Path) -> _Found:
+    path, name, own = Path(name_or_path), str(name_or_path), models_folder()
+    is_name = path.name == name
+    if is_name and (CONFIGS / f"{name}.yaml").is_file():
+        return _Found(name=name, config=CONFIGS / f"{name}.yaml", weights=None)
+    if path.suffix in YAML_SUFFIXES:
+        return _Found(name=path.stem, config=path, weights=_namesake(path.with_suffix(""), WEIGHT_SUFFIXES))
+    if path.suffix in WEIGHT_SUFFIXES or path.is_file():
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
+        return _Found(name=path.stem, config=_yaml_beside(path), weights=path, by_weights=True)
+    if not is_name:
+        return _find_without_suffix(path)
+    if own is not None and ((own / name).is_dir() or _namesake(own / name, YAML_SUFFIXES + WEIGHT_SUFFIXES)):
+        return _find_without_suffix(own / name)
+    raise RecipeError(
+        f"unknown model {name!r}: use one of {', '.join(available())}, or the path of a .yaml file or of weights"
+    )
+
+
+def _find_without_suffix(path: Path) -> _Found:
+    if path.is_dir():
+        configs, weights = _files(path, YAML_SUFFIXES), _files(path, WEIGHT_SUFFIXES)
+        if len(configs) > 1 or len({file.stem for file in weights}) > 1 or not configs + weights:
+            names = ", ".join(file.name for file in configs + weights) or "neither"
+            raise CheckpointError(f"folder {path} must hold one file of weights and one YAML, not {names}")
+        weights.sort(key=lambda file: WEIGHT_SUFFIXES.index(file.suffix))
+        return _Found(name=path.name, config=next(iter(configs), None), weights=next(iter(weights), None))
+    file = _namesake(path, YAML_SUFFIXES) or _namesake(path, WEIGHT_SUFFIXES)
+    if file is None:
+        raise RecipeError(
+            f"there is no model {path.name!r} in {path.parent}: neither a folder {path.name}, nor {path.name}.yaml or "
+            f"{path.name}.ckpt"
+        )
+    return _find(file)
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files in a folder that end so."""
+    return sorted(path for suffix in suffixes for path in folder.glob(f"*{suffix}") if path.is_file())
+
+
+def _namesake(path: Path, suffixes: tuple[str, ...]) -> Path | None:
+    """The first file that is there with one of the suffixes put behind `path`; its name may hold points."""
+    return next((file for suffix in suffixes if (file := path.with_name(path.name + suffix)).is_file()), None)
+
+
+def _config_named_after(weights: Path) -> Path | None:
+    """The YAML file with the name of these weights, or that with `config`; it may lie where UVR keeps such files."""
+    for folder in (weights.parent, weights.parent / UVR_CONFIGS):
+        for name in (weights.stem, f"config_{weights.stem}", f"{weights.stem}_config", weights.name):
+            if found := _namesake(folder / name, YAML_SUFFIXES):
+                return found
+    return None
+
+
+def _yaml_beside(weights: Path) -> Path | None:
+    """The YAML file that is named after weights or, whatever its name, the only one that is not named after others.
+
+    None if the weights describe themselves. Raises CheckpointError where no file or more than one may be it.
+    """
+    if (config := _config_named_after(weights)) or _own_description(weights) is not None:
+        return config
+    others = {_config_named_after(file) for file in _files(weights.parent, WEIGHT_SUFFIXES)}
+    free = [path for path in _files(weights.parent, YAML_SUFFIXES) if path not in others]
+    if len(free) != 1:
+        raise _no_yaml(weights, free)
+    return free[0]
+
+
+def _no_yaml(weights: Path, candidates: Sequence[Path] = ()) -> CheckpointError:
+    found = f"any of {', '.join(path.name for path in candidates)} may be it" if candidates else "there is no YAML"
+    return CheckpointError(
+        f"{weights} needs the YAML file that it was published with, and {found}: put it into {weights.parent} as "
+        f"{weights.stem}.yaml"
+    )
+
+
+def _own_description(weights: Path) -> dict[str, Any] | None:
+    """What Demucs writes into its .safetensors files, the class and its arguments, in the form of a YAML's content."""
+    metadata = _safetensors_metadata(weights) if weights.suffix == ".safetensors" else {}
+    if not {"klass", "kwargs"} <= set(metadata) or "structure" in metadata:  # the latter: quantized weights
+        return None
+
+    def text(value: dict[str, Any]) -> Any:
+        return f"{value['numerator']:d}/{value['denominator']:d}" if value.get("_type") == "fraction" else value
+
+    try:
+        arguments = json.loads(metadata["kwargs"], object_hook=text)
+        rate, segment = arguments["samplerate"], arguments["segment"]
+        if isinstance(segment, str) and "/" not in segment:  # "1e999999999" would take hours
+            raise ValueError(segment)
+        chunk_samples = int(Fraction(segment) * rate)
+    except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise CheckpointError(f"{weights} does not describe itself as Demucs' files do: put its YAML beside it") from e
+    return {
+        "architecture": metadata["klass"].rpartition(".")[2].lower(),
+        "audio": {"sample_rate": rate, "chunk_size": chunk_samples},
+        "model": arguments,
+    }
+
+
+def _safetensors_metadata(path: Path) -> dict[str, str]:
+    """Raises CheckpointError for a file without the header of a safetensors file."""
+    try:
+        with safe_open(path, framework="np") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(
+            f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or no safetensors checkpoint "
+            f"({first_line(e)}): delete it and get it again"
+        ) from e
+
+
+def _demucs_document(document: dict[str, Any], training: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A Demucs of MSST's training: `model` names its class and the section of arguments; the rest is in `training`."""
+    name = document["model"]
+    arguments = _take(document, name, dict, path)
+    rate, segment = (_take(training, key, int, path) for key in ("samplerate", "segment"))
+    arguments = arguments | {
+        "sources": training.get("instruments"),
+        "audio_channels": training.get("channels", 2),
+        "samplerate": rate,
+        "segment": segment,
+    }
+    audio = _take(document, "audio", dict, path) | {"sample_rate": rate, "chunk_size": rate * segment}
+    return {"architecture": name} | document | {"audio": audio, "model": arguments}
+
+
+def _stems(document: dict[str, Any], training: dict[str, Any], model: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """Those that a YAML names, in small letters; the one it was trained for if the model has one output."""
+    sources = model.get("sources")
+    outputs = model.get("num_stems") or model.get("n_sources") or len(sources or [None])
+    target = training.get("target_instrument")
+    if "stems" not in document:
+        instruments = [target] if target and outputs == 1 else training.get("instruments") or sources
+        document = document if instruments is None else {"stems": instruments}
+    stems = tuple(str(stem).lower() for stem in _take(document, "stems", list, path))
+    if len(set(stems)) != len(stems) or not stems:
+        raise CheckpointError(f"{path}: stems must name each stem once, not {list(stems)}")
+    if wrong := [stem for stem in stems if not stem or {"/", "\\", "\0"} & set(stem)]:
+        raise CheckpointError(f"{path}: the stem {wrong[0]!r} cannot be the name of a file: rename it under stems")
+    return stems
+
+
+def _chunk_samples(audio: dict[str, Any], inference: dict[str, Any], path: Path) -> int:
+    """What is said for inference, for training, or in frames of the STFT, of which a chunk's ends have one each."""
+    frames, hop_length = inference.get("dim_t", audio.get("dim_t")), audio.get("hop_length")
+    if "chunk_size" not in inference | audio and isinstance(frames, int) and isinstance(hop_length, int):
+        return _take({"dim_t": frames - 1}, "dim_t", int, path) * _take(audio, "hop_length", int, path)
+    return _take(inference if "chunk_size" in inference else audio, "chunk_size", int, path)
+
+
+def _section(document: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """A section that may be missing or empty."""
+    return {} if document.get(key) is None else _take(document, key, dict, path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -184,19 +401,22 @@ def _refuse_unknown(keys: set[Any], path: Path) -> None:
         raise CheckpointError(f"{path}: unknown key {', '.join(sorted(map(repr, keys)))}: correct or remove it")
 
 
-def _weight_file(entry: Any, path: Path) -> WeightFile:
+def _weight_file(entry: Any, path: Path, checkpoint: str) -> WeightFile:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: each of files must be a section with a name, not {entry!r}")
-    _refuse_unknown(set(entry) - {field.name for field in fields(WeightFile)} - {"checkpoint"}, path)
-    optional = {
+    known = {field.name for field in fields(WeightFile)} - {"checkpoint", "is_recorded"}
+    _refuse_unknown(set(entry) - known, path)
+    optional: dict[str, Any] = {
         key: None if entry.get(key) is None else _take(entry, key, kind, path)
         for key, kind in {"url": str, "bytes": int, "sha256": str, "stem": str}.items()
     }
-    file = WeightFile(name=_take(entry, "name", str, path), checkpoint=path.stem, **optional)
+    file = WeightFile(name=_take(entry, "name", str, path), checkpoint=checkpoint, **optional)
     if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
         raise CheckpointError(f"{path}: the file name {file.name!r} leads out of the weights folder")
-    if file.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", file.sha256):
-        raise CheckpointError(f"{path}: sha256 must be 64 digits of 0-9 and a-f, not {file.sha256!r}")
+    if file.sha256 is not None and not re.fullmatch("[0-9a-f]{8,64}", file.sha256):
+        raise CheckpointError(
+            f"{path}: sha256 must be 64 digits of 0-9 and a-f, or the first 8 of them or more, not {file.sha256!r}"
+        )
     if file.url is not None and not file.url.startswith(("https://", "http://")):
         raise CheckpointError(f"{path}: url must begin with https:// or http://, not {file.url!r}")
     return file
@@ -218,31 +438,36 @@ def converted_path(file: WeightFile) -> Path | None:
 
     Raises CheckpointError if it is damaged.
     """
+    file = _as_recorded(file)
     path = weights_folder() / file.name
     converted = path.with_suffix(".safetensors")
     if file.sha256 is None or converted == path or not converted.is_file():
         return None
-    try:
-        with safe_open(converted, framework="np") as opened:
-            metadata = opened.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(
-            f"{converted} ({size_bytes(converted):,} bytes) is damaged or incomplete ({first_line(e)}): "
-            f"delete it, then {_command(file)}"
-        ) from e
-    return converted if metadata.get(SOURCE_SHA256) == file.sha256 else None
+    return converted if _safetensors_metadata(converted).get(SOURCE_SHA256, "").startswith(file.sha256) else None
+
+
+def missing(name: str, stems: Sequence[str] | None = None) -> list[WeightFile]:
+    """What of a checkpoint, or of its specialists for `stems`, is left to download."""
+    files = files_for(read_config(name), stems)
+    return [file for file in files if not (converted_path(file) or local_path(file).exists())]
 
 
 def is_here(name: str, stems: Sequence[str] | None = None) -> bool:
-    """Whether nothing of a checkpoint, or of its specialists for `stems`, is left to download."""
-    files = files_for(read_config(name), stems)
-    return all(converted_path(file) or local_path(file).exists() for file in files)
+    """Whether it has files, and none of them is left to download."""
+    return bool(read_config(name).files) and not missing(name, stems)
+
+
+def known_bytes(files: Sequence[WeightFile]) -> int | None:
+    """The size of these files together; None if that of one is known neither from its publisher nor from a download."""
+    sizes = [_as_recorded(file).bytes or size_bytes(local_path(file)) for file in files]
+    return sum(sizes) if files and all(sizes) else None
 
 
 def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
     """The verified file's path: found in the weights folder, else downloaded with a progress bar on stderr.
 
     A download that broke off is resumed, also by the next process; a second process waits for the first one's file.
+    Where its publisher states no sha256, or only how it begins, the first download's is recorded and said in a warning.
 
     What `models convert` made of the file, beside it, is taken in its place, without a checksum of its own.
 
@@ -251,6 +476,7 @@ def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
     """
     if converted := converted_path(file):
         return converted
+    file = _as_recorded(file)
     path = local_path(file)
     if path.exists():
         if not _is_stamped(path, file):
@@ -265,12 +491,17 @@ def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
     return path
 
 
-def verify(path: Path, file: WeightFile) -> None:
-    """Raise CheckpointError unless the file at `path` has the size and then the sha256 that are known for it."""
+def verify(path: Path, file: WeightFile) -> bool:
+    """Raise CheckpointError unless the file at `path` has the size and then the sha256 that are known for it.
+
+    Returns whether a sha256 is known.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {_command(file)}")
+    file = _as_recorded(file)
     if fault := _fault(path, file):
         raise CheckpointError(f"{path} {fault}: delete it, then {_command(file)}")
+    return file.sha256 is not None
 
 
 def _command(file: WeightFile) -> str:
@@ -281,15 +512,75 @@ def _command(file: WeightFile) -> str:
 
 def _fault(path: Path, file: WeightFile) -> str | None:
     """What is wrong with the file, as the end of a sentence."""
-    found_bytes = size_bytes(path)
+    found_bytes, fault = size_bytes(path), None
     if file.bytes is not None and found_bytes != file.bytes:
-        return f"has {found_bytes:,} bytes instead of {file.bytes:,}"
-    if file.sha256 is not None:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != file.sha256:
-            return f"has the sha256 {found} instead of {file.sha256}"
-    return None
+        fault = f"has {found_bytes:,} bytes instead of {file.bytes:,}"
+    elif file.sha256 is not None and not (found := _sha256(path)).startswith(file.sha256):
+        fault = f"has the sha256 {found} instead of {file.sha256}"
+    if fault and file.is_recorded:
+        fault += f" as at its first download (remove its line in {_lock_path()} if its publisher has replaced it)"
+    return fault
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What first downloads brought, of files whose publishers state no sha256: lines of sha256, bytes and name
+
+
+def _lock_path() -> Path:
+    return weights_folder() / "checksums.lock"
+
+
+def _as_recorded(file: WeightFile) -> WeightFile:
+    """The file with the sha256 and the size that its first download brought, unless its publisher states them."""
+    stated = file.sha256 or ""
+    if file.url is None or len(stated) == 64:
+        return file
+    sha256, n_bytes = _recorded().get(file.name, ("", 0))
+    if not sha256 or not sha256.startswith(stated):
+        return file
+    return replace(file, sha256=sha256, bytes=file.bytes or n_bytes, is_recorded=True)
+
+
+def _recorded() -> dict[str, tuple[str, int]]:
+    """For each file's name its sha256 and size."""
+    path = _lock_path()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{path} cannot be read ({first_line(e)}): delete it") from e
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        if not (entry := re.fullmatch(r"([0-9a-f]{64}) (\d+) (\S.*)", line)):
+            raise CheckpointError(f"{path} line {number} is not a sha256, a size in bytes and a name: remove it")
+        found[entry[3]] = entry[1], int(entry[2])
+    return found
+
+
+def _record(file: WeightFile, part: Path) -> WeightFile:
+    """Write the sha256 and the size of what was downloaded into the lock file; the file with them."""
+    path, sha256, n_bytes = _lock_path(), _sha256(part), size_bytes(part)
+    new = path.with_name(path.name + ".part")
+    with _writing(path), contextlib.ExitStack() as stack:
+        folder = os.open(path.parent, os.O_RDONLY)  # locked in place of the lock file, which is replaced
+        stack.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        entries = _recorded() | {file.name: (sha256, n_bytes)}
+        new.write_text("".join(f"{entry[0]} {entry[1]} {name}\n" for name, entry in sorted(entries.items())), "utf-8")
+        os.replace(new, path)
+    logger.warning(
+        f"{file.name}: its publisher states no {'full ' if file.sha256 else ''}sha256; {sha256} is noted in {path}, "
+        "and later downloads must match it"
+    )
+    return replace(file, sha256=sha256, bytes=n_bytes, is_recorded=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stamps, locks and downloads
 
 
 def _stamp_path(path: Path) -> Path:
@@ -360,6 +651,8 @@ def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:
     if fault := _fault(part, file):
         part.unlink()
         raise CheckpointError(f"{url} gave a file that {fault}: it was removed, {_command(file)} to try again")
+    if len(file.sha256 or "") < 64:
+        file = _record(file, part)
     with _writing(path):
         os.replace(part, path)
     _stamp(path, file)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -40,12 +41,14 @@ class ChunkPlan:
 
     With `reflects_border` the song is extended at both ends by its own reflection over the overlap, so that its first
     and last samples too lie inside a chunk; without, chunks start at the song's first sample and a short last chunk is
-    centred in real context (Demucs' way). Beyond the extension there is silence.
+    centred in real context (Demucs' way). Beyond the extension there is silence. `input_samples` says how many samples
+    the model is given for a chunk of which so many lie in the song: a whole chunk, unless it returns a number.
     """
 
     chunk_samples: int
     overlap_samples: int
     reflects_border: bool = True
+    input_samples: Callable[[int], int | None] = lambda length: None
 
     def __post_init__(self) -> None:
         if self.chunk_samples < 1 or not 0 <= self.overlap_samples < self.chunk_samples:
@@ -86,18 +89,26 @@ def fades(chunk_samples: int, overlap_samples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The model sees `mixture[read_start : read_start + chunk_samples]` and keeps `[start, start + length)` of it."""
+    """The model sees `mixture[read_start : read_start + read_length]` and keeps `[start, start + length)` of it."""
 
     start: int
     length: int
     read_start: int
+    read_length: int
 
 
 def chunks(plan: ChunkPlan, total_samples: int) -> Iterator[Chunk]:
     """The chunks of a song in order."""
     for start in plan.starts(total_samples):
         length = plan.chunk_samples if plan.reflects_border else min(plan.chunk_samples, total_samples - start)
-        yield Chunk(start, length, start - (plan.chunk_samples - length) // 2)
+        read_length = plan.input_samples(length) or plan.chunk_samples
+        yield Chunk(start, length, start - (read_length - length) // 2, read_length)
+
+
+def _batches(parts: list[Chunk], batch_size: int) -> list[list[Chunk]]:
+    """Chunks that follow each other and of which the model is given equally many samples."""
+    alike = (list(group) for _, group in groupby(parts, key=lambda part: part.read_length))
+    return [group[first : first + batch_size] for group in alike for first in range(0, len(group), batch_size)]
 
 
 def read_extended(read: Read, start: int, stop: int, total_samples: int, border: int) -> Tensor:
@@ -168,21 +179,22 @@ def separate(
     """
     device = torch.device(device)
     parts = list(chunks(plan, total_samples))
-    batch_size = min(batch_size, len(parts))
+    planned = _batches(parts, batch_size)
+    batch_size = max(map(len, planned))
     sums = torch.zeros(n_stems, read(0, 0).shape[0], plan.chunk_samples + batch_size * plan.chunk_hop, device=device)
     fitting = _Fitting(model, batch_size)
     ahead = _ahead if _is_asynchronous(device) else _in_turn
     done = 0
     with (
-        closing(ahead(_read_batches(read, total_samples, plan, parts, batch_size, device))) as batches,
+        closing(ahead(_read_batches(read, total_samples, plan, planned, device))) as batches,
         closing(ahead(_overlap_add(fitting, batches, plan, total_samples, sums, offset, scale))) as finished,
     ):
         if progress:
             progress(0, len(parts))
-        for block in finished:
+        for batch, block in zip(planned, finished, strict=True):
             if block.shape[-1]:
                 yield block
-            done = min(done + batch_size, len(parts))
+            done += len(batch)
             if progress:
                 progress(done, len(parts))
 
@@ -211,7 +223,7 @@ def _ahead(items: Generator[T]) -> Generator[T]:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Chunks that follow each other, and the mixtures `[n, C, chunk_samples]` of the n among them that sound."""
+    """Chunks that follow each other, and the mixtures `[n, C, read_length]` of the n among them that sound."""
 
     parts: list[Chunk]
     sounding: list[bool]
@@ -220,12 +232,11 @@ class _Batch:
 
 
 def _read_batches(
-    read: Read, total_samples: int, plan: ChunkPlan, parts: list[Chunk], batch_size: int, device: torch.device
+    read: Read, total_samples: int, plan: ChunkPlan, planned: list[list[Chunk]], device: torch.device
 ) -> Generator[_Batch]:
-    for first in range(0, len(parts), batch_size):
-        batch = parts[first : first + batch_size]
+    for batch, following in zip_longest(planned, planned[1:]):
         mixtures = [
-            read_extended(read, part.read_start, part.read_start + plan.chunk_samples, total_samples, plan.border)
+            read_extended(read, part.read_start, part.read_start + part.read_length, total_samples, plan.border)
             for part in batch
         ]
         sounding = [bool(mixture.any()) for mixture in mixtures]
@@ -234,8 +245,8 @@ def _read_batches(
             stacked = torch.stack([mixture for mixture, sounds in zip(mixtures, sounding, strict=True) if sounds])
             if device.type == "cuda":
                 stacked = stacked.pin_memory()
-        following = parts[first + batch_size].start if first + batch_size < len(parts) else total_samples
-        yield _Batch(batch, sounding, stacked, min(following, total_samples))
+        finishes = following[0].start if following else total_samples
+        yield _Batch(batch, sounding, stacked, min(finishes, total_samples))
 
 
 def _overlap_add(
@@ -290,7 +301,7 @@ def _overlap_add(
 
 @torch.inference_mode()
 def _estimate(model: Model, mixtures: Tensor, device: torch.device, offset: float, scale: float) -> Tensor:
-    """What the model makes of mixtures `[n, C, chunk_samples]` on the CPU: `[n, S, C, chunk_samples]` on the device."""
+    """What the model makes of mixtures `[n, C, T]` on the CPU: `[n, S, C, T]` on the device."""
     return model((mixtures.to(device, non_blocking=True) - offset) / scale).float()
 
 

@@ -1,7 +1,7 @@
 """What a file's own structure says of it where the decoders do not tell: cut short, too long, made to keep them busy.
 
-Walks the chunks of WAV and AIFF, the pages of Ogg and the frames of MP3. Every error is one sentence that begins
-with the file's `name`.
+Walks the chunks of WAV, AIFF and their kin, the pages of Ogg and the frames of MP3. Every error is one sentence that
+begins with the file's `name`.
 """
 
 import os
@@ -23,32 +23,104 @@ _OGG_MARK = re.compile(b"OggS")
 _OGG_HEADER_BYTES = 27 + 255  # at most
 
 
-def check_chunks(file: IO[bytes], name: str) -> None:
-    """Raise `AudioError` if a WAV, RF64 or AIFF file ends within its audio chunk."""
+@dataclass(frozen=True)
+class _Container:
+    """Where the chunks of a container stand, how each begins, and which one holds the audio."""
+
+    first: int  # byte of the first chunk
+    header: struct.Struct  # a chunk's kind and its size in bytes
+    audio: bytes  # the audio chunk's kind
+    alignment: int = 1  # of each chunk, in bytes
+    counts_header: bool = False  # whether a chunk's size includes its header
+
+
+_WAV = _Container(12, struct.Struct("<4sI"), b"data", 2)
+_W64_AUDIO = b"data" + bytes.fromhex("f3acd3118cd100c04f8edb8a")
+_WMA_AUDIO = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+_CONTAINERS = {  # by a file's first four bytes
+    b"RIFF": _WAV,
+    b"RF64": _WAV,  # EBU Tech 3306
+    b"BW64": _WAV,  # ITU-R BS.2088
+    b"RIFX": _Container(12, struct.Struct(">4sI"), b"data", 2),
+    b"FORM": _Container(12, struct.Struct(">4sI"), b"SSND", 2),  # AIFF
+    b"caff": _Container(8, struct.Struct(">4sq"), b"data"),
+    b"riff": _Container(40, struct.Struct("<16sq"), _W64_AUDIO, 8, counts_header=True),
+    b"0&\xb2u": _Container(0, struct.Struct("<16sq"), _WMA_AUDIO, counts_header=True),
+}
+_EBML, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"  # the header of Matroska, and what holds all else
+_UNKNOWN_BYTES = (range(2**31 - 2**12, 2**31 + 1), range(2**32 - 2**12, 2**32))  # what streaming programs write
+_SIZE_LIMIT = 2**32  # bytes, of a WAV with sizes of 32 bits
+_MAX_BYTES_AFTER_AUDIO = 2**24  # of a WAV beyond that: its tags
+
+
+def check_chunks(file: IO[bytes], name: str) -> tuple[int, int] | None:
+    """Where the audio of a WAV is, as its first byte and its bytes, if the header does not say; else None.
+
+    It does not if the program that wrote it could not go back to fill the size in, or if that needs more than 32 bits.
+    Raises `AudioError` if a WAV, RF64, W64, AIFF, CAF, WMA, Matroska or WebM file ends within its audio.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    container = file.read(12)[:4]
-    if container not in (b"RIFF", b"RF64", b"RIFX", b"FORM"):
-        return
-    order = ">" if container in (b"RIFX", b"FORM") else "<"
-    long_bytes = 0
+    top = file.read(12)
+    if top[:4] == _EBML:
+        _check_matroska(file, size, name)
+    container = _CONTAINERS.get(top[:4])
+    if container is None:
+        return None
+    position, long_bytes = container.first, 0
     for _ in range(_MAX_CHUNKS):
-        header = file.read(8)
-        if len(header) < 8:
-            return
-        kind, n_bytes = header[:4], struct.unpack(f"{order}I", header[4:])[0]
-        start = file.tell()
-        if kind == b"ds64" and len(sizes := file.read(16)) == 16:
-            long_bytes = struct.unpack("<Q", sizes[8:])[0]
-        if kind in (b"data", b"SSND"):
-            if container == b"RF64" and n_bytes == 2**32 - 1:
+        file.seek(position)
+        header = file.read(container.header.size)
+        if len(header) < container.header.size:
+            return None
+        kind, n_bytes = container.header.unpack(header)
+        start = position + len(header)
+        if container.counts_header:
+            n_bytes -= len(header)
+        if kind == container.audio:
+            if top[:4] in (b"RF64", b"BW64") and n_bytes == 2**32 - 1:
                 n_bytes = long_bytes
-            elif n_bytes >= 2**31 - 2**12:
-                n_bytes = 0  # programs that stream do not know their size and write the largest
-            if start + n_bytes > size:
-                raise _cut_short(name)
+            elif any(n_bytes in unknown for unknown in _UNKNOWN_BYTES):
+                n_bytes = -1
+            if n_bytes == 0 and top[4:8] in (bytes(4), b"\xff" * 4):
+                n_bytes = -1
+            return _audio_bytes(top, start, n_bytes, size, name)
+        if kind == b"ds64" and len(sizes := file.read(16)) == 16:
+            long_bytes = struct.unpack("<q", sizes[8:])[0]
+        if not 0 <= n_bytes <= size:
+            return None
+        position = start + n_bytes + -n_bytes % container.alignment
+    return None
+
+
+def _audio_bytes(top: bytes, start: int, n_bytes: int, size: int, name: str) -> tuple[int, int] | None:
+    """For an audio chunk of `n_bytes` from `start`, as the header has it, what `check_chunks` does."""
+    rest = size - start
+    if not 0 <= n_bytes < 2**62:
+        return (start, rest) if top[8:] == b"WAVE" else None
+    if top[:4] in (b"RIFF", b"RIFX") and rest > _SIZE_LIMIT:  # its upper bits are lost
+        n_bytes += (rest - n_bytes) // _SIZE_LIMIT * _SIZE_LIMIT
+        if rest - n_bytes <= _MAX_BYTES_AFTER_AUDIO:
+            return start, n_bytes
+        raise _cut_short(name)
+    if n_bytes > rest:
+        raise _cut_short(name)
+    return None
+
+
+def _check_matroska(file: IO[bytes], size: int, name: str) -> None:
+    """Raise `AudioError` if a Matroska or WebM file ends within its segment (RFC 8794, RFC 9559)."""
+    position = 0
+    for kind in (_EBML, _SEGMENT):
+        file.seek(position)
+        header = file.read(12)
+        if len(header) < 12 or header[:4] != kind or not header[4]:
             return
-        file.seek(start + n_bytes + n_bytes % 2)
+        width = 9 - header[4].bit_length()  # bytes of the size; the bit that tells it is not part of the number
+        n_bytes = int.from_bytes(header[4 : 4 + width], "big") - (1 << 7 * width)
+        position += 4 + width + n_bytes
+    if n_bytes < (1 << 7 * width) - 1 and position > size:  # all ones: the writer did not know
+        raise _cut_short(name)
 
 
 def check_ogg(file: IO[bytes], name: str) -> bool:

@@ -79,6 +79,7 @@ def encode_all(
     *,
     gain: float,
     mp3_bitrate: int,
+    wav_depth: str,
     progress: Callable[[int, str], None],
 ) -> None:
     """Encode each stem into its part, in the format of the part's name, side by side, each in a thread of its own.
@@ -90,7 +91,13 @@ def encode_all(
     try:
         jobs = {
             stem: encoders.submit(
-                encode, wave, parts[stem], format=parts[stem].suffix[1:], gain=gain, mp3_bitrate=mp3_bitrate
+                encode,
+                wave,
+                parts[stem],
+                format=parts[stem].suffix[1:],
+                gain=gain,
+                mp3_bitrate=mp3_bitrate,
+                wav_depth=wav_depth,
             )
             for stem, wave in stems.items()
         }

@@ -36,7 +36,7 @@ from separation.picture import (
     time_ticks,
 )
 from separation.separator import Progress
-from separation.stft import hann_window
+from separation.stft import make_window
 
 PAGE = Path(__file__).with_name("report.html")
 MAX_SECONDS = 20 * 60  # of a song: with six stems its page has some 160 MB
@@ -54,10 +54,12 @@ def write_report(
     target: Path,
     scores: Mapping[str, float] | None = None,
     *,
+    links: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the page about a song's file and its stems' files to `target`; `scores` are SDRs in dB by stem.
 
+    `links` are addresses, by their words, for the page's head: of a server that has the stems' files, for instance.
     Memory does not grow with the song. A run that fails leaves no file behind.
 
     Raises AudioError if a file cannot be read or lasts longer than MAX_SECONDS, OutputError if the page cannot be
@@ -79,6 +81,7 @@ def write_report(
         edges = np.linspace(0, n_samples, min(COLUMNS, n_samples) + 1).astype(int).tolist()
         pictures = pool.map(lambda wave: _Picture.of(wave, edges), waves)
         song = _song(title, n_samples, peak, dict(zip(files, pictures, strict=True)), scores or {})
+        song["links"] = dict(links or {})
         head, tail = PAGE.read_text(encoding="utf-8").split("<!-- sound -->")
         part = output.work / target.name
         try:
@@ -110,7 +113,7 @@ class _Picture:
     @classmethod
     def of(cls, wave: Waveform, edges: list[int]) -> "_Picture":
         """Of the columns between these samples, of which at least one lies between two."""
-        window = hann_window(N_FFT, torch.device("cpu"))
+        window = make_window("hann", N_FFT, torch.device("cpu"))
         filters = torch.from_numpy(band_filters(wave.sample_rate)).float()
         low, high, squares, energy = [], [], [], []
         for start, stop in pairwise(edges):

@@ -3,29 +3,29 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from separation.audio import SAMPLE_RATE, Waveform, check_output, decode, resample
+from separation.audio import SAMPLE_RATE, Waveform, check_output, check_rate, decode, is_rf64, resample
 from separation.checkpoints import load_model
-from separation.chunking import ChunkPlan, Model, Read, chunk_memory_bytes, fitting_batch_size, separate
+from separation.chunking import ChunkPlan, Model, chunk_memory_bytes, fitting_batch_size, separate
 from separation.device import Choice, choose
 from separation.errors import AudioError, InputError
 from separation.models import SeparationModel
 from separation.output import OutputFolder, encode_all
-from separation.recipes import Recipe, load_recipe
+from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
 
 CHUNK_SECONDS = range(4, 31)
 OVERLAP_SECONDS = range(1, 9)
-SAMPLE_RATES = (44100, 48000)
+SAMPLE_RATES: tuple[int | str, ...] = (44100, 48000, "source")
 DECODED, ESTIMATED = 0.05, 0.9  # the share of a file's job, in the progress, that is done by then; the rest is writing
 PEAK = 0.9  # what a mixture's peak is scaled to before a model that was trained on such audio
+BLOCK_SAMPLES = 10 * SAMPLE_RATE  # that are added up at once
 
 logger = logging.getLogger("separation")
 
@@ -67,21 +67,34 @@ class ModelPool:
             return loaded.only(stems)
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """What a song's separation needs to know of it: its samples on demand and its level."""
+class Samples:
+    """What `Waveform` is in a file, in memory: `[2, T]` float32 at 44100 Hz, appended block by block."""
 
-    read: Read
-    n_samples: int
-    peak: float  # largest absolute sample
-    mean: float  # of the mono mixture
-    std: float  # of the mono mixture, unbiased
+    def __init__(self, n_samples: int) -> None:
+        self.samples = torch.empty(2, n_samples)
+        self.n_samples = 0
 
-    def normalisation(self, model: SeparationModel) -> tuple[float, float]:
-        """(offset, scale) such that the model sees (mixture - offset) / scale."""
-        if model.normalisation == "standard":
-            return self.mean, self.std + 1e-8
-        return 0.0, self.peak / PEAK if self.peak else 1.0
+    def append(self, block: Tensor) -> None:
+        self.samples[:, self.n_samples : self.n_samples + block.shape[1]] = block
+        self.n_samples += block.shape[1]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.samples[:, start:stop]
+
+    @property
+    def peak(self) -> float:
+        return float(self.samples.abs().max())
+
+    @property
+    def mean(self) -> float:
+        return float(self.samples.double().mean())
+
+    @property
+    def std(self) -> float:
+        return float(self.samples.double().mean(dim=0).std()) if self.n_samples > 1 else 0.0
+
+
+Wave = TypeVar("Wave", Samples, Waveform)
 
 
 class StemFiles(dict[str, Path]):
@@ -89,7 +102,7 @@ class StemFiles(dict[str, Path]):
 
     duration_seconds: float  # of the song
     elapsed_seconds: float  # from the song's file to the stems' files
-    gain: float  # that every stem was scaled by on writing; 1 unless FLAC or MP3 would have clipped
+    gain: float  # that every stem was scaled by on writing; 1 unless FLAC, MP3 or integer WAV would have clipped
 
     @property
     def times_realtime(self) -> float:
@@ -103,8 +116,8 @@ class Separator:
     Args:
         recipe: a folder of configs/recipes.
         stems: one of the recipe's choices, e.g. `vocals_instrumental`, `all_4`, `all_6`.
-        two_stems: one stem of `all_4`, e.g. `drums`, to give that and `no_drums`, the mixture minus it. Only the models
-            that this needs are loaded and run; `stems` is then ignored.
+        two_stems: any stem, e.g. `drums`, to give that and `no_drums`, the mixture minus it: by `stems` or, where that
+            has no such stem, by the first choice that has. Only the models that this needs are loaded and run.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         attention: `auto` or a backend's name in `separation.models.attention.NAMES`.
@@ -137,17 +150,12 @@ class Separator:
     ) -> None:
         _check_options(chunk_seconds, overlap_seconds, batch_size)
         if isinstance(recipe, str):
-            recipe = load_recipe(recipe, stems if two_stems is None else "all_4")
-        self._choose_stems(recipe, two_stems)
+            recipe = load_recipe(recipe, stems, two_stems=two_stems)
+        elif two_stems is not None:
+            recipe = recipe.two_stems(two_stems)
         pool = pool or ModelPool(device, precision, attention)
-        self._setup(
-            {name: pool.get(name, wanted) for name, wanted in self.recipe.models.items()},
-            pool.choice.device,
-            batch_size,
-            chunk_seconds,
-            overlap_seconds,
-            pool.chunk_bytes,
-        )
+        models = {name: pool.get(name, wanted) for name, wanted in recipe.models.items()}
+        self._setup(recipe, models, pool.choice.device, batch_size, chunk_seconds, overlap_seconds, pool.chunk_bytes)
 
     @classmethod
     def from_model(
@@ -161,19 +169,18 @@ class Separator:
     ) -> "Separator":
         """A separator whose stems are those of one loaded model; options as for the class."""
         _check_options(chunk_seconds, overlap_seconds, batch_size)
+        recipe = one_model(model.name, model.stems)
+        if two_stems is not None:
+            recipe = recipe.two_stems(two_stems)
         separator = cls.__new__(cls)
-        separator._choose_stems(Recipe(model.name, "all", dict.fromkeys(model.stems, model.name)), two_stems)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # fused: none
-        models = {model.name: model.only(separator.recipe.models[model.name])}
-        separator._setup(models, device, batch_size, chunk_seconds, overlap_seconds, {})
+        models = {model.name: model.only(recipe.models[model.name])}
+        separator._setup(recipe, models, device, batch_size, chunk_seconds, overlap_seconds, {})
         return separator
-
-    def _choose_stems(self, recipe: Recipe, two_stems: str | None) -> None:
-        self.recipe = recipe if two_stems is None else recipe.only(two_stems)
-        self.two_stems = two_stems
 
     def _setup(
         self,
+        recipe: Recipe,
         models: dict[str, SeparationModel],
         device: torch.device,
         batch_size: int | Literal["auto"],
@@ -184,6 +191,7 @@ class Separator:
         for name, model in models.items():
             if model.sample_rate != SAMPLE_RATE:
                 raise InputError(f"model {name!r} works at {model.sample_rate} Hz: only {SAMPLE_RATE} Hz is supported")
+        self.recipe = recipe
         self.models = models
         self.device = device
         self.batch_size = batch_size
@@ -193,7 +201,7 @@ class Separator:
     @property
     def stems(self) -> tuple[str, ...]:
         """The stems that come out, in order."""
-        return (self.two_stems, f"no_{self.two_stems}") if self.two_stems else self.recipe.stems
+        return self.recipe.stems
 
     def separate(self, mixture: Tensor, *, progress: Progress | None = None) -> dict[str, Tensor]:
         """A song in memory, `[2, T]` at 44100 Hz, to its stems, each `[2, T]` float32 on the CPU.
@@ -208,25 +216,12 @@ class Separator:
         if not torch.isfinite(mixture).all():
             first = int((~torch.isfinite(mixture)).any(dim=0).nonzero()[0])
             raise AudioError(f"the mixture holds NaN or Inf at sample {first}")
-        mono = mixture.double().mean(dim=0)
-        song = Mixture(
-            lambda start, stop: mixture[:, start:stop],
-            mixture.shape[1],
-            float(mixture.abs().max()),
-            float(mono.mean()),
-            float(mono.std()) if mixture.shape[1] > 1 else 0.0,
-        )
-        blocks: dict[str, list[Tensor]] = {stem: [] for stem in self.recipe.stems if stem != self.recipe.residual}
-        for stem, block in self._estimates(song, progress):
-            blocks[stem].append(block)
-        stems = {stem: torch.cat(parts, dim=-1) for stem, parts in blocks.items()}
-        if self.recipe.residual:
-            stems[self.recipe.residual] = mixture - sum(stems.values())
-        if self.two_stems:
-            stems[f"no_{self.two_stems}"] = mixture - stems[self.two_stems]
+        song = Samples(mixture.shape[1])
+        song.append(mixture)
+        stems = self._separate(song, lambda: Samples(song.n_samples), progress)
         if progress:
             progress(1.0, "done")
-        return {stem: stems[stem] for stem in self.stems}
+        return {stem: samples.samples for stem, samples in stems.items()}
 
     def separate_file(
         self,
@@ -234,25 +229,28 @@ class Separator:
         folder: Path | str,
         *,
         format: str = "wav",
-        sample_rate: int = SAMPLE_RATE,
+        sample_rate: int | Literal["source"] = SAMPLE_RATE,
         mp3_bitrate: int = 320,
+        wav_depth: str = "32f",
         max_seconds: float | None = None,
         progress: Progress | None = None,
     ) -> StemFiles:
         """A song's file to one file a stem in `folder` (made if needed), named `<stem>.<format>`; returns their paths.
 
-        WAV is 32-bit float, FLAC 24 bit, MP3 `mp3_bitrate` kbit/s. FLAC and MP3 cannot hold samples beyond full scale:
-        if any stem has such, all stems of the song are scaled by one gain, and a warning is logged.
+        WAV has `wav_depth` bits (`16`, dithered, `24`, or the floats of `32f`), FLAC 24, MP3 `mp3_bitrate` kbit/s. Only
+        floats can go beyond full scale: elsewhere, if any stem does, all stems of the song are scaled by one gain, and
+        a warning is logged. WAV over 4 GB becomes RF64, with a warning too. At the rate of the song's file, which
+        `source` always is, the stems have its number of samples.
         Memory does not grow with the song. A run that fails or is cancelled leaves no file behind.
 
         Raises:
-            InputError: a format, rate or bitrate that is not offered, or a folder where a stem would replace the song.
+            InputError: a format, rate, bitrate or depth that is not offered, or a stem would replace the song.
             AudioError: the file cannot be read as audio, or holds more than `max_seconds` of it.
             EstimateError: a model gave NaN or Inf.
             OutputError: the stems cannot be written.
         """
         started = time.monotonic()
-        check_output(format, sample_rate, mp3_bitrate)
+        check_output(format, mp3_bitrate, wav_depth)
         if sample_rate not in SAMPLE_RATES:
             raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
         path = Path(path)
@@ -262,30 +260,29 @@ class Separator:
             mixture = stack.enter_context(
                 decode(path, output.work, max_seconds=max_seconds, progress=_decoding(progress))
             )
-            stems = {stem: stack.enter_context(Waveform(output.work)) for stem in self.recipe.stems}
-            song = Mixture(mixture.read, mixture.n_samples, mixture.peak, mixture.mean, mixture.std)
-            for stem, block in self._estimates(song, part_of(progress, DECODED, ESTIMATED)):
-                stems[stem].append(block)
-            if self.recipe.residual:
-                _write_residual(mixture, stems, self.recipe.residual)
-            if self.two_stems:
-                rest = f"no_{self.two_stems}"
-                stems = {self.two_stems: stems[self.two_stems], rest: stack.enter_context(Waveform(output.work))}
-                _write_residual(mixture, stems, rest)
-            if sample_rate != SAMPLE_RATE:
-                stems = {
-                    stem: stack.enter_context(resample(wave, sample_rate, output.work)) for stem, wave in stems.items()
-                }
-            gain = 1.0 if format == "wav" else _gain(stems)
+            rate = mixture.source_rate if sample_rate == "source" else int(sample_rate)
+            check_rate(format, rate)
+            estimating = part_of(progress, DECODED, ESTIMATED)
+            stems = self._separate(mixture, lambda: stack.enter_context(Waveform(output.work)), estimating)
+            if rate != SAMPLE_RATE:
+                length = mixture.source_samples if rate == mixture.source_rate else None
+                for stem, wave in stems.items():
+                    stems[stem] = stack.enter_context(resample(wave, rate, output.work, max_samples=length))
+                    wave.close()
+            gain = 1.0 if format == "wav" and wav_depth == "32f" else _gain(stems)
             for wave in stems.values():
                 wave.tags = mixture.tags
+            if format == "wav" and is_rf64(wave, wav_depth):
+                logger.warning(
+                    "more than 4 GB a stem, too much for WAV: written as RF64, which not every program reads"
+                )
             encoded = {stem: output.work / name for stem, name in parts.items()}
 
             def writing(done: int, stem: str) -> None:
                 if progress:
                     progress(ESTIMATED + (1 - ESTIMATED) * done / len(stems), f"writing {stem}")
 
-            encode_all(stems, encoded, gain=gain, mp3_bitrate=mp3_bitrate, progress=writing)
+            encode_all(stems, encoded, gain=gain, mp3_bitrate=mp3_bitrate, wav_depth=wav_depth, progress=writing)
             if progress:
                 progress(1.0, "done")  # the last moment to cancel
             files = StemFiles(output.publish(encoded))
@@ -293,29 +290,32 @@ class Separator:
             files.elapsed_seconds = time.monotonic() - started
             return files
 
-    def _estimates(self, song: Mixture, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
-        """Runs each model over the song; yields (stem, finished block `[2, n]`), each stem's blocks in order."""
-        counts = {name: len(plan.starts(song.n_samples)) for name, plan in self.plans.items()}
-        total, before = sum(counts.values()), 0
-        for name, model in self.models.items():
-            offset, scale = song.normalisation(model)
+    def _separate(self, mixture: Wave, new: Callable[[], Wave], progress: Progress | None) -> dict[str, Wave]:
+        """Does the recipe's runs, then adds up its stems; `new` makes an empty waveform."""
+        waves: dict[Estimate | None, Wave] = {None: mixture}
+        runs = self.recipe.runs
+        counts = [len(self.plans[run.model].starts(mixture.n_samples)) for run in runs]
+        for index, (run, stems) in enumerate(runs.items()):
+            model, plan = self.models[run.model].only(stems), self.plans[run.model]
             stereo_model = model if model.channels == 2 else _mono_on_stereo(model)
-            blocks = separate(
+            source = _combined(run.input, waves, new)
+            offset, scale = _normalisation(model, source)
+            waves |= {Estimate(run, stem): new() for stem in stems}
+            for block in separate(
                 stereo_model,
-                song.read,
-                song.n_samples,
-                self.plans[name],
+                source.read,
+                source.n_samples,
+                plan,
                 n_stems=len(model.stems),
-                batch_size=self._batch_size((name, model.stems, self.plans[name].chunk_samples), stereo_model),
+                batch_size=self._batch_size((run.model, model.stems, plan.chunk_samples), stereo_model),
                 device=self.device,
                 offset=offset,
                 scale=scale,
-                progress=_within(progress, before, total, name),
-            )
-            wanted = {stem: model.stems.index(stem) for stem in self.recipe.models[name]}
-            for block in blocks:
-                yield from ((stem, block[index]) for stem, index in wanted.items())
-            before += counts[name]
+                progress=_within(progress, sum(counts[:index]), sum(counts), run.model),
+            ):
+                for stem in stems:
+                    waves[Estimate(run, stem)].append(block[model.stems.index(stem)])
+        return {stem: _combined(parts, waves, new) for stem, parts in self.recipe.outputs.items()}
 
     def _batch_size(self, kind: ChunkKind, model: Model) -> int:
         """Chunks of that kind to compute at once."""
@@ -350,7 +350,29 @@ def _check_options(chunk_seconds: int, overlap_seconds: int, batch_size: int | s
 def _plan(model: SeparationModel, chunk_seconds: int, overlap_seconds: int) -> ChunkPlan:
     chunk_samples = model.chunk_samples if model.fixed_chunk else chunk_seconds * model.sample_rate
     overlap_samples = chunk_samples * overlap_seconds // chunk_seconds
-    return ChunkPlan(chunk_samples, overlap_samples, model.reflects_border)
+    return ChunkPlan(chunk_samples, overlap_samples, model.reflects_border, model.input_samples)
+
+
+def _normalisation(model: SeparationModel, source: Samples | Waveform) -> tuple[float, float]:
+    """(offset, scale) such that the model sees (source - offset) / scale."""
+    if model.normalisation == "none":
+        return 0.0, 1.0
+    return (source.mean, source.std + 1e-8) if model.normalisation == "standard" else (0.0, source.peak / PEAK or 1.0)
+
+
+def _combined(parts: Combination, waves: Mapping[Estimate | None, Wave], new: Callable[[], Wave]) -> Wave:
+    """The sum of waveforms, each with its weight: one of them itself where the sum is no more than that."""
+    if [weight for _, weight in parts] == [1.0]:
+        return waves[parts[0][0]]
+    total = new()
+    n_samples = waves[None].n_samples
+    for start in range(0, n_samples, BLOCK_SAMPLES):
+        stop = min(start + BLOCK_SAMPLES, n_samples)
+        block = torch.zeros(2, stop - start)
+        for estimate, weight in parts:
+            block.add_(waves[estimate].read(start, stop), alpha=weight)
+        total.append(block)
+    return total
 
 
 def _mono_on_stereo(model: SeparationModel) -> Callable[[Tensor], Tensor]:
@@ -373,7 +395,7 @@ def _decoding(progress: Progress | None) -> Callable[[float], None] | None:
 
 
 def _within(progress: Progress | None, before: int, total: int, stage: str) -> Callable[[int, int], None] | None:
-    """One model's progress in chunks as a share of all models'."""
+    """One run's progress in chunks as a share of all runs'."""
     return (lambda done, _: progress((before + done) / total, stage)) if progress else None
 
 
@@ -386,11 +408,3 @@ def _gain(stems: dict[str, Waveform]) -> float:
         "a stem peaks at %.2f, beyond full scale: all stems are scaled by %.3f so that none clips", peak, 1 / peak
     )
     return 1 / peak
-
-
-def _write_residual(mixture: Waveform, stems: dict[str, Waveform], residual: str) -> None:
-    block = 10 * SAMPLE_RATE
-    for start in range(0, mixture.n_samples, block):
-        stop = min(start + block, mixture.n_samples)
-        others = [wave.read(start, stop) for stem, wave in stems.items() if stem != residual]
-        stems[residual].append(mixture.read(start, stop) - sum(others))

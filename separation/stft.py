@@ -1,19 +1,31 @@
 """Short-time Fourier transform and its inverse, in float32, with cached windows."""
 
 from functools import cache, lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Window = Literal["hann", "rectangular"]
+
 
 @cache
-def hann_window(win_length: int, device: torch.device) -> Tensor:
-    """Periodic Hann window `[win_length]`, made once for each length and device."""
+def make_window(shape: Window, win_length: int, device: torch.device) -> Tensor:
+    """Periodic Hann window or ones, `[win_length]`, made once for each length and device."""
     with torch.inference_mode(False):  # a window made inside inference mode could not be used in training later
-        return torch.hann_window(win_length, device=device)
+        make = torch.hann_window if shape == "hann" else torch.ones
+        return make(win_length, device=device)
 
 
-def stft(audio: Tensor, *, n_fft: int, hop_length: int, win_length: int, normalized: bool = False) -> Tensor:
+def stft(
+    audio: Tensor,
+    *,
+    n_fft: int,
+    hop_length: int,
+    win_length: int,
+    normalized: bool = False,
+    window: Window = "hann",
+) -> Tensor:
     """Waveforms `[..., T]` to a complex spectrogram `[..., F, N]`, `F = n_fft // 2 + 1`, `N = T // hop_length + 1`.
 
     Frames are centred: the ends are reflected by `n_fft // 2` samples, so `T` must exceed `n_fft // 2`.
@@ -23,7 +35,7 @@ def stft(audio: Tensor, *, n_fft: int, hop_length: int, win_length: int, normali
         n_fft,
         hop_length,
         win_length,
-        window=hann_window(win_length, audio.device),
+        window=make_window(window, win_length, audio.device),
         normalized=normalized,
         return_complex=True,
     )
@@ -31,31 +43,42 @@ def stft(audio: Tensor, *, n_fft: int, hop_length: int, win_length: int, normali
 
 
 def istft(
-    spectrum: Tensor, *, n_fft: int, hop_length: int, win_length: int, length: int, normalized: bool = False
+    spectrum: Tensor,
+    *,
+    n_fft: int,
+    hop_length: int,
+    win_length: int,
+    length: int,
+    normalized: bool = False,
+    window: Window = "hann",
 ) -> Tensor:
     """Inverse of `stft`: `[..., F, N]` to waveforms `[..., length]`; `hop_length` is half of `n_fft` at most.
+
+    Bins that are missing at the top are taken as zeros.
 
     The length is not optional: without it the last partial frame is lost. As torch.istft, which adds the frames up
     sample by sample through tables of indices, at several times the cost on a CPU.
     """
     frames = torch.fft.irfft(spectrum.transpose(-1, -2), n_fft, norm="ortho" if normalized else "backward")
-    window = _padded_window(n_fft, win_length, spectrum.device)
+    padded = _padded_window(window, n_fft, win_length, spectrum.device)
     kept = slice(n_fft // 2, n_fft // 2 + length)
-    envelope = _envelope(frames.shape[-2], n_fft, hop_length, win_length, spectrum.device)
-    return _overlap_add(frames, window, hop_length)[..., kept] / envelope[kept]
+    envelope = _envelope(frames.shape[-2], n_fft, hop_length, win_length, window, spectrum.device)
+    return _overlap_add(frames, padded, hop_length)[..., kept] / envelope[kept]
 
 
-def _padded_window(n_fft: int, win_length: int, device: torch.device) -> Tensor:
+def _padded_window(shape: Window, n_fft: int, win_length: int, device: torch.device) -> Tensor:
     """The window in the middle of `[n_fft]`."""
     before = (n_fft - win_length) // 2
-    return torch.nn.functional.pad(hann_window(win_length, device), (before, n_fft - win_length - before))
+    return torch.nn.functional.pad(make_window(shape, win_length, device), (before, n_fft - win_length - before))
 
 
 @lru_cache(maxsize=8)
-def _envelope(n_frames: int, n_fft: int, hop_length: int, win_length: int, device: torch.device) -> Tensor:
+def _envelope(
+    n_frames: int, n_fft: int, hop_length: int, win_length: int, shape: Window, device: torch.device
+) -> Tensor:
     """The sum of the frames' squared windows, by which overlapping frames are too loud."""
     with torch.inference_mode(False):
-        window = _padded_window(n_fft, win_length, device)
+        window = _padded_window(shape, n_fft, win_length, device)
         return _overlap_add(window.expand(n_frames, -1), window, hop_length)
 
 

@@ -59,8 +59,13 @@ class Browser:
         """A command of the Chrome DevTools Protocol."""
         return self.command("goog/cdp/execute", cmd=command, params=parameters)
 
-    def open(self, page: Path) -> None:
-        self.command("url", url=page.resolve().as_uri())
+    def open(self, page: Path | str) -> None:
+        """Open a file or an address."""
+        self.command("url", url=page if isinstance(page, str) else page.resolve().as_uri())
+
+    def choose(self, selector: str, *files: Path) -> None:
+        """Choose files, as in the dialog that a click on a file input opens."""
+        self.command(f"element/{self.find(selector)[ELEMENT]}/value", text="\n".join(map(str, files)))
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What the script, the body of a function, returns."""

@@ -38,9 +38,9 @@ def write_yaml(folder: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> P
     return path
 
 
-def small_model() -> BSRoFormer:
+def small_model(**changes: Any) -> BSRoFormer:
     torch.manual_seed(0)
-    hyper_parameters = HYPER_PARAMETERS | {"freqs_per_bands": tuple(HYPER_PARAMETERS["freqs_per_bands"])}
+    hyper_parameters = HYPER_PARAMETERS | {"freqs_per_bands": tuple(HYPER_PARAMETERS["freqs_per_bands"])} | changes
     return BSRoFormer(BSRoFormerConfig(**hyper_parameters)).eval()
 
 
@@ -54,3 +54,12 @@ def write_weights(state: dict[str, Tensor], path: Path) -> Path:
     else:
         torch.save(state, path, _use_new_zipfile_serialization=path.suffix != ".th")
     return path
+
+
+def quick_model() -> BSRoFormer:
+    """A random network of one stem that separates hours in minutes: few bands, and frames of 2048 samples."""
+    torch.manual_seed(0)
+    changes = {"num_stems": 1, "freqs_per_bands": (205,) * 5, "stft_n_fft": 2048, "stft_win_length": 2048}
+    model = BSRoFormer(BSRoFormerConfig(**HYPER_PARAMETERS | changes | {"stft_hop_length": 1024})).eval()
+    model.name, model.stems, model.sample_rate, model.chunk_samples = "quick", ("vocals",), 44100, 352_800
+    return model

@@ -180,7 +180,7 @@ def test_a_model_and_weights_of_ones_own_are_measured_and_shown_as_a_table(
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--model-path", "x.ckpt"), "--model-path needs --model-name"),
+        (("--model-path", "x.ckpt"), "there is no file x.ckpt"),
         (("--model-name", "demo", "--model-path", "nothing.ckpt"), "there is no file nothing.ckpt"),
         (("--model-name", "nonsense"), "unknown model 'nonsense'"),
         (("--recipe", "nonsense"), "unknown recipe 'nonsense'"),

@@ -48,7 +48,7 @@ INPUTS: list[tuple[str, str, dict[str, Any]]] = [
         {
             "description": "Which stems to extract",
             "default": "vocals_instrumental",
-            "choices": ["vocals_instrumental", "all_4", "all_6"],
+            "choices": ["vocals_instrumental", "all_4", "all_6", "drum_kit"],
         },
     ),
     (
@@ -72,18 +72,18 @@ INPUTS: list[tuple[str, str, dict[str, Any]]] = [
         "two_stems",
         "str",
         {
-            "description": "Give only this stem and the rest of the song (such as no_vocals); stems is then ignored",
+            "description": "Give only this stem and the song minus it (no_vocals), made as for stems if that has it",
             "default": "none",
-            "choices": ["none", "vocals", "drums", "bass", "other"],
+            "choices": ["none", "vocals", "drums", "bass", "other", "guitar", "piano"],
         },
     ),
     (
         "recipe",
         "str",
         {
-            "description": "Models: standard for quality, demo for a quick rough try, default leaves it to the server",
+            "description": "Models: standard or sw for quality, demo for a rough try, default leaves it to the server",
             "default": "default",
-            "choices": ["default", "standard", "demo"],
+            "choices": ["default", "standard", "sw", "demo"],
         },
     ),
 ]
@@ -115,7 +115,9 @@ def test_the_image_has_what_the_project_needs(config: dict[str, Any]) -> None:
     assert f"cog=={build['sdk_version']}" in pins
 
 
-def test_exactly_the_weights_of_recipe_standard_are_baked_each_with_its_sha256(config: dict[str, Any]) -> None:
+def test_exactly_the_weights_of_recipe_standard_without_its_drum_kit_are_baked_each_with_its_sha256(
+    config: dict[str, Any],
+) -> None:
     folder = dict(entry.split("=", 1) for entry in config["environment"])["SEPARATION_WEIGHTS"]
     files = {
         file
@@ -343,11 +345,11 @@ def test_mp3_files_have_the_asked_bitrate(predictor: predict.Predictor, tmp_path
         assert file.stat().st_size * 8 / 4000 == pytest.approx(bitrate, rel=0.05)
 
 
-@pytest.mark.parametrize("stem", ["vocals", "drums", "bass", "other"])
+@pytest.mark.parametrize("stem", ["vocals", "drums", "bass", "other", "guitar", "piano"])
 def test_two_stems_are_that_stem_and_the_song_without_it_whatever_stems_says(
     predictor: predict.Predictor, audio: Path, stem: str
 ) -> None:
-    files = predictor.predict(audio, **QUICK | {"two_stems": stem, "stems": "all_6"})
+    files = predictor.predict(audio, **QUICK | {"two_stems": stem, "stems": "all_4"})
     assert [file.name for file in files] == [f"{stem}.wav", f"no_{stem}.wav"]
     assert np.abs(read(files[0]) + read(files[1]) - read(audio)).max() <= 1e-6
 
@@ -387,6 +389,7 @@ def test_each_predictions_folder_goes_when_the_next_begins(
         (b"", {}, AudioError, r"'song\.wav' is empty"),
         (None, {"overlap": 4}, InputError, r"overlap \(4 s\) must be smaller than the chunk size \(4 s\)"),
         (None, {"stems": "all_5"}, RecipeError, "'all_5'"),
+        (None, {"stems": "drum_kit"}, RecipeError, "'demo' has no stems 'drum_kit': choose one of all_4, all_6, v"),
         (None, {"output_format": "ogg"}, InputError, "'ogg'"),
     ],
 )
@@ -544,42 +547,50 @@ def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own
     assert [(model.name, model.stems) for model in loaded] == expected
 
 
-def test_a_prediction_may_choose_another_recipe_for_itself_alone(
-    audio: Path, temporary: Path, loaded: list[EvenModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def with_viperx(
+    temporary: Path, loaded: list[EvenModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> predict.Predictor:
+    """A server of the demo recipe, on which of the standard one only BS-RoFormer's weights are."""
     monkeypatch.setenv("SEPARATION_RECIPE", "demo")
     monkeypatch.setenv("SEPARATION_WEIGHTS", str(tmp_path))
     (tmp_path / read_config("bs_roformer_viperx_1297").files[0].name).touch()
     predictor = predict.Predictor()
     predictor.setup()
+    return predictor
+
+
+def test_a_prediction_may_choose_another_recipe_for_itself_alone(
+    audio: Path, with_viperx: predict.Predictor, loaded: list[EvenModel]
+) -> None:
     for recipe in ("standard", "default", "demo"):
-        predictor.predict(audio, **QUICK | {"recipe": recipe})
+        with_viperx.predict(audio, **QUICK | {"recipe": recipe})
     assert [model.name for model in loaded] == ["demo", "bs_roformer_viperx_1297"]
     assert [model.runs for model in loaded] == [3, 1]
 
 
-@pytest.mark.parametrize("changes", [{"stems": "all_4"}, {"two_stems": "drums"}, {"stems": "all_6"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"stems": "all_4"}, {"stems": "all_6"}, {"stems": "drum_kit"}, {"two_stems": "drums"}, {"two_stems": "guitar"}],
+)
 def test_a_recipe_of_which_weights_are_missing_is_refused_unless_it_is_the_servers_own(
     audio: Path,
-    temporary: Path,
+    with_viperx: predict.Predictor,
     loaded: list[EvenModel],
     changes: dict[str, Any],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("SEPARATION_RECIPE", "demo")
-    monkeypatch.setenv("SEPARATION_WEIGHTS", str(tmp_path))
-    (tmp_path / read_config("bs_roformer_viperx_1297").files[0].name).touch()
-    predictor = predict.Predictor()
-    predictor.setup()
     sentence = "^recipe 'standard' is not on this server, which runs 'demo': leave recipe at 'default'$"
     with pytest.raises(RecipeError, match=sentence):
-        predictor.predict(audio, **QUICK | changes | {"recipe": "standard"})
+        with_viperx.predict(audio, **QUICK | changes | {"recipe": "standard"})
     assert [model.name for model in loaded] == ["demo"]
     monkeypatch.setenv("SEPARATION_RECIPE", "standard")
-    predictor.setup()
-    predictor.predict(audio, **QUICK | changes | {"recipe": "standard"})
+    with_viperx.setup()
+    assert "downloading" not in capsys.readouterr().out
+    with_viperx.predict(audio, **QUICK | changes | {"recipe": "standard"})
     assert len(loaded) > 2
+    assert "\ndownloading the weights of " in "\n" + capsys.readouterr().out
 
 
 def test_two_stems_run_no_model_that_they_do_not_need(
@@ -588,7 +599,23 @@ def test_two_stems_run_no_model_that_they_do_not_need(
     monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
     predictor = predict.Predictor()
     predictor.setup()
-    predictor.predict(audio, **QUICK | {"two_stems": "drums", "stems": "all_6"})
+    predictor.predict(audio, **QUICK | {"two_stems": "drums"})
     assert [(model.name, model.runs) for model in loaded] == [("bs_roformer_viperx_1297", 1), ("htdemucs_ft", 2)]
     predictor.predict(audio, **QUICK | {"two_stems": "vocals"})
     assert [model.runs for model in loaded] == [2, 2]
+    predictor.predict(audio, **QUICK | {"two_stems": "drums", "stems": "all_6"})
+    assert [(model.name, model.stems, model.runs) for model in loaded[2:]] == [("htdemucs_6s", ("drums",), 1)]
+
+
+def test_the_drum_kit_is_made_of_the_drums_by_a_model_that_is_loaded_when_first_asked_for(
+    audio: Path, temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
+    predictor = predict.Predictor()
+    predictor.setup()
+    files = predictor.predict(audio, **QUICK | {"stems": "drum_kit"})
+    kit = ("kick", "snare", "toms", "hihat", "cymbals")
+    assert [file.name for file in files] == [f"{stem}.wav" for stem in kit]
+    assert [(model.name, model.stems, model.runs) for model in loaded[2:]] == [("drumsep", kit, 1)]
+    for file in files:
+        assert np.abs(read(file) - read(audio) / 15).max() <= 1e-6  # a third of the song, and a fifth of that

@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from separation.checkpoints import load_model
 from separation.errors import InputError
-from separation.models import native
+from separation.models import ARCHITECTURES, native
 from separation.models.attention import choose_attention
-from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 from separation.models.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.layers import BandSplit, MaskEstimator, RMSNorm, RotaryEmbedding, Transformer
 from separation.models.native import NotFusedError
+from separation.models.roformer import RoFormer
 
 
 def _why_not() -> str:
@@ -46,10 +47,16 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def make_transformer(dim: int, heads: int, dim_head: int, depth: int = 1) -> Transformer:
+def make_transformer(dim: int, heads: int, dim_head: int, depth: int = 1, *, with_all: bool = False) -> Transformer:
+    """`with_all`: with the parts that only some checkpoints have, a norm of the output and biases of the attention."""
     torch.manual_seed(0)
+    sizes = {"depth": depth, "heads": heads, "dim_head": dim_head}
     rotary = RotaryEmbedding(dim_head)
-    transformer = Transformer(dim, depth=depth, heads=heads, dim_head=dim_head, rotary_embed=rotary, backend="einsum")
+    transformer = Transformer(dim, **sizes, positions=rotary, backend="einsum", norm_output=with_all)
+    if with_all:
+        biases = nn.Parameter(torch.zeros(3 * heads * dim_head)), nn.Parameter(torch.zeros(dim))
+        for attention, _ in transformer.layers:
+            attention.add_biases(*biases)
     with_random_gains(transformer)
     return transformer
 
@@ -57,10 +64,11 @@ def make_transformer(dim: int, heads: int, dim_head: int, depth: int = 1) -> Tra
 @needs_fused
 @pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (30, 20), (2, 600), (5, 33)])
 @pytest.mark.parametrize("dim, heads, dim_head", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])
+@pytest.mark.parametrize("with_all", [False, True])
 def test_a_fused_transformer_equals_the_plain_one(
-    sequences: int, tokens: int, dim: int, heads: int, dim_head: int
+    sequences: int, tokens: int, dim: int, heads: int, dim_head: int, with_all: bool
 ) -> None:
-    transformer = make_transformer(dim, heads, dim_head, depth=2)
+    transformer = make_transformer(dim, heads, dim_head, depth=2, with_all=with_all)
     x = torch.randn(sequences, tokens, dim)
     with torch.inference_mode():
         expected = transformer(x) - x
@@ -103,19 +111,33 @@ def test_fused_bands_equal_the_plain_ones(linear_layers: int) -> None:
     with torch.inference_mode():
         features = split(spectrum)
         assert relative_error(FusedBandSplit(split)(spectrum), features) < 0.005
-        masks = estimator(norm(features))
-        assert relative_error(FusedMaskEstimator(norm, estimator)(features), masks) < 0.008
+        for each in (norm, nn.Identity()):
+            masks = estimator(each(features))
+            assert relative_error(FusedMaskEstimator(each, estimator)(features), masks) < 0.008
 
 
-def make_model(**hyper: int) -> BSRoFormer:
+def make_model(family: str, **hyper: int) -> RoFormer:
     torch.manual_seed(0)
     sizes = {"dim": 64, "depth": 2, "dim_head": 32, "heads": 2, "num_stems": 2}
-    return with_random_gains(BSRoFormer(BSRoFormerConfig(**(sizes | hyper), stereo=True)))
+    architecture: Any = ARCHITECTURES[family]
+    return with_random_gains(architecture(architecture.Config(**(sizes | hyper), stereo=True)))
+
+
+FAMILIES = pytest.mark.parametrize(
+    "family, hyper",
+    [
+        ("bs_roformer", {}),
+        ("bs_roformer", {"use_shared_bias": True, "skip_connection": True, "depth": 3}),
+        ("mel_band_roformer", {}),
+        ("mel_band_roformer", {"mask_estimator_depth": 2, "time_transformer_depth": 2, "skip_connection": True}),
+    ],
+)
 
 
 @needs_fused
-def test_a_fused_model_is_within_40_db_of_float32() -> None:
-    model = make_model()
+@FAMILIES
+def test_a_fused_model_is_within_40_db_of_float32(family: str, hyper: dict[str, Any]) -> None:
+    model = make_model(family, **hyper)
     chunks = torch.randn(2, 2, 40_000) * 0.1
     with torch.inference_mode():
         exact = model(chunks)
@@ -125,10 +147,11 @@ def test_a_fused_model_is_within_40_db_of_float32() -> None:
 
 
 @needs_fused
+@FAMILIES
 def test_a_fused_models_samples_depend_neither_on_the_batch_nor_on_the_threads(
-    monkeypatch: pytest.MonkeyPatch,
+    family: str, hyper: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model()
+    model = make_model(family, **hyper)
     model.prepare(torch.bfloat16, attention="fused")
     chunks = torch.randn(3, 2, 30_000) * 0.1
     with torch.inference_mode():
@@ -141,45 +164,45 @@ def test_a_fused_models_samples_depend_neither_on_the_batch_nor_on_the_threads(
 
 @needs_fused
 def test_nan_is_not_lost_in_fused_layers() -> None:
-    transformer = make_transformer(64, 2, 32)
-    estimator = FusedMaskEstimator(
-        RMSNorm(64), with_random_gains(MaskEstimator(64, (8, 8), linear_layers=2, expansion=1))
-    )
+    transformer = make_transformer(64, 2, 32, with_all=True)
+    plain = with_random_gains(MaskEstimator(64, (8, 8), linear_layers=2, expansion=1))
     x = torch.randn(1, 50, 2, 64)
     x[0, 20, 1, 5] = torch.nan
     with torch.inference_mode():
-        assert estimator(x)[0, 20, 8:].isnan().all() and not estimator(x)[0, :20].isnan().any()
+        for norm in (RMSNorm(64), nn.Identity()):
+            masks = FusedMaskEstimator(norm, plain)(x)
+            assert masks[0, 20, 8:].isnan().all() and not masks[0, :20].isnan().any()
         y = FusedTransformer(transformer)(x[0].transpose(0, 1).clone())
     assert y[1].isnan().all()
     assert not y[0].isnan().any()
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> tuple[Path, Path]:
-    """A model's YAML and weights, of sizes that the fused layers do not know."""
-    hyper = {"dim": 32, "depth": 1, "dim_head": 16, "heads": 2, "stereo": True}
-    document = {
-        "architecture": "bs_roformer",
-        "stems": ["vocals"],
-        "audio": {"sample_rate": 44100, "chunk_size": 4096},
-        "model": hyper,
-    }
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(document))
-    save_file(BSRoFormer(BSRoFormerConfig(**hyper)).state_dict(), tmp_path / "small.safetensors")
-    return tmp_path / "small.yaml", tmp_path / "small.safetensors"
-
-
 @needs_fused
-def test_sizes_that_are_not_known_fall_back_and_the_reason_is_logged(
-    small: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("family", ["bs_roformer", "mel_band_roformer"])
+@pytest.mark.parametrize(
+    "hyper, reason",
+    [
+        ({"dim_head": 16}, "it does not know 2 heads of 16 on 32 features"),
+        ({"dim_head": 32, "linear_transformer_depth": 1}, "it does not know linear attention"),
+        ({"dim_head": 32, "use_pope": True}, "it does not know polar positions"),
+    ],
+)
+def test_what_is_not_known_falls_back_and_the_reason_is_logged(
+    family: str, hyper: dict[str, int], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    hyper = {"dim": 32, "depth": 1, "heads": 2, "stereo": True} | hyper
+    audio = {"sample_rate": 44100, "chunk_size": 4096}
+    path, weights = tmp_path / "small.yaml", tmp_path / "small.safetensors"
+    path.write_text(yaml.safe_dump({"architecture": family, "stems": ["vocals"], "audio": audio, "model": hyper}))
+    architecture: Any = ARCHITECTURES[family]
+    save_file(architecture(architecture.Config(**hyper)).state_dict(), weights)
     with caplog.at_level(logging.INFO):
-        model = load_model(small[0], checkpoint=small[1], precision="bf16")
-    assert "attention itemwise (not fused: it does not know 2 heads of 16 on 32 features" in caplog.text
+        model = load_model(path, checkpoint=weights, precision="bf16")
+    assert f"attention itemwise (not fused: {reason}" in caplog.text
     with torch.inference_mode():
         assert torch.isfinite(model(torch.randn(1, 2, 4096))).all()
     with pytest.raises(InputError, match=r"cannot use attention 'fused' .* use auto"):
-        load_model(small[0], checkpoint=small[1], precision="bf16", attention="fused")
+        load_model(path, checkpoint=weights, precision="bf16", attention="fused")
 
 
 # The library

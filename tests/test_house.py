@@ -17,7 +17,10 @@ FLOORS = {
     "predict": 5,
     "separation.__main__": 5,
     "separation.bench": 4,
+    "separation.serve": 4,
+    "separation.public": 1,
     "separation.demo": 4,
+    "separation.evaluate": 4,
     "separation": 4,
     "separation.separator": 3,
     "separation.output": 2.5,
@@ -27,6 +30,7 @@ FLOORS = {
     "separation.report": 3.5,
     "separation.chunking": 2,
     "separation.checkpoints": 2,
+    "separation.state_dict": 1.5,
     "separation.catalogue": 1,
     "separation.recipes": 2,
     "separation.audio": 2,
@@ -69,22 +73,26 @@ def test_imports_only_go_down(module: str) -> None:
         assert same_room or floor(imported) < floor(module), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("library, allowed", [("cog", {"predict"}), ("demucs", {"separation.models.htdemucs"})])
-def test_a_library_has_one_door(library: str, allowed: set[str]) -> None:
+@pytest.mark.parametrize(
+    "library, door",
+    [("cog", "predict"), ("demucs", "separation.models.htdemucs"), ("diffq", "separation.models.htdemucs")],
+)
+def test_a_library_has_one_door(library: str, door: str) -> None:
     users = {name for name, path in modules().items() if any(i.split(".")[0] == library for i in imports(path))}
-    assert users == allowed
+    assert users == {door}
 
 
-def test_only_catalogue_downloads_only_checkpoints_unpickles_and_few_run_programs() -> None:
+def test_only_catalogue_downloads_only_state_dict_unpickles_and_few_run_programs() -> None:
     for name, path in modules().items():
         text = path.read_text(encoding="utf-8")
         assert name == "separation.catalogue" or "urllib" not in text
-        assert name == "separation.checkpoints" or not any(word in text for word in ("torch.load(", "pickle.load"))
+        assert name == "separation.state_dict" or not any(word in text for word in ("torch.load(", "pickle.load"))
         assert name in PROGRAMS or "subprocess" not in text
 
 
-def test_only_the_command_line_imports_bench() -> None:
-    users = {name for name, path in modules().items() if "separation.bench" in imports(path)}
+@pytest.mark.parametrize("module", ["separation.bench", "separation.evaluate"])
+def test_only_the_command_line_imports_what_measures(module: str) -> None:
+    users = {name for name, path in modules().items() if module in imports(path)}
     assert users == {"separation.__main__"}
 
 
@@ -112,6 +120,7 @@ except SystemExit:
         run_command("--help"),
         run_command("separate", "--help"),
         run_command("separate", "song.wav", "-o", "out", "--format", "ogg"),
+        run_command("evaluate", "--help"),
         run_command("models", "list"),
         run_command("models", "verify", "demo"),
     ],
@@ -146,6 +155,7 @@ checkpoints._build(catalogue.read_config("htdemucs_6s"), ())
 def test_the_command_line_offers_what_the_engine_does() -> None:
     assert __main__.FORMATS == audio.FORMATS
     assert __main__.SAMPLE_RATES == separator.SAMPLE_RATES
+    assert tuple(audio.WAV_DEPTHS) == __main__.WAV_DEPTHS
     assert tuple(device.PRECISIONS) == __main__.PRECISIONS
     assert attention.NAMES == __main__.ATTENTIONS
 

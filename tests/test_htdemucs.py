@@ -1,89 +1,128 @@
-"""HTDemucs: the demucs package's network under this project's chunking gives what demucs' own apply_model gives."""
+"""The Demucs family: the demucs package's networks under this project's chunking give what its apply_model gives."""
 
+from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from demucs.apply import BagOfModels, apply_model
-from demucs.htdemucs import HTDemucs as Network
+from torch import Tensor, nn
 
 from separation import ModelPool, separator
 from separation.chunking import ChunkPlan, separate
-from separation.models.htdemucs import HTDemucs, HTDemucsConfig
+from separation.models.htdemucs import Demucs, DemucsModel, HDemucs, HTDemucs
 
 SOURCES = ("drums", "bass", "other", "vocals")
-SMALL = {
-    "sources": SOURCES,
-    "channels": 8,
-    "bottom_channels": 16,
-    "t_layers": 2,
-    "t_heads": 2,
-    "depth": 4,
-    "nfft": 4096,
+CHUNK_SAMPLES = 22050
+SMALL = {"sources": SOURCES, "channels": 8, "segment": Fraction(CHUNK_SAMPLES, 44100), "dconv_init": 0.5}
+# Three classes, and Hybrid Demucs as half of mdx_extra is: it masks amplitudes.
+KINDS: dict[str, tuple[type[DemucsModel], dict[str, Any]]] = {
+    "htdemucs": (HTDemucs, SMALL | {"bottom_channels": 16, "t_layers": 2, "t_heads": 2, "dconv_mode": 3}),
+    "hdemucs": (HDemucs, SMALL),
+    "amplitudes": (HDemucs, SMALL | {"cac": False, "hybrid_old": True, "norm_starts": 999}),
+    "demucs": (Demucs, SMALL | {"lstm_layers": 1}),
 }
-SMALL |= {"segment": Fraction(1, 2), "dconv_mode": 3}
+# Of a song: a sample, less than a chunk, chunks, and last chunks from a sample up.
+LENGTHS = [1, 1000, 22050, 22051, 30000, 40000, 70001]
 
 
-def network(seed: int) -> Network:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only lose time to more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(seed: int, kind: str = "htdemucs") -> Any:
+    architecture, arguments = KINDS[kind]
     torch.manual_seed(seed)
-    return Network(**(SMALL | {"sources": list(SOURCES)})).eval()
+    return architecture.Network(**(arguments | {"sources": list(SOURCES)})).eval()
 
 
-def model_of(networks: list[Network], specialists: tuple[str, ...] | None = None) -> HTDemucs:
+def model_of(networks: list[nn.Module], kind: str = "htdemucs", specialists: tuple[str, ...] = ()) -> DemucsModel:
+    architecture, arguments = KINDS[kind]
     with torch.device("meta"):
-        model = HTDemucs(HTDemucsConfig(**SMALL), specialists=specialists)
+        model = architecture(architecture.Config(**arguments), specialists=specialists, members=len(networks))
+    parts = specialists or [str(number) for number in range(len(networks))]
     state = {
-        HTDemucs.key_prefix(stem) + key: value
-        for stem, network in zip(specialists or (None,), networks, strict=True)
+        architecture.key_prefix(part) + key: value
+        for part, network in zip(parts, networks, strict=True)
         for key, value in network.state_dict().items()
     }
     model.load_state_dict(state, strict=True, assign=True)
-    model.chunk_samples = 22050
+    model.chunk_samples = CHUNK_SAMPLES
     return model.eval()
 
 
-def run(model: HTDemucs, mixture: torch.Tensor, overlap: float) -> torch.Tensor:
-    hop = int((1 - overlap) * model.chunk_samples)
-    plan = ChunkPlan(model.chunk_samples, model.chunk_samples - hop, model.reflects_border)
-    blocks = separate(model, lambda a, b: mixture[:, a:b], mixture.shape[1], plan, n_stems=len(model.stems))
+def run(model: DemucsModel, mixture: Tensor, overlap: float, batch_size: int = 1) -> Tensor:
+    overlap_samples = CHUNK_SAMPLES - int((1 - overlap) * CHUNK_SAMPLES)
+    plan = ChunkPlan(CHUNK_SAMPLES, overlap_samples, model.reflects_border, model.input_samples)
+    read = lambda start, stop: mixture[:, start:stop]  # noqa: E731
+    blocks = separate(model, read, mixture.shape[1], plan, n_stems=len(model.stems), batch_size=batch_size)
     return torch.cat(list(blocks), dim=-1)
 
 
-@pytest.mark.parametrize("overlap", [0.25, 0.5])
-@pytest.mark.parametrize("length", [1, 1000, 22050, 22051, 30000, 40000, 70001])
-def test_output_equals_apply_model_without_shifts(length: int, overlap: float) -> None:
-    net = network(0)
-    mixture = torch.randn(2, length) * 0.2
+def song(length: int) -> Tensor:
+    return torch.randn(2, length, generator=torch.Generator().manual_seed(length)) * 0.2
+
+
+def by_demucs(network: nn.Module, mixture: Tensor, overlap: float = 0.25) -> Tensor:
     with torch.no_grad():
-        expected = apply_model(net, mixture[None], shifts=0, overlap=overlap)[0]
-    got = run(model_of([net]), mixture, overlap)
-    assert got.shape == expected.shape == (4, 2, length)
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+        return apply_model(network, mixture[None], shifts=0, overlap=overlap)[0]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("overlap, lengths", [(0.25, LENGTHS), (0.5, LENGTHS[-2:])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_equals_apply_model_without_shifts(kind: str, overlap: float, lengths: list[int]) -> None:
+    net = network(0, kind)
+    model = model_of([net], kind)
+    for length in lengths:
+        mixture = song(length)
+        expected = by_demucs(net, mixture, overlap)
+        error = relative_error(run(model, mixture, overlap), expected)
+        print(f"{kind}, overlap {overlap}, {length} samples: {error:.1e}")
+        assert error <= 1e-4
+
+
+def test_several_networks_equal_the_bag_that_averages_them() -> None:
+    nets = [network(seed, "hdemucs") for seed in range(2)]
+    model = model_of(nets, "hdemucs")
+    assert model.stems == SOURCES and model.only(("bass",)) is model
+    for length in (1, 40_000):
+        mixture = song(length)
+        error = relative_error(run(model, mixture, 0.25), by_demucs(BagOfModels(nets), mixture))
+        print(f"bag, {length} samples: {error:.1e}")
+        assert error <= 1e-4
 
 
 def test_specialists_equal_the_bag_and_only_those_asked_for_are_there() -> None:
     nets = [network(seed) for seed in range(4)]
-    mixture = torch.randn(2, 50_000) * 0.2
+    mixture = song(50_000)
     bag = BagOfModels(nets, [[float(i == j) for j in range(4)] for i in range(4)])
-    with torch.no_grad():
-        expected = apply_model(bag, mixture[None], shifts=0, overlap=0.25)[0]
-    model = model_of([nets[1], nets[0]], ("bass", "drums"))
-    got = run(model, mixture, 0.25)
+    model = model_of([nets[1], nets[0]], specialists=("bass", "drums"))
     assert model.stems == ("bass", "drums")
     assert sum(p.numel() for p in model.parameters()) == 2 * sum(p.numel() for p in nets[0].parameters())
-    assert (got - expected[[1, 0]]).abs().max() <= 1e-4 * expected.abs().max()
+    assert relative_error(run(model, mixture, 0.25), by_demucs(bag, mixture)[[1, 0]]) <= 1e-4
 
 
 def test_of_loaded_specialists_only_those_asked_for_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of([network(seed) for seed in range(3)], ("drums", "bass", "other"))
+    model = model_of([network(seed) for seed in range(3)], specialists=("drums", "bass", "other"))
     monkeypatch.setattr(separator, "load_model", lambda name, **options: model)
     ran: list[str] = []
-    for stem, specialist in model.specialists.items():
+    for stem, specialist in model.networks.items():
         specialist.register_forward_hook(lambda *_, stem=stem: ran.append(stem))
     pool = ModelPool("cpu", "fp32")
     every = pool.get("htdemucs_ft", ("drums", "bass", "other"))
     alone = pool.get("htdemucs_ft", ("bass",))
-    chunk = torch.randn(1, 2, 22050) * 0.2
+    chunk = song(CHUNK_SAMPLES)[None]
     with torch.no_grad():
         estimates = alone(chunk)
         assert ran == ["bass"] and alone.stems == ("bass",)
@@ -98,17 +137,32 @@ def test_a_network_of_all_stems_is_itself_for_any_of_them() -> None:
     assert model.stems == SOURCES
 
 
-@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 30), (torch.float16, 45)])
-def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: float) -> None:
-    model = model_of([network(0)])
-    mixture = torch.randn(2, 30_000) * 0.2
+@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 25), (torch.float16, 42)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_stays_near_float32(kind: str, precision: torch.dtype, decibels: float) -> None:
+    model = model_of([network(0, kind)], kind)
+    mixture = song(30_000)
     exact = run(model, mixture, 0.25)
     model.prepare(precision, attention="sdpa")
     error = run(model, mixture, 0.25) - exact
-    assert 10 * torch.log10(exact.square().sum() / error.square().sum()) > decibels
+    near = 10 * torch.log10(exact.square().sum() / error.square().sum())
+    print(f"{kind} in {precision}: {near:.1f} dB")
+    assert near > decibels
 
 
-def test_the_same_input_gives_the_same_samples() -> None:
-    model = model_of([network(0)])
-    mixture = torch.randn(2, 40_000) * 0.2
-    assert torch.equal(run(model, mixture, 0.25), run(model, mixture, 0.25))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_input_gives_the_same_samples_and_other_chunks_of_a_batch_do_not_matter(kind: str) -> None:
+    model = model_of([network(0, kind)], kind)
+    mixture = song(60_000)
+    alone = run(model, mixture, 0.25)
+    assert torch.equal(run(model, mixture, 0.25), alone)
+    assert relative_error(run(model, mixture, 0.25, batch_size=3), alone) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_silence_gives_silence_and_near_silence_gives_numbers(kind: str) -> None:
+    model = model_of([network(0, kind)], kind)
+    assert not run(model, torch.zeros(2, 30_000), 0.25).any()
+    click = torch.zeros(2, 30_000)
+    click[:, 0] = 1e-30
+    assert run(model, click, 0.25).isfinite().all()

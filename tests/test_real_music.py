@@ -44,7 +44,7 @@ def by_demucs(weights: Path, mixture: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the demucs package itself gives, with its normalisation, chunks, fades and no random shift."""
     from demucs.apply import apply_model
 
-    network = load_model("htdemucs", checkpoint=weights).network
+    network = load_model("htdemucs", checkpoint=weights).networks["0"]
     mono = mixture.mean(0)
     mean, std = mono.mean(), mono.std() + 1e-8
     with torch.no_grad():

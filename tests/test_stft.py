@@ -3,34 +3,38 @@
 import pytest
 import torch
 
-from separation.stft import istft, stft
+from separation.stft import Window, istft, stft
 
 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("n_fft, hop_length, win_length", [(2048, 441, 2048), (2048, 512, 1024), (1024, 512, 1024)])
 @pytest.mark.parametrize("length", [2000, 44_100, 44_111])
-def test_istft_undoes_stft(length: int, n_fft: int, hop_length: int, win_length: int, normalized: bool) -> None:
+@pytest.mark.parametrize("window", ["hann", "rectangular"])
+def test_istft_undoes_stft(
+    window: Window, length: int, n_fft: int, hop_length: int, win_length: int, normalized: bool
+) -> None:
     torch.manual_seed(0)
     sizes = {"n_fft": n_fft, "hop_length": hop_length, "win_length": win_length}
     audio = torch.randn(2, 3, length)
-    spectrum = stft(audio, normalized=normalized, **sizes)
+    spectrum = stft(audio, normalized=normalized, window=window, **sizes)
     assert spectrum.shape == (2, 3, n_fft // 2 + 1, length // hop_length + 1)
-    result = istft(spectrum, length=length, normalized=normalized, **sizes)
+    result = istft(spectrum, length=length, normalized=normalized, window=window, **sizes)
     assert (result - audio).abs().max() <= 5e-5  # the last samples may lie under the foot of a window
 
 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("n_fft, hop_length, win_length", [(2048, 441, 2048), (2048, 1024, 2048), (1024, 300, 801)])
 @pytest.mark.parametrize("length", [1100, 44_100, 44_111])
+@pytest.mark.parametrize("window", ["hann", "rectangular"])
 def test_istft_equals_that_of_torch(
-    length: int, n_fft: int, hop_length: int, win_length: int, normalized: bool
+    window: Window, length: int, n_fft: int, hop_length: int, win_length: int, normalized: bool
 ) -> None:
     sizes = {"n_fft": n_fft, "hop_length": hop_length, "win_length": win_length, "normalized": normalized}
     frames = length // hop_length + 1
     spectrum = torch.randn(2, 3, n_fft // 2 + 1, frames, dtype=torch.complex64)
-    window = torch.hann_window(win_length)
-    expected = torch.istft(spectrum.flatten(0, 1), **sizes, window=window, length=length).unflatten(0, (2, 3))
-    got = istft(spectrum, length=length, **sizes)
+    ones_or_hann = torch.hann_window(win_length) if window == "hann" else torch.ones(win_length)
+    expected = torch.istft(spectrum.flatten(0, 1), **sizes, window=ones_or_hann, length=length).unflatten(0, (2, 3))
+    got = istft(spectrum, length=length, window=window, **sizes)
     assert got.shape == expected.shape
     inside = slice(0, length - hop_length)  # after it, both divide by the foot of a window, where rounding shows
     assert (got - expected)[..., inside].abs().max() <= 1e-5 * expected.abs().max()

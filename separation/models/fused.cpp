@@ -166,16 +166,32 @@ void product(const bf16* a, long stride, long rows, const bf16* packed, long pai
         }
 }
 
-// The direction of x [dim] at the length sqrt(dim), in bfloat16; the norm's gain is in the weights that follow.
-void normalise(const float* x, long dim, bf16* to) {
+void round_to_bf16(const float* x, long dim, __m512 factor, bf16* to) {
+    for (long d = 0; d < dim; d += PANEL) values_below(x, d, dim).times(factor).store(to + d);
+}
+
+// What gives x [dim] the length sqrt(dim).
+__m512 norm_of(const float* x, long dim) {
     __m512 squares = _mm512_setzero_ps();
     for (long d = 0; d < dim; d += 16) {
         const __m512 v = _mm512_maskz_loadu_ps(columns_from(d, dim), x + d);
         squares = _mm512_fmadd_ps(v, v, squares);
     }
     const float length = std::sqrt(_mm512_reduce_add_ps(squares));
-    const __m512 gain = all(std::sqrt(static_cast<float>(dim)) / std::max(length, 1e-12f));
-    for (long d = 0; d < dim; d += PANEL) values_below(x, d, dim).times(gain).store(to + d);
+    return all(std::sqrt(static_cast<float>(dim)) / std::max(length, 1e-12f));
+}
+
+// x [dim] at the length sqrt(dim), in bfloat16; the norm's gain is in the weights that follow.
+void normalise(const float* x, long dim, bf16* to) { round_to_bf16(x, dim, norm_of(x, dim), to); }
+
+// x [dim] at the length sqrt(dim), times gains [dim], in its place.
+void normalise(float* x, long dim, const float* gains) {
+    const __m512 norm = norm_of(x, dim);
+    for (long d = 0; d < dim; d += 16) {
+        const __mmask16 there = columns_from(d, dim);
+        const __m512 gain = _mm512_mul_ps(norm, _mm512_maskz_loadu_ps(there, gains + d));
+        _mm512_mask_storeu_ps(x + d, there, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + d), gain));
+    }
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------
@@ -258,7 +274,8 @@ extern "C" {
 struct Layer {
     long dim, heads, head_size, hidden;
     const bf16 *qkv_gates, *out, *up, *down;
-    const float *gates_bias, *up_bias, *down_bias;
+    const float *qkv_gates_bias, *out_bias, *up_bias, *down_bias;
+    const float* norm_gains;  // of a norm of what the layer gives; null if there is none
 };
 
 // A band's network: a norm and `layers` linear layers of sizes[0] -> sizes[1] -> ...
@@ -328,8 +345,9 @@ void transformer_layer(float* x, long sequences, long tokens, long sequence_stri
                     normed, width, block, layer->qkv_gates, dim / 2, 3 * inner + PANEL,
                     [&](long row, long column, Values sums) {
                         row += start;
+                        sums = sums.plus(Values::at(layer->qkv_gates_bias + column));
                         if (column >= 3 * inner) {
-                            sums.plus(Values::at(layer->gates_bias)).through(sigmoid).store(gates + row * PANEL);
+                            sums.through(sigmoid).store(gates + row * PANEL);
                         } else if (column >= 2 * inner) {
                             sums.store(v + row * inner + column - 2 * inner);
                         } else {
@@ -354,7 +372,9 @@ void transformer_layer(float* x, long sequences, long tokens, long sequence_stri
             for (long start = 0; start < rows; start += BLOCK) {
                 const long block = std::min(BLOCK, rows - start);
                 product(attended + start * inner, inner, block, layer->out, inner / 2, dim,
-                        [&](long row, long column, Values sums) { add(sums, row_at(start + row), column); });
+                        [&](long row, long column, Values sums) {
+                            add(sums.plus(Values::at(layer->out_bias + column)), row_at(start + row), column);
+                        });
                 for (long row = 0; row < block; row++) normalise(row_at(start + row), dim, normed + row * width);
                 product(normed, width, block, layer->up, dim / 2, hidden, [&](long row, long column, Values sums) {
                     sums.plus(Values::at(layer->up_bias + column)).through(gelu).store(up + row * apart + column);
@@ -362,6 +382,8 @@ void transformer_layer(float* x, long sequences, long tokens, long sequence_stri
                 product(up, apart, block, layer->down, hidden / 2, dim, [&](long row, long column, Values sums) {
                     add(sums.plus(Values::at(layer->down_bias + column)), row_at(start + row), column);
                 });
+                for (long row = 0; layer->norm_gains && row < block; row++)
+                    normalise(row_at(start + row), dim, layer->norm_gains);
             }
         }
     });
@@ -411,9 +433,9 @@ void split_bands(const float* x, long stride, long frames, long bands, const Ban
 }
 
 // x [frames, bands, dim] through each band's network, tanh between its layers and a gated linear unit last, to masks,
-// rows of `stride` floats.
-void estimate_masks(const float* x, long frames, long bands, const BandNetwork* networks, float* masks, long stride,
-                    long threads) {
+// rows of `stride` floats. If not `normed`, the network begins without a norm.
+void estimate_masks(const float* x, long frames, long bands, const BandNetwork* networks, long normed, float* masks,
+                    long stride, long threads) {
     long widest = 0;
     for (long band = 0; band < bands; band++)
         for (long layer = 0; layer <= networks[band].layers; layer++)
@@ -427,8 +449,10 @@ void estimate_masks(const float* x, long frames, long bands, const BandNetwork* 
             const long band = item / blocks, start = item % blocks * BLOCK, block = std::min(BLOCK, frames - start);
             const BandNetwork& network = networks[band];
             const long dim = network.sizes[0], width = network.sizes[network.layers] / 2;
-            for (long row = 0; row < block; row++)
-                normalise(x + ((start + row) * bands + band) * dim, dim, even + row * apart);
+            for (long row = 0; row < block; row++) {
+                const float* from = x + ((start + row) * bands + band) * dim;
+                round_to_bf16(from, dim, normed ? norm_of(from, dim) : all(1.0f), even + row * apart);
+            }
             for (long layer = 0; layer < network.layers; layer++) {
                 const bf16* from = layer % 2 ? odd : even;
                 bf16* to = layer % 2 ? even : odd;

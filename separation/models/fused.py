@@ -11,14 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from separation.models.layers import BandSplit, MaskEstimator, Pair, Transformer
+from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
 from separation.models.native import PANEL, NotFusedError, library
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_long) for name in ("dim", "heads", "head_size", "hidden")] + [
-        (name, ctypes.c_void_p) for name in ("qkv_gates", "out", "up", "down", "gates_bias", "up_bias", "down_bias")
+        (f"{name}{kind}", ctypes.c_void_p) for kind in ("", "_bias") for name in ("qkv_gates", "out", "up", "down")
     ]
+    _fields_ += [("norm_gains", ctypes.c_void_p)]
 
 
 class _BandNetwork(ctypes.Structure):
@@ -50,14 +51,17 @@ def _packed(*weights: Tensor, gain: Tensor | None = None) -> Tensor:
     return packed
 
 
-def _padded(bias: Tensor) -> Tensor:
-    return nn.functional.pad(bias.float(), (0, -len(bias) % PANEL)).contiguous()
+def _bias(*linears: Any) -> Tensor:
+    """The layers' biases one after the other, zero where one has none, padded to whole panels."""
+    biases = [torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float() for linear in linears]
+    bias = torch.cat(biases)
+    return nn.functional.pad(bias, (0, -len(bias) % PANEL))
 
 
 class FusedTransformer(nn.Module):
-    """A `Transformer`'s layers, `[B, N, D]` in float32 on the CPU, computed in place.
+    """A `Transformer`, `[B, N, D]` in float32 on the CPU, computed in place.
 
-    Raises NotFusedError for sizes that fused.cpp does not know.
+    Raises NotFusedError for sizes and layers that fused.cpp does not know.
     """
 
     def __init__(self, transformer: Transformer) -> None:
@@ -66,6 +70,9 @@ class FusedTransformer(nn.Module):
         self._layers: list[Any] = []
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}  # of the length seen last: chunks have one length
         for attention, feed_forward in cast(Iterable[Pair], transformer.layers):
+            if getattr(attention, "rotary_embed", None) is None:
+                kind = "polar positions" if hasattr(attention, "pope_embed") else "linear attention"
+                raise NotFusedError(f"it does not know {kind}")
             norm, up, _, _, down = feed_forward.net
             heads, dim = attention.to_gates.weight.shape
             self._head_size = attention.to_out[0].weight.shape[1] // heads
@@ -79,14 +86,18 @@ class FusedTransformer(nn.Module):
                 _packed(attention.to_out[0].weight),
                 _packed(up.weight, gain=norm.gamma),
                 _packed(down.weight),
-                _padded(attention.to_gates.bias),
-                _padded(up.bias),
-                _padded(down.bias),
+                _bias(attention.to_qkv, attention.to_gates),
+                _bias(attention.to_out[0]),
+                _bias(up),
+                _bias(down),
             ]
             self._keep += tensors
             sizes = (dim, heads, self._head_size, hidden)
             self._layers.append(_Layer(*sizes, *(tensor.data_ptr() for tensor in tensors)))
             self._frequencies = attention.rotary_embed.freqs.float()
+        if isinstance(transformer.norm, RMSNorm):
+            self._keep.append(transformer.norm.gamma.float().contiguous())
+            self._layers[-1].norm_gains = self._keep[-1].data_ptr()
 
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines as fused.cpp wants them, each `[tokens, head_size]`."""
@@ -113,7 +124,7 @@ class FusedTransformer(nn.Module):
 
 
 class _BandNetworks(nn.Module):
-    """For each band a norm, the linear layers after it and the band's width in a row of the spectrogram."""
+    """For each band a norm or none, the linear layers after it and the band's width in a row of the spectrogram."""
 
     def __init__(self, bands: Iterable[tuple[Any, list[nn.Linear], int]]) -> None:
         super().__init__()
@@ -124,8 +135,9 @@ class _BandNetworks(nn.Module):
             sizes = [linears[0].weight.shape[1], *(linear.weight.shape[0] for linear in linears)]
             if any(size % 2 for size in sizes):
                 raise NotFusedError(f"it does not know layers of {sizes} features")
-            weights = [_packed(linear.weight, gain=None if i else norm.gamma) for i, linear in enumerate(linears)]
-            biases = [_padded(linear.bias) for linear in linears]
+            gain = norm.gamma if isinstance(norm, RMSNorm) else None
+            weights = [_packed(linear.weight, gain=None if i else gain) for i, linear in enumerate(linears)]
+            biases = [_bias(linear) for linear in linears]
             lists = (
                 (ctypes.c_long * len(sizes))(*sizes),
                 (ctypes.c_void_p * len(weights))(*(tensor.data_ptr() for tensor in weights)),
@@ -156,21 +168,22 @@ class FusedBandSplit(_BandNetworks):
 
 
 class FusedMaskEstimator(_BandNetworks):
-    """An RMS norm and a `MaskEstimator`, `[B, N, K, D] -> [B, N, sum(widths)]`, both in float32 on the CPU."""
+    """An RMS norm or none, and a `MaskEstimator`, `[B, N, K, D] -> [B, N, sum(widths)]`, in float32 on the CPU."""
 
-    def __init__(self, norm: Any, estimator: MaskEstimator) -> None:
+    def __init__(self, norm: nn.Module, estimator: MaskEstimator) -> None:
         networks = [
             [module for module in network[0] if isinstance(module, nn.Linear)]
             for network in cast(Iterable[Any], estimator.to_freqs)
         ]
         super().__init__((norm, linears, linears[-1].weight.shape[0] // 2) for linears in networks)
+        self._normed = isinstance(norm, RMSNorm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         assert x.dtype == torch.float32 and x.device.type == "cpu"
         masks = torch.empty(*x.shape[:2], self._width)
         rows = x.shape[0] * x.shape[1]
-        networks = ctypes.addressof(self._networks), masks.data_ptr()
+        networks = ctypes.addressof(self._networks), self._normed, masks.data_ptr()
         library().estimate_masks(
             x.data_ptr(), rows, len(self._networks), *networks, self._width, torch.get_num_threads()
         )

@@ -1,70 +1,129 @@
-"""Hybrid Transformer Demucs (Rouard, Massa and Defossez 2023, arXiv:2211.08553): the network is the demucs package's.
+"""The Demucs family; the networks are the demucs package's.
 
-One network that gives every stem (htdemucs, htdemucs_6s), or one fine-tuned specialist a stem (htdemucs_ft), of which
-only the stem that it was tuned for is used.
+`htdemucs` is Hybrid Transformer Demucs (Rouard, Massa and Défossez 2023, arXiv:2211.08553), `hdemucs` Hybrid Demucs
+(Défossez 2021, arXiv:2111.03600) and `demucs` the same without its spectrogram branch. A checkpoint is one network that
+gives every stem, several whose estimates are averaged (mdx_extra), or one fine-tuned specialist a stem (htdemucs_ft),
+of which only the stem that it was tuned for is used.
 """
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, make_dataclass
 from fractions import Fraction
-from typing import Any
+from functools import reduce
+from typing import Any, ClassVar, cast
 
+import demucs.demucs
+import demucs.hdemucs
+import demucs.htdemucs
 import torch
 import torch.nn.functional as F
-from demucs.htdemucs import HTDemucs as Network
 from torch import Tensor, nn
 
+from separation.errors import CheckpointError
 from separation.models.attention import BACKENDS
-from separation.models.base import SeparationModel
+from separation.models.base import Blueprint, SeparationModel
+
+CLASSES: dict[str, type[nn.Module]] = {
+    "demucs.demucs.Demucs": demucs.demucs.Demucs,
+    "demucs.hdemucs.HDemucs": demucs.hdemucs.HDemucs,
+    "demucs.htdemucs.HTDemucs": demucs.htdemucs.HTDemucs,
+}
+COUNTS = ("depth", "layers", "iters")  # arguments whose names end so say how often something is repeated
+MOST_REPEATS = 64
 
 
-def _parameter(parameter: inspect.Parameter) -> tuple[str, Any, Any]:
+def _config(network: type[nn.Module]) -> type:
+    """A dataclass whose fields are the arguments of the package's class, under their names and with their defaults."""
+    parameters = inspect.signature(network).parameters.values()
+    return make_dataclass(f"{network.__name__}Config", map(_field, parameters), frozen=True, kw_only=True)
+
+
+def _field(parameter: inspect.Parameter) -> tuple[str, Any, Any]:
     default = parameter.default
     if default is inspect.Parameter.empty:
         return parameter.name, Any, field()
     return parameter.name, Any, field(default=tuple(default) if isinstance(default, list) else default)
 
 
-# The hyper-parameters are the arguments of the package's class, under their names and with their defaults.
-HTDemucsConfig = make_dataclass(
-    "HTDemucsConfig",
-    [_parameter(p) for p in inspect.signature(Network).parameters.values()],
-    frozen=True,
-    kw_only=True,
-)
+def network_of(blueprint: Blueprint) -> nn.Module:
+    """The network that a file describes. Arguments that the package's class does not know are dropped, as there.
+
+    Raises CheckpointError for another class, ValueError or TypeError for arguments that it cannot be built with.
+    """
+    network = CLASSES.get(blueprint.class_name)
+    if network is None:
+        raise CheckpointError(f"it describes a {blueprint.class_name}: use a file of one of {', '.join(CLASSES)}")
+    signature = inspect.signature(network)
+    known = {name: value for name, value in blueprint.kwargs.items() if name in signature.parameters}
+    arguments = signature.bind(*blueprint.args, **known).arguments
+    for name, value in arguments.items():  # a file of weights must not be able to keep the program busy for hours
+        repeats = len(value) if isinstance(value, list | tuple) else value if name.endswith(COUNTS) else 0
+        if abs(repeats) > MOST_REPEATS:
+            raise ValueError(f"{name} is {repeats}, more than {MOST_REPEATS}")
+    return network(**(arguments | {"rescale": 0}))  # of random weights, with which a training begins
 
 
-class HTDemucs(SeparationModel):
-    """Chunks `[B, 2, T]` to estimates `[B, S, 2, T]`; T is `chunk_samples` exactly, as the transformer was trained."""
+def dequantised(network: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The network's state dict from weights that DiffQ (Défossez, Adi and Synnaeve 2021, arXiv:2104.09987) packed.
 
-    Config = HTDemucsConfig
+    Raises CheckpointError where the package diffq is missing, for another kind of quantisation, or for weights that are
+    not there.
+    """
+    try:
+        import diffq
+    except ImportError as e:
+        raise CheckpointError("its weights are quantised: `pip install diffq`, which unpacks them") from e
+    meta = state["meta"]
+    if meta["klass"] != "diffq.diffq.DiffQuantizer":
+        raise CheckpointError(f"its weights are quantised by {meta['klass']}: only DiffQuantizer's can be read")
+    for parameter in network.parameters():
+        parameter.data.fill_(float("nan"))
+    quantizer = diffq.DiffQuantizer(network, **meta["init_kwargs"])
+    quantizer.restore_quantized_state(state)  # fills as many as there are
+    quantizer.detach()
+    if any(parameter.isnan().any() for parameter in network.parameters()):
+        raise CheckpointError("some of its weights are missing: get the file again")
+    return network.state_dict()
+
+
+class DemucsModel(SeparationModel):
+    """Chunks `[B, 2, T]` to estimates `[B, S, 2, T]`, by `members` networks or by one for each of `specialists`."""
+
+    Network: ClassVar[type[nn.Module]]
     normalisation = "standard"
     reflects_border = False
     fixed_chunk = True
     channels = 2
 
-    def __init__(self, config: Any, *, specialists: Sequence[str] | None = None) -> None:
+    def __init__(self, config: Any, *, specialists: Sequence[str] = (), members: int = 1) -> None:
         super().__init__()
         arguments = asdict(config) | {"sources": list(config.sources), "segment": Fraction(config.segment)}
-        if specialists is None:
-            self.network = Network(**arguments)
-            self.stems = tuple(config.sources)
-        else:
-            self.specialists = nn.ModuleDict({stem: Network(**arguments) for stem in specialists})
-            self.stems = tuple(specialists)
+        parts = specialists or [str(number) for number in range(members)]
+        self.networks = nn.ModuleDict({part: self.Network(**arguments) for part in parts})
+        self.stems = tuple(specialists or config.sources)
         self._sources = tuple(config.sources)
-        self._specialised = specialists is not None
+        self._specialised = bool(specialists)
         plain = (module for module in self.modules() if isinstance(module, nn.MultiheadAttention))
         self.head_size = next((module.head_dim for module in plain), None)
         self._precision = torch.float32
 
     @classmethod
-    def key_prefix(cls, stem: str | None) -> str:
-        return "network." if stem is None else f"specialists.{stem}."
+    def key_prefix(cls, part: str) -> str:
+        return f"networks.{part}."
 
-    def only(self, stems: tuple[str, ...]) -> "HTDemucs":
+    def follow(self, part: str, blueprint: Blueprint) -> None:
+        network: Any = network_of(blueprint)
+        before: Any = self.networks[part]
+        if (type(network), tuple(network.sources)) != (self.Network, self._sources):
+            found = f"{type(network).__name__} for {', '.join(network.sources)}"
+            wanted = f"{self.Network.__name__} for {', '.join(self._sources)}"
+            raise CheckpointError(f"it describes a {found}, the configuration a {wanted}: correct the configuration")
+        network.segment, network.samplerate = before.segment, before.samplerate  # a chunk's length is the YAML's
+        self.networks[part] = network
+
+    def only(self, stems: tuple[str, ...]) -> "DemucsModel":
         if not self._specialised:
             return self
         fewer = copy.copy(self)  # shares the networks
@@ -85,10 +144,41 @@ class HTDemucs(SeparationModel):
     def forward(self, chunks: Tensor) -> Tensor:
         # Weights stay in float32 and are cast in passing: norms, STFT and residual sums choose their own precision.
         with torch.autocast(chunks.device.type, self._precision, enabled=self._precision != torch.float32):
-            if not self._specialised:
-                return self.network(chunks).float()
-            estimates = [self.specialists[stem](chunks)[:, self._sources.index(stem)] for stem in self.stems]
-            return torch.stack(estimates, dim=1).float()
+            if self._specialised:
+                estimates = [self.networks[stem](chunks)[:, self._sources.index(stem)] for stem in self.stems]
+                return torch.stack(estimates, dim=1).float()
+            everyones = (network(chunks).float() for network in self.networks.values())
+            return reduce(torch.add, everyones) / len(self.networks)
+
+
+class HTDemucs(DemucsModel):
+    """T is `chunk_samples` exactly, as the transformer was trained."""
+
+    Network = demucs.htdemucs.HTDemucs
+    Config = _config(Network)
+    KEY_PATTERNS = (r"tencoder\.\d+\.conv\.weight", r"crosstransformer\.layers\.\d+\..*")
+
+
+class HDemucs(DemucsModel):
+    """T is what is left of the song, `chunk_samples` at most: a short chunk is not extended."""
+
+    Network = demucs.hdemucs.HDemucs
+    Config = _config(Network)
+    KEY_PATTERNS = (r"tencoder\.\d+\.conv\.weight", r"encoder\.\d+\.dconv\.layers\.\d+\.\d+\.lstm\.weight_ih_l0")
+
+    def input_samples(self, length: int) -> int:
+        return length
+
+
+class Demucs(DemucsModel):
+    """T is such that its convolutions leave no sample over: a chunk and a little of what is around it."""
+
+    Network = demucs.demucs.Demucs
+    Config = _config(Network)
+    KEY_PATTERNS = (r"encoder\.0\.0\.weight", r"decoder\.0\.0\.weight", r"(.*\.)?lstm\..*")
+
+    def input_samples(self, length: int) -> int:
+        return max(cast(Any, network).valid_length(length) for network in self.networks.values())
 
 
 class MultiheadAttention(nn.Module):

@@ -4,6 +4,7 @@ Linear layers may be cast to bfloat16 or float16; norms and rotary angles are co
 Axes: B batch, N tokens along the attended axis, D feature, H heads.
 """
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, cast
@@ -31,6 +32,13 @@ class RMSNorm(nn.Module):
         return (F.normalize(x.float(), dim=-1) * (self.scale * self.gamma)).to(x.dtype)
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, in float32 inside and the input's dtype outside."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).to(input.dtype)
+
+
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding (RoFormer, Su et al. 2021) over interleaved pairs, `[..., N, dim] -> [..., N, dim]`."""
 
@@ -49,26 +57,87 @@ class RotaryEmbedding(nn.Module):
         return rotated.flatten(-2).to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions and one sigmoid gate a head, `[B, N, D] -> [B, N, D]`."""
+class PolarEmbedding(nn.Module):
+    """Polar position embedding (Gopalakrishnan et al. 2025, arXiv:2509.10534), `[B, H, N, dim] -> [B, H, N, 2 * dim]`.
 
-    def __init__(self, dim: int, *, heads: int, dim_head: int, rotary_embed: RotaryEmbedding, backend: str) -> None:
+    Each feature becomes a point on the plane: the feature says how far from the middle, the position in what direction.
+    """
+
+    def __init__(self, dim: int, heads: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        frequencies = theta ** -(torch.arange(dim).float() / dim)
+        self.inv_freqs = nn.Parameter(frequencies, requires_grad=False)  # radians a token
+        self.bias = nn.Parameter(torch.zeros(heads, dim))  # radians, added for keys
+
+    def forward(self, x: Tensor, *, is_key: bool) -> Tensor:
+        positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.inv_freqs.float())  # [N, dim]
+        if is_key:
+            angles = angles + self.bias.float().clamp(-2 * math.pi, 0)[:, None]  # [H, N, dim]
+        distances = F.softplus(x.float())
+        return torch.cat((distances * angles.cos(), distances * angles.sin()), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with positions and one sigmoid gate a head, `[B, N, D] -> [B, N, D]`."""
+
+    def __init__(
+        self, dim: int, *, heads: int, dim_head: int, positions: RotaryEmbedding | PolarEmbedding, backend: str
+    ) -> None:
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
         self.attend = BACKENDS[backend]
-        self.rotary_embed = rotary_embed
+        self.rotary_embed = positions if isinstance(positions, RotaryEmbedding) else None
+        self.pope_embed = positions if isinstance(positions, PolarEmbedding) else None
         self.norm = RMSNorm(dim)
         self.to_qkv = nn.Linear(dim, inner * 3, bias=False)
         self.to_gates = nn.Linear(dim, heads)
         self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False))
 
+    def add_biases(self, qkv: nn.Parameter, out: nn.Parameter) -> None:
+        """Give the layers `[3 * inner]` and `[D]` that some checkpoints have; they may be shared with other layers."""
+        self.to_qkv.bias = qkv
+        cast(nn.Linear, self.to_out[0]).bias = out
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        out = self.attend(self.rotary_embed(q), self.rotary_embed(k), v)
+        out = self._attended(q, k, v)
         gates = rearrange(self.to_gates(x), "b n h -> b h n 1").sigmoid()
         return self.to_out(rearrange(out * gates, "b h n d -> b n (h d)"))
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.rotary_embed is not None:
+            return self.attend(self.rotary_embed(q), self.rotary_embed(k), v)
+        assert self.pope_embed is not None
+        # Backends want q, k and v of one size, and scale by that of q.
+        q, k = self.pope_embed(q, is_key=False) * 2**0.5, self.pope_embed(k, is_key=True)
+        return self.attend(q, k, F.pad(v, (0, v.shape[-1])))[..., : v.shape[-1]]
+
+
+class LinearAttention(nn.Module):
+    """Attention among features in place of tokens (El-Nouby et al. 2021, arXiv:2106.09681), `[B, N, D] -> [B, N, D]`.
+
+    What it costs grows with N, not with its square. It knows no positions.
+    """
+
+    SCALE = 8.0
+
+    def __init__(self, dim: int, *, heads: int, dim_head: int) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.norm = RMSNorm(dim)
+        self.to_qkv = nn.Sequential(nn.Linear(dim, inner * 3, bias=False))
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))  # its logarithm
+        self.to_out = nn.Sequential(nn.Identity(), nn.Linear(inner, dim, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "b n (three h d) -> three b h d n", three=3, h=self.heads)
+        q, k = (F.normalize(each.float(), dim=-1) for each in (q, k))
+        weights = (self.SCALE * self.temperature.exp() * (q @ k.mT)).softmax(dim=-1)  # [B, H, dim_head, dim_head]
+        return self.to_out(rearrange(weights.to(v.dtype) @ v, "b h d n -> b n (h d)"))
 
 
 class FeedForward(nn.Module):
@@ -84,21 +153,28 @@ class FeedForward(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer over one axis, `[B, N, D] -> [B, N, D]`."""
+    """Pre-norm transformer over one axis, `[B, N, D] -> [B, N, D]`; of linear attention if `positions` is None."""
 
     def __init__(
-        self, dim: int, *, depth: int, heads: int, dim_head: int, rotary_embed: RotaryEmbedding, backend: str
+        self,
+        dim: int,
+        *,
+        depth: int,
+        heads: int,
+        dim_head: int,
+        positions: RotaryEmbedding | PolarEmbedding | None,
+        backend: str,
+        norm_output: bool = False,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    Attention(dim, heads=heads, dim_head=dim_head, rotary_embed=rotary_embed, backend=backend),
-                    FeedForward(dim),
-                ]
-            )
-            for _ in range(depth)
-        )
+
+        def attention() -> nn.Module:
+            if positions is None:
+                return LinearAttention(dim, heads=heads, dim_head=dim_head)
+            return Attention(dim, heads=heads, dim_head=dim_head, positions=positions, backend=backend)
+
+        self.layers = nn.ModuleList(nn.ModuleList([attention(), FeedForward(dim)]) for _ in range(depth))
+        self.norm = RMSNorm(dim) if norm_output else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
@@ -111,7 +187,7 @@ class Transformer(nn.Module):
         for attention, feed_forward in cast(Iterable[Pair], self.layers):
             x = x + attention(x)
             x = x + feed_forward(x)
-        return x
+        return self.norm(x)
 
 
 class BandSplit(nn.Module):
@@ -130,7 +206,7 @@ class BandSplit(nn.Module):
 class MaskEstimator(nn.Module):
     """One small MLP a band, tanh between its layers and a gated linear unit last, `[..., K, D] -> [..., sum(widths)]`.
 
-    `linear_layers` counts every linear layer of the MLP (the BS-RoFormer family's reading of `mask_estimator_depth`).
+    `linear_layers` counts every linear layer of the MLP, the last one too.
     """
 
     def __init__(self, dim: int, widths: tuple[int, ...], *, linear_layers: int, expansion: int) -> None:

@@ -71,7 +71,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.transformer_layer.argtypes = [pointer, long, long, long, long, pointer, pointer, pointer, long]
     library.attention.argtypes = [pointer] * 4 + [long] * 5 + [pointer, long]
     library.split_bands.argtypes = [pointer, long, long, long, pointer, pointer, long]
-    library.estimate_masks.argtypes = [pointer, long, long, pointer, pointer, long, long]
+    library.estimate_masks.argtypes = [pointer, long, long, pointer, long, pointer, long, long]
     for name in ("pack", "transformer_layer", "attention", "split_bands", "estimate_masks"):
         library[name].restype = None
     return library

@@ -1,14 +1,16 @@
 """How time and memory grow with a song, and whether two songs at once hinder each other, as Markdown. Linux only.
 
     python tests/bench/scaling.py [--seconds 30 240 1200 10800] [--stems vocals_instrumental] [--folder DIR]
+    python tests/bench/scaling.py --tiny --rate 48000 --format wav --pairs 0 --seconds 180 11520    # over 4 GB a file
 
-The song is the demo's, over and over, as FLAC, and the stems are written as FLAC; every figure is of a fresh process
-with the demo weights. Memory is what the system counts as resident (RSS), the temporary files' cache not included. The
-folder needs 32 bytes a sample for two stems: 15 GB for three hours.
+The song is the demo's, over and over, in the stems' format; every figure is of a fresh process, with the demo weights
+or, `--tiny`, with a network that is random and quick. Memory is what the system counts as resident (RSS), the temporary
+files' cache not included. The folder needs 32 bytes a sample for two stems: 15 GB for three hours at 44100 Hz.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,24 +28,29 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line
+sys.path.insert(0, "tests")
 from separation import Separator
+from small_model import quick_model
+
+song, folder, stems, format, tiny = sys.argv[1:]
 
 def resident_mib(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
 
-separator = Separator("demo", sys.argv[3])
+separator = Separator.from_model(quick_model(), two_stems="vocals") if tiny else Separator("demo", stems)
 loaded = resident_mib("VmRSS:")
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-files = separator.separate_file(sys.argv[1], sys.argv[2], format="flac")
+files = separator.separate_file(song, folder, format=format, sample_rate="source")
 print(json.dumps({"seconds": files.elapsed_seconds, "loaded": loaded, "peak": resident_mib("VmHWM:")}))
 """
 
 
-def write_song(path: Path, seconds: float) -> Path:
-    """The demo song over and over, streamed to a FLAC file of that length."""
-    audio, rate = soundfile.read(SONG, dtype="int16")
-    with soundfile.SoundFile(path, "w", rate, audio.shape[1], subtype="PCM_16") as file:
+def write_song(path: Path, seconds: float, rate: int = 44100) -> Path:
+    """The demo song over and over, streamed to a file of that length: FLAC or, for `.wav`, RF64 of 32-bit floats."""
+    audio, _ = soundfile.read(SONG, dtype="int16")
+    format, subtype = ("RF64", "FLOAT") if path.suffix == ".wav" else ("FLAC", "PCM_16")
+    with soundfile.SoundFile(path, "w", rate, audio.shape[1], format=format, subtype=subtype) as file:
         left = round(seconds * rate)
         while left:
             file.write(audio[:left])
@@ -51,9 +58,9 @@ def write_song(path: Path, seconds: float) -> Path:
     return path
 
 
-def start(song: Path, stems: str) -> subprocess.Popen[str]:
-    """A process that separates the song and says how it went."""
-    run = [sys.executable, "-c", WORKER, song, song.with_suffix(""), stems]
+def start(song: Path, stems: str, *, tiny: bool = False) -> subprocess.Popen[str]:
+    """A process that separates the song into files of its format and rate, and says how it went."""
+    run = [sys.executable, "-c", WORKER, song, song.with_suffix(""), stems, song.suffix[1:], "tiny" if tiny else ""]
     return subprocess.Popen(run, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
 
 
@@ -81,6 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How time and memory grow with a song, as Markdown.")
     parser.add_argument("--seconds", nargs="*", type=float, default=[30, 240, 1200, 10800], help="the songs' lengths")
     parser.add_argument("--stems", default="vocals_instrumental")
+    parser.add_argument("--tiny", action="store_true", help="a random network in place of the demo weights: two stems")
+    parser.add_argument("--rate", type=int, default=44100, help="of the song and the stems, in hertz")
+    parser.add_argument("--format", default="flac", choices=["flac", "wav"], help="of the song and the stems")
     parser.add_argument("--pairs", type=int, default=2, help="how often two songs are measured, one by one and at once")
     parser.add_argument("--folder", type=Path, help="where the songs and stems go meanwhile (default: a temporary one)")
     options = parser.parse_args()
@@ -89,12 +99,13 @@ def main() -> None:
         if options.seconds:
             print("\n| song | time | times real-time | loaded MiB | peak MiB | above loaded |\n" + "|---" * 6 + "|")
         for seconds in options.seconds:
-            song = write_song(folder / f"{seconds:.0f}.flac", seconds)
-            run = result(start(song, options.stems))
+            song = write_song(folder / f"{seconds:.0f}.{options.format}", seconds, options.rate)
+            run = result(start(song, options.stems, tiny=options.tiny))
             speed = f"{run['seconds']:.1f} s | {seconds / run['seconds']:.1f}"
             memory = f"{run['loaded']:.0f} | {run['peak']:.0f} | {run['peak'] - run['loaded']:.0f}"
             print(f"| {seconds:.0f} s | {speed} | {memory} |", flush=True)
             song.unlink()
+            shutil.rmtree(song.with_suffix(""))
         if not options.pairs:
             return
         songs = [write_song(folder / f"{name}.flac", PAIR_SECONDS) for name in ("first", "second")]

@@ -1,5 +1,6 @@
 """scaling: its figures, of which memory is one that must stay true."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,3 +25,21 @@ def test_six_stems_of_any_song_need_less_than_300_mib_above_the_loaded_model(tmp
         above.append(run["peak"] - run["loaded"])
     assert max(above) < 300, above
     assert above[1] - above[0] < 50, above  # MiB; the longer song's stems alone have 970 MiB
+
+
+@pytest.mark.slow
+def test_three_hours_at_48_khz_need_no_more_memory_than_three_minutes(tmp_path: Path) -> None:
+    if shutil.disk_usage(tmp_path).free < 25e9:
+        pytest.skip("needs 25 GB of space for temporary files")
+    peaks = []
+    for seconds in (180, 10_800):
+        song = scaling.write_song(tmp_path / f"{seconds}.flac", seconds, 48000)
+        peaks.append(scaling.result(scaling.start(song, "all_4", tiny=True))["peak"])
+        infos = [soundfile.info(path) for path in (tmp_path / str(seconds)).iterdir()]
+        shutil.rmtree(tmp_path / str(seconds))
+        song.unlink()
+        assert {(info.name.split("/")[-1], info.frames, info.samplerate) for info in infos} == {
+            ("vocals.flac", seconds * 48000, 48000),
+            ("no_vocals.flac", seconds * 48000, 48000),
+        }
+    assert peaks[1] - peaks[0] < 50, peaks  # MiB; a stem of the longer song has 3955 MiB

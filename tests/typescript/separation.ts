@@ -11,10 +11,11 @@ const STEMS = {
   vocals_instrumental: ["vocals", "instrumental"],
   all_4: ["vocals", "drums", "bass", "other"],
   all_6: ["vocals", "drums", "bass", "guitar", "piano", "other"],
+  drum_kit: ["kick", "snare", "toms", "hihat", "cymbals"],
 } as const;
 
 export type StemsChoice = keyof typeof STEMS;
-export type TwoStems = "none" | "vocals" | "drums" | "bass" | "other";
+export type TwoStems = "none" | "vocals" | "drums" | "bass" | "other" | "guitar" | "piano";
 
 /** The container's inputs beside the song. Left out, each has the container's default. */
 export interface Inputs<S extends StemsChoice = StemsChoice, T extends TwoStems = TwoStems> {
@@ -31,7 +32,7 @@ export interface Inputs<S extends StemsChoice = StemsChoice, T extends TwoStems 
   mp3_bitrate?: 128 | 192 | 320;
   /** This stem and the song minus it, in place of `stems`. */
   two_stems?: T;
-  recipe?: "default" | "standard" | "demo";
+  recipe?: "default" | "standard" | "sw" | "demo";
 }
 
 /** A URL a stem, by the stem's name: exactly the names that the choice of stems gives. */

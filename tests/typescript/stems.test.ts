@@ -45,6 +45,7 @@ test("the expected stems follow the inputs, and the container's defaults where t
   assert.deepEqual(expectedStems({}), ["vocals", "instrumental"]);
   assert.deepEqual(expectedStems({ stems: "all_6" }), SIX);
   assert.deepEqual(expectedStems({ stems: "all_6", two_stems: "none" }), SIX);
+  assert.deepEqual(expectedStems({ stems: "drum_kit" }), ["kick", "snare", "toms", "hihat", "cymbals"]);
   assert.deepEqual(expectedStems({ stems: "all_6", two_stems: "bass" }), ["bass", "no_bass"]);
   for (const stems of ["all_5", "toString"]) {
     assert.throws(() => expectedStems({ stems }), { name: "StemsError", message: `unknown choice of stems: ${stems}` });

@@ -19,10 +19,18 @@ export async function checkedByTheCompiler(separator: Separator, song: string): 
   // @ts-expect-error only vocals_instrumental has it
   six.instrumental;
 
+  const kit = await separator.separate(song, { stems: "drum_kit", recipe: "standard" });
+  ({ kick: "", snare: "", toms: "", hihat: "", cymbals: "" }) satisfies typeof kit;
+  // @ts-expect-error the drum kit is all in pieces
+  kit.drums;
+
   const two = await separator.separate(song, { stems: "all_4", two_stems: "drums" });
   two.no_drums satisfies string;
   // @ts-expect-error two_stems replaces stems
   two.bass;
+  (await separator.separate(song, { two_stems: "guitar" })).no_guitar satisfies string;
+  // @ts-expect-error the container offers it only with the rest of the drum kit
+  await separator.separate(song, { two_stems: "kick" });
 
   const either = await separator.separate(song, { stems: song ? "all_4" : "all_6" });
   either.drums satisfies string;

@@ -1,0 +1,217 @@
+"""MDX23C: TFC-TDF-UNet v3 (Kim, Lee and Jung 2023, arXiv:2306.09382), in the community's checkpoint layout.
+
+The spectrogram's real and imaginary parts are cut into sub-bands that are stacked as channels. A U-Net runs over frames
+and bins; its blocks join 3x3 convolutions with a bottleneck of two linear layers across all bins of a frame.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from separation.models.base import SeparationModel
+from separation.models.layers import GroupNorm
+from separation.stft import istft, stft
+
+
+@dataclass(frozen=True, kw_only=True)
+class MDX23CConfig:
+    """The hyper-parameters, under the names that community YAML files give them in `audio:` and `model:`."""
+
+    num_stems: int
+    n_fft: int
+    hop_length: int
+    dim_f: int  # bins that are used, from the lowest on
+    chunk_size: int  # samples
+    audio_channels: int = 2  # `num_channels` of `audio:`
+    num_channels: int  # features at the first scale
+    growth: int  # features that each scale has more than the one before
+    num_scales: int
+    scale: tuple[int, int]  # by which a scale shrinks frames and bins
+    num_blocks_per_scale: int
+    bottleneck_factor: int
+    num_subbands: int
+    norm: str
+    act: str
+
+    def __post_init__(self) -> None:
+        frames = self.chunk_size // self.hop_length + 1
+        frames_unit, bins_unit = (factor**self.num_scales for factor in self.scale)
+        if frames % frames_unit:
+            raise ValueError(
+                f"chunk_size {self.chunk_size} gives {frames} frames, but scale and num_scales need a multiple of "
+                f"{frames_unit}"
+            )
+        if self.dim_f % (self.num_subbands * bins_unit) or self.dim_f > self.n_fft // 2 + 1:
+            raise ValueError(
+                f"dim_f {self.dim_f} must be a multiple of {self.num_subbands * bins_unit} (by num_subbands and scale) "
+                f"and at most {self.n_fft // 2 + 1} (by n_fft)"
+            )
+
+
+class MDX23C(SeparationModel):
+    """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T is `chunk_samples` exactly.
+
+    Samples are float32 in and out. Convolutions and linear layers may be in bfloat16 or float16 (see `to_precision`).
+    """
+
+    Config = MDX23CConfig
+    AUDIO_KEYS = MappingProxyType(
+        {key: key for key in ("n_fft", "hop_length", "dim_f", "chunk_size")} | {"num_channels": "audio_channels"}
+    )
+    KEY_PATTERNS = (r"encoder_blocks\.0\.tfc_tdf\.blocks\.0\.tdf\.2\.weight", r"bottleneck_block\.blocks\.0\..*")
+    CAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    normalisation = "none"  # its residual path is linear: it knows tracks at the level that they were mixed at
+    fixed_chunk = True  # its norms are over a chunk
+
+    def __init__(self, config: MDX23CConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.audio_channels
+        self._stft: dict[str, Any] = {
+            "n_fft": config.n_fft,
+            "hop_length": config.hop_length,
+            "win_length": config.n_fft,
+        }
+        inputs = 2 * config.audio_channels * config.num_subbands
+        sizes = [config.num_channels + config.growth * scale for scale in range(config.num_scales + 1)]
+        bins = config.dim_f // config.num_subbands
+        self.first_conv = nn.Conv2d(inputs, sizes[0], 1, bias=False)
+        self.encoder_blocks, self.decoder_blocks = nn.ModuleList(), nn.ModuleList()
+        for size, larger in pairwise(sizes):
+            down = nn.Conv2d(size, larger, config.scale, config.scale, bias=False)
+            up = nn.ConvTranspose2d(larger, size, config.scale, config.scale, bias=False)
+            self.encoder_blocks.append(
+                nn.ModuleDict(
+                    {
+                        "tfc_tdf": Blocks(config, size, size, bins),
+                        "downscale": nn.ModuleDict({"conv": _activated(config, size, down)}),
+                    }
+                )
+            )
+            self.decoder_blocks.insert(
+                0,
+                nn.ModuleDict(
+                    {
+                        "upscale": nn.ModuleDict({"conv": _activated(config, larger, up)}),
+                        "tfc_tdf": Blocks(config, 2 * size, size, bins),
+                    }
+                ),
+            )
+            bins //= config.scale[1]
+        self.bottleneck_block = Blocks(config, sizes[-1], sizes[-1], bins)
+        self.final_conv = nn.Sequential(
+            nn.Conv2d(inputs + sizes[0], sizes[0], 1, bias=False),
+            _activation(config),
+            nn.Conv2d(sizes[0], config.num_stems * inputs, 1, bias=False),
+        )
+        self._outputs = tuple(range(config.num_stems))  # those that are computed, in the order of the estimates
+
+    def only(self, stems: tuple[str, ...]) -> "MDX23C":
+        fewer = copy.copy(self)  # shares the layers; the last layer's rows for other stems and their iSTFT do not run
+        fewer._outputs = tuple(self._outputs[self.stems.index(stem)] for stem in stems)
+        fewer.stems = stems
+        return fewer
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        spectrum = stft(chunks, **self._stft)[..., : self.config.dim_f, :]  # [B, C, F, N]
+        mixture = rearrange(
+            torch.view_as_real(spectrum), "b c (k f) n ri -> b (c ri k) n f", k=self.config.num_subbands
+        )
+        features = self._features(mixture)
+        return torch.stack([self._estimate(index, features, chunks.shape[-1]) for index in self._outputs], 1)
+
+    def _features(self, mixture: Tensor) -> Tensor:
+        """Spectrogram `[B, C * 2 * K, N, F / K]` of K sub-bands to `[B, D, N, F / K]`."""
+        dtype = self.first_conv.weight.dtype
+        mixture = mixture.to(dtype)
+        first = x = self.first_conv(mixture)
+        skips = []
+        for block in cast(Iterable[Any], self.encoder_blocks):
+            x = block["tfc_tdf"](x)
+            skips.append(x)
+            x = block["downscale"]["conv"](x)
+        x = self.bottleneck_block(x)
+        for block in cast(Iterable[Any], self.decoder_blocks):
+            x = torch.cat([block["upscale"]["conv"](x), skips.pop()], dim=1)
+            x = block["tfc_tdf"](x)
+        masked = (x.float() * first.float()).to(dtype)
+        return self.final_conv[:2](torch.cat([mixture, masked], dim=1))
+
+    def _estimate(self, index: int, features: Tensor, length: int) -> Tensor:
+        """One stem's estimate `[B, C, length]`."""
+        weight = cast(nn.Conv2d, self.final_conv[2]).weight.chunk(self.config.num_stems)[index]
+        spectrum = rearrange(
+            F.conv2d(features, weight).float(),
+            "b (c ri k) n f -> b c n (k f) ri",
+            c=self.channels,
+            k=self.config.num_subbands,
+        )
+        return istft(torch.view_as_complex(spectrum.contiguous()).transpose(-1, -2), length=length, **self._stft)
+
+
+class Blocks(nn.Module):
+    """The blocks of one scale in turn, `[B, size_in, N, F] -> [B, size, N, F]`."""
+
+    def __init__(self, config: MDX23CConfig, size_in: int, size: int, bins: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(Block(config, size if i else size_in, size, bins) for i in range(config.num_blocks_per_scale))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class Block(nn.Module):
+    """Convolutions over frames and bins around linear layers over bins, `[B, size_in, N, F] -> [B, size, N, F]`."""
+
+    def __init__(self, config: MDX23CConfig, size_in: int, size: int, bins: int) -> None:
+        super().__init__()
+        narrow = bins // config.bottleneck_factor
+        self.tfc1 = _activated(config, size_in, nn.Conv2d(size_in, size, 3, padding=1, bias=False))
+        self.tdf = nn.Sequential(
+            *_activated(config, size, nn.Linear(bins, narrow, bias=False)),
+            *_activated(config, size, nn.Linear(narrow, bins, bias=False)),
+        )
+        self.tfc2 = _activated(config, size, nn.Conv2d(size, size, 3, padding=1, bias=False))
+        self.shortcut = nn.Conv2d(size_in, size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tfc1(x)
+        return self.tfc2(y + self.tdf(y)) + self.shortcut(x)
+
+
+def _activated(config: MDX23CConfig, features: int, layer: nn.Module) -> nn.Sequential:
+    """Norm, activation, layer."""
+    return nn.Sequential(_norm(config, features), _activation(config), layer)
+
+
+def _norm(config: MDX23CConfig, features: int) -> nn.Module:
+    """The norm that a YAML names: InstanceNorm, BatchNorm, or GroupNorm and the number of groups."""
+    if config.norm == "InstanceNorm":
+        return nn.InstanceNorm2d(features, affine=True)
+    if config.norm == "BatchNorm":
+        return nn.BatchNorm2d(features)
+    groups = config.norm.removeprefix("GroupNorm")
+    if not groups.isdecimal():
+        raise ValueError(f"norm {config.norm!r} is not known: use InstanceNorm, BatchNorm or GroupNorm4")
+    return GroupNorm(int(groups), features)
+
+
+def _activation(config: MDX23CConfig) -> nn.Module:
+    """The activation that a YAML names: gelu, relu, or elu and its alpha."""
+    alpha = config.act.removeprefix("elu")
+    if config.act in ("gelu", "relu"):
+        return nn.GELU() if config.act == "gelu" else nn.ReLU()
+    try:
+        return nn.ELU(float(alpha))
+    except ValueError as e:
+        raise ValueError(f"act {config.act!r} is not known: use gelu, relu or elu1.0") from e

@@ -1,0 +1,89 @@
+"""MelBand-RoFormer (Wang, Lu and Won 2023, arXiv:2310.01809), in the community's checkpoint layout.
+
+Its bands are those of a mel filter bank, of which each overlaps the next: a bin's mask is the mean of its bands' masks.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from separation.models.roformer import RoFormer, RoFormerConfig
+
+
+@cache
+def mel_bands(num_bands: int, n_fft: int, sample_rate: int) -> tuple[range, ...]:
+    """Each band's bins: where `librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=num_bands)` is above zero.
+
+    To these come the first and the last bin, which its triangles only touch. Computed here, for importing librosa takes
+    longer than loading a model. The mel scale is Slaney's: linear up to 1 kHz, that is 15 mels, and then 27 mels for
+    each factor of 6.4.
+    """
+    highest = 15 + 27 * math.log(sample_rate / 2 / 1000, 6.4)
+    mels = [highest * i / (num_bands + 1) for i in range(num_bands + 2)]
+    hertz = [mel * 1000 / 15 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
+    edges = [frequency * n_fft / sample_rate for frequency in hertz]  # in bins
+    first = [0, *(math.floor(edge) + 1 for edge in edges[1:num_bands])]
+    stop = [*(math.ceil(edge) for edge in edges[2:-1]), n_fft // 2 + 1]
+    return tuple(map(range, first, stop))
+
+
+@cache
+def _places(num_bands: int, n_fft: int, sample_rate: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The bin at each place of all bands one after the other, and for each bin its first and its last place.
+
+    These two are the same for a bin that only one band has; none has more than two.
+    """
+    bins = list(chain.from_iterable(mel_bands(num_bands, n_fft, sample_rate)))
+    last = {k: place for place, k in enumerate(bins)}
+    first = {k: place for place, k in reversed([*enumerate(bins)])}
+    tables = bins, [first[k] for k in range(len(first))], [last[k] for k in range(len(last))]
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(table, device=device) for table in tables)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MelBandRoFormerConfig(RoFormerConfig):
+    """The hyper-parameters, under the names that community YAML files give them in their `model:` section."""
+
+    num_bands: int = 60
+    sample_rate: int = 44100  # hertz; of the mel scale
+    mask_estimator_depth: int = 1  # hidden layers: one linear layer fewer than there are
+
+    def __post_init__(self) -> None:
+        if not all(mel_bands(self.num_bands, self.stft_n_fft, self.sample_rate)):
+            raise ValueError(f"num_bands {self.num_bands} is too many for stft_n_fft {self.stft_n_fft}: one has no bin")
+
+
+class MelBandRoFormer(RoFormer):
+    """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
+
+    Config = MelBandRoFormerConfig
+    KEY_PATTERNS = (
+        r"band_split\.to_features\..*",
+        r"layers\.\d+\.\d+\.layers\.\d+\.0\.to_qkv\.weight",
+        r"layers\.\d+\.\d+\.norm\.gamma",
+    )
+    UNUSED_KEYS = "freq_indices|freqs_per_band|num_freqs_per_band|num_bands_per_freq"  # tables of the mel bands
+
+    def __init__(self, config: MelBandRoFormerConfig, *, attention: str = "sdpa") -> None:
+        scale = config.num_bands, config.stft_n_fft, config.sample_rate
+        super().__init__(
+            config,
+            [len(band) for band in mel_bands(*scale)],
+            mask_layers=config.mask_estimator_depth + 1,
+            norm_output=True,
+            attention=attention,
+        )
+        self._scale = scale
+
+    def _bands(self, bins: Tensor) -> Tensor:
+        return bins.index_select(2, _places(*self._scale, bins.device)[0]).flatten(2)
+
+    def _bins(self, bands: Tensor) -> Tensor:
+        _, first, last = _places(*self._scale, bands.device)
+        bands = bands.unflatten(2, (-1, 2 * self.channels))
+        return (bands.index_select(2, first) + bands.index_select(2, last)) / 2

@@ -1,0 +1,203 @@
+"""What BS-RoFormer and MelBand-RoFormer share: all but the way from the spectrogram's bins to bands and back.
+
+Each band of the spectrogram becomes a token, transformers run along time and along bands in turn, and an MLP a band
+and a stem gives a complex mask for the mixture's spectrogram.
+"""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from separation.models.attention import BACKENDS
+from separation.models.base import SeparationModel
+from separation.models.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
+from separation.models.layers import (
+    Attention,
+    BandSplit,
+    MaskEstimator,
+    PolarEmbedding,
+    RMSNorm,
+    RotaryEmbedding,
+    Transformer,
+)
+from separation.stft import istft, stft
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoFormerConfig:
+    """The hyper-parameters, under the names that community YAML files give them in their `model:` section."""
+
+    dim: int
+    depth: int
+    stereo: bool = False
+    num_stems: int = 1
+    time_transformer_depth: int = 1
+    freq_transformer_depth: int = 1
+    linear_transformer_depth: int = 0  # of linear attention over all tokens, before each of the above
+    dim_head: int = 64
+    heads: int = 8
+    stft_n_fft: int = 2048
+    stft_hop_length: int = 512
+    stft_win_length: int = 2048
+    stft_normalized: bool = False
+    mlp_expansion_factor: int = 4
+    skip_connection: bool = False  # each block is given the sum of what all before it gave
+    use_pope: bool = False  # polar positions in place of rotary ones
+    zero_dc: bool = False
+
+
+class RoFormer(SeparationModel):
+    """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; C is 2 if stereo, else 1; T > stft_n_fft // 2.
+
+    Samples are float32 in and out. The linear layers may be in bfloat16 or float16 (see `to_precision`).
+    A subclass gives each band's number of bins, and the way from bins to bands and back.
+    """
+
+    # Keys that training scripts read from the same `model:` section, or that choose how to compute the same; an
+    # estimate here always has the length of its input.
+    TRAINING_KEYS = frozenset(
+        {
+            "attn_dropout",
+            "dim_freqs_in",
+            "ff_dropout",
+            "flash_attn",
+            "match_input_audio_length",
+            "multi_stft_hop_size",
+            "multi_stft_normalized",
+            "multi_stft_resolution_loss_weight",
+            "multi_stft_resolutions_window_sizes",
+            "multi_stft_window_fn",
+            "sage_attention",
+            "use_torch_checkpoint",
+        }
+    )
+
+    def __init__(
+        self,
+        config: RoFormerConfig,
+        band_bins: Iterable[int],
+        *,
+        mask_layers: int,
+        norm_output: bool,
+        attention: str,
+    ) -> None:
+        super().__init__()
+        self.channels = 2 if config.stereo else 1
+        self.head_size = config.dim_head
+        self._skips, self._zero_dc = config.skip_connection, config.zero_dc
+        self._stft: dict[str, Any] = {
+            "n_fft": config.stft_n_fft,
+            "hop_length": config.stft_hop_length,
+            "win_length": config.stft_win_length,
+            "normalized": config.stft_normalized,
+        }
+        widths = tuple(2 * self.channels * bins for bins in band_bins)  # real and imaginary part
+        embedding = (
+            PolarEmbedding(config.dim_head, config.heads) if config.use_pope else RotaryEmbedding(config.dim_head)
+        )
+        time_positions, freq_positions = embedding, copy.deepcopy(embedding)
+
+        def transformers() -> Iterator[Transformer]:
+            for depth, positions in (
+                (config.linear_transformer_depth, None),
+                (config.time_transformer_depth, time_positions),
+                (config.freq_transformer_depth, freq_positions),
+            ):
+                if depth or positions is not None:
+                    yield Transformer(
+                        config.dim,
+                        depth=depth,
+                        heads=config.heads,
+                        dim_head=config.dim_head,
+                        positions=positions,
+                        backend=attention,
+                        norm_output=norm_output,
+                    )
+
+        self.layers = nn.ModuleList(nn.ModuleList(transformers()) for _ in range(config.depth))
+        self.final_norm: nn.Module = nn.Identity() if norm_output else RMSNorm(config.dim)
+        self.band_split: nn.Module = BandSplit(config.dim, widths)
+        self.mask_estimators = nn.ModuleList(
+            MaskEstimator(config.dim, widths, linear_layers=mask_layers, expansion=config.mlp_expansion_factor)
+            for _ in range(config.num_stems)
+        )
+        self._outputs = tuple(range(config.num_stems))  # those that are computed, in the order of the estimates
+
+    @abstractmethod
+    def _bands(self, bins: Tensor) -> Tensor:
+        """The spectrogram's values `[B, N, F, 2 * C]` band by band, `[B, N, sum(widths)]`."""
+
+    @abstractmethod
+    def _bins(self, bands: Tensor) -> Tensor:
+        """A mask `[B, N, sum(widths)]` bin by bin, `[B, N, F, 2 * C]`."""
+
+    def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
+        if attention == "fused":
+            self.fuse()
+            return
+        if attention is not None:
+            for module in self.modules():
+                if isinstance(module, Attention):
+                    module.attend = BACKENDS[attention]
+        super().prepare(dtype)
+
+    def fuse(self) -> None:
+        """Replace the layers by their fused twins, which compute in bfloat16 on the CPU.
+
+        Raises NotFusedError for sizes and layers that those do not know; the model is then as before.
+        """
+        layers = [
+            nn.ModuleList(FusedTransformer(transformer) for transformer in block)
+            for block in cast(Iterable[Iterable[Transformer]], self.layers)
+        ]
+        split = FusedBandSplit(cast(BandSplit, self.band_split))
+        estimators = [
+            FusedMaskEstimator(self.final_norm, each) for each in cast(Iterable[MaskEstimator], self.mask_estimators)
+        ]
+        self.band_split, self.layers, self.mask_estimators = split, nn.ModuleList(layers), nn.ModuleList(estimators)
+        self.final_norm = nn.Identity()  # it is within the mask estimators
+
+    def only(self, stems: tuple[str, ...]) -> Self:
+        fewer = copy.copy(self)  # shares the layers; the mask estimators of other stems do not run
+        fewer._outputs = tuple(self._outputs[self.stems.index(stem)] for stem in stems)
+        fewer.stems = stems
+        return fewer
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        spectrum = stft(chunks, **self._stft)  # [B, C, F, N]
+        features = self._features(spectrum)
+        # Stem by stem, for masks and spectrograms of all stems at once would be the largest tensors by far: beyond the
+        # 32 MiB from which on glibc gives memory back at once, only to have it zeroed again for the next chunk.
+        return torch.stack([self._estimate(index, features, spectrum, chunks.shape[-1]) for index in self._outputs], 1)
+
+    def _features(self, spectrum: Tensor) -> Tensor:
+        """Complex spectrogram `[B, C, F, N]` to `[B, N, K, D]`."""
+        x = self.band_split(self._bands(rearrange(torch.view_as_real(spectrum), "b c f n ri -> b n f (c ri)")))
+        batch, frames = x.shape[:2]
+        given: Tensor | None = None
+        for *linear, time_transformer, freq_transformer in cast(Iterable[Any], self.layers):
+            for transformer in linear:
+                x = transformer(x.flatten(1, 2)).unflatten(1, (frames, -1))
+            if given is not None:
+                x = x + given
+            x = time_transformer(rearrange(x, "b n k d -> (b k) n d"))
+            x = freq_transformer(rearrange(x, "(b k) n d -> (b n) k d", b=batch))
+            x = rearrange(x, "(b n) k d -> b n k d", n=frames)
+            if self._skips:
+                given = x if given is None else given + x
+        return self.final_norm(x)
+
+    def _estimate(self, index: int, features: Tensor, spectrum: Tensor, length: int) -> Tensor:
+        """One stem's estimate `[B, C, length]`: its complex mask times the mixture's spectrogram `[B, C, F, N]`."""
+        mask = self._bins(self.mask_estimators[index](features).float())
+        mask = rearrange(mask, "b n f (c ri) -> b c f n ri", ri=2)  # a view
+        estimate = spectrum * torch.view_as_complex(mask)
+        if self._zero_dc:
+            estimate[..., 0, :] = 0
+        return istft(estimate, length=length, **self._stft)

@@ -1,0 +1,250 @@
+"""SCNet: sparse compression network (Tong et al. 2024, arXiv:2401.13276), in the community's checkpoint layout.
+
+The spectrogram's real and imaginary parts are channels. Each step of the encoder compresses a low, a middle and a high
+band by their own strides; between encoder and decoder, pairs of LSTMs run along bins and along frames, in turn on the
+frames and on their Fourier transform. The decoder gives the stems' spectrograms.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from separation.models.base import SeparationModel
+from separation.models.layers import GroupNorm
+from separation.stft import istft, stft
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCNetConfig:
+    """The hyper-parameters, under the names that community YAML files give them in their `model:` section."""
+
+    sources: tuple[str, ...] = ("drums", "bass", "other", "vocals")
+    audio_channels: int = 2
+    dims: tuple[int, ...] = (4, 32, 64, 128)  # features before and after each step
+    nfft: int = 4096
+    hop_size: int = 1024
+    win_size: int = 4096
+    normalized: bool = True
+    band_SR: tuple[float, float, float] = (0.175, 0.392, 0.433)  # noqa: N815 - shares of the bins, from the lowest on
+    band_stride: tuple[int, int, int] = (1, 4, 16)
+    band_kernel: tuple[int, int, int] = (3, 4, 16)
+    conv_depths: tuple[int, int, int] = (3, 2, 1)
+    compress: int = 4
+    conv_kernel: int = 3
+    num_dplayer: int = 6
+    expand: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dims[0] != 2 * self.audio_channels:
+            raise ValueError(f"dims must begin with 2 * audio_channels = {2 * self.audio_channels}, not {self.dims[0]}")
+        for name in ("band_SR", "band_stride", "band_kernel", "conv_depths"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} must have a value for each of 3 bands, not {len(getattr(self, name))}")
+        if self.num_dplayer % 2:
+            raise ValueError(f"num_dplayer must be even, for every Fourier transform is undone, not {self.num_dplayer}")
+
+    @property
+    def num_stems(self) -> int:
+        return len(self.sources)
+
+
+class SCNet(SeparationModel):
+    """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T > nfft // 2.
+
+    Samples are float32 in and out. Convolutions, linear layers and LSTMs may be in bfloat16 or float16 (see
+    `to_precision`).
+    """
+
+    Config = SCNetConfig
+    KEY_PATTERNS = (r"encoder\.0\.SDlayer\.convs\.0\.weight", r"separation_net\.dp_modules\.0\.lstm_layers\.0\..*")
+    CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
+    normalisation = "none"  # no norm comes before its first layer: it knows tracks at the level that they were mixed at
+
+    def __init__(self, config: SCNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = config.audio_channels
+        self._stft: dict[str, Any] = {
+            "n_fft": config.nfft,
+            "hop_length": config.hop_size,
+            "win_length": config.win_size,
+            "normalized": config.normalized,
+            "window": "rectangular",
+        }
+        steps = list(zip(config.dims, config.dims[1:], strict=False))
+        outputs = [config.dims[0] * config.num_stems, *config.dims[1:]]
+        self.encoder = nn.ModuleList(Encoder(config, size_in, size) for size_in, size in steps)
+        self.separation_net = nn.ModuleDict(
+            {
+                "dp_modules": nn.ModuleList(
+                    DualPath(config.dims[-1] * (1 + i % 2), config.expand) for i in range(config.num_dplayer)
+                )
+            }
+        )
+        self.decoder = nn.ModuleList(
+            nn.ModuleList([Fusion(size), Upsampling(config, size, size_out)])
+            for (_, size), size_out in reversed(list(zip(steps, outputs, strict=False)))
+        )
+        self._outputs = tuple(range(config.num_stems))  # those that are given, in the order of the estimates
+
+    def only(self, stems: tuple[str, ...]) -> "SCNet":
+        fewer = copy.copy(self)  # shares the layers; the iSTFT of other stems does not run
+        fewer._outputs = tuple(self._outputs[self.stems.index(stem)] for stem in stems)
+        fewer.stems = stems
+        return fewer
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        length, hop = chunks.shape[-1], self.config.hop_size
+        # One more frame than hops: an even number, so that the Fourier transform along frames can be undone.
+        hops = (length // hop + 1) // 2 * 2 + 1
+        spectrum = stft(F.pad(chunks, (0, hops * hop - length)), **self._stft)  # [B, C, F, N]
+        x = rearrange(torch.view_as_real(spectrum), "b c f n ri -> b (c ri) f n")
+        skips: list[tuple[Tensor, list[int], list[int]]] = []
+        for encode in self.encoder:
+            x, skip, sizes, sizes_before = encode(x)
+            skips.append((skip, sizes, sizes_before))
+        x = self._separate(x)
+        for fuse, upsample in cast(Iterable[Any], self.decoder):
+            skip, sizes, sizes_before = skips.pop()
+            x = upsample(fuse(x, skip), sizes, sizes_before)
+        x = rearrange(x.float(), "b (s c ri) f n -> b s c n f ri", c=self.channels, ri=2)
+        estimates = torch.view_as_complex(x[:, self._outputs].contiguous()).transpose(-1, -2)
+        return istft(estimates, length=length, **self._stft)
+
+    def _separate(self, x: Tensor) -> Tensor:
+        """`[B, D, F, N] -> [B, D, F, N]`. Float32, for Fourier transforms know no half precision."""
+        x = rearrange(x.float(), "b d f n -> b f n d")
+        for i, dual_path in enumerate(cast(Iterable[DualPath], self.separation_net["dp_modules"])):
+            x = dual_path(x)
+            if i % 2 == 0:
+                x = torch.fft.rfft(x, dim=2, norm="ortho")
+                x = torch.cat([x.real, x.imag], dim=-1)
+            else:
+                real, imaginary = x.chunk(2, dim=-1)
+                x = torch.fft.irfft(torch.complex(real, imaginary), dim=2, norm="ortho")
+        return rearrange(x, "b f n d -> b d f n")
+
+
+class Encoder(nn.Module):
+    """Compresses three bands, each with convolutions of its own along time, and joins them."""
+
+    def __init__(self, config: SCNetConfig, size_in: int, size: int) -> None:
+        super().__init__()
+        self.shares, self.kernels, self.strides = config.band_SR, config.band_kernel, config.band_stride
+        self.SDlayer = nn.ModuleDict(
+            {
+                "convs": nn.ModuleList(
+                    nn.Conv2d(size_in, size, (kernel, 1), (stride, 1))
+                    for kernel, stride in zip(self.kernels, self.strides, strict=True)
+                )
+            }
+        )
+        self.conv_modules = nn.ModuleList(
+            TimeConvolutions(size, depth, config.compress, config.conv_kernel) for depth in config.conv_depths
+        )
+        self.globalconv = nn.Conv2d(size, size, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """`[B, size_in, F, N]` to twice `[B, size, F', N]`, what goes on and what skips to the decoder.
+
+        Also the number of bins of each band, after and before.
+        """
+        bins = x.shape[2]
+        low, middle = math.ceil(bins * self.shares[0]), math.ceil(bins * (self.shares[0] + self.shares[1]))
+        sizes_before = [low, middle - low, bins - middle]
+        bands = []
+        compressions = cast(nn.ModuleList, self.SDlayer["convs"])
+        layers: Iterable[Any] = zip(compressions, self.conv_modules, self.kernels, self.strides, strict=True)
+        for band, (compress, convolve, kernel, stride) in zip(x.split(sizes_before, dim=2), layers, strict=True):
+            missing = kernel - 1 if stride == 1 else -band.shape[2] % stride
+            band = F.pad(band, (0, 0, missing // 2, missing - missing // 2))
+            bands.append(F.gelu(convolve(compress(band.to(compress.weight.dtype)))))
+        joined = torch.cat(bands, dim=2)
+        return self.globalconv(joined), joined, [band.shape[2] for band in bands], sizes_before
+
+
+class TimeConvolutions(nn.Module):
+    """Residual convolutions along time, each bin for itself, `[B, D, F, N] -> [B, D, F, N]`."""
+
+    def __init__(self, size: int, depth: int, compress: int, kernel: int) -> None:
+        super().__init__()
+        narrow = size // compress
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                GroupNorm(1, size),
+                nn.Conv1d(size, 2 * narrow, kernel, padding=kernel // 2),
+                nn.GLU(dim=1),
+                nn.Conv1d(narrow, narrow, kernel, padding=kernel // 2, groups=narrow),
+                GroupNorm(1, narrow),
+                nn.SiLU(),
+                nn.Conv1d(narrow, size, 1),
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = len(x)
+        x = rearrange(x, "b d f n -> (b f) d n")
+        for layer in self.layers:
+            x = x + layer(x)
+        return rearrange(x, "(b f) d n -> b d f n", b=batch)
+
+
+class DualPath(nn.Module):
+    """An LSTM along bins, then one along frames, `[B, F, N, D] -> [B, F, N, D]`."""
+
+    def __init__(self, size: int, expand: int) -> None:
+        super().__init__()
+        hidden = size * expand
+        self.lstm_layers = nn.ModuleList(nn.LSTM(size, hidden, bidirectional=True) for _ in range(2))
+        self.linear_layers = nn.ModuleList(nn.Linear(2 * hidden, size) for _ in range(2))
+        self.norm_layers = nn.ModuleList(GroupNorm(1, size) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = len(x)
+        layers = zip(self.norm_layers, self.lstm_layers, self.linear_layers, ("f (b n) d", "n (b f) d"), strict=True)
+        for norm, lstm, linear, sequences in cast(Iterable[Any], layers):
+            y = rearrange(norm(x.permute(0, 3, 1, 2)), f"b d f n -> {sequences}")
+            y = linear(lstm(y.to(linear.weight.dtype))[0])
+            x = x + rearrange(y, f"{sequences} -> b f n d", b=batch)
+        return x
+
+
+class Fusion(nn.Module):
+    """Joins the decoder's `[B, D, F, N]` with what skipped the layers between, to the same shape."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2 * size, 2 * size, 3, padding=1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        # The layer was trained on its input twice over, as both halves of its channels: once, with the weights' sum.
+        weight = sum(half.float() for half in self.conv.weight.chunk(2, dim=1))
+        dtype = self.conv.weight.dtype
+        return F.glu(F.conv2d((x + skip).to(dtype), cast(Tensor, weight).to(dtype), self.conv.bias, padding=1), dim=1)
+
+
+class Upsampling(nn.Module):
+    """Takes three bands apart and brings each back to the bins that it had before the encoder's step."""
+
+    def __init__(self, config: SCNetConfig, size: int, size_out: int) -> None:
+        super().__init__()
+        self.convtrs = nn.ModuleList(
+            nn.ConvTranspose2d(size, size_out, (kernel, 1), (stride, 1))
+            for kernel, stride in zip(config.band_kernel, config.band_stride, strict=True)
+        )
+
+    def forward(self, x: Tensor, sizes: list[int], sizes_before: list[int]) -> Tensor:
+        """`[B, size, sum(sizes), N] -> [B, size_out, sum(sizes_before), N]`."""
+        bands = []
+        for band, expand, size in zip(x.split(sizes, dim=2), self.convtrs, sizes_before, strict=True):
+            band = expand(band)
+            bands.append(band.narrow(2, (band.shape[2] - size) // 2, size))
+        return torch.cat(bands, dim=2)

@@ -1,0 +1,39 @@
+"""What the servers share, the container and the local page: limits, and errors that tell a stranger no path."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from separation.errors import EstimateError, InputError, SeparationError
+
+
+def max_seconds() -> float:
+    """The longest song: SEPARATION_MAX_SECONDS, else three hours, where a stem still is a plain WAV of below 4 GB."""
+    return float(os.environ.get("SEPARATION_MAX_SECONDS") or 3 * 60 * 60)
+
+
+def max_mib() -> float:
+    """The largest file: SEPARATION_MAX_MIB, else 4096."""
+    return float(os.environ.get("SEPARATION_MAX_MIB") or 4096)
+
+
+@contextmanager
+def errors_without_paths() -> Iterator[None]:
+    """What is not about the caller's own song and choices may name files here: that is for the operator alone."""
+    try:
+        yield
+    except (InputError, EstimateError):
+        raise
+    except Exception as e:
+        tell_operator()
+        cause = e if isinstance(e, OSError) else e.__cause__
+        reason = (isinstance(cause, OSError) and cause.strerror) or type(e).__name__
+        kind = type(e) if isinstance(e, SeparationError) else SeparationError
+        raise kind(f"the server failed ({reason}): try again, or tell its operator, whose log says more") from e
+
+
+def tell_operator() -> None:
+    """Print the traceback to the server's own log. What is printed to `sys.stderr` goes to the prediction's."""
+    print(traceback.format_exc(), file=sys.__stderr__, flush=True)
