@@ -16,6 +16,7 @@ from cog import BasePredictor, Input, Path
 from cog.types import URLPath
 
 from separation import ModelPool, Separator
+from separation.cache import chosen_cache
 from separation.catalogue import is_here
 from separation.device import peak_memory_bytes
 from separation.errors import AudioError, InputError, RecipeError
@@ -35,6 +36,7 @@ class Predictor(BasePredictor):
         # of the file left behind if it fails. So it passes the URL on unread, and `_received` reads it.
         URLPath.convert = lambda self: self
         self.folder = _new_folder()
+        self.cache = chosen_cache(default=False)
         self.pool = ModelPool()
         print(self.pool.choice.reason)
         noise = torch.randn(2, 44100, generator=torch.Generator().manual_seed(0)) * 0.1  # with this overlap, one chunk
@@ -83,6 +85,7 @@ class Predictor(BasePredictor):
                 chunk_seconds=int(chunk_size),
                 overlap_seconds=int(overlap),
                 pool=self.pool,
+                cache=self.cache,
             )
             song = _received(audio, folder, self.max_mib)
             files = separator.separate_file(

@@ -19,11 +19,13 @@ from separation.errors import (
 )
 
 if TYPE_CHECKING:
+    from separation.cache import Cache
     from separation.checkpoints import load_model
     from separation.separator import ModelPool, Separator
 
 __all__ = [
     "AudioError",
+    "Cache",
     "CheckpointError",
     "DownloadError",
     "EstimateError",
@@ -38,6 +40,7 @@ __all__ = [
 
 # Imported when first asked for: PyTorch takes a second, which `python -m separation --help` has no use for.
 _MODULES = {
+    "Cache": "separation.cache",
     "ModelPool": "separation.separator",
     "Separator": "separation.separator",
     "load_model": "separation.checkpoints",

@@ -9,26 +9,32 @@ import os
 import signal
 import sys
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from separation import catalogue
+from separation import catalogue, songs
+from separation.cache import Cache, chosen_cache
 from separation.errors import InputError, SeparationError
-from separation.recipes import choices, names
+from separation.recipes import choices, load_recipe, names
 
 # What imports PyTorch is imported by the commands that need it: it takes a second, which --help, a wrong option and
 # `models list` do without. For the same reason these choices are written out; a test compares them with the engine's.
 if TYPE_CHECKING:
-    from separation.separator import Separator, StemFiles
+    from separation.separator import Separator
 
 FORMATS = ("wav", "mp3", "flac")
 SAMPLE_RATES = (44100, 48000, "source")
 WAV_DEPTHS = ("16", "24", "32f")
+MP3_BITRATES = (128, 160, 192, 224, 256, 320)
 PRECISIONS = ("fp32", "bf16", "fp16")
 ATTENTIONS = ("auto", "fused", "sage", "sdpa", "itemwise", "einsum")
+_ONE = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # the bar of a song
+_WHOLE = "{n_fmt} of {total_fmt} songs|{bar}| {elapsed}<{remaining}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     separate = commands.add_parser(
         "separate", parents=[shared, engine], help="separate songs: DIR/<song>/<stem>.<format>"
     )
-    separate.add_argument("songs", nargs="+", type=Path, metavar="SONG")
+    separate.add_argument(
+        "songs", nargs="+", metavar="SONG", help="files, folders, and globs such as 'music/**/*.flac'"
+    )
     separate.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     separate.add_argument(
         "--two-stems",
@@ -106,11 +114,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--wav-depth", default="32f", choices=WAV_DEPTHS, help="bits of WAV; 16 is dithered (default: 32f, float)"
     )
     separate.add_argument(
-        "--mp3-bitrate", type=int, default=320, metavar="KBPS", help="128, 160, 192, 224, 256 or 320 (default: 320)"
+        "--mp3-bitrate",
+        type=int,
+        default=320,
+        choices=MP3_BITRATES,
+        metavar="KBPS",
+        help=f"{', '.join(map(str, MP3_BITRATES))} (default: 320)",
     )
     separate.add_argument(
         "--report", action="store_true", help="write stems.html beside the stems: pictures, levels and a player"
     )
+    separate.add_argument(
+        "--force-refresh", action="store_true", help="also do again what is done, and compute what the cache holds"
+    )
+    separate.add_argument(
+        "--workers", type=_count, default=1, metavar="N", help="songs at once: decode and encode beside the model"
+    )
+    separate.add_argument("--ray", metavar="ADDRESS", help="do it on the machines of this Ray cluster, or auto")
     separate.add_argument("--json", action="store_true", help="print one JSON object a song")
     separate.set_defaults(command=_separate)
 
@@ -148,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--estimates", type=Path, metavar="DIR", help="the stems to score; without it the mixtures are separated first"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.set_defaults(command=_evaluate, two_stems=None)
+    evaluate.set_defaults(command=_evaluate, two_stems=None, force_refresh=False)
 
     null = commands.add_parser("null", help="what is left of A minus B in dBFS, file by file")
     null.add_argument("first", type=Path, metavar="A", help="a file, or a folder of them")
@@ -156,6 +176,15 @@ def build_parser() -> argparse.ArgumentParser:
         "second", type=Path, metavar="B", help="likewise; or a file, the mixture that the stems in A sum to"
     )
     null.set_defaults(command=_null, verbose=False)
+
+    export = commands.add_parser("export", help="write a model as an ONNX file, for programs without PyTorch")
+    export.add_argument(
+        "model", metavar="MODEL", help="a name, or the path of a YAML or of weights with one beside them"
+    )
+    export.add_argument("output", type=Path, metavar="OUT.onnx")
+    export.add_argument("--model-path", type=Path, metavar="FILE", help="weights to use in place of the model's own")
+    export.add_argument("--random-weights", action="store_true", help="to try it: nothing is downloaded")
+    export.set_defaults(command=_export, verbose=False)
 
     models = commands.add_parser("models", help="list, download, verify or convert the checkpoints").add_subparsers(
         required=True, metavar="list|download|verify|convert", parser_class=Parser
@@ -174,6 +203,15 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     convert.add_argument("output", type=Path, metavar="OUT.safetensors")
     convert.set_defaults(command=_convert, **quiet)
+
+    cache = commands.add_parser("cache", help="list or clear what models have estimated").add_subparsers(
+        required=True, metavar="list|clear", parser_class=Parser
+    )
+    kept = cache.add_parser("list", help="each estimate that is kept: when, of which song, with which settings")
+    kept.add_argument("--json", action="store_true", help="print one JSON object an estimate, with all settings")
+    kept.set_defaults(command=_cache_list, **quiet)
+    clear = cache.add_parser("clear", help="remove them all")
+    clear.set_defaults(command=_cache_clear, **quiet)
     return parser
 
 
@@ -187,6 +225,12 @@ def _sample_rate(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 up")
+    return int(text)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from separation.demo import run_demo
 
@@ -197,35 +241,81 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _separate(options: argparse.Namespace) -> int:
-    folders = [options.output / (song.name if song.stem == ".." else song.stem) for song in options.songs]
-    for song, folder in zip(options.songs, folders, strict=True):
-        if folders.count(folder) > 1:
-            raise InputError(
-                f"more than one song would be written to {str(folder)!r}: separate {song.name!r} on its own"
-            )
-    if not any(song.exists() for song in options.songs):  # before a checkpoint is downloaded in vain
-        raise InputError(f"{options.songs[0].name!r} does not exist: check the path")
-    separator = _separator(options)
-    failed = 0
-    for song, folder in zip(options.songs, folders, strict=True):
+    found, outcomes = songs.find(options.songs, options.output)
+    n_songs = len(found) + len(outcomes)
+    job = songs.Job(
+        settings=_settings(options) if found else {},
+        writing={name: getattr(options, name) for name in ("format", "sample_rate", "mp3_bitrate", "wav_depth")},
+        report=options.report,
+    )
+    if options.ray:
+        _refuse(options, ["separate", ".", "-o", "."], "--ray", ["workers"])
+        found = [songs.Song(song.path.absolute(), song.folder.absolute()) for song in found]
+    left, done = songs.unfinished(found, job, force=options.force_refresh)
+    outcomes += done
+    tell = partial(_tell, as_json=options.json, file=sys.stdout)  # which Ray will take
+    for outcome in outcomes:
+        tell(outcome)
+    try:
+        with (
+            tqdm(total=len(left), disable=None if n_songs > 1 else True, leave=False, bar_format=_WHOLE) as whole,
+            contextlib.closing(_outcomes(options, left, job)) as running,
+        ):
+            for outcome in running:
+                outcomes.append(outcome)
+                with tqdm.external_write_mode():
+                    tell(outcome)
+                whole.update()
+    finally:
+        _summarise(outcomes, n_songs)
+    return 2 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _outcomes(options: argparse.Namespace, left: Sequence[songs.Song], job: songs.Job) -> Generator[songs.Outcome]:
+    if not left:
+        return  # without loading a model
+    if options.ray:
         try:
-            with _bar(song.name) as progress:
-                files = separator.separate_file(
-                    song,
-                    folder,
-                    format=options.format,
-                    sample_rate=options.sample_rate,
-                    mp3_bitrate=options.mp3_bitrate,
-                    wav_depth=options.wav_depth,
-                    progress=progress,
-                )
-            _report(song, files, as_json=options.json)
-            if options.report:
-                _page(song, files, folder / "stems.html", as_json=options.json)
-        except SeparationError as e:
-            print(f"error: {e}", file=sys.stderr)
-            failed += 1
-    return 2 if failed else 0
+            from separation import cluster
+        except ImportError as e:
+            raise InputError(f"--ray needs the package ray: pip install -e '.[ray]' ({e})") from e
+        absolute = {
+            name: value.absolute() if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+            if name != "command"
+        }
+        yield from cluster.run(left, job, partial(_separator, argparse.Namespace(**absolute)), options.ray)
+    else:
+        bar = partial(_bar, leave=len(left) == 1)
+        yield from songs.run(left, job, _separator(options), workers=min(options.workers, len(left)), bar=bar)
+
+
+# Options that say where and how fast, or what else is wanted. All others decide what the stems hold: they are in the
+# record beside them, and a song that was done with other values is done again.
+INDIFFERENT = {"songs", "output", "verbose", "command", "json", "report", "force_refresh"}
+INDIFFERENT |= {"device", "batch_size", "workers", "ray"}
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """All that decides what the stems' files hold: options, what the recipe says, and the weights."""
+    settings: dict[str, Any] = {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in INDIFFERENT
+    }
+    if name := _model_name(options):
+        models: dict[str, Any] = {name: None if options.two_stems is None else [options.two_stems]}
+    else:
+        recipe = load_recipe(options.recipe, options.stems, two_stems=options.two_stems)
+        models = dict(recipe.models)
+        settings["sources"] = {stem: repr(source) for stem, source in recipe.outputs.items()}
+    files = [file for name, stems in models.items() for file in catalogue.files_for(catalogue.read_config(name), stems)]
+    own = [catalogue.local_path(file) for file in files if file.url is None and file.sha256 is None]
+    settings["weights"] = {file.name: file.sha256 for file in files}
+    for path in [options.model_path] if options.model_path else own:
+        if path.exists():
+            settings["weights"][path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return settings
 
 
 def _separator(options: argparse.Namespace) -> "Separator":
@@ -238,6 +328,7 @@ def _separator(options: argparse.Namespace) -> "Separator":
         "batch_size": options.batch_size,
         "chunk_seconds": options.chunk_size,
         "overlap_seconds": options.overlap,
+        "cache": chosen_cache(default=True, refresh=options.force_refresh),
     }
     pool = ModelPool(options.device, options.precision, options.attention)
     logging.getLogger("separation").info(pool.choice.reason)
@@ -265,22 +356,38 @@ def _model_name(options: argparse.Namespace) -> str | None:
     return options.model_name or (options.model_path and str(options.model_path))
 
 
-def _report(song: Path, files: "StemFiles", *, as_json: bool) -> None:
+def _tell(outcome: songs.Outcome, *, as_json: bool, file: TextIO) -> None:
+    facts = dict(outcome.facts)
+    if facts:
+        facts["times_realtime"] = facts["duration_seconds"] / facts["elapsed_seconds"]
     if as_json:
-        line = {
-            "song": str(song),
-            "stems": {stem: str(path) for stem, path in files.items()},
-            "duration_seconds": round(files.duration_seconds, 3),
-            "elapsed_seconds": round(files.elapsed_seconds, 3),
-            "times_realtime": round(files.times_realtime, 3),
-            "gain": files.gain,
-        }
-        print(json.dumps(line), flush=True)
-        return
-    seconds = f"{files.duration_seconds:.1f} s in {files.elapsed_seconds:.1f} s"
-    print(f"{song.name}: {seconds}, {files.times_realtime:.2f} times real-time")
-    for path in files.values():
-        print(f"  {path}")
+        line: dict[str, Any] = {"song": str(outcome.path), "status": outcome.status}
+        if outcome.error:
+            line["error"] = outcome.error
+        if outcome.stems:
+            line["stems"] = {stem: str(path) for stem, path in outcome.stems.items()}
+        rounded = {name: value if name == "gain" else round(value, 3) for name, value in facts.items()}
+        print(json.dumps(line | rounded), file=file, flush=True)
+    elif outcome.status == "skipped":
+        print(f"{outcome.path.name}: done already (--force-refresh does it again)", file=file)
+    elif facts:
+        seconds = f"{facts['duration_seconds']:.1f} s in {facts['elapsed_seconds']:.1f} s"
+        print(f"{outcome.path.name}: {seconds}, {facts['times_realtime']:.2f} times real-time", file=file)
+        for path in (*outcome.stems.values(), *([outcome.page] if outcome.page else [])):
+            print(f"  {path}", file=file, flush=True)
+
+
+def _summarise(outcomes: Sequence[songs.Outcome], n_songs: int) -> None:
+    """What failed and why, and how many did not, on stderr."""
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            where = f"{outcome.path}: " if n_songs > 1 else ""
+            print(f"error: {where}{outcome.error}", file=sys.stderr)
+    if n_songs > 1:
+        counts = Counter(outcome.status for outcome in outcomes)
+        counts["left"] = n_songs - len(outcomes)
+        parts = [f"{counts[status]} {status}" for status in ("done", "skipped", "failed", "left") if counts[status]]
+        print(f"{n_songs} songs: {', '.join(parts)}", file=sys.stderr)
 
 
 def _each(names: Sequence[str], job: Callable[[str], None]) -> int:
@@ -293,15 +400,6 @@ def _each(names: Sequence[str], job: Callable[[str], None]) -> int:
             print(f"error: {e}", file=sys.stderr)
             failed += 1
     return 2 if failed else 0
-
-
-def _page(song: Path, files: "StemFiles", target: Path, *, as_json: bool) -> None:
-    from separation.report import write_report
-
-    with _bar(f"{song.name}: report") as progress:
-        write_report(song.name, song, files, target, progress=progress)
-    if not as_json:
-        print(f"  {target}")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -329,13 +427,13 @@ def _list(options: argparse.Namespace) -> int:
             return
         size = f"{n_bytes / 1e6:.0f} MB" if n_bytes else "?"
         stems = ", ".join(model.stems)
-        print(f"{name:{width}}  {'here' if here else '-':4}  {size:>7}  {model.architecture or '?':16}  {stems}")
+        print(f"{name:{width}}  {'here' if here else '-':4}  {size:>7}  {model.architecture or '?':17}  {stems}")
         print(f"    quality: {model.quality}; licence: {model.licence}")
 
     names = catalogue.available()
     width = max(map(len, names))
     if not options.json:
-        print(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':16}  STEMS")
+        print(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':17}  STEMS")
     return _each(names, show)
 
 
@@ -365,6 +463,40 @@ def _convert(options: argparse.Namespace) -> int:
 
     convert(options.checkpoint, options.output)
     print(options.output)
+    return 0
+
+
+def _cache_list(options: argparse.Namespace) -> int:
+    cache = _cache()
+    entries = cache.entries()
+    if options.json:
+        for entry in entries:
+            print(entry.as_json())
+        return 0
+    for entry in entries:
+        print(entry)
+    total = sum(entry.bytes for entry in entries)
+    limit = f"{total / 2**30:.2f} of {cache.limit_bytes / 2**30:.4g} GiB"
+    print(f"{len(entries)} estimates in {cache.folder}: {limit}")
+    return 0
+
+
+def _cache_clear(options: argparse.Namespace) -> int:
+    _cache().clear()
+    return 0
+
+
+def _cache() -> Cache:
+    cache = chosen_cache(default=True)
+    if cache is None:
+        raise InputError("the cache is off: set SEPARATION_CACHE to `on` or to its folder")
+    return cache
+
+
+def _export(options: argparse.Namespace) -> int:
+    from separation.export import export
+
+    print(export(options.model, options.output, checkpoint=options.model_path, random=options.random_weights))
     return 0
 
 
@@ -428,9 +560,9 @@ def _refuse(options: argparse.Namespace, command: list[str], flag: str, names: S
 
 
 @contextlib.contextmanager
-def _bar(name: str) -> Iterator[Callable[[float, str], None]]:
+def _bar(name: str, *, leave: bool = True) -> Iterator[Callable[[float, str], None]]:
     """A progress bar on stderr; nothing where stderr is not a terminal."""
-    with tqdm(total=100, disable=None, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+    with tqdm(total=100, desc=name, disable=None, leave=leave, bar_format=_ONE) as bar:
 
         def progress(share: float, stage: str) -> None:
             bar.set_description_str(f"{name}: {stage}", refresh=False)

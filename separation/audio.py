@@ -18,7 +18,7 @@ import stat
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -41,6 +41,7 @@ WAV_DEPTHS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}  # bits of integer
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8000, 192000  # hertz, of the input
 
 _BLOCK_SAMPLES = 65536  # per channel: what is in memory at once
+_RAW_BYTES = 2**20
 _TAGS = ("title", "artist", "album")
 _WAV_LIMIT_BYTES = 2**32 - 2**20  # WAV sizes have 32 bits; leaves 1 MiB for the header and the tags
 _SAMPLE_BYTES = {"PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
@@ -69,7 +70,7 @@ class Waveform:
             descriptor, name = tempfile.mkstemp(prefix="waveform-", suffix=".f32", dir=folder)
         except OSError as e:
             raise _output_error("a temporary file", Path(folder), e) from e
-        self._path = Path(name)
+        self._path, self._is_temporary = Path(name), True
         self._file = io.FileIO(descriptor, "r+")
 
     @property
@@ -110,16 +111,45 @@ class Waveform:
         while view:
             n_bytes = self._file.readinto(view)
             if not n_bytes:
-                raise OutputError(
-                    f"A temporary file in {self._path.parent} was cut short by something else; run again."
-                )
+                raise self._cut_short()
             view = view[n_bytes:]
         return torch.from_numpy(np.frombuffer(samples, dtype=np.float32).reshape(-1, self.channels)).T.contiguous()
+
+    def _cut_short(self) -> OutputError:
+        return OutputError(f"A temporary file in {self._path.parent} was cut short by something else; run again.")
+
+    @classmethod
+    def kept(cls, file: io.FileIO, n_samples: int, statistics: Sequence[float]) -> Self:
+        """A stereo waveform at 44100 Hz over the `raw` samples of another one in a file, which is read and stays."""
+        wave = cls.__new__(cls)
+        wave.sample_rate = wave.source_rate = SAMPLE_RATE
+        wave.n_samples = wave.source_samples = n_samples
+        wave.channels, wave.tags = 2, {}
+        wave.peak, wave.mean, wave._squares = statistics
+        wave._file, wave._path, wave._is_temporary = file, Path(str(file.name)), False
+        return wave
+
+    @property
+    def statistics(self) -> tuple[float, float, float]:
+        """What `kept` takes: with it `peak`, `mean` and `std` are the same to the last bit."""
+        return self.peak, self.mean, self._squares
+
+    def raw(self) -> Iterator[bytes]:
+        """All samples as they lie in the file, block by block: float32, a sample's channels side by side."""
+        self._file.seek(0)
+        missing = self.n_samples * self.channels * 4
+        while missing:
+            data = self._file.read(min(missing, _RAW_BYTES))
+            if not data:
+                raise self._cut_short()
+            missing -= len(data)
+            yield data
 
     def close(self) -> None:
         """Delete the file. A second call does nothing."""
         self._file.close()
-        self._path.unlink(missing_ok=True)
+        if self._is_temporary:
+            self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ there at once.
 
 import contextlib
 import fcntl  # Linux and macOS, the systems that PyTorch's CUDA and MPS builds and Cog run on
+import functools
 import hashlib
 import json
 import logging
@@ -502,6 +503,35 @@ def verify(path: Path, file: WeightFile) -> bool:
     if fault := _fault(path, file):
         raise CheckpointError(f"{path} {fault}: delete it, then {_command(file)}")
     return file.sha256 is not None
+
+
+def known_sha256(file: WeightFile) -> str | None:
+    """The whole sha256 of a file that `fetch` verifies, if it is known."""
+    sha256 = _as_recorded(file).sha256
+    return sha256 if sha256 and len(sha256) == 64 else None
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """What tells whether a file was written since: its size and time of change in nanoseconds; 0, 0 without a file."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.cache
+def loaded_sha256(path: Path, state: tuple[int, int]) -> str:
+    """The sha256 of a file that was loaded when it had this state. Raises CheckpointError if it has another by now."""
+    try:
+        found = _sha256(path)
+        if file_state(path) == state:
+            return found
+    except OSError as e:
+        raise CheckpointError(
+            f"{path} cannot be read any more ({e.strerror}): restore it, or load the model anew"
+        ) from e
+    raise CheckpointError(f"{path} has changed since it was loaded: load the model anew, or do without the cache")
 
 
 def _command(file: WeightFile) -> str:

@@ -13,8 +13,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ from separation.catalogue import (
     Checkpoint,
     WeightFile,
     fetch,
+    file_state,
     files_for,
     first_line,
+    known_sha256,
+    loaded_sha256,
     read_config,
     size_bytes,
 )
@@ -38,7 +42,7 @@ from separation.device import choose_device, choose_precision
 from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import AttentionChoice, choose_attention
-from separation.models.base import SeparationModel
+from separation.models.base import Origin, SeparationModel
 from separation.models.native import NotFusedError
 from separation.state_dict import Uninitialised, building, metadata_of, open_weights, read_weights
 
@@ -103,6 +107,7 @@ def load_model(
         model.prepare(dtype)  # still without weights: it now says in which type each is wanted
 
     paths = _weight_paths(description, files, checkpoint)
+    checksums = _checksums(files, paths, given=checkpoint is not None)
     stored = dict(zip(parts, map(open_weights, paths), strict=True))
     for part, file in stored.items():
         if file.blueprint is not None:
@@ -123,6 +128,15 @@ def load_model(
     model.chunk_samples = description.chunk_samples
     if description.normalised:
         model.normalisation = "standard"
+    assert description.architecture is not None
+    hyper_parameters = _hyper_parameters(ARCHITECTURES[description.architecture], description)
+    model.origin = Origin(
+        description.architecture,
+        {name: repr(value) for name, value in hyper_parameters.items()},
+        description.stems,
+        dict(zip(parts, checksums, strict=True)),
+        str(dtype).removeprefix("torch."),
+    )
     model.eval().requires_grad_(False)
     if choice is None:
         model.prepare(dtype)
@@ -149,6 +163,13 @@ def _weight_paths(description: Checkpoint, files: Sequence[WeightFile], checkpoi
             "give them with checkpoint= or --model-path"
         )
     return [fetch(file) for file in files]
+
+
+def _checksums(files: Sequence[WeightFile], paths: Sequence[Path], *, given: bool) -> list[Callable[[], str]]:
+    """How to learn the sha256 of each file that is about to be loaded; of a user's own it takes a second at most."""
+    if not given and all(map(known_sha256, files)):
+        return [partial(str, known_sha256(file)) for file in files]
+    return [partial(loaded_sha256, path, file_state(path)) for path in paths]
 
 
 def _architectures_with(keys: Sequence[str]) -> list[str]:

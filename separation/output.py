@@ -1,11 +1,12 @@
 """The folder that a song's stems go to: they appear there together and complete, or not at all."""
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,12 +14,14 @@ from typing import Self
 from separation.audio import Waveform, encode
 from separation.errors import InputError, OutputError
 
+_LOCK = "lock"  # in a temporary folder, locked as long as its process lives
+
 
 class OutputFolder:
     """Makes the folder and, hidden inside it and so on the same file system, a temporary one to `work` in.
 
-    On leaving, the temporary folder goes and, if nothing came of the run, every folder that was made for it.
-    Raises OutputError where that cannot be written.
+    On leaving, the temporary folder goes and, if nothing came of the run, every folder that was made for it. What
+    processes left that were killed goes when the folder is used again. Raises OutputError where that cannot be written.
     """
 
     work: Path
@@ -33,11 +36,18 @@ class OutputFolder:
                 if not parent.exists():
                     parent.mkdir(exist_ok=True)
                     self._cleaning.callback(_remove_if_empty, parent)
+            for left in self.folder.glob(".separating-*"):
+                _remove_if_left(left)
             self.work = Path(tempfile.mkdtemp(prefix=".separating-", dir=self.folder))
+            self._cleaning.callback(shutil.rmtree, self.work, ignore_errors=True)
+            # Under its name only once it is locked: before, another process would take it for a dead one's.
+            lock = self._cleaning.enter_context(open(self.work / "unlocked", "x"))
+            with suppress(OSError):  # a file system without locks: then nobody dares to remove it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                os.rename(lock.name, self.work / _LOCK)
         except OSError as e:
             self._cleaning.close()
             raise OutputError(f"cannot write into folder {str(self.folder)!r}: {e.strerror}: choose another") from e
-        self._cleaning.callback(shutil.rmtree, self.work, ignore_errors=True)
         return self
 
     def __exit__(
@@ -85,7 +95,8 @@ def encode_all(
     """Encode each stem into its part, in the format of the part's name, side by side, each in a thread of its own.
 
     In this thread, an exception that is thrown into it from outside (Ctrl-C, the container's cancel) would be lost
-    inside the encoder's library. `progress` is called with the number of stems done and the name of the next.
+    inside the encoder's library. `progress` is called with the number of stems done and the name of the next, and again
+    while that is waited for: raise from it to cancel.
     """
     encoders = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
@@ -103,6 +114,8 @@ def encode_all(
         }
         for done, (stem, job) in enumerate(jobs.items()):
             progress(done, stem)
+            while wait([job], timeout=0.2).not_done:
+                progress(done, stem)
             job.result()
     except BaseException:
         for wave in stems.values():
@@ -115,3 +128,11 @@ def encode_all(
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a temporary folder whose process lives no more."""
+    with suppress(OSError):  # its process is just making or removing it, or holds the lock
+        with open(folder / _LOCK, "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)

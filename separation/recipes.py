@@ -16,7 +16,7 @@ run on. A recipe is resolved into these sums, and they are all that the engine n
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +69,14 @@ class Recipe:
     @property
     def runs(self) -> dict[Run, tuple[str, ...]]:
         """What the stems need, each run once and after those that it needs, with the stems that are taken from it."""
-        needed = self._estimates()
+        return self.runs_without(lambda estimate: False)
+
+    def runs_without(self, is_known: Callable[[Estimate], bool]) -> dict[Run, tuple[str, ...]]:
+        """As `runs`, less those estimates that are known and what only they need.
+
+        `is_known` is asked once for each that is needed.
+        """
+        needed = self._estimates(is_known)
         runs = dict.fromkeys(estimate.run for estimate in needed)
         return {run: tuple(estimate.stem for estimate in needed if estimate.run == run) for run in runs}
 
@@ -91,19 +98,22 @@ class Recipe:
         rest = _sum((MIXTURE, 1.0), (self.outputs[stem], -1.0))
         return replace(self, outputs={stem: self.outputs[stem], f"no_{stem}": rest})
 
-    def _estimates(self) -> list[Estimate]:
-        """Those that the stems need, each once and after those that its run needs."""
-        needed: dict[Estimate, None] = {}
+    def _estimates(self, is_known: Callable[[Estimate], bool]) -> list[Estimate]:
+        """Those that the stems need and that are not known, each once and after those that its run needs."""
+        needed: list[Estimate] = []
+        asked: set[Estimate] = set()
 
         def add(combination: Combination) -> None:
             for estimate, _ in combination:
-                if estimate is not None and estimate not in needed:
-                    add(estimate.run.input)
-                    needed[estimate] = None
+                if estimate is not None and estimate not in asked:
+                    asked.add(estimate)
+                    if not is_known(estimate):
+                        add(estimate.run.input)
+                        needed.append(estimate)
 
         for combination in self.outputs.values():
             add(combination)
-        return list(needed)
+        return needed
 
 
 def names() -> list[str]:

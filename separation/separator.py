@@ -1,21 +1,23 @@
 """Separator: a recipe, its models and a mixture -> stems."""
 
+import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from separation.audio import SAMPLE_RATE, Waveform, check_output, check_rate, decode, is_rf64, resample
+from separation.cache import Cache, engine_version
 from separation.checkpoints import load_model
 from separation.chunking import ChunkPlan, Model, chunk_memory_bytes, fitting_batch_size, separate
 from separation.device import Choice, choose
-from separation.errors import AudioError, InputError
+from separation.errors import AudioError, CheckpointError, InputError
 from separation.models import SeparationModel
 from separation.output import OutputFolder, encode_all
 from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
@@ -128,6 +130,7 @@ class Separator:
             share.
         pool: models that are loaded already, to share between separators; its device, precision and
             attention then hold.
+        cache: where `separate_file` keeps what models estimate, and looks before it runs them; None: nowhere.
 
     Raises:
         InputError, RecipeError: an option that cannot be used.
@@ -147,6 +150,7 @@ class Separator:
         chunk_seconds: int = 8,
         overlap_seconds: int = 4,
         pool: ModelPool | None = None,
+        cache: Cache | None = None,
     ) -> None:
         _check_options(chunk_seconds, overlap_seconds, batch_size)
         if isinstance(recipe, str):
@@ -156,6 +160,7 @@ class Separator:
         pool = pool or ModelPool(device, precision, attention)
         models = {name: pool.get(name, wanted) for name, wanted in recipe.models.items()}
         self._setup(recipe, models, pool.choice.device, batch_size, chunk_seconds, overlap_seconds, pool.chunk_bytes)
+        self._set_cache(cache)
 
     @classmethod
     def from_model(
@@ -166,8 +171,12 @@ class Separator:
         batch_size: int | Literal["auto"] = "auto",
         chunk_seconds: int = 8,
         overlap_seconds: int = 4,
+        cache: Cache | None = None,
     ) -> "Separator":
-        """A separator whose stems are those of one loaded model; options as for the class."""
+        """A separator whose stems are those of one loaded model; options as for the class.
+
+        With a `cache`, `load_model` must have made the model, and its weights must be as they were.
+        """
         _check_options(chunk_seconds, overlap_seconds, batch_size)
         recipe = one_model(model.name, model.stems)
         if two_stems is not None:
@@ -176,6 +185,7 @@ class Separator:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # fused: none
         models = {model.name: model.only(recipe.models[model.name])}
         separator._setup(recipe, models, device, batch_size, chunk_seconds, overlap_seconds, {})
+        separator._set_cache(cache)
         return separator
 
     def _setup(
@@ -196,7 +206,17 @@ class Separator:
         self.device = device
         self.batch_size = batch_size
         self._chunk_bytes = chunk_bytes
+        self._turn = threading.Lock()  # held while a model runs: songs may be separated in several threads
         self.plans = {name: _plan(model, chunk_seconds, overlap_seconds) for name, model in models.items()}
+
+    def _set_cache(self, cache: Cache | None) -> None:
+        """Raises CheckpointError for a model that a cache could not tell from another."""
+        self.cache = cache
+        self._weights: dict[str, dict[str, str]] = {}  # the checksums of each model's files
+        for name, model in self.models.items() if cache else ():
+            if model.origin is None:
+                raise CheckpointError(f"model {name!r} was not made by load_model: do without a cache")
+            self._weights[name] = {part: checksum() for part, checksum in model.origin.weights.items()}
 
     @property
     def stems(self) -> tuple[str, ...]:
@@ -263,7 +283,12 @@ class Separator:
             rate = mixture.source_rate if sample_rate == "source" else int(sample_rate)
             check_rate(format, rate)
             estimating = part_of(progress, DECODED, ESTIMATED)
-            stems = self._separate(mixture, lambda: stack.enter_context(Waveform(output.work)), estimating)
+            stems = self._separate(
+                mixture,
+                lambda: stack.enter_context(Waveform(output.work)),
+                estimating,
+                **self._kept(mixture, path.name, stack),
+            )
             if rate != SAMPLE_RATE:
                 length = mixture.source_samples if rate == mixture.source_rate else None
                 for stem, wave in stems.items():
@@ -290,10 +315,27 @@ class Separator:
             files.elapsed_seconds = time.monotonic() - started
             return files
 
-    def _separate(self, mixture: Wave, new: Callable[[], Wave], progress: Progress | None) -> dict[str, Wave]:
-        """Does the recipe's runs, then adds up its stems; `new` makes an empty waveform."""
+    def _separate(
+        self,
+        mixture: Wave,
+        new: Callable[[], Wave],
+        progress: Progress | None,
+        *,
+        find: Callable[[Estimate], Wave | None] = lambda estimate: None,
+        keep: Callable[[Estimate, Wave], None] = lambda estimate, wave: None,
+    ) -> dict[str, Wave]:
+        """Does the recipe's runs, then adds up its stems; `new` makes an empty waveform.
+
+        `find` gives an estimate that is there from before, if it is, and `keep` is given each that is made.
+        """
         waves: dict[Estimate | None, Wave] = {None: mixture}
-        runs = self.recipe.runs
+
+        def is_known(estimate: Estimate) -> bool:
+            if (found := find(estimate)) is not None:
+                waves[estimate] = found
+            return found is not None
+
+        runs = self.recipe.runs_without(is_known)
         counts = [len(self.plans[run.model].starts(mixture.n_samples)) for run in runs]
         for index, (run, stems) in enumerate(runs.items()):
             model, plan = self.models[run.model].only(stems), self.plans[run.model]
@@ -301,28 +343,83 @@ class Separator:
             source = _combined(run.input, waves, new)
             offset, scale = _normalisation(model, source)
             waves |= {Estimate(run, stem): new() for stem in stems}
-            for block in separate(
-                stereo_model,
-                source.read,
-                source.n_samples,
-                plan,
-                n_stems=len(model.stems),
-                batch_size=self._batch_size((run.model, model.stems, plan.chunk_samples), stereo_model),
-                device=self.device,
-                offset=offset,
-                scale=scale,
-                progress=_within(progress, sum(counts[:index]), sum(counts), run.model),
-            ):
-                for stem in stems:
-                    waves[Estimate(run, stem)].append(block[model.stems.index(stem)])
+            with self._turn:
+                for block in separate(
+                    stereo_model,
+                    source.read,
+                    source.n_samples,
+                    plan,
+                    n_stems=len(model.stems),
+                    batch_size=self._batch_size((run.model, model.stems, plan.chunk_samples), stereo_model),
+                    device=self.device,
+                    offset=offset,
+                    scale=scale,
+                    progress=_within(progress, sum(counts[:index]), sum(counts), run.model),
+                ):
+                    for stem in stems:
+                        waves[Estimate(run, stem)].append(block[model.stems.index(stem)])
+            for stem in stems:
+                keep(Estimate(run, stem), waves[Estimate(run, stem)])
         return {stem: _combined(parts, waves, new) for stem, parts in self.recipe.outputs.items()}
+
+    def _kept(self, mixture: Waveform, song: str, stack: ExitStack) -> dict[str, Any]:
+        """`find` and `keep` for `_separate`, by the cache; nothing without one, or for a song that it cannot hold."""
+        cache, n_bytes = self.cache, mixture.n_samples * mixture.channels * 4
+        if cache is None or n_bytes * sum(map(len, self.recipe.runs.values())) > cache.limit_bytes:
+            return {}
+        checksum = hashlib.sha256()
+        for block in mixture.raw():
+            checksum.update(block)
+        # The last digit of these two depends on the blocks that the song was decoded in, and estimates on that digit.
+        identity = {"sha256": checksum.hexdigest(), "mean": mixture.mean, "std": mixture.std}
+
+        def find(estimate: Estimate) -> Waveform | None:
+            kept = cache.get(self._settings(estimate, identity))
+            if kept is None:
+                return None
+            logger.info(f"{estimate.stem} by {estimate.run.model}: from the cache")
+            return stack.enter_context(Waveform.kept(kept.file, mixture.n_samples, kept.facts["statistics"]))
+
+        def keep(estimate: Estimate, wave: Waveform) -> None:
+            facts = {"song": song, "seconds": mixture.n_samples / SAMPLE_RATE, "model": estimate.run.model}
+            cache.put(self._settings(estimate, identity), wave.raw(), n_bytes, {**facts, "statistics": wave.statistics})
+
+        return {"find": find, "keep": keep}
+
+    def _settings(self, estimate: Estimate, mixture: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the samples of an estimate depend on."""
+        run, stem = estimate
+        model, plan, weights = self.models[run.model], self.plans[run.model], self._weights[run.model]
+        assert model.origin is not None
+        return {
+            "engine": engine_version(),
+            "stem": stem,
+            "architecture": model.origin.architecture,
+            "hyper_parameters": model.origin.hyper_parameters,
+            "stems": model.origin.stems,
+            # Which stems are computed beside this one changes nothing: of specialists, the others do not matter.
+            "weights": [weights[stem]] if stem in weights else list(weights.values()),
+            "normalisation": model.normalisation,
+            "precision": model.origin.precision,
+            "attention": model.attention,
+            "device": self.device.type,
+            "batch_size": self._fixed_batch_size or "auto",  # by the rounding of matrix products
+            "chunk_samples": plan.chunk_samples,
+            "overlap_samples": plan.overlap_samples,
+            "input": [(weight, self._settings(part, mixture) if part else dict(mixture)) for part, weight in run.input],
+        }
+
+    @property
+    def _fixed_batch_size(self) -> int | None:
+        """Chunks to compute at once, where that does not depend on a GPU's memory."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        return {"cpu": 1, "mps": 4}.get(self.device.type)
 
     def _batch_size(self, kind: ChunkKind, model: Model) -> int:
         """Chunks of that kind to compute at once."""
-        if self.batch_size != "auto":
-            return self.batch_size
-        if self.device.type != "cuda":
-            return 1 if self.device.type == "cpu" else 4
+        if self._fixed_batch_size:
+            return self._fixed_batch_size
         if kind not in self._chunk_bytes:
             self._chunk_bytes[kind] = chunk_memory_bytes(model, 2, kind[-1], self.device)
         batch_size = fitting_batch_size(self._chunk_bytes[kind], self.device)

@@ -1,6 +1,7 @@
 """What the tests share: where the optional things are, the demo song, and the contract's words."""
 
 import io
+import os
 import re
 import shutil
 import threading
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from separation import catalogue, device
 from weights_server import Server
+
+os.environ["SEPARATION_CACHE"] = "off"  # a test of something else must not find what another one kept
 
 PROJECT = Path(__file__).parents[1]
 SHARED = PROJECT.parent / "shared"

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from separation import checkpoints
+from separation import checkpoints, state_dict
 from separation.catalogue import available, is_here, read_config
 from separation.checkpoints import convert, load_model, random_weights
 from separation.device import PRECISIONS
@@ -362,7 +362,7 @@ def test_a_loaded_model_has_read_its_file_and_needs_it_no_more(
 
 
 def test_every_type_and_shape_that_safetensors_holds_is_read_as_it_was_written(tmp_path: Path) -> None:
-    written = {str(dtype): torch.arange(7).to(dtype).view(7, 1) for dtype in checkpoints.DTYPES.values()} | {
+    written = {str(dtype): torch.arange(7).to(dtype).view(7, 1) for dtype in state_dict.DTYPES.values()} | {
         "scalar": torch.tensor(3.5),
         "empty": torch.zeros(0, 4),
     }

@@ -31,6 +31,7 @@ from torch import Tensor
 import predict
 from conftest import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
 from separation import separator
+from separation.cache import chosen_cache
 from separation.catalogue import fetch, files_for, read_config
 from separation.checkpoints import convert, load_model
 from separation.errors import AudioError, InputError, RecipeError
@@ -334,6 +335,19 @@ def test_every_choice_gives_files_that_decode_in_the_contracts_order(
     files = predictor.predict(audio, **QUICK | {"stems": stems, "output_format": format})
     assert [file.name for file in files] == [f"{stem}.{format}" for stem in STEMS[stems]]
     assert {read(file).shape for file in files} == {(44100, 2)}
+
+
+def test_estimates_are_kept_only_if_the_environment_says_so(
+    predictor: predict.Predictor, audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert predictor.cache is None
+    monkeypatch.setenv("SEPARATION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(predictor, "cache", chosen_cache(default=False))
+    first = [file.read_bytes() for file in predictor.predict(audio, **QUICK | {"output_format": "flac"})]
+    kept = sorted((tmp_path / "cache").iterdir())
+    assert len(kept) == 2
+    assert [file.read_bytes() for file in predictor.predict(audio, **QUICK | {"output_format": "flac"})] == first
+    assert sorted((tmp_path / "cache").iterdir()) == kept
 
 
 @pytest.mark.parametrize("bitrate", [128, 192, 320.0])

@@ -16,15 +16,19 @@ from separation.models import attention
 FLOORS = {
     "predict": 5,
     "separation.__main__": 5,
+    "separation.cluster": 4.5,
+    "separation.songs": 4,
     "separation.bench": 4,
     "separation.serve": 4,
     "separation.public": 1,
     "separation.demo": 4,
     "separation.evaluate": 4,
+    "separation.export": 4,
     "separation": 4,
     "separation.separator": 3,
     "separation.output": 2.5,
     "separation.integrity": 1,
+    "separation.cache": 2,
     "separation.metrics": 2,
     "separation.picture": 3,
     "separation.report": 3.5,
@@ -75,7 +79,12 @@ def test_imports_only_go_down(module: str) -> None:
 
 @pytest.mark.parametrize(
     "library, door",
-    [("cog", "predict"), ("demucs", "separation.models.htdemucs"), ("diffq", "separation.models.htdemucs")],
+    [
+        ("cog", "predict"),
+        ("demucs", "separation.models.htdemucs"),
+        ("diffq", "separation.models.htdemucs"),
+        ("ray", "separation.cluster"),
+    ],
 )
 def test_a_library_has_one_door(library: str, door: str) -> None:
     users = {name for name, path in modules().items() if any(i.split(".")[0] == library for i in imports(path))}
@@ -90,8 +99,8 @@ def test_only_catalogue_downloads_only_state_dict_unpickles_and_few_run_programs
         assert name in PROGRAMS or "subprocess" not in text
 
 
-@pytest.mark.parametrize("module", ["separation.bench", "separation.evaluate"])
-def test_only_the_command_line_imports_what_measures(module: str) -> None:
+@pytest.mark.parametrize("module", ["separation.bench", "separation.evaluate", "separation.export"])
+def test_only_the_command_line_imports_what_measures_and_exports(module: str) -> None:
     users = {name for name, path in modules().items() if module in imports(path)}
     assert users == {"separation.__main__"}
 
@@ -121,7 +130,9 @@ except SystemExit:
         run_command("separate", "--help"),
         run_command("separate", "song.wav", "-o", "out", "--format", "ogg"),
         run_command("evaluate", "--help"),
+        run_command("export", "--help"),
         run_command("models", "list"),
+        run_command("cache", "list"),
         run_command("models", "verify", "demo"),
     ],
 )
@@ -156,6 +167,7 @@ def test_the_command_line_offers_what_the_engine_does() -> None:
     assert __main__.FORMATS == audio.FORMATS
     assert __main__.SAMPLE_RATES == separator.SAMPLE_RATES
     assert tuple(audio.WAV_DEPTHS) == __main__.WAV_DEPTHS
+    assert __main__.MP3_BITRATES == audio.MP3_BITRATES
     assert tuple(device.PRECISIONS) == __main__.PRECISIONS
     assert attention.NAMES == __main__.ATTENTIONS
 
@@ -166,6 +178,7 @@ def test_the_public_names_are_pinned_and_there() -> None:
         separation.Kazoo  # noqa: B018
     assert separation.__all__ == [
         "AudioError",
+        "Cache",
         "CheckpointError",
         "DownloadError",
         "EstimateError",

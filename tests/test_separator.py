@@ -430,6 +430,27 @@ def test_an_interrupt_while_stems_are_written_is_not_lost_and_leaves_no_file(
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
+def test_a_song_can_be_cancelled_while_a_stem_is_encoded(
+    pool: ModelPool, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CancelError(Exception):
+        pass
+
+    cancelled, stages = threading.Event(), []
+
+    def cancel(share: float, stage: str) -> None:
+        stages.append(stage)
+        if stages.count("writing vocals") == 2:
+            cancelled.set()
+            raise CancelError
+
+    monkeypatch.setattr(output, "encode", lambda *_, **__: cancelled.wait(20))
+    song = write(tmp_path / "song.wav", clip[:, :10_000])
+    with pytest.raises(CancelError):
+        Separator("demo", pool=pool).separate_file(song, tmp_path / "out", progress=cancel)
+    assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
+
+
 def test_stems_take_their_place_together_or_not_at_all(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
     song = write(tmp_path / "song.wav", clip[:, :10_000])
     (tmp_path / "out" / "instrumental.wav" / "in the way").mkdir(parents=True)

@@ -1,11 +1,14 @@
 """What every architecture has in common."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from separation.errors import InputError
+from separation.stft import Window
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,50 @@ class Blueprint:
     class_name: str  # demucs.hdemucs.HDemucs
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was loaded from, as far as its estimates depend on it."""
+
+    architecture: str
+    hyper_parameters: Mapping[str, str]
+    stems: tuple[str, ...]  # all that the checkpoint gives, in its order
+    weights: Mapping[str, Callable[[], str]]  # by stem of specialists, else by number: the sha256 of a file
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """The STFT before a model's `core` and the inverse behind it, for chunks of one length; counts are of samples.
+
+    Before: the chunk, with `zeros_after` zeros behind it, is extended by `padding` samples on both sides. Frames of
+    `n_fft`, `hop_length` apart, are multiplied with the window, of `win_length` in the middle of the frame, and their
+    Fourier transforms with `scale`; the lowest `bins` are given to the core.
+
+    Behind: the core's result gets zeros for the bins above and for `zero_frames` frames on both sides. The frames'
+    inverse transforms, divided by `scale`, times the window, are added `hop_length` apart, and the sum is divided by
+    that of the squared windows; the chunk begins after `crop` samples.
+    """
+
+    n_fft: int
+    hop_length: int
+    win_length: int
+    window: Window = "hann"
+    scale: float
+    bins: int
+    zeros_after: int = 0
+    padding: tuple[int, int]
+    padding_mode: Literal["reflect", "constant"] = "reflect"
+    zero_frames: int = 0
+    crop: int
+
+    @classmethod
+    def centred(cls, *, n_fft: int, normalized: bool = False, bins: int | None = None, **values: Any) -> "Transform":
+        """What `separation.stft.stft` and `istft` do."""
+        half = n_fft // 2
+        scale = n_fft**-0.5 if normalized else 1.0
+        return cls(n_fft=n_fft, scale=scale, bins=bins or half + 1, padding=(half, half), crop=half, **values)
 
 
 class SeparationModel(nn.Module):
@@ -39,6 +86,8 @@ class SeparationModel(nn.Module):
     normalisation: Literal["none", "peak", "standard"] = "peak"
     # Whether the song's ends are extended by their reflection; if not, by silence.
     reflects_border: ClassVar[bool] = True
+    # Whether `core` takes the chunks, beside the spectrogram or alone.
+    core_takes_waveform: ClassVar[bool] = False
     # Whether chunks must have exactly `chunk_samples`; if not, the caller chooses.
     fixed_chunk: ClassVar[bool] = False
     name: str
@@ -48,6 +97,7 @@ class SeparationModel(nn.Module):
     channels: int  # C: 1 or 2
     head_size: int | None = None  # features a head, of a model that is told an attention backend by `prepare`
     attention: str | None = None  # the attention backend's name, if it has one
+    origin: Origin | None = None  # of a model that `load_model` made
 
     @classmethod
     def key_prefix(cls, part: str) -> str:
@@ -67,6 +117,22 @@ class SeparationModel(nn.Module):
         What only the others need is then not computed, where the architecture has such parts.
         """
         return self
+
+    def transform(self, length: int) -> Transform | None:
+        """The STFT that `core` wants of chunks of that many samples; None if it takes the waveform alone.
+
+        Raises InputError for a model that has no core.
+        """
+        raise InputError(f"{self.name} cannot be exported: its architecture has no part without a Fourier transform")
+
+    def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The model without its STFT and inverse, in real numbers alone: what other runtimes can compute.
+
+        The inputs are the spectrogram `[B, C, F, N, 2]` of `transform`, of real and imaginary parts, and for the Demucs
+        family the chunks `[B, C, T]` behind it or alone. The outputs are the spectrograms `[B, S, C, F, N, 2]` and,
+        where chunks were given, waveforms `[B, S, C, T]`, to which the spectrograms' inverse is added.
+        """
+        raise NotImplementedError
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         """Make the loaded weights ready to compute in a precision, with an attention backend."""

@@ -8,7 +8,7 @@ of which only the stem that it was tuned for is used.
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field, make_dataclass
 from fractions import Fraction
 from functools import reduce
@@ -19,11 +19,12 @@ import demucs.hdemucs
 import demucs.htdemucs
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from separation.errors import CheckpointError
+from separation.errors import CheckpointError, InputError
 from separation.models.attention import BACKENDS
-from separation.models.base import Blueprint, SeparationModel
+from separation.models.base import Blueprint, SeparationModel, Transform
 
 CLASSES: dict[str, type[nn.Module]] = {
     "demucs.demucs.Demucs": demucs.demucs.Demucs,
@@ -95,6 +96,7 @@ class DemucsModel(SeparationModel):
     normalisation = "standard"
     reflects_border = False
     fixed_chunk = True
+    core_takes_waveform = True
     channels = 2
 
     def __init__(self, config: Any, *, specialists: Sequence[str] = (), members: int = 1) -> None:
@@ -144,14 +146,73 @@ class DemucsModel(SeparationModel):
     def forward(self, chunks: Tensor) -> Tensor:
         # Weights stay in float32 and are cast in passing: norms, STFT and residual sums choose their own precision.
         with torch.autocast(chunks.device.type, self._precision, enabled=self._precision != torch.float32):
-            if self._specialised:
-                estimates = [self.networks[stem](chunks)[:, self._sources.index(stem)] for stem in self.stems]
-                return torch.stack(estimates, dim=1).float()
-            everyones = (network(chunks).float() for network in self.networks.values())
-            return reduce(torch.add, everyones) / len(self.networks)
+            return self._joined(lambda network: network(chunks))
+
+    def _joined(self, estimate: Callable[[nn.Module], Tensor]) -> Tensor:
+        """`[B, S, ...]` of what a network gives for its sources: each stem's by its specialist, or the mean."""
+        if self._specialised:
+            estimates = [estimate(self.networks[stem])[:, self._sources.index(stem)] for stem in self.stems]
+            return torch.stack(estimates, dim=1).float()
+        everyones = (estimate(network).float() for network in self.networks.values())
+        return reduce(torch.add, everyones) / len(self.networks)
 
 
-class HTDemucs(DemucsModel):
+class HybridDemucs(DemucsModel):
+    """A network of two branches: one works on the spectrogram, one on the waveform, and their estimates are added."""
+
+    def transform(self, length: int) -> Transform:
+        network: Any
+        found = set()
+        for network in self.networks.values():
+            if not (getattr(network, "hybrid", True) and network.cac):
+                raise InputError(f"{self.name} cannot be exported: a network of it masks amplitudes or has one branch")
+            hop, old = network.hop_length, getattr(network, "hybrid_old", False)
+            around = hop // 2 * 3
+            found.add(
+                Transform(
+                    n_fft=network.nfft,
+                    hop_length=hop,
+                    win_length=network.nfft,
+                    scale=network.nfft**-0.5,
+                    bins=network.nfft // 2,
+                    padding=(around, around + -length % hop),
+                    padding_mode="constant" if old else "reflect",
+                    zero_frames=2,
+                    crop=network.nfft // 2 + (0 if old else around),
+                )
+            )
+        if len(found) > 1:
+            raise InputError(f"{self.name} cannot be exported: its networks take different spectrograms")
+        return found.pop()
+
+    def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        pairs = {network: _branches(network, *inputs) for network in self.networks.values()}
+        spectra = self._joined(lambda network: pairs[network][0])
+        return spectra, self._joined(lambda network: pairs[network][1])
+
+
+def _branches(network: Any, spectrum: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+    """Spectrogram `[B, C, F, N, 2]` and chunks `[B, C, T]` to what each branch gives for the network's sources."""
+    spectra = []
+
+    def note(spectrum: Tensor, _: int) -> float:
+        spectra.append(spectrum)
+        return 0.0  # what is added to the other branch's estimate
+
+    # The steps of the package's forward that hold complex numbers, of which this network now has its own.
+    own = {
+        "_spec": lambda _: spectrum,
+        "_magnitude": lambda z: rearrange(z, "b c f n ri -> b (c ri) f n"),
+        "_mask": lambda _, m: rearrange(m, "b s (c ri) f n -> b s c f n ri", ri=2),
+        "_ispec": note,
+    }
+    network = copy.copy(network)  # shares the layers
+    network.__dict__.update(own)
+    waveforms = network(chunks)
+    return spectra[0], waveforms
+
+
+class HTDemucs(HybridDemucs):
     """T is `chunk_samples` exactly, as the transformer was trained."""
 
     Network = demucs.htdemucs.HTDemucs
@@ -159,7 +220,7 @@ class HTDemucs(DemucsModel):
     KEY_PATTERNS = (r"tencoder\.\d+\.conv\.weight", r"crosstransformer\.layers\.\d+\..*")
 
 
-class HDemucs(DemucsModel):
+class HDemucs(HybridDemucs):
     """T is what is left of the song, `chunk_samples` at most: a short chunk is not extended."""
 
     Network = demucs.hdemucs.HDemucs
@@ -176,6 +237,12 @@ class Demucs(DemucsModel):
     Network = demucs.demucs.Demucs
     Config = _config(Network)
     KEY_PATTERNS = (r"encoder\.0\.0\.weight", r"decoder\.0\.0\.weight", r"(.*\.)?lstm\..*")
+
+    def transform(self, length: int) -> None:
+        return None
+
+    def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (self._joined(lambda network: network(*inputs)),)
 
     def input_samples(self, length: int) -> int:
         return max(cast(Any, network).valid_length(length) for network in self.networks.values())

@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(dim) if norm_output else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_exporting():
             return self._all_layers(x)
         # A CPU's caches hold what lies between two operations on a few sequences, and not on all.
         parts = x.split(max(1, TOKENS_AT_ONCE // x.shape[1]))

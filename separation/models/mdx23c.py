@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import SeparationModel
+from separation.models.base import SeparationModel, Transform
 from separation.models.layers import GroupNorm
 from separation.stft import istft, stft
 
@@ -122,16 +122,21 @@ class MDX23C(SeparationModel):
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = stft(chunks, **self._stft)[..., : self.config.dim_f, :]  # [B, C, F, N]
-        mixture = rearrange(
-            torch.view_as_real(spectrum), "b c (k f) n ri -> b (c ri k) n f", k=self.config.num_subbands
-        )
-        features = self._features(mixture)
+        features = self._features(torch.view_as_real(spectrum))
         return torch.stack([self._estimate(index, features, chunks.shape[-1]) for index in self._outputs], 1)
 
-    def _features(self, mixture: Tensor) -> Tensor:
-        """Spectrogram `[B, C * 2 * K, N, F / K]` of K sub-bands to `[B, D, N, F / K]`."""
+    def transform(self, length: int) -> Transform:
+        return Transform.centred(bins=self.config.dim_f, **self._stft)
+
+    def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        features = self._features(*inputs)
+        spectra = [self._spectrum(index, features) for index in self._outputs]
+        return (rearrange(torch.stack(spectra, dim=1), "b s c n f ri -> b s c f n ri"),)
+
+    def _features(self, spectrum: Tensor) -> Tensor:
+        """Spectrogram `[B, C, F, N, 2]` to `[B, D, N, F / K]`, by K sub-bands."""
         dtype = self.first_conv.weight.dtype
-        mixture = mixture.to(dtype)
+        mixture = rearrange(spectrum, "b c (k f) n ri -> b (c ri k) n f", k=self.config.num_subbands).to(dtype)
         first = x = self.first_conv(mixture)
         skips = []
         for block in cast(Iterable[Any], self.encoder_blocks):
@@ -147,14 +152,18 @@ class MDX23C(SeparationModel):
 
     def _estimate(self, index: int, features: Tensor, length: int) -> Tensor:
         """One stem's estimate `[B, C, length]`."""
+        spectrum = torch.view_as_complex(self._spectrum(index, features).contiguous())
+        return istft(spectrum.transpose(-1, -2), length=length, **self._stft)
+
+    def _spectrum(self, index: int, features: Tensor) -> Tensor:
+        """One stem's spectrogram `[B, C, N, F, 2]`, a view."""
         weight = cast(nn.Conv2d, self.final_conv[2]).weight.chunk(self.config.num_stems)[index]
-        spectrum = rearrange(
+        return rearrange(
             F.conv2d(features, weight).float(),
             "b (c ri k) n f -> b c n (k f) ri",
             c=self.channels,
             k=self.config.num_subbands,
         )
-        return istft(torch.view_as_complex(spectrum.contiguous()).transpose(-1, -2), length=length, **self._stft)
 
 
 class Blocks(nn.Module):

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
-from separation.models.base import SeparationModel
+from separation.models.base import SeparationModel, Transform
 from separation.models.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.layers import (
     Attention,
@@ -171,14 +172,14 @@ class RoFormer(SeparationModel):
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = stft(chunks, **self._stft)  # [B, C, F, N]
-        features = self._features(spectrum)
+        features = self._features(torch.view_as_real(spectrum))
         # Stem by stem, for masks and spectrograms of all stems at once would be the largest tensors by far: beyond the
         # 32 MiB from which on glibc gives memory back at once, only to have it zeroed again for the next chunk.
         return torch.stack([self._estimate(index, features, spectrum, chunks.shape[-1]) for index in self._outputs], 1)
 
     def _features(self, spectrum: Tensor) -> Tensor:
-        """Complex spectrogram `[B, C, F, N]` to `[B, N, K, D]`."""
-        x = self.band_split(self._bands(rearrange(torch.view_as_real(spectrum), "b c f n ri -> b n f (c ri)")))
+        """Spectrogram `[B, C, F, N, 2]` to `[B, N, K, D]`."""
+        x = self.band_split(self._bands(rearrange(spectrum, "b c f n ri -> b n f (c ri)")))
         batch, frames = x.shape[:2]
         given: Tensor | None = None
         for *linear, time_transformer, freq_transformer in cast(Iterable[Any], self.layers):
@@ -195,9 +196,29 @@ class RoFormer(SeparationModel):
 
     def _estimate(self, index: int, features: Tensor, spectrum: Tensor, length: int) -> Tensor:
         """One stem's estimate `[B, C, length]`: its complex mask times the mixture's spectrogram `[B, C, F, N]`."""
-        mask = self._bins(self.mask_estimators[index](features).float())
-        mask = rearrange(mask, "b n f (c ri) -> b c f n ri", ri=2)  # a view
-        estimate = spectrum * torch.view_as_complex(mask)
+        estimate = spectrum * torch.view_as_complex(self._mask(index, features))
         if self._zero_dc:
             estimate[..., 0, :] = 0
         return istft(estimate, length=length, **self._stft)
+
+    def _mask(self, index: int, features: Tensor) -> Tensor:
+        """One stem's mask `[B, C, F, N, 2]`, a view."""
+        mask = self._bins(self.mask_estimators[index](features).float())
+        return rearrange(mask, "b n f (c ri) -> b c f n ri", ri=2)
+
+    def transform(self, length: int) -> Transform:
+        return Transform.centred(**self._stft)
+
+    def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (spectrum,) = inputs
+        features = self._features(spectrum)
+        real, imaginary = spectrum.unbind(-1)
+        estimates = []
+        for index in self._outputs:
+            mask_real, mask_imaginary = self._mask(index, features).unbind(-1)
+            product = real * mask_real - imaginary * mask_imaginary, real * mask_imaginary + imaginary * mask_real
+            estimates.append(torch.stack(product, dim=-1))
+        result = torch.stack(estimates, dim=1)
+        if self._zero_dc:
+            result = F.pad(result[..., 1:, :, :], (0, 0, 0, 0, 1, 0))
+        return (result,)

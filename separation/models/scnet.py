@@ -7,7 +7,7 @@ frames and on their Fourier transform. The decoder gives the stems' spectrograms
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import SeparationModel
+from separation.models.base import SeparationModel, Transform
 from separation.models.layers import GroupNorm
 from separation.stft import istft, stft
 
@@ -101,35 +101,78 @@ class SCNet(SeparationModel):
         return fewer
 
     def forward(self, chunks: Tensor) -> Tensor:
-        length, hop = chunks.shape[-1], self.config.hop_size
-        # One more frame than hops: an even number, so that the Fourier transform along frames can be undone.
-        hops = (length // hop + 1) // 2 * 2 + 1
-        spectrum = stft(F.pad(chunks, (0, hops * hop - length)), **self._stft)  # [B, C, F, N]
-        x = rearrange(torch.view_as_real(spectrum), "b c f n ri -> b (c ri) f n")
+        length = chunks.shape[-1]
+        spectrum = stft(F.pad(chunks, (0, self._missing(length))), **self._stft)  # [B, C, F, N]
+        spectra = self._spectra(torch.view_as_real(spectrum), (_fourier, _inverse_fourier))
+        return istft(torch.view_as_complex(spectra.contiguous()).transpose(-1, -2), length=length, **self._stft)
+
+    def _missing(self, length: int) -> int:
+        """The zeros to append, for one more frame than hops: an even number of frames, as `_inverse_fourier` needs."""
+        hop = self.config.hop_size
+        return ((length // hop + 1) // 2 * 2 + 1) * hop - length
+
+    def transform(self, length: int) -> Transform:
+        return Transform.centred(zeros_after=self._missing(length), **self._stft)
+
+    def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (spectrum,) = inputs
+        spectra = self._spectra(spectrum, (_fourier_product, _inverse_fourier_product))
+        return (rearrange(spectra, "b s c n f ri -> b s c f n ri"),)
+
+    def _spectra(self, spectrum: Tensor, fourier: "Fourier") -> Tensor:
+        """Spectrogram `[B, C, F, N, 2]` to those of the stems, `[B, S, C, N, F, 2]`, a view."""
+        x = rearrange(spectrum, "b c f n ri -> b (c ri) f n")
         skips: list[tuple[Tensor, list[int], list[int]]] = []
         for encode in self.encoder:
             x, skip, sizes, sizes_before = encode(x)
             skips.append((skip, sizes, sizes_before))
-        x = self._separate(x)
+        x = self._separate(x, fourier)
         for fuse, upsample in cast(Iterable[Any], self.decoder):
             skip, sizes, sizes_before = skips.pop()
             x = upsample(fuse(x, skip), sizes, sizes_before)
-        x = rearrange(x.float(), "b (s c ri) f n -> b s c n f ri", c=self.channels, ri=2)
-        estimates = torch.view_as_complex(x[:, self._outputs].contiguous()).transpose(-1, -2)
-        return istft(estimates, length=length, **self._stft)
+        return rearrange(x.float(), "b (s c ri) f n -> b s c n f ri", c=self.channels, ri=2)[:, self._outputs]
 
-    def _separate(self, x: Tensor) -> Tensor:
+    def _separate(self, x: Tensor, fourier: "Fourier") -> Tensor:
         """`[B, D, F, N] -> [B, D, F, N]`. Float32, for Fourier transforms know no half precision."""
         x = rearrange(x.float(), "b d f n -> b f n d")
         for i, dual_path in enumerate(cast(Iterable[DualPath], self.separation_net["dp_modules"])):
-            x = dual_path(x)
-            if i % 2 == 0:
-                x = torch.fft.rfft(x, dim=2, norm="ortho")
-                x = torch.cat([x.real, x.imag], dim=-1)
-            else:
-                real, imaginary = x.chunk(2, dim=-1)
-                x = torch.fft.irfft(torch.complex(real, imaginary), dim=2, norm="ortho")
+            x = fourier[i % 2](dual_path(x))
         return rearrange(x, "b f n d -> b d f n")
+
+
+# Along frames, `[B, F, N, D] -> [B, F, N // 2 + 1, 2 * D]`, real parts first, and back if N is even.
+Fourier = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def _fourier(x: Tensor) -> Tensor:
+    spectrum = torch.fft.rfft(x, dim=2, norm="ortho")
+    return torch.cat([spectrum.real, spectrum.imag], dim=-1)
+
+
+def _inverse_fourier(x: Tensor) -> Tensor:
+    return torch.fft.irfft(torch.complex(*x.chunk(2, dim=-1)), dim=2, norm="ortho")
+
+
+def _fourier_product(x: Tensor) -> Tensor:
+    """The same by a matrix product, which every runtime knows."""
+    cos, sin = _waves(x.shape[2])
+    return torch.cat([cos @ x, -sin @ x], dim=-1)
+
+
+def _inverse_fourier_product(x: Tensor) -> Tensor:
+    frames = 2 * x.shape[2] - 2
+    cos, sin = _waves(frames)
+    counted = torch.full((frames // 2 + 1,), 2.0)  # all but the first and the last stand for two bins
+    counted[0] = counted[-1] = 1.0
+    real, imaginary = x.chunk(2, dim=-1)
+    return (cos.T * counted) @ real - (sin.T * counted) @ imaginary
+
+
+def _waves(frames: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each bin, `[frames // 2 + 1, frames]`, on the CPU."""
+    turns = torch.outer(torch.arange(frames // 2 + 1), torch.arange(frames)) % frames  # exact: whole numbers
+    angles = turns.double() * (2 * math.pi / frames)
+    return (angles.cos() * frames**-0.5).float(), (angles.sin() * frames**-0.5).float()
 
 
 class Encoder(nn.Module):

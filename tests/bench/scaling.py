@@ -10,6 +10,7 @@ files' cache not included. The folder needs 32 bytes a sample for two stems: 15 
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def command(song: Path, stems: str) -> subprocess.Popen[str]:
     """The command line as users run it."""
     run = [sys.executable, "-m", "separation", "separate", song, "-o", song.parent, "--recipe", "demo"]
     run += ["--stems", stems, "--format", "flac"]
-    return subprocess.Popen(run, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"SEPARATION_CACHE": "off"}
+    return subprocess.Popen(run, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
