@@ -38,6 +38,7 @@ def engine(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_engines_figures_fit_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     chunks = ("--chunk-size", "4", "--overlap", "1")
     found = engine(capsys, "--recipe", "demo", "--stems", "all_4", "--precision", "fp32", *chunks)
@@ -56,6 +57,7 @@ def test_the_engines_figures_fit_each_other(capsys: pytest.CaptureFixture[str]) 
     assert "device cpu (asked for), precision fp32" in found["device"]
 
 
+@pytest.mark.slow
 def test_attention_batch_and_precision_are_those_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--precision", "bf16", "--attention", "einsum", "--batch-size", "2")
     found = engine(capsys, "--recipe", "demo", "--chunk-size", "4", "--overlap", "1", "--runs", "1", *options)

@@ -645,6 +645,7 @@ def test_the_command_line_keeps_lists_and_clears(
     assert capsys.readouterr().out.splitlines() == [f"0 estimates in {folder}: 0.00 of 8 GiB"]
 
 
+@pytest.mark.slow
 def test_evaluate_uses_what_separate_kept(
     base: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
