@@ -87,7 +87,7 @@ def test_a_whole_song_becomes_four_flac_files_that_sum_as_well_as_those_of_demuc
     assert main([*arguments, "--model-name", "htdemucs", "--model-path", str(weights)]) == 0
     mixture = torch.from_numpy(soundfile.read(song, dtype="float32")[0].T.copy())
     stems = {}
-    for path in (tmp_path / "lets_go_fishin").iterdir():
+    for path in (tmp_path / "lets_go_fishin").glob("*.flac"):
         audio, rate = soundfile.read(path, dtype="float32")
         assert rate == 44100
         assert audio.shape == (mixture.shape[1], 2)
