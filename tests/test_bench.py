@@ -150,6 +150,7 @@ def test_a_measurement_that_cannot_be_is_one_line(
     assert captured.err.startswith("error: ") and words in captured.err
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_cold_start_add_up_to_less_than_the_whole_measurement(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -167,6 +168,7 @@ def test_the_stages_of_a_cold_start_add_up_to_less_than_the_whole_measurement(
     assert "device cpu (asked for), precision fp32" in found["device"]
 
 
+@pytest.mark.slow
 def test_a_model_and_weights_of_ones_own_are_measured_and_shown_as_a_table(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -383,6 +383,7 @@ def test_a_report_lies_beside_the_stems(
     assert not page.exists()
 
 
+@pytest.mark.slow
 def test_the_demo_separates_scores_and_draws(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONWARNINGS": "error"}
     run = subprocess.run(

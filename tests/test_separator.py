@@ -71,7 +71,9 @@ def test_all_4_sums_to_the_mixture_where_other_is_the_residual(pool: ModelPool, 
     assert (torch.stack(list(stems.values())).sum(0) - clip).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("stem", ["vocals", "drums", "bass", "other"])
+@pytest.mark.parametrize(
+    "stem", ["vocals", "other", *(pytest.param(stem, marks=pytest.mark.slow) for stem in ("drums", "bass"))]
+)
 def test_two_stems_are_the_stem_of_all_4_and_the_mixture_minus_it(
     pool: ModelPool, clip: Tensor, tmp_path: Path, stem: str
 ) -> None:
@@ -784,6 +786,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_song(tmp_path: Path) -> None:
     peaks = []
     for seconds in (30, 480):

@@ -292,6 +292,7 @@ def test_only_so_many_songs_wait(idle: Client, short: bytes) -> None:
     idle.announce(short)
 
 
+@pytest.mark.slow
 def test_what_is_over_is_removed_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with idle_server(tmp_path, keep_seconds=0.5) as (client, songs, _):
         working = threading.Thread(target=songs.work, daemon=True)  # which ends with this process

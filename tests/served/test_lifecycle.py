@@ -226,6 +226,7 @@ def test_a_hundred_predictions_of_all_kinds_leave_no_memory_thread_or_file_behin
 # The server's own begin and end
 
 
+@pytest.mark.slow
 def test_a_server_without_weights_and_network_says_at_once_which_file_is_missing(tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
@@ -242,6 +243,7 @@ def test_a_server_without_weights_and_network_says_at_once_which_file_is_missing
 
 
 @needs_proc
+@pytest.mark.slow
 def test_sigterm_in_mid_song_ends_the_server_and_leaves_nothing_half_written(
     tmp_path: Path, receiver: Receiver
 ) -> None:
