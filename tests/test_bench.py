@@ -52,7 +52,8 @@ def test_the_engines_figures_fit_each_other(capsys: pytest.CaptureFixture[str]) 
     assert found["seconds_per_chunk"] == pytest.approx(found["median_seconds"] / 2, rel=0.01)
     speed = found["gflop"] / found["median_seconds"]
     assert found["ceiling_share"] == pytest.approx(speed / found["ceiling_gflop_per_second"], rel=0.02, abs=1e-3)
-    assert 0 < found["memory_above_model_mib"] < found["peak_memory_mib"]
+    # 0 after tests in this process that needed more, and whose memory is taken again.
+    assert 0 <= found["memory_above_model_mib"] < found["peak_memory_mib"]
     assert found["sdr_db"]["demo"] > 90  # float32 against float32, by another attention
     assert "device cpu (asked for), precision fp32" in found["device"]
 
