@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from separation.catalogue import size_bytes
 from separation.errors import InputError, OutputError
 
 LIMIT_GIB = 8.0  # unless SEPARATION_CACHE_GIB says otherwise: 25 songs of four minutes, each in four stems
@@ -174,14 +175,14 @@ class Cache:
             if _is_left_behind(path):
                 path.unlink(missing_ok=True)
             else:
-                total += _size(path)
+                total += size_bytes(path)
         keys = {path.stem for suffix in ("f32", "json") for path in self.folder.glob(f"{'[0-9a-f]' * 64}.{suffix}")}
         for key in keys:
             data, description = self._paths(key)
             if not (data.exists() and description.exists()):
                 _remove(data, description)
                 continue
-            used, size = description.stat().st_mtime_ns, _size(data) + _size(description)
+            used, size = description.stat().st_mtime_ns, size_bytes(data) + size_bytes(description)
             entries.append((used, size, (data, description)))
             total += size
         for _, size, paths in sorted(entries):
@@ -316,10 +317,6 @@ def _checked(key: str, text: bytes, file: io.FileIO) -> dict[str, Any] | None:
 def _remove(*paths: Path) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _is_left_behind(part: Path) -> bool:

@@ -1,6 +1,5 @@
 """The Demucs family: the demucs package's networks under this project's chunking give what its apply_model gives."""
 
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -27,13 +26,7 @@ KINDS: dict[str, tuple[type[DemucsModel], dict[str, Any]]] = {
 LENGTHS = [1, 1000, 22050, 22051, 30000, 40000, 70001]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(seed: int, kind: str = "htdemucs") -> Any:
