@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import conftest
-from conftest import PROJECT, read
+from conftest import PROJECT, read, started
 from separation.__main__ import main
 from separation.songs import RECORD
 
@@ -103,20 +103,8 @@ def command(*arguments: str | Path) -> list[str]:
     return ["separate", *map(str, arguments), "--recipe", "demo", "--device", "cpu", "--precision", "fp32"]
 
 
-@contextmanager
-def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [sys.executable, "-m", "separation", *command(*arguments)],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as run:
-        try:
-            yield run
-        finally:
-            run.kill()
+def separating(*arguments: str | Path) -> AbstractContextManager[subprocess.Popen[str]]:
+    return started(*command(*arguments))
 
 
 def at_hand(out: Path) -> set[Path]:
@@ -146,7 +134,7 @@ def test_a_killed_nodes_songs_are_done_elsewhere_and_a_cancelled_run_goes_on(nod
     (music / "bad.flac").write_text("words")
     options = [music, "-o", out, "--ray", nodes.address, "--json"]
 
-    with started(*options) as run:  # cancelled while two songs are at hand
+    with separating(*options) as run:  # cancelled while two songs are at hand
         wait_for(2, out, run)
         run.send_signal(signal.SIGINT)
         printed, told = run.communicate(timeout=120)
@@ -155,7 +143,7 @@ def test_a_killed_nodes_songs_are_done_elsewhere_and_a_cancelled_run_goes_on(nod
     assert not list(out.rglob(".separating-*")) and len(before) < N_SONGS
     assert {path.name for path in (out / "a").glob("*")} == set(before) or not before
 
-    with started(*options) as run:  # one of two nodes is killed while two songs are at hand
+    with separating(*options) as run:  # one of two nodes is killed while two songs are at hand
         wait_for(2, out, run)
         nodes.kill(nodes.running[1])
         printed, told = run.communicate(timeout=300)
@@ -177,7 +165,7 @@ def test_a_killed_nodes_songs_are_done_elsewhere_and_a_cancelled_run_goes_on(nod
 
 def test_a_cluster_that_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "1.wav").write_bytes(conftest.song(0.3))
-    with started(tmp_path / "1.wav", "-o", tmp_path / "out", "--ray", f"127.0.0.1:{free_port()}") as run:
+    with separating(tmp_path / "1.wav", "-o", tmp_path / "out", "--ray", f"127.0.0.1:{free_port()}") as run:
         _, told = run.communicate(timeout=120)
     assert run.returncode == 2, told
     assert told.splitlines()[-1].startswith("error: no Ray cluster can be used at '127.0.0.1:")

@@ -14,7 +14,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import conftest
-from conftest import PROJECT, read
+from conftest import PROJECT, read, started
 from separation import __main__, chunking, songs
 from separation.__main__ import INDIFFERENT, build_parser, main
 from separation.errors import InputError
@@ -36,21 +36,8 @@ def separate(*arguments: str | Path) -> int:
     return main(["separate", *map(str, arguments), *DEMO])
 
 
-@contextmanager
-def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process that Ctrl-C, which a shell's background job ignores, reaches."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "separation", "separate", *map(str, arguments), *DEMO],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as run:
-        try:
-            yield run
-        finally:
-            run.kill()
+def separating(*arguments: str | Path) -> AbstractContextManager[subprocess.Popen[str]]:
+    return started("separate", *map(str, arguments), *DEMO)
 
 
 def wait_until(condition: Callable[[], Any], run: subprocess.Popen[str]) -> None:
@@ -392,7 +379,7 @@ def test_when_the_iterator_is_closed_workers_stop_and_remove_what_is_not_finishe
 def test_a_signal_stops_all_workers_and_a_second_run_goes_on(number: int, tmp_path: Path) -> None:
     music, out = tmp_path / "music", tmp_path / "out"
     write_songs(music, *(f"{n}.wav" for n in range(6)), seconds=12)
-    with started(music, "-o", out, "--workers", "2") as run:
+    with separating(music, "-o", out, "--workers", "2") as run:
         wait_until(lambda: list(out.rglob(RECORD)) and len(temporary(out)) == 2, run)
         run.send_signal(number)
         _, told = run.communicate(timeout=60)
@@ -401,7 +388,7 @@ def test_a_signal_stops_all_workers_and_a_second_run_goes_on(number: int, tmp_pa
     assert 1 <= len(done) < 6
     assert {path.name for path in out.iterdir()} == done and not temporary(out)
     assert told.splitlines()[-1 if number == signal.SIGTERM else -2].startswith("6 songs: ")
-    with started(music, "-o", out, "--workers", "2", "--json") as run:
+    with separating(music, "-o", out, "--workers", "2", "--json") as run:
         printed, _ = run.communicate(timeout=120)
     assert run.returncode == 0
     statuses = {Path(line["song"]).stem: line["status"] for line in lines(printed)}
@@ -411,7 +398,7 @@ def test_a_signal_stops_all_workers_and_a_second_run_goes_on(number: int, tmp_pa
 def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
     music, out = tmp_path / "music", tmp_path / "out"
     write_songs(music, "1.wav", seconds=60)
-    with started(music, "-o", out) as run:
+    with separating(music, "-o", out) as run:
         wait_until(lambda: list(out.rglob("waveform-*")), run)
         run.kill()
     assert temporary(out)
@@ -424,7 +411,7 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path: Path) -> None
 def test_the_temporary_folder_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> None:
     music, out = tmp_path / "music", tmp_path / "out"
     write_songs(music, "1.wav", seconds=60)
-    with started(music, "-o", out) as run:
+    with separating(music, "-o", out) as run:
         wait_until(lambda: list(out.rglob("waveform-*")), run)
         run.send_signal(signal.SIGSTOP)
         (alive,) = temporary(out)
