@@ -123,7 +123,7 @@ class SeparationModel(nn.Module):
 
         Raises InputError for a model that has no core.
         """
-        raise InputError(f"{self.name} cannot be exported: its architecture has no part without a Fourier transform")
+        raise self._no_core()
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The model without its STFT and inverse, in real numbers alone: what other runtimes can compute.
@@ -132,7 +132,10 @@ class SeparationModel(nn.Module):
         family the chunks `[B, C, T]` behind it or alone. The outputs are the spectrograms `[B, S, C, F, N, 2]` and,
         where chunks were given, waveforms `[B, S, C, T]`, to which the spectrograms' inverse is added.
         """
-        raise NotImplementedError
+        raise self._no_core()
+
+    def _no_core(self) -> InputError:
+        return InputError(f"{self.name} cannot be exported: its architecture has no part without a Fourier transform")
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         """Make the loaded weights ready to compute in a precision, with an attention backend."""
