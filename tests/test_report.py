@@ -188,10 +188,10 @@ def test_solo_leaves_only_the_solos_and_the_mixture_is_heard_as_one(browser: Bro
 @needs_chromium
 def test_volume_makes_its_stem_quieter(browser: Browser) -> None:
     browser.click("#play")
-    hear(browser, *STEMS)
-    loud = level(browser, "vocals")
-    browser.click("[aria-label='Volume of vocals']", at=0.5)
-    wait_for(lambda: level(browser, "vocals") == pytest.approx(loud - 12, abs=1.5), "a quarter of the amplitude")
+    for amplitude in (0.25, 0.25 / 4):
+        dbfs = pytest.approx(20 * math.log10(amplitude / math.sqrt(2)), abs=1)
+        wait_for(lambda dbfs=dbfs: level(browser, "vocals") == dbfs, f"an amplitude of {amplitude}", seconds=10)
+        browser.click("[aria-label='Volume of vocals']", at=0.5)
     assert level(browser, "bass") > SOUNDING
 
 
@@ -210,18 +210,20 @@ def test_stems_are_in_step_to_the_sample_after_a_seek_and_over_segments(browser:
 @needs_chromium
 def test_a_tone_goes_on_from_one_segment_to_the_next_without_a_click(browser: Browser) -> None:
     browser.click("#play")
-    for _ in range(5):
-        seek(browser, 9.2)
+    hear(browser, *STEMS)
+    checked = 0
+    for start in (9.1, 9.2, 9.23):
+        seek(browser, start)
         at, samples = recorded(browser, "player.tracks[1].analyser", 10.25)
-        if at < 10.5:  # on a busy machine it may come too late: the next segment begins in the middle of the samples
-            break
-    else:
-        pytest.fail("the browser is too slow")
-    assert np.abs(samples).max() == pytest.approx(0.25, abs=0.02)
-    bend = np.abs(np.diff(samples, 2)).max()  # of the sine 0.001, where a sample is left out 0.016
-    assert bend < 0.002
-    turned = samples * np.exp(-2j * np.pi * HERTZ / RATE * np.arange(len(samples)))
-    assert np.angle(turned[-8000:].sum() / turned[:8000].sum()) == pytest.approx(0, abs=0.02)  # a sample is 0.06
+        if at >= 10.5:  # on a busy machine it may come too late: the next segment begins in the middle of the samples
+            continue
+        assert np.abs(samples).max() == pytest.approx(0.25, abs=0.02)
+        bend = np.abs(np.diff(samples, 2)).max()  # of the sine 0.001, where a sample is left out 0.016
+        assert bend < 0.002
+        turned = samples * np.exp(-2j * np.pi * HERTZ / RATE * np.arange(len(samples)))
+        assert np.angle(turned[-8000:].sum() / turned[:8000].sum()) == pytest.approx(0, abs=0.02)  # a sample is 0.06
+        checked += 1
+    assert checked, "the browser is too slow"
 
 
 @needs_chromium
