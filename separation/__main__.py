@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import webbrowser
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
@@ -410,6 +409,8 @@ def _serve(options: argparse.Namespace) -> int:
     def ready(url: str) -> None:
         print(f"{url} is the page; Ctrl-C ends it and removes its files", flush=True)
         if desktop and not options.no_browser:  # without a desktop, a browser would be one for this terminal
+            import webbrowser
+
             webbrowser.open(url)
 
     with contextlib.suppress(KeyboardInterrupt):

@@ -168,14 +168,11 @@ class Cache:
             yield part
 
     def _make_room(self, n_bytes: int) -> None:
-        """Remove what killed processes left behind and then, as far as need be, the entries not used for longest."""
+        """Remove what killed processes left behind, and then, as far as need be, the entries not used for longest."""
         total = n_bytes
         entries: list[tuple[int, int, tuple[Path, Path]]] = []
-        for path in self.folder.glob("*.part"):
-            if _is_left_behind(path):
-                path.unlink(missing_ok=True)
-            else:
-                total += size_bytes(path)
+        self._sweep()
+        total += sum(map(size_bytes, self.folder.glob("*.part")))
         keys = {path.stem for suffix in ("f32", "json") for path in self.folder.glob(f"{'[0-9a-f]' * 64}.{suffix}")}
         for key in keys:
             data, description = self._paths(key)
@@ -214,12 +211,14 @@ class Cache:
     def clear(self) -> None:
         """Remove all entries, and nothing else that lies in the folder. Raises OutputError if that cannot be done."""
         with self._reporting(), contextlib.suppress(FileNotFoundError), self._locked(fcntl.LOCK_EX):
-            for path in self.folder.glob("*.part"):
-                if _is_left_behind(path):
-                    path.unlink(missing_ok=True)
+            self._sweep()
             for suffix in ("json", "f32"):
                 for path in self.folder.glob(f"{'[0-9a-f]' * 64}.{suffix}"):
                     path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left behind."""
+        _remove(*filter(_is_left_behind, self.folder.glob("*.part")))
 
     def _paths(self, key: str) -> tuple[Path, Path]:
         return self.folder / f"{key}.f32", self.folder / f"{key}.json"

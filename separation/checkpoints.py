@@ -96,17 +96,17 @@ def load_model(
     files = files_for(description, stems)
     parts = [file.stem or str(number) for number, file in enumerate(files)] or ["0"]
     specialists = tuple(file.stem for file in files if file.stem is not None)
+    paths: list[Path] = []  # found first only where they must say what is built: what is wrong there costs no download
     if description.architecture is None:
-        first = _weight_paths(description, files, checkpoint)[0]
-        description = replace(
-            description, architecture=_architecture(description, list(open_weights(first).tensors), first)
-        )
+        paths = _weight_paths(description, files, checkpoint)
+        keys = list(open_weights(paths[0]).tensors)
+        description = replace(description, architecture=_architecture(description, keys, paths[0]))
     model = _build(description, specialists)
     choice = choose_attention(attention, device, dtype, model.head_size) if model.head_size else None
     if choice is None or choice.name != "fused":  # that folds gains into the weights before it rounds them
         model.prepare(dtype)  # still without weights: it now says in which type each is wanted
 
-    paths = _weight_paths(description, files, checkpoint)
+    paths = paths or _weight_paths(description, files, checkpoint)
     checksums = _checksums(files, paths, given=checkpoint is not None)
     stored = dict(zip(parts, map(open_weights, paths), strict=True))
     for part, file in stored.items():

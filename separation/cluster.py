@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from separation.errors import InputError, SeparationError
-from separation.songs import Job, Outcome, Song, separate_song
+from separation.songs import Job, Outcome, Song, separate_song, until
 
 if TYPE_CHECKING:
     from separation.separator import Separator
@@ -32,10 +32,6 @@ STOP_SECONDS = 60.0  # how long workers may take to reach a chunk's end and remo
 logger = logging.getLogger("separation")
 
 Place = tuple[str, int]  # a node, and the index of a GPU there
-
-
-class _StoppedError(Exception):
-    """Raised in a worker when the run is cancelled."""
 
 
 class Worker:
@@ -58,15 +54,12 @@ class Worker:
             host = socket.gethostname()
             error = f"{song.path.name!r} is not there on {host}: --ray needs a file system that all machines share"
             return Outcome(song.path, "failed", error)
-        return separate_song(song, job, self._separator, self._check)
+        progress = until(self._stopped, lambda share, stage: None)
+        return separate_song(song, job, self._separator, progress)
 
     def stop(self) -> None:
         """Cancel the song at hand."""
         self._stopped.set()
-
-    def _check(self, share: float, stage: str) -> None:
-        if self._stopped.is_set():
-            raise _StoppedError
 
 
 def run(songs: Sequence[Song], job: Job, load: Callable[[], "Separator"], address: str) -> Iterator[Outcome]:

@@ -67,10 +67,6 @@ class Outcome:
     page: Path | None = None
 
 
-class _StoppedError(Exception):
-    """Raised in a worker when the others stop."""
-
-
 def find(given: Sequence[str], output: Path) -> tuple[list[Song], list[Outcome]]:
     """The songs that are meant by paths of files and folders and by globs, and what cannot be one.
 
@@ -282,13 +278,7 @@ def run(
 
     def work(song: Song) -> Outcome:
         with bar(song.path.name) as progress:
-
-            def checked(share: float, stage: str) -> None:
-                if stopped.is_set():
-                    raise _StoppedError
-                progress(share, stage)
-
-            return separate_song(song, job, separator, checked)
+            return separate_song(song, job, separator, until(stopped, progress))
 
     pool = ThreadPoolExecutor(max_workers=workers)
     try:
@@ -297,6 +287,21 @@ def run(
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
+
+
+class _StoppedError(Exception):
+    """Raised in a worker when the run is over."""
+
+
+def until(stopped: threading.Event, progress: "Progress") -> "Progress":
+    """A progress that cancels its song once the run is over."""
+
+    def checked(share: float, stage: str) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        progress(share, stage)
+
+    return checked
 
 
 def separate_song(song: Song, job: Job, separator: "Separator", progress: "Progress") -> Outcome:

@@ -8,6 +8,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from separation.metrics import sdr
+from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 
 HYPER_PARAMETERS: dict[str, Any] = {
@@ -46,6 +48,26 @@ def small_model(**changes: Any) -> BSRoFormer:
 
 def chunks(samples: int = 256) -> Tensor:
     return torch.randn(1, 2, samples, generator=torch.Generator().manual_seed(1))
+
+
+def assert_half_precision_is_near(model: SeparationModel, precision: torch.dtype, decibels: float) -> None:
+    """The model computes in this precision, but for its norms, with so much SDR to what it gives in float32."""
+    noise = torch.randn(1, 2, model.chunk_samples) * 0.1
+    with torch.inference_mode():
+        exact = model(noise)
+        model.prepare(precision)
+        assert sdr(exact, model(noise)) > decibels
+    assert {p.dtype for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()} == {torch.float32}
+
+
+def assert_chunks_are_alone(model: SeparationModel) -> None:
+    """An estimate does not depend on the chunks beside it in the batch."""
+    noise = torch.randn(3, 2, model.chunk_samples) * torch.tensor([0.01, 0.1, 1.0])[:, None, None]
+    with torch.inference_mode():
+        alone = torch.cat([model(chunk[None]) for chunk in noise])
+        together = model(noise)
+    for one, other in zip(alone, together, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * one.abs().max()
 
 
 def write_weights(state: dict[str, Tensor], path: Path) -> Path:

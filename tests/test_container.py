@@ -546,17 +546,23 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
     return models
 
 
-def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own_once(
-    audio: Path, temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def with_standard(temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch) -> predict.Predictor:
+    """A server as it is without environment variables."""
     monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
     predictor = predict.Predictor()
     predictor.setup()
+    return predictor
+
+
+def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own_once(
+    audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
+) -> None:
     expected = [("bs_roformer_viperx_1297", ("vocals",)), ("htdemucs_ft", ("drums", "bass", "other"))]
     assert [(model.name, model.stems) for model in loaded] == expected
     assert [model.runs for model in loaded] == [1, 1]
     for stems in ("vocals_instrumental", "all_4", "all_6", "all_6"):
-        predictor.predict(audio, **QUICK | {"stems": stems})
+        with_standard.predict(audio, **QUICK | {"stems": stems})
     expected.append(("htdemucs_6s", ("drums", "bass", "guitar", "piano", "other")))
     assert [(model.name, model.stems) for model in loaded] == expected
 
@@ -608,26 +614,20 @@ def test_a_recipe_of_which_weights_are_missing_is_refused_unless_it_is_the_serve
 
 
 def test_two_stems_run_no_model_that_they_do_not_need(
-    audio: Path, temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch
+    audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
 ) -> None:
-    monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
-    predictor = predict.Predictor()
-    predictor.setup()
-    predictor.predict(audio, **QUICK | {"two_stems": "drums"})
+    with_standard.predict(audio, **QUICK | {"two_stems": "drums"})
     assert [(model.name, model.runs) for model in loaded] == [("bs_roformer_viperx_1297", 1), ("htdemucs_ft", 2)]
-    predictor.predict(audio, **QUICK | {"two_stems": "vocals"})
+    with_standard.predict(audio, **QUICK | {"two_stems": "vocals"})
     assert [model.runs for model in loaded] == [2, 2]
-    predictor.predict(audio, **QUICK | {"two_stems": "drums", "stems": "all_6"})
+    with_standard.predict(audio, **QUICK | {"two_stems": "drums", "stems": "all_6"})
     assert [(model.name, model.stems, model.runs) for model in loaded[2:]] == [("htdemucs_6s", ("drums",), 1)]
 
 
 def test_the_drum_kit_is_made_of_the_drums_by_a_model_that_is_loaded_when_first_asked_for(
-    audio: Path, temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch
+    audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
 ) -> None:
-    monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
-    predictor = predict.Predictor()
-    predictor.setup()
-    files = predictor.predict(audio, **QUICK | {"stems": "drum_kit"})
+    files = with_standard.predict(audio, **QUICK | {"stems": "drum_kit"})
     kit = ("kick", "snare", "toms", "hihat", "cymbals")
     assert [file.name for file in files] == [f"{stem}.wav" for stem in kit]
     assert [(model.name, model.stems, model.runs) for model in loaded[2:]] == [("drumsep", kit, 1)]

@@ -11,8 +11,8 @@ from torch import Tensor
 from separation import CheckpointError, Separator, load_model
 from separation.catalogue import read_config
 from separation.checkpoints import _build
-from separation.metrics import sdr
 from separation.models.mdx23c import MDX23C, MDX23CConfig
+from small_model import assert_chunks_are_alone, assert_half_precision_is_near
 
 STEMS = ("kick", "snare", "toms", "hihat", "cymbals")
 AUDIO = {"n_fft": 256, "hop_length": 64, "dim_f": 128, "num_channels": 2, "chunk_size": 64 * 31, "sample_rate": 44100}
@@ -106,30 +106,18 @@ def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: 
 def small_model(stems: int = 5, **changes: Any) -> MDX23C:
     torch.manual_seed(0)
     model = MDX23C(config_of(stems, **changes)).eval()
-    model.stems = STEMS[:stems]
+    model.stems, model.chunk_samples = STEMS[:stems], model.config.chunk_size
     return model
 
 
 @pytest.mark.parametrize("norm", ["InstanceNorm", "BatchNorm", "GroupNorm4"])
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 35), (torch.float16, 50)])
 def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: float, norm: str) -> None:
-    model = small_model(norm=norm)
-    chunks = torch.randn(1, 2, model.config.chunk_size) * 0.1
-    with torch.inference_mode():
-        exact = model(chunks)
-        model.prepare(precision)
-        assert sdr(exact, model(chunks)) > decibels
-    assert {p.dtype for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()} == {torch.float32}
+    assert_half_precision_is_near(small_model(norm=norm), precision, decibels)
 
 
 def test_the_estimate_does_not_depend_on_the_chunks_beside_it() -> None:
-    model = small_model()
-    chunks = torch.randn(3, 2, model.config.chunk_size) * torch.tensor([0.01, 0.1, 1.0])[:, None, None]
-    with torch.inference_mode():
-        alone = torch.cat([model(chunk[None]) for chunk in chunks])
-        together = model(chunks)
-    for one, other in zip(alone, together, strict=True):
-        assert (one - other).abs().max() <= 1e-5 * one.abs().max()
+    assert_chunks_are_alone(small_model())
 
 
 def test_silence_in_silence_out() -> None:

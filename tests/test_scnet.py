@@ -10,8 +10,8 @@ import yaml
 from separation import CheckpointError, Separator, load_model
 from separation.catalogue import read_config
 from separation.checkpoints import _build
-from separation.metrics import sdr
 from separation.models.scnet import SCNet, SCNetConfig
+from small_model import assert_chunks_are_alone, assert_half_precision_is_near
 
 SOURCES = ("drums", "bass", "other", "vocals")
 SMALL: dict[str, Any] = {
@@ -93,29 +93,17 @@ def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: 
 def small_model(**changes: Any) -> SCNet:
     torch.manual_seed(0)
     model = SCNet(SCNetConfig(**SMALL | changes)).eval()
-    model.stems = model.config.sources
+    model.stems, model.chunk_samples = model.config.sources, 12_000
     return model
 
 
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 30), (torch.float16, 45)])
 def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: float) -> None:
-    model = small_model()
-    chunks = torch.randn(1, 2, 12_000) * 0.1
-    with torch.inference_mode():
-        exact = model(chunks)
-        model.prepare(precision)
-        assert sdr(exact, model(chunks)) > decibels
-    assert {p.dtype for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()} == {torch.float32}
+    assert_half_precision_is_near(small_model(), precision, decibels)
 
 
 def test_the_estimate_does_not_depend_on_the_chunks_beside_it() -> None:
-    model = small_model()
-    chunks = torch.randn(3, 2, 12_000) * torch.tensor([0.01, 0.1, 1.0])[:, None, None]
-    with torch.inference_mode():
-        alone = torch.cat([model(chunk[None]) for chunk in chunks])
-        together = model(chunks)
-    for one, other in zip(alone, together, strict=True):
-        assert (one - other).abs().max() <= 1e-5 * one.abs().max()
+    assert_chunks_are_alone(small_model())
 
 
 def test_the_stems_that_were_asked_for_are_the_same_without_the_others() -> None:
