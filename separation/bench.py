@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from separation.catalogue import PROJECT, fetch, files_for, read_config
 from separation.checkpoints import load_model, random_weights
-from separation.device import choose, peak_memory_bytes
+from separation.device import choose, floats_of, peak_memory_bytes
 from separation.errors import CheckpointError, InputError, SeparationError
 from separation.metrics import sdr
 from separation.models import SeparationModel
@@ -157,6 +157,7 @@ def engine_speed(
     if random and model_path is not None:
         raise InputError(f"random weights and those in {model_path} exclude each other: leave one of them out")
     choice = choose(device, precision)
+    floats = floats_of(choice.precision, choice.device)
     wanted = {model_name: None} if model_name else load_recipe(recipe, stems).models
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(wanted, model_path)
@@ -208,14 +209,14 @@ def engine_speed(
             chunks = times * len(plan.starts(mixture.shape[1]))
             total_chunks += chunks
             operations += chunks * flops
-            floor_seconds += chunks * flops / _ceiling(products, choice.precision, choice.device)
+            floor_seconds += chunks * flops / _ceiling(products, floats, choice.device)
     return EngineSpeed(
         models={model.name: model.attention or "its own" for model in models.values()},
         weights="random" if random else "own",
         reason=choice.reason,
         chunk_seconds={name: plan.chunk_samples / SAMPLE_RATE for name, plan in separator.plans.items()},
         overlap_seconds={name: plan.overlap_samples / SAMPLE_RATE for name, plan in separator.plans.items()},
-        batch_size=separator.batch_size,
+        batch_size=separator.fixed_batch_size or "auto",
         audio_seconds=seconds,
         run_seconds=timed,
         chunks=total_chunks,

@@ -38,7 +38,7 @@ from separation.catalogue import (
     read_config,
     size_bytes,
 )
-from separation.device import choose_device, choose_precision
+from separation.device import choose_device, choose_precision, floats_of
 from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import AttentionChoice, choose_attention
@@ -92,7 +92,8 @@ def load_model(
     if description.ignored:
         _warn_of_ignored(description.source, description.ignored)
     device = choose_device(device) if isinstance(device, str) else device
-    dtype = choose_precision(precision, device) if isinstance(precision, str) else precision
+    asked = choose_precision(precision, device) if isinstance(precision, str) else precision
+    dtype = floats_of(asked, device)
     files = files_for(description, stems)
     parts = [file.stem or str(number) for number, file in enumerate(files)] or ["0"]
     specialists = tuple(file.stem for file in files if file.stem is not None)
@@ -135,13 +136,8 @@ def load_model(
         {name: repr(value) for name, value in hyper_parameters.items()},
         description.stems,
         dict(zip(parts, checksums, strict=True)),
-        str(dtype).removeprefix("torch."),
+        str(_prepare(model.eval().requires_grad_(False), asked, dtype, choice, attention)).removeprefix("torch."),
     )
-    model.eval().requires_grad_(False)
-    if choice is None:
-        model.prepare(dtype)
-    else:
-        _prepare(model, dtype, choice, asked_for=attention)
     return model.to(device)
 
 
@@ -239,16 +235,29 @@ def random_weights(name_or_path: str | Path, *, seed: int = 0) -> dict[str, Tens
     return {key.removeprefix(prefix): value.clone() for key, value in state.items() if key.startswith(prefix)}
 
 
-def _prepare(model: SeparationModel, dtype: torch.dtype, choice: AttentionChoice, *, asked_for: str) -> None:
-    try:
-        model.prepare(dtype, attention=choice.name)
-    except NotFusedError as e:
-        if asked_for == choice.name:
-            raise InputError(f"{model.name} cannot use attention {choice.name!r} ({e}): use auto") from e
-        choice = AttentionChoice("itemwise", f"not fused: {e}")
-        model.prepare(dtype, attention=choice.name)
-    model.attention = choice.name
-    logger.info(f"{model.name}: attention {choice.name} ({choice.reason})")
+def _prepare(
+    model: SeparationModel, asked: torch.dtype, floats: torch.dtype, choice: AttentionChoice | None, attention: str
+) -> torch.dtype:
+    """Make the weights ready for the precision that was asked for or, where that is int8 and cannot be, for floats.
+
+    `attention` is the backend that was asked for. Returns the precision.
+    """
+    dtype = asked if model.has_int8 and choice is not None and choice.name == "fused" else floats
+    if choice is None:
+        model.prepare(dtype)
+    else:
+        try:
+            model.prepare(dtype, attention=choice.name)
+        except NotFusedError as e:
+            if attention == choice.name:
+                raise InputError(f"{model.name} cannot use attention {choice.name!r} ({e}): use auto") from e
+            choice, dtype = AttentionChoice("itemwise", f"not fused: {e}"), floats
+            model.prepare(dtype, attention=choice.name)
+        model.attention = choice.name
+        logger.info(f"{model.name}: attention {choice.name} ({choice.reason})")
+    if dtype != asked and choice is not None and model.has_int8:
+        logger.warning(f"{model.name} is not computed in int8, but in floats ({choice.reason})")
+    return dtype
 
 
 def convert(checkpoint: Path, target: Path) -> None:

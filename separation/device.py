@@ -11,7 +11,7 @@ import torch
 
 from separation.errors import InputError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Choice:
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Choice:
-    """Resolve `auto | cpu | cuda | cuda:N | mps` and `auto | fp32 | bf16 | fp16`.
+    """Resolve `auto | cpu | cuda | cuda:N | mps` and `auto | fp32 | bf16 | fp16 | int8`.
 
-    Raises InputError for an unknown name or a device that is not there.
+    Raises InputError for an unknown name, a device that is not there, and for int8 on a GPU.
     """
     chosen_device = choose_device(device)
     chosen_precision, precision_reason = _precision(precision, chosen_device)
@@ -58,8 +58,13 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; for `auto` the fastest that the device computes well."""
+    """The dtype of that name; for `auto` the fastest floats that the device computes well."""
     return _precision(name, device)[0]
+
+
+def floats_of(precision: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision itself or, of int8, that of what is not computed in bytes."""
+    return choose_precision("auto", device) if precision == torch.int8 else precision
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -95,6 +100,8 @@ def _device_reason(device: torch.device) -> str:
 
 
 def _precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    if name == "int8" and device.type != "cpu":
+        raise InputError(f"precision 'int8' is for a CPU, and the device is {device}: use auto, or --device cpu")
     if name in PRECISIONS:
         return PRECISIONS[name], "asked for"
     if name != "auto":

@@ -121,7 +121,7 @@ class Separator:
         two_stems: any stem, e.g. `drums`, to give that and `no_drums`, the mixture minus it: by `stems` or, where that
             has no such stem, by the first choice that has. Only the models that this needs are loaded and run.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        precision: `auto`, `fp32`, `bf16`, `fp16` or, on a CPU, `int8`, which is for the RoFormers.
         attention: `auto` or a backend's name in `separation.models.attention.NAMES`.
         batch_size: chunks computed at once, or `auto`: 1 on a CPU, on a CUDA GPU up to 8 that its free memory holds, 4
             on an Apple GPU.
@@ -403,23 +403,23 @@ class Separator:
             "precision": model.origin.precision,
             "attention": model.attention,
             "device": self.device.type,
-            "batch_size": self._fixed_batch_size or "auto",  # by the rounding of matrix products
+            "batch_size": self.fixed_batch_size or "auto",  # by the rounding of matrix products
             "chunk_samples": plan.chunk_samples,
             "overlap_samples": plan.overlap_samples,
             "input": [(weight, self._settings(part, mixture) if part else dict(mixture)) for part, weight in run.input],
         }
 
     @property
-    def _fixed_batch_size(self) -> int | None:
-        """Chunks to compute at once, where that does not depend on a GPU's memory."""
+    def fixed_batch_size(self) -> int | None:
+        """Chunks that are computed at once, where that does not depend on a GPU's memory."""
         if self.batch_size != "auto":
             return self.batch_size
         return {"cpu": 1, "mps": 4}.get(self.device.type)
 
     def _batch_size(self, kind: ChunkKind, model: Model) -> int:
         """Chunks of that kind to compute at once."""
-        if self._fixed_batch_size:
-            return self._fixed_batch_size
+        if self.fixed_batch_size:
+            return self.fixed_batch_size
         if kind not in self._chunk_bytes:
             self._chunk_bytes[kind] = chunk_memory_bytes(model, 2, kind[-1], self.device)
         batch_size = fitting_batch_size(self._chunk_bytes[kind], self.device)

@@ -57,6 +57,12 @@ def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_do() -> None:
         device.choose("cuda")
 
 
+def test_int8_is_for_a_cpu() -> None:
+    assert device.choose("cpu", "int8").precision == torch.int8
+    with pytest.raises(InputError, match="precision 'int8' is for a CPU, and the device is mps: use auto"):
+        device.choose_precision("int8", torch.device("mps"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_peak_memory_without_a_gpu_is_that_of_the_process_in_bytes() -> None:
     status = Path("/proc/self/status").read_text(encoding="ascii")

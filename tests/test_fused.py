@@ -1,5 +1,6 @@
 """fused: the layers in C++ equal their plain twins in PyTorch, and are done without where they cannot be had."""
 
+import copy
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from separation import device
 from separation.checkpoints import load_model
+from separation.device import choose
 from separation.errors import InputError
+from separation.metrics import sdr
 from separation.models import ARCHITECTURES, native
-from separation.models.attention import choose_attention
+from separation.models.attention import choose_attention, einsum_attention
 from separation.models.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.layers import BandSplit, MaskEstimator, RMSNorm, RotaryEmbedding, Transformer
 from separation.models.native import NotFusedError
@@ -76,13 +80,68 @@ def test_a_fused_transformer_equals_the_plain_one(
     assert relative_error(got, expected) < 0.01
 
 
+class InBytes(nn.Module):
+    """A linear layer whose operands are whole numbers up to 127, times a scale a column of weights and a row of x.
+
+    Behind a norm, with its gain in the weights; otherwise what it is given is in bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear, gain: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = rounded(linear.weight * (1 if gain is None else gain)), linear.bias
+        self.given = torch.bfloat16 if gain is None else torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(rounded(x.to(self.given).float()), self.weight, self.bias)
+
+
+def rounded(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (x / scale).round() * scale
+
+
+def in_bytes(transformer: Transformer) -> Transformer:
+    """The plain twin of the fused layers with int8."""
+    twin = copy.deepcopy(transformer)
+    for attention, feed_forward in twin.layers:
+        norm, up, _, _, down = feed_forward.net
+        attention.to_qkv = InBytes(attention.to_qkv, attention.norm.gamma)
+        attention.to_gates = InBytes(attention.to_gates, attention.norm.gamma)
+        attention.to_out[0] = InBytes(attention.to_out[0])
+        feed_forward.net[1], feed_forward.net[4] = InBytes(up, norm.gamma), InBytes(down)
+        attention.norm.gamma.fill_(1), norm.gamma.fill_(1)
+        attention.attend = lambda *qkv: einsum_attention(*(each.bfloat16().float() for each in qkv))
+    return twin
+
+
 @needs_fused
-def test_a_fused_transformer_takes_either_axis_without_a_copy() -> None:
+@pytest.mark.parametrize("part, error", [("attention", 0.005), ("feed-forward", 0.001)])  # unrounded 0.01
+@pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (2, 600), (5, 33)])
+@pytest.mark.parametrize("dim, heads, dim_head", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])
+def test_a_fused_transformer_in_bytes_equals_the_plain_one_whose_operands_are_rounded(
+    part: str, error: float, sequences: int, tokens: int, dim: int, heads: int, dim_head: int
+) -> None:
+    transformer = make_transformer(dim, heads, dim_head, with_all=True)
+    attention, feed_forward = transformer.layers[0]
+    other = feed_forward.net[4] if part == "attention" else attention.to_out[0]
+    other.weight.zero_(), other.bias.zero_()  # or one's rounding would change what the other's hits
+    transformer.norm = nn.Identity()
+    levels = torch.tensor([1e-3, 0.1, 10.0])[torch.arange(tokens) % 3, None]
+    x = torch.randn(sequences, tokens, dim) * levels
+    with torch.inference_mode():
+        expected = in_bytes(transformer)(x) - x
+        got = FusedTransformer(transformer, int8=True)(x.clone()) - x
+    assert relative_error(got, expected) < error
+
+
+@needs_fused
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_fused_transformer_takes_either_axis_without_a_copy(int8: bool) -> None:
     transformer = make_transformer(64, 2, 32)
     x = torch.randn(40, 7, 64)
     with torch.inference_mode():
-        expected = FusedTransformer(transformer)(x.transpose(0, 1).contiguous())
-        got = FusedTransformer(transformer)(x.transpose(0, 1))
+        expected = FusedTransformer(transformer, int8=int8)(x.transpose(0, 1).contiguous())
+        got = FusedTransformer(transformer, int8=int8)(x.transpose(0, 1))
     assert torch.equal(got, expected)
     assert got.data_ptr() == x.data_ptr()
 
@@ -134,25 +193,34 @@ FAMILIES = pytest.mark.parametrize(
 )
 
 
+PRECISIONS = pytest.mark.parametrize("precision", [torch.bfloat16, torch.int8])
+
+
 @needs_fused
 @FAMILIES
-def test_a_fused_model_is_within_40_db_of_float32(family: str, hyper: dict[str, Any]) -> None:
+@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 40), (torch.int8, 33)])
+def test_a_fused_model_is_near_float32(
+    family: str, hyper: dict[str, Any], precision: torch.dtype, decibels: float
+) -> None:
     model = make_model(family, **hyper)
     chunks = torch.randn(2, 2, 40_000) * 0.1
     with torch.inference_mode():
         exact = model(chunks)
-        model.prepare(torch.bfloat16, attention="fused")
+        model.prepare(precision, attention="fused")
         error = model(chunks) - exact
-    assert 10 * torch.log10(exact.square().sum() / error.square().sum()) > 40
+    near = 10 * torch.log10(exact.square().sum() / error.square().sum())
+    print(f"{near:.1f} dB")
+    assert near > decibels
 
 
 @needs_fused
 @FAMILIES
+@PRECISIONS
 def test_a_fused_models_samples_depend_neither_on_the_batch_nor_on_the_threads(
-    family: str, hyper: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    family: str, hyper: dict[str, Any], precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(family, **hyper)
-    model.prepare(torch.bfloat16, attention="fused")
+    model.prepare(precision, attention="fused")
     chunks = torch.randn(3, 2, 30_000) * 0.1
     with torch.inference_mode():
         together = model(chunks)
@@ -163,7 +231,8 @@ def test_a_fused_models_samples_depend_neither_on_the_batch_nor_on_the_threads(
 
 
 @needs_fused
-def test_nan_is_not_lost_in_fused_layers() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_nan_is_not_lost_in_fused_layers(int8: bool) -> None:
     transformer = make_transformer(64, 2, 32, with_all=True)
     plain = with_random_gains(MaskEstimator(64, (8, 8), linear_layers=2, expansion=1))
     x = torch.randn(1, 50, 2, 64)
@@ -172,7 +241,7 @@ def test_nan_is_not_lost_in_fused_layers() -> None:
         for norm in (RMSNorm(64), nn.Identity()):
             masks = FusedMaskEstimator(norm, plain)(x)
             assert masks[0, 20, 8:].isnan().all() and not masks[0, :20].isnan().any()
-        y = FusedTransformer(transformer)(x[0].transpose(0, 1).clone())
+        y = FusedTransformer(transformer, int8=int8)(x[0].transpose(0, 1).clone())
     assert y[1].isnan().all()
     assert not y[0].isnan().any()
 
@@ -203,6 +272,32 @@ def test_what_is_not_known_falls_back_and_the_reason_is_logged(
         assert torch.isfinite(model(torch.randn(1, 2, 4096))).all()
     with pytest.raises(InputError, match=r"cannot use attention 'fused' .* use auto"):
         load_model(path, checkpoint=weights, precision="bf16", attention="fused")
+
+
+@needs_fused
+def test_int8_is_the_precision_of_what_can_be_fused_and_only_if_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    chunk = torch.randn(1, 2, 40_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    with torch.inference_mode():
+        estimates = {name: load_model("demo", precision=name) for name in ("int8", "bf16", "fp32")}
+        got = {name: model(chunk)[0].flatten(0, 1) for name, model in estimates.items()}
+    precisions = {name: model.origin.precision for name, model in estimates.items() if model.origin}
+    assert precisions == {"int8": "int8", "bf16": "bfloat16", "fp32": "float32"}
+    assert 40 < sdr(got["fp32"], got["int8"]) < sdr(got["fp32"], got["bf16"])
+    assert caplog.text == ""
+    plain = load_model("demo", precision="int8", attention="einsum")
+    assert caplog.messages == ["demo is not computed in int8, but in floats (asked for)"]
+    assert plain.origin and plain.origin.precision == "bfloat16" and choose("cpu").precision == torch.bfloat16
+
+
+def test_int8_without_the_fused_layers_is_what_auto_is_and_says_why(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native, "bfloat16_instructions", lambda: "avx512_bf16")
+    monkeypatch.setattr(device, "bfloat16_instructions", lambda: "avx512_bf16")
+    model = load_model("demo", precision="int8")
+    assert model.attention == "itemwise" and model.origin and model.origin.precision == "bfloat16"
+    assert caplog.messages[0].startswith("demo is not computed in int8, but in floats (not fused: no C++ compiler")
 
 
 # The library

@@ -132,6 +132,16 @@ def write_files(folder: Path, *, inference: dict | None = None, **model: Any) ->
     return path, weights
 
 
+def test_int8_is_what_auto_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, weights = write_files(tmp_path)
+    models = [load_model(path, checkpoint=weights, precision=precision) for precision in ("auto", "int8")]
+    chunks = torch.randn(1, 2, 12_000) * 0.1
+    with torch.inference_mode():
+        assert torch.equal(*(model(chunks) for model in models))
+    assert models[0].origin and models[1].origin and models[0].origin.precision == models[1].origin.precision
+    assert not caplog.messages
+
+
 def test_a_song_is_separated_in_chunks(tmp_path: Path) -> None:
     path, weights = write_files(tmp_path, hop_size=256)
     separator = Separator.from_model(load_model(path, checkpoint=weights), chunk_seconds=4, overlap_seconds=1)

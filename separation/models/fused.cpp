@@ -1,8 +1,9 @@
 // The RoFormer family's transformers and mask estimators on CPUs with AVX-512 BF16, compiled by fused.py on first use.
 //
-// Matrix products take bfloat16 and add up in float32, everything between them is float32, and no intermediate of a
-// layer leaves the caches. Each row of an output is computed the same way whatever else is computed with it, so that
-// the result depends neither on the batch nor on the number of threads.
+// Matrix products take bfloat16 and add up in float32 or, those of a transformer's linear layers, take bytes and add up
+// in int32; everything between them is float32, and no intermediate of a layer leaves the caches. Each row of an output
+// is computed the same way whatever else is computed with it, so that the result depends neither on the batch nor on
+// the number of threads.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -124,21 +125,54 @@ __m512 gelu(__m512 x) {
 
 // ---- matrix products ------------------------------------------------------------------------------------------------
 
-// results[r] = a[r, 0 : 2 * pairs] times a panel [pairs][PANEL][2]. Not inlined: what a caller keeps in registers would
+struct Bf16Weights {
+    const bf16* packed;  // [panel][depth / 2][PANEL][2]
+    Bf16Weights from(long column, long depth) const { return {packed + column * depth}; }
+};
+
+struct Bf16Rows {
+    const bf16* values;
+    long stride;
+    Bf16Rows from(long row) const { return {values + row * stride, stride}; }
+};
+
+// Column c's weights are bytes times scales[c]; starts[c] is -128 times the sum of the bytes.
+struct Int8Weights {
+    const int8_t* packed;  // [panel][depth / 4][PANEL][4]
+    const float* scales;
+    const int32_t* starts;
+    Int8Weights from(long column, long depth) const {
+        return {packed + column * depth, scales + column, starts + column};
+    }
+};
+
+// Row r's values are (bytes - 128) times scales[r]: the instruction takes unsigned bytes and signed weights.
+struct Int8Rows {
+    const uint8_t* values;
+    long stride;
+    const float* scales;
+    Int8Rows from(long row) const { return {values + row * stride, stride, scales + row}; }
+};
+
+__m512i four_bytes(const void* from) {  // in each lane
+    int32_t bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+}
+
+// results[r] = row r of `a` [R, depth] times a panel of weights. Not inlined: what a caller keeps in registers would
 // push the accumulators out of them.
 template <int R>
-__attribute__((noinline)) void multiply(const bf16* a, long stride, const bf16* panel, long pairs, float* results) {
+__attribute__((noinline)) void multiply(Bf16Rows a, Bf16Weights panel, long depth, float* results) {
     __m512 sums[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    for (long k = 0; k < pairs; k++) {
-        const __m512bh low = (__m512bh)_mm512_load_si512(panel + k * 2 * PANEL);
-        const __m512bh high = (__m512bh)_mm512_load_si512(panel + k * 2 * PANEL + PANEL);
+    for (long k = 0; k < depth; k += 2) {
+        const __m512bh low = (__m512bh)_mm512_load_si512(panel.packed + k * PANEL);
+        const __m512bh high = (__m512bh)_mm512_load_si512(panel.packed + k * PANEL + PANEL);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
-            int32_t pair;
-            std::memcpy(&pair, a + r * stride + 2 * k, sizeof pair);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            const __m512bh both = (__m512bh)four_bytes(a.values + r * a.stride + k);
             sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, low);
             sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, high);
         }
@@ -150,24 +184,84 @@ __attribute__((noinline)) void multiply(const bf16* a, long stride, const bf16* 
     }
 }
 
-constexpr void (*MULTIPLY[ROWS + 1])(const bf16*, long, const bf16*, long, float*) = {
+// sum += the products of four unsigned and four signed bytes in each lane. As a line of assembly, for with the
+// intrinsic g++ 12 keeps the sums of `multiply` in memory.
+void add_products(__m512i& sum, __m512i bytes, __m512i weights) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(weights));
+}
+
+template <int R>
+__attribute__((noinline)) void multiply(Int8Rows a, Int8Weights panel, long depth, float* results) {
+    __m512i sums[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+        sums[r][0] = _mm512_loadu_si512(panel.starts);
+        sums[r][1] = _mm512_loadu_si512(panel.starts + 16);
+    }
+    for (long k = 0; k < depth; k += 4) {
+        const __m512i low = _mm512_load_si512(panel.packed + k * PANEL);
+        const __m512i high = _mm512_load_si512(panel.packed + k * PANEL + 64);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            const __m512i bytes = four_bytes(a.values + r * a.stride + k);
+            add_products(sums[r][0], bytes, low);
+            add_products(sums[r][1], bytes, high);
+        }
+    }
+    const Values scales = Values::at(panel.scales);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+        Values{_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][0]), scales.low),
+               _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][1]), scales.high)}
+            .times(all(a.scales[r]))
+            .store(results + r * PANEL);
+}
+
+template <class Rows, class Weights>
+constexpr void (*MULTIPLY[ROWS + 1])(Rows, Weights, long, float*) = {
     nullptr,     multiply<1>, multiply<2>, multiply<3>,  multiply<4>,  multiply<5>, multiply<6>,
     multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
 
-// a [rows, 2 * pairs] times packed weights; `take(row, column, values)` is given each row's columns from `column` on.
-template <class Take>
-void product(const bf16* a, long stride, long rows, const bf16* packed, long pairs, long columns, Take take) {
+// a [rows, depth] times packed weights; `take(row, column, values)` is given each row's columns from `column` on.
+template <class Rows, class Weights, class Take>
+void product(Rows a, long rows, Weights weights, long depth, long columns, Take take) {
     alignas(64) float results[ROWS * PANEL];
     for (long column = 0; column < columns; column += PANEL)
         for (long row = 0; row < rows; row += ROWS) {
             const long count = std::min(ROWS, rows - row);
-            MULTIPLY[count](a + row * stride, stride, packed + column * pairs * 2, pairs, results);
+            MULTIPLY<Rows, Weights>[count](a.from(row), weights.from(column, depth), depth, results);
             for (long r = 0; r < count; r++) take(row + r, column, Values::at(results + r * PANEL));
         }
 }
 
 void round_to_bf16(const float* x, long dim, __m512 factor, bf16* to) {
     for (long d = 0; d < dim; d += PANEL) values_below(x, d, dim).times(factor).store(to + d);
+}
+
+__m512 sixteen(const float* from, __mmask16 there) { return _mm512_maskz_loadu_ps(there, from); }
+
+__m512 sixteen(const bf16* from, __mmask16 there) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from)), 16);
+}
+
+// x [dim] as bytes, of which 128 stands for zero and 127 more or less for the highest magnitude; returns what one is
+// worth, NaN if there is a NaN in x.
+template <class Number>
+float round_to_bytes(const Number* x, long dim, uint8_t* to) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i top = _mm512_setzero_si512();  // of floats' bits, which are in the order of their magnitudes, NaN on top
+    for (long d = 0; d < dim; d += 16)
+        top = _mm512_max_epi32(top, _mm512_and_si512(magnitude, (__m512i)sixteen(x + d, columns_from(d, dim))));
+    const int32_t bits = _mm512_reduce_max_epi32(top);
+    float highest;
+    std::memcpy(&highest, &bits, sizeof highest);
+    const __m512 factor = all(127.0f / std::max(highest, 1e-30f));
+    for (long d = 0; d < dim; d += 16) {
+        const __mmask16 there = columns_from(d, dim);
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(sixteen(x + d, there), factor));
+        _mm512_mask_cvtepi32_storeu_epi8(to + d, there, _mm512_add_epi32(whole, _mm512_set1_epi32(128)));
+    }
+    return highest / 127.0f;
 }
 
 // What gives x [dim] the length sqrt(dim).
@@ -193,6 +287,40 @@ void normalise(float* x, long dim, const float* gains) {
         _mm512_mask_storeu_ps(x + d, there, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + d), gain));
     }
 }
+
+// Up to BLOCK rows, at most `widest` wide, on their way into a product.
+class Bf16Block {
+ public:
+    using Weights = Bf16Weights;
+    Bf16Block(long dim, long) : stride_(padded(dim)), values_(BLOCK * stride_) {}
+    void normalise(long row, const float* x, long dim) { ::normalise(x, dim, values_ + row * stride_); }
+    Bf16Rows rows() const { return {values_, stride_}; }
+    Bf16Rows rounded(const bf16* from, long stride, long, long) const { return {from, stride}; }
+
+ private:
+    const long stride_;
+    Buffer<bf16> values_;
+};
+
+class Int8Block {
+ public:
+    using Weights = Int8Weights;
+    Int8Block(long, long widest) : stride_(padded(widest) + 64), values_(BLOCK * stride_), scales_(BLOCK) {}
+    void normalise(long row, const float* x, long dim) {
+        scales_[row] = _mm512_cvtss_f32(norm_of(x, dim)) * round_to_bytes(x, dim, values_ + row * stride_);
+    }
+    Int8Rows rows() const { return {values_, stride_, scales_}; }
+    Int8Rows rounded(const bf16* from, long stride, long rows, long dim) const {
+        for (long row = 0; row < rows; row++)
+            scales_[row] = round_to_bytes(from + row * stride, dim, values_ + row * stride_);
+        return this->rows();
+    }
+
+ private:
+    const long stride_;
+    Buffer<uint8_t> values_;
+    Buffer<float> scales_;
+};
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
@@ -228,13 +356,14 @@ class Head {
                 long out_stride) {
         for (long start = 0; start < queries; start += ROWS) {
             const long rows = std::min(ROWS, queries - start);
-            product(q + start * stride, stride, rows, packed_k_, size_ / 2, width_,
+            product(Bf16Rows{q + start * stride, stride}, rows, Bf16Weights{packed_k_}, size_, width_,
                     [&](long row, long column, Values sums) { sums.store(scores_ + row * width_ + column); });
             float factors[ROWS];
             for (long row = 0; row < rows; row++) factors[row] = gates[(start + row) * gate_stride] / exponentials(row);
-            product(weights_, width_, rows, packed_v_, width_ / 2, size_, [&](long row, long column, Values sums) {
-                sums.times(all(factors[row])).store(out + (start + row) * out_stride + column);
-            });
+            product(Bf16Rows{weights_, width_}, rows, Bf16Weights{packed_v_}, width_, size_,
+                    [&](long row, long column, Values sums) {
+                        sums.times(all(factors[row])).store(out + (start + row) * out_stride + column);
+                    });
         }
     }
 
@@ -266,17 +395,103 @@ class Head {
     Buffer<bf16> weights_;
 };
 
+// Weights are packed and hold the gain of the norm before them; biases are padded to whole panels. Weights in bytes
+// have scales and starts, of which those in bfloat16 have none (null).
+struct Linear {
+    const void* packed;
+    const float *bias, *scales;
+    const int32_t* starts;
+    operator Bf16Weights() const { return {static_cast<const bf16*>(packed)}; }
+    operator Int8Weights() const { return {static_cast<const int8_t*>(packed), scales, starts}; }
+};
+
+struct Layer {
+    long dim, heads, head_size, hidden;
+    Linear qkv_gates, out, up, down;
+    const float* norm_gains;  // of a norm of what the layer gives; null if there is none
+};
+
+// One pre-norm transformer layer over x [sequences, tokens, dim], strides in floats, in place. cosines and sines
+// [tokens, head_size] hold each pair's angle twice, the first sine of a pair negated.
+template <class Block>
+void layer_of(float* x, long sequences, long tokens, long sequence_stride, long token_stride, const Layer& layer,
+              const float* cosines, const float* sines, long threads) {
+    using Weights = typename Block::Weights;
+    const long dim = layer.dim, heads = layer.heads, size = layer.head_size, inner = heads * size,
+               hidden = layer.hidden;
+    const long apart = hidden + PANEL;  // rows 4 KiB apart would fall into one set of the L1 cache
+    const long group = std::max(1L, std::min(GROUP / tokens, (sequences + threads - 1) / threads));
+    const long most = group * tokens;
+    const auto add = [&](Values values, float* to, long column) {
+        values.plus(values_below(to, column, dim)).store_below(to, column, dim);
+    };
+
+    parallel((sequences + group - 1) / group, threads, [&](auto next) {
+        Block operands(dim, std::max({dim, inner, hidden}));
+        Buffer<bf16> q(most * inner), k(most * inner), v(most * inner), attended(most * inner), up(BLOCK * apart);
+        Buffer<float> gates(most * PANEL);
+        Head head(tokens, size);
+        for (long first; (first = group * next()) < sequences;) {
+            const long count = std::min(group, sequences - first), rows = count * tokens;
+            const auto row_at = [&](long row) {
+                return x + (first + row / tokens) * sequence_stride + row % tokens * token_stride;
+            };
+            for (long start = 0; start < rows; start += BLOCK) {
+                const long block = std::min(BLOCK, rows - start);
+                for (long row = 0; row < block; row++) operands.normalise(row, row_at(start + row), dim);
+                product(
+                    operands.rows(), block, Weights(layer.qkv_gates), dim, 3 * inner + PANEL,
+                    [&](long row, long column, Values sums) {
+                        row += start;
+                        sums = sums.plus(Values::at(layer.qkv_gates.bias + column));
+                        if (column >= 3 * inner) {
+                            sums.through(sigmoid).store(gates + row * PANEL);
+                        } else if (column >= 2 * inner) {
+                            sums.store(v + row * inner + column - 2 * inner);
+                        } else {
+                            const long angle = row % tokens * size + column % size;
+                            const Values cosine = Values::at(cosines + angle), sine = Values::at(sines + angle);
+                            const auto turned = [](__m512 value, __m512 cosine, __m512 sine) {
+                                return _mm512_fmadd_ps(value, cosine,
+                                                       _mm512_mul_ps(_mm512_permute_ps(value, 0xB1), sine));
+                            };
+                            Values{turned(sums.low, cosine.low, sine.low), turned(sums.high, cosine.high, sine.high)}
+                                .store(column < inner ? q + row * inner + column : k + row * inner + column - inner);
+                        }
+                    });
+            }
+            for (long sequence = 0; sequence < count; sequence++)
+                for (long h = 0; h < heads; h++) {
+                    const long at = sequence * tokens * inner + h * size;
+                    head.take(k + at, v + at, inner);
+                    head.attend(q + at, inner, tokens, gates + sequence * tokens * PANEL + h, PANEL, attended + at,
+                                inner);
+                }
+            for (long start = 0; start < rows; start += BLOCK) {
+                const long block = std::min(BLOCK, rows - start);
+                product(operands.rounded(attended + start * inner, inner, block, inner), block, Weights(layer.out),
+                        inner, dim, [&](long row, long column, Values sums) {
+                            add(sums.plus(Values::at(layer.out.bias + column)), row_at(start + row), column);
+                        });
+                for (long row = 0; row < block; row++) operands.normalise(row, row_at(start + row), dim);
+                product(
+                    operands.rows(), block, Weights(layer.up), dim, hidden, [&](long row, long column, Values sums) {
+                        sums.plus(Values::at(layer.up.bias + column)).through(gelu).store(up + row * apart + column);
+                    });
+                product(operands.rounded(up, apart, block, hidden), block, Weights(layer.down), hidden, dim,
+                        [&](long row, long column, Values sums) {
+                            add(sums.plus(Values::at(layer.down.bias + column)), row_at(start + row), column);
+                        });
+                for (long row = 0; layer.norm_gains && row < block; row++)
+                    normalise(row_at(start + row), dim, layer.norm_gains);
+            }
+        }
+    });
+}
+
 }  // namespace
 
 extern "C" {
-
-// Weights are packed (see `pack`) and hold the gain of the norm before them; biases are padded to whole panels.
-struct Layer {
-    long dim, heads, head_size, hidden;
-    const bf16 *qkv_gates, *out, *up, *down;
-    const float *qkv_gates_bias, *out_bias, *up_bias, *down_bias;
-    const float* norm_gains;  // of a norm of what the layer gives; null if there is none
-};
 
 // A band's network: a norm and `layers` linear layers of sizes[0] -> sizes[1] -> ...
 struct BandNetwork {
@@ -315,78 +530,11 @@ void pack(const float* weights, long columns, long depth, const float* gains, bf
     });
 }
 
-// One pre-norm transformer layer over x [sequences, tokens, dim], strides in floats, in place. cosines and sines
-// [tokens, head_size] hold each pair's angle twice, the first sine of a pair negated.
+// See `layer_of`.
 void transformer_layer(float* x, long sequences, long tokens, long sequence_stride, long token_stride,
                        const Layer* layer, const float* cosines, const float* sines, long threads) {
-    const long dim = layer->dim, heads = layer->heads, size = layer->head_size, inner = heads * size,
-               hidden = layer->hidden;
-    const long width = padded(dim), apart = hidden + PANEL;  // rows 4 KiB apart would fall into one set of the L1 cache
-    const long group = std::max(1L, std::min(GROUP / tokens, (sequences + threads - 1) / threads));
-    const long most = group * tokens;
-    const auto add = [&](Values values, float* to, long column) {
-        values.plus(values_below(to, column, dim)).store_below(to, column, dim);
-    };
-
-    parallel((sequences + group - 1) / group, threads, [&](auto next) {
-        Buffer<bf16> normed(BLOCK * width), q(most * inner), k(most * inner), v(most * inner), attended(most * inner),
-            up(BLOCK * apart);
-        Buffer<float> gates(most * PANEL);
-        Head head(tokens, size);
-        for (long first; (first = group * next()) < sequences;) {
-            const long count = std::min(group, sequences - first), rows = count * tokens;
-            const auto row_at = [&](long row) {
-                return x + (first + row / tokens) * sequence_stride + row % tokens * token_stride;
-            };
-            for (long start = 0; start < rows; start += BLOCK) {
-                const long block = std::min(BLOCK, rows - start);
-                for (long row = 0; row < block; row++) normalise(row_at(start + row), dim, normed + row * width);
-                product(
-                    normed, width, block, layer->qkv_gates, dim / 2, 3 * inner + PANEL,
-                    [&](long row, long column, Values sums) {
-                        row += start;
-                        sums = sums.plus(Values::at(layer->qkv_gates_bias + column));
-                        if (column >= 3 * inner) {
-                            sums.through(sigmoid).store(gates + row * PANEL);
-                        } else if (column >= 2 * inner) {
-                            sums.store(v + row * inner + column - 2 * inner);
-                        } else {
-                            const long angle = row % tokens * size + column % size;
-                            const Values cosine = Values::at(cosines + angle), sine = Values::at(sines + angle);
-                            const auto turned = [](__m512 value, __m512 cosine, __m512 sine) {
-                                return _mm512_fmadd_ps(value, cosine,
-                                                       _mm512_mul_ps(_mm512_permute_ps(value, 0xB1), sine));
-                            };
-                            Values{turned(sums.low, cosine.low, sine.low), turned(sums.high, cosine.high, sine.high)}
-                                .store(column < inner ? q + row * inner + column : k + row * inner + column - inner);
-                        }
-                    });
-            }
-            for (long sequence = 0; sequence < count; sequence++)
-                for (long h = 0; h < heads; h++) {
-                    const long at = sequence * tokens * inner + h * size;
-                    head.take(k + at, v + at, inner);
-                    head.attend(q + at, inner, tokens, gates + sequence * tokens * PANEL + h, PANEL, attended + at,
-                                inner);
-                }
-            for (long start = 0; start < rows; start += BLOCK) {
-                const long block = std::min(BLOCK, rows - start);
-                product(attended + start * inner, inner, block, layer->out, inner / 2, dim,
-                        [&](long row, long column, Values sums) {
-                            add(sums.plus(Values::at(layer->out_bias + column)), row_at(start + row), column);
-                        });
-                for (long row = 0; row < block; row++) normalise(row_at(start + row), dim, normed + row * width);
-                product(normed, width, block, layer->up, dim / 2, hidden, [&](long row, long column, Values sums) {
-                    sums.plus(Values::at(layer->up_bias + column)).through(gelu).store(up + row * apart + column);
-                });
-                product(up, apart, block, layer->down, hidden / 2, dim, [&](long row, long column, Values sums) {
-                    add(sums.plus(Values::at(layer->down_bias + column)), row_at(start + row), column);
-                });
-                for (long row = 0; layer->norm_gains && row < block; row++)
-                    normalise(row_at(start + row), dim, layer->norm_gains);
-            }
-        }
-    });
+    const auto run = layer->up.scales ? layer_of<Int8Block> : layer_of<Bf16Block>;
+    run(x, sequences, tokens, sequence_stride, token_stride, *layer, cosines, sines, threads);
 }
 
 // Multi-head attention of q [batch, queries, heads * size] over k and v [batch, keys, heads * size] to out, as q. The
@@ -422,7 +570,7 @@ void split_bands(const float* x, long stride, long frames, long bands, const Ban
                 const long block = std::min(BLOCK, frames - start);
                 for (long row = 0; row < block; row++)
                     normalise(x + (start + row) * stride + network.first, width, normed + row * widest);
-                product(normed, widest, block, network.weights[0], width / 2, dim,
+                product(Bf16Rows{normed, widest}, block, Bf16Weights{network.weights[0]}, width, dim,
                         [&](long row, long column, Values sums) {
                             float* to = features + ((start + row) * bands + band) * dim;
                             sums.plus(Values::at(biases + column)).store_below(to, column, dim);
@@ -458,8 +606,8 @@ void estimate_masks(const float* x, long frames, long bands, const BandNetwork* 
                 bf16* to = layer % 2 ? even : odd;
                 const float* biases = network.biases[layer];
                 const bool is_last = layer + 1 == network.layers;
-                product(from, apart, block, network.weights[layer], network.sizes[layer] / 2, network.sizes[layer + 1],
-                        [&](long row, long column, Values sums) {
+                product(Bf16Rows{from, apart}, block, Bf16Weights{network.weights[layer]}, network.sizes[layer],
+                        network.sizes[layer + 1], [&](long row, long column, Values sums) {
                             sums = sums.plus(Values::at(biases + column));
                             if (is_last)
                                 sums.store(last + row * apart + column);

@@ -15,10 +15,13 @@ from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Tr
 from separation.models.native import PANEL, NotFusedError, library
 
 
+class _Linear(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "bias", "scales", "starts")]
+
+
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_long) for name in ("dim", "heads", "head_size", "hidden")] + [
-        (f"{name}{kind}", ctypes.c_void_p) for kind in ("", "_bias") for name in ("qkv_gates", "out", "up", "down")
-    ]
+    _fields_ = [(name, ctypes.c_long) for name in ("dim", "heads", "head_size", "hidden")]
+    _fields_ += [(name, _Linear) for name in ("qkv_gates", "out", "up", "down")]
     _fields_ += [("norm_gains", ctypes.c_void_p)]
 
 
@@ -51,6 +54,21 @@ def _packed(*weights: Tensor, gain: Tensor | None = None) -> Tensor:
     return packed
 
 
+def _packed_bytes(*weights: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_packed` in signed bytes, with each column's scale and start, as `Int8Weights` of fused.cpp wants them."""
+    packed, scales, starts = [], [], []
+    for each in weights:
+        columns = nn.functional.pad(
+            each.float() if gain is None else each.float() * gain.float(), (0, 0, 0, -len(each) % PANEL)
+        )
+        scale = columns.abs().amax(dim=1).clamp_min(1e-30) / 127
+        columns = (columns / scale[:, None]).round()
+        scales.append(scale)
+        starts.append(-128 * columns.sum(dim=1).to(torch.int32))
+        packed.append(columns.to(torch.int8).unflatten(0, (-1, PANEL)).unflatten(2, (-1, 4)).transpose(1, 2).flatten())
+    return torch.cat(packed), torch.cat(scales), torch.cat(starts)
+
+
 def _bias(*linears: Any) -> Tensor:
     """The layers' biases one after the other, zero where one has none, padded to whole panels."""
     biases = [torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float() for linear in linears]
@@ -61,10 +79,11 @@ def _bias(*linears: Any) -> Tensor:
 class FusedTransformer(nn.Module):
     """A `Transformer`, `[B, N, D]` in float32 on the CPU, computed in place.
 
+    With `int8`, the linear layers' products take bytes: weights with a scale a column, values with a scale a token.
     Raises NotFusedError for sizes and layers that fused.cpp does not know.
     """
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Transformer, *, int8: bool = False) -> None:
         super().__init__()
         self._keep: list[Tensor] = []  # what the structures below point at
         self._layers: list[Any] = []
@@ -77,27 +96,28 @@ class FusedTransformer(nn.Module):
             heads, dim = attention.to_gates.weight.shape
             self._head_size = attention.to_out[0].weight.shape[1] // heads
             hidden = up.weight.shape[0]
-            if dim % 2 or hidden % PANEL or self._head_size % PANEL or heads > PANEL:
+            if dim % (4 if int8 else 2) or hidden % PANEL or self._head_size % PANEL or heads > PANEL:
                 raise NotFusedError(
                     f"it does not know {heads} heads of {self._head_size} on {dim} features ({hidden} hidden)"
                 )
-            tensors = [
-                _packed(attention.to_qkv.weight, attention.to_gates.weight, gain=attention.norm.gamma),
-                _packed(attention.to_out[0].weight),
-                _packed(up.weight, gain=norm.gamma),
-                _packed(down.weight),
-                _bias(attention.to_qkv, attention.to_gates),
-                _bias(attention.to_out[0]),
-                _bias(up),
-                _bias(down),
-            ]
-            self._keep += tensors
-            sizes = (dim, heads, self._head_size, hidden)
-            self._layers.append(_Layer(*sizes, *(tensor.data_ptr() for tensor in tensors)))
+            linears = (
+                self._linear(attention.to_qkv, attention.to_gates, gain=attention.norm.gamma, int8=int8),
+                self._linear(attention.to_out[0], int8=int8),
+                self._linear(up, gain=norm.gamma, int8=int8),
+                self._linear(down, int8=int8),
+            )
+            self._layers.append(_Layer(dim, heads, self._head_size, hidden, *linears))
             self._frequencies = attention.rotary_embed.freqs.float()
         if isinstance(transformer.norm, RMSNorm):
             self._keep.append(transformer.norm.gamma.float().contiguous())
             self._layers[-1].norm_gains = self._keep[-1].data_ptr()
+
+    def _linear(self, *layers: Any, gain: Tensor | None = None, int8: bool) -> _Linear:
+        """Linear layers side by side, behind a norm of that gain."""
+        weights = [layer.weight for layer in layers]
+        packed, *scales = _packed_bytes(*weights, gain=gain) if int8 else [_packed(*weights, gain=gain)]
+        self._keep += [packed, _bias(*layers), *scales]
+        return _Linear(*(tensor.data_ptr() for tensor in self._keep[-2 - len(scales) :]))
 
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines as fused.cpp wants them, each `[tokens, head_size]`."""

@@ -79,6 +79,8 @@ class RoFormer(SeparationModel):
         }
     )
 
+    has_int8 = True
+
     def __init__(
         self,
         config: RoFormerConfig,
@@ -140,7 +142,7 @@ class RoFormer(SeparationModel):
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         if attention == "fused":
-            self.fuse()
+            self.fuse(int8=dtype == torch.int8)
             return
         if attention is not None:
             for module in self.modules():
@@ -148,13 +150,13 @@ class RoFormer(SeparationModel):
                     module.attend = BACKENDS[attention]
         super().prepare(dtype)
 
-    def fuse(self) -> None:
-        """Replace the layers by their fused twins, which compute in bfloat16 on the CPU.
+    def fuse(self, *, int8: bool = False) -> None:
+        """Replace the layers by their fused twins, which compute in bfloat16 and, if asked, in bytes on the CPU.
 
         Raises NotFusedError for sizes and layers that those do not know; the model is then as before.
         """
         layers = [
-            nn.ModuleList(FusedTransformer(transformer) for transformer in block)
+            nn.ModuleList(FusedTransformer(transformer, int8=int8) for transformer in block)
             for block in cast(Iterable[Iterable[Transformer]], self.layers)
         ]
         split = FusedBandSplit(cast(BandSplit, self.band_split))

@@ -58,6 +58,9 @@ class Contender:
 CONTENDERS = [
     Contender(name="ours", program="ours", model=ROFORMER, setting="default"),
     Contender(
+        name="ours-int8", program="ours", model=ROFORMER, setting="--precision int8", options={"precision": "int8"}
+    ),
+    Contender(
         name="ours-itemwise",
         program="ours",
         model=ROFORMER,

@@ -127,13 +127,14 @@ def main() -> None:
                 knobs = f"{chunk_seconds}, {overlap_seconds}"
                 table.row(knobs, separator(model, chunk_seconds, overlap_seconds))
     if "precision" in options.tables:
-        precisions = {name: models(name) for name in ("fp32", "bf16")}
+        precisions = {name: models(name) for name in ("fp32", "bf16", "int8")}
         for index, (model, measured, _) in enumerate(precisions["fp32"]):
             table = Table(
                 f"{model.name}: precision, chunk {DEFAULT[0]} s, overlap {DEFAULT[1]} s", "precision", measured
             )
             for name, loaded in precisions.items():
-                table.row(name, separator(loaded[index][0], *DEFAULT))
+                if name != "int8" or model.has_int8:
+                    table.row(name, separator(loaded[index][0], *DEFAULT))
     if "shifts" in options.tables:
         for model, measured, _ in models("auto")[-1:]:
             table = Table(f"{model.name}: shifts, chunk 8 s, overlap 2 s", "shifts", measured)
