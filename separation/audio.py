@@ -170,7 +170,7 @@ def decode(
 
     8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down (see `_LAYOUTS`), and a
     warning says so. Where the rate differs the folder holds the waveform twice for a while; None keeps the file's own.
-    Title, artist and album come with it. `progress` is called with the share that is read, first with 0 and then after
+    Title, artist and album come with it. `progress` is called with the share that is done, first with 0 and then after
     each block; raise from it to cancel. Reading stops after `max_seconds`, whatever the file says of its length.
 
     Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, holds NaN or Inf, or is longer
@@ -199,6 +199,13 @@ def decode(
         with contextlib.ExitStack() as on_error:
             native = on_error.enter_context(Waveform(folder, sample_rate=source.sample_rate))
             native.tags = source.tags
+            resampled = sample_rate is not None and source.sample_rate != sample_rate
+            reading = 0.5 if resampled else 1.0  # the share of the job
+
+            def resampling(share: float) -> None:
+                if progress:
+                    progress(reading + (1 - reading) * share)
+
             for block in source.blocks:
                 check_length(native.n_samples + len(block), source.sample_rate, max_seconds, name)
                 finite = np.isfinite(block)
@@ -207,12 +214,12 @@ def decode(
                     raise AudioError(f"{name} holds NaN or Inf at {seconds:.3f} s; export it again without.")
                 native.append(torch.from_numpy(block @ to_stereo).T)
                 if progress:
-                    progress(min(native.n_samples / (source.expected_samples or math.inf), 1.0))
+                    progress(reading * min(native.n_samples / (source.expected_samples or math.inf), 1.0))
             if native.n_samples == 0:
                 raise AudioError(f"{name} holds no samples of audio; choose another file.")
             decoded = native
-            if sample_rate is not None and source.sample_rate != sample_rate:
-                decoded = resample(native, sample_rate, folder)
+            if sample_rate is not None and resampled:
+                decoded = resample(native, sample_rate, folder, progress=resampling)
                 native.close()
             decoded.source_rate, decoded.source_samples = native.sample_rate, native.n_samples
             on_error.pop_all()
@@ -368,12 +375,20 @@ _KAISER_BETA = 14.769656459379492
 _KERNEL_LIMIT = 2**22  # taps of torchaudio's kernel: 16 MiB; the usual rates need at most a fifth of a million
 
 
-def resample(waveform: Waveform, sample_rate: int, folder: Path, *, max_samples: int | None = None) -> Waveform:
+def resample(
+    waveform: Waveform,
+    sample_rate: int,
+    folder: Path,
+    *,
+    max_samples: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Waveform:
     """The waveform at `sample_rate`, in a temporary file in `folder`; ceil(n_samples * new / old) samples at most.
 
     `max_samples` cuts it there: of a waveform that was resampled before, rounding up twice may have made it longer.
     Equals one call of torchaudio's resampling over the whole of it, with a windowed sinc as long and as steep as
-    librosa's kaiser_best. Raises `OutputError` if `folder` is full or cannot be written to.
+    librosa's kaiser_best. `progress` is called with the share that is done, after each block; raise from it to cancel.
+    Raises `OutputError` if `folder` is full or cannot be written to.
     """
     common = math.gcd(waveform.sample_rate, sample_rate)
     old, new = waveform.sample_rate // common, sample_rate // common
@@ -388,6 +403,8 @@ def resample(waveform: Waveform, sample_rate: int, folder: Path, *, max_samples:
         output.tags = dict(waveform.tags)
         for start in range(0, n_samples, block_samples):
             output.append(convert(waveform, start, min(start + block_samples, n_samples)))
+            if progress:
+                progress(output.n_samples / n_samples)
         on_error.pop_all()
     return output
 

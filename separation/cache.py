@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from separation.catalogue import size_bytes
-from separation.errors import InputError, OutputError
+from separation.errors import OutputError
+from separation.settings import positive
 
 LIMIT_GIB = 8.0  # unless SEPARATION_CACHE_GIB says otherwise: 25 songs of four minutes, each in four stems
 # What computes an estimate from a decoded song. Whenever a line of these changes, what was kept is not used any more.
@@ -91,7 +92,9 @@ class Cache:
         self, folder: Path | str | None = None, *, limit_bytes: int | None = None, refresh: bool = False
     ) -> None:
         self.folder = default_folder() if folder is None else Path(folder)
-        self.limit_bytes = _limit_bytes() if limit_bytes is None else limit_bytes
+        if limit_bytes is None:
+            limit_bytes = int(positive("SEPARATION_CACHE_GIB", LIMIT_GIB, otherwise="SEPARATION_CACHE=off") * 2**30)
+        self.limit_bytes = limit_bytes
         self.refresh = refresh
         self._has_warned = False
 
@@ -259,9 +262,9 @@ def chosen_cache(*, default: bool, refresh: bool = False) -> Cache | None:
     Raises InputError where SEPARATION_CACHE_GIB is not a number above 0.
     """
     chosen = os.environ.get("SEPARATION_CACHE") or ("on" if default else "off")
-    if chosen == "off":
+    if chosen.lower() in ("off", "no", "false", "0"):
         return None
-    return Cache(None if chosen == "on" else chosen, refresh=refresh)
+    return Cache(None if chosen.lower() in ("on", "yes", "true", "1") else chosen, refresh=refresh)
 
 
 @cache
@@ -273,19 +276,6 @@ def engine_version() -> str:
             if path.is_file():
                 digest.update(path.read_bytes())
     return ", ".join([digest.hexdigest()[:16], *(f"{package} {version(package)}" for package in ("torch", "demucs"))])
-
-
-def _limit_bytes() -> int:
-    text = os.environ.get("SEPARATION_CACHE_GIB") or str(LIMIT_GIB)
-    try:
-        gib = float(text)
-        if not 0 < gib < 2**30:
-            raise ValueError
-    except ValueError as e:
-        raise InputError(
-            f"SEPARATION_CACHE_GIB is {text!r}: set it to a number above 0, or SEPARATION_CACHE=off"
-        ) from e
-    return int(gib * 2**30)
 
 
 def _key(settings: Mapping[str, Any]) -> str:
@@ -321,7 +311,7 @@ def _remove(*paths: Path) -> None:
 def _is_left_behind(part: Path) -> bool:
     """Whether no process writes it any more: the system gives up a killed one's lock."""
     try:
-        with part.open("rb") as file:
+        with part.open("r+b") as file:  # NFS locks only what is open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (FileNotFoundError, BlockingIOError):
         return False

@@ -43,7 +43,7 @@ from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import AttentionChoice, choose_attention
 from separation.models.base import Origin, SeparationModel
-from separation.models.native import NotFusedError
+from separation.models.native import NotFusedError, library
 from separation.state_dict import Uninitialised, building, metadata_of, open_weights, read_weights
 
 logger = logging.getLogger("separation")
@@ -83,7 +83,8 @@ def load_model(
     `name_or_path` is a model's name; or, of your own, the path of a YAML file, of weights with their YAML beside them
     (`x.ckpt`), of a folder with one of each, or of such a pair without its suffix. `checkpoint` is a file of weights to
     use in place of those; it is not compared with a sha256. Of a checkpoint made of specialists, only those for `stems`
-    are fetched and loaded, in that order; other models keep all their stems. `device` and `precision` may be "auto".
+    are fetched and loaded, in that order; other models keep all their stems. `device` and `precision` may be "auto";
+    what cannot be computed in "int8" is computed in floats, as for "auto", and of a RoFormer that is said.
     `attention` is a name of `separation.models.attention.NAMES`.
 
     Raises RecipeError for an unknown model or stem, CheckpointError for weights that are missing or do not fit.
@@ -255,9 +256,19 @@ def _prepare(
             model.prepare(dtype, attention=choice.name)
         model.attention = choice.name
         logger.info(f"{model.name}: attention {choice.name} ({choice.reason})")
-    if dtype != asked and choice is not None and model.has_int8:
-        logger.warning(f"{model.name} is not computed in int8, but in floats ({choice.reason})")
+    if dtype != asked:
+        logger.warning(f"{model.name} is not computed in int8, but in floats ({_why_not_int8(model, choice)})")
     return dtype
+
+
+def _why_not_int8(model: SeparationModel, choice: AttentionChoice | None) -> str:
+    if choice is None or not model.has_int8:
+        return "int8 is for RoFormers"
+    try:
+        library()
+    except NotFusedError as e:
+        return str(e)
+    return f"attention {choice.name}: {choice.reason}"
 
 
 def convert(checkpoint: Path, target: Path) -> None:

@@ -150,7 +150,10 @@ class _Cluster:
 
     def _bury(self, place: Place, song: Song | None, error: RayError) -> str:
         """A worker died; returns why its song is given up, if it is."""
-        ray.kill(self._workers.pop(place))  # it may only have been out of reach
+        # Those that are idle on its node may be gone as well, and would cost the song its attempts one after the other.
+        for lost in [place, *(idle for idle in self._idle if idle[0] == place[0])]:
+            ray.kill(self._workers.pop(lost))  # it may only have been out of reach
+        self._idle = [idle for idle in self._idle if idle in self._workers]
         reason = str(error).strip().partition("\n")[0]
         logger.warning("a worker died%s: %s", f" on {song.path.name}" if song else "", reason)
         fallen = song or place

@@ -34,7 +34,7 @@ class OutputFolder:
         try:
             for parent in reversed((self.folder, *self.folder.parents)):
                 if not parent.exists():
-                    parent.mkdir(exist_ok=True)
+                    parent.mkdir(parents=True, exist_ok=True)  # another song may just have removed the one above
                     self._cleaning.callback(_remove_if_empty, parent)
             for left in self.folder.glob(".separating-*"):
                 _remove_if_left(left)
@@ -126,7 +126,7 @@ def encode_all(
 
 
 def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
+    with suppress(OSError):  # it is not empty, or another song's that failed has removed it
         folder.rmdir()
 
 

@@ -1,22 +1,22 @@
 """What the servers share, the container and the local page: limits, and errors that tell a stranger no path."""
 
-import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from separation.errors import EstimateError, InputError, SeparationError
+from separation.settings import positive
 
 
 def max_seconds() -> float:
     """The longest song: SEPARATION_MAX_SECONDS, else three hours, where a stem still is a plain WAV of below 4 GB."""
-    return float(os.environ.get("SEPARATION_MAX_SECONDS") or 3 * 60 * 60)
+    return positive("SEPARATION_MAX_SECONDS", 3 * 60 * 60)
 
 
 def max_mib() -> float:
     """The largest file: SEPARATION_MAX_MIB, else 4096."""
-    return float(os.environ.get("SEPARATION_MAX_MIB") or 4096)
+    return positive("SEPARATION_MAX_MIB", 4096)
 
 
 @contextmanager

@@ -292,7 +292,9 @@ class Separator:
             if rate != SAMPLE_RATE:
                 length = mixture.source_samples if rate == mixture.source_rate else None
                 for stem, wave in stems.items():
-                    stems[stem] = stack.enter_context(resample(wave, rate, output.work, max_samples=length))
+                    stems[stem] = stack.enter_context(
+                        resample(wave, rate, output.work, max_samples=length, progress=_resampling(progress))
+                    )
                     wave.close()
             gain = 1.0 if format == "wav" and wav_depth == "32f" else _gain(stems)
             for wave in stems.values():
@@ -489,6 +491,10 @@ def part_of(progress: Progress | None, start: float, stop: float) -> Progress | 
 
 def _decoding(progress: Progress | None) -> Callable[[float], None] | None:
     return (lambda share: progress(DECODED * share, "decoding")) if progress else None
+
+
+def _resampling(progress: Progress | None) -> Callable[[float], None] | None:
+    return (lambda _: progress(ESTIMATED, "resampling")) if progress else None
 
 
 def _within(progress: Progress | None, before: int, total: int, stage: str) -> Callable[[int, int], None] | None:

@@ -164,8 +164,12 @@ def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple
     """The songs that something is to be done for, and what is known of the others; with `force`, there are none."""
     left, done = [], []
     for song in songs:
-        if force:  # in the record, so that a run that is stopped and started without goes on
-            forget(song, settings=job.settings)
+        try:
+            if force:  # in the record, so that a run that is stopped and started without goes on
+                forget(song, settings=job.settings)
+        except SeparationError as e:
+            done.append(Outcome(song.path, "failed", str(e)))
+            continue
         if outcome := finished(song, job):
             done.append(outcome)
         else:
@@ -228,7 +232,10 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     """The runs that a record names; none if there is no record, or one that is damaged or of another version."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return [entry for entry in record["runs"] if record["version"] == _VERSION and entry.keys() >= _KEYS]
+        entries = [entry for entry in record["runs"] if record["version"] == _VERSION and entry.keys() >= _KEYS]
+        for entry in entries:
+            entry["stems"] = {str(stem): (str(file), int(n_bytes)) for stem, (file, n_bytes) in entry["stems"].items()}
+        return entries
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
 

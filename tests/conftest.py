@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
     file = io.BytesIO()
     soundfile.write(file, audio, rate, format=format, subtype="FLOAT" if format == "WAV" else None)
     return file.getvalue()
+
+
+def below(folder: Path, pattern: str) -> list[Path]:
+    """What has such a name below a folder, which others may be changing."""
+    found = ((where, name) for where, folders, files in os.walk(folder) for name in (*folders, *files))
+    return [Path(where, name) for where, name in found if fnmatch(name, pattern)]
 
 
 def read(file: Path | bytes) -> NDArray[np.float32]:

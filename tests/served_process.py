@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +32,15 @@ def wait_for(condition: Callable[[], object], what: str, *, seconds: float = 90)
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
         time.sleep(0.02)
+
+
+def children(process: int) -> list[int]:
+    """The ids of a process's children; threads of it may end meanwhile."""
+    found: list[int] = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, task.read_text().split())
+    return found
 
 
 def data_uri(content: bytes, kind: str = "application/octet-stream") -> str:
@@ -100,8 +110,7 @@ class Server:
     @property
     def worker(self) -> int:
         """The id of the process that runs the Predictor."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        (worker,) = [int(child) for task in tasks for child in task.read_text().split()]
+        (worker,) = children(self.process.pid)
         return worker
 
     def request(

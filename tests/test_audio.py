@@ -363,6 +363,22 @@ def test_progress_rises_from_0_to_1_as_a_file_is_read(suffix: str, tmp_path: Pat
     assert len(set(shares)) > 5
 
 
+def test_progress_goes_on_while_a_song_is_resampled_and_can_cancel_it(tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", noise(2_000_000), 48000)
+    shares: list[float] = []
+    decode(song, tmp_path, progress=shares.append).close()
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    assert len({share for share in shares if share > 0.5}) > 3
+
+    def cancel(share: float) -> None:
+        if share > 0.6:
+            raise KeyError("cancelled")
+
+    with pytest.raises(KeyError, match="cancelled"):
+        decode(song, tmp_path, progress=cancel)
+    assert list(tmp_path.iterdir()) == [song]
+
+
 @pytest.mark.parametrize("suffix", ["wav", pytest.param("m4a", marks=needs_ffmpeg)])
 def test_an_exception_of_the_progress_cancels_and_leaves_no_file(suffix: str, tmp_path: Path) -> None:
     song = write(tmp_path / "song.wav", noise(500_000))

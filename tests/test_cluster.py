@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 import conftest
-from conftest import PROJECT, read, started
+from conftest import PROJECT, below, read, started
 from separation.__main__ import main
 from separation.songs import RECORD
+from served_process import children
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,8 +62,7 @@ class Nodes:
         """As if its machine lost power: all of its processes at once."""
         family = [node.pid]
         for process in family:
-            for task in Path(f"/proc/{process}/task").glob("*/children"):
-                family += map(int, task.read_text().split())
+            family += children(process)
         for number in (signal.SIGSTOP, signal.SIGKILL):  # none sees another die
             for process in family:
                 with suppress(ProcessLookupError):
@@ -109,7 +109,7 @@ def separating(*arguments: str | Path) -> AbstractContextManager[subprocess.Pope
 
 def at_hand(out: Path) -> set[Path]:
     """The songs' folders that a worker is at work in."""
-    return {path.parent.parent for path in out.rglob("waveform-*")}
+    return {path.parent.parent for path in below(out, "waveform-*")}
 
 
 def wait_for(n: int, out: Path, run: subprocess.Popen[str]) -> None:

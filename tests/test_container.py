@@ -546,6 +546,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
     return models
 
 
+@pytest.mark.parametrize("name", ["SEPARATION_MAX_SECONDS", "SEPARATION_MAX_MIB"])
+def test_a_limit_that_is_no_number_ends_setup_with_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "3h")
+    with pytest.raises(InputError, match=f"^{name} is '3h': set it to a number above 0, or leave it out$"):
+        predict.Predictor().setup()
+
+
 @pytest.fixture
 def with_standard(temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch) -> predict.Predictor:
     """A server as it is without environment variables."""

@@ -285,7 +285,7 @@ def test_int8_is_the_precision_of_what_can_be_fused_and_only_if_asked_for(caplog
     assert 40 < sdr(got["fp32"], got["int8"]) < sdr(got["fp32"], got["bf16"])
     assert caplog.text == ""
     plain = load_model("demo", precision="int8", attention="einsum")
-    assert caplog.messages == ["demo is not computed in int8, but in floats (asked for)"]
+    assert caplog.messages == ["demo is not computed in int8, but in floats (attention einsum: asked for)"]
     assert plain.origin and plain.origin.precision == "bfloat16" and choose("cpu").precision == torch.bfloat16
 
 
@@ -297,7 +297,7 @@ def test_int8_without_the_fused_layers_is_what_auto_is_and_says_why(
     monkeypatch.setattr(device, "bfloat16_instructions", lambda: "avx512_bf16")
     model = load_model("demo", precision="int8")
     assert model.attention == "itemwise" and model.origin and model.origin.precision == "bfloat16"
-    assert caplog.messages[0].startswith("demo is not computed in int8, but in floats (not fused: no C++ compiler")
+    assert caplog.messages[0].startswith("demo is not computed in int8, but in floats (no C++ compiler")
 
 
 # The library
@@ -328,6 +328,16 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(fresh: Path) -> N
     fresh.parent.write_text("a file in its place")
     native.library()
     assert len(list(fresh.parents[1].glob("music-separation-*/*.so"))) == 1
+
+
+@needs_fused
+def test_a_library_that_others_could_have_put_there_is_not_loaded(fresh: Path) -> None:
+    fresh.mkdir(parents=True)
+    fresh.chmod(0o777)
+    native.library()
+    assert list(fresh.iterdir()) == []
+    (elsewhere,) = fresh.parents[1].glob("music-separation-*")
+    assert elsewhere.stat().st_mode & 0o777 == 0o700 and list(elsewhere.glob("*.so"))
 
 
 @needs_fused

@@ -40,6 +40,7 @@ FLOORS = {
     "separation.audio": 2,
     "separation.models": 1,
     "separation.device": 0.5,
+    "separation.settings": 0.5,
     "separation.stft": 0,
     "separation.errors": 0,
 }

@@ -72,7 +72,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("overlap, lengths", [(0.25, LENGTHS), (0.5, LENGTHS[-2:])])
+@pytest.mark.parametrize("overlap, lengths", [(0.25, LENGTHS), pytest.param(0.5, LENGTHS[-2:], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_equals_apply_model_without_shifts(kind: str, overlap: float, lengths: list[int]) -> None:
     net = network(0, kind)

@@ -211,6 +211,7 @@ def test_stems_are_in_step_to_the_sample_after_a_seek_and_over_segments(browser:
 def test_a_tone_goes_on_from_one_segment_to_the_next_without_a_click(browser: Browser) -> None:
     browser.click("#play")
     hear(browser, *STEMS)
+    browser.run("return Promise.all([player.decoded(0), player.decoded(1)]).then(() => true)")
     checked = 0
     for start in (9.1, 9.2, 9.23):
         seek(browser, start)
@@ -268,6 +269,7 @@ def test_keys_play_seek_mute_and_solo(browser: Browser) -> None:
     browser.press(" ")  # not the button that was clicked last
     hear(browser)
     assert browser.run("return player.tracks[3].muted")
+    browser.press(HOME)
     before = position(browser)
     browser.press(RIGHT)
     browser.press(RIGHT)

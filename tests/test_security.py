@@ -95,7 +95,7 @@ def assert_stopped(path: Path, folder: Path, appended: list[int]) -> None:
     started = time.monotonic()
     assert "is longer than 60 s" in refusal(path, folder, max_seconds=60)
     assert sum(appended) <= 60 * RATE
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_a_small_flac_that_decodes_to_hours_is_refused_before_anything_is_written(
@@ -144,7 +144,7 @@ def test_a_long_file_that_ffmpeg_reads_is_stopped_at_the_limit_and_ffmpeg_ended(
     started_at = time.monotonic()
     assert "is longer than 60 s" in refusal(bomb, tmp_path, max_seconds=60)
     assert sum(appended) <= 60 * 48000
-    assert time.monotonic() - started_at < 5
+    assert time.monotonic() - started_at < 20
     assert all(process.returncode is not None for process in started)
 
 
@@ -237,7 +237,7 @@ def test_a_file_made_to_keep_the_decoder_busy_is_answered_within_seconds(kind: s
     started = time.monotonic()
     with contextlib.suppress(AudioError):
         decode(tmp_path / kind, tmp_path).close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert [path.name for path in tmp_path.iterdir()] == [kind]
 
 
@@ -436,7 +436,7 @@ def test_odd_tags_go_from_file_to_file(suffix: str, tmp_path: Path) -> None:
 # Damaged files
 
 
-N_DAMAGED, N_DAMAGED_QUICK = 500, 100
+N_DAMAGED, N_DAMAGED_QUICK = 500, 50
 WITH_FFMPEG = {
     "aac.m4a": ("-c:a", "aac"),
     "faststart.m4a": ("-c:a", "aac", "-movflags", "faststart"),
@@ -581,7 +581,7 @@ def check_damaged(numbers: range, whole_files: dict[str, bytes], folder: Path) -
     assert len(damaged) / 10 < len(refused) < len(damaged) * 9 / 10
 
 
-def test_a_hundred_damaged_files_are_decoded_or_refused_with_one_sentence(
+def test_fifty_damaged_files_are_decoded_or_refused_with_one_sentence(
     whole_files: dict[str, bytes], tmp_path: Path
 ) -> None:
     check_damaged(range(N_DAMAGED_QUICK), whole_files, tmp_path)

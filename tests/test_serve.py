@@ -165,8 +165,8 @@ def test_stems_and_the_archive_are_those_of_separate_file(server: Process, short
 
 def test_songs_wait_for_their_turn_and_a_cancelled_one_leaves_nothing(server: Process, short: bytes) -> None:
     working, first, second = (server.send(song(15, format="FLAC")), server.send(short), server.send(short))
+    wait_for(lambda: server.status(working)["state"] == "separating", "its turn")
     wait_for(lambda: server.status(working)["share"] > 0.05, "the middle of the song")
-    assert server.status(working)["state"] == "separating"
     assert [server.status(id)["ahead"] for id in (working, first, second)] == [0, 1, 2]
     assert server.ask("DELETE", f"/songs/{first}") == (200, {})
     assert server.status(second)["ahead"] == 1
@@ -294,13 +294,13 @@ def test_only_so_many_songs_wait(idle: Client, short: bytes) -> None:
 
 @pytest.mark.slow
 def test_what_is_over_is_removed_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with idle_server(tmp_path, keep_seconds=0.5) as (client, songs, _):
+    with idle_server(tmp_path, keep_seconds=3) as (client, songs, _):
         working = threading.Thread(target=songs.work, daemon=True)  # which ends with this process
         working.start()
         id = client.send(song(1))
         wait_for(lambda: client.status(id)["state"] == "done", "the end of the song")
-        for _ in range(4):  # whoever fetches it keeps it
-            time.sleep(0.3)
+        for _ in range(5):  # whoever fetches it keeps it
+            time.sleep(1)
             assert client.ask("GET", f"/songs/{id}/vocals.flac")[0] == 200
         wait_for(lambda: client.ask("GET", f"/songs/{id}")[0] == 404, "its removal")
         wait_for(lambda: not list(tmp_path.iterdir()), "its files' removal")
@@ -548,6 +548,22 @@ def test_dropped_songs_wait_in_line_and_can_be_cancelled(browser: Browser, short
     browser.open(browser.run("return location.href"))
     wait_for(lambda: "Done" in card(browser), "the second song after a reload")
     assert card(browser, 1) == ""
+
+
+@needs_chromium
+def test_a_song_that_there_is_no_room_for_is_sent_when_there_is(browser: Browser, short: bytes, tmp_path: Path) -> None:
+    select(browser, recipe="demo")
+    full = """const asked = fetch, full = () => Promise.resolve(new Response("20 songs are waiting", {status: 503}));
+        globalThis.refused = 0;
+        globalThis.fetch = (path, how) => how.method === "POST" && ++refused < 3 ? full() : asked(path, how)"""
+    browser.run(full)
+    (tmp_path / "song.flac").write_bytes(short)
+    browser.choose("input", tmp_path / "song.flac")
+    browser.click("#start")
+    wait_for(lambda: browser.run("return refused") == 1, "the refusal")
+    assert "Waiting to be sent" in card(browser)
+    wait_for(lambda: "Done" in card(browser), "the end of the song")
+    assert browser.run("return refused") == 3
 
 
 @needs_chromium

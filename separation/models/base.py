@@ -1,8 +1,9 @@
 """What every architecture has in common."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,8 @@ class SeparationModel(nn.Module):
     head_size: int | None = None  # features a head, of a model that is told an attention backend by `prepare`
     attention: str | None = None  # the attention backend's name, if it has one
     origin: Origin | None = None  # of a model that `load_model` made
+    # Which of the network's outputs are computed, in the order of the estimates; none where it gives all or nothing.
+    _outputs: tuple[int, ...] = ()
 
     @classmethod
     def key_prefix(cls, part: str) -> str:
@@ -112,12 +115,17 @@ class SeparationModel(nn.Module):
         """How many samples the model is given for a chunk of which `length` lie in the song; None for a whole chunk."""
         return None
 
-    def only(self, stems: tuple[str, ...]) -> "SeparationModel":
+    def only(self, stems: tuple[str, ...]) -> Self:
         """The model as it gives at least these of its stems, on the same weights.
 
         What only the others need is then not computed, where the architecture has such parts.
         """
-        return self
+        if not self._outputs:
+            return self
+        fewer = copy.copy(self)  # shares the layers
+        fewer._outputs = tuple(self._outputs[self.stems.index(stem)] for stem in stems)
+        fewer.stems = stems
+        return fewer
 
     def transform(self, length: int) -> Transform | None:
         """The STFT that `core` wants of chunks of that many samples; None if it takes the waveform alone.

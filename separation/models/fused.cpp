@@ -91,7 +91,7 @@ Values values_below(const float* from, long column, long count) {  // from[colum
             _mm512_maskz_loadu_ps(columns_from(column + 16, count), from + column + 16)};
 }
 
-// 2 ** x, relative error 2e-6; 0 where x is below -126. (Of max and min, the second operand is given for NaN.)
+// 2 ** x, relative error 2e-6, of x from -126 up: what is below counts as -126. (Of max and min, the second operand is given for NaN.)
 __m512 exp2_of(__m512 x) {
     x = _mm512_max_ps(all(-126.0f), x);
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

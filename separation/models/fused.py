@@ -42,8 +42,7 @@ def _packed(*weights: Tensor, gain: Tensor | None = None) -> Tensor:
     """
     depth = weights[0].shape[1]
     sizes = [-(-len(each) // PANEL) * PANEL * depth for each in weights]
-    packed = torch.empty(sum(sizes) + PANEL, dtype=torch.bfloat16)
-    packed = packed[(-packed.data_ptr() % 64) // 2 :]  # on a cache line's border
+    packed = torch.empty(sum(sizes), dtype=torch.bfloat16)  # on a cache line's border, as all that PyTorch allocates
     gain = None if gain is None else gain.float().contiguous()
     start = packed.data_ptr()
     for each, size in zip(weights, sizes, strict=True):
@@ -121,11 +120,13 @@ class FusedTransformer(nn.Module):
 
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines as fused.cpp wants them, each `[tokens, head_size]`."""
-        if tokens not in self._tables:
+        table = self._tables.get(tokens)
+        if table is None:
             angles = torch.outer(torch.arange(tokens, dtype=torch.float32), self._frequencies).repeat_interleave(2, -1)
             signs = torch.tensor([-1.0, 1.0]).repeat(self._head_size // 2)
-            self._tables = {tokens: (angles.cos().contiguous(), (angles.sin() * signs).contiguous())}
-        return self._tables[tokens]
+            table = angles.cos().contiguous(), (angles.sin() * signs).contiguous()
+            self._tables = {tokens: table}
+        return table
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1

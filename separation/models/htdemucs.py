@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field, make_dataclass
 from fractions import Fraction
 from functools import reduce
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import demucs.demucs
 import demucs.hdemucs
@@ -125,7 +125,7 @@ class DemucsModel(SeparationModel):
         network.segment, network.samplerate = before.segment, before.samplerate  # a chunk's length is the YAML's
         self.networks[part] = network
 
-    def only(self, stems: tuple[str, ...]) -> "DemucsModel":
+    def only(self, stems: tuple[str, ...]) -> Self:
         if not self._specialised:
             return self
         fewer = copy.copy(self)  # shares the networks

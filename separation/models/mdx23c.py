@@ -4,7 +4,6 @@ The spectrogram's real and imaginary parts are cut into sub-bands that are stack
 and bins; its blocks join 3x3 convolutions with a bottleneck of two linear layers across all bins of a frame.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -113,12 +112,6 @@ class MDX23C(SeparationModel):
             nn.Conv2d(sizes[0], config.num_stems * inputs, 1, bias=False),
         )
         self._outputs = tuple(range(config.num_stems))  # those that are computed, in the order of the estimates
-
-    def only(self, stems: tuple[str, ...]) -> "MDX23C":
-        fewer = copy.copy(self)  # shares the layers; the last layer's rows for other stems and their iSTFT do not run
-        fewer._outputs = tuple(self._outputs[self.stems.index(stem)] for stem in stems)
-        fewer.stems = stems
-        return fewer
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = stft(chunks, **self._stft)[..., : self.config.dim_f, :]  # [B, C, F, N]

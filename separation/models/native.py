@@ -1,6 +1,7 @@
 """fused.cpp as a loaded library: compiled on first use, which takes seconds, and kept in the user's cache folder."""
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -39,8 +40,10 @@ def library() -> ctypes.CDLL:
     for folder in _cache_folders():
         path = folder / name
         try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()} or folder.stat().st_mode & 0o002:
+                raise PermissionError(errno.EPERM, "others can write there")  # and so have us load what they like
             if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
                 _compile(compiler, path)
             return _declared(ctypes.CDLL(str(path)))
         except OSError as e:

@@ -8,7 +8,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -165,12 +165,6 @@ class RoFormer(SeparationModel):
         ]
         self.band_split, self.layers, self.mask_estimators = split, nn.ModuleList(layers), nn.ModuleList(estimators)
         self.final_norm = nn.Identity()  # it is within the mask estimators
-
-    def only(self, stems: tuple[str, ...]) -> Self:
-        fewer = copy.copy(self)  # shares the layers; the mask estimators of other stems do not run
-        fewer._outputs = tuple(self._outputs[self.stems.index(stem)] for stem in stems)
-        fewer.stems = stems
-        return fewer
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = stft(chunks, **self._stft)  # [B, C, F, N]

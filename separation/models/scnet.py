@@ -5,7 +5,6 @@ band by their own strides; between encoder and decoder, pairs of LSTMs run along
 frames and on their Fourier transform. The decoder gives the stems' spectrograms.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -93,12 +92,6 @@ class SCNet(SeparationModel):
             for (_, size), size_out in reversed(list(zip(steps, outputs, strict=False)))
         )
         self._outputs = tuple(range(config.num_stems))  # those that are given, in the order of the estimates
-
-    def only(self, stems: tuple[str, ...]) -> "SCNet":
-        fewer = copy.copy(self)  # shares the layers; the iSTFT of other stems does not run
-        fewer._outputs = tuple(self._outputs[self.stems.index(stem)] for stem in stems)
-        fewer.stems = stems
-        return fewer
 
     def forward(self, chunks: Tensor) -> Tensor:
         length = chunks.shape[-1]

@@ -20,7 +20,7 @@ import soundfile
 
 import served_process
 from conftest import PROJECT, SONG, needs_ffmpeg
-from served_process import Server, data_uri
+from served_process import Server, data_uri, wait_for
 
 LIMIT_MIB = 2
 
@@ -245,11 +245,8 @@ def test_a_download_can_be_cancelled(server: HostileServer, web: tuple[str, list
     thread = threading.Thread(target=put)
     thread.start()
     try:
-        deadline = time.monotonic() + 30
-        while len(web[1]) == n_requested and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
-        assert len(list(server.temporary.glob("song-*/dripping"))) == 1
+        wait_for(lambda: len(web[1]) > n_requested, "the request for the song")
+        wait_for(lambda: len(list(server.temporary.glob("song-*/dripping"))) == 1, "the song's file")
     finally:
         assert server.request("POST", "/predictions/dripping/cancel")[0] == 200
         thread.join(30)

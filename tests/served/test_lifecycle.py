@@ -79,7 +79,7 @@ def test_the_same_put_again_joins_the_prediction_while_it_runs_and_starts_anothe
     server: Server, receiver: Receiver
 ) -> None:
     request = {
-        "input": {"audio": data_uri(song(12, format="FLAC")), **SHORT},
+        "input": {"audio": data_uri(song(45, format="FLAC")), **SHORT},
         "webhook": receiver.url,
         "webhook_events_filter": ["start", "completed"],
     }

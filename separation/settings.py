@@ -1,0 +1,21 @@
+"""Numbers that environment variables hold."""
+
+import math
+import os
+
+from separation.errors import InputError
+
+
+def positive(name: str, default: float, *, otherwise: str = "leave it out") -> float:
+    """The number in that environment variable, or the default where it is not set or empty.
+
+    Raises InputError where it is not a finite number above 0, with what else there is to do.
+    """
+    text = os.environ.get(name) or str(default)
+    try:
+        number = float(text)
+        if not 0 < number < math.inf:
+            raise ValueError
+    except ValueError as e:
+        raise InputError(f"{name} is {text!r}: set it to a number above 0, or {otherwise}") from e
+    return number
