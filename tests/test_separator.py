@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,9 @@ from separation.recipes import resolve
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 
 
+QUICK: dict[str, Any] = {"chunk_seconds": 4, "overlap_seconds": 1}  # in place of 8 and 4
+
+
 @pytest.fixture(scope="module")
 def pool() -> ModelPool:
     return ModelPool("cpu", "fp32")
@@ -60,14 +64,14 @@ def read(path: Path) -> Tensor:
 
 
 def test_vocals_plus_instrumental_is_the_mixture(pool: ModelPool, clip: Tensor) -> None:
-    stems = Separator("demo", "vocals_instrumental", pool=pool).separate(clip)
+    stems = Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate(clip)
     assert list(stems) == ["vocals", "instrumental"]
     assert (stems["vocals"] + stems["instrumental"] - clip).abs().max() <= 2e-7
     assert sdr(clip, stems["vocals"]) < 10  # the vocals are not the mixture
 
 
 def test_all_4_sums_to_the_mixture_where_other_is_the_residual(pool: ModelPool, clip: Tensor) -> None:
-    stems = Separator("demo", "all_4", pool=pool).separate(clip)
+    stems = Separator("demo", "all_4", pool=pool, **QUICK).separate(clip)
     assert (torch.stack(list(stems.values())).sum(0) - clip).abs().max() <= 1e-6
 
 
@@ -77,8 +81,8 @@ def test_all_4_sums_to_the_mixture_where_other_is_the_residual(pool: ModelPool, 
 def test_two_stems_are_the_stem_of_all_4_and_the_mixture_minus_it(
     pool: ModelPool, clip: Tensor, tmp_path: Path, stem: str
 ) -> None:
-    expected = Separator("demo", "all_4", pool=pool).separate(clip)[stem]
-    separator = Separator("demo", two_stems=stem, pool=pool)
+    expected = Separator("demo", "all_4", pool=pool, **QUICK).separate(clip)[stem]
+    separator = Separator("demo", two_stems=stem, pool=pool, **QUICK)
     assert separator.stems == (stem, f"no_{stem}")
     stems = separator.separate(clip)
     assert list(stems) == [stem, f"no_{stem}"]
@@ -127,7 +131,7 @@ def test_two_stems_load_and_run_only_what_the_one_needs(
 
     monkeypatch.setattr(separator_module, "load_model", load)
     pool = ModelPool("cpu", "fp32")
-    Separator("standard", two_stems=stem, pool=pool).separate(clip[:, :1000])
+    Separator("standard", two_stems=stem, pool=pool, **QUICK).separate(clip[:, :1000])
     assert [(model.name, model.stems) for model in loaded] == [expected]
     assert list(pool.load_seconds) == [expected[0]]
     assert 0 <= pool.load_seconds[expected[0]] < 10
@@ -142,7 +146,7 @@ def test_a_stem_that_no_file_is_made_of_does_not_scale_the_others(clip: Tensor, 
     recipe = resolve("test", "test", {"louder": "louder", "inverted": "inverted", "rest": "residual"})
     mixture = clip[:, :100_000] * 0.8 / clip[:, :100_000].abs().max()
     song = write(tmp_path / "song.wav", mixture)
-    files = Separator(recipe, two_stems="rest", pool=pool).separate_file(song, tmp_path / "out", format="flac")
+    files = Separator(recipe, two_stems="rest", pool=pool, **QUICK).separate_file(song, tmp_path / "out", format="flac")
     assert files.gain == 1
     assert (read(files["rest"]) - mixture).abs().max() <= 1e-5
     assert read(files["no_rest"]).abs().max() <= 1e-5
@@ -163,14 +167,14 @@ def test_one_model_for_two_choices_is_loaded_once(pool: ModelPool) -> None:
 
 
 def test_the_same_input_gives_the_same_samples_whatever_ran_before(pool: ModelPool, clip: Tensor) -> None:
-    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
     first = separator.separate(clip)["vocals"]
     separator.separate(torch.randn(2, 30_000))
     assert torch.equal(separator.separate(clip)["vocals"], first)
 
 
 def test_batch_size_and_thread_count_do_not_change_the_stems(pool: ModelPool, clip: Tensor) -> None:
-    short = clip[:, :200_000]
+    short = clip[:, :120_000]
     expected = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2).separate(short)
     batched = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2, batch_size=3).separate(short)
     threads = torch.get_num_threads()
@@ -194,10 +198,10 @@ def test_batch_size_in_bfloat16_changes_the_stems_by_no_more_than_its_rounding(c
 
 
 def test_chunks_at_once_are_one_on_a_cpu_unless_asked_for(pool: ModelPool) -> None:
-    separator = Separator("demo", "all_4", pool=pool)
+    separator = Separator("demo", "all_4", pool=pool, **QUICK)
     (kind,) = [(name, model.stems, 1000) for name, model in separator.models.items()]
     assert separator._batch_size(kind, separator.models["demo"]) == 1
-    assert Separator("demo", "all_4", batch_size=5, pool=pool)._batch_size(kind, separator.models["demo"]) == 5
+    assert Separator("demo", "all_4", batch_size=5, pool=pool, **QUICK)._batch_size(kind, separator.models["demo"]) == 5
 
 
 def test_on_a_gpu_a_models_need_is_measured_once_and_free_memory_looked_at_each_time(
@@ -214,7 +218,7 @@ def test_on_a_gpu_a_models_need_is_measured_once_and_free_memory_looked_at_each_
     pool = ModelPool("cpu", "fp32")
     sizes = []
     for _ in range(2):
-        separator = Separator("demo", "all_4", pool=pool)
+        separator = Separator("demo", "all_4", pool=pool, **QUICK)
         separator.device = torch.device("cuda")  # only asked for its type here
         ((name, model),) = separator.models.items()
         sizes.append(separator._batch_size((name, model.stems, 1000), model))
@@ -223,29 +227,28 @@ def test_on_a_gpu_a_models_need_is_measured_once_and_free_memory_looked_at_each_
 
 
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
-    separator = Separator("demo", "all_4", pool=pool)
+    separator = Separator("demo", "all_4", pool=pool, **QUICK)
     loud, quiet = separator.separate(clip[:, :150_000]), separator.separate(clip[:, :150_000] * 1e-3)
     for stem in loud:
         assert sdr(loud[stem], quiet[stem] * 1e3) > 60
 
 
 def test_silence_in_is_silence_out(pool: ModelPool) -> None:
-    for stem in Separator("demo", "all_6", pool=pool).separate(torch.zeros(2, 100_000)).values():
+    for stem in Separator("demo", "all_6", pool=pool, **QUICK).separate(torch.zeros(2, 100_000)).values():
         assert stem.shape == (2, 100_000)
         assert not stem.any()
 
 
 @pytest.mark.parametrize("length", [1, 2, 1000, 4410, 44_100])
 def test_a_short_song_keeps_its_length(pool: ModelPool, clip: Tensor, length: int) -> None:
-    for stem in (
-        Separator("demo", "vocals_instrumental", pool=pool).separate(clip[:, 50_000 : 50_000 + length]).values()
-    ):
+    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
+    for stem in separator.separate(clip[:, 50_000 : 50_000 + length]).values():
         assert stem.shape == (2, length)
         assert torch.isfinite(stem).all()
 
 
 def test_bad_mixtures_are_errors_that_say_where(pool: ModelPool) -> None:
-    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
     mixture = torch.zeros(2, 1000)
     mixture[1, 321] = float("nan")
     with pytest.raises(AudioError, match="sample 321"):
@@ -313,7 +316,7 @@ def test_nan_from_a_model_is_an_error_and_leaves_no_file(clip: Tensor, tmp_path:
 
 
 def test_a_file_gives_the_stems_that_memory_gives(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
-    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
     files = separator.separate_file(write(tmp_path / "song.wav", clip), tmp_path / "out")
     expected = separator.separate(clip)
     assert [path.name for path in files.values()] == ["vocals.wav", "instrumental.wav"]
@@ -330,7 +333,7 @@ def test_every_format_and_rate_has_the_songs_length_and_sums_to_the_mixture(
     pool: ModelPool, clip: Tensor, tmp_path: Path, format: str, tolerance: float, sample_rate: int
 ) -> None:
     song = write(tmp_path / "song.wav", clip[:, :100_000])
-    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
     files = separator.separate_file(song, tmp_path / "out", format=format, sample_rate=sample_rate)
     stems = [read(path) for path in files.values()]
     expected = -(-100_000 * sample_rate // 44100)
@@ -343,7 +346,7 @@ def test_loud_stems_are_scaled_by_one_gain_in_flac_and_kept_in_wav(
     pool: ModelPool, clip: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     song = write(tmp_path / "song.wav", clip[:, :100_000] * 4)
-    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
     wav = separator.separate_file(song, tmp_path / "wav")
     assert wav.gain == 1
     assert max(read(path).abs().max() for path in wav.values()) > 1
@@ -364,7 +367,7 @@ def test_a_cancelled_run_leaves_no_file_and_the_next_is_right(pool: ModelPool, c
             raise CancelError
 
     song = write(tmp_path / "song.wav", clip)
-    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
     with pytest.raises(CancelError):
         separator.separate_file(song, tmp_path / "a" / "b", progress=cancel)
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
@@ -404,7 +407,7 @@ def test_a_song_can_be_cancelled_while_it_is_decoded(pool: ModelPool, clip: Tens
 
     song = write(tmp_path / "song.wav", clip)
     with pytest.raises(CancelError):
-        Separator("demo", pool=pool).separate_file(song, tmp_path / "out", progress=cancel)
+        Separator("demo", pool=pool, **QUICK).separate_file(song, tmp_path / "out", progress=cancel)
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
@@ -425,7 +428,9 @@ def test_an_interrupt_while_stems_are_written_is_not_lost_and_leaves_no_file(
     before = signal.signal(signal.SIGALRM, cancel)
     try:
         with pytest.raises(CancelError):
-            Separator("demo", "all_6", pool=pool).separate_file(song, tmp_path / "out", format="mp3", progress=soon)
+            Separator("demo", "all_6", pool=pool, **QUICK).separate_file(
+                song, tmp_path / "out", format="mp3", progress=soon
+            )
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -449,7 +454,7 @@ def test_a_song_can_be_cancelled_while_a_stem_is_encoded(
     monkeypatch.setattr(output, "encode", lambda *_, **__: cancelled.wait(20))
     song = write(tmp_path / "song.wav", clip[:, :10_000])
     with pytest.raises(CancelError):
-        Separator("demo", pool=pool).separate_file(song, tmp_path / "out", progress=cancel)
+        Separator("demo", pool=pool, **QUICK).separate_file(song, tmp_path / "out", progress=cancel)
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
@@ -457,7 +462,7 @@ def test_stems_take_their_place_together_or_not_at_all(pool: ModelPool, clip: Te
     song = write(tmp_path / "song.wav", clip[:, :10_000])
     (tmp_path / "out" / "instrumental.wav" / "in the way").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"instrumental\.wav.*a folder of that name"):
-        Separator("demo", "vocals_instrumental", pool=pool).separate_file(song, tmp_path / "out")
+        Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate_file(song, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["instrumental.wav"]
 
 
@@ -473,7 +478,9 @@ def test_stems_are_encoded_side_by_side(
 
     monkeypatch.setattr(output, "encode", met)
     song = write(tmp_path / "song.wav", clip[:, :20_000])
-    files = Separator("demo", "vocals_instrumental", pool=pool).separate_file(song, tmp_path / "out", format="mp3")
+    files = Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate_file(
+        song, tmp_path / "out", format="mp3"
+    )
     assert [path.name for path in files.values()] == ["vocals.mp3", "instrumental.mp3"]
 
 
@@ -489,7 +496,7 @@ def test_a_move_that_fails_puts_the_older_stems_back(tmp_path: Path) -> None:
 
 def test_newer_stems_take_the_place_of_older_ones(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
     song = write(tmp_path / "song.wav", clip[:, :10_000])
-    separator = Separator("demo", "vocals_instrumental", pool=pool)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
     for level in (1.0, 0.5):
         write(song, clip[:, :10_000] * level)
         files = separator.separate_file(song, tmp_path / "out")
@@ -563,7 +570,7 @@ def test_the_models_of_a_recipe_share_the_mixture_which_is_decoded_once(
     pool._models = {name: Recorder(name, (name,), 100_000) for name in ("vocals", "bass", "drums")}
     recipe = resolve("test", "test", {name: name for name in pool._models})
     song = write(tmp_path / "song.wav", clip[:, :100_000])
-    files = Separator(recipe, pool=pool).separate_file(song, tmp_path / "out")
+    files = Separator(recipe, pool=pool, **QUICK).separate_file(song, tmp_path / "out")
     assert decoded == [song]
     assert all((read(path) - clip[:, :100_000]).abs().max() <= 1e-6 for path in files.values())
 
@@ -704,13 +711,13 @@ def test_of_a_network_with_a_mask_estimator_a_stem_only_those_asked_for_run(pool
         estimator.register_forward_hook(lambda *_, index=index: ran.append(index))
         for index, estimator in enumerate(model.mask_estimators)
     ]
-    every = Separator("demo", "all_6", pool=pool).separate(clip[:, :50_000])
+    every = Separator("demo", "all_6", pool=pool, **QUICK).separate(clip[:, :50_000])
     assert sorted(set(ran)) == list(range(6))
     for separator, expected in (
-        (Separator("demo", "vocals_instrumental", pool=pool), {0}),
-        (Separator("demo", "all_4", pool=pool), {0, 1, 2}),
-        (Separator("demo", two_stems="bass", pool=pool), {2}),
-        (Separator.from_model(model, two_stems="piano"), {4}),
+        (Separator("demo", "vocals_instrumental", pool=pool, **QUICK), {0}),
+        (Separator("demo", "all_4", pool=pool, **QUICK), {0, 1, 2}),
+        (Separator("demo", two_stems="bass", pool=pool, **QUICK), {2}),
+        (Separator.from_model(model, two_stems="piano", **QUICK), {4}),
     ):
         ran.clear()
         stems = separator.separate(clip[:, :50_000])
@@ -744,7 +751,7 @@ def test_a_model_of_another_sample_rate_is_refused() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to stop being root")
 def test_a_folder_that_another_user_may_not_see_is_an_error(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
-    separator, song = Separator("demo", "all_4", pool=pool), write(tmp_path / "song.wav", clip[:, :1000])
+    separator, song = Separator("demo", "all_4", pool=pool, **QUICK), write(tmp_path / "song.wav", clip[:, :1000])
     tmp_path.chmod(0o700)
     os.seteuid(65534)
     try:
@@ -758,7 +765,7 @@ def test_an_unwritable_folder_is_an_error_that_names_it(pool: ModelPool, clip: T
     song = write(tmp_path / "song.wav", clip[:, :1000])
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=r"cannot write into folder .*file"):
-        Separator("demo", "all_4", pool=pool).separate_file(song, tmp_path / "file" / "out")
+        Separator("demo", "all_4", pool=pool, **QUICK).separate_file(song, tmp_path / "file" / "out")
 
 
 MEASURE = """
@@ -806,7 +813,7 @@ def test_tags_go_over_into_the_stems(pool: ModelPool, clip: Tensor, tmp_path: Pa
         file.title, file.artist, file.album = "Größe", "Band", "Album"
         file.write(clip[:, :44_100].T.numpy())
     for format in ("wav", "flac", "mp3"):
-        files = Separator("demo", "vocals_instrumental", pool=pool).separate_file(
+        files = Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate_file(
             song, tmp_path / format, format=format
         )
         with soundfile.SoundFile(files["vocals"]) as file:
