@@ -415,3 +415,17 @@ except SystemExit:
     environment |= {"OMP_WAIT_POLICY": own} if own else {}
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert run.stdout.splitlines()[-1:] == [expected], run.stderr
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_traceback() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "separation", "models", "list"],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as run:
+        assert run.stdout and run.stderr
+        assert run.stdout.readline()
+        run.stdout.close()
+        assert (run.stderr.read(), run.wait(60)) == (b"", 1)
