@@ -546,7 +546,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     with _bar("evaluate") as progress:
         report = evaluate(references, estimates, progress=progress)
     print(report.as_json() if options.json else report)
-    return 0
+    for song, error in report.failed.items():
+        print(f"error: {song} is left out: {error}", file=sys.stderr)
+    return 2 if report.failed else 0
 
 
 def _null(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from separation.audio import Waveform, decode, encode
-from separation.errors import InputError
+from separation.errors import AudioError, EstimateError, InputError
 from separation.metrics import Read, Scores, has_museval, scores
 from separation.separator import Progress, Separator, part_of
 
@@ -38,6 +38,7 @@ class Report:
 
     songs: dict[str, dict[str, Scores]]
     hint: str  # what to install for scores that are missing
+    failed: dict[str, str]  # songs without scores, and what is wrong with each
 
     @property
     def median(self) -> dict[str, Scores]:
@@ -60,7 +61,8 @@ class Report:
     def as_json(self) -> str:
         """One JSON object. A score that is undefined or missing is null; infinite ones are the texts inf and -inf."""
         songs = {song: _plain(stems) for song, stems in self.songs.items()}
-        return json.dumps({"songs": songs, "median": _plain(self.median), "mean": _plain(self.mean)})
+        averages = {"median": _plain(self.median), "mean": _plain(self.mean)}
+        return json.dumps({"songs": songs, **averages, "failed": self.failed})
 
     def __str__(self) -> str:
         songs = [*self.songs.items(), *([("median", self.median), ("mean", self.mean)] if len(self.songs) > 1 else [])]
@@ -128,12 +130,12 @@ def evaluate(
     scored against the sum of the references but vocals, `no_STEM` against that of all but STEM, unless they have a
     reference of their own. All is scored in stereo at 44100 Hz, whatever the files have; an estimate that is longer or
     shorter than its reference by 0.1 s at most is cut or filled with silence. Temporary files go to the system's folder
-    for them: 8 bytes a sample and stem.
+    for them: 8 bytes a sample and stem. A song that fails does not stop the others.
 
     Raises:
-        InputError: a song or a stem without a counterpart, or with one of another length.
-        AudioError: a file that cannot be read as audio.
-        And what `Separator.separate_file` raises.
+        InputError: a song or a stem without a counterpart or, if it is so with all songs, with one of another length.
+        AudioError: all songs have a file that cannot be read as audio.
+        And what else `Separator.separate_file` raises.
     """
     if isinstance(estimates, Separator):
         wanted = {song: sorted(estimates.stems) for song in references}
@@ -142,22 +144,27 @@ def evaluate(
             estimates = dict(zip(references, estimates.values(), strict=True))
         wanted = _estimated_stems(references, estimates)
     parts = {song: {stem: _reference(song, stem, references[song]) for stem in wanted[song]} for song in references}
-    songs = {}
+    songs, failed = {}, {}
     for index, (song, files) in enumerate(references.items()):
         share = part_of(progress, index / len(references), (index + 1) / len(references))
-        with TemporaryDirectory() as work:
-            if isinstance(estimates, Separator):
-                separating = part_of(share, 0, SEPARATED)
-                mixture = _mixture(files, Path(work))
-                made: Song = estimates.separate_file(mixture, Path(work) / "stems", progress=separating)
-            else:
-                made = estimates[song]
-            if share:
-                share(SEPARATED, f"scoring {song}")
-            songs[song] = _score(song, parts[song], made, Path(work))
+        try:
+            with TemporaryDirectory() as work:
+                if isinstance(estimates, Separator):
+                    separating = part_of(share, 0, SEPARATED)
+                    mixture = _mixture(files, Path(work))
+                    made: Song = estimates.separate_file(mixture, Path(work) / "stems", progress=separating)
+                else:
+                    made = estimates[song]
+                if share:
+                    share(SEPARATED, f"scoring {song}")
+                songs[song] = _score(song, parts[song], made, Path(work))
+        except (AudioError, EstimateError, InputError) as e:
+            failed[song] = str(e)
+            if len(failed) == len(references):
+                raise
     if progress:
         progress(1.0, "done")
-    return Report(songs, "" if has_museval() else HINT)
+    return Report(songs, "" if has_museval() else HINT, failed)
 
 
 def _estimated_stems(references: Mapping[str, Song], estimates: Mapping[str, Song]) -> dict[str, list[str]]:
