@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -55,6 +55,11 @@ def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
     file = io.BytesIO()
     soundfile.write(file, audio, rate, format=format, subtype="FLOAT" if format == "WAV" else None)
     return file.getvalue()
+
+
+def quick_first(values: Iterable[Any], n_quick: int) -> list[Any]:
+    """Values for parametrize, of which those behind the first few are for the slow tests."""
+    return [value if i < n_quick else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
 
 
 def below(folder: Path, pattern: str) -> list[Path]:

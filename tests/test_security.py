@@ -29,7 +29,7 @@ import soundfile
 import torch
 
 import predict
-from conftest import PROJECT, needs_ffmpeg
+from conftest import PROJECT, needs_ffmpeg, quick_first
 from separation import audio
 from separation.audio import FORMATS, Waveform, decode, encode
 from separation.checkpoints import load_model
@@ -317,7 +317,7 @@ PLAYLISTS = {
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("kind", PLAYLISTS)
+@pytest.mark.parametrize("kind", quick_first(PLAYLISTS, 8))
 def test_a_playlist_reads_neither_other_files_nor_the_network(
     kind: str, tmp_path: Path, canary: tuple[str, list[str]]
 ) -> None:

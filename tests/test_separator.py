@@ -17,7 +17,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conftest import PROJECT
+from conftest import PROJECT, quick_first
 from separation import (
     AudioError,
     EstimateError,
@@ -639,7 +639,7 @@ CONSTRUCTS: dict[str, Callable[..., Arrays]] = {
 }
 
 
-@pytest.mark.parametrize("text", CONSTRUCTS)
+@pytest.mark.parametrize("text", quick_first(CONSTRUCTS, 4))
 def test_each_construct_of_a_recipe_is_the_plain_computation_in_memory_and_in_files(
     text: str, clip: Tensor, tmp_path: Path
 ) -> None:
