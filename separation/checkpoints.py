@@ -84,7 +84,7 @@ def load_model(
     (`x.ckpt`), of a folder with one of each, or of such a pair without its suffix. `checkpoint` is a file of weights to
     use in place of those; it is not compared with a sha256. Of a checkpoint made of specialists, only those for `stems`
     are fetched and loaded, in that order; other models keep all their stems. `device` and `precision` may be "auto";
-    what cannot be computed in "int8" is computed in floats, as for "auto", and of a RoFormer that is said.
+    what cannot be computed in "int8" is computed in floats, as for "auto", and a warning says so.
     `attention` is a name of `separation.models.attention.NAMES`.
 
     Raises RecipeError for an unknown model or stem, CheckpointError for weights that are missing or do not fit.
@@ -130,6 +130,8 @@ def load_model(
     model.chunk_samples = description.chunk_samples
     if description.normalised:
         model.normalisation = "standard"
+    model.eval().requires_grad_(False)
+    computed = _prepare(model, asked, dtype, choice, attention)
     assert description.architecture is not None
     hyper_parameters = _hyper_parameters(ARCHITECTURES[description.architecture], description)
     model.origin = Origin(
@@ -137,7 +139,7 @@ def load_model(
         {name: repr(value) for name, value in hyper_parameters.items()},
         description.stems,
         dict(zip(parts, checksums, strict=True)),
-        str(_prepare(model.eval().requires_grad_(False), asked, dtype, choice, attention)).removeprefix("torch."),
+        str(computed).removeprefix("torch."),
     )
     return model.to(device)
 
