@@ -59,7 +59,17 @@ def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
 
 def quick_first(values: Iterable[Any], n_quick: int) -> list[Any]:
     """Values for parametrize, of which those behind the first few are for the slow tests."""
-    return [value if i < n_quick else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
+    return [value if i < n_quick else slow(value) for i, value in enumerate(values)]
+
+
+def slow(value: Any) -> Any:
+    """A value, or a row of them, that is for the slow tests."""
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+
+def quick_models() -> list[Any]:
+    """The names of all checkpoints, of which the bags of four networks are for the slow tests."""
+    return [slow(name) if name.startswith("mdx_extra") else name for name in catalogue.available()]
 
 
 def below(folder: Path, pattern: str) -> list[Path]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchaudio.functional import resample as torchaudio_resample
 
+from conftest import quick_first
 from separation import audio, integrity
 from separation.audio import FORMATS, MP3_BITRATES, SAMPLE_RATE, Waveform, decode, encode, resample
 from separation.errors import AudioError, InputError, OutputError
@@ -682,7 +683,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     ],
     ids=["text", "byte", "utf16", "zeros", "riff", "id3", "random", "mp3-header", "hls", "concat"],
 )
-@pytest.mark.parametrize("name", ["song.mp3", "song.wav", "song.au", "song.m3u8"])
+@pytest.mark.parametrize("name", quick_first(["song.mp3", "song.m3u8", "song.wav", "song.au"], 2))
 def test_what_is_not_audio_is_refused(content: bytes, name: str, tmp_path: Path) -> None:
     write(tmp_path / "source.wav", noise(1000))
     (tmp_path / name).write_bytes(content)

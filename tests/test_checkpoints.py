@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conftest import quick_models
 from separation import checkpoints, state_dict
-from separation.catalogue import available, is_here, read_config
+from separation.catalogue import is_here, read_config
 from separation.checkpoints import convert, load_model, random_weights
 from separation.device import PRECISIONS
 from separation.errors import CheckpointError, InputError, OutputError, RecipeError
@@ -61,7 +62,7 @@ def test_a_community_yaml_needs_none_of_our_keys(tmp_path: Path, state: dict[str
     assert load_model(path, checkpoint=tmp_path / "x.ckpt").stems == ("vocals", "drums")
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", quick_models())
 def test_every_shipped_yaml_reads_and_builds(name: str) -> None:
     description = read_config(name)
     assert description.files and description.licence != "not stated" and description.quality != "not stated"

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import PROJECT, needs_ffmpeg
+from conftest import PROJECT, needs_ffmpeg, quick_first
 from separation import catalogue, checkpoints, report
 from separation.__main__ import main
 from small_model import write_yaml
@@ -253,7 +253,7 @@ def test_a_stem_never_takes_the_place_of_the_song(
     assert [path.name for path in tmp_path.rglob("*.wav")] == ["vocals.wav"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", quick_first([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], 1))
 def test_a_signal_in_mid_song_leaves_no_file(number: int, tmp_path: Path, music: np.ndarray) -> None:
     song = tmp_path / "song.wav"
     soundfile.write(song, np.tile(music, (40, 1)), RATE)

@@ -92,7 +92,7 @@ def noise(channels: int, samples: int) -> Tensor:
 
 @pytest.mark.parametrize(
     "architecture",
-    [name if name in ("bs_roformer", "mdx23c") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+    [name if name == "mdx23c" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
 )
 def test_the_lines_of_the_readme_give_what_pytorch_gives(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

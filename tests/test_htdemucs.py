@@ -8,6 +8,7 @@ import torch
 from demucs.apply import BagOfModels, apply_model
 from torch import Tensor, nn
 
+from conftest import quick_first
 from separation import ModelPool, separator
 from separation.chunking import ChunkPlan, separate
 from separation.models.htdemucs import Demucs, DemucsModel, HDemucs, HTDemucs
@@ -130,7 +131,7 @@ def test_a_network_of_all_stems_is_itself_for_any_of_them() -> None:
     assert model.stems == SOURCES
 
 
-@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 25), (torch.float16, 42)])
+@pytest.mark.parametrize("precision, decibels", quick_first([(torch.bfloat16, 25), (torch.float16, 42)], 1))
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_stays_near_float32(kind: str, precision: torch.dtype, decibels: float) -> None:
     model = model_of([network(0, kind)], kind)

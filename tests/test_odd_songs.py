@@ -112,10 +112,13 @@ def test_odd_songs_give_finite_stems_of_their_length_that_sum_to_them(
 
 @pytest.mark.parametrize(
     "kind, options",
-    [
-        *((kind, ("--wav-depth", "16")) for kind in KINDS if kind not in ("silence", "8 bit", "7 channels")),
-        *((kind, ("--format", "flac")) for kind in ("8 kHz mono", "click train", "192 kHz")),
-    ],
+    quick_first(
+        [
+            *((kind, ("--format", "flac")) for kind in ("8 kHz mono", "click train", "192 kHz")),
+            *((kind, ("--wav-depth", "16")) for kind in KINDS if kind not in ("silence", "8 bit", "7 channels")),
+        ],
+        7,
+    ),
 )
 def test_on_the_command_line_stems_at_the_rate_of_an_odd_song_have_its_samples(
     kind: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ import yaml
 from demucs.htdemucs import HTDemucs
 from safetensors.torch import save_file
 
-from conftest import PROJECT
+from conftest import PROJECT, quick_models
 from separation import catalogue
 from separation.__main__ import main
 from separation.catalogue import available, is_here, read_config
@@ -175,7 +175,7 @@ def test_a_name_in_the_catalogue_goes_before_a_file_of_that_name(
 # The architecture
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", quick_models())
 def test_the_names_of_weights_are_those_of_one_architecture(name: str) -> None:
     description = read_config(name)
     model = _build(description, ())
