@@ -214,7 +214,7 @@ def test_a_hundred_predictions_of_all_kinds_leave_no_memory_thread_or_file_behin
         )
         print(f"after 10 to 40 predictions {early}, after 80 to 110 {late}")
         for key in ("threads", "files", "parent_threads", "parent_files"):
-            assert late[key] <= early[key]
+            assert late[key] - early[key] < 4  # one may just be ending; of the failed predictions alone it would be 7
         # MiB. 70 predictions lie between the two: each that kept its song's samples (2 MiB) would show as 140.
         assert late["resident"] - early["resident"] < 16
         assert late["parent_resident"] - early["parent_resident"] < 16
