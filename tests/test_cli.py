@@ -1,6 +1,5 @@
 """The command line: bad input is one clear line and exit code 2 without a partial file; odd input gives right stems."""
 
-import functools
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import PROJECT, needs_ffmpeg, quick_first
+from conftest import PROJECT, needs_ffmpeg, quick_first, started
 from separation import catalogue, checkpoints, report
 from separation.__main__ import main
 from small_model import write_yaml
@@ -257,9 +256,7 @@ def test_a_stem_never_takes_the_place_of_the_song(
 def test_a_signal_in_mid_song_leaves_no_file(number: int, tmp_path: Path, music: np.ndarray) -> None:
     song = tmp_path / "song.wav"
     soundfile.write(song, np.tile(music, (40, 1)), RATE)
-    arguments = [sys.executable, "-m", "separation", "separate", song, "-o", tmp_path / "out", "--recipe", "demo"]
-    unignored = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
-    with subprocess.Popen(arguments, cwd=PROJECT, stderr=subprocess.PIPE, preexec_fn=unignored) as run:
+    with started("separate", song, "-o", tmp_path / "out", "--recipe", "demo") as run:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("out/song/.separating-*/waveform-*")):
             assert time.monotonic() < deadline and run.poll() is None
@@ -417,15 +414,10 @@ except SystemExit:
     assert run.stdout.splitlines()[-1:] == [expected], run.stderr
 
 
-def test_output_that_nobody_reads_to_its_end_is_no_traceback() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "separation", "models", "list"],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    ) as run:
+def test_output_that_nobody_reads_to_its_end_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    with started("models", "list") as run:
         assert run.stdout and run.stderr
         assert run.stdout.readline()
         run.stdout.close()
-        assert (run.stderr.read(), run.wait(60)) == (b"", 1)
+        assert (run.stderr.read(), run.wait(60)) == ("", 1)

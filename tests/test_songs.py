@@ -391,7 +391,7 @@ def test_when_the_iterator_is_closed_workers_stop_and_remove_what_is_not_finishe
     running.close()
     assert not temporary(tmp_path)
     folders = list((tmp_path / "out").iterdir())
-    assert 1 <= len(folders) < 6
+    assert 1 <= len(folders) <= 3  # four if those at hand had gone on
     for folder in folders:
         assert files_in(folder) == [RECORD, f"instrumental.{format}", f"vocals.{format}"]
 

@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from conftest import PROGRESS_LINE, song
+from conftest import GIVES_BACK, PROGRESS_LINE, song
 from served_process import ASYNC, COGLETS_FOLDERS, DEMO, Receiver, Server, data_uri, decoded, wait_for
 
 SHORT = {"chunk_size": 4, "overlap": 1}
 LONG = song(180, format="FLAC")  # 61 chunks of SHORT, some seconds of work
-# glibc gives back at once what is freed: slow, but else it holds back some 100 MiB more or less, and no leak is seen.
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux' /proc")
 
 

@@ -41,10 +41,10 @@ def test_every_choice_of_stems_and_format_gives_that_many_files_of_that_kind(
 
 
 def test_the_answer_carries_the_figures_of_the_prediction(server: Server) -> None:
-    figures = server.predict(song(3), **SHORT)["metrics"]
+    figures = server.predict(song(20), **SHORT)["metrics"]
     assert set(METRICS) <= set(figures)
-    assert figures["audio_seconds"] == 3.0
-    assert figures["times_realtime"] > 0.99 * 3 / figures["predict_time"]  # which holds a little more
+    assert figures["audio_seconds"] == 20.0
+    assert 0.99 < figures["times_realtime"] / (20 / figures["predict_time"]) < 5  # predict_time holds a little more
     assert 0 < figures["model_load_seconds"] < 60
     assert re.fullmatch(r"cpu|mps|cuda(:\d+)?", figures["device"])
     assert 100 < figures["peak_memory_mib"] < 100_000
