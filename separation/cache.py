@@ -43,6 +43,7 @@ ENGINE = (
     "state_dict.py",
     "stft.py",
     "models/*",
+    "models/kernels/*",
 )
 
 logger = logging.getLogger("separation")

@@ -43,7 +43,7 @@ from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import AttentionChoice, choose_attention
 from separation.models.base import Origin, SeparationModel
-from separation.models.native import NotFusedError, library
+from separation.models.kernels.native import NotFusedError, library
 from separation.state_dict import Uninitialised, building, metadata_of, open_weights, read_weights
 
 logger = logging.getLogger("separation")

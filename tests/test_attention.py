@@ -15,7 +15,7 @@ from separation import load_model
 from separation.errors import InputError
 from separation.models import attention
 from separation.models.attention import BACKENDS, choose_attention, einsum_attention
-from separation.models.native import NotFusedError
+from separation.models.kernels.native import NotFusedError
 from small_model import HYPER_PARAMETERS, small_model, write_weights, write_yaml
 
 CPU = torch.device("cpu")

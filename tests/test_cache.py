@@ -345,7 +345,7 @@ def test_the_engine_is_known_by_its_code(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cache_module, "__file__", str(package / "cache.py"))
     versions = {engine_version.__wrapped__()}
     assert versions == {engine_version()}
-    for number, name in enumerate(("chunking.py", "models/fused.cpp", "stft.py"), start=2):
+    for number, name in enumerate(("chunking.py", "models/kernels/fused.cpp", "stft.py"), start=2):
         (package / name).write_text((package / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
         versions.add(engine_version.__wrapped__())
         assert len(versions) == number

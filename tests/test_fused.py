@@ -18,11 +18,12 @@ from separation.checkpoints import load_model
 from separation.device import choose
 from separation.errors import InputError
 from separation.metrics import sdr
-from separation.models import ARCHITECTURES, native
+from separation.models import ARCHITECTURES
 from separation.models.attention import choose_attention, einsum_attention
-from separation.models.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
+from separation.models.kernels import native
+from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
+from separation.models.kernels.native import NotFusedError
 from separation.models.layers import BandSplit, MaskEstimator, RMSNorm, RotaryEmbedding, Transformer
-from separation.models.native import NotFusedError
 from separation.models.roformer import RoFormer
 
 

@@ -46,7 +46,8 @@ FLOORS = {
 }
 
 
-PROGRAMS = {"separation.audio", "separation.bench", "separation.models.native"}  # ffmpeg, a fresh Python, a compiler
+# ffmpeg, a fresh Python, a compiler
+PROGRAMS = {"separation.audio", "separation.bench", "separation.models.kernels.native"}
 
 
 def modules() -> dict[str, Path]:

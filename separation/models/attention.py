@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from separation.errors import InputError
-from separation.models.native import PANEL, NotFusedError, library
+from separation.models.kernels.native import PANEL, NotFusedError, library
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
 from separation.models.base import SeparationModel, Transform
-from separation.models.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
+from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.layers import (
     Attention,
     BandSplit,

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from separation.models.kernels.native import PANEL, NotFusedError, library
 from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
-from separation.models.native import PANEL, NotFusedError, library
 
 
 class _Linear(ctypes.Structure):
