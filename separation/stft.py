@@ -54,16 +54,31 @@ def istft(
 ) -> Tensor:
     """Inverse of `stft`: `[..., F, N]` to waveforms `[..., length]`; `hop_length` is half of `n_fft` at most.
 
-    Bins that are missing at the top are taken as zeros.
+    Bins that are missing at the top are taken as zeros. The imaginary parts of the first and the middle bin, which no
+    real waveform has, count for nothing.
 
     The length is not optional: without it the last partial frame is lost. As torch.istft, which adds the frames up
     sample by sample through tables of indices, at several times the cost on a CPU.
     """
+    if spectrum.is_cuda:
+        spectrum = _hermitian(spectrum, n_fft)
     frames = torch.fft.irfft(spectrum.transpose(-1, -2), n_fft, norm="ortho" if normalized else "backward")
     padded = _padded_window(window, n_fft, win_length, spectrum.device)
     kept = slice(n_fft // 2, n_fft // 2 + length)
     envelope = _envelope(frames.shape[-2], n_fft, hop_length, win_length, window, spectrum.device)
     return _overlap_add(frames, padded, hop_length)[..., kept] / envelope[kept]
+
+
+def _hermitian(spectrum: Tensor, n_fft: int) -> Tensor:
+    """The spectrogram `[..., F, N]` with real first and middle bins: cuFFT, unlike a CPU, would use what is imaginary.
+
+    What it makes of it even depends on the batch.
+    """
+    parts = torch.view_as_real(spectrum).clone()
+    parts[..., 0, :, 1] = 0
+    if spectrum.shape[-2] == n_fft // 2 + 1:
+        parts[..., -1, :, 1] = 0
+    return torch.view_as_complex(parts)
 
 
 def _padded_window(shape: Window, n_fft: int, win_length: int, device: torch.device) -> Tensor:
