@@ -31,7 +31,7 @@ SAMPLE_RATES = (44100, 48000, "source")
 WAV_DEPTHS = ("16", "24", "32f")
 MP3_BITRATES = (128, 160, 192, 224, 256, 320)
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-ATTENTIONS = ("auto", "fused", "sage", "sdpa", "itemwise", "einsum")
+ATTENTIONS = ("auto", "fused", "triton", "sage", "sdpa", "itemwise", "einsum")
 _ONE = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # the bar of a song
 _WHOLE = "{n_fmt} of {total_fmt} songs|{bar}| {elapsed}<{remaining}"
 

@@ -41,7 +41,7 @@ from separation.catalogue import (
 from separation.device import choose_device, choose_precision, floats_of
 from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
-from separation.models.attention import AttentionChoice, choose_attention
+from separation.models.attention import LAYERS, AttentionChoice, choose_attention
 from separation.models.base import Origin, SeparationModel
 from separation.models.kernels.native import NotFusedError, library
 from separation.state_dict import Uninitialised, building, metadata_of, open_weights, read_weights
@@ -105,7 +105,7 @@ def load_model(
         description = replace(description, architecture=_architecture(description, keys, paths[0]))
     model = _build(description, specialists)
     choice = choose_attention(attention, device, dtype, model.head_size) if model.head_size else None
-    if choice is None or choice.name != "fused":  # that folds gains into the weights before it rounds them
+    if choice is None or choice.name not in LAYERS:  # these fold gains into the weights before it rounds them
         model.prepare(dtype)  # still without weights: it now says in which type each is wanted
 
     paths = paths or _weight_paths(description, files, checkpoint)
@@ -254,7 +254,8 @@ def _prepare(
         except NotFusedError as e:
             if attention == choice.name:
                 raise InputError(f"{model.name} cannot use attention {choice.name!r} ({e}): use auto") from e
-            choice, dtype = AttentionChoice("itemwise", f"not fused: {e}"), floats
+            plain = "itemwise" if choice.name == "fused" else "sdpa"
+            choice, dtype = AttentionChoice(plain, f"not {choice.name}: {e}"), floats
             model.prepare(dtype, attention=choice.name)
         model.attention = choice.name
         logger.info(f"{model.name}: attention {choice.name} ({choice.reason})")

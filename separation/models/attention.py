@@ -1,7 +1,7 @@
 """Attention backends, and which one to use: chosen once for a device and a precision, with the reason.
 
-A backend is `(q, k, v) -> out` over `[B, heads, tokens, dim_head]`, without mask or dropout. Where `fused` is chosen,
-a RoFormer replaces whole layers (fused.py) and only other models use it as a backend.
+A backend is `(q, k, v) -> out` over `[B, heads, tokens, dim_head]`, without mask or dropout. Where one of `LAYERS` is
+chosen, a RoFormer replaces whole layers (kernels/fused.py, kernels/gpu.py) and only other models use it as a backend.
 """
 
 import ctypes
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from separation.errors import InputError
+from separation.models.kernels import ops
 from separation.models.kernels.native import PANEL, NotFusedError, library
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -85,12 +86,14 @@ def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 BACKENDS: dict[str, AttentionBackend] = {
     "fused": fused_attention,
+    "triton": sdpa_attention,
     "sage": sage_attention,
     "sdpa": sdpa_attention,
     "itemwise": itemwise_attention,
     "einsum": einsum_attention,
 }
 NAMES = ("auto", *BACKENDS)
+LAYERS = ("fused", "triton")
 
 
 @dataclass(frozen=True)
@@ -128,15 +131,15 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_s
 def _chain(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends from the fastest to the plainest."""
     if device.type == "cuda":
-        return ("sage", "sdpa", "einsum") if dtype != torch.float32 else ("sdpa", "einsum")
+        return ("triton", "sdpa", "einsum") if dtype != torch.float32 else ("sdpa", "einsum")
     if device.type == "cpu" and dtype == torch.bfloat16:
         return ("fused", "itemwise", "einsum")
     return ("sdpa", "einsum")
 
 
 def _kernel(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """Which of its kernels `sdpa` takes here, as the end of a reason: ", by its flash kernel"; else nothing."""
-    if name != "sdpa" or device.type not in ("cpu", "cuda"):
+    """Which of its kernels PyTorch takes here, as the end of a reason: ", by its flash kernel"; else nothing."""
+    if name not in ("sdpa", "triton") or device.type not in ("cpu", "cuda"):
         return ""
     qkv = torch.zeros(1, 1, 48, head_size, device=device, dtype=dtype)
     kernel = SDPBackend(torch._fused_sdp_choice(qkv, qkv, qkv)).name.split("_")[0].lower()
@@ -153,6 +156,8 @@ def _fault(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
         except NotFusedError as e:
             return str(e)
         return ""
+    if name == "triton" and (fault := _triton_fault(device, dtype)):
+        return fault
     q, k, v = torch.randn(3, 2, 2, 48, head_size, generator=torch.Generator().manual_seed(0))
     expected = einsum_attention(q, k, v)
     try:
@@ -161,3 +166,15 @@ def _fault(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
         return (str(e).strip().splitlines() or [type(e).__name__])[0]
     error = float((got - expected).norm() / expected.norm())
     return "" if error < 0.05 else f"it is wrong by {error:.0%}"
+
+
+def _triton_fault(device: torch.device, dtype: torch.dtype) -> str:
+    """Why Triton kernels do not work here, empty if they do: the smallest of them is tried."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "it is for CUDA GPUs in fp16 and bf16"
+    x, zeros, ones = torch.ones(48, 64), torch.zeros(64), torch.ones(64)
+    try:
+        got = ops.run.rms_norm(*(tensor.to(device) for tensor in (x, zeros, ones)), dtype)
+    except Exception as e:  # whatever a missing package, compiler or driver makes Triton raise
+        return (str(e).strip().splitlines() or [type(e).__name__])[0]
+    return "" if torch.equal(got.float().cpu(), x) else "its norm is wrong"

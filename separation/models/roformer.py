@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from separation.models.attention import BACKENDS
 from separation.models.base import SeparationModel, Transform
 from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
+from separation.models.kernels.gpu import GpuBandSplit, GpuLayer, GpuMaskEstimator, GpuNorm, GpuTransformer
+from separation.models.kernels.native import NotFusedError
 from separation.models.layers import (
     Attention,
     BandSplit,
@@ -93,6 +95,7 @@ class RoFormer(SeparationModel):
         super().__init__()
         self.channels = 2 if config.stereo else 1
         self.head_size = config.dim_head
+        self._features_a_token = config.dim
         self._skips, self._zero_dc = config.skip_connection, config.zero_dc
         self._stft: dict[str, Any] = {
             "n_fft": config.stft_n_fft,
@@ -134,15 +137,18 @@ class RoFormer(SeparationModel):
 
     @abstractmethod
     def _bands(self, bins: Tensor) -> Tensor:
-        """The spectrogram's values `[B, N, F, 2 * C]` band by band, `[B, N, sum(widths)]`."""
+        """The spectrogram's values `[N, B, F, 2 * C]` band by band, `[N, B, sum(widths)]`."""
 
     @abstractmethod
     def _bins(self, bands: Tensor) -> Tensor:
-        """A mask `[B, N, sum(widths)]` bin by bin, `[B, N, F, 2 * C]`."""
+        """A mask `[N, B, sum(widths)]` bin by bin, `[N, B, F, 2 * C]`."""
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         if attention == "fused":
             self.fuse(int8=dtype == torch.int8)
+            return
+        if attention == "triton":
+            self.fuse_for_gpu(dtype)
             return
         if attention is not None:
             for module in self.modules():
@@ -166,6 +172,35 @@ class RoFormer(SeparationModel):
         self.band_split, self.layers, self.mask_estimators = split, nn.ModuleList(layers), nn.ModuleList(estimators)
         self.final_norm = nn.Identity()  # it is within the mask estimators
 
+    def fuse_for_gpu(self, dtype: torch.dtype) -> None:
+        """Replace the layers by their twins for a CUDA GPU, which compute in float16 or bfloat16.
+
+        Raises NotFusedError for layers that those do not know; the model is then as before.
+        """
+        if self._skips:
+            raise NotFusedError("it does not know skip connections")
+        carry = torch.zeros(self._features_a_token)
+        layers = []
+        for block in cast(Iterable[Iterable[Transformer]], self.layers):
+            fused = []
+            for transformer in block:
+                fused.append(GpuTransformer(transformer, carry, dtype))
+                carry = fused[-1].carry_out
+            layers.append(nn.ModuleList(fused))
+        self.layers = nn.ModuleList(layers)
+        if isinstance(self.final_norm, RMSNorm):
+            self.final_norm = GpuNorm(self.final_norm, carry, dtype)
+        self.band_split = GpuBandSplit(cast(BandSplit, self.band_split), dtype)
+        self.mask_estimators = nn.ModuleList(
+            GpuMaskEstimator(each, dtype) for each in cast(Iterable[MaskEstimator], self.mask_estimators)
+        )
+
+    def to_precision(self, dtype: torch.dtype) -> None:
+        super().to_precision(dtype)
+        for module in self.modules():
+            if isinstance(module, GpuLayer):
+                module.to_precision(dtype)
+
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = stft(chunks, **self._stft)  # [B, C, F, N]
         features = self._features(torch.view_as_real(spectrum))
@@ -174,18 +209,19 @@ class RoFormer(SeparationModel):
         return torch.stack([self._estimate(index, features, spectrum, chunks.shape[-1]) for index in self._outputs], 1)
 
     def _features(self, spectrum: Tensor) -> Tensor:
-        """Spectrogram `[B, C, F, N, 2]` to `[B, N, K, D]`."""
-        x = self.band_split(self._bands(rearrange(spectrum, "b c f n ri -> b n f (c ri)")))
-        batch, frames = x.shape[:2]
+        """Spectrogram `[B, C, F, N, 2]` to `[N, B, K, D]`."""
+        # Frames before the batch, so that the transformers of both axes get views.
+        x = self.band_split(self._bands(rearrange(spectrum, "b c f n ri -> n b f (c ri)")))
+        frames, batch = x.shape[:2]
         given: Tensor | None = None
         for *linear, time_transformer, freq_transformer in cast(Iterable[Any], self.layers):
             for transformer in linear:
-                x = transformer(x.flatten(1, 2)).unflatten(1, (frames, -1))
+                x = rearrange(transformer(rearrange(x, "n b k d -> b (n k) d")), "b (n k) d -> n b k d", n=frames)
             if given is not None:
                 x = x + given
-            x = time_transformer(rearrange(x, "b n k d -> (b k) n d"))
-            x = freq_transformer(rearrange(x, "(b k) n d -> (b n) k d", b=batch))
-            x = rearrange(x, "(b n) k d -> b n k d", n=frames)
+            x = time_transformer(rearrange(x, "n b k d -> (b k) n d"))
+            x = freq_transformer(rearrange(x, "(b k) n d -> (n b) k d", b=batch))
+            x = x.unflatten(0, (frames, batch))
             if self._skips:
                 given = x if given is None else given + x
         return self.final_norm(x)
@@ -200,7 +236,7 @@ class RoFormer(SeparationModel):
     def _mask(self, index: int, features: Tensor) -> Tensor:
         """One stem's mask `[B, C, F, N, 2]`, a view."""
         mask = self._bins(self.mask_estimators[index](features).float())
-        return rearrange(mask, "b n f (c ri) -> b c f n ri", ri=2)
+        return rearrange(mask, "n b f (c ri) -> b c f n ri", ri=2)
 
     def transform(self, length: int) -> Transform:
         return Transform.centred(**self._stft)

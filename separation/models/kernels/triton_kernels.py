@@ -1,0 +1,201 @@
+"""Triton kernels for the operations of ops.py, whose docstrings say what each computes. Sums are in float32."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from separation.models.kernels import ops
+
+ELEMENTS = 4096  # that a program of a kernel without products works on
+
+
+@triton.jit
+def _rms_norm(x, carry, gain, out, total, stride, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    mask = (rows < total)[:, None] & inside[None, :]
+    values = tl.load(x + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    values += tl.load(carry + columns, mask=inside, other=0.0)[None, :]
+    scales = tl.rsqrt(tl.sum(values * values, axis=1) / D + 1e-20)
+    values = values * scales[:, None] * tl.load(gain + columns, mask=inside, other=0.0)[None, :]
+    tl.store(out + rows[:, None] * D + columns[None, :], values.to(out.dtype.element_ty), mask=mask)
+
+
+def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    total, dim = x.shape
+    out = x.new_empty(total, dim, dtype=dtype)
+    block = triton.next_power_of_2(dim)
+    rows = max(1, ELEMENTS // block)
+    grid = (triton.cdiv(total, rows),)
+    _launch(_rms_norm, grid, x, carry, gain, out, total, x.stride(0), D=dim, BLOCK=block, ROWS=rows)
+    return out
+
+
+def add_product_(x: Tensor, rows: Tensor, weight: Tensor) -> None:
+    torch.addmm(x, rows, weight.T, torch.float32, out=x)  # cuBLAS adds in place
+
+
+@triton.jit
+def _rotate(
+    rows,
+    cos,
+    sin,
+    total,
+    tokens,
+    apart,
+    stride,
+    WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < total)[:, None] & (column < WIDTH)[None, :]
+    at = rows + row[:, None] * stride + column[None, :]
+    even, odd = tl.split(tl.load(at, mask=mask, other=0.0).to(tl.float32).reshape(ROWS, BLOCK // 2, 2))
+    position = ((row // apart) % tokens)[:, None] * PAIRS + (tl.arange(0, BLOCK // 2) % PAIRS)[None, :]
+    c, s = tl.load(cos + position), tl.load(sin + position)
+    rotated = tl.join(even * c - odd * s, odd * c + even * s).reshape(ROWS, BLOCK)
+    tl.store(at, rotated.to(rows.dtype.element_ty), mask=mask)
+
+
+def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> None:
+    tokens, pairs = cos.shape
+    width = heads * 2 * pairs
+    block = triton.next_power_of_2(width)
+    at_once = max(1, ELEMENTS // block)
+    _launch(
+        _rotate,
+        (triton.cdiv(len(rows), at_once),),
+        *(rows, cos, sin, len(rows), tokens, apart, rows.stride(0)),
+        WIDTH=width,
+        PAIRS=pairs,
+        BLOCK=block,
+        ROWS=at_once,
+    )
+
+
+@triton.jit
+def _gate(
+    attended,
+    gates,
+    out,
+    total,
+    second,
+    stride_first,
+    stride_second,
+    stride_head,
+    stride_gates,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < total)[:, None] & (column < WIDTH)[None, :]
+    head = column // SIZE
+    first = (row // second) * stride_first + (row % second) * stride_second
+    values = tl.load(
+        attended + first[:, None] + (head * stride_head + column % SIZE)[None, :], mask=mask, other=0.0
+    ).to(tl.float32)
+    closed = tl.load(gates + row[:, None] * stride_gates + head[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(
+        out + row[:, None] * WIDTH + column[None, :], (values * tl.sigmoid(closed)).to(out.dtype.element_ty), mask=mask
+    )
+
+
+def gate(attended: Tensor, rows: Tensor, first: int) -> Tensor:
+    _, second, heads, size = attended.shape
+    width = heads * size
+    out = attended.new_empty(len(rows), width)
+    block = triton.next_power_of_2(width)
+    at_once = max(1, ELEMENTS // block)
+    _launch(
+        _gate,
+        (triton.cdiv(len(rows), at_once),),
+        *(attended, rows[:, first:], out, len(rows), second, *attended.stride()[:3], rows.stride(0)),
+        WIDTH=width,
+        SIZE=size,
+        BLOCK=block,
+        ROWS=at_once,
+    )
+    return out
+
+
+@triton.jit
+def _rotated(x, c, s, N: tl.constexpr, SIZE: tl.constexpr):
+    even, odd = tl.split(x.to(tl.float32).reshape(N, SIZE // 2, 2))
+    return tl.join(even * c - odd * s, odd * c + even * s).reshape(N, SIZE).to(x.dtype)
+
+
+@triton.jit
+def _attend_short(rows, cos, sin, out, tokens, stride, scale, HEADS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr):
+    token, feature, pair = tl.arange(0, N), tl.arange(0, SIZE), tl.arange(0, SIZE // 2)
+    inside = token < tokens
+    table = token[:, None] * (SIZE // 2) + pair[None, :]
+    c = tl.load(cos + table, mask=inside[:, None], other=0.0)
+    s = tl.load(sin + table, mask=inside[:, None], other=0.0)
+    row = tl.program_id(0).to(tl.int64) * tokens + token
+    at = rows + row[:, None] * stride + feature[None, :]
+    to = out + row[:, None] * (HEADS * SIZE) + feature[None, :]
+    for head in range(HEADS):
+        q = _rotated(tl.load(at + head * SIZE, mask=inside[:, None], other=0.0), c, s, N, SIZE)
+        k = _rotated(tl.load(at + (HEADS + head) * SIZE, mask=inside[:, None], other=0.0), c, s, N, SIZE)
+        v = tl.load(at + (2 * HEADS + head) * SIZE, mask=inside[:, None], other=0.0)
+        scores = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+        weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+        gates = tl.load(rows + row * stride + 3 * HEADS * SIZE + head, mask=inside, other=0.0)
+        opened = tl.sigmoid(gates.to(tl.float32)) / tl.sum(weights, axis=1)
+        values = tl.dot(weights.to(v.dtype), v) * opened[:, None]
+        tl.store(to + head * SIZE, values.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    # Before compute capability 8.0 Triton's products do without tensor cores.
+    if rows.is_cuda and torch.cuda.get_device_capability(rows.device) < (8, 0):
+        return ops.attend(rows, (cos, sin), heads, 1)
+    tokens, pairs = cos.shape
+    out = rows.new_empty(len(rows), heads * 2 * pairs)
+    scale = (2 * pairs) ** -0.5 * 1.4426950408889634  # log2(e): the kernel takes powers of 2
+    _launch(
+        _attend_short,
+        (len(rows) // tokens,),
+        *(rows, cos, sin, out, tokens, rows.stride(0), scale),
+        HEADS=heads,
+        SIZE=2 * pairs,
+        N=max(16, triton.next_power_of_2(tokens)),
+    )
+    return out
+
+
+@triton.jit
+def _glu_into_(masks, gated, total, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    band = tl.program_id(1).to(tl.int64)
+    mask = (row < total)[:, None] & (column < WIDTH)[None, :]
+    at = gated + (band * total + row)[:, None] * (2 * WIDTH) + column[None, :]
+    values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    gates = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    to = masks + row[:, None] * stride + band * WIDTH + column[None, :]
+    tl.store(to, values * tl.sigmoid(gates), mask=mask)
+
+
+def glu_into_(masks: Tensor, gated: Tensor) -> None:
+    bands, total, width = gated.shape[0], gated.shape[1], gated.shape[2] // 2
+    block = triton.next_power_of_2(width)
+    rows = max(1, ELEMENTS // block)
+    grid = triton.cdiv(total, rows), bands
+    _launch(_glu_into_, grid, masks, gated, total, masks.stride(0), WIDTH=width, BLOCK=block, ROWS=rows)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+        kernel[grid](*arguments, **constants)
