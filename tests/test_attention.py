@@ -45,7 +45,7 @@ def test_what_is_asked_for_and_does_not_work_is_an_error_with_the_reason() -> No
         choose_attention("sage", CPU, torch.bfloat16)
     with pytest.raises(InputError, match=r"'fused' does not work here \(it is for the CPU in bf16\): use auto"):
         choose_attention("fused", CPU, torch.float32)
-    with pytest.raises(InputError, match="unknown attention backend 'flash': use auto, fused, sage, sdpa"):
+    with pytest.raises(InputError, match="unknown attention backend 'flash': use auto, fused, triton, sage, sdpa"):
         choose_attention("flash", CPU, torch.float32)
 
 
@@ -130,7 +130,7 @@ def test_sage_is_used_where_the_package_is_there(monkeypatch: pytest.MonkeyPatch
 
 def test_each_device_and_precision_has_its_chain() -> None:
     cuda = torch.device("cuda")
-    assert attention._chain(cuda, torch.bfloat16) == ("sage", "sdpa", "einsum")
+    assert attention._chain(cuda, torch.bfloat16) == ("triton", "sdpa", "einsum")
     assert attention._chain(cuda, torch.float32) == ("sdpa", "einsum")
     assert attention._chain(CPU, torch.bfloat16) == ("fused", "itemwise", "einsum")
     assert attention._chain(CPU, torch.float32) == ("sdpa", "einsum")
