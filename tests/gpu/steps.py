@@ -4,12 +4,12 @@ A step that fails costs its own rows only. Within a step each model and each pee
 """
 
 import statistics
-import threading
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -408,11 +408,8 @@ def _songs_at_once(bench: Bench, separator: Separator) -> None:
     clean_memory(bench.device)
 
     def all_at_once() -> None:
-        threads = [threading.Thread(target=separator.separate, args=(song,)) for _ in range(n_songs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(n_songs) as threads:
+            list(threads.map(separator.separate, [song] * n_songs))
 
     times = song_seconds(all_at_once, bench.device, 1)
     row = {"model": HTDEMUCS, "program": ENGINE, "how": bench.how, "songs": n_songs, "seconds": times}
