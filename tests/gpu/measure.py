@@ -54,6 +54,7 @@ SILENT_SECONDS = 90  # without a new row, after which a step is taken to hang
 GRACE_SECONDS = 15  # for what is under way when the time is up
 POLL_SECONDS = 0.2
 RESTARTS = 3
+TIME_UP = "the time was up"
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def supervise(run: Run, results: Results, processes: list[subprocess.Popen[bytes
         if not reached:
             results.add("steps", what="all", error=f"no step began: {why}")
             return
-        results.add(reached[-1], what="the rest of the step", error=why)
+        results.add(reached[-1], what="the rest of the step", **{"skipped" if why == TIME_UP else "error": why})
         left = left[left.index(reached[-1]) + 1 :]
         if not left or time.monotonic() > run.until:
             return
@@ -295,7 +296,7 @@ def watch(run: Run, process: subprocess.Popen[bytes], results: Path) -> str | No
             size, changed = results.stat().st_size, now
         if now > run.until + GRACE_SECONDS:
             end(process)
-            return "the time was up"
+            return TIME_UP
         if now > changed + SILENT_SECONDS:
             end(process)
             return f"no new figure for {SILENT_SECONDS} s: it hung"

@@ -16,6 +16,7 @@ Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]  # a head, and a row's cell
 
 ENGINE = "this engine"
+REASONS = ("error", "missing", "skipped")  # why a row has no figure
 SIGNIFICANT = 4  # digits that are kept
 
 
@@ -168,7 +169,6 @@ MISSING: list[Column] = [
     ("what", text("what")),
     ("why there is no figure", lambda row: text(next(key for key in REASONS if key in row))(row)),
 ]
-REASONS = ("error", "missing", "skipped")
 SECTIONS: list[tuple[str, str, list[Column]]] = [
     ("tests/test_gpu.py", "tests", TESTS),
     ("The bars", "bar", BARS),

@@ -33,6 +33,7 @@ from timing import (
     card_of,
     clean_memory,
     exact_float32,
+    forget_peak,
     kernels,
     memory_mib,
     peak_mib,
@@ -153,7 +154,7 @@ def engine_song(bench: Bench, separator: Separator, name: str, song: Tensor, **m
     sizes = BatchSizes(model)
     separator.separate(bench.work.song(SHORT_SONG))
     batch_size = sizes.usual()
-    clean_memory(bench.device)
+    forget_peak(bench.device)
     times = song_seconds(lambda: separator.separate(song), bench.device, bench.runs)
     audio_seconds = song.shape[1] / SAMPLE_RATE
     measured = Song(times, len(plan.starts(song.shape[1])), batch_size, plan.chunk_samples)
@@ -335,7 +336,7 @@ def viperx(bench: Bench) -> None:
     bar(bench, "viperx, 5 minutes, 8 s / 4 s", seconds, 2.2, "s", at_most=True)
     chunks = bench.work.chunks(2, measured.chunk_samples, max(8, measured.batch_size))
     with bench.attempt("network", VIPERX):
-        row = {"model": VIPERX, "program": ENGINE, "how": bench.how}
+        row: dict[str, Any] = {"model": VIPERX, "program": ENGINE, "how": bench.how}
         network_time(bench, model, chunks[: measured.batch_size], **row)
         network_time(bench, model, chunks[:1], **row)
     with bench.attempt("bar", "viperx beside pymss"):
@@ -405,7 +406,7 @@ def demucs(bench: Bench) -> None:
 def _songs_at_once(bench: Bench, separator: Separator) -> None:
     """Songs that as many threads ask for at once."""
     song, n_songs = bench.work.song(MANY_SONGS), bench.work.many_songs
-    clean_memory(bench.device)
+    forget_peak(bench.device)
 
     def all_at_once() -> None:
         with ThreadPoolExecutor(n_songs) as threads:
@@ -555,7 +556,7 @@ STEPS: dict[str, Callable[[Bench], None]] = {
         other_programs,
     )
 }
-NEEDS_SECONDS = {cold: 15.0, settle: 0.0, environment: 0.0}  # that must be left to begin; else a few
+NEEDS_SECONDS = {"cold": 15.0, "settle": 0.0, "environment": 0.0}  # that must be left to begin; else a few
 USUAL_SECONDS = 8.0
 
 
@@ -569,7 +570,7 @@ def run_steps(bench: Bench, names: list[str]) -> None:
         step = STEPS[name]
         with (bench.run_folder / "begun").open("a", encoding="utf-8") as file:
             file.write(f"{name}\n")
-        if bench.seconds_left() < NEEDS_SECONDS.get(step, USUAL_SECONDS):
+        if bench.seconds_left() < NEEDS_SECONDS.get(name, USUAL_SECONDS):
             bench.results.add(name, what="the whole step", skipped="the time was up")
             continue
         print(f"---- {name}, {bench.seconds_left():.0f} s left", flush=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -77,12 +78,18 @@ def song_seconds(job: Callable[[], object], device: torch.device, runs: int) -> 
     return times
 
 
-def clean_memory(device: torch.device) -> None:
-    """Give back what PyTorch holds in reserve, and forget the peak."""
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_mib` begin anew."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def clean_memory(device: torch.device) -> None:
+    """Give back what PyTorch holds in reserve, and forget the peak."""
+    forget_peak(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def memory_mib(device: torch.device) -> int:
@@ -91,7 +98,7 @@ def memory_mib(device: torch.device) -> int:
 
 
 def peak_mib(device: torch.device) -> int:
-    """The most memory that was used at once: tensors on a CUDA GPU since `clean_memory`; else all of the process."""
+    """The most memory that was used at once: tensors on a CUDA GPU since `forget_peak`; else all of the process."""
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes(device)
     return peak >> 20
 
@@ -99,7 +106,7 @@ def peak_mib(device: torch.device) -> int:
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Float32 as it is written: without TF32, which a reference must not have."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = False

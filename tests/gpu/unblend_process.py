@@ -19,7 +19,7 @@ import peers
 from names import HTDEMUCS, HTDEMUCS_FT
 from results import Results
 from separation.separator import SAMPLE_RATE
-from timing import batch_milliseconds, clean_memory, peak_mib, song_seconds
+from timing import batch_milliseconds, forget_peak, peak_mib, song_seconds
 from workloads import Workloads
 
 OVERLAP = 0.25  # of a chunk: its default, and that of Demucs
@@ -84,7 +84,7 @@ def measure(compiled: Compiled, results: Results) -> None:
         peak = peak_mib(device)
         results.add("song", model=model, songs=n_songs, seconds=times, times_realtime=realtime, peak_mib=peak, **common)
 
-    clean_memory(device)
+    forget_peak(device)
     report(HTDEMUCS, 1, 300, song_seconds(lambda: compiled.separate([one]), device, 1 if work.tiny else 3))
     report(HTDEMUCS, len(several), 120, song_seconds(lambda: compiled.separate(several), device, 1))
     four_times = song_seconds(lambda: [compiled.separate([one]) for _ in range(FINE_TUNED)], device, 1)
