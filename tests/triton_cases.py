@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from separation.models.kernels import ops
+from separation.models.kernels import roformer_ops as ops
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}  # the interpreter is wrong in bf16
 TOKENS, SEQUENCES, HEADS, SIZE = 13, 5, 3, 32
@@ -54,7 +54,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    from separation.models.kernels import triton_kernels
+    from separation.models.kernels import roformer_triton as triton_kernels
 
     errors: dict[str, float] = {}
     for precision, dtype in PRECISIONS.items():

@@ -1,7 +1,7 @@
 """Attention backends, and which one to use: chosen once for a device and a precision, with the reason.
 
 A backend is `(q, k, v) -> out` over `[B, heads, tokens, dim_head]`, without mask or dropout. Where one of `LAYERS` is
-chosen, a RoFormer replaces whole layers (kernels/fused.py, kernels/gpu.py) and only other models use it as a backend.
+chosen, a RoFormer replaces whole layers (kernels/fused.py, kernels/roformer_gpu.py) and only other models use it as a backend.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from separation.errors import InputError
-from separation.models.kernels import ops
+from separation.models.kernels import roformer_ops as ops
 from separation.models.kernels.native import PANEL, NotFusedError, library
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from separation.models.attention import BACKENDS
 from separation.models.base import SeparationModel, Transform
 from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
-from separation.models.kernels.gpu import GpuBandSplit, GpuLayer, GpuMaskEstimator, GpuNorm, GpuTransformer
 from separation.models.kernels.native import NotFusedError
+from separation.models.kernels.roformer_gpu import GpuBandSplit, GpuLayer, GpuMaskEstimator, GpuNorm, GpuTransformer
 from separation.models.layers import (
     Attention,
     BandSplit,

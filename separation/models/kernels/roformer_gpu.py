@@ -1,7 +1,7 @@
 """The RoFormer family's layers on a CUDA GPU, with few launches and few bytes.
 
 Products are in float16 or bfloat16 with sums in float32; norms, rotary angles and the residual stream are in float32.
-The operations in between are Triton kernels (ops.py); layers.py is the plain twin.
+The operations in between are Triton kernels (roformer_ops.py); layers.py is the plain twin.
 
 Biases at the end of a residual branch are the same for every token. They are never added to the stream: each norm adds
 the sum of those before it, its `carry`.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.kernels import ops
+from separation.models.kernels import roformer_ops as ops
 from separation.models.kernels.native import NotFusedError
 from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
 

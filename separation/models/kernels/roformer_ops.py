@@ -21,7 +21,7 @@ _LIBRARY = torch.library.Library("separation", "FRAGMENT")
 
 
 def _operation(schema: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Register the decorated function as the plain twin of the kernel of its name in triton_kernels.py."""
+    """Register the decorated function as the plain twin of the kernel of its name in roformer_triton.py."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
 
@@ -35,7 +35,7 @@ def _operation(schema: str) -> Callable[[Callable[..., object]], Callable[..., o
 
 @cache
 def _kernels() -> ModuleType:
-    return importlib.import_module("separation.models.kernels.triton_kernels")
+    return importlib.import_module("separation.models.kernels.roformer_triton")
 
 
 @_operation("rms_norm(Tensor x, Tensor carry, Tensor gain, ScalarType dtype) -> Tensor")

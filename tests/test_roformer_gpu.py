@@ -23,7 +23,7 @@ from separation.models.mel_band_roformer import MelBandRoFormer, MelBandRoFormer
 from small_model import small_model
 
 triton = pytest.importorskip("triton", reason="needs Triton")
-from separation.models.kernels import triton_kernels  # noqa: E402 - it imports Triton
+from separation.models.kernels import roformer_triton as triton_kernels  # noqa: E402 - it imports Triton
 
 CAPABILITIES = [90, 75, 80, 86, 89, 100, 120]
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}

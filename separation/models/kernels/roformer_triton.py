@@ -1,4 +1,4 @@
-"""Triton kernels for the operations of ops.py, whose docstrings say what each computes. Sums are in float32."""
+"""Triton kernels for the operations of roformer_ops.py, whose docstrings say what each computes. Sums are in float32."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from separation.models.kernels import ops
+from separation.models.kernels import roformer_ops as ops
 
 ELEMENTS = 4096  # that a program of a kernel without products works on
 
