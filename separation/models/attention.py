@@ -1,7 +1,8 @@
 """Attention backends, and which one to use: chosen once for a device and a precision, with the reason.
 
 A backend is `(q, k, v) -> out` over `[B, heads, tokens, dim_head]`, without mask or dropout. Where one of `LAYERS` is
-chosen, a RoFormer replaces whole layers (kernels/fused.py, kernels/roformer_gpu.py) and only other models use it as a backend.
+chosen, a RoFormer replaces whole layers (kernels/fused.py, kernels/roformer_gpu.py) and only other models use it as a
+backend.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Triton kernels for the operations of roformer_ops.py, whose docstrings say what each computes. Sums are in float32."""
+"""Triton kernels for the operations of roformer_ops.py, where the docstrings are. Sums are in float32."""
 
 from typing import Any
 
