@@ -19,6 +19,8 @@ from separation.errors import InputError
 NVIDIA_DEVICES = Path("/dev")
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 
+MEASUREMENTS = 5  # of the memory that something needs, until one is undisturbed
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 # What CUDA and its libraries say where the allocator itself did not fail. cuBLAS has the second for a handle that it
@@ -165,15 +167,17 @@ _earlier_peaks: dict[int, int] = {}  # of each GPU in bytes, before its statisti
 def needed_memory_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most memory of a CUDA GPU that `run` has at once beyond what was in use before.
 
-    Runs it again where another thread, which may be loading a model, has taken or given back some meanwhile.
+    Runs it again, a few times at most, where another thread, which may be loading a model, changed what is in use.
     """
-    while True:
+    for _ in range(MEASUREMENTS):
         before = torch.cuda.memory_allocated(device)
         _earlier_peaks[device.index or 0] = peak_memory_bytes(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
+        needed = torch.cuda.max_memory_allocated(device) - before
         if torch.cuda.memory_allocated(device) == before:
-            return torch.cuda.max_memory_allocated(device) - before
+            break
+    return needed
 
 
 def _device_reason(device: torch.device) -> str:

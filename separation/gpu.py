@@ -178,7 +178,7 @@ def captured(name: str, model: Model, shape: tuple[int, ...], device: torch.devi
     try:
         with _one_at_a_time:
             fault, graphed = _capture(model, _noise(shape, device))
-    except RuntimeError as e:
+    except Exception as e:  # the model is known to run: whatever it is, it is the capture's
         # The end of a capture that ran out of memory may raise an error of its own.
         for error in (e, e.__context__):
             if error is not None and is_out_of_memory(error):

@@ -19,7 +19,7 @@ from separation.cache import Cache, engine_version
 from separation.checkpoints import load_model
 from separation.chunking import ChunkPlan, chunk_memory_bytes, does_not_fit, fitting_batch_size, halved, separate
 from separation.device import Choice, choose, identity, is_out_of_memory
-from separation.errors import AudioError, CheckpointError, InputError
+from separation.errors import AudioError, CheckpointError, EstimateError, InputError
 from separation.gpu import Model, captured, compute_thread
 from separation.models import SeparationModel
 from separation.output import OutputFolder, encode_all
@@ -94,7 +94,13 @@ class GpuModels:
         logger.warning("%s: NaN or Inf in float16: the rest of this song is computed in bfloat16", model.name)
         kind = model.name, model.stems
         if kind not in self._spares:
-            self._spares[kind] = model.in_precision(torch.bfloat16)
+            try:
+                self._spares[kind] = model.in_precision(torch.bfloat16)
+            except RuntimeError as e:
+                if not is_out_of_memory(e):
+                    raise
+                fault = f"the GPU's memory does not hold a second copy of {model.name}, in bfloat16: use precision bf16"
+                raise EstimateError(fault) from e
         return on_stereo(self._spares[kind])
 
     def forget(self, name: str) -> None:

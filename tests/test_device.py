@@ -214,6 +214,25 @@ def test_what_something_needs_of_a_gpus_memory_is_measured_and_the_peak_so_far_n
     assert device.peak_memory_bytes(gpu) == device.peak_memory_bytes(torch.device("cuda:0")) == 5000
 
 
+@pytest.mark.parametrize("disturbed", [0, 2, 99])
+def test_a_measurement_that_another_thread_disturbs_is_made_again(
+    disturbed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, in_use = [], [1000]
+
+    def run() -> None:
+        runs.append(True)
+        in_use[0] += 50 * (len(runs) <= disturbed)  # a model that is loaded
+
+    monkeypatch.setattr(device, "_earlier_peaks", {})
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: in_use[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: in_use[0] + 700)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: None)
+    needed = device.needed_memory_bytes(run, torch.device("cuda"))
+    assert len(runs) == min(disturbed + 1, device.MEASUREMENTS)
+    assert needed == 700 + 50 * (disturbed == 99)
+
+
 def test_peak_memory_on_a_gpu_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"cuda": 123, "cuda:1": 456}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: peaks[str(gpu)])

@@ -288,6 +288,17 @@ def test_the_spare_of_a_model_in_float16_is_one_copy_in_bfloat16_and_a_warning_n
     assert warned == ["random: NaN or Inf in float16: the rest of this song is computed in bfloat16"] * 2
 
 
+def test_a_spare_for_which_the_memory_is_missing_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def copy(model: SeparationModel, dtype: torch.dtype) -> SeparationModel:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SeparationModel, "in_precision", copy)
+    with pytest.raises(EstimateError, match="does not hold a second copy of random, in bfloat16: use precision bf16"):
+        GpuModels().spare(random_model(("left",)))
+
+
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
     separator = Separator("demo", "all_4", pool=pool, **QUICK)
     loud, quiet = separator.separate(clip[:, :150_000]), separator.separate(clip[:, :150_000] * 1e-3)
