@@ -132,7 +132,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--force-refresh", action="store_true", help="also do again what is done, and compute what the cache holds"
     )
     separate.add_argument(
-        "--workers", type=_count, default=1, metavar="N", help="songs at once: decode and encode beside the model"
+        "--workers",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="songs at once on each GPU: decode and encode beside the model",
     )
     separate.add_argument("--ray", metavar="ADDRESS", help="do it on the machines of this Ray cluster, or auto")
     separate.add_argument("--json", action="store_true", help="print one JSON object a song")
@@ -290,8 +294,14 @@ def _outcomes(options: argparse.Namespace, left: Sequence[songs.Song], job: song
         }
         yield from cluster.run(left, job, partial(_separator, argparse.Namespace(**absolute)), options.ray)
     else:
+        from separation.device import parallel_devices
+
+        devices = parallel_devices(options.device)[: len(left)]
+        separators = [_separator(argparse.Namespace(**vars(options) | {"device": device})) for device in devices]
         bar = partial(_bar, leave=len(left) == 1)
-        yield from songs.run(left, job, _separator(options), workers=min(options.workers, len(left)), bar=bar)
+        yield from songs.run(
+            left, job, separators, workers=min(options.workers, -(-len(left) // len(devices))), bar=bar
+        )
 
 
 # Options that say where and how fast, or what else is wanted. All others decide what the stems hold: they are in the

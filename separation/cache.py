@@ -39,6 +39,7 @@ ENGINE = (
     "checkpoints.py",
     "chunking.py",
     "device.py",
+    "gpu.py",
     "separator.py",
     "state_dict.py",
     "stft.py",

@@ -42,7 +42,7 @@ from separation.device import choose_device, choose_precision, floats_of
 from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import LAYERS, AttentionChoice, choose_attention
-from separation.models.base import Origin, SeparationModel
+from separation.models.base import Origin, SeparationModel, precision_name
 from separation.models.kernels.native import NotFusedError, library
 from separation.state_dict import Uninitialised, building, metadata_of, open_weights, read_weights
 
@@ -139,9 +139,21 @@ def load_model(
         {name: repr(value) for name, value in hyper_parameters.items()},
         description.stems,
         dict(zip(parts, checksums, strict=True)),
-        str(computed).removeprefix("torch."),
+        precision_name(computed),
     )
-    return model.to(device)
+    model = model.to(device)
+    if computed == torch.float16 and not model.fits(computed):
+        logger.info(f"{model.name}: computed in bfloat16, for its weights exceed the range of float16")
+        del model
+        return load_model(
+            name_or_path,
+            checkpoint=checkpoint,
+            stems=stems,
+            device=device,
+            precision=torch.bfloat16,
+            attention=attention,
+        )
+    return model
 
 
 @functools.cache  # once, however often a file is loaded

@@ -5,7 +5,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,9 +17,10 @@ from torch import Tensor
 from separation.audio import SAMPLE_RATE, Waveform, check_output, check_rate, decode, is_rf64, resample
 from separation.cache import Cache, engine_version
 from separation.checkpoints import load_model
-from separation.chunking import ChunkPlan, Model, chunk_memory_bytes, fitting_batch_size, separate
-from separation.device import Choice, choose
-from separation.errors import AudioError, CheckpointError, InputError
+from separation.chunking import ChunkPlan, chunk_memory_bytes, does_not_fit, fitting_batch_size, halved, separate
+from separation.device import Choice, choose, identity, is_out_of_memory
+from separation.errors import AudioError, CheckpointError, EstimateError, InputError
+from separation.gpu import Model, captured, compute_thread
 from separation.models import SeparationModel
 from separation.output import OutputFolder, encode_all
 from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
@@ -31,8 +34,79 @@ BLOCK_SAMPLES = 10 * SAMPLE_RATE  # that are added up at once
 
 logger = logging.getLogger("separation")
 
-ChunkKind = tuple[str, tuple[str, ...], int]  # a model's name, its stems, samples
+MAX_READY = 16  # models over one shape of batch that are kept ready on a GPU: each keeps a batch and its estimates
+
 Progress = Callable[[float, str], None]  # (share of the whole job done, 0 to 1; stage); raise from it to cancel
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that is ready to run over batches of a fixed size."""
+
+    model: Model  # chunks [B, 2, T] to estimates [B, S, 2, T]
+    batch_size: int
+    chunk_bytes: int = 0  # of a CUDA GPU's memory that a chunk needs, as measured
+
+
+class GpuModels:
+    """What is made once of models that run on a CUDA GPU. Its methods are for the device's compute thread."""
+
+    def __init__(self) -> None:
+        self.ready: dict[tuple[Any, ...], Ready] = {}  # by name, stems, samples and size; the last was used last
+        self._spares: dict[tuple[str, tuple[str, ...]], SeparationModel] = {}
+
+    def get(
+        self, model: SeparationModel, samples: int, batch_size: int | Literal["auto"], device: torch.device
+    ) -> Ready:
+        """The model ready for chunks of so many samples, in batches of that size or, with `auto`, of one that fits.
+
+        The size then follows from what a chunk needs and the memory that the GPU has. Raises EstimateError if the
+        memory does not hold one chunk.
+        """
+        kind = model.name, model.stems, samples, batch_size
+        ready = self.ready.pop(kind, None)
+        if ready is not None:
+            self.ready[kind] = ready
+            return ready
+        apply = on_stereo(model)
+        chunk_bytes = chunk_memory_bytes(apply, 2, samples, device)
+        wanted = size = fitting_batch_size(chunk_bytes, device) if batch_size == "auto" else int(batch_size)
+        logger.info("%s: %d chunks at once, of %.0f MiB each", model.name, size, chunk_bytes / 2**20)
+        while True:
+            try:
+                ready = Ready(captured(model.name, apply, (size, 2, samples), device), size, chunk_bytes)
+                break
+            except RuntimeError as e:
+                if not is_out_of_memory(e):
+                    raise
+                if size == 1:
+                    raise does_not_fit(samples, device) from e
+            torch.cuda.empty_cache()
+            size = halved(size)
+        if size == wanted:  # else others have the memory: the next song tries again
+            self.ready[kind] = ready
+            while len(self.ready) > MAX_READY:
+                del self.ready[next(iter(self.ready))]
+        return ready
+
+    def spare(self, model: SeparationModel) -> Model:
+        """A copy of a model that overflows in float16, which computes in bfloat16; a warning says so."""
+        logger.warning("%s: NaN or Inf in float16: the rest of this song is computed in bfloat16", model.name)
+        kind = model.name, model.stems
+        if kind not in self._spares:
+            try:
+                self._spares[kind] = model.in_precision(torch.bfloat16)
+            except RuntimeError as e:
+                if not is_out_of_memory(e):
+                    raise
+                fault = f"the GPU's memory does not hold a second copy of {model.name}, in bfloat16: use precision bf16"
+                raise EstimateError(fault) from e
+        return on_stereo(self._spares[kind])
+
+    def forget(self, name: str) -> None:
+        """Drop what was made of the model of that name, which has been loaded anew."""
+        self.ready = {kind: ready for kind, ready in self.ready.items() if kind[0] != name}
+        self._spares = {kind: spare for kind, spare in self._spares.items() if kind[0] != name}
 
 
 class ModelPool:
@@ -43,9 +117,11 @@ class ModelPool:
 
     def __init__(self, device: str = "auto", precision: str = "auto", attention: str = "auto") -> None:
         self.choice: Choice = choose(device, precision)
+        if self.choice.device.type == "cuda":
+            compute_thread(self.choice.device)  # settles how CUDA computes before anything is tried on it
         self.attention = attention
         self.load_seconds: dict[str, float] = {}  # how long each model took
-        self.chunk_bytes: dict[ChunkKind, int] = {}  # the GPU memory that each model needs for a chunk, as measured
+        self.on_gpu = GpuModels()
         self._models: dict[str, SeparationModel] = {}
         self._lock = threading.Lock()
 
@@ -65,6 +141,8 @@ class ModelPool:
                     attention=self.attention,
                 )
                 self.load_seconds[name] = time.monotonic() - started
+                if name in self._models and self.choice.device.type == "cuda":
+                    compute_thread(self.choice.device).run(self.on_gpu.forget, name)
                 self._models[name] = loaded
             return loaded.only(stems)
 
@@ -123,8 +201,8 @@ class Separator:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `auto`, `fp32`, `bf16`, `fp16` or, on a CPU, `int8`, which is for the RoFormers.
         attention: `auto` or a backend's name in `separation.models.attention.NAMES`.
-        batch_size: chunks computed at once, or `auto`: 1 on a CPU, on a CUDA GPU up to 8 that its free memory holds, 4
-            on an Apple GPU.
+        batch_size: chunks computed at once, or `auto`: 1 on a CPU, 4 on an Apple GPU, and on a CUDA GPU 8 or as many as
+            a third of its memory holds. There it never follows from what others have of the memory.
         chunk_seconds: 4 to 30. A model that takes only chunks of its own length (Demucs) keeps that length.
         overlap_seconds: 1 to 8, below `chunk_seconds`. A model with chunks of its own length overlaps them by the same
             share.
@@ -159,7 +237,7 @@ class Separator:
             recipe = recipe.two_stems(two_stems)
         pool = pool or ModelPool(device, precision, attention)
         models = {name: pool.get(name, wanted) for name, wanted in recipe.models.items()}
-        self._setup(recipe, models, pool.choice.device, batch_size, chunk_seconds, overlap_seconds, pool.chunk_bytes)
+        self._setup(recipe, models, pool.choice.device, batch_size, chunk_seconds, overlap_seconds, pool.on_gpu)
         self._set_cache(cache)
 
     @classmethod
@@ -184,7 +262,7 @@ class Separator:
         separator = cls.__new__(cls)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # fused: none
         models = {model.name: model.only(recipe.models[model.name])}
-        separator._setup(recipe, models, device, batch_size, chunk_seconds, overlap_seconds, {})
+        separator._setup(recipe, models, device, batch_size, chunk_seconds, overlap_seconds, GpuModels())
         separator._set_cache(cache)
         return separator
 
@@ -196,7 +274,7 @@ class Separator:
         batch_size: int | Literal["auto"],
         chunk_seconds: int,
         overlap_seconds: int,
-        chunk_bytes: dict[ChunkKind, int],
+        on_gpu: GpuModels,
     ) -> None:
         for name, model in models.items():
             if model.sample_rate != SAMPLE_RATE:
@@ -205,8 +283,9 @@ class Separator:
         self.models = models
         self.device = device
         self.batch_size = batch_size
-        self._chunk_bytes = chunk_bytes
-        self._turn = threading.Lock()  # held while a model runs: songs may be separated in several threads
+        self._on_gpu = on_gpu
+        # Held while a model runs, for songs may be separated in several threads. On a CUDA GPU its thread sees to that.
+        self._turn = nullcontext() if device.type == "cuda" else threading.Lock()
         self.plans = {name: _plan(model, chunk_seconds, overlap_seconds) for name, model in models.items()}
 
     def _set_cache(self, cache: Cache | None) -> None:
@@ -341,21 +420,23 @@ class Separator:
         counts = [len(self.plans[run.model].starts(mixture.n_samples)) for run in runs]
         for index, (run, stems) in enumerate(runs.items()):
             model, plan = self.models[run.model].only(stems), self.plans[run.model]
-            stereo_model = model if model.channels == 2 else _mono_on_stereo(model)
             source = _combined(run.input, waves, new)
             offset, scale = _normalisation(model, source)
             waves |= {Estimate(run, stem): new() for stem in stems}
+            ready = self._ready(model, plan)
+            may_overflow = self.device.type == "cuda" and model.is_half
             with self._turn:
                 for block in separate(
-                    stereo_model,
+                    ready.model,
                     source.read,
                     source.n_samples,
                     plan,
                     n_stems=len(model.stems),
-                    batch_size=self._batch_size((run.model, model.stems, plan.chunk_samples), stereo_model),
+                    batch_size=ready.batch_size,
                     device=self.device,
                     offset=offset,
                     scale=scale,
+                    spare=partial(self._on_gpu.spare, model) if may_overflow else None,
                     progress=_within(progress, sum(counts[:index]), sum(counts), run.model),
                 ):
                     for stem in stems:
@@ -404,7 +485,7 @@ class Separator:
             "normalisation": model.normalisation,
             "precision": model.origin.precision,
             "attention": model.attention,
-            "device": self.device.type,
+            "device": identity(self.device),
             "batch_size": self.fixed_batch_size or "auto",  # by the rounding of matrix products
             "chunk_samples": plan.chunk_samples,
             "overlap_samples": plan.overlap_samples,
@@ -418,15 +499,12 @@ class Separator:
             return self.batch_size
         return {"cpu": 1, "mps": 4}.get(self.device.type)
 
-    def _batch_size(self, kind: ChunkKind, model: Model) -> int:
-        """Chunks of that kind to compute at once."""
-        if self.fixed_batch_size:
-            return self.fixed_batch_size
-        if kind not in self._chunk_bytes:
-            self._chunk_bytes[kind] = chunk_memory_bytes(model, 2, kind[-1], self.device)
-        batch_size = fitting_batch_size(self._chunk_bytes[kind], self.device)
-        logger.info("%s: %d chunks at once, of %.0f MiB each", kind[0], batch_size, self._chunk_bytes[kind] / 2**20)
-        return batch_size
+    def _ready(self, model: SeparationModel, plan: ChunkPlan) -> Ready:
+        """The model ready to run over batches of chunks of that plan."""
+        if self.device.type != "cuda":
+            return Ready(on_stereo(model), self.fixed_batch_size or 1)
+        samples = plan.input_samples(plan.chunk_samples) or plan.chunk_samples
+        return compute_thread(self.device).run(self._on_gpu.get, model, samples, self.batch_size, self.device)
 
 
 def _check_options(chunk_seconds: int, overlap_seconds: int, batch_size: int | str) -> None:
@@ -474,8 +552,10 @@ def _combined(parts: Combination, waves: Mapping[Estimate | None, Wave], new: Ca
     return total
 
 
-def _mono_on_stereo(model: SeparationModel) -> Callable[[Tensor], Tensor]:
-    """A mono model over both channels: `[B, 2, T]` to `[B, S, 2, T]`."""
+def on_stereo(model: SeparationModel) -> Model:
+    """The model over two channels, `[B, 2, T]` to `[B, S, 2, T]`; a mono model over each of them."""
+    if model.channels == 2:
+        return model
 
     def apply(chunks: Tensor) -> Tensor:
         estimates = model(chunks.reshape(-1, 1, chunks.shape[-1]))  # [B * 2, S, 1, T]

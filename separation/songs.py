@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from separation.errors import InputError, SeparationError
@@ -264,30 +265,37 @@ def _add(folder: Path, entry: dict[str, Any]) -> None:
 def run(
     songs: Sequence[Song],
     job: Job,
-    separator: "Separator",
+    separators: Sequence["Separator"],
     *,
     workers: int,
     bar: Callable[[str], AbstractContextManager["Progress"]],
 ) -> Iterator[Outcome]:
-    """Do the songs, in as many threads; yields each when it is over.
+    """Do the songs, in so many threads for each separator; yields each when it is over.
 
-    The model works on one song at a time; with more than one worker, others are decoded and encoded beside it. `bar`
-    shows the progress of a song of that name. On an exception in this thread (Ctrl-C), and when the iterator is closed,
-    the songs at hand are cancelled, and no file of them stays.
+    A separator is for each GPU. On a CPU its model works on one song at a time; with more than one worker, others are
+    decoded and encoded beside it. `bar` shows the progress of a song of that name. On an exception in this thread
+    (Ctrl-C), and when the iterator is closed, the songs at hand are cancelled, and no file of them stays.
     """
-    if workers == 1:  # in this thread, where an exception is seen at once
+    if workers == len(separators) == 1:  # in this thread, where an exception is seen at once
         for song in songs:
             with bar(song.path.name) as progress:
-                outcome = separate_song(song, job, separator, progress)
+                outcome = separate_song(song, job, separators[0], progress)
             yield outcome
         return
     stopped = threading.Event()
+    free: SimpleQueue[Separator] = SimpleQueue()
+    for separator in [*separators] * workers:
+        free.put(separator)
 
     def work(song: Song) -> Outcome:
-        with bar(song.path.name) as progress:
-            return separate_song(song, job, separator, until(stopped, progress))
+        separator = free.get()
+        try:
+            with bar(song.path.name) as progress:
+                return separate_song(song, job, separator, until(stopped, progress))
+        finally:
+            free.put(separator)
 
-    pool = ThreadPoolExecutor(max_workers=workers)
+    pool = ThreadPoolExecutor(max_workers=workers * len(separators))
     try:
         for future in as_completed([pool.submit(work, song) for song in songs]):
             yield future.result()

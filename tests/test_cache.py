@@ -336,7 +336,7 @@ def test_the_key_has_the_device_the_code_and_all_that_a_yaml_says_of_a_model(
     (estimate, _), *_ = one.recipe.outputs["vocals"]
     assert estimate is not None
     here = one._settings(estimate, {})
-    one.device = torch.device("cuda")
+    one.device = torch.device("mps")
     assert {key for key, value in one._settings(estimate, {}).items() if value != here[key]} == {"device", "batch_size"}
 
 

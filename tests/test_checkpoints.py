@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import logging
 import os
 import pickle
 import resource
@@ -161,6 +162,22 @@ def test_device_and_precision_may_be_auto_and_must_be_known(tmp_path: Path, stat
         load_model(config, checkpoint=path, precision="fp8")
     with pytest.raises(InputError, match="abacus"):
         load_model(config, checkpoint=path, device="abacus")
+
+
+@pytest.mark.parametrize("largest, computed", [(60_000.0, "float16"), (70_000.0, "bfloat16"), (torch.nan, "bfloat16")])
+def test_weights_beyond_float16_are_computed_in_bfloat16(
+    largest: float, computed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = small_model().state_dict()
+    key = next(key for key, value in state.items() if "to_out" in key and value.ndim == 2)
+    state[key][0, 0] = largest
+    with caplog.at_level(logging.INFO):
+        model = load_model(write_yaml(tmp_path), checkpoint=write_weights(state, tmp_path / "x.ckpt"), precision="fp16")
+    assert model.origin is not None and model.origin.precision == computed
+    assert model.is_half == (computed == "float16")
+    said = [record.getMessage() for record in caplog.records if "exceed" in record.getMessage()]
+    sentence = "small: computed in bfloat16, for its weights exceed the range of float16"
+    assert said == [sentence] * (computed == "bfloat16")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".th", ".safetensors"])

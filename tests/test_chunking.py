@@ -4,6 +4,9 @@ import gc
 import logging
 import threading
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,16 +243,17 @@ def test_fades_are_never_zero_and_sum_to_a_constant_over_the_overlap() -> None:
 
 
 class OtherThreads:
-    """The threads that this test has started and that still run."""
+    """The threads that this test has started and that still run, but for the one that computes, which stays."""
 
     def __init__(self) -> None:
         self._before = set(threading.enumerate())
 
     def __bool__(self) -> bool:
-        return bool(set(threading.enumerate()) - self._before)
+        started = set(threading.enumerate()) - self._before
+        return any(not thread.name.startswith("compute on") for thread in started)
 
 
-def test_the_next_batch_is_computed_and_the_one_after_it_read_while_the_caller_has_a_block(
+def test_two_more_batches_are_computed_and_the_one_after_them_read_while_the_caller_has_a_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
@@ -266,12 +270,102 @@ def test_the_next_batch_is_computed_and_the_one_after_it_read_while_the_caller_h
 
     blocks = separate(model, read, 1000, ChunkPlan(100, 0), n_stems=1)
     next(blocks)
-    for _ in range(2):
-        assert computed.acquire(timeout=60)
     for _ in range(3):
+        assert computed.acquire(timeout=60)
+    for _ in range(4):
         assert read_so_far.acquire(timeout=60)
     blocks.close()
     assert not computed.acquire(blocking=False)  # no more than that
+
+
+def test_the_next_batch_is_started_before_the_one_at_hand_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    done: list[str] = []
+
+    def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
+        def waited() -> Tensor:
+            if tensor.dtype == torch.bool:
+                done.append("checked")
+            return tensor
+
+        return waited
+
+    def model(batch: Tensor) -> Tensor:
+        done.append("started")
+        return batch.unsqueeze(1)
+
+    monkeypatch.setattr(chunking, "_to_cpu", to_cpu)
+    run(torch.ones(1, 400), ChunkPlan(100, 0), model)
+    assert done == ["started", *["started", "checked"] * 3, "checked"]
+
+
+def test_songs_in_several_threads_are_computed_by_one_and_each_comes_out_as_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    threads: list[str] = []
+    together = threading.Barrier(4, timeout=60)
+
+    def model(batch: Tensor) -> Tensor:
+        threads.append(threading.current_thread().name)
+        return two_stems(batch)
+
+    def separated(mixture: Tensor) -> Tensor:
+        together.wait()
+        return run(mixture, ChunkPlan(100, 50), model, 2, batch_size=4)
+
+    mixtures = list(torch.randn(4, 2, 3000))
+    with ThreadPoolExecutor(4) as pool:
+        for mixture, got in zip(mixtures, pool.map(separated, mixtures), strict=True):
+            assert torch.equal(got, run(mixture, ChunkPlan(100, 50), two_stems, 2, batch_size=4))
+    assert set(threads) == {"compute on cpu_0"}
+
+
+@pytest.mark.parametrize(
+    "n_chunks, batch_size, sizes",
+    [
+        (1, 8, [1]),
+        (3, 8, [4]),
+        (5, 8, [8]),
+        (9, 8, [8, 8]),
+        (16, 8, [8, 8]),
+        (3, 5, [4]),
+        (7, 5, [5, 5]),
+        (3, 1, [1] * 3),
+    ],
+)
+def test_ahead_all_batches_of_a_song_have_one_size_that_follows_from_its_length_alone(
+    n_chunks: int, batch_size: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    seen: list[Tensor] = []
+
+    def model(batch: Tensor) -> Tensor:
+        seen.append(batch)
+        return two_stems(batch)
+
+    mixture, plan = torch.randn(2, 100 * n_chunks), ChunkPlan(100, 0)
+    result = run(mixture, plan, model, 2, batch_size=batch_size, offset=0.5)
+    assert [len(batch) for batch in seen] == sizes
+    assert not torch.cat(seen)[n_chunks:].any()
+    assert torch.equal(result, run(mixture, plan, two_stems, 2, offset=0.5))
+
+
+def test_ahead_a_batch_with_silent_chunks_is_filled_up_too_and_one_of_silence_alone_is_not_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    sizes: list[int] = []
+
+    def model(batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        return two_stems(batch)
+
+    mixture = torch.randn(2, 1200)
+    mixture[:, 100:300] = mixture[:, 400:800] = 0
+    result = run(mixture, ChunkPlan(100, 0), model, 2, batch_size=4)
+    assert sizes == [4, 4]
+    assert torch.equal(result, run(mixture, ChunkPlan(100, 0), two_stems, 2))
 
 
 def test_what_is_under_way_does_not_grow_with_the_song(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,24 +452,24 @@ class SmallGpu:
 @pytest.mark.parametrize(
     "batch_size, room, sizes",
     [
-        (4, 4, [4, 4, 4, 3]),
-        (4, 3, [4, 2, 2, 2, 2, 2, 2, 2, 1]),
-        (8, 2, [8, 4, 2, 2, 2, 2, 2, 2, 2, 1]),
-        (5, 1, [5, 2] + [1] * 15),
-        (99, 3, [15, 7, 3, 3, 3, 3, 3]),
+        (4, 4, {"in turn": [4, 4, 4, 3], "ahead": [4, 4, 4, 4]}),
+        (4, 3, {"in turn": [4, *[2] * 7, 1], "ahead": [4, *[2] * 8]}),
+        (8, 2, {"in turn": [8, 4, *[2] * 7, 1], "ahead": [8, 4, *[2] * 8]}),
+        (5, 1, {"in turn": [5, 2, *[1] * 15], "ahead": [5, 2, *[1] * 15]}),
+        (99, 3, {"in turn": [15, 7, *[3] * 5], "ahead": [16, 8, 4, *[2] * 8]}),
     ],
 )
 def test_a_batch_that_memory_does_not_hold_is_halved_and_no_sample_changes(
-    batch_size: int, room: int, sizes: list[int], order: str, caplog: pytest.LogCaptureFixture
+    batch_size: int, room: int, sizes: dict[str, list[int]], order: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     mixture, plan, model = torch.randn(2, 1234), ChunkPlan(128, 40), SmallGpu(room)
     result = run(mixture, plan, model, 2, batch_size=batch_size)
     assert torch.equal(result, run(mixture, plan, two_stems, 2))
-    assert model.sizes == sizes
+    assert model.sizes == sizes[order]
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == len(model.attempts)
     if warned:
-        assert warned[0].startswith(f"the GPU's memory does not hold {sizes[0]} chunks at once: from here on ")
+        assert warned[0].startswith(f"the GPU's memory does not hold {sizes[order][0]} chunks at once: from here on ")
 
 
 def test_one_chunk_that_memory_does_not_hold_is_an_error_that_says_what_to_do(order: str) -> None:
@@ -423,15 +517,69 @@ def test_another_error_of_the_model_is_not_taken_for_missing_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "free_gib, reserved_gib, chunk_gib, expected",
-    [(140, 1, 0.7, 8), (14, 1, 0.7, 6), (5, 1, 0.7, 2), (1, 1, 0.7, 1), (0.1, 0.5, 0.7, 1), (0, 15, 0.7, 6)],
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+    ],
 )
-def test_a_batch_takes_a_third_of_the_free_memory_at_most(
-    free_gib: float, reserved_gib: float, chunk_gib: float, expected: int, monkeypatch: pytest.MonkeyPatch
+def test_a_library_that_cannot_allocate_is_missing_memory_too(words: str, order: str) -> None:
+    def model(batch: Tensor) -> Tensor:
+        if len(batch) > 2:
+            raise RuntimeError(words)
+        return two_stems(batch)
+
+    mixture, plan = torch.randn(2, 1234), ChunkPlan(128, 40)
+    assert torch.equal(run(mixture, plan, model, 2, batch_size=8), run(mixture, plan, two_stems, 2))
+
+
+@pytest.mark.parametrize("where", [0, 500, 1100])
+def test_from_where_a_model_gives_no_number_its_spare_computes_to_the_songs_end(where: int, order: str) -> None:
+    mixture, plan, asked = torch.randn(1, 1200), ChunkPlan(100, 0), []
+    mixture[:, where] = 100.0
+
+    def model(batch: Tensor) -> Tensor:
+        return torch.where(batch > 50, torch.inf, batch * 2).unsqueeze(1)
+
+    def spare() -> Callable[[Tensor], Tensor]:
+        asked.append(True)
+        return lambda batch: batch.unsqueeze(1) * 3
+
+    for _ in range(2):  # the next song begins with the model again
+        result = run(mixture, plan, model, batch_size=2, spare=spare)[0]
+        first = where // 200 * 200
+        factors = torch.where(torch.arange(1200) < first, 2.0, 3.0)
+        assert (result - factors * mixture).abs().max() <= 1e-4
+    assert len(asked) == 2
+
+
+def test_a_spare_that_gives_no_number_either_is_an_error_that_says_where(order: str) -> None:
+    def model(batch: Tensor) -> Tensor:
+        return torch.where(batch > 40, torch.nan, batch).unsqueeze(1)
+
+    with pytest.raises(EstimateError, match="NaN or Inf between samples 40 and 60:"):
+        run(torch.arange(60.0)[None], ChunkPlan(20, 0), model, spare=lambda: model)
+
+
+@pytest.mark.parametrize(
+    "total_gib, fraction, chunk_gib, expected",
+    [
+        (140, 1.0, 0.7, 8),
+        (24, 1.0, 1.7, 4),
+        (16, 1.0, 0.7, 4),
+        (80, 0.075, 0.63, 2),
+        (6, 1.0, 2.4, 1),
+        (140, 1.0, 0, 8),
+    ],
+)
+def test_a_batch_is_a_power_of_two_that_takes_a_third_of_the_gpus_memory_at_most(
+    total_gib: float, fraction: float, chunk_gib: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (int(free_gib * 2**30), 140 << 30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: int(reserved_gib * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 2**29)
+    properties = SimpleNamespace(total_memory=int(total_gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda gpu: fraction)
     assert fitting_batch_size(int(chunk_gib * 2**30), torch.device("cuda")) == expected
 
 
@@ -445,6 +593,6 @@ def test_a_chunks_memory_is_that_which_computing_one_adds(gpu_statistics: None) 
 
     # The statistics are a GPU's, the computing is done here.
     assert chunk_memory_bytes(model, 2, 1000, torch.device("cpu")) == 700
-    assert [chunk.shape for chunk in seen] == [(1, 2, 1000)]
+    assert [chunk.shape for chunk in seen] == [(1, 2, 1000)] * 2  # before the second, all that lasts is made
     with pytest.raises(EstimateError, match="does not hold one chunk of 1000 samples"):
         chunk_memory_bytes(SmallGpu(0), 2, 1000, torch.device("cpu"))

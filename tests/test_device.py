@@ -1,8 +1,10 @@
 """device: each choice is the best there is, with its reason; what is not there is an error that says so."""
 
+import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,9 @@ def test_what_is_asked_for_is_taken() -> None:
     assert choice.reason == "device cpu (asked for), precision fp32 where a model can (asked for)"
 
 
-@pytest.mark.parametrize(
-    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
-)
-def test_a_gpu_computes_in_bfloat16_from_sm_80_and_in_float16_below(
-    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert device.choose_precision("auto", torch.device("cuda")) == dtype
+def test_a_gpu_computes_in_float16_with_a_reason() -> None:
+    assert device.choose_precision("auto", torch.device("cuda")) == torch.float16
+    assert "nearer to float32" in device._precision("auto", torch.device("cuda"))[1]
 
 
 @pytest.mark.parametrize("instructions, dtype", [("avx512_bf16", torch.bfloat16), ("", torch.float32)])
@@ -57,6 +54,142 @@ def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_do() -> None:
         device.choose("cuda")
 
 
+@pytest.fixture
+def nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with an NVIDIA GPU that PyTorch cannot use: the file that tells its driver's version."""
+    version = tmp_path / "version"
+    kernel_module = "NVIDIA UNIX Open Kernel Module for x86_64  470.82.01  Release Build"
+    version.write_text(f"NVRM version: {kernel_module}\nGCC version: 12.3.0\n", encoding="ascii")
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(device, "NVIDIA_DEVICES", tmp_path)
+    monkeypatch.setattr(device, "NVIDIA_VERSION", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update.\nMore.")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    return version
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+@pytest.mark.parametrize("driver", ["470.82.01", "unknown"])
+def test_a_gpu_that_pytorch_cannot_use_is_an_error_with_its_driver_and_what_to_do(
+    name: str, driver: str, nvidia: Path
+) -> None:
+    if driver == "unknown":
+        nvidia.unlink()
+    words = (
+        f"an NVIDIA GPU is there, with driver {driver}, but PyTorch, which is built for CUDA 13.0, cannot use it "
+        "(The NVIDIA driver on your system is too old (found version 11040). Please update): update the driver, or use "
+        "--device cpu"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(words)}$"):
+        device.choose(name)
+    assert device.choose("cpu").device.type == "cpu"
+
+
+@pytest.mark.parametrize("reason", ["hidden", "hidden by -1", "not in this container", "PyTorch for CPUs"])
+def test_a_gpu_that_is_not_for_this_program_leaves_the_cpu(
+    reason: str, nvidia: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason.startswith("hidden"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1" if "-1" in reason else "")
+    elif reason == "PyTorch for CPUs":
+        monkeypatch.setattr(torch.version, "cuda", None)
+    else:
+        (nvidia.parent / "nvidia0").unlink()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device.choose().device.type == "cpu"
+
+
+def test_only_auto_and_cuda_without_a_number_mean_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for name in ("auto", "cuda"):
+        assert device.parallel_devices(name) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert device.parallel_devices("cuda:1") == ["cuda:1"]
+    assert device.parallel_devices("cpu") == ["cpu"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device.parallel_devices("auto") == ["auto"]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate(&handle)`"),
+    RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+ANOTHER = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+    RuntimeError("cuFFT error: CUFFT_INVALID_SIZE"),
+    RuntimeError("the shapes do not match"),
+    ValueError("CUDA error: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, *ANOTHER], ids=str)
+def test_what_says_that_a_gpus_memory_was_not_enough_is_told_from_other_errors(error: Exception) -> None:
+    assert device.is_out_of_memory(error) == (error in OUT_OF_MEMORY)
+
+
+@pytest.fixture
+def numerics() -> Iterator[None]:
+    """What CUDA computes with is as before afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    names = [
+        (matmul, "allow_tf32"),
+        (cudnn, "allow_tf32"),
+        (matmul, "allow_fp16_reduced_precision_reduction"),
+        (matmul, "allow_bf16_reduced_precision_reduction"),
+        (cudnn, "deterministic"),
+        (cudnn, "benchmark"),
+    ]
+    before = [getattr(place, name) for place, name in names]
+    device.settle_numerics.cache_clear()
+    yield
+    device.settle_numerics.cache_clear()
+    for (place, name), value in zip(names, before, strict=True):
+        setattr(place, name, value)
+
+
+def test_cuda_computes_what_is_asked_for_and_says_so(numerics: None, caplog: pytest.LogCaptureFixture) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    with caplog.at_level(logging.INFO):
+        device.settle_numerics()
+        device.settle_numerics()
+    assert [record.getMessage().split()[:3] for record in caplog.records] == [["CUDA:", "TF32", "off,"]]
+    assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+def test_what_rounding_depends_on_of_a_gpu_is_its_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device.identity(torch.device("cpu")) == "cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "NVIDIA T4")
+    monkeypatch.setattr(device, "memory_limit_bytes", lambda gpu: 15 << 30)
+    assert (
+        device.identity(torch.device("cuda"))
+        == device.identity(torch.device("cuda:1"))
+        == "cuda (NVIDIA T4, 15360 MiB)"
+    )
+
+
 def test_int8_is_for_a_cpu() -> None:
     assert device.choose("cpu", "int8").precision == torch.int8
     with pytest.raises(InputError, match="precision 'int8' is for a CPU, and the device is mps: use auto"):
@@ -79,6 +212,25 @@ def test_what_something_needs_of_a_gpus_memory_is_measured_and_the_peak_so_far_n
     assert device.needed_memory_bytes(lambda: ran.append(True), gpu) == 700
     assert ran
     assert device.peak_memory_bytes(gpu) == device.peak_memory_bytes(torch.device("cuda:0")) == 5000
+
+
+@pytest.mark.parametrize("disturbed", [0, 2, 99])
+def test_a_measurement_that_another_thread_disturbs_is_made_again(
+    disturbed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, in_use = [], [1000]
+
+    def run() -> None:
+        runs.append(True)
+        in_use[0] += 50 * (len(runs) <= disturbed)  # a model that is loaded
+
+    monkeypatch.setattr(device, "_earlier_peaks", {})
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: in_use[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: in_use[0] + 700)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: None)
+    needed = device.needed_memory_bytes(run, torch.device("cuda"))
+    assert len(runs) == min(disturbed + 1, device.MEASUREMENTS)
+    assert needed == 700 + 50 * (disturbed == 99)
 
 
 def test_peak_memory_on_a_gpu_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ FLOORS = {
     "separation.recipes": 2,
     "separation.audio": 2,
     "separation.models": 1,
+    "separation.gpu": 1,
     "separation.device": 0.5,
     "separation.settings": 0.5,
     "separation.stft": 0,

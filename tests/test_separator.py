@@ -35,6 +35,7 @@ from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 from separation.output import OutputFolder
 from separation.recipes import resolve
+from separation.separator import GpuModels
 
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 
@@ -198,32 +199,104 @@ def test_batch_size_in_bfloat16_changes_the_stems_by_no_more_than_its_rounding(c
 
 
 def test_chunks_at_once_are_one_on_a_cpu_unless_asked_for(pool: ModelPool) -> None:
-    separator = Separator("demo", "all_4", pool=pool, **QUICK)
-    (kind,) = [(name, model.stems, 1000) for name, model in separator.models.items()]
-    assert separator._batch_size(kind, separator.models["demo"]) == 1
-    assert Separator("demo", "all_4", batch_size=5, pool=pool, **QUICK)._batch_size(kind, separator.models["demo"]) == 5
+    for options, expected in (({}, 1), ({"batch_size": 5}, 5)):
+        separator = Separator("demo", "all_4", pool=pool, **QUICK, **options)
+        ready = separator._ready(separator.models["demo"], separator.plans["demo"])
+        assert (ready.model, ready.batch_size) == (separator.models["demo"], expected)
 
 
-def test_on_a_gpu_a_models_need_is_measured_once_and_free_memory_looked_at_each_time(
+class Gpu:
+    """What a GPU that holds `room` chunks at once says when models are made ready on it; nothing is computed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fitting: int) -> None:
+        self.room = 99
+        self.measured: list[tuple[int, int]] = []
+        self.captured: list[tuple[str, tuple[int, ...]]] = []
+        monkeypatch.setattr(separator_module, "chunk_memory_bytes", self._measure)
+        monkeypatch.setattr(separator_module, "fitting_batch_size", lambda n_bytes, gpu: fitting)
+        monkeypatch.setattr(separator_module, "captured", self._capture)
+
+    def _measure(self, model: object, channels: int, samples: int, device: torch.device) -> int:
+        self.measured.append((channels, samples))
+        return 700
+
+    def _capture(self, name: str, model: Any, shape: tuple[int, ...], device: torch.device) -> Any:
+        self.captured.append((name, shape))
+        if shape[0] > self.room:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        return model
+
+
+def test_on_a_gpu_a_model_is_made_ready_once_for_each_kind_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, models, device = Gpu(monkeypatch, 8), GpuModels(), torch.device("cuda")
+    model = random_model(("left", "right"))
+    ready = models.get(model, 1000, "auto", device)
+    assert (ready.model, ready.batch_size, ready.chunk_bytes) == (model, 8, 700)
+    assert models.get(model, 1000, "auto", device) is ready
+    assert models.get(model.only(("right",)), 1000, "auto", device) is not ready
+    assert models.get(model, 2000, "auto", device).batch_size == 8
+    assert models.get(model, 1000, 3, device).batch_size == 3
+    assert gpu.measured == [(2, 1000), (2, 1000), (2, 2000), (2, 1000)]
+    assert gpu.captured == [
+        ("random", (size, 2, samples)) for size, samples in ((8, 1000),) * 2 + ((8, 2000), (3, 1000))
+    ]
+    models.forget("random")
+    assert models.get(model, 1000, "auto", device) is not ready
+
+
+def test_on_a_gpu_that_others_use_a_batch_is_halved_for_this_song_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu, models, model = Gpu(monkeypatch, 8), GpuModels(), random_model(("left",))
+    sizes = []
+    for gpu.room in (2, 4, 8, 2):  # the last comes too late to matter
+        sizes.append(models.get(model, 1000, "auto", torch.device("cuda")).batch_size)
+    assert sizes == [2, 4, 8, 8]
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned[:2] == [
+        f"the GPU's memory does not hold {size} chunks at once: from here on {size // 2}" for size in (8, 4)
+    ]
+    gpu.room = 0
+    with pytest.raises(EstimateError, match="the memory of cuda does not hold one chunk of 2000 samples"):
+        models.get(model, 2000, "auto", torch.device("cuda"))
+
+
+def test_on_a_gpu_the_least_recently_used_models_do_not_stay_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch, 8)
+    monkeypatch.setattr(separator_module, "MAX_READY", 2)
+    models, model = GpuModels(), random_model(("left",))
+    for samples in (1000, 2000, 1000, 3000):
+        models.get(model, samples, "auto", torch.device("cuda"))
+    assert [kind[2] for kind in models.ready] == [1000, 3000]
+
+
+def test_the_spare_of_a_model_in_float16_is_one_copy_in_bfloat16_and_a_warning_names_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    models, model, chunk = GpuModels(), random_model(("left",)), torch.randn(1, 2, 44_100) * 0.1
+    with torch.inference_mode():
+        exact = model(chunk)
+        model.to_precision(torch.float16)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        spare = models.spare(model)
+        assert isinstance(spare, SeparationModel) and not spare.is_half and model.is_half
+        assert sdr(exact, spare(chunk)) > 30
+    assert spare.is_half is False and {weight.dtype for weight in spare.parameters()} == {torch.float32, torch.bfloat16}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert models.spare(model) is spare
+    warned = [record.getMessage() for record in caplog.records]
+    assert warned == ["random: NaN or Inf in float16: the rest of this song is computed in bfloat16"] * 2
+
+
+def test_a_spare_for_which_the_memory_is_missing_is_an_error_that_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measured, free = [], [12, 5]
+    def copy(model: SeparationModel, dtype: torch.dtype) -> SeparationModel:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def measure(model: object, channels: int, samples: int, device: torch.device) -> int:
-        measured.append((channels, samples, device.type))
-        return 2
-
-    monkeypatch.setattr(separator_module, "chunk_memory_bytes", measure)
-    monkeypatch.setattr(separator_module, "fitting_batch_size", lambda chunk_bytes, gpu: free.pop(0) // chunk_bytes)
-    pool = ModelPool("cpu", "fp32")
-    sizes = []
-    for _ in range(2):
-        separator = Separator("demo", "all_4", pool=pool, **QUICK)
-        separator.device = torch.device("cuda")  # only asked for its type here
-        ((name, model),) = separator.models.items()
-        sizes.append(separator._batch_size((name, model.stems, 1000), model))
-    assert sizes == [6, 2]
-    assert measured == [(2, 1000, "cuda")]
+    monkeypatch.setattr(SeparationModel, "in_precision", copy)
+    with pytest.raises(EstimateError, match="does not hold a second copy of random, in bfloat16: use precision bf16"):
+        GpuModels().spare(random_model(("left",)))
 
 
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
@@ -775,6 +848,7 @@ import torch
 from separation import ModelPool, Separator
 from separation.models.base import SeparationModel
 from separation.recipes import resolve
+from separation.separator import GpuModels
 
 class Half(SeparationModel):
     channels, name, stems, sample_rate, chunk_samples = 2, "half", ("song", "again"), 44100, 352800

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import conftest
 from conftest import PROJECT, below, read, started
@@ -30,7 +31,7 @@ from separation import __main__, chunking, songs
 from separation.__main__ import INDIFFERENT, build_parser, main
 from separation.errors import InputError
 from separation.separator import Separator
-from separation.songs import RECORD, Job, Song, find
+from separation.songs import RECORD, Job, Outcome, Song, find
 
 DEMO = ("--recipe", "demo", "--device", "cpu")
 
@@ -359,9 +360,9 @@ def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
     write_songs(tmp_path / "music", *names, seconds=2)
     separator = Separator("demo", device="cpu", chunk_seconds=4, overlap_seconds=1)
     alone, found = {}, find([str(tmp_path / "music")], tmp_path / "alone")[0]
-    for outcome in songs.run(found, job(), separator, workers=1, bar=no_bar):
+    for outcome in songs.run(found, job(), [separator], workers=1, bar=no_bar):
         alone[outcome.path.name] = read(outcome.stems["vocals"])
-    estimate, running, others = chunking._estimate, threading.Lock(), []
+    estimate, running, others = chunking._Song._estimates, threading.Lock(), []
 
     def watched(*arguments: Any) -> Any:
         others.append(not running.acquire(blocking=False))
@@ -371,9 +372,9 @@ def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
         finally:
             running.release()
 
-    monkeypatch.setattr(chunking, "_estimate", watched)
+    monkeypatch.setattr(chunking._Song, "_estimates", watched)
     found, _ = find([str(tmp_path / "music")], tmp_path / "together")
-    outcomes = list(songs.run(found, job(), separator, workers=3, bar=no_bar))
+    outcomes = list(songs.run(found, job(), [separator], workers=3, bar=no_bar))
     assert len(others) >= 5 and not any(others)
     assert sorted(outcome.path.name for outcome in outcomes) == names
     for outcome in outcomes:
@@ -381,12 +382,52 @@ def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
         assert np.array_equal(read(outcome.stems["vocals"]), alone[outcome.path.name])
 
 
+def test_of_several_separators_each_has_one_song_at_a_time_and_all_are_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, busy, others = threading.Barrier(3, timeout=60), {name: threading.Lock() for name in "abc"}, []
+
+    def separated(song: Song, job: Job, separator: str, progress: object) -> Outcome:
+        others.append(not busy[separator].acquire(blocking=False))
+        together.wait()  # until all three have a song
+        busy[separator].release()
+        return Outcome(song.path, "done", facts={"by": separator})
+
+    monkeypatch.setattr(songs, "separate_song", separated)
+    found = [Song(tmp_path / f"{n}.wav", tmp_path / f"{n}") for n in range(9)]
+    separators: Any = ["a", "b", "c"]
+    outcomes = list(songs.run(found, job(), separators, workers=1, bar=no_bar))
+    assert {outcome.path for outcome in outcomes} == {song.path for song in found}
+    assert {outcome.facts["by"] for outcome in outcomes} == {"a", "b", "c"}
+    assert len(others) == 9 and not any(others)
+
+
+@pytest.mark.parametrize("device, n_songs, expected", [("cuda", 5, 3), ("auto", 2, 2), ("cuda:1", 5, 1)])
+def test_a_separator_is_made_for_each_gpu_that_has_a_song(
+    device: str, n_songs: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_songs(tmp_path / "music", *(f"{n}.wav" for n in range(n_songs)), seconds=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    asked: list[str] = []
+
+    def run(found: list[Song], job: Job, separators: list[str], **options: Any) -> Iterator[Outcome]:
+        asked.extend(separators)
+        assert options["workers"] == 1
+        yield from (Outcome(song.path, "done") for song in found)
+
+    monkeypatch.setattr(songs, "run", run)
+    monkeypatch.setattr(__main__, "_separator", lambda options: options.device)
+    assert main(["separate", str(tmp_path / "music"), "-o", str(tmp_path / "out"), "--device", device]) == 0
+    assert asked == (["cuda:0", "cuda:1", "cuda:2"][:expected] if expected > 1 else ["cuda:1"])
+
+
 @pytest.mark.parametrize("format", ["wav", "mp3"])
 def test_when_the_iterator_is_closed_workers_stop_and_remove_what_is_not_finished(format: str, tmp_path: Path) -> None:
     write_songs(tmp_path / "music", *(f"{n}.wav" for n in range(6)), seconds=10)
     separator = Separator("demo", device="cpu")
     found, _ = find([str(tmp_path / "music")], tmp_path / "out")
-    running = songs.run(found, job(format), separator, workers=3, bar=no_bar)
+    running = songs.run(found, job(format), [separator], workers=3, bar=no_bar)
     next(running)
     running.close()
     assert not temporary(tmp_path)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -63,6 +63,11 @@ class Transform:
         half = n_fft // 2
         scale = n_fft**-0.5 if normalized else 1.0
         return cls(n_fft=n_fft, scale=scale, bins=bins or half + 1, padding=(half, half), crop=half, **values)
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The name in an Origin of what a model computes in."""
+    return str(dtype).removeprefix("torch.")
 
 
 class SeparationModel(nn.Module):
@@ -156,3 +161,23 @@ class SeparationModel(nn.Module):
         for module in self.modules():
             if isinstance(module, self.CAST_LAYERS):
                 module.to(dtype)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it computes in float16, whose largest number is 65504."""
+        if self.origin is not None:
+            return self.origin.precision == precision_name(torch.float16)
+        return any(weight.dtype == torch.float16 for weight in self.parameters())
+
+    def in_precision(self, dtype: torch.dtype) -> Self:
+        """A copy of the model, with weights of its own, that computes in another of the 16-bit precisions."""
+        other = copy.deepcopy(self)
+        other.to_precision(dtype)
+        other.origin = None if self.origin is None else replace(self.origin, precision=precision_name(dtype))
+        return other
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether every weight is a finite number within the range of that type."""
+        weights = [weight.detach() for weight in self.parameters() if weight.numel()]
+        largest = torch._foreach_norm(weights, torch.inf)  # NaN where there is one
+        return not weights or bool(torch.stack([norm.float() for norm in largest]).amax() <= torch.finfo(dtype).max)
