@@ -9,8 +9,8 @@ for has not arrived before an event, a stream or the device is waited for: until
 counted, and what does not fit is a `torch.OutOfMemoryError`. A CUDA graph computes nothing until it is replayed, and
 then on what its inputs hold.
 
-It counts what a GPU would be asked to do: `Counts`. With `shapes_only` nothing is computed, and models of any size take
-no memory. Nothing is changed by importing this file, and all is as before when the context is left.
+It counts what a GPU would be asked to do: `Counts`. Within `shapes_alone()` nothing is computed, so that chunks of any
+size take neither time nor memory. Importing this file changes nothing, and all is as before when the context is left.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,19 +34,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 DEVICE = torch.device("cuda", 0)
 ALIGNED_BYTES = 16  # at which the rows of an attention kernel's q, k and v must begin
 
 # Of namespace aten; in all others, every operation is one kernel.
 COPIES = {"copy_", "_to_copy"}
-WAITING = {"equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
+WAITING = {"equal", "allclose", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 LAUNCHING_NOTHING = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
 LAUNCHING_NOTHING |= {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift", "lift_fresh", "_local_scalar_dense"}
 ONLY_WRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # they do not read what they change
 ATTENTION = {f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")}
+# Of half precision these are summed up in float32, as on a GPU, where a CPU would be slow, or cannot.
+IN_FLOAT32 = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution", "lstm", "cudnn_batch_norm"}
 WHOLE = {"lstm"}  # not taken apart: cuDNN has a kernel for it
 
 
@@ -178,7 +179,7 @@ class Graph:
     """A CUDA graph: the work that was captured, done at each replay on the memory that it was captured with."""
 
     def __init__(self, keep_graph: bool = False) -> None:
-        self._work: list[tuple[Callable[[], Any], Any]] = []  # what computes; where its results go, if they are new
+        self._work: list[tuple[Callable[[], Any], tuple[Any, ...]]] = []  # what computes; where its results go, if new
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         _installed().capture = self
@@ -187,18 +188,18 @@ class Graph:
         gpu = _installed()
         gpu.capture = None
         for _, results in self._work:
-            for result in tree_leaves(results):
+            for result in _tensors(results):
                 _spoil(result)
 
-    def add(self, compute: Callable[[], Any], results: Any) -> None:
+    def add(self, compute: Callable[[], Any], results: tuple[Any, ...]) -> None:
         self._work.append((compute, results))
 
     def replay(self) -> None:
         with torch.inference_mode():
             for compute, results in self._work:
-                new = compute()
-                if results is not None:
-                    tree_map(lambda old, new: old.copy_(new) if isinstance(old, Tensor) else old, results, new)
+                new = (compute(),)
+                for old, tensor in zip(_tensors(results), _tensors(new), strict=True) if results else ():
+                    old.copy_(tensor)
 
     def reset(self) -> None:
         self._work.clear()
@@ -232,9 +233,9 @@ def _on_stream(stream: Stream | None) -> Iterator[None]:
         gpu.stream = before
 
 
-def _spoil(tensor: Any) -> None:
+def _spoil(tensor: Tensor) -> None:
     """Fill a tensor with what nobody can take for a result."""
-    if isinstance(tensor, Tensor) and not tensor.is_meta:
+    if not tensor.is_meta:
         floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
         with torch.inference_mode():
             tensor.fill_(math.nan if floating else True if tensor.dtype == torch.bool else 85)
@@ -243,13 +244,13 @@ def _spoil(tensor: Any) -> None:
 class PretendedGPU:
     """What has the GPU's memory, its work that is under way, and its counters."""
 
-    def __init__(self, *, shapes_only: bool = False, capability: tuple[int, int] = (9, 0)) -> None:
-        self.shapes_only = shapes_only
+    def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
         self.total_bytes = 80 * 2**30
         self.out_of_memory: Callable[[str], Exception] = torch.OutOfMemoryError  # what a failed allocation raises
         self.races: list[str] = []  # memory that the host wrote to while the GPU may not yet have read it
         self.peak_bytes = 0
+        self._shapes_alone = False
         self._allocated = 0
         self._freed: deque[int] = deque()  # by finalizers, which may run anywhere
         self._storages: set[int] = set()
@@ -270,6 +271,15 @@ class PretendedGPU:
             yield counts
         finally:
             self._counters.remove(counts)
+
+    @contextlib.contextmanager
+    def shapes_alone(self) -> Iterator[None]:
+        """Within, results have their shapes and hold nothing; what asks for a value gets what passes a check."""
+        self._shapes_alone = True
+        try:
+            yield
+        finally:
+            self._shapes_alone = False
 
     # Memory
 
@@ -360,7 +370,7 @@ class PretendedGPU:
     # Operations
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = [*_tensors((*args, *kwargs.values()))]
         ours = [leaf for leaf in leaves if isinstance(leaf, PretendedTensor)]
         device = kwargs.get("device", next((each for each in args if isinstance(each, torch.device)), None))
         to_gpu = bool(ours) if device is None else torch.device(device).type == "cuda"
@@ -395,11 +405,11 @@ class PretendedGPU:
         if isinstance(source, PretendedTensor):
             target = args[0] if name == "copy_" else None
             if target is None:
-                inner = torch.zeros(source.shape, dtype=source.dtype) if self.shapes_only else source.inner
+                inner = torch.zeros(source.shape, dtype=source.dtype) if self._shapes_alone else source.inner
                 target = func(inner, **kwargs).clone()
                 if non_blocking:
                     self._pin(target)
-            arrived = torch.zeros_like(target) if self.shapes_only else source.inner.to(target.dtype, copy=True)
+            arrived = torch.zeros_like(target) if self._shapes_alone else source.inner.to(target.dtype, copy=True)
             if non_blocking and self._is_pinned(target):
                 if self.capture is not None:
                     raise NotImplementedError("copies to the host in a CUDA graph")
@@ -442,7 +452,7 @@ class PretendedGPU:
                 self.wait("boolean mask")
 
     def _check_hazards(self, name: str, args: tuple[Any, ...]) -> None:
-        if name == "_fft_c2r" and not self.shapes_only:
+        if name == "_fft_c2r" and not self._shapes_alone:
             spectrum, (*_, dim), _, length = args
             ends = spectrum.inner.select(dim, 0).imag, spectrum.inner.select(dim, -1).imag
             if bool(ends[0].any()) or (length % 2 == 0 and bool(ends[1].any())):
@@ -469,27 +479,29 @@ class PretendedGPU:
 
     def _execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute on what is inside; the results are the GPU's."""
-        inner_args, inner_kwargs = tree_map(self._inner, args), tree_map(self._inner, kwargs)
+        inner_args = tuple(_mapped(self._inner, value) for value in args)
+        inner_kwargs = {key: _mapped(self._inner, value) for key, value in kwargs.items()}
         if inner_kwargs.get("device") is not None:
-            inner_kwargs["device"] = torch.device("meta" if self.shapes_only else "cpu")
+            inner_kwargs["device"] = torch.device("meta" if self._shapes_alone else "cpu")
         compute = functools.partial(self._kernel(func), *inner_args, **inner_kwargs)
         result = compute()
         written, aliased = _aliases(func)
         if self.capture is not None and not aliased:
-            self.capture.add(compute, None if written else result)
+            self.capture.add(compute, () if written else (result,))
         if written:
+            if not func._schema.returns:
+                return None
             by_name = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
             changed = tuple(by_name[argument] for argument in written)
             return changed[0] if len(changed) == 1 else changed
         # Within inference mode too, a view of a tensor that was made outside of it is of that one's kind.
         inference = torch.is_inference_mode_enabled() and not (aliased and not args[0].is_inference())
         with torch.inference_mode(inference):
-            return tree_map_only(Tensor, self._wrap, result)
+            return _mapped(self._wrap, result)
 
-    def _inner(self, value: Any) -> Any:
-        if isinstance(value, PretendedTensor):
-            return value.inner
-        return value.to("meta") if self.shapes_only and isinstance(value, Tensor) else value
+    def _inner(self, tensor: Tensor) -> Tensor:
+        inner = tensor.inner if isinstance(tensor, PretendedTensor) else tensor
+        return inner.to("meta") if self._shapes_alone else inner
 
     def _wrap(self, inner: Tensor) -> PretendedTensor:
         self._allocate(inner)
@@ -502,15 +514,34 @@ class PretendedGPU:
             return functools.partial(_attention, n_results=len(func._schema.returns))
         if name == "_fused_sdp_choice":
             return _attention_choice
-        if name == "lstm" and self.shapes_only:
+        if name == "_softmax":
+            return _softmax
+        if name == "lstm" and self._shapes_alone:
             return _lstm_shapes
-        if self.shapes_only and name == "_local_scalar_dense":
+        if self._shapes_alone and name == "_local_scalar_dense":
             return lambda tensor: True  # as what is checked would be
-        if self.shapes_only and name == "equal":
+        if self._shapes_alone and name == "equal":
             return lambda first, second: False
-        if self.shapes_only and func.namespace != "aten" and not _has_kernel(func, "Meta"):
+        if self._shapes_alone and func.namespace != "aten" and not _has_kernel(func, "Meta"):
             return functools.partial(func.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))  # its twin
-        return func
+        plain = _batch_norm if name == "cudnn_batch_norm" else func
+        return functools.partial(_in_float32, plain) if name in IN_FLOAT32 and not _aliases(func)[0] else plain
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among arguments or results, and within lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """An argument or a result, with the function done to it if it is a tensor, or to those in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)(_mapped(function, each) for each in value) if isinstance(value, list | tuple) else value
 
 
 def _place() -> str:
@@ -550,7 +581,7 @@ def _launches(func: Any, name: str, result: Any) -> bool:
     written, returns_views = _aliases(func)
     if name in LAUNCHING_NOTHING or returns_views:
         return False
-    return bool(written) or any(isinstance(leaf, Tensor) and leaf.numel() for leaf in tree_leaves(result))
+    return bool(written) or any(tensor.numel() for tensor in _tensors((result,)))
 
 
 def _traffic_bytes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -560,16 +591,16 @@ def _traffic_bytes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     for argument, value in given.items():
         is_read = argument not in written or not (name in ONLY_WRITING or argument.startswith("out"))
-        total += _size_bytes(value) * (is_read + (argument in written))
-    return total if written else total + _size_bytes(result)
+        total += _size_bytes((value,)) * (is_read + (argument in written))
+    return total if written else total + _size_bytes((result,))
 
 
-def _size_bytes(values: Any) -> int:
+def _size_bytes(values: Iterable[Any]) -> int:
     """What tensors take; what is repeated along a dimension counts once."""
     return sum(
         tensor.element_size() * math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-        for tensor in tree_leaves(values)
-        if isinstance(tensor, Tensor) and tensor.numel()
+        for tensor in _tensors(values)
+        if tensor.numel()
     )
 
 
@@ -588,6 +619,23 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *options: Any, n_results: int, *
 
 def _attention_choice(q: Tensor, *options: Any, **named: Any) -> int:
     return int((SDPBackend.FLASH_ATTENTION if q.itemsize == 2 else SDPBackend.EFFICIENT_ATTENTION).value)
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    return torch.ops.aten._softmax(x.float() if half_to_float else x, dim, False)
+
+
+def _in_float32(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The results are of the first argument's type."""
+    dtype = next(_tensors(args)).dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return compute(*args, **kwargs)
+    results = compute(*(_mapped(Tensor.float, value) for value in args), **kwargs)
+    return _mapped(lambda result: result.to(dtype), results)
+
+
+def _batch_norm(x: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return (*torch.ops.aten.native_batch_norm(x, *options), x.new_empty(0, dtype=torch.uint8))
 
 
 def _lstm_shapes(x: Tensor, states: list[Tensor], weights: list[Tensor], *options: Any) -> tuple[Tensor, ...]:
@@ -704,10 +752,10 @@ def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def pretended_gpu(*, shapes_only: bool = False, capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedGPU]:
+def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedGPU]:
     """A CUDA GPU is there, for this thread and those that are started within."""
     assert not _gpus, "one pretended GPU at a time"
-    gpu = PretendedGPU(shapes_only=shapes_only, capability=capability)
+    gpu = PretendedGPU(capability)
     torch._C._ensureCUDADeviceGuardSet()
     lifted = torch._C._only_lift_cpu_tensors()
     overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -718,7 +766,7 @@ def pretended_gpu(*, shapes_only: bool = False, capability: tuple[int, int] = (9
         patch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)  # it would lay out an LSTM's weights
         patch.setattr(F, "scaled_dot_product_attention", _attend(F.scaled_dot_product_attention))
         patch.setattr(threading.Thread, "start", _starting(threading.Thread.start))
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # new parameters, for they are of another class
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # for these are of another class
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(values, device="cuda") is then a copy from the CPU
         _gpus.append(gpu)
         try:
