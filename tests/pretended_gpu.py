@@ -15,6 +15,7 @@ size take neither time nor memory. Importing this file changes nothing, and all 
 
 import contextlib
 import functools
+import importlib
 import inspect
 import itertools
 import math
@@ -93,6 +94,13 @@ class PretendedTensor(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
+        return memo[id(self)]
+
     def record_stream(self, stream: "Stream") -> None:
         """Nothing: memory is never used again before it is free."""
 
@@ -105,7 +113,7 @@ class _Mode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch.compile is imported, which takes seconds
+        return False  # what guards against torch.compile takes as long as a small operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -247,7 +255,7 @@ class PretendedGPU:
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
         self.total_bytes = 80 * 2**30
-        self.out_of_memory: Callable[[str], Exception] = torch.OutOfMemoryError  # what a failed allocation raises
+        self.out_of_memory: Exception = torch.OutOfMemoryError("CUDA out of memory.")  # what is raised
         self.races: list[str] = []  # memory that the host wrote to while the GPU may not yet have read it
         self.peak_bytes = 0
         self._shapes_alone = False
@@ -301,7 +309,7 @@ class PretendedGPU:
             if key in self._storages:
                 return
             if allocated + n_bytes > self.total_bytes:
-                raise self.out_of_memory(f"CUDA out of memory. Tried to allocate {n_bytes} bytes (pretended)")
+                raise type(self.out_of_memory)(*self.out_of_memory.args)
             self._storages.add(key)
             self._allocated += n_bytes
             self.peak_bytes = max(self.peak_bytes, self._allocated)
@@ -755,6 +763,7 @@ def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
 def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedGPU]:
     """A CUDA GPU is there, for this thread and those that are started within."""
     assert not _gpus, "one pretended GPU at a time"
+    importlib.import_module("torch._dynamo")  # keeps a list of PyTorch's functions as they are when it is first needed
     gpu = PretendedGPU(capability)
     torch._C._ensureCUDADeviceGuardSet()
     lifted = torch._C._only_lift_cpu_tensors()
