@@ -187,7 +187,8 @@ class Graph:
     """A CUDA graph: the work that was captured, done at each replay on the memory that it was captured with."""
 
     def __init__(self, keep_graph: bool = False) -> None:
-        self._work: list[tuple[Callable[[], Any], tuple[Any, ...]]] = []  # what computes; where its results go, if new
+        self._work: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []  # see `add`
+        self._touched: list[Tensor] = []
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         _installed().capture = self
@@ -195,22 +196,25 @@ class Graph:
     def capture_end(self) -> None:
         gpu = _installed()
         gpu.capture = None
-        for _, results in self._work:
+        for _, _, results in self._work:
             for result in _tensors(results):
                 _spoil(result)
 
-    def add(self, compute: Callable[[], Any], results: tuple[Any, ...]) -> None:
-        self._work.append((compute, results))
+    def add(self, compute: Callable[[], Any], new: Callable[[Any], Any], results: Any, touched: list[Tensor]) -> None:
+        """What computes, which of its results are new, those when it was captured, and all that it reads and writes."""
+        self._work.append((compute, new, results))
+        self._touched += touched
 
     def replay(self) -> None:
+        _installed().order(self._touched, self._touched)
         with torch.inference_mode():
-            for compute, results in self._work:
-                new = (compute(),)
-                for old, tensor in zip(_tensors(results), _tensors(new), strict=True) if results else ():
-                    old.copy_(tensor)
+            for compute, new, results in self._work:
+                for old, result in zip(_tensors(results), _tensors(new(compute())), strict=True):
+                    old.copy_(result)
 
     def reset(self) -> None:
         self._work.clear()
+        self._touched.clear()
 
     def pool(self) -> tuple[int, int]:
         return (0, 0)
@@ -256,7 +260,7 @@ class PretendedGPU:
         self.capability = capability
         self.total_bytes = 80 * 2**30
         self.out_of_memory: Exception = torch.OutOfMemoryError("CUDA out of memory.")  # what is raised
-        self.races: list[str] = []  # memory that the host wrote to while the GPU may not yet have read it
+        self.races: list[str] = []  # memory that is used before what another stream, or the host, does with it is done
         self.peak_bytes = 0
         self._shapes_alone = False
         self._allocated = 0
@@ -266,6 +270,9 @@ class PretendedGPU:
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
         self._under_way: list[tuple[Stream, int, Callable[[], object]]] = []  # copies that have not arrived
+        self._writers: dict[int, tuple[Stream, int]] = {}  # by storage: whose work it is, and its number
+        self._latest: dict[Stream, int] = {}  # the last piece of each stream's work
+        self._seen: dict[Stream, int] = {}  # that the host has waited for
         self._default_stream = Stream()
         self._own = threading.local()  # a thread's current stream, and the graph that it captures
         self._counters: list[Counts] = []
@@ -297,6 +304,7 @@ class PretendedGPU:
             while self._freed:
                 storage, n_bytes = self._freed.popleft(), self._freed.popleft()
                 self._storages.discard(storage)
+                self._writers.pop(storage, None)
                 self._allocated -= n_bytes
             return self._allocated
 
@@ -342,15 +350,28 @@ class PretendedGPU:
     def capture(self, graph: Graph | None) -> None:
         self._own.capture = graph
 
-    def _queue(self, finish: Callable[[], object]) -> None:
+    def order(self, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
+        """Put a piece of work into the current stream; what it reads must be done by then."""
+        if self.capture is not None or self._shapes_alone:
+            return
+        stream = self.stream
         with self._lock:
-            number = next(self._numbers)
-            self.stream.clock[self.stream] = number
-            self._under_way.append((self.stream, number, finish))
+            for tensor in read:
+                writer, number = self._writers.get(tensor.untyped_storage()._cdata, (stream, 0))
+                if writer is not stream and number > max(stream.clock.get(writer, 0), self._seen.get(writer, 0)):
+                    self.races.append(f"a tensor of another stream is used without waiting for it, at {_place()}")
+            stream.clock[stream] = self._latest[stream] = number = next(self._numbers)
+            self._writers |= {tensor.untyped_storage()._cdata: (stream, number) for tensor in written}
+
+    def _later(self, finish: Callable[[], object]) -> None:
+        """Finish the current stream's last piece of work when the host waits for it."""
+        with self._lock:
+            self._under_way.append((self.stream, self._latest.get(self.stream, 0), finish))
 
     def arrive(self, clock: dict[Stream, int]) -> None:
-        """Finish the copies up to there."""
+        """The host has seen the work up to there done."""
         with self._lock, torch.inference_mode():
+            self._seen |= {stream: max(number, self._seen.get(stream, 0)) for stream, number in clock.items()}
             due = [work for work in self._under_way if work[1] <= clock.get(work[0], 0)]
             self._under_way = [work for work in self._under_way if work not in due]
             for _, _, finish in due:
@@ -364,12 +385,11 @@ class PretendedGPU:
         self.arrive(self.stream.clock if clock is None else clock)
 
     def synchronize(self, device: Any = None) -> None:
-        everything = {stream: number for stream, number, _ in self._under_way}
-        self.wait("torch.cuda.synchronize", everything)
+        self.wait("torch.cuda.synchronize", dict(self._latest))
 
     def finish(self) -> None:
         """Finish all copies, unseen."""
-        self.arrive({stream: number for stream, number, _ in self._under_way})
+        self.arrive(dict(self._latest))
 
     def _note(self, counter: str, what: str) -> None:
         for counts in self._counters:
@@ -411,6 +431,7 @@ class PretendedGPU:
         non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         what = f"copy of {list(source.shape)}"
         if isinstance(source, PretendedTensor):
+            self.order([source.inner], [])
             target = args[0] if name == "copy_" else None
             if target is None:
                 inner = torch.zeros(source.shape, dtype=source.dtype) if self._shapes_alone else source.inner
@@ -422,18 +443,21 @@ class PretendedGPU:
                 if self.capture is not None:
                     raise NotImplementedError("copies to the host in a CUDA graph")
                 _spoil(target)
-                self._queue(functools.partial(target.copy_, arrived))
+                self._later(functools.partial(target.copy_, arrived))
             else:
                 self.wait(f"{what} to the host")
                 target.copy_(arrived)
             return target
+        result = self._execute(func, args, kwargs)
+        self.order([], [result.inner])
         if non_blocking and self._is_pinned(source):
-            self._queue(functools.partial(self._check_unchanged, source, source.clone(), _place()))
+            self._later(functools.partial(self._check_unchanged, source, source.clone(), _place()))
+        elif self.capture is not None:
+            raise _not_while_capturing("a copy from memory that is not page-locked")
         else:
-            if self.capture is not None:
-                raise _not_while_capturing("a copy from memory that is not page-locked")
             self._note("uploads", f"{what} from the host")
-        return self._execute(func, args, kwargs)
+            self.arrive(self.stream.clock)
+        return result
 
     def _check_unchanged(self, source: Tensor, as_queued: Tensor, place: str) -> None:
         if not torch.equal(source.contiguous().view(torch.uint8), as_queued.contiguous().view(torch.uint8)):
@@ -477,6 +501,11 @@ class PretendedGPU:
             return return_and_correct_aliasing(func, args, kwargs, args[0])
         result = self._execute(func, args, kwargs)
         if _launches(func, name, result):
+            read, written = (
+                [tensor.inner for tensor in _tensors(values) if isinstance(tensor, PretendedTensor)]
+                for values in ((*args, *kwargs.values()), (*_written(func, args, kwargs).values(), result))
+            )
+            self.order(read, written)
             n_bytes = _traffic_bytes(func, name, args, kwargs, result)
             with self._lock:
                 for counts in self._counters:
@@ -493,19 +522,25 @@ class PretendedGPU:
             inner_kwargs["device"] = torch.device("meta" if self._shapes_alone else "cpu")
         compute = functools.partial(self._kernel(func), *inner_args, **inner_kwargs)
         result = compute()
-        written, aliased = _aliases(func)
+        aliased = _returns_views(func)
         if self.capture is not None and not aliased:
-            self.capture.add(compute, () if written else (result,))
-        if written:
-            if not func._schema.returns:
-                return None
-            by_name = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-            changed = tuple(by_name[argument] for argument in written)
-            return changed[0] if len(changed) == 1 else changed
+            touched = [*_tensors((*inner_args, *inner_kwargs.values(), result))]
+            self.capture.add(compute, functools.partial(_new, func), _new(func, result), touched)
         # Within inference mode too, a view of a tensor that was made outside of it is of that one's kind.
         inference = torch.is_inference_mode_enabled() and not (aliased and not args[0].is_inference())
         with torch.inference_mode(inference):
+            return self._returned(func, args, kwargs, result)
+
+    def _returned(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """The results as the GPU's tensors; of arguments that were changed, those themselves."""
+        changed = _written(func, args, kwargs)
+        if not changed:
             return _mapped(self._wrap, result)
+        results = [
+            changed[alias] if (alias := _changed_alias(output)) else _mapped(self._wrap, value)
+            for output, value in zip(func._schema.returns, _listed(func, result), strict=True)
+        ]
+        return tuple(results) if len(results) > 1 else results[0] if results else None
 
     def _inner(self, tensor: Tensor) -> Tensor:
         inner = tensor.inner if isinstance(tensor, PretendedTensor) else tensor
@@ -533,7 +568,7 @@ class PretendedGPU:
         if self._shapes_alone and func.namespace != "aten" and not _has_kernel(func, "Meta"):
             return functools.partial(func.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))  # its twin
         plain = _batch_norm if name == "cudnn_batch_norm" else func
-        return functools.partial(_in_float32, plain) if name in IN_FLOAT32 and not _aliases(func)[0] else plain
+        return functools.partial(_in_float32, plain) if name in IN_FLOAT32 and not _changes(func) else plain
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -578,29 +613,59 @@ def _is_composite(func: Any) -> bool:
 
 
 @functools.cache
-def _aliases(func: Any) -> tuple[tuple[str, ...], bool]:
-    """The names of the arguments that the operation changes, and whether it returns views."""
-    schema = func._schema
-    written = tuple(arg.name for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write)
-    return written, any(out.alias_info is not None and not out.alias_info.is_write for out in schema.returns)
+def _returns_views(func: Any) -> bool:
+    return any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
+
+
+def _changed_alias(value: Any) -> str | None:
+    """The letter that an operation's schema gives an argument that it changes, or a result that is one."""
+    info = value.alias_info
+    return next(iter(info.before_set)) if info is not None and info.is_write else None
+
+
+@functools.cache
+def _changes(func: Any) -> dict[str, str]:
+    """The arguments that the operation changes, each with its letter."""
+    return {argument.name: alias for argument in func._schema.arguments if (alias := _changed_alias(argument))}
+
+
+def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """By letter: the arguments that the operation changes."""
+    changes = _changes(func)
+    given = _named(func, args, kwargs) if changes else {}
+    return {alias: given[name] for name, alias in changes.items() if name in given}
+
+
+def _listed(func: Any, result: Any) -> tuple[Any, ...]:
+    """What the operation returns, one value for each return of its schema."""
+    n_results = len(func._schema.returns)
+    return tuple(result) if n_results > 1 else (result,) if n_results else ()
+
+
+def _new(func: Any, result: Any) -> list[Any]:
+    """The results that are neither views nor arguments."""
+    pairs = zip(func._schema.returns, _listed(func, result), strict=True)
+    return [value for output, value in pairs if output.alias_info is None]
 
 
 def _launches(func: Any, name: str, result: Any) -> bool:
-    written, returns_views = _aliases(func)
-    if name in LAUNCHING_NOTHING or returns_views:
+    if name in LAUNCHING_NOTHING or _returns_views(func):
         return False
-    return bool(written) or any(tensor.numel() for tensor in _tensors((result,)))
+    return bool(_changes(func)) or any(tensor.numel() for tensor in _tensors((result,)))
 
 
 def _traffic_bytes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Of each argument that is read and of each that is written; of new results, if there are any."""
-    written, _ = _aliases(func)
-    total = 0
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    for argument, value in given.items():
-        is_read = argument not in written or not (name in ONLY_WRITING or argument.startswith("out"))
-        total += _size_bytes((value,)) * (is_read + (argument in written))
-    return total if written else total + _size_bytes((result,))
+    """Of each argument that is read, and of each argument and new result that is written."""
+    changes = _changes(func)
+    total = _size_bytes(_new(func, result))
+    for argument, value in _named(func, args, kwargs).items():
+        is_read = argument not in changes or not (name in ONLY_WRITING or argument.startswith("out"))
+        total += _size_bytes((value,)) * (is_read + (argument in changes))
+    return total
 
 
 def _size_bytes(values: Iterable[Any]) -> int:

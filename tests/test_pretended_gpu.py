@@ -10,7 +10,7 @@ import json
 import math
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from conftest import SONG, below, read, slow
 from pretended_gpu import DEVICE, Counts, PretendedGPU, PretendedTensor, pretended_gpu
-from separation import EstimateError, Separator, checkpoints
+from separation import EstimateError, Separator, checkpoints, device
 from separation.catalogue import read_config
 from separation.checkpoints import load_model, random_weights
 from separation.chunking import ChunkPlan, separate
@@ -59,9 +59,10 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @pytest.fixture
-def gpu() -> Iterator[PretendedGPU]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     if torch.cuda.is_available():
         pytest.skip("a real GPU is there: test_gpu.py is for it")
+    monkeypatch.setattr(device, "_earlier_peaks", {})
     with pretended_gpu() as gpu:
         yield gpu
     assert not gpu.races
@@ -190,8 +191,10 @@ def test_an_operation_of_another_namespace_is_one_kernel_and_runs_its_twin(gpu: 
     library = torch.library.Library("pretended_test", "FRAGMENT")
     library.define("turn(Tensor(a!) x, Tensor angles) -> ()")
     library.define("double(Tensor x) -> Tensor")
+    library.define("both(Tensor(a!) x) -> Tensor")
     library.impl("turn", _turn, "CPU")
     library.impl("double", lambda x: (x + 0) * 2, "CPU")
+    library.impl("both", lambda x: x.zero_() + 7, "CPU")
     for inference in (False, True):
         with torch.inference_mode(inference), gpu.counted() as counts:
             x = torch.ones(10, device="cuda")
@@ -199,6 +202,11 @@ def test_an_operation_of_another_namespace_is_one_kernel_and_runs_its_twin(gpu: 
             assert torch.ops.pretended_test.double(x).cpu().tolist() == [4.0] * 10
         assert counts.names["pretended_test::turn"] == counts.names["pretended_test::double"] == 1
         assert counts.names.total() == 5  # ones, zeros, repeat
+        assert torch.ops.pretended_test.both(x).tolist() == [7.0] * 10 and x.tolist() == [0.0] * 10
+        with gpu.shapes_alone(), torch.inference_mode(inference), gpu.counted() as counts:
+            assert torch.ops.pretended_test.double(torch.empty(2, 3, device="cuda")).shape == (2, 3)
+            torch.ops.pretended_test.turn(torch.empty(6, device="cuda"), torch.empty(6, device="cuda"))
+        assert (counts.kernels, counts.bytes) == (2, 24 + 24 + 3 * 24)
         with pytest.raises(RuntimeError, match="at least two devices"):
             torch.ops.pretended_test.turn(x, torch.zeros(10))
     library._destroy()
@@ -229,6 +237,24 @@ def test_an_event_of_a_stream_that_waited_for_another_is_enough(gpu: PretendedGP
     torch.cuda.current_stream().wait_stream(copies)
     torch.cuda.current_stream().synchronize()
     assert host.tolist() == [1.0] * 4
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("wait", ["stream", "event", "host", "none"])
+def test_a_tensor_of_another_stream_is_not_used_before_it_is_done(wait: str) -> None:
+    with pretended_gpu() as gpu:
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        with torch.cuda.stream(side):
+            x = torch.zeros(4, device="cuda").copy_(torch.ones(4).pin_memory(), non_blocking=True)
+            done = side.record_event()
+        if wait == "stream":
+            main.wait_stream(side)
+        elif wait == "event":
+            main.wait_event(done)
+        elif wait == "host":
+            done.synchronize()
+        assert (x + 1).sum().item() == 8
+    assert len(gpu.races) == (wait == "none") and all(Path(__file__).name in race for race in gpu.races)
 
 
 @needs_no_gpu
@@ -324,10 +350,12 @@ WAITS = {
 HAZARDS = "torch.fft.irfft is given imaginary parts at its ends"
 
 
-def failing(reasons: dict[str, str]) -> list[Any]:
-    """The architectures, of which those with a reason fail today."""
-    marks = {name: [pytest.mark.xfail(reason=reason, strict=True)] for name, reason in reasons.items()}
-    return [pytest.param(name, marks=marks.get(name, [])) for name in SMALL]
+def failing(reasons: dict[str, str], slow: Iterable[str] = ()) -> list[Any]:
+    """The architectures, of which those with a reason fail today, and some are for the slow tests."""
+    marks = {name: [pytest.mark.slow] if name in slow else [] for name in SMALL}
+    for name, reason in reasons.items():
+        marks[name].append(pytest.mark.xfail(reason=reason, strict=True))
+    return [pytest.param(name, marks=marks[name]) for name in SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -378,6 +406,25 @@ def test_a_forward_asks_for_nothing_that_gpus_compute_otherwise(forward: Forward
     assert counts.kernels and not counts.hazards
 
 
+@pytest.mark.parametrize("architecture", failing(WAITS, slow=set(SMALL) - {"bs_roformer"}))
+def test_a_graph_of_a_forward_gives_what_the_forward_gives(
+    gpu: PretendedGPU, small: Callable[[str], tuple[Path, Path]], clip: Tensor, architecture: str
+) -> None:
+    path, weights = small(architecture)
+    model = load_model(path, checkpoint=weights, device="cuda", precision="fp16")
+    samples = model.input_samples(model.chunk_samples) or model.chunk_samples
+    with torch.inference_mode():
+        chunks = torch.zeros(1, 2, samples, device="cuda")
+        model(chunks)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            estimates = model(chunks)
+        assert estimates.isnan().all()
+        chunks.copy_(clip[None, :, 20_000 : 20_000 + samples])
+        graph.replay()
+        assert torch.equal(estimates, model(chunks)) and estimates.abs().max() > 0
+
+
 # The engine
 
 
@@ -389,8 +436,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Separator]:
     path = write_yaml(folder, model=HYPER_PARAMETERS | sizes)
     save_file(random_weights(path), folder / "weights.safetensors")
 
-    def make(device: str, **options: Any) -> Separator:
-        model = load_model(path, checkpoint=folder / "weights.safetensors", device=device)
+    def make(name: str, **options: Any) -> Separator:
+        model = load_model(path, checkpoint=folder / "weights.safetensors", device=name)
         return Separator.from_model(model, chunk_seconds=4, overlap_seconds=3, **options)
 
     return make
@@ -418,17 +465,17 @@ def assert_near(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], decib
 @pytest.mark.parametrize("precision, decibels", [("fp32", 90.0), slow(("fp16", 45.0)), slow(("auto", 30.0))])
 def test_the_demo_gives_the_cpus_stems(gpu: PretendedGPU, clip: Tensor, precision: str, decibels: float) -> None:
     stems = {
-        device: Separator(
+        name: Separator(
             "demo",
             "all_6",
-            device=device,
+            device=name,
             precision=asked,
             attention="sdpa",
             batch_size=2,
             chunk_seconds=4,
             overlap_seconds=1,
         ).separate(clip)
-        for device, asked in (("cpu", "fp32"), ("cuda", precision))
+        for name, asked in (("cpu", "fp32"), ("cuda", precision))
     }
     assert_near(stems["cuda"], stems["cpu"], decibels)
 
@@ -524,10 +571,10 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(gpu: PretendedGPU, fail
         torch.empty(len(batch), unit_bytes, dtype=torch.uint8, device=batch.device)
         return torch.stack([batch * 0.5, batch.flip(-1)], dim=1)
 
-    def run(device: str) -> Tensor:
+    def run(name: str) -> Tensor:
         plan = ChunkPlan(4000, 1000)
         blocks = separate(
-            model, lambda a, b: mixture[:, a:b], 100_000, plan, n_stems=2, batch_size=8, device=torch.device(device)
+            model, lambda a, b: mixture[:, a:b], 100_000, plan, n_stems=2, batch_size=8, device=torch.device(name)
         )
         return torch.cat(list(blocks), dim=-1)
 
