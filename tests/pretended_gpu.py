@@ -254,11 +254,12 @@ def _spoil(tensor: Tensor) -> None:
 
 
 class PretendedGPU:
-    """What has the GPU's memory, its work that is under way, and its counters."""
+    """The GPU's memory, the work that is under way, and the counters."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
         self.total_bytes = 80 * 2**30
+        self.memory_fraction = 1.0  # of the total, that this process may have
         self.out_of_memory: Exception = torch.OutOfMemoryError("CUDA out of memory.")  # what is raised
         self.races: list[str] = []  # memory that is used before what another stream, or the host, does with it is done
         self.peak_bytes = 0
@@ -279,7 +280,7 @@ class PretendedGPU:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Counts]:
-        """Counts what all threads ask of the GPU within."""
+        """Count what all threads ask of the GPU within."""
         counts = Counts()
         self._counters.append(counts)
         try:
@@ -316,7 +317,7 @@ class PretendedGPU:
             allocated = self.allocated_bytes
             if key in self._storages:
                 return
-            if allocated + n_bytes > self.total_bytes:
+            if allocated + n_bytes > self.memory_fraction * self.total_bytes:
                 raise type(self.out_of_memory)(*self.out_of_memory.args)
             self._storages.add(key)
             self._allocated += n_bytes
@@ -780,9 +781,9 @@ def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
     def memory_stats(device: Any = None) -> dict[str, int]:
         return {"allocated_bytes.all.current": gpu.allocated_bytes, "allocated_bytes.all.peak": gpu.peak_bytes}
 
-    def nothing() -> None:
+    def empty_cache() -> None:
         if gpu.capture is not None:
-            raise _not_while_capturing("a change of the device's state")
+            raise _not_while_capturing("torch.cuda.empty_cache")
 
     answers: dict[str, Any] = {
         "is_available": True,
@@ -795,12 +796,12 @@ def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
         "graph_pool_handle": (0, 0),
         "get_sync_debug_mode": 0,
     }
-    doing_nothing = ("_lazy_init", "set_device", "empty_cache", "ipc_collect", "manual_seed", "manual_seed_all")
-    doing_nothing += ("set_per_process_memory_fraction", "set_sync_debug_mode")
+    doing_nothing = ("_lazy_init", "set_device", "ipc_collect", "manual_seed", "manual_seed_all", "set_sync_debug_mode")
     return (
         {name: lambda *arguments, answer=answer, **options: answer for name, answer in answers.items()}
-        | {name: lambda *arguments, **options: nothing() for name in doing_nothing}
+        | {name: lambda *arguments, **options: None for name in doing_nothing}
         | {
+            "empty_cache": empty_cache,
             "get_device_properties": properties,
             "mem_get_info": lambda device=None: (gpu.total_bytes - gpu.allocated_bytes, gpu.total_bytes),
             "memory_allocated": lambda device=None: gpu.allocated_bytes,
@@ -808,6 +809,8 @@ def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
             "max_memory_allocated": lambda device=None: gpu.peak_bytes,
             "max_memory_reserved": lambda device=None: gpu.peak_bytes,
             "memory_stats": memory_stats,
+            "get_per_process_memory_fraction": lambda device=None: gpu.memory_fraction,
+            "set_per_process_memory_fraction": lambda fraction, device=None: setattr(gpu, "memory_fraction", fraction),
             "reset_peak_memory_stats": reset_peak,
             "synchronize": gpu.synchronize,
             "device": contextlib.nullcontext,

@@ -283,7 +283,9 @@ def test_memory_is_counted_until_the_last_view_of_it_is_gone(gpu: PretendedGPU) 
     assert torch.cuda.memory_allocated() - before == 4000
     del view
     assert torch.cuda.memory_allocated() == before and torch.cuda.max_memory_allocated() >= before + 4000
-    gpu.total_bytes = 2000
+    gpu.total_bytes = 8000
+    torch.empty(1000, device="cuda")
+    torch.cuda.set_per_process_memory_fraction(0.25)
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(1000, device="cuda")
     torch.empty(100, device="cuda")
