@@ -502,11 +502,7 @@ class PretendedGPU:
             return return_and_correct_aliasing(func, args, kwargs, args[0])
         result = self._execute(func, args, kwargs)
         if _launches(func, name, result):
-            read, written = (
-                [tensor.inner for tensor in _tensors(values) if isinstance(tensor, PretendedTensor)]
-                for values in ((*args, *kwargs.values()), (*_written(func, args, kwargs).values(), result))
-            )
-            self.order(read, written)
+            self.order(_inners((*args, *kwargs.values())), _inners((*_written(func, args, kwargs).values(), result)))
             n_bytes = _traffic_bytes(func, name, args, kwargs, result)
             with self._lock:
                 for counts in self._counters:
@@ -579,6 +575,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _inners(values: Iterable[Any]) -> Iterator[Tensor]:
+    return (tensor.inner for tensor in _tensors(values) if isinstance(tensor, PretendedTensor))
 
 
 def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
