@@ -84,6 +84,12 @@ def read(file: Path | bytes) -> NDArray[np.float32]:
     return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-gpu-counts", action="store_true", help="write what test_pretended_gpu.py counts to its table"
+    )
+
+
 @pytest.fixture
 def gpu_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """What PyTorch says of a GPU: 300 bytes are in use, the most were 5000, and 1000 since that was reset."""

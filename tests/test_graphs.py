@@ -10,6 +10,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+import pretended_gpu as pretended
 from conftest import SONG
 from separation import EstimateError, Separator, gpu
 from separation import separator as separator_module
@@ -17,7 +18,6 @@ from separation.gpu import Graphed, captured, compute_thread
 from separation.metrics import sdr
 from small_model import quick_model
 
-pretended = pytest.importorskip("pretended_gpu")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is there: test_gpu.py is for it"),
