@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import demucs.demucs
-import demucs.hdemucs
 import torch
 import torch.nn.functional as F
-from demucs.transformer import create_2d_sin_embedding, create_sin_embedding
 from torch import Tensor, nn
 
 from separation.models.attention import sdpa_attention
@@ -125,7 +122,7 @@ class _Branch(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         tables = self.w_in, self.in_table, self.w_out, self.out_table
-        torch.ops.separation.dconv_(x.flatten(0, 1), *tables, self._hidden, self._dilation)
+        ops.run.dconv_(x.flatten(0, 1), *tables, self._hidden, self._dilation)
 
 
 class _DeepBranch(nn.Module):
@@ -138,8 +135,7 @@ class _DeepBranch(nn.Module):
         self.conv = _Convolution(_weight_2d(conv), dtype, **options)
         self.norm = _GroupNorm(conv.bias, norm)
         self.middle = nn.ModuleList(
-            _Memory(module, dtype) if isinstance(module, demucs.demucs.BLSTM) else _LocalAttention(module, dtype)
-            for module in middle
+            _Memory(module, dtype) if _is(module, "BLSTM") else _LocalAttention(module, dtype) for module in middle
         )
         self.back = _Linear(back.weight, None, dtype)
         self.back_norm = _GroupNorm(back.bias, back_norm)
@@ -221,7 +217,7 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is None:
-            return torch.ops.separation.bias_glu(x, self.bias, self.table)
+            return ops.run.bias_glu(x, self.bias, self.table)
         y = F.glu(self.norm(x), dim=-1)
         return (y if self.table is None else y + self.table[:, None]).to(x.dtype)
 
@@ -258,7 +254,7 @@ class _Encoder(nn.Module):
         if self.norm is not None:
             y = F.gelu(self.norm(y, inject)).to(y.dtype)
         else:
-            torch.ops.separation.bias_gelu_(y if inject is None else y.add_(inject), self.bias)
+            ops.run.bias_gelu_(y if inject is None else y.add_(inject), self.bias)
         for branch in self.branches:
             branch(y)
         return self.gate(self.rewrite(y))
@@ -319,7 +315,7 @@ class _Decoder(nn.Module):
         elif skip is not None:
             skip = skip.transpose(1, 2)
         if self.norm is None:
-            z = torch.ops.separation.interleave(z, self.up.bias, skip, self.up.stride, self.crop, length, True)
+            z = ops.run.interleave(z, self.up.bias, skip, self.up.stride, self.crop, length, True)
         else:
             z = self.norm(ops.interleaved(z, self.up.stride))[:, self.crop : self.crop + length]
             z = (F.gelu(z) if skip is None else F.gelu(z) + skip).to(y.dtype)
@@ -364,8 +360,8 @@ class _TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, other: Tensor) -> Tensor:
         """Changes the sum `x`, `[B, N, D]` in float32, of which `tokens` are the normalised form; gives that anew."""
-        tokens = torch.ops.separation.add_norm_(x, self.attention(tokens, other), self.gain)
-        return torch.ops.separation.add_group_norm_(x, self.down(F.gelu(self.up(tokens))), *self.table)
+        tokens = ops.run.add_norm_(x, self.attention(tokens, other), self.gain)
+        return ops.run.add_group_norm_(x, self.down(F.gelu(self.up(tokens))), *self.table)
 
 
 @lru_cache(maxsize=8)
@@ -373,9 +369,18 @@ def _positions(bins: int, frames: int, dim: int, max_period: float, device: torc
     """Positions in a spectrogram, `[bins * frames, dim]`, or in time if there are no bins, `[frames, dim]`."""
     with torch.inference_mode(False):
         if not bins:
-            return create_sin_embedding(frames, dim, max_period=max_period)[:, 0].contiguous().to(device)
-        table = create_2d_sin_embedding(dim, bins, frames, max_period=max_period)
-        return table[0].permute(1, 2, 0).flatten(0, 1).contiguous().to(device)
+            features = torch.arange(dim // 2) / (dim // 2 - 1)
+            return _waves(frames, max_period**-features).transpose(1, 2).flatten(1).to(device)
+        waves = max_period ** -(torch.arange(0, dim // 2, 2) / (dim // 2))
+        along_time, along_bins = (_waves(n, waves).flip(-1).flatten(1) for n in (frames, bins))
+        both = along_time.expand(bins, -1, -1), along_bins[:, None].expand(-1, frames, -1)
+        return torch.cat(both, dim=-1).flatten(0, 1).to(device)
+
+
+def _waves(places: int, frequencies: Tensor) -> Tensor:
+    """Cosines and sines, `[places, frequencies, 2]`."""
+    phases = torch.arange(places)[:, None] * frequencies
+    return torch.stack([phases.cos(), phases.sin()], dim=-1)
 
 
 class _Transformer(nn.Module):
@@ -400,7 +405,7 @@ class _Transformer(nn.Module):
         for i, (branch, bins) in enumerate(((x, x.shape[1]), (xt, 0))):
             wide = self.ways[i](branch) if self.ways else branch
             positions = _positions(bins, branch.shape[2], wide.shape[-1], self._max_period, x.device)
-            total, normalised = torch.ops.separation.embed(wide.flatten(1, 2), *self.tables[i], positions)
+            total, normalised = ops.run.embed(wide.flatten(1, 2), *self.tables[i], positions)
             sums.append(total)
             tokens.append(normalised)
         for layer, layer_t in self.layers:
@@ -491,7 +496,7 @@ class HybridNetwork(nn.Module):
     def _packed(self, x: Tensor, stats: tuple[Tensor, Tensor]) -> Tensor:
         up = self.decoder[-1].up
         rows = -(-x.shape[2] // up.stride) + 1
-        return torch.ops.separation.pack(x, *stats, up.stride, self.decoder[-1].crop, rows, self._dtype)
+        return ops.run.pack(x, *stats, up.stride, self.decoder[-1].crop, rows, self._dtype)
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         """From the last encoders' outputs to the first decoders' inputs, which contain them as skip connections."""
@@ -504,17 +509,22 @@ class HybridNetwork(nn.Module):
         """The spectrogram's branch as `[B, S * C, N + 2 * zero_frames, F + 1, 2]` in float32."""
         decode, bins = self.decoder[-1], inputs.spectrum.shape[2] + 1
         tables = decode.up.bias, *inputs.spectrum_stats
-        return torch.ops.separation.unpack_spectrum(x, *tables, decode.up.stride, decode.crop, zero_frames, bins)
+        return ops.run.unpack_spectrum(x, *tables, decode.up.stride, decode.crop, zero_frames, bins)
 
     def add_waveforms(self, xt: Tensor, inputs: Inputs, out: Tensor) -> None:
         """Adds the waveform's branch to `[B, S * C, T]` in float32."""
         decode = self.tdecoder[-1]
         tables = decode.up.bias, *inputs.waveform_stats
-        torch.ops.separation.add_waveform_(out, xt, *tables, decode.up.stride, decode.crop)
+        ops.run.add_waveform_(out, xt, *tables, decode.up.stride, decode.crop)
 
 
 def _of_source(source: int | None, width: int) -> slice:
     return slice(None) if source is None else slice(source * width, (source + 1) * width)
+
+
+def _is(module: Any, name: str) -> bool:
+    """Whether it is of that class of the demucs package, which only htdemucs.py imports."""
+    return type(module).__name__ == name
 
 
 def _has_transformer(network: Any) -> bool:
@@ -526,7 +536,7 @@ def _fault(network: Any) -> str:
     if not (network.cac and getattr(network, "hybrid", True)):
         return "networks that mask amplitudes or have one branch"
     layers = [*network.encoder, *network.tencoder, *network.decoder, *network.tdecoder]
-    if any(isinstance(layer, demucs.hdemucs.MultiWrap) for layer in layers):
+    if any(_is(layer, "MultiWrap") for layer in layers):
         return "layers split into bands"
     first = network.encoder[0], network.tencoder[0], network.decoder[-1], network.tdecoder[-1]
     if any(layer.pad != layer.stride // 2 or layer.empty for layer in first):
@@ -548,11 +558,11 @@ def _fault(network: Any) -> str:
 
 def _is_known_branch(branch: Any) -> bool:
     conv, norm, _, *middle, _back, back_norm, _, _ = branch
-    known = (demucs.demucs.BLSTM, demucs.demucs.LocalState)
     norms = isinstance(norm, nn.GroupNorm) and isinstance(back_norm, nn.GroupNorm)
-    local = [module for module in middle if isinstance(module, demucs.demucs.LocalState)]
-    fades = all(module.ndecay and not module.nfreqs for module in local)
-    return norms and fades and conv.kernel_size == (3,) and all(isinstance(module, known) for module in middle)
+    known = all(
+        _is(module, "BLSTM") or (_is(module, "LocalState") and module.ndecay and not module.nfreqs) for module in middle
+    )
+    return norms and known and conv.kernel_size == (3,)
 
 
 def _is_known_transformer(plain: Any) -> bool:

@@ -5,25 +5,58 @@ convolution strides along L, and each of the N positions is convolved alone. Nor
 results are in the type of the products' inputs, rounded once.
 """
 
+import importlib
+import logging
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5  # of all norms, and added to the deviation of the input
-LIBRARY = torch.library.Library("separation", "FRAGMENT")
+
+run: Any = torch.ops.separation  # run.pack(...): the kernel or its twin, by where the tensors are
+logger = logging.getLogger("separation")
+
+_LIBRARY = torch.library.Library("separation", "FRAGMENT")
 
 
-def _operation(schema: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Registers a function as this operation, for every device on which nothing faster is."""
+def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the plain twin of the kernel of its name."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
 
-    def register(plain: Callable[..., object]) -> Callable[..., object]:
-        LIBRARY.define(schema)
-        LIBRARY.impl(schema.partition("(")[0], plain, "CompositeExplicitAutograd")
-        return plain
+    def register(twin: Callable[..., Any]) -> Callable[..., Any]:
+        def fastest(x: Tensor, *arguments: Any) -> Any:
+            with torch.cuda.device_of(x):
+                return getattr(_kernels(), name, twin)(x, *arguments)
+
+        _LIBRARY.impl(name, twin, "CPU")
+        _LIBRARY.impl(name, twin, "Meta")
+        _LIBRARY.impl(name, fastest, "CUDA")
+        return twin
 
     return register
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The Triton kernels if they work on this GPU, which is waited for once; if not, a line in the log says why."""
+    x = torch.linspace(-1, 1, 1024).view(64, 16)
+    got, expected, bias = x.cuda(), x.clone(), torch.zeros(16)
+    bias_gelu_(expected, bias)
+    try:
+        kernels = importlib.import_module("separation.models.kernels.hybrid_triton")
+        kernels.bias_gelu_(got, bias.cuda())
+        fault = "" if torch.allclose(got.cpu(), expected, atol=1e-5) else "its GELU is wrong"
+    except Exception as e:  # whatever a missing package, compiler or driver makes Triton raise
+        fault = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    if fault:
+        logger.info(f"Triton kernels are not used ({fault}): Demucs takes plain operations")
+    return None if fault else kernels
 
 
 @_operation("pack(Tensor x, Tensor mean, Tensor std, int stride, int padding, int rows, ScalarType dtype) -> Tensor")
