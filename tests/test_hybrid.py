@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_htdemucs import CHUNK_SAMPLES, KINDS, SOURCES, model_of, network, relative_error, song
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from separation.models.htdemucs import DemucsModel, HybridDemucs
 
@@ -124,3 +125,31 @@ def test_networks_of_another_structure_stay_the_packages(
     assert model.networks["0"] is before
     (message,) = (record.message for record in caplog.records)
     assert message.startswith("odd is computed by the demucs package's own layers: ") and fault in message
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations, and refuses those for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero"), name
+        self.count += not any(value.alias_info is not None for value in func._schema.returns)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_a_forward_waits_for_nothing_and_has_few_operations(kind: str) -> None:
+    model = model_of([network(0, kind)], kind)
+    with Watch(), pytest.raises(AssertionError, match="_local_scalar_dense"):  # it does see what the package does
+        model(chunks())
+    quick = fused(model, torch.float16)
+    quick(chunks())
+    with Watch() as watch:
+        quick(chunks())
+    print(f"{kind}: {watch.count} operations")
+    assert kind == "hdemucs" or watch.count <= 170  # a CPU takes an LSTM apart, where a GPU has a kernel

@@ -115,6 +115,13 @@ def test_unpack_spectrum(kernels: ModuleType, dtype: torch.dtype, channels: int)
 
 
 @interpreted
+@pytest.mark.parametrize("n_frames", [7, 2])
+def test_overlap_add(kernels: ModuleType, n_frames: int) -> None:
+    window = torch.hann_window(64) + 0.01  # so that the ends are not divided by nothing
+    assert_same(kernels, "overlap_add", random(2, 3, n_frames, 64), window, 16, 5, 16 * n_frames + 32)
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_waveform(kernels: ModuleType, dtype: torch.dtype) -> None:
     x, out = random(2, 11, 1, 4 * 8, dtype=dtype), random(2, 8, 50)
@@ -176,6 +183,7 @@ def launches(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.Monkey
     kernels.interleave(empty(8, 21500, 1, 192), exact(48), empty(8, 85995, 1, 48), 4, 2, 85995, True)
     kernels.unpack_spectrum(empty(8, 513, 336, 64), exact(16), *stats, 4, 2, 2, 2049)
     kernels.unpack_spectrum(empty(8, 513, 336, 96), exact(24), *stats, 4, 2, 2, 2049)
+    kernels.overlap_add(exact(8, 8, 340, 4096), exact(4096), 1024, 3584, 343980)
     kernels.add_waveform_(exact(8, 8, 345516)[..., 1536:], empty(8, 85996, 1, 32), exact(8), *stats, 4, 2)
     for dim in (512, 384):
         x, y, gains = exact(8, 2688, dim), empty(8, 2688, dim), exact(3, dim)

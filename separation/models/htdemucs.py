@@ -27,8 +27,9 @@ from separation.errors import CheckpointError, InputError
 from separation.models.attention import BACKENDS
 from separation.models.base import Blueprint, SeparationModel, Transform
 from separation.models.kernels.hybrid import HybridNetwork, Inputs
+from separation.models.kernels.hybrid_ops import run
 from separation.models.kernels.native import NotFusedError
-from separation.stft import istft, stft
+from separation.stft import make_window, stft
 
 logger = logging.getLogger("separation")
 
@@ -212,7 +213,8 @@ class HybridDemucs(DemucsModel):
         if self._fused is None:
             return super().forward(chunks)
         length = chunks.shape[-1]
-        chunks = F.pad(chunks, (0, max(0, self._least_samples - length)))
+        if length < self._least_samples:
+            chunks = F.pad(chunks, (0, self._least_samples - length))
         hop, (before, after) = self._fused.hop_length, self._fused.padding
         transform = replace(self._fused, padding=(before, after + -chunks.shape[-1] % hop))
         inputs = Inputs.of(torch.view_as_real(_spectrum(chunks, transform)), chunks)
@@ -224,7 +226,9 @@ class HybridDemucs(DemucsModel):
             for network, (x, _) in zip(networks, branches, strict=True)
         ]
         joined = torch.cat(spectra, dim=1) if self._specialised else reduce(torch.add, spectra)
-        estimates = _waveforms(torch.view_as_complex(joined).mT, chunks.shape[-1], transform)
+        frames = torch.fft.irfft(torch.view_as_complex(joined), transform.n_fft, norm="ortho")
+        window = make_window(transform.window, transform.win_length, chunks.device)
+        estimates = run.overlap_add(frames, window, hop, transform.crop, chunks.shape[-1])
         for i, (network, (_, xt)) in enumerate(zip(networks, branches, strict=True)):
             own = slice(i * self.channels, (i + 1) * self.channels) if self._specialised else slice(None)
             network.add_waveforms(xt, inputs, estimates[:, own])
@@ -266,21 +270,16 @@ class HybridDemucs(DemucsModel):
 def _spectrum(chunks: Tensor, transform: Transform) -> Tensor:
     """`[B, C, T]` to the complex spectrogram `[B, C, F, N]`."""
     before, after = transform.padding
-    if transform.padding_mode == "reflect":
-        # As the package: of a chunk that is too short for its reflection, the zeros behind it are reflected too.
-        zeros = min(after, max(0, max(before, after) - chunks.shape[-1] + 1))
-        more = max(0, max(before, after) - chunks.shape[-1] + 1) - zeros
-        chunks, before, after = F.pad(chunks, (more, zeros)), before - more, after - zeros
+    missing = max(before, after) - chunks.shape[-1] + 1
+    if transform.padding_mode == "reflect" and missing > 0:
+        # As in the package: a chunk that is too short for its reflection gets zeros, behind it as far as they go.
+        zeros = min(after, missing)
+        chunks = F.pad(chunks, (missing - zeros, zeros))
+        before, after = before - (missing - zeros), after - zeros
     padded = F.pad(chunks, (before, after), transform.padding_mode)
-    frames = stft(padded, n_fft=transform.n_fft, hop_length=transform.hop_length, win_length=transform.win_length)
-    return frames[..., : transform.bins, transform.zero_frames : -transform.zero_frames] * transform.scale
-
-
-def _waveforms(spectra: Tensor, length: int, transform: Transform) -> Tensor:
-    """`[B, C, F, N]` to `[B, C, length]`."""
-    extra = transform.crop - transform.n_fft // 2
     options: Any = {"n_fft": transform.n_fft, "hop_length": transform.hop_length, "win_length": transform.win_length}
-    return istft(spectra, length=extra + length, normalized=True, **options)[..., extra:]
+    frames = stft(padded, normalized=True, **options)
+    return frames[..., : transform.bins, transform.zero_frames : -transform.zero_frames]
 
 
 def _branches(network: Any, spectrum: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:

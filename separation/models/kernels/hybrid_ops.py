@@ -141,14 +141,29 @@ def unpack_spectrum(
 ) -> Tensor:
     """The last layer's `[B, J, N, stride * C * 2]` to a spectrogram in float32, `[B, C, zeros + N + zeros, bins, 2]`.
 
-    It is interleaved along the bins, which are those above J * stride - 2 * crop zeros, and put back to the input's
-    mean and deviation `[B]`.
+    It is interleaved along the bins, which are zeros from J * stride - 2 * crop up, and put back to the input's mean
+    and deviation `[B]`. The first bin is made real: what is imaginary in it, only CPUs ignore behind `overlap_add`.
     """
     y = interleaved(x, stride)
     y = y[:, crop : y.shape[1] - crop].float() + bias
     y = y * std[:, None, None, None] + mean[:, None, None, None]
     y = y.unflatten(3, (-1, 2)).permute(0, 3, 2, 1, 4)
+    y[..., 0, 1] = 0
     return F.pad(y, (0, 0, 0, bins - y.shape[3], zeros, zeros))
+
+
+@_operation("overlap_add(Tensor frames, Tensor window, int hop_length, int crop, int length) -> Tensor")
+def overlap_add(frames: Tensor, window: Tensor, hop_length: int, crop: int, length: int) -> Tensor:
+    """Frames `[B, C, N, n]` times the window `[n]`, `hop_length` apart, as waveforms `[B, C, length]`.
+
+    They begin after `crop` samples, and are divided by the sum of the squared windows.
+    """
+    n_frames, n = frames.shape[2:]
+    options: Any = {"output_size": (1, (n_frames - 1) * hop_length + n), "kernel_size": (1, n), "stride": hop_length}
+    summed = F.fold((frames * window).flatten(0, 1).mT, **options)
+    squares = F.fold(window.square().expand(1, n_frames, n).mT, **options)
+    kept = slice(crop, crop + length)
+    return (summed[..., kept] / squares[..., kept]).flatten(1).unflatten(0, frames.shape[:2])
 
 
 @_operation("add_waveform_(Tensor(a!) out, Tensor x, Tensor bias, Tensor mean, Tensor std, int stride, int crop) -> ()")

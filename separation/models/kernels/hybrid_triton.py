@@ -307,7 +307,8 @@ def _unpack_spectrum(
     mask = there[:, None] & (c < C)[None, :]
     y = tl.load(from_[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
     y += tl.load(bias + c, mask=c < C, other=0.0)[None, :]
-    y = tl.where(mask, y * tl.load(std + batch) + tl.load(mean + batch), 0.0)
+    imaginary = (f == 0)[:, None] & (c % 2 == 1)[None, :]
+    y = tl.where(mask & (imaginary == 0), y * tl.load(std + batch) + tl.load(mean + batch), 0.0)
     # Real and imaginary part stay side by side; the channel, which comes first there, is what is stored apart.
     y = tl.reshape(tl.permute(tl.reshape(y, [F, CB // 2, 2]), (1, 0, 2)), [CB // 2, F * 2])
     channel = tl.arange(0, CB // 2)
@@ -327,6 +328,35 @@ def unpack_spectrum(
     out = x.new_empty(batch, channels // 2, frames, bins, 2, dtype=torch.float32)
     sizes = rows, positions, crop, zeros, bins, stride, channels, block, triton.next_power_of_2(channels)
     _unpack_spectrum[(triton.cdiv(bins, block), frames, batch)](x, bias, mean, std, out, *sizes)
+    return out
+
+
+@triton.jit
+def _overlap_add(
+    frames, window, out, n_frames, crop, length, N: tl.constexpr, HOP: tl.constexpr, APART: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * B + tl.arange(0, B)
+    total = tl.zeros([B], tl.float32)
+    squares = tl.zeros([B], tl.float32)
+    for back in tl.static_range(APART):
+        frame = (t + crop) // HOP - back
+        at = (t + crop) % HOP + back * HOP
+        mask = (t < length) & (frame >= 0) & (frame < n_frames) & (at < N)
+        weight = tl.load(window + at, mask=mask, other=0.0)
+        total += tl.load(frames + (row * n_frames + frame) * N + at, mask=mask, other=0.0) * weight
+        squares += weight * weight
+    tl.store(out + row * length + t, total / tl.where(t < length, squares, 1.0), mask=t < length)
+
+
+def overlap_add(frames: Tensor, window: Tensor, hop_length: int, crop: int, length: int) -> Tensor:
+    frames = frames.contiguous()
+    *rows, n_frames, n = frames.shape
+    out = frames.new_empty(*rows, length)
+    grid = (triton.cdiv(length, BLOCK), rows[0] * rows[1])
+    sizes = n_frames, crop, length, n, hop_length, triton.cdiv(n, hop_length), BLOCK
+    _overlap_add[grid](frames, window, out, *sizes)
     return out
 
 
