@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_htdemucs import CHUNK_SAMPLES, KINDS, SOURCES, model_of, network, relative_error, song
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from separation.models.htdemucs import DemucsModel, HybridDemucs
@@ -125,6 +126,20 @@ def test_networks_of_another_structure_stay_the_packages(
     assert model.networks["0"] is before
     (message,) = (record.message for record in caplog.records)
     assert message.startswith("odd is computed by the demucs package's own layers: ") and fault in message
+
+
+@pytest.mark.parametrize("precision, replaced", [(torch.float16, True), (torch.float32, False)])
+def test_on_a_gpu_and_in_16_bits_they_replace_the_packages(precision: torch.dtype, replaced: bool) -> None:
+    model = model_of([network(0)])
+    model.prepare(precision, attention="sdpa")
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # for fake ones are of another class
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to("cuda")
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    assert (type(model.networks["0"]).__name__ == "HybridNetwork") == replaced
 
 
 class Watch(TorchDispatchMode):
