@@ -19,6 +19,7 @@ BLOCK = 1024  # elements of a program that takes each alone
 TILE = 64  # positions
 MOST_PARTS = 128  # of which a row's sums are made up
 EPS = tl.constexpr(ops.EPS)
+SIZES = ["length", "tokens", "parts"]  # for which no other code is compiled: they are many, and a kernel takes a second
 
 
 @triton.jit
@@ -32,19 +33,19 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _whole(sums, row, part_size, size, PARTS: tl.constexpr, P: tl.constexpr):
+def _whole(sums, row, part_size, size, parts, P: tl.constexpr):
     """Mean and 1 / deviation of a row of `size` values from its parts' sums and squared deviations (Chan et al. 1979).
 
     All parts have `part_size` values but the last, which has what is left.
     """
     p = tl.arange(0, P)
-    at = sums + (row * PARTS + p) * 2
-    total = tl.load(at, mask=p < PARTS, other=0.0)
-    squares = tl.load(at + 1, mask=p < PARTS, other=0.0)
+    at = sums + (row * parts + p) * 2
+    total = tl.load(at, mask=p < parts, other=0.0)
+    squares = tl.load(at + 1, mask=p < parts, other=0.0)
     count = tl.maximum(tl.minimum(size - p * part_size, part_size), 1).to(tl.float32)
     mean = tl.sum(total) / size
     apart = total / count - mean
-    variance = (tl.sum(squares) + tl.sum(tl.where(p < PARTS, count * apart * apart, 0.0))) / size
+    variance = (tl.sum(squares) + tl.sum(tl.where(p < parts, count * apart * apart, 0.0))) / size
     return mean, 1.0 / tl.sqrt(variance + EPS)
 
 
@@ -97,7 +98,7 @@ def bias_gelu_(x: Tensor, bias: Tensor) -> None:
     _bias_gelu[(triton.cdiv(x.numel(), BLOCK),)](x, bias, x.numel(), len(bias), BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "positions"])
 def _bias_glu(x, bias, table, out, size, length, positions, C: tl.constexpr, TABLE: tl.constexpr, B: tl.constexpr):
     e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     c = e % C
@@ -120,14 +121,14 @@ def bias_glu(x: Tensor, bias: Tensor, table: Tensor | None) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["dilation"])
+@triton.jit(do_not_specialize=[*SIZES, "dilation"])
 def _dconv_in(
-    x, w, table, h, sums, length, dilation, C: tl.constexpr, H: tl.constexpr, USED: tl.constexpr,
-    PARTS: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
+    x, w, table, h, sums, length, parts, dilation, C: tl.constexpr, H: tl.constexpr, USED: tl.constexpr,
+    TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """The first convolution, to `h`, and the sums of what it gives."""
-    row = (tl.program_id(0) // PARTS).to(tl.int64)
-    part = tl.program_id(0) % PARTS
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     i = tl.arange(0, HB)
     bias = tl.load(table + i, mask=i < H, other=0.0)
     total = tl.zeros([T, HB], tl.float32)
@@ -151,7 +152,7 @@ def _dconv_in(
         total += values
         squares += values * values
     count = tl.maximum(tl.minimum(length - part * TILES * T, TILES * T), 0) * USED
-    _note(sums, row * PARTS + part, tl.sum(total), tl.sum(squares), count)
+    _note(sums, row * parts + part, tl.sum(total), tl.sum(squares), count)
 
 
 @triton.jit
@@ -175,15 +176,15 @@ def _product(hidden, w, table, c, C: tl.constexpr, H: tl.constexpr, HB: tl.const
     return tl.dot(hidden, weights, input_precision="ieee") + bias[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _dconv_sums(
-    h, w, in_table, out_table, in_sums, out_sums, length, C: tl.constexpr, H: tl.constexpr, USED: tl.constexpr,
-    PARTS: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
+    h, w, in_table, out_table, in_sums, out_sums, length, parts, C: tl.constexpr, H: tl.constexpr,
+    USED: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """The sums of what the second product gives, which is computed once more where it is used."""
-    row = (tl.program_id(0) // PARTS).to(tl.int64)
-    part = tl.program_id(0) % PARTS
-    mean, scale = _whole(in_sums, row, TILES * T * USED, length * USED, PARTS, P)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    mean, scale = _whole(in_sums, row, TILES * T * USED, length * USED, parts, P)
     total = tl.zeros([T], tl.float32)
     squares = tl.zeros([T], tl.float32)
     for tile in range(TILES):
@@ -195,7 +196,7 @@ def _dconv_sums(
             total += tl.sum(y, axis=1)
             squares += tl.sum(y * y, axis=1)
     count = tl.maximum(tl.minimum(length - part * TILES * T, TILES * T), 0) * (2 * C)
-    _note(out_sums, row * PARTS + part, tl.sum(total), tl.sum(squares), count)
+    _note(out_sums, row * parts + part, tl.sum(total), tl.sum(squares), count)
 
 
 @triton.jit
@@ -206,16 +207,16 @@ def _normed_product(hidden, w, table, c, mean, scale, C: tl.constexpr, H: tl.con
     return y * gain[None, :] + shift[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _dconv_out(
-    x, h, w, in_table, out_table, in_sums, out_sums, length, C: tl.constexpr, H: tl.constexpr, USED: tl.constexpr,
-    PARTS: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
+    x, h, w, in_table, out_table, in_sums, out_sums, length, parts, C: tl.constexpr, H: tl.constexpr,
+    USED: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """The second product, its norm and GLU, added to `x`."""
-    row = (tl.program_id(0) // PARTS).to(tl.int64)
-    part = tl.program_id(0) % PARTS
-    mean, scale = _whole(in_sums, row, TILES * T * USED, length * USED, PARTS, P)
-    out_mean, out_scale = _whole(out_sums, row, TILES * T * (2 * C), length * (2 * C), PARTS, P)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    mean, scale = _whole(in_sums, row, TILES * T * USED, length * USED, parts, P)
+    out_mean, out_scale = _whole(out_sums, row, TILES * T * (2 * C), length * (2 * C), parts, P)
     for tile in range(TILES):
         t = (part * TILES + tile) * T + tl.arange(0, T)
         hidden = _hidden(h, in_table, row, t, mean, scale, length, H, HB)
@@ -252,14 +253,14 @@ def dconv_(
     blocks: dict[str, Any] = {"TILES": tiles, "T": TILE, "CB": _columns(features)}
     blocks["HB"] = max(16, triton.next_power_of_2(width))
     sizes = features, width, hidden
-    _dconv_in[(rows * parts,)](x, w_in, in_table, h, in_sums, length, dilation, *sizes, parts, **blocks)
-    tables = w_out, in_table, out_table, in_sums, out_sums, length
-    blocks["P"] = triton.next_power_of_2(parts)
-    _dconv_sums[(rows * parts,)](h, *tables, *sizes, parts, **blocks)
-    _dconv_out[(rows * parts,)](x, h, *tables, *sizes, parts, **blocks)
+    _dconv_in[(rows * parts,)](x, w_in, in_table, h, in_sums, length, parts, dilation, *sizes, **blocks)
+    tables = w_out, in_table, out_table, in_sums, out_sums, length, parts
+    blocks["P"] = triton.next_power_of_2(MOST_PARTS)
+    _dconv_sums[(rows * parts,)](h, *tables, *sizes, **blocks)
+    _dconv_out[(rows * parts,)](x, h, *tables, *sizes, **blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "positions", "crop"])
 def _interleave(
     x, bias, skip, out, skip_item, rows, length, positions, crop,
     STRIDE: tl.constexpr, C: tl.constexpr, SKIP: tl.constexpr, GELU: tl.constexpr, B: tl.constexpr,
@@ -434,14 +435,14 @@ def add_norm_(x: Tensor, y: Tensor, gain: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _add_sums(
-    x, y, gain, sums, tokens, D: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
+    x, y, gain, sums, tokens, parts, D: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
     DB: tl.constexpr,
 ):  # fmt: skip
     """Adds `y * gain` to `x`, and takes the sums."""
-    item = (tl.program_id(0) // PARTS).to(tl.int64)
-    part = tl.program_id(0) % PARTS
+    item = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     d = tl.arange(0, DB)
     scale = tl.load(gain + d, mask=d < D, other=0.0)[None, :]
     total = tl.zeros([R, DB], tl.float32)
@@ -455,20 +456,20 @@ def _add_sums(
         total += values
         squares += values * values
     count = tl.maximum(tl.minimum(tokens - part * TILES * R, TILES * R), 0) * D
-    _note(sums, item * PARTS + part, tl.sum(total), tl.sum(squares), count)
+    _note(sums, item * parts + part, tl.sum(total), tl.sum(squares), count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _group_norm(
-    x, norm_gain, norm_shift, sums, out, tokens, D: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr,
+    x, norm_gain, norm_shift, sums, out, tokens, parts, D: tl.constexpr, P: tl.constexpr,
     TILES: tl.constexpr, R: tl.constexpr, DB: tl.constexpr,
 ):  # fmt: skip
-    item = (tl.program_id(0) // PARTS).to(tl.int64)
-    part = tl.program_id(0) % PARTS
+    item = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     d = tl.arange(0, DB)
     gain = tl.load(norm_gain + d, mask=d < D, other=0.0)[None, :]
     shift = tl.load(norm_shift + d, mask=d < D, other=0.0)[None, :]
-    mean, scale = _whole(sums, item, TILES * R * D, tokens * D, PARTS, P)
+    mean, scale = _whole(sums, item, TILES * R * D, tokens * D, parts, P)
     for tile in range(TILES):
         n = (part * TILES + tile) * R + tl.arange(0, R)
         mask = (n < tokens)[:, None] & (d < D)[None, :]
@@ -485,7 +486,7 @@ def add_group_norm_(x: Tensor, y: Tensor, gain: Tensor, norm_gain: Tensor, norm_
     parts, tiles = _cut(tokens, ROWS)
     sums = x.new_empty(batch, parts, 2)
     blocks: dict[str, Any] = {"TILES": tiles, "R": ROWS, "DB": triton.next_power_of_2(dim)}
-    _add_sums[(batch * parts,)](x, y, gain, sums, tokens, dim, parts, **blocks)
-    blocks["P"] = triton.next_power_of_2(parts)
-    _group_norm[(batch * parts,)](x, norm_gain, norm_shift, sums, out, tokens, dim, parts, **blocks)
+    _add_sums[(batch * parts,)](x, y, gain, sums, tokens, parts, dim, **blocks)
+    blocks["P"] = triton.next_power_of_2(MOST_PARTS)
+    _group_norm[(batch * parts,)](x, norm_gain, norm_shift, sums, out, tokens, parts, dim, **blocks)
     return out
