@@ -3,10 +3,12 @@
 The weights come from an npm package and may be used for tests, not shipped; the clip comes with stempeg (CC BY-NC-SA).
 """
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +68,21 @@ def test_a_real_clip_scores_as_demucs_itself(weights: Path) -> None:
         print(f"{stem}: {ours:.2f} dB here, {theirs:.2f} dB by demucs")
         assert abs(ours - theirs) <= 0.1
     assert sdr(true_stems[0], got["drums"]) > 9
+
+
+def test_the_layers_for_a_gpu_give_what_the_packages_give(weights: Path) -> None:
+    audio, _ = soundfile.read(SHARED / "audio" / "lets_go_fishin.ogg", dtype="float32", start=30 * 44100, frames=343980)
+    chunk = torch.from_numpy(audio.T.copy())[None] / audio.std()
+    model = load_model("htdemucs", checkpoint=weights)
+    with torch.inference_mode():
+        exact = model(chunk)
+        for precision, decibels in ((torch.float32, 90), (torch.float16, 60)):
+            quick: Any = copy.deepcopy(model)
+            quick.to_precision(precision)
+            quick.fuse()
+            near = sdr(exact[0].flatten(0, 1), quick(chunk)[0].flatten(0, 1))
+            print(f"{precision}: {near:.1f} dB")
+            assert near > decibels
 
 
 def test_a_whole_song_becomes_four_flac_files_that_sum_as_well_as_those_of_demucs(

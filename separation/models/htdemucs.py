@@ -8,8 +8,9 @@ of which only the stem that it was tuned for is used.
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, field, make_dataclass, replace
 from fractions import Fraction
 from functools import reduce
 from typing import Any, ClassVar, Self, cast
@@ -25,6 +26,12 @@ from torch import Tensor, nn
 from separation.errors import CheckpointError, InputError
 from separation.models.attention import BACKENDS
 from separation.models.base import Blueprint, SeparationModel, Transform
+from separation.models.kernels.hybrid import HybridNetwork, Inputs
+from separation.models.kernels.hybrid_ops import run
+from separation.models.kernels.native import NotFusedError
+from separation.stft import make_window, stft
+
+logger = logging.getLogger("separation")
 
 CLASSES: dict[str, type[nn.Module]] = {
     "demucs.demucs.Demucs": demucs.demucs.Demucs,
@@ -158,7 +165,76 @@ class DemucsModel(SeparationModel):
 
 
 class HybridDemucs(DemucsModel):
-    """A network of two branches: one works on the spectrogram, one on the waveform, and their estimates are added."""
+    """A network of two branches: one works on the spectrogram, one on the waveform, and their estimates are added.
+
+    In 16 bits on a GPU the package's networks are replaced by the layers of kernels/hybrid.py; see `fuse`.
+    """
+
+    _fused: Transform | None = None  # that of a chunk without samples, once the networks are replaced
+    _least_samples = 0  # a shorter chunk is extended by zeros
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # all ways to another device come through here
+        if next(self.parameters()).is_cuda and self._precision != torch.float32:
+            self.fuse()
+        return self
+
+    def fuse(self) -> None:
+        """Replace the package's networks by layers that compute the same in the precision of `prepare`, for a GPU.
+
+        They read the weights once, wait for nothing, and share what they have in common: Fourier transforms and
+        normalisation. A network that they do not know stays as it is, and the log says why.
+        """
+        if self._fused is not None:
+            return
+        each: Any = next(iter(self.networks.values()))
+        try:
+            fused = self.transform(0)
+            replaced = {
+                part: HybridNetwork(
+                    network, self._precision, source=self._sources.index(part) if self._specialised else None
+                )
+                for part, network in self.networks.items()
+            }
+        except (InputError, NotFusedError) as e:
+            logger.info(f"{self.name} is computed by the demucs package's own layers: {e}")
+            return
+        if getattr(each, "use_train_segment", False):
+            self._least_samples = int(each.segment * each.samplerate)
+        self.networks, self._fused = nn.ModuleDict(replaced), fused
+
+    def to_precision(self, dtype: torch.dtype) -> None:
+        super().to_precision(dtype)
+        if self._fused is not None:
+            for network in self.networks.values():
+                cast(HybridNetwork, network).to_precision(dtype)
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        if self._fused is None:
+            return super().forward(chunks)
+        length = chunks.shape[-1]
+        if length < self._least_samples:
+            chunks = F.pad(chunks, (0, self._least_samples - length))
+        hop, (before, after) = self._fused.hop_length, self._fused.padding
+        transform = replace(self._fused, padding=(before, after + -chunks.shape[-1] % hop))
+        inputs = Inputs.of(torch.view_as_real(_spectrum(chunks, transform)), chunks)
+        parts = self.stems if self._specialised else tuple(self.networks)
+        networks = [cast(HybridNetwork, self.networks[part]) for part in parts]
+        branches = [network(inputs) for network in networks]
+        spectra = [
+            network.spectra(x, inputs, transform.zero_frames)
+            for network, (x, _) in zip(networks, branches, strict=True)
+        ]
+        joined = torch.cat(spectra, dim=1) if self._specialised else reduce(torch.add, spectra)
+        frames = torch.fft.irfft(torch.view_as_complex(joined), transform.n_fft, norm="ortho")
+        window = make_window(transform.window, transform.win_length, chunks.device)
+        estimates = run.overlap_add(frames, window, hop, transform.crop, chunks.shape[-1])
+        for i, (network, (_, xt)) in enumerate(zip(networks, branches, strict=True)):
+            own = slice(i * self.channels, (i + 1) * self.channels) if self._specialised else slice(None)
+            network.add_waveforms(xt, inputs, estimates[:, own])
+        if not self._specialised and len(networks) > 1:
+            estimates /= len(networks)
+        return estimates[..., :length].unflatten(1, (len(self.stems), self.channels))
 
     def transform(self, length: int) -> Transform:
         network: Any
@@ -189,6 +265,21 @@ class HybridDemucs(DemucsModel):
         pairs = {network: _branches(network, *inputs) for network in self.networks.values()}
         spectra = self._joined(lambda network: pairs[network][0])
         return spectra, self._joined(lambda network: pairs[network][1])
+
+
+def _spectrum(chunks: Tensor, transform: Transform) -> Tensor:
+    """`[B, C, T]` to the complex spectrogram `[B, C, F, N]`."""
+    before, after = transform.padding
+    missing = max(before, after) - chunks.shape[-1] + 1
+    if transform.padding_mode == "reflect" and missing > 0:
+        # As in the package: a chunk that is too short for its reflection gets zeros, behind it as far as they go.
+        zeros = min(after, missing)
+        chunks = F.pad(chunks, (missing - zeros, zeros))
+        before, after = before - (missing - zeros), after - zeros
+    padded = F.pad(chunks, (before, after), transform.padding_mode)
+    options: Any = {"n_fft": transform.n_fft, "hop_length": transform.hop_length, "win_length": transform.win_length}
+    frames = stft(padded, normalized=True, **options)
+    return frames[..., : transform.bins, transform.zero_frames : -transform.zero_frames]
 
 
 def _branches(network: Any, spectrum: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +346,7 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         assert plain.batch_first and plain.in_proj_weight is not None and plain.bias_k is None
         self.in_proj_weight, self.in_proj_bias, self.out_proj = plain.in_proj_weight, plain.in_proj_bias, plain.out_proj
-        self.heads = plain.num_heads
+        self.num_heads = plain.num_heads
         self.attend = BACKENDS[backend]
 
     def forward(
@@ -283,4 +374,4 @@ class MultiheadAttention(nn.Module):
     def _heads(self, x: Tensor, start: int, stop: int) -> Tensor:
         """These rows of the input projection, `[B, heads of all, tokens, dim_head]`."""
         projected = F.linear(x, self.in_proj_weight[start:stop], self.in_proj_bias[start:stop])
-        return projected.unflatten(-1, (-1, x.shape[-1] // self.heads)).transpose(1, 2)
+        return projected.unflatten(-1, (-1, x.shape[-1] // self.num_heads)).transpose(1, 2)
