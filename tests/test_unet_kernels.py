@@ -1,0 +1,112 @@
+"""The operations between the products of MDX23C and SCNet: each Triton kernel equals its plain twin, and compiles."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from separation.models.kernels import unet_ops
+
+pytest.importorskip("triton", reason="needs Triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it is read when Triton is imported: a process of its own
+TYPES = [torch.float32, torch.float16]
+ERRORS = {torch.float32: 2e-6, torch.float16: 2e-3}
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    assert got.dtype == expected.dtype and got.shape == expected.shape and got.stride() == expected.stride()
+    error = (got.float() - expected.float()).abs().max()
+    assert error <= ERRORS[got.dtype] * expected.float().abs().max()
+
+
+def both(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """What the kernel gives, and what its twin gives."""
+    from separation.models.kernels import unet_triton
+
+    return getattr(unet_triton, name)(*arguments), getattr(unet_ops, name)(*arguments)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that starts the other")
+def test_the_kernels_equal_their_twins() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def interpreted(test: Callable) -> Callable:
+    return pytest.mark.skipif(not INTERPRETED, reason="runs in a process that interprets Triton")(test)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(2, 2500, 24), (1, 70, 130), (2, 1, 3)])
+@pytest.mark.parametrize("features_last", [True, False])
+def test_moments_and_norms_equal_the_twins(dtype: torch.dtype, shape: tuple[int, ...], features_last: bool) -> None:
+    x = noise(*shape) * 3 + 5
+    x = (x if features_last else x.transpose(1, 2).contiguous().transpose(1, 2)).to(dtype)
+    gain, bias = noise(shape[2]), noise(shape[2] + 1)[:-1]
+    for whole in (False, True):
+        got, expected = both("moments", x, whole)
+        assert_near(got, expected)
+    for activation in range(4):
+        for to in (dtype, torch.float16):
+            assert_near(*both("normalise", x, expected, gain, bias, activation, 0.7, to))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(3, 33, 8), (2, 700, 12)])
+def test_a_norm_over_rows_equals_the_twin(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = (noise(*shape) * 2 + 1).to(dtype)
+    assert_near(*both("normalise_rows", x, noise(shape[2]), noise(shape[2] + 1)[:-1]))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("hidden, features, kernel, frames", [(8, 32, 3, 40), (3, 12, 5, 33), (16, 64, 3, 7)])
+@pytest.mark.parametrize("activation", [unet_ops.NONE, unet_ops.GELU])
+def test_a_gated_branch_equals_the_twin(
+    dtype: torch.dtype, hidden: int, features: int, kernel: int, frames: int, activation: int
+) -> None:
+    x, gated = noise(2, 3, frames, features, dtype=dtype), noise(2, 3, frames, 2 * hidden, dtype=dtype)
+    taps, weight = noise(kernel, hidden, dtype=dtype), noise(hidden, features, dtype=dtype)
+    table, bias = noise(3, hidden), noise(features)
+    outs = [torch.zeros(2, 5, frames, features, dtype=dtype) for _ in range(2)]
+    arguments = x, gated, taps, table, weight, bias, activation
+    both_into = [out[:, 1:4] for out in outs]  # as a band among others
+    from separation.models.kernels import unet_triton
+
+    unet_triton.gated_branch_(both_into[0], *arguments)
+    unet_ops.gated_branch_(both_into[1], *arguments)
+    assert_near(*outs)
+    assert outs[0][:, 1:4].any() and not outs[0][:, [0, 4]].any()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("hidden", [16, 32])
+def test_an_lstm_equals_the_twin(dtype: torch.dtype, axis: int, hidden: int) -> None:
+    gates = noise(2, 5, 9, 8 * hidden, dtype=dtype)
+    weight = (noise(2, hidden, 4, hidden) * hidden**-0.5).to(dtype)
+    assert_near(*both("lstm", gates, weight, axis))
+
+
+def test_the_twin_of_the_lstm_is_pytorchs() -> None:
+    torch.manual_seed(0)
+    lstm, x = torch.nn.LSTM(16, 16, bidirectional=True), noise(2, 5, 9, 16)
+    gates = torch.cat([x @ w.T + b + c for w, _, b, c in lstm.all_weights], dim=-1)
+    weight = torch.stack([w.T.unflatten(1, (4, -1)) for _, w, _, _ in lstm.all_weights])
+    for axis, sequences in ((1, x.transpose(0, 1).flatten(1, 2)), (2, x.permute(2, 0, 1, 3).flatten(1, 2))):
+        expected = lstm(sequences)[0]
+        got = unet_ops.lstm(gates, weight, axis).movedim(axis, 0).flatten(1, 2)
+        assert (got - expected).abs().max() <= 1e-6
