@@ -110,3 +110,63 @@ def test_the_twin_of_the_lstm_is_pytorchs() -> None:
         expected = lstm(sequences)[0]
         got = unet_ops.lstm(gates, weight, axis).movedim(axis, 0).flatten(1, 2)
         assert (got - expected).abs().max() <= 1e-6
+
+
+OPTIONS = ("num_warps", "num_stages")
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> list[tuple[Any, tuple, dict[str, int]]]:
+    """Kernel, arguments and constants of every launch that the models' sizes lead to."""
+    from separation.models.kernels import unet_triton
+
+    found: list[tuple[Any, tuple, dict[str, int]]] = []
+    monkeypatch.setattr(
+        unet_triton,
+        "_launch",
+        lambda kernel, grid, *arguments, **constants: found.append((kernel, arguments, constants)),
+    )
+    with torch.device("meta"):
+        gain = torch.empty(128)
+        for x in (torch.empty(1, 8192, 128, dtype=dtype), torch.empty(1, 128, 8192, dtype=dtype).transpose(1, 2)):
+            moments = unet_triton.moments(x, False)
+            unet_triton.normalise(x, moments, gain, gain, unet_ops.GELU, 0.0, dtype)
+        x = torch.empty(1, 8192, 256)
+        unet_triton.normalise(x, unet_triton.moments(x, True), gain, gain, unet_ops.NONE, 0.0, dtype)
+        for features in (32, 256):
+            hidden, x = features // 4, torch.empty(1, 64, 476, features, dtype=dtype)
+            unet_triton.normalise_rows(x[0], gain, gain)
+            gated = torch.empty(1, 64, 476, 2 * hidden, dtype=dtype)
+            taps, weight = torch.empty(3, hidden, dtype=dtype), torch.empty(hidden, features, dtype=dtype)
+            unet_triton.gated_branch_(x, x, gated, taps, torch.empty(3, hidden), weight, gain, unet_ops.GELU)
+        for hidden, sequences in ((128, 2048), (256, 1024), (512, 16)):
+            gates = torch.empty(1, 58, sequences, 8 * hidden, dtype=dtype)
+            unet_triton.lstm(gates, torch.empty(2, hidden, 4, hidden, dtype=dtype), 1)
+    return found
+
+
+def compiled(kernel: Any, arguments: tuple, constants: dict[str, int], capability: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names, signature, fixed, hints = kernel.arg_names, {}, {}, {}
+    for place, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "fp32"
+        if isinstance(value, int):
+            signature[name] = "constexpr" if value == 1 else "i32"
+            fixed |= {name: 1} if value == 1 else {}
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            hints[(place,)] = [["tt.divisibility", 16]]
+    options = {key: constants[key] for key in OPTIONS if key in constants}
+    fixed |= {key: value for key, value in constants.items() if key not in OPTIONS}
+    signature |= dict.fromkeys(fixed, "constexpr")
+    source = triton.compiler.ASTSource(kernel, signature, fixed, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
+def test_every_kernel_compiles_without_a_card(monkeypatch: pytest.MonkeyPatch, capability: int, tmp_path: Any) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for launch in launches(monkeypatch, torch.float16):
+        assert compiled(*launch, capability).asm["cubin"]
