@@ -66,6 +66,7 @@ class SCNet(TwinnedModel):
     Config = SCNetConfig
     KEY_PATTERNS = (r"encoder\.0\.SDlayer\.convs\.0\.weight", r"separation_net\.dp_modules\.0\.lstm_layers\.0\..*")
     CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
+    oldest_gpu = (8, 0)
     normalisation = "none"  # no norm comes before its first layer: it knows tracks at the level that they were mixed at
 
     def __init__(self, config: SCNetConfig) -> None:
@@ -111,6 +112,12 @@ class SCNet(TwinnedModel):
     def weight(self) -> Tensor:
         return cast(Encoder, self.encoder[0]).globalconv.weight
 
+    def _remake(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.LSTM):
+                _make_one_piece(module)
+        super()._remake()
+
     def _missing(self, length: int) -> int:
         """The zeros to append, for one more frame than hops: an even number of frames, as `_inverse_fourier` needs."""
         hop = self.config.hop_size
@@ -146,6 +153,15 @@ class SCNet(TwinnedModel):
         for i, dual_path in enumerate(cast(Iterable[DualPath], self.separation_net["dp_modules"])):
             x = fourier[i % 2](dual_path(x))
         return rearrange(x, "b f n d -> b d f n")
+
+
+def _make_one_piece(lstm: nn.LSTM) -> None:
+    """Lay an LSTM's weights out as cuDNN wants them. PyTorch does so itself when they move, except in bfloat16."""
+    weights = cast(list[Tensor], lstm._flat_weights)
+    if weights[0].is_cuda and weights[0].dtype == torch.bfloat16 and torch.backends.cudnn.enabled:
+        mode, projected = torch.backends.cudnn.rnn.get_cudnn_mode("LSTM"), 0
+        sizes = lstm.input_size, mode, lstm.hidden_size, projected, lstm.num_layers
+        torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, lstm.batch_first, lstm.bidirectional)
 
 
 # Along frames, `[B, F, N, D] -> [B, F, N // 2 + 1, 2 * D]`, real parts first, and back if N is even.

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class TwinnedModel(SeparationModel):
 
     # Spectrograms [B, C, F, N, 2] and the outputs that are wanted to spectrograms [B, S, C, N, F, 2], all in float32.
     _fast: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None
+    # The oldest GPU that `_fast` is for, by its compute capability: Triton's products need tensor cores of 8.0.
+    oldest_gpu: ClassVar[tuple[int, int]] = (7, 5)
 
     @abstractmethod
     def fast_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
@@ -41,5 +43,10 @@ class TwinnedModel(SeparationModel):
 
     def _remake(self) -> None:
         weight = self.weight
-        is_fast = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
-        self._fast = self.fast_core() if is_fast and unet_ops.work_on(weight.device) else None
+        is_fast = (
+            weight.is_cuda
+            and weight.dtype in (torch.float16, torch.bfloat16)
+            and torch.cuda.get_device_capability(weight.device) >= self.oldest_gpu
+            and unet_ops.work_on(weight.device)
+        )
+        self._fast = self.fast_core() if is_fast else None
