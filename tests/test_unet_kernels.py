@@ -22,6 +22,10 @@ TYPES = [torch.float32, torch.float16]
 ERRORS = {torch.float32: 2e-6, torch.float16: 2e-3}
 
 
+def slow(*values: int) -> Any:
+    return pytest.param(values if len(values) == 3 else values[0], marks=pytest.mark.slow)
+
+
 def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
@@ -40,8 +44,9 @@ def both(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that starts the other")
-def test_the_kernels_equal_their_twins() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "twin", __file__]
+def test_the_kernels_equal_their_twins(request: pytest.FixtureRequest) -> None:
+    chosen = ["-k", "twin", "-m", request.config.getoption("-m")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, __file__]
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
@@ -52,7 +57,7 @@ def interpreted(test: Callable) -> Callable:
 
 @interpreted
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", [(1, 2100, 3), (2, 70, 66), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(1, 2100, 3), slow(2, 70, 66), slow(2, 1, 3)])
 @pytest.mark.parametrize("features_last", [True, False])
 def test_moments_and_norms_equal_the_twins(dtype: torch.dtype, shape: tuple[int, ...], features_last: bool) -> None:
     x = noise(*shape) * 3 + 5
@@ -73,7 +78,7 @@ def test_activations_equal_the_twins(activation: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", [(3, 33, 8), (2, 700, 12)])
+@pytest.mark.parametrize("shape", [(2, 700, 12), slow(3, 33, 8)])
 def test_a_norm_over_rows_equals_the_twin(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = (noise(*shape) * 2 + 1).to(dtype)
     assert_near(*both("normalise_rows", x, noise(shape[2]), noise(shape[2] + 1)[:-1]))
@@ -81,7 +86,9 @@ def test_a_norm_over_rows_equals_the_twin(dtype: torch.dtype, shape: tuple[int, 
 
 @interpreted
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("hidden, features, kernel, frames", [(3, 12, 5, 33), (16, 64, 3, 7)])
+@pytest.mark.parametrize(
+    "hidden, features, kernel, frames", [pytest.param(3, 12, 5, 33, marks=pytest.mark.slow), (16, 64, 3, 7)]
+)
 @pytest.mark.parametrize("activation", [unet_ops.NONE, unet_ops.GELU])
 def test_a_gated_branch_equals_the_twin(
     dtype: torch.dtype, hidden: int, features: int, kernel: int, frames: int, activation: int
@@ -103,7 +110,7 @@ def test_a_gated_branch_equals_the_twin(
 @interpreted
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("axis", [1, 2])
-@pytest.mark.parametrize("hidden", [16, 32])
+@pytest.mark.parametrize("hidden", [16, slow(32)])
 def test_an_lstm_equals_the_twin(dtype: torch.dtype, axis: int, hidden: int) -> None:
     gates = noise(2, 5, 9, 8 * hidden, dtype=dtype)
     weight = (noise(2, hidden, 4, hidden) * hidden**-0.5).to(dtype)
