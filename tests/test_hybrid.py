@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_htdemucs import CHUNK_SAMPLES, KINDS, SOURCES, model_of, network, relative_error, song
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from separation.models.htdemucs import DemucsModel, HybridDemucs
+from test_htdemucs import CHUNK_SAMPLES, KINDS, SOURCES, model_of, network, relative_error, song
 
 HYBRIDS = ("htdemucs", "hdemucs")
 

@@ -4,7 +4,7 @@ The spectrogram's real and imaginary parts are cut into sub-bands that are stack
 and bins; its blocks join 3x3 convolutions with a bottleneck of two linear layers across all bins of a frame.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import SeparationModel, Transform
+from separation.models.base import Transform
+from separation.models.kernels.mdx23c_gpu import GpuMDX23C
 from separation.models.layers import GroupNorm
+from separation.models.twinned import TwinnedModel
 from separation.stft import istft, stft
 
 
@@ -55,7 +57,7 @@ class MDX23CConfig:
             )
 
 
-class MDX23C(SeparationModel):
+class MDX23C(TwinnedModel):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T is `chunk_samples` exactly.
 
     Samples are float32 in and out. Convolutions and linear layers may be in bfloat16 or float16 (see `to_precision`).
@@ -115,8 +117,18 @@ class MDX23C(SeparationModel):
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = stft(chunks, **self._stft)[..., : self.config.dim_f, :]  # [B, C, F, N]
+        if self._fast is not None:
+            spectra = torch.view_as_complex(self._fast(torch.view_as_real(spectrum), self._outputs))
+            return istft(spectra.transpose(-1, -2), length=chunks.shape[-1], **self._stft)
         features = self._features(torch.view_as_real(spectrum))
         return torch.stack([self._estimate(index, features, chunks.shape[-1]) for index in self._outputs], 1)
+
+    def fast_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+        return GpuMDX23C(self, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.first_conv.weight
 
     def transform(self, length: int) -> Transform:
         return Transform.centred(bins=self.config.dim_f, **self._stft)

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import SeparationModel, Transform
+from separation.models.base import Transform
+from separation.models.kernels.scnet_gpu import GpuSCNet
 from separation.models.layers import GroupNorm
+from separation.models.twinned import TwinnedModel
 from separation.stft import istft, stft
 
 
@@ -54,7 +56,7 @@ class SCNetConfig:
         return len(self.sources)
 
 
-class SCNet(SeparationModel):
+class SCNet(TwinnedModel):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T > nfft // 2.
 
     Samples are float32 in and out. Convolutions, linear layers and LSTMs may be in bfloat16 or float16 (see
@@ -64,6 +66,7 @@ class SCNet(SeparationModel):
     Config = SCNetConfig
     KEY_PATTERNS = (r"encoder\.0\.SDlayer\.convs\.0\.weight", r"separation_net\.dp_modules\.0\.lstm_layers\.0\..*")
     CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
+    oldest_gpu = (8, 0)
     normalisation = "none"  # no norm comes before its first layer: it knows tracks at the level that they were mixed at
 
     def __init__(self, config: SCNetConfig) -> None:
@@ -96,8 +99,24 @@ class SCNet(SeparationModel):
     def forward(self, chunks: Tensor) -> Tensor:
         length = chunks.shape[-1]
         spectrum = stft(F.pad(chunks, (0, self._missing(length))), **self._stft)  # [B, C, F, N]
-        spectra = self._spectra(torch.view_as_real(spectrum), (_fourier, _inverse_fourier))
+        if self._fast is not None:
+            spectra = self._fast(torch.view_as_real(spectrum), self._outputs)
+        else:
+            spectra = self._spectra(torch.view_as_real(spectrum), (_fourier, _inverse_fourier))
         return istft(torch.view_as_complex(spectra.contiguous()).transpose(-1, -2), length=length, **self._stft)
+
+    def fast_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+        return GpuSCNet(self, (_fourier, _inverse_fourier), num_stems=self.config.num_stems)
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Encoder, self.encoder[0]).globalconv.weight
+
+    def _remake(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.LSTM):
+                _make_one_piece(module)
+        super()._remake()
 
     def _missing(self, length: int) -> int:
         """The zeros to append, for one more frame than hops: an even number of frames, as `_inverse_fourier` needs."""
@@ -123,7 +142,10 @@ class SCNet(SeparationModel):
         for fuse, upsample in cast(Iterable[Any], self.decoder):
             skip, sizes, sizes_before = skips.pop()
             x = upsample(fuse(x, skip), sizes, sizes_before)
-        return rearrange(x.float(), "b (s c ri) f n -> b s c n f ri", c=self.channels, ri=2)[:, self._outputs]
+        spectra = rearrange(x.float(), "b (s c ri) f n -> b s c n f ri", c=self.channels, ri=2)
+        if self._outputs == tuple(range(self.config.num_stems)):
+            return spectra
+        return torch.stack([spectra[:, index] for index in self._outputs], dim=1)
 
     def _separate(self, x: Tensor, fourier: "Fourier") -> Tensor:
         """`[B, D, F, N] -> [B, D, F, N]`. Float32, for Fourier transforms know no half precision."""
@@ -131,6 +153,16 @@ class SCNet(SeparationModel):
         for i, dual_path in enumerate(cast(Iterable[DualPath], self.separation_net["dp_modules"])):
             x = fourier[i % 2](dual_path(x))
         return rearrange(x, "b f n d -> b d f n")
+
+
+def _make_one_piece(lstm: nn.LSTM) -> None:
+    """Lay an LSTM's weights out as cuDNN wants them. PyTorch does so itself when they move, except in bfloat16."""
+    weights = cast(list[Tensor], lstm._flat_weights)
+    are_apart = len({weight.data_ptr() for weight in weights}) == len(weights)
+    if weights[0].is_cuda and weights[0].dtype == torch.bfloat16 and are_apart:
+        mode, projected = torch.backends.cudnn.rnn.get_cudnn_mode("LSTM"), 0
+        sizes = lstm.input_size, mode, lstm.hidden_size, projected, lstm.num_layers
+        torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, lstm.batch_first, lstm.bidirectional)
 
 
 # Along frames, `[B, F, N, D] -> [B, F, N // 2 + 1, 2 * D]`, real parts first, and back if N is even.
@@ -143,7 +175,10 @@ def _fourier(x: Tensor) -> Tensor:
 
 
 def _inverse_fourier(x: Tensor) -> Tensor:
-    return torch.fft.irfft(torch.complex(*x.chunk(2, dim=-1)), dim=2, norm="ortho")
+    spectrum = torch.complex(*x.chunk(2, dim=-1))
+    # Of the first and the last bin cuFFT, unlike a CPU, would use what is imaginary.
+    torch.view_as_real(spectrum)[:, :, :: spectrum.shape[2] - 1, :, 1] = 0
+    return torch.fft.irfft(spectrum, dim=2, norm="ortho")
 
 
 def _fourier_product(x: Tensor) -> Tensor:
@@ -192,18 +227,24 @@ class Encoder(nn.Module):
 
         Also the number of bins of each band, after and before.
         """
-        bins = x.shape[2]
-        low, middle = math.ceil(bins * self.shares[0]), math.ceil(bins * (self.shares[0] + self.shares[1]))
-        sizes_before = [low, middle - low, bins - middle]
+        sizes_before = self.band_sizes(x.shape[2])
         bands = []
-        compressions = cast(nn.ModuleList, self.SDlayer["convs"])
-        layers: Iterable[Any] = zip(compressions, self.conv_modules, self.kernels, self.strides, strict=True)
-        for band, (compress, convolve, kernel, stride) in zip(x.split(sizes_before, dim=2), layers, strict=True):
-            missing = kernel - 1 if stride == 1 else -band.shape[2] % stride
-            band = F.pad(band, (0, 0, missing // 2, missing - missing // 2))
-            bands.append(F.gelu(convolve(compress(band.to(compress.weight.dtype)))))
+        layers: Iterable[Any] = zip(cast(nn.ModuleList, self.SDlayer["convs"]), self.conv_modules, strict=True)
+        for i, (band, (compress, convolve)) in enumerate(zip(x.split(sizes_before, dim=2), layers, strict=True)):
+            bands.append(F.gelu(convolve(compress(self.padded(band, i).to(compress.weight.dtype)))))
         joined = torch.cat(bands, dim=2)
         return self.globalconv(joined), joined, [band.shape[2] for band in bands], sizes_before
+
+    def band_sizes(self, bins: int) -> list[int]:
+        """The bins of each band."""
+        low, middle = math.ceil(bins * self.shares[0]), math.ceil(bins * (self.shares[0] + self.shares[1]))
+        return [low, middle - low, bins - middle]
+
+    def padded(self, band: Tensor, index: int) -> Tensor:
+        """The band of that index, `[B, size_in, F, N]`, with zeros around its bins for the convolution."""
+        kernel, stride = self.kernels[index], self.strides[index]
+        missing = kernel - 1 if stride == 1 else -band.shape[2] % stride
+        return F.pad(band, (0, 0, missing // 2, missing - missing // 2))
 
 
 class TimeConvolutions(nn.Module):
@@ -260,11 +301,15 @@ class Fusion(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2 * size, 2 * size, 3, padding=1)
 
+    @property
+    def weight(self) -> Tensor:
+        """`[2 * D, D, 3, 3]`: the layer was trained on its input twice over, as both halves of its channels."""
+        first, second = self.conv.weight.chunk(2, dim=1)
+        return (first.float() + second.float()).to(self.conv.weight.dtype)
+
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        # The layer was trained on its input twice over, as both halves of its channels: once, with the weights' sum.
-        weight = sum(half.float() for half in self.conv.weight.chunk(2, dim=1))
-        dtype = self.conv.weight.dtype
-        return F.glu(F.conv2d((x + skip).to(dtype), cast(Tensor, weight).to(dtype), self.conv.bias, padding=1), dim=1)
+        weight = self.weight
+        return F.glu(F.conv2d((x + skip).to(weight.dtype), weight, self.conv.bias, padding=1), dim=1)
 
 
 class Upsampling(nn.Module):

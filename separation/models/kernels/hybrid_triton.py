@@ -3,14 +3,13 @@
 Sums and products are in float32. How a row is cut into programs does not depend on the batch, so neither does rounding.
 """
 
-# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
 
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from separation.models.kernels import hybrid_ops as ops

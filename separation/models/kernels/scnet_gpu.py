@@ -1,0 +1,155 @@
+"""SCNet's network for a GPU: features last, a residual branch in three launches, an LSTM in one.
+
+Products are in the weights' precision with sums in float32; the stream through the dual paths is in float32.
+Axes: B batch, F bin, N frame, D feature.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from separation.models.kernels import unet_ops as ops
+
+LSTM_HIDDEN = 256  # features of the largest LSTM that our kernel computes, cuDNN all larger ones; its kernel reads all
+# weights once for each step and 64 sequences, which of many features is slower than cuDNN's launches
+
+
+class GpuSCNet:
+    """The network on the weights of these layers, some of them in another order; `fourier` are transforms of N."""
+
+    def __init__(self, layers: nn.Module, fourier: Sequence[Callable[[Tensor], Tensor]], *, num_stems: int) -> None:
+        parts: dict[str, Any] = dict(layers.named_children())
+        self._num_stems, self._fourier = num_stems, fourier
+        self._encoder = [_Encoder(each) for each in parts["encoder"]]
+        paths = parts["separation_net"]["dp_modules"]
+        self._dual_paths = [[_Sequences(path, i) for i in range(2)] for path in paths]
+        self._decoder = [_Decoder(fuse, upsample) for fuse, upsample in parts["decoder"]]
+
+    def __call__(self, spectrum: Tensor, outputs: tuple[int, ...]) -> Tensor:
+        """Spectrogram `[B, C, F, N, 2]` to those of the stems `[B, S, C, N, F, 2]`, both in float32."""
+        x = spectrum.permute(0, 2, 3, 1, 4)
+        x = torch.empty(x.shape, dtype=self._encoder[0].dtype, device=x.device).copy_(x).flatten(3)
+        skips = []
+        for encode in self._encoder:
+            x, skip, sizes, sizes_before = encode(x)
+            skips.append((skip, sizes, sizes_before))
+        x = self._separated(x)
+        for decode in self._decoder:
+            x = decode(x, *skips.pop())
+        stems = x.unflatten(3, (self._num_stems, -1, 2))  # [B, F, N, S, C, 2]
+        if outputs != tuple(range(self._num_stems)):
+            stems = torch.stack([stems[:, :, :, index] for index in outputs], dim=3)
+        stems = stems.permute(0, 3, 4, 2, 1, 5)
+        return torch.empty(stems.shape, device=x.device).copy_(stems)
+
+    def _separated(self, x: Tensor) -> Tensor:
+        """`[B, F, N, D]`, to float32."""
+        x = x.float()
+        for i, (along_bins, along_frames) in enumerate(self._dual_paths):
+            along_bins.add_to(x)
+            along_frames.add_to(x)
+            x = self._fourier[i % 2](x).contiguous()
+        return x
+
+
+class _Encoder:
+    def __init__(self, encoder: Any) -> None:
+        self._shares, self._encoder = encoder.shares, encoder
+        self._compressions = encoder.SDlayer["convs"]
+        self._branches = [[_Branch(layer) for layer in convolve.layers] for convolve in encoder.conv_modules]
+        for layer in (*self._compressions, encoder.globalconv):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        self.dtype: torch.dtype = encoder.globalconv.weight.dtype
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """`[B, F, N, D]`: what goes on, what skips to the decoder, and each band's bins after and before."""
+        sizes_before = self._encoder.band_sizes(x.shape[1])
+        bands = [
+            _convolved(self._encoder.padded(band.permute(0, 3, 1, 2), i), compress)
+            for i, (band, compress) in enumerate(zip(x.split(sizes_before, dim=1), self._compressions, strict=True))
+        ]
+        sizes = [band.shape[1] for band in bands]
+        joined = bands[0].new_empty(len(x), sum(sizes), *bands[0].shape[2:])
+        for band, to, branches in zip(bands, joined.split(sizes, dim=1), self._branches, strict=True):
+            if not branches:
+                to.copy_(F.gelu(band))
+            for branch in branches:
+                last = branch is branches[-1]
+                out = to if last else torch.empty_like(band)
+                branch(out, band, ops.GELU if last else ops.NONE)
+                band = out
+        return _convolved(joined.permute(0, 3, 1, 2), self._encoder.globalconv), joined, sizes, sizes_before
+
+
+def _convolved(x: Tensor, layer: Any) -> Tensor:
+    """A convolution of `[B, D, F, N]`, features last in memory, as `[B, F', N, D']`."""
+    return layer(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+
+
+class _Branch:
+    """One layer of `TimeConvolutions`."""
+
+    def __init__(self, layer: Any) -> None:
+        norm, first, _, depthwise, second_norm, _, last = layer
+        self._gain, self._shift = norm.weight, norm.bias
+        self._weight = first.weight[:, :, None].contiguous(memory_format=torch.channels_last)
+        self._bias, self._padding = first.bias, (0, first.padding[0])
+        self._taps = depthwise.weight[:, 0].T.contiguous()
+        self._table = torch.stack([depthwise.bias.float(), second_norm.weight, second_norm.bias])
+        self._last, self._last_bias = last.weight[..., 0].T.contiguous(), last.bias.float()
+
+    def __call__(self, out: Tensor, x: Tensor, activation: int) -> None:
+        """Adds the branch to `[B, F, N, D]`, and an activation of the sum goes into `out`."""
+        y = ops.run.normalise_rows(x.flatten(0, 1), self._gain, self._shift).view_as(x).permute(0, 3, 1, 2)
+        gated = F.conv2d(y, self._weight, self._bias, padding=self._padding).permute(0, 2, 3, 1)
+        table = self._taps, self._table, self._last, self._last_bias
+        ops.run.gated_branch_(out, x, gated, *table, activation)
+
+
+class _Sequences:
+    """Norm, LSTM and linear layer of a `DualPath`: along bins if `which` is 0, along frames if it is 1."""
+
+    def __init__(self, path: Any, which: int) -> None:
+        self._axis = 1 + which
+        norm, self._lstm, self._linear = path.norm_layers[which], path.lstm_layers[which], path.linear_layers[which]
+        self._gain, self._bias = norm.weight, norm.bias
+        self._is_ours = self._lstm.hidden_size <= LSTM_HIDDEN and self._lstm.hidden_size % 16 == 0
+        if self._is_ours:
+            directions = self._lstm.all_weights
+            self._inputs = torch.cat([weight for weight, _, _, _ in directions])
+            self._input_biases = torch.cat([first.float() + second.float() for _, _, first, second in directions])
+            self._input_biases = self._input_biases.to(self._inputs.dtype)
+            self._hidden = torch.stack([weight.T.unflatten(1, (4, -1)) for _, weight, _, _ in directions])
+
+    def add_to(self, x: Tensor) -> None:
+        """Adds what the layers make of `[B, F, N, D]` to it."""
+        flat = x.flatten(1, 2)
+        moments = ops.run.moments(flat, True)
+        y = ops.run.normalise(flat, moments, self._gain, self._bias, ops.NONE, 0.0, self._linear.weight.dtype)
+        y = y.view_as(x)
+        if self._is_ours:
+            gates = F.linear(y, self._inputs, self._input_biases)
+            x += self._linear(ops.run.lstm(gates, self._hidden, self._axis))
+        else:
+            steps = y.movedim(self._axis, 0)
+            y = self._linear(self._lstm(steps.flatten(1, 2))[0])
+            x += y.unflatten(1, steps.shape[1:3]).movedim(0, self._axis)
+
+
+class _Decoder:
+    def __init__(self, fuse: Any, upsample: Any) -> None:
+        layers = cast(Iterable[Any], upsample.convtrs)
+        self._upsample = upsample
+        self._weight = fuse.weight.contiguous(memory_format=torch.channels_last)
+        self._bias = fuse.conv.bias
+        for layer in layers:
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, x: Tensor, skip: Tensor, sizes: list[int], sizes_before: list[int]) -> Tensor:
+        """`[B, F, N, D]` to what the step of the encoder was given, with the features of the next."""
+        joined = torch.add(x, skip, out=torch.empty_like(skip)).permute(0, 3, 1, 2)
+        y = F.glu(F.conv2d(joined, self._weight, self._bias, padding=1).permute(0, 2, 3, 1), dim=-1)
+        return self._upsample(y.permute(0, 3, 1, 2), sizes, sizes_before).permute(0, 2, 3, 1).contiguous()
