@@ -1071,7 +1071,7 @@ def test_a_wav_over_4_gb_is_rf64_that_holds_every_sample(tmp_path: Path) -> None
     n_samples, tone = 2**29 + 100, 0.5 * torch.sin(torch.arange(1000) * 0.05).expand(2, -1)
     with Waveform(tmp_path) as waveform:
         waveform._file.truncate((n_samples - 1000) * 8)  # sparse: silence
-        waveform.n_samples = n_samples - 1000
+        waveform._there = n_samples - 1000
         waveform.append(tone)
         encode(waveform, tmp_path / "song.wav", format="wav")
     with soundfile.SoundFile(tmp_path / "song.wav") as sound:
@@ -1122,7 +1122,7 @@ def test_an_exception_while_writing_leaves_no_partial_file(tmp_path: Path, monke
         def interrupt(start: int, stop: int) -> Tensor:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(waveform, "read", interrupt)
+        monkeypatch.setattr(waveform, "interleaved", interrupt)
         with pytest.raises(KeyboardInterrupt):
             encode(waveform, tmp_path / "song.wav", format="wav")
     assert not list(tmp_path.iterdir())
