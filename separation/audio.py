@@ -17,11 +17,12 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import soundfile
@@ -49,19 +50,63 @@ _SAMPLE_BYTES = {"PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3, "P
 logger = logging.getLogger("separation")
 
 
-class Waveform:
+class Growing:
+    """Samples that one thread appends and others read, waiting for those that are still to come.
+
+    `n_samples` (per channel) is how many there will be, where `total_samples` says so, else how many there are.
+    """
+
+    def __init__(self, total_samples: int | None) -> None:
+        self._total_samples = total_samples
+        self._there = 0  # samples that were appended
+        self._is_closed = False
+        self._changed = threading.Condition()  # its lock is held while samples are written or read
+
+    @property
+    def n_samples(self) -> int:
+        return self._there if self._total_samples is None else self._total_samples
+
+    def is_complete(self, timeout_seconds: float) -> bool:
+        """Waits until all samples are there, so long at most; whether they are. Raises ValueError if it is closed."""
+        return self._wait(self.n_samples, timeout_seconds)
+
+    def close(self) -> None:
+        """Whoever waits for samples, or asks for some from now on, gets a ValueError."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _wait(self, stop: int, timeout_seconds: float | None = None) -> bool:
+        with self._changed:
+            come = self._changed.wait_for(lambda: self._there >= stop or self._is_closed, timeout_seconds)
+            if self._is_closed:
+                raise ValueError("the waveform is closed")
+            return come
+
+    def _grow(self, n_samples: int) -> None:
+        """So many more are there."""
+        with self._changed:
+            self._there += n_samples
+            self._changed.notify_all()
+
+
+class Waveform(Growing):
     """A float32 waveform in a temporary file: appended block by block, read at random, gone when closed.
 
+    Other threads may read while one appends; with `total_samples` they wait for what is still to come.
     `peak` is the largest magnitude; `mean` and `std` (unbiased, 0 below two samples) are of the mono mixture, that is
     the mean of the channels. All three describe what has been appended so far. `source_rate` (hertz) and
     `source_samples` (per channel) are of the file that it was decoded from. Raises `OutputError` if `folder` is full or
     cannot be written to.
     """
 
-    def __init__(self, folder: Path, *, sample_rate: int = SAMPLE_RATE, channels: int = 2) -> None:
+    def __init__(
+        self, folder: Path, *, sample_rate: int = SAMPLE_RATE, channels: int = 2, total_samples: int | None = None
+    ) -> None:
+        super().__init__(total_samples)
         self.sample_rate = self.source_rate = sample_rate
         self.channels = channels
-        self.n_samples = self.source_samples = 0  # per channel
+        self.source_samples = 0  # per channel
         self.peak = 0.0
         self.mean = 0.0
         self.tags: dict[str, str] = {}  # title, artist, album
@@ -75,45 +120,62 @@ class Waveform:
 
     @property
     def std(self) -> float:
-        return math.sqrt(self._squares / (self.n_samples - 1)) if self.n_samples > 1 else 0.0
+        return math.sqrt(self._squares / (self._there - 1)) if self._there > 1 else 0.0
 
     def append(self, block: Tensor) -> None:
         """Append `[C, n]` float32."""
         if block.ndim != 2 or block.shape[0] != self.channels:
             raise ValueError(f"a block has the shape {tuple(block.shape)}, the waveform has {self.channels} channels")
-        n = block.shape[1]
-        if n == 0:
-            return
-        samples = block.detach().to("cpu", torch.float32).numpy()
+        if block.shape[1]:
+            self._append(block.detach().to("cpu", torch.float32).numpy())
+
+    def _append(self, samples: NDArray[np.float32]) -> None:
+        n = samples.shape[1]
+        interleaved = samples.T
+        if not interleaved.flags.c_contiguous:
+            interleaved = np.empty((n, self.channels), dtype=np.float32)
+            for channel, of_channel in enumerate(samples):  # several times faster than a copy of the whole
+                interleaved[:, channel] = of_channel
         try:
-            self._file.seek(self.n_samples * self.channels * 4)
-            _write_all(self._file.write, samples.T.tobytes())
+            with self._changed:
+                self._file.seek(self._there * self.channels * 4)
+                _write_all(self._file.write, interleaved.data.cast("B"))
         except OSError as e:
             raise _output_error("a temporary file", self._path.parent, e) from e
-        self.peak = max(self.peak, float(np.abs(samples).max()))
+        self.peak = max(self.peak, float(samples.max()), -float(samples.min()))
         # Two sets' means and squared deviations merge without cancellation (Chan, Golub and LeVeque 1979). In numpy,
         # for sums in torch depend on the number of threads.
-        mono = samples.mean(axis=0, dtype=np.float64)
+        mono = samples[0].astype(np.float64)
+        for of_channel in samples[1:]:  # numpy's mean over the channels is ten times slower
+            mono += of_channel
+        mono /= self.channels
         mean = float(mono.mean())
-        delta, total = mean - self.mean, self.n_samples + n
-        self._squares += float(np.square(mono - mean).sum()) + delta * delta * self.n_samples * n / total
+        mono -= mean
+        delta, total = mean - self.mean, self._there + n
+        self._squares += float(np.square(mono, out=mono).sum()) + delta * delta * self._there * n / total
         self.mean += delta * n / total
-        self.n_samples = total
+        self._grow(n)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Samples `[start, stop)` as `[C, stop - start]` float32; 0 <= start <= stop <= n_samples."""
+        return torch.from_numpy(np.ascontiguousarray(self.interleaved(start, stop).T))
+
+    def interleaved(self, start: int, stop: int) -> NDArray[np.float32]:
+        """As `read`, but `[stop - start, C]`, as they lie in the file."""
         if not 0 <= start <= stop <= self.n_samples:
             raise ValueError(f"samples {start} to {stop} are not within the {self.n_samples} of the waveform")
+        self._wait(stop)
         # Plain reads: the pages of a memory map would count as this process's memory.
-        samples = bytearray((stop - start) * self.channels * 4)
-        view = memoryview(samples)
-        self._file.seek(start * self.channels * 4)
-        while view:
-            n_bytes = self._file.readinto(view)
-            if not n_bytes:
-                raise self._cut_short()
-            view = view[n_bytes:]
-        return torch.from_numpy(np.frombuffer(samples, dtype=np.float32).reshape(-1, self.channels)).T.contiguous()
+        samples = np.empty((stop - start, self.channels), dtype=np.float32)
+        view = samples.data.cast("B") if samples.size else memoryview(b"")
+        with self._changed:
+            self._file.seek(start * self.channels * 4)
+            while view:
+                n_bytes = self._file.readinto(view)
+                if not n_bytes:
+                    raise self._cut_short()
+                view = view[n_bytes:]
+        return samples
 
     def _cut_short(self) -> OutputError:
         return OutputError(f"A temporary file in {self._path.parent} was cut short by something else; run again.")
@@ -122,8 +184,10 @@ class Waveform:
     def kept(cls, file: io.FileIO, n_samples: int, statistics: Sequence[float]) -> Self:
         """A stereo waveform at 44100 Hz over the `raw` samples of another one in a file, which is read and stays."""
         wave = cls.__new__(cls)
+        Growing.__init__(wave, n_samples)
+        wave._there = n_samples
         wave.sample_rate = wave.source_rate = SAMPLE_RATE
-        wave.n_samples = wave.source_samples = n_samples
+        wave.source_samples = n_samples
         wave.channels, wave.tags = 2, {}
         wave.peak, wave.mean, wave._squares = statistics
         wave._file, wave._path, wave._is_temporary = file, Path(str(file.name)), False
@@ -136,18 +200,15 @@ class Waveform:
 
     def raw(self) -> Iterator[bytes]:
         """All samples as they lie in the file, block by block: float32, a sample's channels side by side."""
-        self._file.seek(0)
-        missing = self.n_samples * self.channels * 4
-        while missing:
-            data = self._file.read(min(missing, _RAW_BYTES))
-            if not data:
-                raise self._cut_short()
-            missing -= len(data)
-            yield data
+        samples = _RAW_BYTES // (self.channels * 4)
+        for start in range(0, self.n_samples, samples):
+            yield self.interleaved(start, min(start + samples, self.n_samples)).tobytes()
 
     def close(self) -> None:
         """Delete the file. A second call does nothing."""
-        self._file.close()
+        super().close()
+        with self._changed:
+            self._file.close()
         if self._is_temporary:
             self._path.unlink(missing_ok=True)
 
@@ -189,6 +250,7 @@ def decode(
                 f"{MAX_SAMPLE_RATE} Hz."
             )
         to_stereo = _stereo_matrix(source.layout)
+        is_stereo = np.array_equal(to_stereo, np.eye(2))
         if len(to_stereo) > 2:
             logger.warning(
                 "%s has %d channels (%s): mixed down to stereo, centre and surround 3 dB lower, LFE left out",
@@ -212,7 +274,7 @@ def decode(
                 if not finite.all():
                     seconds = (native.n_samples + int(finite.all(axis=1).argmin())) / source.sample_rate
                     raise AudioError(f"{name} holds NaN or Inf at {seconds:.3f} s; export it again without.")
-                native.append(torch.from_numpy(block @ to_stereo).T)
+                native.append(torch.from_numpy(block if is_stereo else block @ to_stereo).T)
                 if progress:
                     progress(reading * min(native.n_samples / (source.expected_samples or math.inf), 1.0))
             if native.n_samples == 0:
@@ -257,14 +319,15 @@ def encode(
     path: Path,
     *,
     format: str,
-    gain: float = 1.0,
+    gain: float | Callable[[], float] = 1.0,
     mp3_bitrate: int = 320,
     wav_depth: str = "32f",
 ) -> None:
     """Write `gain` times the waveform, with its tags: WAV of `wav_depth`, 24-bit FLAC, or MP3 at `mp3_bitrate` kbit/s.
 
-    Only float WAV can hold samples beyond full scale: others are clipped, so give a gain that leaves none. 16 bits are
-    dithered, in the same way each time for the same name. WAV over 4 GB becomes RF64. The file appears under its name
+    Only float WAV can hold samples beyond full scale: others are clipped, so give a gain that leaves none. Where `gain`
+    is a function, it is asked once the samples of each block have come; raise from it to stop. 16 bits are dithered, in
+    the same way each time for the same name. WAV over 4 GB becomes RF64. The file appears under its name
     when it is complete. Raises `InputError` for an unknown format, bitrate, depth or rate, `OutputError` if the folder
     is full or cannot be written to; no partial file stays behind.
     """
@@ -288,10 +351,14 @@ def encode(
                         setattr(sound, tag, value.decode())
                 for start in range(0, waveform.n_samples, _BLOCK_SAMPLES):
                     stop = min(start + _BLOCK_SAMPLES, waveform.n_samples)
-                    block = (waveform.read(start, stop) * gain).T.numpy()
+                    block = waveform.interleaved(start, stop)
+                    factor = gain() if callable(gain) else gain
+                    if factor != 1.0:
+                        block *= np.float32(factor)
                     if bits is not None:
-                        block = _integers(block, bits, dither)
-                    sound.write(block.clip(-1, 1) if format == "mp3" else block)
+                        sound.write(_integers(block, bits, dither))
+                    else:
+                        sound.write(block.clip(-1, 1) if format == "mp3" else block)
                     file.check()
             file.check()  # closing writes too: the encoder's last frames and the header
         os.replace(partial, path)
@@ -354,7 +421,7 @@ class _RecordingFile(io.FileIO):
             raise self._error
 
 
-def _write_all(write: Callable[[memoryview], int], data: bytes) -> None:
+def _write_all(write: Callable[[memoryview], int], data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:  # a disk that fills up takes a part of the data first and gives the error next
         rest = rest[write(rest) :]
@@ -375,6 +442,15 @@ _KAISER_BETA = 14.769656459379492
 _KERNEL_LIMIT = 2**22  # taps of torchaudio's kernel: 16 MiB; the usual rates need at most a fifth of a million
 
 
+class Readable(Protocol):
+    """What samples can be read from at random, `[C, T]`."""
+
+    @property
+    def n_samples(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Tensor: ...
+
+
 def resample(
     waveform: Waveform,
     sample_rate: int,
@@ -383,33 +459,49 @@ def resample(
     max_samples: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Waveform:
-    """The waveform at `sample_rate`, in a temporary file in `folder`; ceil(n_samples * new / old) samples at most.
+    """The waveform at `sample_rate`, in a temporary file in `folder`; see `resampled` for its samples.
 
     `max_samples` cuts it there: of a waveform that was resampled before, rounding up twice may have made it longer.
-    Equals one call of torchaudio's resampling over the whole of it, with a windowed sinc as long and as steep as
-    librosa's kaiser_best. `progress` is called with the share that is done, after each block; raise from it to cancel.
-    Raises `OutputError` if `folder` is full or cannot be written to.
+    `progress` is called with the share that is done, after each block; raise from it to cancel. Raises `OutputError` if
+    `folder` is full or cannot be written to.
     """
-    common = math.gcd(waveform.sample_rate, sample_rate)
-    old, new = waveform.sample_rate // common, sample_rate // common
-    n_samples = -(-waveform.n_samples * new // old)
+    n_samples = resampled_length(waveform.n_samples, waveform.sample_rate, sample_rate)
     if max_samples is not None:
         n_samples = min(n_samples, max_samples)
-    width = math.ceil(_LOWPASS_ZEROS * old / (min(old, new) * _ROLLOFF))  # old samples that the filter reaches
-    convert = (_by_torchaudio if new * (old + 2 * width) <= _KERNEL_LIMIT else _by_phases)(old, new, width)
-    block_samples = max(1, _BLOCK_SAMPLES // max(old, new)) * new  # a block starts on a sample of both rates
+    done = 0
     with contextlib.ExitStack() as on_error:
         output = on_error.enter_context(Waveform(folder, sample_rate=sample_rate, channels=waveform.channels))
         output.tags = dict(waveform.tags)
-        for start in range(0, n_samples, block_samples):
-            output.append(convert(waveform, start, min(start + block_samples, n_samples)))
+        for block in resampled(waveform, waveform.sample_rate, sample_rate, n_samples):
+            output.append(block)
+            done += block.shape[1]
             if progress:
-                progress(output.n_samples / n_samples)
+                progress(done / n_samples)
         on_error.pop_all()
     return output
 
 
-def _by_torchaudio(old: int, new: int, width: int) -> Callable[[Waveform, int, int], Tensor]:
+def resampled_length(n_samples: int, sample_rate: int, new_rate: int) -> int:
+    """How many samples there are at the new rate: ceil(n_samples * new_rate / sample_rate)."""
+    return -(-n_samples * new_rate // sample_rate)
+
+
+def resampled(source: Readable, sample_rate: int, new_rate: int, n_samples: int) -> Iterator[Tensor]:
+    """The first `n_samples` of the source, which has `sample_rate`, at the new rate: blocks `[C, n]`.
+
+    Equals one call of torchaudio's resampling over the whole of it, with a windowed sinc as long and as steep as
+    librosa's kaiser_best.
+    """
+    common = math.gcd(sample_rate, new_rate)
+    old, new = sample_rate // common, new_rate // common
+    width = math.ceil(_LOWPASS_ZEROS * old / (min(old, new) * _ROLLOFF))  # old samples that the filter reaches
+    convert = (_by_torchaudio if new * (old + 2 * width) <= _KERNEL_LIMIT else _by_phases)(old, new, width)
+    block_samples = max(1, _BLOCK_SAMPLES // max(old, new)) * new  # a block starts on a sample of both rates
+    for start in range(0, n_samples, block_samples):
+        yield convert(source, start, min(start + block_samples, n_samples))
+
+
+def _by_torchaudio(old: int, new: int, width: int) -> Callable[[Readable, int, int], Tensor]:
     """Output samples `[start, stop)` of a waveform, where `start` is a multiple of `new`."""
     convolve = Resample(
         old,
@@ -422,16 +514,16 @@ def _by_torchaudio(old: int, new: int, width: int) -> Callable[[Waveform, int, i
     ).float()
     context = -(-width // old)  # in periods of the two rates: `old` samples in, `new` samples out
 
-    def convert(waveform: Waveform, start: int, stop: int) -> Tensor:
+    def convert(source: Readable, start: int, stop: int) -> Tensor:
         first, last = start // new, -(-stop // new)
-        samples = read_padded(waveform, (first - context) * old, (last + context) * old)
+        samples = read_padded(source, (first - context) * old, (last + context) * old)
         converted: Tensor = convolve(samples)
         return converted[:, context * new :][:, : stop - start]
 
     return convert
 
 
-def _by_phases(old: int, new: int, width: int) -> Callable[[Waveform, int, int], Tensor]:
+def _by_phases(old: int, new: int, width: int) -> Callable[[Readable, int, int], Tensor]:
     """As `_by_torchaudio`, whose kernel has new * (old + 2 * width) taps: 31 GB for 44101 to 44100 Hz.
 
     Here it has new * (2 * width + 2), and each output sample is its own dot product: slower, but for any two rates.
@@ -445,12 +537,12 @@ def _by_phases(old: int, new: int, width: int) -> Callable[[Waveform, int, int],
     inside = zeros.abs() < _LOWPASS_ZEROS
     kernel = (torch.sinc(zeros) * window * inside * (min(old, new) * _ROLLOFF / old)).float()  # [new, 2 * width + 2]
 
-    def convert(waveform: Waveform, start: int, stop: int) -> Tensor:
+    def convert(source: Readable, start: int, stop: int) -> Tensor:
         parts = []
         for part in torch.arange(start, stop).split(4096):
             before = part * old // new  # the input sample at or before each output sample
             first, last = int(before[0]), int(before[-1])
-            samples = read_padded(waveform, first - width, last + width + 2)
+            samples = read_padded(source, first - width, last + width + 2)
             windows = samples.unfold(1, 2 * width + 2, 1)[:, before - first]
             parts.append(torch.einsum("cnt,nt->cn", windows, kernel[part % new]))
         return torch.cat(parts, dim=1)
@@ -458,10 +550,10 @@ def _by_phases(old: int, new: int, width: int) -> Callable[[Waveform, int, int],
     return convert
 
 
-def read_padded(waveform: Waveform, start: int, stop: int) -> Tensor:
+def read_padded(source: Readable, start: int, stop: int) -> Tensor:
     """As `Waveform.read`, with zeros before the first and after the last sample."""
-    first, last = min(max(start, 0), waveform.n_samples), min(max(stop, 0), waveform.n_samples)
-    return torch.nn.functional.pad(waveform.read(first, last), (first - start, stop - last))
+    first, last = min(max(start, 0), source.n_samples), min(max(stop, 0), source.n_samples)
+    return torch.nn.functional.pad(source.read(first, last), (first - start, stop - last))
 
 
 # --- reading files

@@ -2,19 +2,36 @@
 
 import hashlib
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from separation.audio import SAMPLE_RATE, Waveform, check_output, check_rate, decode, is_rf64, resample
+from separation.audio import (
+    SAMPLE_RATE,
+    Growing,
+    Waveform,
+    check_output,
+    check_rate,
+    decode,
+    is_rf64,
+    resampled,
+    resampled_length,
+)
 from separation.cache import Cache, engine_version
 from separation.checkpoints import load_model
 from separation.chunking import ChunkPlan, chunk_memory_bytes, does_not_fit, fitting_batch_size, halved, separate
@@ -22,7 +39,7 @@ from separation.device import Choice, choose, identity, is_out_of_memory
 from separation.errors import AudioError, CheckpointError, EstimateError, InputError
 from separation.gpu import Model, captured, compute_thread
 from separation.models import SeparationModel
-from separation.output import OutputFolder, encode_all
+from separation.output import Encoders, OutputFolder
 from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
 
 CHUNK_SECONDS = range(4, 31)
@@ -30,7 +47,7 @@ OVERLAP_SECONDS = range(1, 9)
 SAMPLE_RATES: tuple[int | str, ...] = (44100, 48000, "source")
 DECODED, ESTIMATED = 0.05, 0.9  # the share of a file's job, in the progress, that is done by then; the rest is writing
 PEAK = 0.9  # what a mixture's peak is scaled to before a model that was trained on such audio
-BLOCK_SAMPLES = 10 * SAMPLE_RATE  # that are added up at once
+BLOCK_SAMPLES = 65536  # that are added up at once
 
 logger = logging.getLogger("separation")
 
@@ -147,34 +164,183 @@ class ModelPool:
             return loaded.only(stems)
 
 
-class Samples:
+class Samples(Growing):
     """What `Waveform` is in a file, in memory: `[2, T]` float32 at 44100 Hz, appended block by block."""
 
     def __init__(self, n_samples: int) -> None:
-        self.samples = torch.empty(2, n_samples)
-        self.n_samples = 0
+        super().__init__(n_samples)
+        self.samples = torch.from_numpy(np.empty((2, n_samples), dtype=np.float32))  # numpy asks for huge pages
+
+    @classmethod
+    def of(cls, samples: Tensor) -> "Samples":
+        """These samples on the CPU, without a copy where they are contiguous."""
+        whole = cls(0)
+        whole.samples = torch.from_numpy(np.ascontiguousarray(samples.numpy()))
+        whole._total_samples = whole._there = samples.shape[1]
+        return whole
 
     def append(self, block: Tensor) -> None:
-        self.samples[:, self.n_samples : self.n_samples + block.shape[1]] = block
-        self.n_samples += block.shape[1]
+        self.samples[:, self._there : self._there + block.shape[1]] = block
+        self._grow(block.shape[1])
 
     def read(self, start: int, stop: int) -> Tensor:
+        self._wait(stop)
         return self.samples[:, start:stop]
 
     @property
     def peak(self) -> float:
-        return float(self.samples.abs().max())
+        lowest, highest = torch.aminmax(self.samples)
+        return max(-float(lowest), float(highest))
 
     @property
     def mean(self) -> float:
-        return float(self.samples.double().mean())
+        return float(self._mono().mean())
 
     @property
     def std(self) -> float:
-        return float(self.samples.double().mean(dim=0).std()) if self.n_samples > 1 else 0.0
+        return float(self._mono().std(ddof=1)) if self.n_samples > 1 else 0.0
+
+    def _mono(self) -> NDArray[np.float64]:
+        # In numpy, for sums in torch depend on the number of threads.
+        mono: NDArray[np.float64] = np.add(*self.samples.numpy(), dtype=np.float64)
+        mono /= 2
+        return mono
 
 
 Wave = TypeVar("Wave", Samples, Waveform)
+Find = Callable[[Estimate], Wave | None]  # an estimate that is there from before, if it is
+Keep = Callable[[Estimate, Wave], None]
+
+
+class _Sum(Generic[Wave]):
+    """Waveforms added up, each times its weight, as they are read."""
+
+    def __init__(self, parts: list[tuple[Wave, float]]) -> None:
+        self._parts: list[tuple[Wave, float]] = parts
+        self.n_samples = parts[0][0].n_samples
+
+    def read(self, start: int, stop: int) -> Tensor:
+        total = torch.zeros(2, stop - start)
+        for wave, weight in self._parts:
+            total.add_(wave.read(start, stop), alpha=weight)
+        return total
+
+    def blocks(self) -> Iterator[Tensor]:
+        for start in range(0, self.n_samples, BLOCK_SAMPLES):
+            yield self.read(start, min(start + BLOCK_SAMPLES, self.n_samples))
+
+
+class _Song(Generic[Wave]):
+    """The waveforms of a song: the mixture, what models estimate, and what is made of these.
+
+    Inside the `with` block a thread makes what was asked for by `wave` and `fill`, and the inputs of runs, as the
+    estimates come. An exception there closes all waveforms, so that who waits for more samples of one ends.
+
+    Args:
+        new: makes an empty waveform of the song's length.
+        find: gives an estimate that is there from before, if it is.
+    """
+
+    def __init__(
+        self, recipe: Recipe, mixture: Wave, new: Callable[[], Wave], find: "Find[Wave] | None" = None
+    ) -> None:
+        self.n_samples = mixture.n_samples
+        self.estimates: dict[Estimate | None, Wave] = {None: mixture}
+        self._new: Callable[[], Wave] = new
+        self._sums: dict[Combination, Wave] = {}
+        self._filled: list[tuple[int, Wave, Iterator[Tensor]]] = []  # by the number of the last run that is needed
+        self._threads = ThreadPoolExecutor(max_workers=2)  # one makes sums, one does what is asked for
+        self._filling: Future[None] | None = None
+        self._jobs: list[Future[None]] = []
+
+        def is_known(estimate: Estimate) -> bool:
+            if find and (found := find(estimate)) is not None:
+                self.estimates[estimate] = found
+            return estimate in self.estimates
+
+        self.runs = recipe.runs_without(is_known)
+        self.estimates |= {Estimate(run, stem): new() for run, stems in self.runs.items() for stem in stems}
+        for run in self.runs:
+            self.wave(run.input)
+
+    def wave(self, parts: Combination) -> Wave:
+        """The sum, which the thread will make; or the one waveform that it is."""
+        readable = self.readable(parts)
+        if not isinstance(readable, _Sum):
+            return readable
+        if parts not in self._sums:
+            self._sums[parts] = self._new()
+            self.fill(self._sums[parts], parts, readable.blocks())
+        return self._sums[parts]
+
+    def readable(self, parts: Combination) -> "Wave | _Sum[Wave]":
+        """The sum, added up anew whenever it is read; or the one waveform that it is."""
+        if [weight for _, weight in parts] == [1.0]:
+            return self.estimates[parts[0][0]]
+        return _Sum([(self.estimates[estimate], weight) for estimate, weight in parts])
+
+    def fill(self, wave: Wave, parts: Combination, blocks: Iterator[Tensor]) -> None:
+        """Have the thread append blocks, which come of these estimates, to a waveform."""
+        numbers = {run: number for number, run in enumerate(self.runs)}
+        last = max((numbers.get(estimate.run, -1) for estimate, _ in parts if estimate), default=-1)
+        self._filled.append((last, wave, blocks))
+
+    def _fill(self) -> None:
+        # Those that the same runs make grow together.
+        for _, group in groupby(sorted(self._filled, key=itemgetter(0)), key=itemgetter(0)):
+            for _ in zip_longest(*(_appending(wave, blocks) for _, wave, blocks in group)):
+                pass
+
+    def _filled_or_failed(self, filling: "Future[None]") -> None:
+        """Once `check` knows the error, who waits for what will not come may end too."""
+        if filling.exception():
+            for _, wave, _ in self._filled:
+                wave.close()
+
+    def in_background(self, job: Callable[[], None]) -> None:
+        self._jobs.append(self._threads.submit(job))
+
+    def check(self) -> None:
+        """Raise what a thread has failed with, if one has."""
+        for job in (self._filling, *self._jobs):
+            if job and job.done():
+                job.result()
+
+    def complete(self, parts: Combination) -> Wave:
+        """The sum, once it is made."""
+        wave = self.wave(parts)
+        while not wave.is_complete(0.2):
+            self.check()
+        return wave
+
+    def finish(self, waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait until all sums are made; `waiting` is called now and then: raise from it to cancel."""
+        while self._filling and wait([self._filling], timeout=0.2).not_done:
+            waiting()
+        self.check()
+
+    def __enter__(self) -> Self:
+        if self._filled:
+            self._filling = self._threads.submit(self._fill)
+            self._filling.add_done_callback(self._filled_or_failed)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        wait(self._jobs)  # what a run gave is kept, whatever comes after it
+        if error is not None:
+            for wave in (*self.estimates.values(), *(wave for _, wave, _ in self._filled)):
+                wave.close()
+        self._threads.shutdown()
+        if error is None:
+            self.check()
+
+
+def _appending(wave: Wave, blocks: Iterator[Tensor]) -> Iterator[None]:
+    for block in blocks:
+        wave.append(block)
+        yield
 
 
 class StemFiles(dict[str, Path]):
@@ -311,13 +477,15 @@ class Separator:
             raise InputError(f"the mixture must be a tensor of shape [2, T], not {list(mixture.shape)}")
         if mixture.shape[1] == 0:
             raise AudioError("the mixture has no samples")
-        mixture = mixture.detach().to("cpu", torch.float32)
-        if not torch.isfinite(mixture).all():
-            first = int((~torch.isfinite(mixture)).any(dim=0).nonzero()[0])
+        whole = Samples.of(mixture.detach().to("cpu", torch.float32))
+        if not math.isfinite(whole.peak):
+            first = int((~torch.isfinite(whole.samples)).any(dim=0).nonzero()[0])
             raise AudioError(f"the mixture holds NaN or Inf at sample {first}")
-        song = Samples(mixture.shape[1])
-        song.append(mixture)
-        stems = self._separate(song, lambda: Samples(song.n_samples), progress)
+        song = _Song(self.recipe, whole, lambda: Samples(whole.n_samples))
+        stems = {stem: song.wave(parts) for stem, parts in self.recipe.outputs.items()}
+        with song:
+            self._run(song, progress)
+            song.finish()
         if progress:
             progress(1.0, "done")
         return {stem: samples.samples for stem, samples in stems.items()}
@@ -353,42 +521,55 @@ class Separator:
         if sample_rate not in SAMPLE_RATES:
             raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
         path = Path(path)
-        parts = {stem: f"{stem}.{format}" for stem in self.stems}
         with OutputFolder(Path(folder)) as output, ExitStack() as stack:
-            output.check_targets(list(parts.values()), path)
+            output.check_targets([f"{stem}.{format}" for stem in self.stems], path)
             mixture = stack.enter_context(
                 decode(path, output.work, max_seconds=max_seconds, progress=_decoding(progress))
             )
             rate = mixture.source_rate if sample_rate == "source" else int(sample_rate)
             check_rate(format, rate)
-            estimating = part_of(progress, DECODED, ESTIMATED)
-            stems = self._separate(
-                mixture,
-                lambda: stack.enter_context(Waveform(output.work)),
-                estimating,
-                **self._kept(mixture, path.name, stack),
-            )
-            if rate != SAMPLE_RATE:
-                length = mixture.source_samples if rate == mixture.source_rate else None
-                for stem, wave in stems.items():
-                    stems[stem] = stack.enter_context(
-                        resample(wave, rate, output.work, max_samples=length, progress=_resampling(progress))
-                    )
-                    wave.close()
-            gain = 1.0 if format == "wav" and wav_depth == "32f" else _gain(stems)
+            find, keep = self._kept(mixture, path.name, stack)
+
+            def new(sample_rate: int = SAMPLE_RATE, n_samples: int = mixture.n_samples) -> Waveform:
+                return stack.enter_context(Waveform(output.work, sample_rate=sample_rate, total_samples=n_samples))
+
+            song = _Song(self.recipe, mixture, new, find)
+            if rate == SAMPLE_RATE:
+                stems = {stem: song.wave(parts) for stem, parts in self.recipe.outputs.items()}
+            else:
+                length = resampled_length(mixture.n_samples, SAMPLE_RATE, rate)
+                if rate == mixture.source_rate:  # rounding up twice may have made it longer
+                    length = min(length, mixture.source_samples)
+                stems = {stem: new(rate, length) for stem in self.stems}
+                for stem, parts in self.recipe.outputs.items():
+                    song.fill(stems[stem], parts, resampled(song.readable(parts), SAMPLE_RATE, rate, length))
             for wave in stems.values():
                 wave.tags = mixture.tags
             if format == "wav" and is_rf64(wave, wav_depth):
                 logger.warning(
                     "more than 4 GB a stem, too much for WAV: written as RF64, which not every program reads"
                 )
-            encoded = {stem: output.work / name for stem, name in parts.items()}
+            encoded = {stem: output.work / f"{stem}.{format}" for stem in self.stems}
+            clips = format != "wav" or wav_depth != "32f"
+
+            def estimating(share: float, stage: str) -> None:
+                song.check()
+                encoders.check()
+                if progress:
+                    progress(DECODED + (ESTIMATED - DECODED) * share, stage)
 
             def writing(done: int, stem: str) -> None:
                 if progress:
                     progress(ESTIMATED + (1 - ESTIMATED) * done / len(stems), f"writing {stem}")
 
-            encode_all(stems, encoded, gain=gain, mp3_bitrate=mp3_bitrate, wav_depth=wav_depth, progress=writing)
+            with (
+                Encoders(stems, encoded, clips=clips, mp3_bitrate=mp3_bitrate, wav_depth=wav_depth) as encoders,
+                song,  # leaves first, and ends what the encoders wait for
+            ):
+                self._run(song, estimating, keep)
+                song.finish(lambda: writing(0, self.stems[0]))
+                gain = _gain(stems) if clips else 1.0
+                encoders.finish(gain, writing)
             if progress:
                 progress(1.0, "done")  # the last moment to cancel
             files = StemFiles(output.publish(encoded))
@@ -396,33 +577,14 @@ class Separator:
             files.elapsed_seconds = time.monotonic() - started
             return files
 
-    def _separate(
-        self,
-        mixture: Wave,
-        new: Callable[[], Wave],
-        progress: Progress | None,
-        *,
-        find: Callable[[Estimate], Wave | None] = lambda estimate: None,
-        keep: Callable[[Estimate, Wave], None] = lambda estimate, wave: None,
-    ) -> dict[str, Wave]:
-        """Does the recipe's runs, then adds up its stems; `new` makes an empty waveform.
-
-        `find` gives an estimate that is there from before, if it is, and `keep` is given each that is made.
-        """
-        waves: dict[Estimate | None, Wave] = {None: mixture}
-
-        def is_known(estimate: Estimate) -> bool:
-            if (found := find(estimate)) is not None:
-                waves[estimate] = found
-            return found is not None
-
-        runs = self.recipe.runs_without(is_known)
-        counts = [len(self.plans[run.model].starts(mixture.n_samples)) for run in runs]
+    def _run(self, song: "_Song[Wave]", progress: Progress | None, keep: "Keep[Wave] | None" = None) -> None:
+        """Does the song's runs; `keep` is given each estimate that is made."""
+        runs = song.runs
+        counts = [len(self.plans[run.model].starts(song.n_samples)) for run in runs]
         for index, (run, stems) in enumerate(runs.items()):
             model, plan = self.models[run.model].only(stems), self.plans[run.model]
-            source = _combined(run.input, waves, new)
+            source = song.complete(run.input)
             offset, scale = _normalisation(model, source)
-            waves |= {Estimate(run, stem): new() for stem in stems}
             ready = self._ready(model, plan)
             may_overflow = self.device.type == "cuda" and model.is_half
             with self._turn:
@@ -440,16 +602,18 @@ class Separator:
                     progress=_within(progress, sum(counts[:index]), sum(counts), run.model),
                 ):
                     for stem in stems:
-                        waves[Estimate(run, stem)].append(block[model.stems.index(stem)])
-            for stem in stems:
-                keep(Estimate(run, stem), waves[Estimate(run, stem)])
-        return {stem: _combined(parts, waves, new) for stem, parts in self.recipe.outputs.items()}
+                        song.estimates[Estimate(run, stem)].append(block[model.stems.index(stem)])
+            if keep:
+                for stem in stems:
+                    song.in_background(partial(keep, Estimate(run, stem), song.estimates[Estimate(run, stem)]))
 
-    def _kept(self, mixture: Waveform, song: str, stack: ExitStack) -> dict[str, Any]:
-        """`find` and `keep` for `_separate`, by the cache; nothing without one, or for a song that it cannot hold."""
+    def _kept(
+        self, mixture: Waveform, song: str, stack: ExitStack
+    ) -> tuple["Find[Waveform] | None", "Keep[Waveform] | None"]:
+        """`find` for `_Song` and `keep` for `_run`, by the cache; None without one, or if it cannot hold the song."""
         cache, n_bytes = self.cache, mixture.n_samples * mixture.channels * 4
         if cache is None or n_bytes * sum(map(len, self.recipe.runs.values())) > cache.limit_bytes:
-            return {}
+            return None, None
         checksum = hashlib.sha256()
         for block in mixture.raw():
             checksum.update(block)
@@ -467,7 +631,7 @@ class Separator:
             facts = {"song": song, "seconds": mixture.n_samples / SAMPLE_RATE, "model": estimate.run.model}
             cache.put(self._settings(estimate, identity), wave.raw(), n_bytes, {**facts, "statistics": wave.statistics})
 
-        return {"find": find, "keep": keep}
+        return find, keep
 
     def _settings(self, estimate: Estimate, mixture: Mapping[str, Any]) -> dict[str, Any]:
         """All that the samples of an estimate depend on."""
@@ -537,21 +701,6 @@ def _normalisation(model: SeparationModel, source: Samples | Waveform) -> tuple[
     return (source.mean, source.std + 1e-8) if model.normalisation == "standard" else (0.0, source.peak / PEAK or 1.0)
 
 
-def _combined(parts: Combination, waves: Mapping[Estimate | None, Wave], new: Callable[[], Wave]) -> Wave:
-    """The sum of waveforms, each with its weight: one of them itself where the sum is no more than that."""
-    if [weight for _, weight in parts] == [1.0]:
-        return waves[parts[0][0]]
-    total = new()
-    n_samples = waves[None].n_samples
-    for start in range(0, n_samples, BLOCK_SAMPLES):
-        stop = min(start + BLOCK_SAMPLES, n_samples)
-        block = torch.zeros(2, stop - start)
-        for estimate, weight in parts:
-            block.add_(waves[estimate].read(start, stop), alpha=weight)
-        total.append(block)
-    return total
-
-
 def on_stereo(model: SeparationModel) -> Model:
     """The model over two channels, `[B, 2, T]` to `[B, S, 2, T]`; a mono model over each of them."""
     if model.channels == 2:
@@ -571,10 +720,6 @@ def part_of(progress: Progress | None, start: float, stop: float) -> Progress | 
 
 def _decoding(progress: Progress | None) -> Callable[[float], None] | None:
     return (lambda share: progress(DECODED * share, "decoding")) if progress else None
-
-
-def _resampling(progress: Progress | None) -> Callable[[float], None] | None:
-    return (lambda _: progress(ESTIMATED, "resampling")) if progress else None
 
 
 def _within(progress: Progress | None, before: int, total: int, stage: str) -> Callable[[int, int], None] | None:

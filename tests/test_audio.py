@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -151,6 +152,31 @@ def test_waveform_on_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
         assert str(tmp_path) in str(caught.value)
         assert waveform.n_samples == 1000
         assert torch.equal(waveform.read(0, 1000), noise(1000))
+
+
+def test_a_reader_waits_for_samples_that_are_still_to_come(tmp_path: Path) -> None:
+    samples = noise(1000)
+    with Waveform(tmp_path, total_samples=1000) as waveform, ThreadPoolExecutor() as threads:
+        assert waveform.n_samples == 1000
+        waveform.append(samples[:, :600])
+        assert torch.equal(waveform.read(100, 600), samples[:, 100:600])
+        assert not waveform.is_complete(0)
+        rest = threads.submit(waveform.read, 500, 1000)
+        assert wait([rest], timeout=0.1).not_done
+        waveform.append(samples[:, 600:])
+        assert torch.equal(rest.result(20), samples[:, 500:])
+        assert waveform.is_complete(0)
+
+
+def test_closing_ends_the_wait_for_samples(tmp_path: Path) -> None:
+    waveform = Waveform(tmp_path, total_samples=1000)
+    with ThreadPoolExecutor() as threads:
+        rest = threads.submit(waveform.read, 500, 1000)
+        assert wait([rest], timeout=0.1).not_done
+        waveform.close()
+        with pytest.raises(ValueError, match="closed"):
+            rest.result(20)
+    assert not list(tmp_path.iterdir())
 
 
 def test_waveform_in_a_missing_folder_says_what_to_do(tmp_path: Path) -> None:
@@ -1071,7 +1097,7 @@ def test_a_wav_over_4_gb_is_rf64_that_holds_every_sample(tmp_path: Path) -> None
     n_samples, tone = 2**29 + 100, 0.5 * torch.sin(torch.arange(1000) * 0.05).expand(2, -1)
     with Waveform(tmp_path) as waveform:
         waveform._file.truncate((n_samples - 1000) * 8)  # sparse: silence
-        waveform.n_samples = n_samples - 1000
+        waveform._there = n_samples - 1000
         waveform.append(tone)
         encode(waveform, tmp_path / "song.wav", format="wav")
     with soundfile.SoundFile(tmp_path / "song.wav") as sound:
@@ -1122,7 +1148,7 @@ def test_an_exception_while_writing_leaves_no_partial_file(tmp_path: Path, monke
         def interrupt(start: int, stop: int) -> Tensor:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(waveform, "read", interrupt)
+        monkeypatch.setattr(waveform, "interleaved", interrupt)
         with pytest.raises(KeyboardInterrupt):
             encode(waveform, tmp_path / "song.wav", format="wav")
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from separation import (
     output,
 )
 from separation import separator as separator_module
+from separation.audio import Waveform, encode, resample
 from separation.metrics import sdr
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
@@ -599,6 +601,136 @@ class StandardRecorder(Recorder):
     normalisation = "standard"
     fixed_chunk = True
     reflects_border = False
+
+
+def recording(model: Recorder) -> ModelPool:
+    pool = ModelPool("cpu", "fp32")
+    pool._models = {model.name: model}
+    return pool
+
+
+@pytest.mark.parametrize("level", [0.5, 3.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "wav"},
+        {"format": "wav", "wav_depth": "16"},
+        {"format": "flac"},
+        {"format": "mp3"},
+        {"format": "flac", "sample_rate": 48000},
+    ],
+)
+def test_the_files_are_those_of_encoding_the_whole_stems_afterwards(
+    options: dict[str, Any], level: float, clip: Tensor, tmp_path: Path
+) -> None:
+    recipe = resolve("test", "test", {"vocals": "first", "drums": "first of vocals", "instrumental": "residual"})
+    model = Recorder("first", ("vocals", "drums"), 100_000)
+    model.gain.data.fill_(0.7)
+    separator = Separator(recipe, pool=recording(model), **QUICK)
+    mixture = clip[:, :200_001] * level / clip[:, :200_001].abs().max()
+    files = separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out", **options)
+    assert (files.gain < 1) == (level > 1 and options != {"format": "wav"})
+    rate = options.get("sample_rate", 44100)
+    for stem, samples in separator.separate(mixture).items():
+        expected = tmp_path / f"{stem}.{options['format']}"
+        with Waveform(tmp_path) as wave:
+            wave.append(samples)
+            with resample(wave, rate, tmp_path) if rate != 44100 else wave as at_rate:
+                encode(at_rate, expected, gain=files.gain, format=expected.suffix[1:], **depth(options))
+        if options == {"format": "wav"}:  # libsndfile writes the time into it
+            assert torch.equal(read(files[stem]), read(expected))
+        else:
+            assert files[stem].read_bytes() == expected.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"song.wav", "out", *(path.name for path in files.values())}
+
+
+def depth(options: dict[str, Any]) -> dict[str, str]:
+    return {"wav_depth": options.get("wav_depth", "32f")}
+
+
+@pytest.mark.parametrize("sample_rate", [44100, 48000])
+def test_every_stem_is_encoded_while_the_model_still_works(
+    sample_rate: int, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, begun = output.encode, {"vocals": threading.Event(), "instrumental": threading.Event()}
+
+    def watched(wave: Waveform, path: Path, *, gain: Callable[[], float], **options: Any) -> None:
+        def watched_gain() -> float:
+            begun[path.stem].set()
+            return gain()
+
+        encode(wave, path, gain=watched_gain, **options)
+
+    class Waiting(Recorder):
+        def forward(self, chunks: Tensor) -> Tensor:
+            if len(self.seen) == 2:  # the third and last: 4 s are with the encoders
+                assert all(event.wait(20) for event in begun.values())
+            return super().forward(chunks)
+
+    monkeypatch.setattr(output, "encode", watched)
+    model = Waiting("first", ("vocals",), 100_000)
+    recipe = resolve("test", "test", {"vocals": "first", "instrumental": "residual"})
+    separator = Separator(recipe, pool=recording(model), **QUICK)
+    song = write(tmp_path / "song.wav", clip)
+    separator.separate_file(song, tmp_path / "out", format="flac", sample_rate=sample_rate)
+    assert len(model.seen) == 3
+
+
+@pytest.mark.parametrize("where", ["an encoder", "a sum", "the input of a run"])
+def test_what_fails_beside_the_model_ends_the_run_with_its_error(
+    where: str, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fail(*_: object, **__: object) -> Iterator[Tensor]:
+        failed.set()
+        raise OutputError("the disk is full")
+
+    class Slow(Recorder):
+        def forward(self, chunks: Tensor) -> Tensor:
+            assert failed.wait(20)
+            time.sleep(0.05)
+            return super().forward(chunks)
+
+    if where == "an encoder":
+        monkeypatch.setattr(output, "encode", fail)
+    else:
+        monkeypatch.setattr(separator_module._Sum, "blocks", fail)
+    lines = {"vocals": "first", "drums": "first after vocals"} if where == "the input of a run" else {"vocals": "first"}
+    if where != "the input of a run":
+        lines |= {"instrumental": "residual"}
+    model = Slow("first", ("vocals", "drums"), 100_000)
+    recipe = resolve("test", "test", lines)
+    separator = Separator(recipe, pool=recording(model), **QUICK)
+    if where != "an encoder":  # a sum is begun when it is asked for
+        failed.set()
+    song = write(tmp_path / "song.wav", clip.repeat(1, 8))
+    with pytest.raises(OutputError, match="the disk is full"):
+        separator.separate_file(song, tmp_path / "out")
+    assert len(model.seen) < len(separator.plans["first"].starts(8 * clip.shape[1]))
+    assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
+
+
+def test_once_a_stem_is_too_loud_nothing_more_is_encoded_before_the_gain_is_known(
+    clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, gains = output.encode, []
+
+    def watched(wave: Waveform, path: Path, *, gain: Callable[[], float] | float, **options: Any) -> None:
+        def watched_gain() -> float:
+            gains.append(gain() if callable(gain) else gain)
+            return gains[-1]
+
+        encode(wave, path, gain=watched_gain, **options)
+
+    monkeypatch.setattr(output, "encode", watched)
+    recipe = resolve("test", "test", {"vocals": "first", "instrumental": "residual"})
+    separator = Separator(recipe, pool=recording(Recorder("first", ("vocals",), 100_000)), **QUICK)
+    mixture = clip * 0.1
+    mixture[:, 0] = 2.0
+    files = separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out", format="flac")
+    assert files.gain == pytest.approx(0.5)
+    assert gains == [files.gain] * 2 * -(-mixture.shape[1] // 65536)
 
 
 def test_each_model_of_a_recipe_gets_its_own_normalisation_and_chunks(clip: Tensor, tmp_path: Path) -> None:
