@@ -67,8 +67,10 @@ class Growing:
         return self._there if self._total_samples is None else self._total_samples
 
     def is_complete(self, timeout_seconds: float) -> bool:
-        """Waits until all samples are there, so long at most; whether they are. Raises ValueError if it is closed."""
-        return self._wait(self.n_samples, timeout_seconds)
+        """Waits until all samples are there, so long at most and no longer once it is closed; whether they are."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._there >= self.n_samples or self._is_closed, timeout_seconds)
+            return self._there >= self.n_samples
 
     def close(self) -> None:
         """Whoever waits for samples, or asks for some from now on, gets a ValueError."""
@@ -76,12 +78,11 @@ class Growing:
             self._is_closed = True
             self._changed.notify_all()
 
-    def _wait(self, stop: int, timeout_seconds: float | None = None) -> bool:
+    def _wait(self, stop: int) -> None:
         with self._changed:
-            come = self._changed.wait_for(lambda: self._there >= stop or self._is_closed, timeout_seconds)
+            self._changed.wait_for(lambda: self._there >= stop or self._is_closed)
             if self._is_closed:
                 raise ValueError("the waveform is closed")
-            return come
 
     def _grow(self, n_samples: int) -> None:
         """So many more are there."""

@@ -553,8 +553,10 @@ class Separator:
             clips = format != "wav" or wav_depth != "32f"
 
             def estimating(share: float, stage: str) -> None:
-                song.check()
-                encoders.check()
+                try:
+                    encoders.check()
+                finally:
+                    song.check()  # goes first, for an encoder fails too when a sum that it waits for does
                 if progress:
                     progress(DECODED + (ESTIMATED - DECODED) * share, stage)
 

@@ -21,7 +21,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads wh
 DTYPES = [torch.float32, torch.float16]  # in bfloat16 the interpreter is wrong
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, in Triton's interpreter")
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+interpreted = pytest.mark.skipif(
+    not (INTERPRETED or ON_GPU), reason="runs on a GPU, or in a process of its own in Triton's interpreter"
+)
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="runs outside of Triton's interpreter")
 
 
@@ -52,10 +55,12 @@ def table(*shape: int) -> Tensor:
 def assert_same(kernels: ModuleType, name: str, *arguments: Any) -> None:
     """The kernel and its twin give the same and change their arguments in the same way, to one rounding."""
     copies = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
-    got, expected = getattr(kernels, name)(*arguments), getattr(hybrid_ops.run, name)(*copies)
+    if ON_GPU:
+        arguments = tuple(value.cuda() if isinstance(value, Tensor) else value for value in arguments)
+    got, expected = getattr(kernels, name)(*arguments), getattr(hybrid_ops, name)(*copies)
     results = [(got, expected)] if isinstance(got, Tensor) else list(zip(got or (), expected or (), strict=True))
     changed = [pair for pair in zip(arguments, copies, strict=True) if isinstance(pair[0], Tensor)]
-    for a, b in results + changed:
+    for a, b in ((each.cpu(), other) for each, other in results + changed):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         rounding = 1e-5 if a.dtype == torch.float32 else 2e-3
         assert torch.allclose(a.float(), b.float(), atol=rounding, rtol=rounding), (a.float() - b.float()).abs().max()

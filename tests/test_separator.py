@@ -676,7 +676,7 @@ def test_every_stem_is_encoded_while_the_model_still_works(
     assert len(model.seen) == 3
 
 
-@pytest.mark.parametrize("where", ["an encoder", "a sum", "the input of a run"])
+@pytest.mark.parametrize("where", ["an encoder", "a sum", "the input of a run", "the end of that input"])
 def test_what_fails_beside_the_model_ends_the_run_with_its_error(
     where: str, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -684,6 +684,11 @@ def test_what_fails_beside_the_model_ends_the_run_with_its_error(
 
     def fail(*_: object, **__: object) -> Iterator[Tensor]:
         failed.set()
+        raise OutputError("the disk is full")
+
+    def fail_at_the_end(total: Any) -> Iterator[Tensor]:
+        yield total.read(0, total.n_samples)[:, 1:]
+        time.sleep(0.1)  # the run waits
         raise OutputError("the disk is full")
 
     class Slow(Recorder):
@@ -695,10 +700,10 @@ def test_what_fails_beside_the_model_ends_the_run_with_its_error(
     if where == "an encoder":
         monkeypatch.setattr(output, "encode", fail)
     else:
-        monkeypatch.setattr(separator_module._Sum, "blocks", fail)
-    lines = {"vocals": "first", "drums": "first after vocals"} if where == "the input of a run" else {"vocals": "first"}
-    if where != "the input of a run":
-        lines |= {"instrumental": "residual"}
+        monkeypatch.setattr(separator_module._Sum, "blocks", fail_at_the_end if "end" in where else fail)
+    lines = {"vocals": "first", "drums": "first after vocals"}
+    if "input" not in where:
+        lines = {"vocals": "first", "instrumental": "residual"}
     model = Slow("first", ("vocals", "drums"), 100_000)
     recipe = resolve("test", "test", lines)
     separator = Separator(recipe, pool=recording(model), **QUICK)
@@ -707,7 +712,8 @@ def test_what_fails_beside_the_model_ends_the_run_with_its_error(
     song = write(tmp_path / "song.wav", clip.repeat(1, 8))
     with pytest.raises(OutputError, match="the disk is full"):
         separator.separate_file(song, tmp_path / "out")
-    assert len(model.seen) < len(separator.plans["first"].starts(8 * clip.shape[1]))
+    chunks = len(separator.plans["first"].starts(8 * clip.shape[1]))
+    assert len(model.seen) == chunks if "end" in where else len(model.seen) < chunks
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 

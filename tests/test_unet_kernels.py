@@ -245,11 +245,12 @@ def compiled(kernel: Any, arguments: tuple, constants: dict[str, int], capabilit
 
     names, signature, fixed, hints = kernel.arg_names, {}, {}, {}
     for place, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        specialised = isinstance(value, int) and not kernel.params[place].do_not_specialize
         signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "fp32"
         if isinstance(value, int):
-            signature[name] = "constexpr" if value == 1 else "i32"
-            fixed |= {name: 1} if value == 1 else {}
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            signature[name] = "constexpr" if specialised and value == 1 else "i32"
+            fixed |= {name: 1} if specialised and value == 1 else {}
+        if isinstance(value, Tensor) or (specialised and value % 16 == 0):
             hints[(place,)] = [["tt.divisibility", 16]]
     options = {key: constants[key] for key in OPTIONS if key in constants}
     fixed |= {key: value for key, value in constants.items() if key not in OPTIONS}

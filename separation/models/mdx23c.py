@@ -127,7 +127,7 @@ class MDX23C(TwinnedModel):
         return GpuMDX23C(self, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
 
     @property
-    def weight(self) -> Tensor:
+    def cast_weight(self) -> Tensor:
         return self.first_conv.weight
 
     def transform(self, length: int) -> Transform:

@@ -109,7 +109,7 @@ class SCNet(TwinnedModel):
         return GpuSCNet(self, (_fourier, _inverse_fourier), num_stems=self.config.num_stems)
 
     @property
-    def weight(self) -> Tensor:
+    def cast_weight(self) -> Tensor:
         return cast(Encoder, self.encoder[0]).globalconv.weight
 
     def _remake(self) -> None:

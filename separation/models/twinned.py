@@ -29,7 +29,7 @@ class TwinnedModel(SeparationModel):
 
     @property
     @abstractmethod
-    def weight(self) -> Tensor:
+    def cast_weight(self) -> Tensor:
         """One of the weights that `to_precision` casts."""
 
     def to_precision(self, dtype: torch.dtype) -> None:
@@ -42,7 +42,7 @@ class TwinnedModel(SeparationModel):
         return self
 
     def _remake(self) -> None:
-        weight = self.weight
+        weight = self.cast_weight
         is_fast = (
             weight.is_cuda
             and weight.dtype in (torch.float16, torch.bfloat16)

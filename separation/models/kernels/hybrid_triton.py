@@ -130,8 +130,8 @@ def _dconv_in(
     part = tl.program_id(0) % parts
     i = tl.arange(0, HB)
     bias = tl.load(table + i, mask=i < H, other=0.0)
-    total = tl.zeros([T, HB], tl.float32)
-    squares = tl.zeros([T, HB], tl.float32)
+    total = tl.zeros([T], tl.float32)
+    squares = tl.zeros([T], tl.float32)
     for tile in range(TILES):
         t = (part * TILES + tile) * T + tl.arange(0, T)
         product = tl.zeros([T, HB], tl.float32)
@@ -148,8 +148,8 @@ def _dconv_in(
         mask = (t < length)[:, None] & (i < H)[None, :]
         tl.store(h + (row * length + t[:, None]) * H + i[None, :], values, mask=mask)
         values = tl.where(mask, values.to(tl.float32), 0.0)
-        total += values
-        squares += values * values
+        total += tl.sum(values, axis=1)
+        squares += tl.sum(values * values, axis=1)
     count = tl.maximum(tl.minimum(length - part * TILES * T, TILES * T), 0) * USED
     _note(sums, row * parts + part, tl.sum(total), tl.sum(squares), count)
 
@@ -229,9 +229,9 @@ def _dconv_out(
             tl.store(at, before + values * _sigmoid(gates), mask=mask)
 
 
-def _columns(features: int) -> int:
+def _columns(features: int, most: int) -> int:
     """How many of them a product takes at once: those that leave none over, if there are."""
-    return next((size for size in (64, 32, 16) if features % size == 0), 16)
+    return next((size for size in (64, 32, 16) if size <= most and features % size == 0), 16)
 
 
 def _cut(length: int, tile: int) -> tuple[int, int]:
@@ -249,13 +249,14 @@ def dconv_(
     parts, tiles = _cut(length, TILE)
     h = x.new_empty(rows, length, width)
     in_sums, out_sums = x.new_empty(2, rows, parts, 2, dtype=torch.float32)
-    blocks: dict[str, Any] = {"TILES": tiles, "T": TILE, "CB": _columns(features)}
+    blocks: dict[str, Any] = {"TILES": tiles, "T": TILE, "CB": _columns(features, 64)}
     blocks["HB"] = max(16, triton.next_power_of_2(width))
     sizes = features, width, hidden
     _dconv_in[(rows * parts,)](x, w_in, in_table, h, in_sums, length, parts, dilation, *sizes, **blocks)
     tables = w_out, in_table, out_table, in_sums, out_sums, length, parts
     blocks["P"] = triton.next_power_of_2(MOST_PARTS)
     _dconv_sums[(rows * parts,)](h, *tables, *sizes, **blocks)
+    blocks["CB"] = _columns(features, 32)  # values and gates: more of both would not fit the registers
     _dconv_out[(rows * parts,)](x, h, *tables, *sizes, **blocks)
 
 

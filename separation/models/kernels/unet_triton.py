@@ -1,6 +1,6 @@
 """Triton kernels for the operations of unet_ops.py, whose docstrings say what each computes. Sums are in float32.
 
-Ends of loops are constants, since Triton's interpreter takes no others.
+Ends of `range` are constants, since Triton's interpreter takes no others.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -28,9 +28,14 @@ def _merged(count, mean, m2, n, tile_mean, tile_m2):
 
 
 @triton.jit
+def _gelu(y):
+    return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+
+
+@triton.jit
 def _activated(y, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == GELU:
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+        y = _gelu(y)
     if ACTIVATION == RELU:
         y = tl.maximum(y, 0.0)
     if ACTIVATION == ELU:
@@ -225,7 +230,7 @@ def _convolved(gated, taps, at, positions, hidden, K: tl.constexpr, H: tl.conste
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "activation"])  # which would be compiled for each of several values
 def _gated_branch(
     out,
     x,
@@ -239,12 +244,12 @@ def _gated_branch(
     hidden,
     stride_item,
     stride_row,
+    activation,
     POSITIONS: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
-    ACTIVATION: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     c, d = tl.arange(0, H), tl.arange(0, D)
@@ -273,7 +278,9 @@ def _gated_branch(
         mask = (n < POSITIONS)[:, None] & within[None, :]
         y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + sums
         y += tl.dot(h, product, input_precision="ieee")
-        tl.store(out + at, _activated(y, 0.0, ACTIVATION).to(out.dtype.element_ty), mask=mask)
+        if activation == GELU:
+            y = _gelu(y)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 def gated_branch_(
@@ -291,17 +298,17 @@ def gated_branch_(
     _launch(
         _gated_branch,
         (batch * rows,),
-        *(out, x, gated, taps, table, weight, bias, rows, features, hidden, *out.stride()[:2]),
+        *(out, x, gated, taps, table, weight, bias, rows, features, hidden),
+        *(*out.stride()[:2], activation),
         POSITIONS=positions,
         K=kernel,
         H=max(16, triton.next_power_of_2(hidden)),
         D=max(16, triton.next_power_of_2(features)),
         N=32,
-        ACTIVATION=activation,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "inner", "steps"])
 def _lstm(
     gates,
     weight,
@@ -312,7 +319,7 @@ def _lstm(
     stride_outer,
     stride_inner,
     stride_step,
-    STEPS: tl.constexpr,
+    steps,
     HIDDEN: tl.constexpr,
     S: tl.constexpr,
     H: tl.constexpr,
@@ -328,8 +335,9 @@ def _lstm(
     cells += (direction * sequences + s)[:, None].to(tl.int64) * HIDDEN
     weight += direction * HIDDEN * 4 * HIDDEN
     k = tl.arange(0, K)
-    for step in range(STEPS):
-        time = tl.where(direction == 0, step, STEPS - 1 - step).to(tl.int64)
+    step = 0
+    while step < steps:
+        time = tl.where(direction == 0, step, steps - 1 - step).to(tl.int64)
         before = time - 1 + 2 * direction
         for first in range(0, HIDDEN, H):
             h = first + tl.arange(0, H)[None, :]
@@ -353,6 +361,7 @@ def _lstm(
             y = tl.sigmoid(o) * (2.0 * tl.sigmoid(2.0 * cell) - 1.0)
             tl.store(out + time * stride_step + h, y.to(out.dtype.element_ty), mask=inside)
         tl.debug_barrier()  # the next step reads what other threads have written
+        step += 1
 
 
 def lstm(gates: Tensor, weight: Tensor, axis: int) -> Tensor:
@@ -370,8 +379,7 @@ def lstm(gates: Tensor, weight: Tensor, axis: int) -> Tensor:
         _lstm,
         (triton.cdiv(sequences, at_once), 2),
         *(gates, weight, cells, out, sequences, inner),
-        *(out.stride(0), out.stride(3 - axis), out.stride(axis)),
-        STEPS=steps,
+        *(out.stride(0), out.stride(3 - axis), out.stride(axis), steps),
         HIDDEN=hidden,
         S=at_once,
         H=block,
