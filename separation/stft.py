@@ -30,9 +30,8 @@ def stft(
 
     Frames are centred: the ends are reflected by `n_fft // 2` samples, so `T` must exceed `n_fft // 2`.
     """
-    signals = audio.reshape(-1, audio.shape[-1])
     spectrum = torch.stft(
-        signals,
+        audio.reshape(-1, audio.shape[-1]),
         n_fft,
         hop_length,
         win_length,
@@ -40,20 +39,7 @@ def stft(
         normalized=normalized,
         return_complex=True,
     )
-    if audio.is_cuda:
-        spectrum = spectrum * _sounding(signals, n_fft, hop_length)[:, None]
     return spectrum.reshape(*audio.shape[:-1], *spectrum.shape[-2:])
-
-
-def _sounding(signals: Tensor, n_fft: int, hop_length: int) -> Tensor:
-    """Which frames of signals `[B, T]` are not digital silence: 1 or 0, `[B, N]`.
-
-    cuFFT transforms frames together, so a loud one leaves rounding errors in a silent one beside it. A norm behind the
-    transform would blow them up to full level.
-    """
-    padded = torch.nn.functional.pad(signals[:, None], (n_fft // 2, n_fft // 2), mode="reflect")[:, 0]
-    peaks = torch.linalg.vector_norm(padded.unfold(-1, n_fft, hop_length), ord=float("inf"), dim=-1)
-    return peaks.gt(0).to(signals.dtype)
 
 
 def istft(
@@ -68,16 +54,32 @@ def istft(
 ) -> Tensor:
     """Inverse of `stft`: `[..., F, N]` to waveforms `[..., length]`; `hop_length` is half of `n_fft` at most.
 
-    Bins that are missing at the top are taken as zeros.
+    Bins that are missing at the top are taken as zeros. The imaginary parts of the first and the middle bin, which no
+    real waveform has, count for nothing.
 
     The length is not optional: without it the last partial frame is lost. As torch.istft, which adds the frames up
     sample by sample through tables of indices, at several times the cost on a CPU.
     """
+    if spectrum.is_cuda:
+        spectrum = hermitian(spectrum, n_fft)
     frames = torch.fft.irfft(spectrum.transpose(-1, -2), n_fft, norm="ortho" if normalized else "backward")
     padded = _padded_window(window, n_fft, win_length, spectrum.device)
     kept = slice(n_fft // 2, n_fft // 2 + length)
     envelope = _envelope(frames.shape[-2], n_fft, hop_length, win_length, window, spectrum.device)
     return _overlap_add(frames, padded, hop_length)[..., kept] / envelope[kept]
+
+
+def hermitian(spectrum: Tensor, n_fft: int) -> Tensor:
+    """The spectrogram `[..., F, N]` with real first and middle bins, as cuFFT needs it.
+
+    A CPU ignores their imaginary parts. cuFFT does so for few frames and adds them for many, so that the inverse would
+    depend on the batch.
+    """
+    parts = torch.view_as_real(spectrum).clone()
+    parts[..., 0, :, 1] = 0
+    if spectrum.shape[-2] == n_fft // 2 + 1:
+        parts[..., -1, :, 1] = 0
+    return torch.view_as_complex(parts)
 
 
 def _padded_window(shape: Window, n_fft: int, win_length: int, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ from separation.models.base import Blueprint, SeparationModel, Transform
 from separation.models.kernels.hybrid import HybridNetwork, Inputs
 from separation.models.kernels.hybrid_ops import run
 from separation.models.kernels.native import NotFusedError
-from separation.stft import make_window, stft
+from separation.stft import hermitian, make_window, stft
 
 logger = logging.getLogger("separation")
 
@@ -153,7 +153,7 @@ class DemucsModel(SeparationModel):
     def forward(self, chunks: Tensor) -> Tensor:
         # Weights stay in float32 and are cast in passing: norms, STFT and residual sums choose their own precision.
         with torch.autocast(chunks.device.type, self._precision, enabled=self._precision != torch.float32):
-            return self._joined(lambda network: network(chunks))
+            return self._joined(lambda network: _for_device(network, chunks.device)(chunks))
 
     def _joined(self, estimate: Callable[[nn.Module], Tensor]) -> Tensor:
         """`[B, S, ...]` of what a network gives for its sources: each stem's by its specialist, or the mean."""
@@ -162,6 +162,16 @@ class DemucsModel(SeparationModel):
             return torch.stack(estimates, dim=1).float()
         everyones = (estimate(network).float() for network in self.networks.values())
         return reduce(torch.add, everyones) / len(self.networks)
+
+
+def _for_device(network: Any, device: torch.device) -> nn.Module:
+    """The network itself or, on a CUDA GPU, one whose spectrograms are such as the inverse transform needs there."""
+    if device.type != "cuda" or not hasattr(network, "_ispec"):
+        return network
+    inverse = network._ispec
+    network = copy.copy(network)  # shares the layers
+    network.__dict__["_ispec"] = lambda z, *arguments: inverse(hermitian(z, network.nfft), *arguments)
+    return network
 
 
 class HybridDemucs(DemucsModel):

@@ -169,6 +169,7 @@ def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         _attend_short,
         (len(rows) // tokens,),
         *(rows, cos, sin, out, tokens, rows.stride(0), scale),
+        maxnreg=168,  # so that three programs share a multiprocessor
         HEADS=heads,
         SIZE=2 * pairs,
         N=max(16, triton.next_power_of_2(tokens)),
