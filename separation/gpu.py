@@ -209,6 +209,7 @@ def _capture(model: Model, example: Tensor) -> tuple[str, Graphed | None]:
         return f"it waits for the CPU: {', '.join(dict.fromkeys(watch.waits))}", None
     if shared.failed:
         return "a capture has failed before", None
+    torch.cuda.empty_cache()  # what the warm-up took: the graph's memory is a pool of its own
     graphed = Graphed(model, example.clone())
     # Noise may overflow where music does not.
     replayed, expected = (estimates.nan_to_num(0, 0, 0) for estimates in (graphed(example), expected))

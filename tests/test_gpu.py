@@ -244,7 +244,8 @@ def test_a_batch_needs_the_memory_that_was_reckoned(clip: Tensor, monkeypatch: p
     before = torch.cuda.memory_allocated(GPU)
     torch.cuda.reset_peak_memory_stats(GPU)
     Separator("demo", "all_6", **options, batch_size=8).separate(clip)
-    assert 0 < torch.cuda.max_memory_allocated(GPU) - before <= 1.25 * 8 * need
+    estimates = 8 * 6 * 2 * 4 * 44100 * 4  # bytes of a batch: those of two are kept while a third is computed
+    assert 0 < torch.cuda.max_memory_allocated(GPU) - before <= 1.25 * 8 * need + 2 * estimates
 
 
 @pytest.mark.parametrize("end", ["finished", "an error", "given up"])

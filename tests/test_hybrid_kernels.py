@@ -15,6 +15,7 @@ from torch import Tensor
 
 from conftest import PROJECT, quick_first
 from separation.models.kernels import hybrid_ops
+from separation.models.kernels.operations import run
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads when it is imported
@@ -148,7 +149,7 @@ def test_norms_of_the_transformer(
 
 def operations() -> list[str]:
     functions = inspect.getmembers(hybrid_ops, inspect.isfunction)
-    return [name for name, _ in functions if not name.startswith("_") and hasattr(hybrid_ops.run, name)]
+    return [name for name, _ in functions if not name.startswith("_") and hasattr(run, name)]
 
 
 class Launches:

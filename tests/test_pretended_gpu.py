@@ -343,13 +343,7 @@ def test_threads_see_it_and_nothing_is_left_when_it_is_gone() -> None:
 
 # Models
 
-WAITS = {
-    "htdemucs": "the host waits for an assertion and for torch.istft, and makes the positions",
-    "hdemucs": "the host waits for an assertion and for torch.istft",
-    "demucs": "the host makes the resampling filter at each call",
-    "scnet": "a list of stems is an index",
-}
-HAZARDS = "torch.fft.irfft is given imaginary parts at its ends"
+WAITS = {"demucs": "the host makes the resampling filter at each call"}
 
 
 def failing(reasons: dict[str, str], slow: Iterable[str] = ()) -> list[Any]:
@@ -402,7 +396,7 @@ def test_a_forward_neither_waits_nor_copies_from_the_host(forward: Forward, arch
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("architecture", failing({name: HAZARDS for name in SMALL if name != "demucs"}))
+@pytest.mark.parametrize("architecture", SMALL)
 def test_a_forward_asks_for_nothing_that_gpus_compute_otherwise(forward: Forward, architecture: str) -> None:
     counts, *_ = forward(architecture)
     assert counts.kernels and not counts.hazards
@@ -550,16 +544,15 @@ def test_a_song_that_ends_early_leaves_the_engine_as_it_was(
 
 
 # What a GPU says for want of memory, of which most is not an OutOfMemoryError today.
-UNKNOWN = pytest.mark.xfail(reason="only OutOfMemoryError is taken for a want of memory", strict=True)
 
 
 @pytest.mark.parametrize(
     "failure",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 MiB."),
-        pytest.param(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), marks=UNKNOWN),
-        pytest.param(RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), marks=UNKNOWN),
-        pytest.param(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), marks=UNKNOWN),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
     ids=["PyTorch", "cuBLAS", "cuFFT", "cuDNN"],
 )

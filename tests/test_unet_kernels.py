@@ -15,6 +15,7 @@ import test_mdx23c
 import test_scnet
 from separation.metrics import sdr
 from separation.models.kernels import scnet_gpu, unet_ops
+from separation.models.kernels.operations import triton_fault
 
 pytest.importorskip("triton", reason="needs Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it is read when Triton is imported: a process of its own
@@ -130,10 +131,10 @@ def test_the_twin_of_the_lstm_is_pytorchs() -> None:
 
 def test_where_triton_does_not_work_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "separation")
-    assert not unet_ops.work_on.__wrapped__(torch.device("meta"))
+    assert triton_fault.__wrapped__(torch.device("meta"))
     (message,) = caplog.messages
-    assert message.startswith("Triton kernels are not used on meta (separation::moments: attempted to run")
-    assert message.endswith("MDX23C and SCNet take the plain layers")
+    assert message.startswith("Triton kernels are not used on meta (separation::probe: attempted to run")
+    assert message.endswith("plain operations take their place")
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA GPU")
@@ -217,7 +218,7 @@ def launches(
     found: list[tuple[Any, tuple, dict[str, int]]] = []
     monkeypatch.setattr(
         unet_triton,
-        "_launch",
+        "launch",
         lambda kernel, grid, *arguments, **constants: found.append((kernel, arguments, constants)),
     )
     with torch.device("meta"):

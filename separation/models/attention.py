@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from separation.errors import InputError
-from separation.models.kernels import roformer_ops as ops
 from separation.models.kernels.native import PANEL, NotFusedError, library
+from separation.models.kernels.operations import triton_fault
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -170,12 +170,7 @@ def _fault(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
 
 
 def _triton_fault(device: torch.device, dtype: torch.dtype) -> str:
-    """Why Triton kernels do not work here, empty if they do: the smallest of them is tried."""
+    """Why the layers of Triton kernels cannot be had here, empty if they can."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "it is for CUDA GPUs in fp16 and bf16"
-    x, zeros, ones = torch.ones(48, 64), torch.zeros(64), torch.ones(64)
-    try:
-        got = ops.run.rms_norm(*(tensor.to(device) for tensor in (x, zeros, ones)), dtype)
-    except Exception as e:  # whatever a missing package, compiler or driver makes Triton raise
-        return (str(e).strip().splitlines() or [type(e).__name__])[0]
-    return "" if torch.equal(got.float().cpu(), x) else "its norm is wrong"
+    return triton_fault(device)

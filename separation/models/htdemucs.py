@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from separation.errors import CheckpointError, InputError
 from separation.models.attention import BACKENDS
 from separation.models.base import Blueprint, SeparationModel, Transform
-from separation.models.kernels.hybrid import HybridNetwork, Inputs
-from separation.models.kernels.hybrid_ops import run
+from separation.models.kernels.hybrid_gpu import HybridNetwork, Inputs
 from separation.models.kernels.native import NotFusedError
+from separation.models.kernels.operations import run
 from separation.stft import hermitian, make_window, stft
 
 logger = logging.getLogger("separation")
@@ -177,7 +177,7 @@ def _for_device(network: Any, device: torch.device) -> nn.Module:
 class HybridDemucs(DemucsModel):
     """A network of two branches: one works on the spectrogram, one on the waveform, and their estimates are added.
 
-    In 16 bits on a GPU the package's networks are replaced by the layers of kernels/hybrid.py; see `fuse`.
+    In 16 bits on a GPU the package's networks are replaced by the layers of kernels/hybrid_gpu.py; see `fuse`.
     """
 
     _fused: Transform | None = None  # that of a chunk without samples, once the networks are replaced

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from separation.models.base import SeparationModel
-from separation.models.kernels import unet_ops
+from separation.models.kernels.operations import triton_fault
 
 
 class TwinnedModel(SeparationModel):
@@ -47,6 +47,6 @@ class TwinnedModel(SeparationModel):
             weight.is_cuda
             and weight.dtype in (torch.float16, torch.bfloat16)
             and torch.cuda.get_device_capability(weight.device) >= self.oldest_gpu
-            and unet_ops.work_on(weight.device)
+            and not triton_fault(weight.device)
         )
         self._fast = self.fast_core() if is_fast else None

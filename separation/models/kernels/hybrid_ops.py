@@ -1,65 +1,22 @@
 """What the Demucs family computes between its products, as torch operations `separation::…`, in plain PyTorch.
 
-`hybrid_triton.py` registers a faster kernel of each for CUDA. Shapes are channels last: `[B, L, N, C]`, where a
+Each has a Triton kernel of its name in hybrid_triton.py. Shapes are channels last: `[B, L, N, C]`, where a
 convolution strides along L, and each of the N positions is convolved alone. Norms, biases and sums are in float32;
 results are in the type of the products' inputs, rounded once.
 """
 
-import importlib
-import logging
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from separation.models.kernels.operations import operation
+
 EPS = 1e-5  # of all norms, and added to the deviation of the input
 
-run: Any = torch.ops.separation  # run.pack(...): the kernel or its twin, by where the tensors are
-logger = logging.getLogger("separation")
 
-_LIBRARY = torch.library.Library("separation", "FRAGMENT")
-
-
-def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the plain twin of the kernel of its name."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-
-    def register(twin: Callable[..., Any]) -> Callable[..., Any]:
-        def fastest(x: Tensor, *arguments: Any) -> Any:
-            with torch.cuda.device_of(x):
-                return getattr(_kernels(), name, twin)(x, *arguments)
-
-        _LIBRARY.impl(name, twin, "CPU")
-        _LIBRARY.impl(name, twin, "Meta")
-        _LIBRARY.impl(name, fastest, "CUDA")
-        return twin
-
-    return register
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    """The Triton kernels if they work on this GPU, which is waited for once; if not, a line in the log says why."""
-    x = torch.linspace(-1, 1, 1024).view(64, 16)
-    got, expected, bias = x.cuda(), x.clone(), torch.zeros(16)
-    bias_gelu_(expected, bias)
-    try:
-        kernels = importlib.import_module("separation.models.kernels.hybrid_triton")
-        kernels.bias_gelu_(got, bias.cuda())
-        fault = "" if torch.allclose(got.cpu(), expected, atol=1e-5) else "its GELU is wrong"
-    except Exception as e:  # whatever a missing package, compiler or driver makes Triton raise
-        fault = (str(e).strip().splitlines() or [type(e).__name__])[0]
-    if fault:
-        logger.info(f"Triton kernels are not used ({fault}): Demucs takes plain operations")
-    return None if fault else kernels
-
-
-@_operation("pack(Tensor x, Tensor mean, Tensor std, int stride, int padding, int rows, ScalarType dtype) -> Tensor")
+@operation("pack(Tensor x, Tensor mean, Tensor std, int stride, int padding, int rows, ScalarType dtype) -> Tensor")
 def pack(x: Tensor, mean: Tensor, std: Tensor, stride: int, padding: int, rows: int, dtype: torch.dtype) -> Tensor:
     """`(x - mean) / std` with `stride` neighbours along L side by side: what the first convolution is a product with.
 
@@ -73,13 +30,13 @@ def pack(x: Tensor, mean: Tensor, std: Tensor, stride: int, padding: int, rows: 
     return padded.unflatten(1, (rows, stride)).transpose(2, 3).flatten(3).to(dtype)
 
 
-@_operation("bias_gelu_(Tensor(a!) x, Tensor bias) -> ()")
+@operation("bias_gelu_(Tensor(a!) x, Tensor bias) -> ()")
 def bias_gelu_(x: Tensor, bias: Tensor) -> None:
     """`gelu(x + bias)` in place of `x`, `[..., C]`."""
     x.copy_(F.gelu(x.float() + bias))
 
 
-@_operation("bias_glu(Tensor x, Tensor bias, Tensor? table) -> Tensor")
+@operation("bias_glu(Tensor x, Tensor bias, Tensor? table) -> Tensor")
 def bias_glu(x: Tensor, bias: Tensor, table: Tensor | None) -> Tensor:
     """Values times the sigmoid of gates, `[B, L, N, 2 * C]` to `[B, L, N, C]`; a table `[L, C]` is added."""
     values, gates = (x.float() + bias).chunk(2, dim=-1)
@@ -87,7 +44,7 @@ def bias_glu(x: Tensor, bias: Tensor, table: Tensor | None) -> Tensor:
     return (gated if table is None else gated + table[:, None]).to(x.dtype)
 
 
-@_operation(
+@operation(
     "dconv_(Tensor(a!) x, Tensor w_in, Tensor in_table, Tensor w_out, Tensor out_table, int hidden, int dilation) -> ()"
 )
 def dconv_(
@@ -115,7 +72,7 @@ def _normed(x: Tensor) -> Tensor:
     return (x - mean) * (variance + EPS).rsqrt()
 
 
-@_operation("interleave(Tensor x, Tensor bias, Tensor? skip, int stride, int crop, int length, bool gelu) -> Tensor")
+@operation("interleave(Tensor x, Tensor bias, Tensor? skip, int stride, int crop, int length, bool gelu) -> Tensor")
 def interleave(x: Tensor, bias: Tensor, skip: Tensor | None, stride: int, crop: int, length: int, gelu: bool) -> Tensor:
     """The last step of a transposed convolution along L, plus bias, GELU if asked for, and a skip connection.
 
@@ -132,7 +89,7 @@ def interleaved(x: Tensor, stride: int) -> Tensor:
     return x.unflatten(3, (stride, -1)).transpose(2, 3).flatten(1, 2)
 
 
-@_operation(
+@operation(
     "unpack_spectrum(Tensor x, Tensor bias, Tensor mean, Tensor std, int stride, int crop, int zeros, int bins) "
     "-> Tensor"
 )
@@ -152,7 +109,7 @@ def unpack_spectrum(
     return F.pad(y, (0, 0, 0, bins - y.shape[3], zeros, zeros))
 
 
-@_operation("overlap_add(Tensor frames, Tensor window, int hop_length, int crop, int length) -> Tensor")
+@operation("overlap_add(Tensor frames, Tensor window, int hop_length, int crop, int length) -> Tensor")
 def overlap_add(frames: Tensor, window: Tensor, hop_length: int, crop: int, length: int) -> Tensor:
     """Frames `[B, C, N, n]` times the window `[n]`, `hop_length` apart, as waveforms `[B, C, length]`.
 
@@ -166,28 +123,28 @@ def overlap_add(frames: Tensor, window: Tensor, hop_length: int, crop: int, leng
     return (summed[..., kept] / squares[..., kept]).flatten(1).unflatten(0, frames.shape[:2])
 
 
-@_operation("add_waveform_(Tensor(a!) out, Tensor x, Tensor bias, Tensor mean, Tensor std, int stride, int crop) -> ()")
+@operation("add_waveform_(Tensor(a!) out, Tensor x, Tensor bias, Tensor mean, Tensor std, int stride, int crop) -> ()")
 def add_waveform_(out: Tensor, x: Tensor, bias: Tensor, mean: Tensor, std: Tensor, stride: int, crop: int) -> None:
     """Adds the last layer's `[B, J, 1, stride * C]`, put back to the input's mean and deviation, to `[B, C, T]`."""
     y = interleaved(x, stride)[:, crop : crop + out.shape[2], 0].float() + bias
     out += (y * std[:, None, None] + mean[:, None, None]).transpose(1, 2)
 
 
-@_operation("embed(Tensor x, Tensor gain, Tensor shift, Tensor table) -> (Tensor, Tensor)")
+@operation("embed(Tensor x, Tensor gain, Tensor shift, Tensor table) -> (Tensor, Tensor)")
 def embed(x: Tensor, gain: Tensor, shift: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens `[B, N, D]`, normalised, plus positions `[N, D]`: in float32, and normalised once more in their type."""
     y = F.layer_norm(x.float(), x.shape[-1:], gain, shift, EPS) + table
     return y, F.layer_norm(y, y.shape[-1:], None, None, EPS).to(x.dtype)
 
 
-@_operation("add_norm_(Tensor(a!) x, Tensor y, Tensor gain) -> Tensor")
+@operation("add_norm_(Tensor(a!) x, Tensor y, Tensor gain) -> Tensor")
 def add_norm_(x: Tensor, y: Tensor, gain: Tensor) -> Tensor:
     """Adds `y * gain`, `[B, N, D]`, to `x` in float32, and gives each token of the sum normalised, in `y`'s type."""
     x += y.float() * gain
     return F.layer_norm(x, x.shape[-1:], None, None, EPS).to(y.dtype)
 
 
-@_operation("add_group_norm_(Tensor(a!) x, Tensor y, Tensor gain, Tensor norm_gain, Tensor norm_shift) -> Tensor")
+@operation("add_group_norm_(Tensor(a!) x, Tensor y, Tensor gain, Tensor norm_gain, Tensor norm_shift) -> Tensor")
 def add_group_norm_(x: Tensor, y: Tensor, gain: Tensor, norm_gain: Tensor, norm_shift: Tensor) -> Tensor:
     """As `add_norm_`, but `x` becomes the sum normalised over all of an item's tokens, with gains and shifts `[D]`."""
     x += y.float() * gain

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from separation.models.kernels import unet_ops as ops
+from separation.models.kernels.operations import run
 from separation.models.layers import GroupNorm
 
 CHANNELS_LAST = True  # how tensors lie in memory; cuDNN turns those in which features come first round and back
@@ -87,7 +88,7 @@ def _normalised(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
     number, alpha = _number(activation)
     gain, bias = cast(Tensor, norm.weight), cast(Tensor, norm.bias)
     moments = _moments(positions, norm)
-    y = ops.run.normalise(positions, moments, gain, bias, number, alpha, x.dtype)
+    y = run.normalise(positions, moments, gain, bias, number, alpha, x.dtype)
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -96,7 +97,7 @@ def _moments(positions: Tensor, norm: nn.Module) -> Tensor:
     if isinstance(norm, nn.BatchNorm2d):
         known = torch.stack([cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)])
         return known.expand(len(positions), -1, -1)
-    moments = ops.run.moments(positions, False)
+    moments = run.moments(positions, False)
     if not isinstance(norm, GroupNorm):
         return moments
     means, variances = moments.unflatten(2, (norm.num_groups, -1)).unbind(1)

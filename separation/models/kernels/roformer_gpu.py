@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from separation.models.kernels import roformer_ops as ops
 from separation.models.kernels.native import NotFusedError
+from separation.models.kernels.operations import run
 from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
 
 ALIGNMENT = 8  # features to whose multiple a row is filled up: some kernels are wrong where rows begin elsewhere
@@ -51,7 +52,7 @@ class GpuNorm(GpuLayer):
         self.register_buffer("carry", carry.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = ops.run.rms_norm(x.reshape(-1, x.shape[-1]), self.carry, self.gain, self.dtype)
+        rows = run.rms_norm(x.reshape(-1, x.shape[-1]), self.carry, self.gain, self.dtype)
         return rows.view(x.shape)
 
 
@@ -97,17 +98,17 @@ class GpuTransformer(GpuLayer):
         for i in range(len(self.norms) // 2):
             project, project_bias, out, up, up_bias, down = self.weights[6 * i : 6 * i + 6]
             projected = F.linear(self.norms[2 * i](rows), project, project_bias)
-            ops.run.add_product_(rows, self._attended(projected, tables, 1 if in_order else len(x)), out)
+            run.add_product_(rows, self._attended(projected, tables, 1 if in_order else len(x)), out)
             # cuBLAS approximates GELU by tanh, 72 dB below the exact values.
             hidden = torch._addmm_activation(up_bias, self.norms[2 * i + 1](rows), up.T, use_gelu=True)
-            ops.run.add_product_(rows, hidden, down)
+            run.add_product_(rows, hidden, down)
         return self.output(stream if in_order else stream.transpose(0, 1))
 
     def _attended(self, rows: Tensor, tables: tuple[Tensor, Tensor], apart: int) -> Tensor:
         """Attention on rows of q, k, v and gates, `[R, W]`, which changes them; `[R, heads * dim_head]`."""
         tokens = len(tables[0])
         if apart == 1 and tokens <= SHORT and self._fits_short:
-            return ops.run.attend_short(rows, *tables, self.heads)
+            return run.attend_short(rows, *tables, self.heads)
         return ops.attend(rows, tables, self.heads, apart)
 
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -131,8 +132,8 @@ def _side_by_side(*layers: Any) -> tuple[Tensor, Tensor]:
 def _runs(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Where equal neighbours start and stop."""
     start = 0
-    for _, run in groupby(sizes):
-        stop = start + len(list(run))
+    for _, equal in groupby(sizes):
+        stop = start + len(list(equal))
         yield start, stop
         start = stop
 
@@ -168,7 +169,7 @@ class GpuBandSplit(GpuLayer):
             bands = rows[:, at : at + count * width].reshape(-1, width)
             at += count * width
             zeros, ones = self.get_buffer(f"zeros_{start}"), self.get_buffer(f"ones_{start}")
-            normed = ops.run.rms_norm(bands, zeros, ones, self.dtype).view(-1, count, width)
+            normed = run.rms_norm(bands, zeros, ones, self.dtype).view(-1, count, width)
             weight, bias = self.weights[2 * i : 2 * i + 2]
             features[:, start:stop] = torch.baddbmm(bias, normed.transpose(0, 1), weight).transpose(0, 1)
         return features.unflatten(0, x.shape[:-1])
@@ -203,6 +204,6 @@ class GpuMaskEstimator(GpuLayer):
         at = 0
         for (start, stop), (weight, bias) in zip(self._bands, layers[self._hidden :], strict=True):
             columns = (stop - start) * self._widths[start]
-            ops.run.glu_into_(masks[:, at : at + columns], torch.baddbmm(bias, y[start:stop], weight))
+            run.glu_into_(masks[:, at : at + columns], torch.baddbmm(bias, y[start:stop], weight))
             at += columns
         return masks.unflatten(0, x.shape[:-2])

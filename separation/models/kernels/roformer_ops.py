@@ -1,44 +1,18 @@
-"""The operations of the GPU's layers: for each a plain twin in PyTorch and a Triton kernel for CUDA tensors.
+"""What the RoFormers compute between their products on a GPU, as operations `separation::…`, in plain PyTorch.
 
-They are PyTorch operations of the namespace `separation`, so that whatever stands in for a GPU runs the twins. Rows are
-tokens in the order in which they lie in memory. Everything here is inference only.
+Each has a Triton kernel of its name in roformer_triton.py. Rows are tokens in the order in which they lie in memory.
 """
-
-import importlib
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from separation.models.kernels.operations import operation, run
+
 EPS = 1e-20  # the layers' norms have none to speak of
 
-run = torch.ops.separation  # run.rms_norm(...): the kernel or its twin, by where the tensors are
 
-_LIBRARY = torch.library.Library("separation", "FRAGMENT")
-
-
-def _operation(schema: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Register the decorated function as the plain twin of the kernel of its name in roformer_triton.py."""
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema)
-
-    def register(twin: Callable[..., object]) -> Callable[..., object]:
-        _LIBRARY.impl(name, twin, "CPU")
-        _LIBRARY.impl(name, lambda *arguments: getattr(_kernels(), name)(*arguments), "CUDA")
-        return twin
-
-    return register
-
-
-@cache
-def _kernels() -> ModuleType:
-    return importlib.import_module("separation.models.kernels.roformer_triton")
-
-
-@_operation("rms_norm(Tensor x, Tensor carry, Tensor gain, ScalarType dtype) -> Tensor")
+@operation("rms_norm(Tensor x, Tensor carry, Tensor gain, ScalarType dtype) -> Tensor")
 def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows of `x + carry`, each of length sqrt(D), times the gain.
 
@@ -47,13 +21,13 @@ def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tens
     return (F.rms_norm(x + carry, x.shape[-1:], eps=EPS) * gain).to(dtype)
 
 
-@_operation("add_product_(Tensor(a!) x, Tensor rows, Tensor weight) -> ()")
+@operation("add_product_(Tensor(a!) x, Tensor rows, Tensor weight) -> ()")
 def add_product_(x: Tensor, rows: Tensor, weight: Tensor) -> None:
     """Adds `rows @ weight.T`, `[R, K]` and `[D, K]` in 16 bits, to `x`, `[R, D]` in float32."""
     x += (rows.float() @ weight.float().T).to(x.dtype)
 
 
-@_operation("rotate_(Tensor(a!) rows, Tensor cos, Tensor sin, int heads, int apart) -> ()")
+@operation("rotate_(Tensor(a!) rows, Tensor cos, Tensor sin, int heads, int apart) -> ()")
 def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> None:
     """Rotary positions for the first `heads` heads of each row `[R, W]`; the tables are `[N, dim_head / 2]`.
 
@@ -66,7 +40,7 @@ def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> N
     part.copy_(torch.stack((even * c - odd * s, odd * c + even * s), dim=-1))
 
 
-@_operation("gate(Tensor attended, Tensor rows, int first) -> Tensor")
+@operation("gate(Tensor attended, Tensor rows, int first) -> Tensor")
 def gate(attended: Tensor, rows: Tensor, first: int) -> Tensor:
     """What the heads attended, `[R1, R2, H, dim_head]`, times the sigmoid of the gates: `[R1 * R2, H * dim_head]`.
 
@@ -95,13 +69,13 @@ def attend(rows: Tensor, tables: tuple[Tensor, Tensor], heads: int, apart: int) 
     return run.gate(attended, rows, 3 * heads * size)
 
 
-@_operation("attend_short(Tensor(a!) rows, Tensor cos, Tensor sin, int heads) -> Tensor")
+@operation("attend_short(Tensor(a!) rows, Tensor cos, Tensor sin, int heads) -> Tensor")
 def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """`attend` of neighbouring rows; whether it rotates them is left open."""
     return attend(rows, (cos, sin), heads, 1)
 
 
-@_operation("glu_into_(Tensor(a!) masks, Tensor gated) -> ()")
+@operation("glu_into_(Tensor(a!) masks, Tensor gated) -> ()")
 def glu_into_(masks: Tensor, gated: Tensor) -> None:
     """Gated linear units of K bands of one width, `[K, R, 2 * width]`, into rows `[R, K * width]` in float32."""
     masks.unflatten(1, (len(gated), -1)).copy_(F.glu(gated.float(), dim=-1).transpose(0, 1))

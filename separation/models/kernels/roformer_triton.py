@@ -2,14 +2,13 @@
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from separation.models.kernels import roformer_ops as ops
+from separation.models.kernels.operations import launch
 
 ELEMENTS = 4096  # that a program of a kernel without products works on
 
@@ -33,7 +32,7 @@ def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tens
     block = triton.next_power_of_2(dim)
     rows = max(1, ELEMENTS // block)
     grid = (triton.cdiv(total, rows),)
-    _launch(_rms_norm, grid, x, carry, gain, out, total, x.stride(0), D=dim, BLOCK=block, ROWS=rows)
+    launch(_rms_norm, grid, x, carry, gain, out, total, x.stride(0), D=dim, BLOCK=block, ROWS=rows)
     return out
 
 
@@ -71,7 +70,7 @@ def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> N
     width = heads * 2 * pairs
     block = triton.next_power_of_2(width)
     at_once = max(1, ELEMENTS // block)
-    _launch(
+    launch(
         _rotate,
         (triton.cdiv(len(rows), at_once),),
         *(rows, cos, sin, len(rows), tokens, apart, rows.stride(0)),
@@ -118,7 +117,7 @@ def gate(attended: Tensor, rows: Tensor, first: int) -> Tensor:
     out = attended.new_empty(len(rows), width)
     block = triton.next_power_of_2(width)
     at_once = max(1, ELEMENTS // block)
-    _launch(
+    launch(
         _gate,
         (triton.cdiv(len(rows), at_once),),
         *(attended, rows[:, first:], out, len(rows), second, *attended.stride()[:3], rows.stride(0)),
@@ -165,7 +164,7 @@ def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     tokens, pairs = cos.shape
     out = rows.new_empty(len(rows), heads * 2 * pairs)
     scale = (2 * pairs) ** -0.5 * 1.4426950408889634  # log2(e): the kernel takes powers of 2
-    _launch(
+    launch(
         _attend_short,
         (len(rows) // tokens,),
         *(rows, cos, sin, out, tokens, rows.stride(0), scale),
@@ -195,10 +194,4 @@ def glu_into_(masks: Tensor, gated: Tensor) -> None:
     block = triton.next_power_of_2(width)
     rows = max(1, ELEMENTS // block)
     grid = triton.cdiv(total, rows), bands
-    _launch(_glu_into_, grid, masks, gated, total, masks.stride(0), WIDTH=width, BLOCK=block, ROWS=rows)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
-        kernel[grid](*arguments, **constants)
+    launch(_glu_into_, grid, masks, gated, total, masks.stride(0), WIDTH=width, BLOCK=block, ROWS=rows)

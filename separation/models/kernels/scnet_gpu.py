@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from separation.models.kernels import unet_ops as ops
+from separation.models.kernels.operations import run
 
 LSTM_HIDDEN = 256  # features of the largest LSTM that our kernel computes, cuDNN all larger ones; its kernel reads all
 # weights once for each step and 64 sequences, which of many features is slower than cuDNN's launches
@@ -103,10 +104,10 @@ class _Branch:
 
     def __call__(self, out: Tensor, x: Tensor, activation: int) -> None:
         """Adds the branch to `[B, F, N, D]`, and an activation of the sum goes into `out`."""
-        y = ops.run.normalise_rows(x.flatten(0, 1), self._gain, self._shift).view_as(x).permute(0, 3, 1, 2)
+        y = run.normalise_rows(x.flatten(0, 1), self._gain, self._shift).view_as(x).permute(0, 3, 1, 2)
         gated = F.conv2d(y, self._weight, self._bias, padding=self._padding).permute(0, 2, 3, 1)
         table = self._taps, self._table, self._last, self._last_bias
-        ops.run.gated_branch_(out, x, gated, *table, activation)
+        run.gated_branch_(out, x, gated, *table, activation)
 
 
 class _Sequences:
@@ -127,12 +128,12 @@ class _Sequences:
     def add_to(self, x: Tensor) -> None:
         """Adds what the layers make of `[B, F, N, D]` to it."""
         flat = x.flatten(1, 2)
-        moments = ops.run.moments(flat, True)
-        y = ops.run.normalise(flat, moments, self._gain, self._bias, ops.NONE, 0.0, self._linear.weight.dtype)
+        moments = run.moments(flat, True)
+        y = run.normalise(flat, moments, self._gain, self._bias, ops.NONE, 0.0, self._linear.weight.dtype)
         y = y.view_as(x)
         if self._is_ours:
             gates = F.linear(y, self._inputs, self._input_biases)
-            x += self._linear(ops.run.lstm(gates, self._hidden, self._axis))
+            x += self._linear(run.lstm(gates, self._hidden, self._axis))
         else:
             steps = y.movedim(self._axis, 0)
             y = self._linear(self._lstm(steps.flatten(1, 2))[0])

@@ -4,15 +4,13 @@ Each has a Triton kernel of its name in unet_triton.py, which CUDA tensors get. 
 returned is rounded once. Axes: R rows, which are normalised and convolved alone, N positions, D features.
 """
 
-import importlib
-import logging
 from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from separation.models.kernels.operations import operation
 
 EPS = 1e-5  # of all norms
 ACTIVATIONS: tuple[Callable[[Tensor, float], Tensor], ...] = (  # by their number
@@ -23,45 +21,8 @@ ACTIVATIONS: tuple[Callable[[Tensor, float], Tensor], ...] = (  # by their numbe
 )
 NONE, GELU, RELU, ELU = range(4)
 
-run = torch.ops.separation  # run.moments(...): the kernel or its twin, by where the tensors are
-logger = logging.getLogger("separation")
 
-_LIBRARY = torch.library.Library("separation", "FRAGMENT")
-
-
-def _operation(schema: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Register the decorated function as the plain twin of the kernel of its name."""
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema)
-
-    def register(twin: Callable[..., object]) -> Callable[..., object]:
-        _LIBRARY.impl(name, twin, "CPU")
-        _LIBRARY.impl(name, lambda *arguments: getattr(_kernels(), name)(*arguments), "CUDA")
-        return twin
-
-    return register
-
-
-@cache
-def _kernels() -> ModuleType:
-    return importlib.import_module("separation.models.kernels.unet_triton")
-
-
-@cache
-def work_on(device: torch.device) -> bool:
-    """Whether the operations work on this device; if not, a line in the log says why. Waits for the device once."""
-    x = torch.linspace(-1, 1, 1024).view(1, 64, 16)
-    try:
-        got = run.moments(x.to(device), False).cpu()
-        fault = "" if torch.allclose(got, run.moments(x, False), atol=1e-5) else "its norm is wrong"
-    except Exception as e:  # whatever a missing package, compiler or driver makes Triton raise
-        fault = (str(e).strip().splitlines() or [type(e).__name__])[0]
-    if fault:
-        logger.info(f"Triton kernels are not used on {device} ({fault}): MDX23C and SCNet take the plain layers")
-    return not fault
-
-
-@_operation("moments(Tensor x, bool whole) -> Tensor")
+@operation("moments(Tensor x, bool whole) -> Tensor")
 def moments(x: Tensor, whole: bool) -> Tensor:
     """Mean and variance of each feature of `[B, N, D]`, or if `whole` of all together: `[B, 2, D]` in float32."""
     axes = (1, 2) if whole else (1,)
@@ -69,7 +30,7 @@ def moments(x: Tensor, whole: bool) -> Tensor:
     return torch.cat([mean, variance], dim=1).expand(-1, -1, x.shape[2]).contiguous()
 
 
-@_operation(
+@operation(
     "normalise(Tensor x, Tensor moments, Tensor gain, Tensor bias, int activation, float alpha, ScalarType dtype) "
     "-> Tensor"
 )
@@ -85,7 +46,7 @@ def normalise(
     return ACTIVATIONS[activation](y, alpha).to(dtype)
 
 
-@_operation("normalise_rows(Tensor x, Tensor gain, Tensor bias) -> Tensor")
+@operation("normalise_rows(Tensor x, Tensor gain, Tensor bias) -> Tensor")
 def normalise_rows(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     """Each row of `[R, N, D]` with mean 0 and variance 1, times gains, plus biases `[D]`."""
     return (_normalised(x.float()) * gain + bias).to(x.dtype)
@@ -96,7 +57,7 @@ def _normalised(x: Tensor) -> Tensor:
     return (x - mean) * (variance + EPS).rsqrt()
 
 
-@_operation(
+@operation(
     "gated_branch_(Tensor(a!) out, Tensor x, Tensor gated, Tensor taps, Tensor table, Tensor weight, Tensor bias, "
     "int activation) -> ()"
 )
@@ -124,7 +85,7 @@ def gated_branch_(
     out.copy_(ACTIVATIONS[activation](x.float() + h, 0.0))
 
 
-@_operation("lstm(Tensor gates, Tensor weight, int axis) -> Tensor")
+@operation("lstm(Tensor gates, Tensor weight, int axis) -> Tensor")
 def lstm(gates: Tensor, weight: Tensor, axis: int) -> Tensor:
     """A bidirectional LSTM along an axis, 1 or 2, of `[B, F, N, 2 * 4 * H]` to `[B, F, N, 2 * H]`.
 

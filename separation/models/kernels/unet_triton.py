@@ -5,14 +5,13 @@ Ends of `range` are constants, since Triton's interpreter takes no others.
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from separation.models.kernels import unet_ops as ops
+from separation.models.kernels.operations import launch
 
 SPAN = 2048  # positions of which one program takes the moments; fixed, so that no rounding depends on the batch
 EPS = tl.constexpr(ops.EPS)
@@ -122,14 +121,14 @@ def moments(x: Tensor, whole: bool) -> Tensor:
     parts = x.new_empty(batch, spans, 2, features, dtype=torch.float32)
     p, d = _tile(x)
     grid = (spans, triton.cdiv(features, d), batch)
-    _launch(_moments, grid, x, parts, positions, features, *x.stride(), SPAN=SPAN, P=p, D=d)
+    launch(_moments, grid, x, parts, positions, features, *x.stride(), SPAN=SPAN, P=p, D=d)
     out = x.new_empty(batch, 2, features, dtype=torch.float32)
     sizes = parts, out, positions, features
     if whole:
-        _launch(_join_whole, (batch,), *sizes, SPANS=spans, SPAN=SPAN, D=triton.next_power_of_2(features))
+        launch(_join_whole, (batch,), *sizes, SPANS=spans, SPAN=SPAN, D=triton.next_power_of_2(features))
     else:
         s = triton.next_power_of_2(spans)
-        _launch(_join, (triton.cdiv(features, 16), batch), *sizes, spans, SPAN=SPAN, S=s, D=16)
+        launch(_join, (triton.cdiv(features, 16), batch), *sizes, spans, SPAN=SPAN, S=s, D=16)
     return out
 
 
@@ -171,7 +170,7 @@ def normalise(
     batch, positions, features = x.shape
     out = torch.empty_like(x, dtype=dtype)
     p, d = _tile(x)
-    _launch(
+    launch(
         _normalise,
         (triton.cdiv(positions, p), triton.cdiv(features, d), batch),
         *(x, moments, gain, bias, out, positions, features, *x.stride(), moments.stride(0), alpha),
@@ -209,7 +208,7 @@ def _normalise_rows(x, gain, bias, out, features, LENGTH: tl.constexpr, BLOCK: t
 def normalise_rows(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     rows, positions, features = x.shape
     out = torch.empty_like(x)
-    _launch(_normalise_rows, (rows,), x, gain, bias, out, features, LENGTH=positions * features, BLOCK=4096)
+    launch(_normalise_rows, (rows,), x, gain, bias, out, features, LENGTH=positions * features, BLOCK=4096)
     return out
 
 
@@ -295,7 +294,7 @@ def gated_branch_(
 ) -> None:
     batch, rows, positions, features = x.shape
     kernel, hidden = taps.shape
-    _launch(
+    launch(
         _gated_branch,
         (batch * rows,),
         *(out, x, gated, taps, table, weight, bias, rows, features, hidden),
@@ -375,7 +374,7 @@ def lstm(gates: Tensor, weight: Tensor, axis: int) -> Tensor:
         64 if sequences >= 2048 else 32 if sequences >= 1024 else 16
     )  # so that a hundred programs run, or few more
     block = min(64, hidden & -hidden)
-    _launch(
+    launch(
         _lstm,
         (triton.cdiv(sequences, at_once), 2),
         *(gates, weight, cells, out, sequences, inner),
@@ -387,9 +386,3 @@ def lstm(gates: Tensor, weight: Tensor, axis: int) -> Tensor:
         num_warps=8 if at_once == 64 else 4,
     )
     return out
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
-        kernel[grid](*arguments, **constants)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from separation.models.attention import sdpa_attention
 from separation.models.kernels import hybrid_ops as ops
 from separation.models.kernels.native import NotFusedError
+from separation.models.kernels.operations import run
 
 ALIGNMENT = 8  # features: rows of 16 bytes, as tensor cores want them
 SIMPLE_BRANCH = 7  # modules of a DConv's layer without LSTM and attention
@@ -122,7 +123,7 @@ class _Branch(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         tables = self.w_in, self.in_table, self.w_out, self.out_table
-        ops.run.dconv_(x.flatten(0, 1), *tables, self._hidden, self._dilation)
+        run.dconv_(x.flatten(0, 1), *tables, self._hidden, self._dilation)
 
 
 class _DeepBranch(nn.Module):
@@ -217,7 +218,7 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is None:
-            return ops.run.bias_glu(x, self.bias, self.table)
+            return run.bias_glu(x, self.bias, self.table)
         y = F.glu(self.norm(x), dim=-1)
         return (y if self.table is None else y + self.table[:, None]).to(x.dtype)
 
@@ -254,7 +255,7 @@ class _Encoder(nn.Module):
         if self.norm is not None:
             y = F.gelu(self.norm(y, inject)).to(y.dtype)
         else:
-            ops.run.bias_gelu_(y if inject is None else y.add_(inject), self.bias)
+            run.bias_gelu_(y if inject is None else y.add_(inject), self.bias)
         for branch in self.branches:
             branch(y)
         return self.gate(self.rewrite(y))
@@ -315,7 +316,7 @@ class _Decoder(nn.Module):
         elif skip is not None:
             skip = skip.transpose(1, 2)
         if self.norm is None:
-            z = ops.run.interleave(z, self.up.bias, skip, self.up.stride, self.crop, length, True)
+            z = run.interleave(z, self.up.bias, skip, self.up.stride, self.crop, length, True)
         else:
             z = self.norm(ops.interleaved(z, self.up.stride))[:, self.crop : self.crop + length]
             z = (F.gelu(z) if skip is None else F.gelu(z) + skip).to(y.dtype)
@@ -360,8 +361,8 @@ class _TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, other: Tensor) -> Tensor:
         """Changes the sum `x`, `[B, N, D]` in float32, of which `tokens` are the normalised form; gives that anew."""
-        tokens = ops.run.add_norm_(x, self.attention(tokens, other), self.gain)
-        return ops.run.add_group_norm_(x, self.down(F.gelu(self.up(tokens))), *self.table)
+        tokens = run.add_norm_(x, self.attention(tokens, other), self.gain)
+        return run.add_group_norm_(x, self.down(F.gelu(self.up(tokens))), *self.table)
 
 
 @lru_cache(maxsize=8)
@@ -405,7 +406,7 @@ class _Transformer(nn.Module):
         for i, (branch, bins) in enumerate(((x, x.shape[1]), (xt, 0))):
             wide = self.ways[i](branch) if self.ways else branch
             positions = _positions(bins, branch.shape[2], wide.shape[-1], self._max_period, x.device)
-            total, normalised = ops.run.embed(wide.flatten(1, 2), *self.tables[i], positions)
+            total, normalised = run.embed(wide.flatten(1, 2), *self.tables[i], positions)
             sums.append(total)
             tokens.append(normalised)
         for layer, layer_t in self.layers:
@@ -496,7 +497,7 @@ class HybridNetwork(nn.Module):
     def _packed(self, x: Tensor, stats: tuple[Tensor, Tensor]) -> Tensor:
         up = self.decoder[-1].up
         rows = -(-x.shape[2] // up.stride) + 1
-        return ops.run.pack(x, *stats, up.stride, self.decoder[-1].crop, rows, self._dtype)
+        return run.pack(x, *stats, up.stride, self.decoder[-1].crop, rows, self._dtype)
 
     def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         """From the last encoders' outputs to the first decoders' inputs, which contain them as skip connections."""
@@ -509,13 +510,13 @@ class HybridNetwork(nn.Module):
         """The spectrogram's branch as `[B, S * C, N + 2 * zero_frames, F + 1, 2]` in float32."""
         decode, bins = self.decoder[-1], inputs.spectrum.shape[2] + 1
         tables = decode.up.bias, *inputs.spectrum_stats
-        return ops.run.unpack_spectrum(x, *tables, decode.up.stride, decode.crop, zero_frames, bins)
+        return run.unpack_spectrum(x, *tables, decode.up.stride, decode.crop, zero_frames, bins)
 
     def add_waveforms(self, xt: Tensor, inputs: Inputs, out: Tensor) -> None:
         """Adds the waveform's branch to `[B, S * C, T]` in float32."""
         decode = self.tdecoder[-1]
         tables = decode.up.bias, *inputs.waveform_stats
-        ops.run.add_waveform_(out, xt, *tables, decode.up.stride, decode.crop)
+        run.add_waveform_(out, xt, *tables, decode.up.stride, decode.crop)
 
 
 def _of_source(source: int | None, width: int) -> slice:
