@@ -46,6 +46,7 @@ def test_in_float32_they_give_what_the_package_gives(kind: str, length: int) -> 
     assert error <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_long_chunks_give_what_the_package_gives_where_an_lstm_runs_in_frames() -> None:
     model = model_of([network(0, "hdemucs")], "hdemucs")
@@ -67,6 +68,7 @@ def test_in_half_precision_they_are_as_near_to_float32_as_autocast(kind: str) ->
         assert near > by_autocast - 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_specialists_and_members_give_what_the_packages_networks_give() -> None:
     nets = [network(seed) for seed in range(3)]

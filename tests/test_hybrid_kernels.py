@@ -36,6 +36,7 @@ def kernels() -> ModuleType:
     return hybrid_triton
 
 
+@pytest.mark.slow
 @not_interpreted
 def test_in_the_interpreter_kernels_give_what_their_twins_give() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -458,7 +458,8 @@ def assert_near(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], decib
         assert sdr(samples, got[stem]) > decibels
 
 
-@pytest.mark.parametrize("precision, decibels", [("fp32", 90.0), slow(("fp16", 45.0)), slow(("auto", 30.0))])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, decibels", [("fp32", 90.0), ("fp16", 45.0), ("auto", 30.0)])
 def test_the_demo_gives_the_cpus_stems(gpu: PretendedGPU, clip: Tensor, precision: str, decibels: float) -> None:
     stems = {
         name: Separator(

@@ -44,6 +44,7 @@ def both(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     return getattr(unet_triton, name)(*arguments), getattr(unet_ops, name)(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that starts the other")
 def test_the_kernels_equal_their_twins(request: pytest.FixtureRequest) -> None:
     chosen = ["-k", "twin and not gpu", "-m", request.config.getoption("-m")]
