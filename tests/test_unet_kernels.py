@@ -20,6 +20,7 @@ from separation.models.kernels.operations import triton_fault
 pytest.importorskip("triton", reason="needs Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it is read when Triton is imported: a process of its own
 TYPES = [torch.float32, torch.float16]
+SHARED_BYTES = 99 * 1024  # of a block on a GeForce of 30, 40 or 50, which have the least
 ERRORS = {torch.float32: 2e-6, torch.float16: 2e-3}
 
 
@@ -291,4 +292,5 @@ def test_every_kernel_compiles_without_a_card(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for launch in launches(monkeypatch, torch.float16, hidden_sizes):
-        assert compiled(*launch, capability).asm["cubin"]
+        binary = compiled(*launch, capability)
+        assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_BYTES
