@@ -77,7 +77,7 @@ def hermitian(spectrum: Tensor, n_fft: int) -> Tensor:
     """
     parts = torch.view_as_real(spectrum).clone()
     parts[..., 0, :, 1] = 0
-    if spectrum.shape[-2] == n_fft // 2 + 1:
+    if spectrum.shape[-2] - 1 == n_fft / 2:  # an odd n_fft has no middle bin
         parts[..., -1, :, 1] = 0
     return torch.view_as_complex(parts)
 

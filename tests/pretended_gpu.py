@@ -558,6 +558,8 @@ class PretendedGPU:
             return _softmax
         if name == "lstm" and self._shapes_alone:
             return _lstm_shapes
+        if name == "convolution" and self._shapes_alone:
+            return functools.partial(_convolution_shapes, func)
         if self._shapes_alone and name == "_local_scalar_dense":
             return lambda tensor: True  # as what is checked would be
         if self._shapes_alone and name == "equal":
@@ -716,6 +718,14 @@ def _lstm_shapes(x: Tensor, states: list[Tensor], weights: list[Tensor], *option
     *_, bidirectional, _ = options
     features = weights[0].shape[0] // 4 * (2 if bidirectional else 1)
     return x.new_empty(*x.shape[:-1], features), torch.empty_like(states[0]), torch.empty_like(states[1])
+
+
+def _convolution_shapes(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    """As cuDNN: channels last where the input or the weight has them there."""
+    y = convolve(x, weight, *options)
+    last = torch.channels_last
+    are_last = (t.ndim == 4 and t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
+    return y.contiguous(memory_format=last) if any(are_last) else y
 
 
 def _attend(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:

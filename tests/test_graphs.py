@@ -1,5 +1,6 @@
 """CUDA graphs on a pretended GPU: replayed where that gives what the model gives, and only there."""
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -69,6 +70,47 @@ def test_a_graph_gives_what_the_model_gives_and_does_not_call_it(said: Callable[
     assert model.calls == calls
     assert torch.equal(graphed(batches[0, :3].to(GPU)).cpu(), two_stems(batches[0, :3]))
     assert model.calls == calls + 1  # another shape
+
+
+@torch.inference_mode()
+def test_a_capture_needs_little_memory_beside_the_graphs_own() -> None:
+    shape = (8, 2, 100_000)
+    torch.cuda.reset_peak_memory_stats()
+    graphed = captured("small", two_stems, shape, GPU)
+    assert isinstance(graphed, Graphed)
+    estimates = 8 * 2 * 2 * 100_000 * 4  # bytes; the model's own, and the batch, of half of their size, are needed
+    assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() < 2.5 * estimates
+
+
+@pytest.mark.parametrize("fails_at_the_end", [False, True])
+@torch.inference_mode()
+def test_a_capture_without_memory_keeps_none(fails_at_the_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(graph: object) -> None:
+        gpu_end(graph)
+        if fails_at_the_end:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def model(batch: Tensor) -> Tensor:
+        within = batch * 2.0
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return two_stems(within)
+
+    gpu_end = pretended.Graph.capture_end
+    monkeypatch.setattr(pretended.Graph, "capture_end", end)
+    captured("small", two_stems, SHAPE, GPU)  # what graphs share is made once
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *place: None)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *place: None)
+    before = torch.cuda.memory_allocated()
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            captured("small", model, (4, 2, 100_000), GPU)
+        gpu._captures(GPU).failed.clear()
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()
 
 
 @torch.inference_mode()

@@ -52,6 +52,20 @@ def test_a_kernel_equals_its_plain_twin(errors: dict[str, float], name: str, pre
     assert errors[f"{name} {precision}"] <= ALLOWED[precision]
 
 
+def test_kernels_refuse_what_lies_in_another_order() -> None:
+    x, ones = torch.randn(8, 16), torch.ones(8)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (triton_kernels.rms_norm, (x.T, ones, ones, torch.float32)),
+        (triton_kernels.gate, (torch.randn(2, 4, 4, 2).mT, x, 0)),
+        (triton_kernels.gate, (torch.randn(2, 4, 2, 4), torch.randn(16, 8).T, 0)),
+        (triton_kernels.glu_into_, (x, torch.randn(2, 16, 8).mT)),
+        (triton_kernels.glu_into_, (torch.randn(16, 8).T, torch.randn(2, 8, 16))),
+    ]
+    for kernel, arguments in calls:
+        with pytest.raises(AssertionError):
+            kernel(*arguments)
+
+
 def test_every_kernel_has_a_case() -> None:
     without_one = {"add_product_", "launch"}  # a product by cuBLAS, and the door
     own = {name for name, value in vars(triton_kernels).items() if isinstance(value, FunctionType) and name[0] != "_"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from separation.stft import Window, istft, stft
+from separation.stft import Window, hermitian, istft, stft
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -39,6 +39,15 @@ def test_istft_equals_that_of_torch(
     inside = slice(0, length - hop_length)  # after it, both divide by the foot of a window, where rounding shows
     assert (got - expected)[..., inside].abs().max() <= 1e-5 * expected.abs().max()
     assert (got - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("n_fft, bins", [(16, 9), (15, 8), (16, 7)])
+def test_what_cufft_is_given_is_what_a_cpu_makes_of_it(n_fft: int, bins: int) -> None:
+    spectrum = torch.randn(2, bins, 5, dtype=torch.complex64)
+    given = hermitian(spectrum, n_fft)
+    assert not given[:, 0].imag.any() and given[:, -1].imag.any() == (bins != n_fft / 2 + 1)
+    expected, got = (torch.fft.irfft(each, n_fft, dim=1) for each in (spectrum, given))
+    assert (got - expected).abs().max() <= 1e-6
 
 
 def test_a_window_made_in_inference_mode_serves_training() -> None:

@@ -226,3 +226,13 @@ def _tanh_mlp(sizes: list[int]) -> nn.Sequential:
     for size_in, size_out in pairwise(sizes):
         layers += [nn.Linear(size_in, size_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
+
+
+def make_one_piece(lstm: nn.LSTM) -> None:
+    """Lay an LSTM's weights out as cuDNN wants them. PyTorch does so itself when they move, except in bfloat16."""
+    weights = cast(list[Tensor], lstm._flat_weights)
+    are_apart = len({weight.data_ptr() for weight in weights}) == len(weights)
+    if weights[0].is_cuda and weights[0].dtype == torch.bfloat16 and are_apart:
+        mode, projected = torch.backends.cudnn.rnn.get_cudnn_mode("LSTM"), 0
+        sizes = lstm.input_size, mode, lstm.hidden_size, projected, lstm.num_layers
+        torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, lstm.batch_first, lstm.bidirectional)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from separation.models.base import Transform
 from separation.models.kernels.scnet_gpu import GpuSCNet
-from separation.models.layers import GroupNorm
+from separation.models.layers import GroupNorm, make_one_piece
 from separation.models.twinned import TwinnedModel
 from separation.stft import istft, stft
 
@@ -115,7 +115,7 @@ class SCNet(TwinnedModel):
     def _remake(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.LSTM):
-                _make_one_piece(module)
+                make_one_piece(module)
         super()._remake()
 
     def _missing(self, length: int) -> int:
@@ -153,16 +153,6 @@ class SCNet(TwinnedModel):
         for i, dual_path in enumerate(cast(Iterable[DualPath], self.separation_net["dp_modules"])):
             x = fourier[i % 2](dual_path(x))
         return rearrange(x, "b f n d -> b d f n")
-
-
-def _make_one_piece(lstm: nn.LSTM) -> None:
-    """Lay an LSTM's weights out as cuDNN wants them. PyTorch does so itself when they move, except in bfloat16."""
-    weights = cast(list[Tensor], lstm._flat_weights)
-    are_apart = len({weight.data_ptr() for weight in weights}) == len(weights)
-    if weights[0].is_cuda and weights[0].dtype == torch.bfloat16 and are_apart:
-        mode, projected = torch.backends.cudnn.rnn.get_cudnn_mode("LSTM"), 0
-        sizes = lstm.input_size, mode, lstm.hidden_size, projected, lstm.num_layers
-        torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, lstm.batch_first, lstm.bidirectional)
 
 
 # Along frames, `[B, F, N, D] -> [B, F, N // 2 + 1, 2 * D]`, real parts first, and back if N is even.

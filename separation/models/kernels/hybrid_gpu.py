@@ -19,6 +19,7 @@ from separation.models.attention import sdpa_attention
 from separation.models.kernels import hybrid_ops as ops
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.operations import run
+from separation.models.layers import make_one_piece
 
 ALIGNMENT = 8  # features: rows of 16 bytes, as tensor cores want them
 SIMPLE_BRANCH = 7  # modules of a DConv's layer without LSTM and attention
@@ -156,6 +157,7 @@ class _Memory(nn.Module):
     def __init__(self, plain: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.lstm = copy.deepcopy(plain.lstm).to(dtype)
+        make_one_piece(self.lstm)
         self.linear = _Linear(plain.linear.weight, plain.linear.bias, dtype)
         self._frame = plain.max_steps
 
@@ -458,6 +460,8 @@ class HybridNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, _Convolution | _Linear | nn.LSTM):
                 module.to(dtype)
+                if isinstance(module, nn.LSTM):
+                    make_one_piece(module)
             elif isinstance(module, _Branch):
                 module.w_in.data, module.w_out.data = module.w_in.to(dtype), module.w_out.to(dtype)
         self._dtype = dtype

@@ -27,6 +27,7 @@ def _rms_norm(x, carry, gain, out, total, stride, D: tl.constexpr, BLOCK: tl.con
 
 
 def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    assert x.stride(1) == 1 or x.shape[1] == 1
     total, dim = x.shape
     out = x.new_empty(total, dim, dtype=dtype)
     block = triton.next_power_of_2(dim)
@@ -112,6 +113,7 @@ def _gate(
 
 
 def gate(attended: Tensor, rows: Tensor, first: int) -> Tensor:
+    assert attended.stride(3) == rows.stride(1) == 1
     _, second, heads, size = attended.shape
     width = heads * size
     out = attended.new_empty(len(rows), width)
@@ -190,6 +192,7 @@ def _glu_into_(masks, gated, total, stride, WIDTH: tl.constexpr, BLOCK: tl.const
 
 
 def glu_into_(masks: Tensor, gated: Tensor) -> None:
+    assert gated.is_contiguous() and (masks.stride(1) == 1 or masks.shape[1] == 1)
     bands, total, width = gated.shape[0], gated.shape[1], gated.shape[2] // 2
     block = triton.next_power_of_2(width)
     rows = max(1, ELEMENTS // block)

@@ -87,7 +87,12 @@ class _Encoder:
 
 def _convolved(x: Tensor, layer: Any) -> Tensor:
     """A convolution of `[B, D, F, N]`, features last in memory, as `[B, F', N, D']`."""
-    return layer(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+    return _features_last(layer(x.contiguous(memory_format=torch.channels_last)))
+
+
+def _features_last(x: Tensor) -> Tensor:
+    """`[B, D, F, N]` as `[B, F, N, D]`, which kernels want in order; a convolution gives it so wherever cuDNN can."""
+    return x.permute(0, 2, 3, 1).contiguous()
 
 
 class _Branch:
@@ -105,7 +110,7 @@ class _Branch:
     def __call__(self, out: Tensor, x: Tensor, activation: int) -> None:
         """Adds the branch to `[B, F, N, D]`, and an activation of the sum goes into `out`."""
         y = run.normalise_rows(x.flatten(0, 1), self._gain, self._shift).view_as(x).permute(0, 3, 1, 2)
-        gated = F.conv2d(y, self._weight, self._bias, padding=self._padding).permute(0, 2, 3, 1)
+        gated = _features_last(F.conv2d(y, self._weight, self._bias, padding=self._padding))
         table = self._taps, self._table, self._last, self._last_bias
         run.gated_branch_(out, x, gated, *table, activation)
 

@@ -169,6 +169,8 @@ def normalise(
 ) -> Tensor:
     batch, positions, features = x.shape
     out = torch.empty_like(x, dtype=dtype)
+    strides = zip(x.shape, x.stride(), out.stride(), strict=True)
+    assert all(n == 1 or a == b for n, a, b in strides)  # else `x` has gaps
     p, d = _tile(x)
     launch(
         _normalise,
@@ -206,6 +208,7 @@ def _normalise_rows(x, gain, bias, out, features, LENGTH: tl.constexpr, BLOCK: t
 
 
 def normalise_rows(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    assert x.is_contiguous()
     rows, positions, features = x.shape
     out = torch.empty_like(x)
     launch(_normalise_rows, (rows,), x, gain, bias, out, features, LENGTH=positions * features, BLOCK=4096)
@@ -292,6 +295,7 @@ def gated_branch_(
     bias: Tensor,
     activation: int,
 ) -> None:
+    assert x.is_contiguous() and gated.is_contiguous() and out[0, 0].is_contiguous()
     batch, rows, positions, features = x.shape
     kernel, hidden = taps.shape
     launch(
@@ -364,6 +368,7 @@ def _lstm(
 
 
 def lstm(gates: Tensor, weight: Tensor, axis: int) -> Tensor:
+    assert gates.is_contiguous() and weight.is_contiguous()
     batch, bins, frames, _ = gates.shape
     hidden = weight.shape[1]
     out = gates.new_empty(batch, bins, frames, 2 * hidden)
