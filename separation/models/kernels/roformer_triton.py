@@ -11,15 +11,41 @@ from separation.models.kernels import roformer_ops as ops
 from separation.models.kernels.operations import launch
 
 ELEMENTS = 4096  # that a program of a kernel without products works on
+NARROWEST = 64  # columns of a program: bands narrower than that have the kernels of this width
 
 
-@triton.jit
-def _rms_norm(x, carry, gain, out, total, stride, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _cut(width: int, stride: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """How rows of that width and distance are cut into programs: their sizes in units, and the constants of a kernel.
+
+    The constants are few, for a kernel is compiled for each: the sizes themselves are not in the code, only that they
+    are multiples of UNIT, as far as that makes loads and stores wider. Rows that fill their blocks need no mask.
+    """
+    block = max(NARROWEST, triton.next_power_of_2(width))
+    unit = min(8, (width | stride) & -(width | stride))
+    constants = {"UNIT": unit, "WHOLE": width == block, "BLOCK": block, "ROWS": max(1, ELEMENTS // block)}
+    return (width // unit, stride // unit), constants
+
+
+@triton.jit(do_not_specialize=["total", "width", "stride"])
+def _rms_norm(
+    x,
+    carry,
+    gain,
+    out,
+    total,
+    width,
+    stride,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    D = BLOCK if WHOLE else width * UNIT
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     mask = (rows < total)[:, None] & inside[None, :]
-    values = tl.load(x + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    values = tl.load(x + rows[:, None] * (stride * UNIT) + columns[None, :], mask=mask, other=0.0)
     values += tl.load(carry + columns, mask=inside, other=0.0)[None, :]
     scales = tl.rsqrt(tl.sum(values * values, axis=1) / D + 1e-20)
     values = values * scales[:, None] * tl.load(gain + columns, mask=inside, other=0.0)[None, :]
@@ -29,10 +55,9 @@ def _rms_norm(x, carry, gain, out, total, stride, D: tl.constexpr, BLOCK: tl.con
 def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     total, dim = x.shape
     out = x.new_empty(total, dim, dtype=dtype)
-    block = triton.next_power_of_2(dim)
-    rows = max(1, ELEMENTS // block)
-    grid = (triton.cdiv(total, rows),)
-    launch(_rms_norm, grid, x, carry, gain, out, total, x.stride(0), D=dim, BLOCK=block, ROWS=rows)
+    sizes, constants = _cut(dim, x.stride(0))
+    grid = (triton.cdiv(total, constants["ROWS"]),)
+    launch(_rms_norm, grid, x, carry, gain, out, total, *sizes, **constants)
     return out
 
 
@@ -40,7 +65,7 @@ def add_product_(x: Tensor, rows: Tensor, weight: Tensor) -> None:
     torch.addmm(x, rows, weight.T, torch.float32, out=x)  # cuBLAS adds in place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "tokens", "apart"])
 def _rotate(
     rows,
     cos,
@@ -81,7 +106,7 @@ def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> N
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "second"])
 def _gate(
     attended,
     gates,
@@ -135,7 +160,7 @@ def _rotated(x, c, s, N: tl.constexpr, SIZE: tl.constexpr):
     return tl.join(even * c - odd * s, odd * c + even * s).reshape(N, SIZE).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _attend_short(rows, cos, sin, out, tokens, stride, scale, HEADS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr):
     token, feature, pair = tl.arange(0, N), tl.arange(0, SIZE), tl.arange(0, SIZE // 2)
     inside = token < tokens
@@ -176,8 +201,19 @@ def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     return out
 
 
-@triton.jit
-def _glu_into_(masks, gated, total, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["total", "width", "stride"])
+def _glu_into_(
+    masks,
+    gated,
+    total,
+    width,
+    stride,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    WIDTH = BLOCK if WHOLE else width * UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     band = tl.program_id(1).to(tl.int64)
@@ -185,13 +221,12 @@ def _glu_into_(masks, gated, total, stride, WIDTH: tl.constexpr, BLOCK: tl.const
     at = gated + (band * total + row)[:, None] * (2 * WIDTH) + column[None, :]
     values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     gates = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    to = masks + row[:, None] * stride + band * WIDTH + column[None, :]
+    to = masks + row[:, None] * (stride * UNIT) + band * WIDTH + column[None, :]
     tl.store(to, values * tl.sigmoid(gates), mask=mask)
 
 
 def glu_into_(masks: Tensor, gated: Tensor) -> None:
     bands, total, width = gated.shape[0], gated.shape[1], gated.shape[2] // 2
-    block = triton.next_power_of_2(width)
-    rows = max(1, ELEMENTS // block)
-    grid = triton.cdiv(total, rows), bands
-    launch(_glu_into_, grid, masks, gated, total, masks.stride(0), WIDTH=width, BLOCK=block, ROWS=rows)
+    sizes, constants = _cut(width, masks.stride(0))
+    grid = triton.cdiv(total, constants["ROWS"]), bands
+    launch(_glu_into_, grid, masks, gated, total, *sizes, **constants)

@@ -76,7 +76,7 @@ def _moments(
     tl.store(to + features, m2, mask=d < features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "spans"])
 def _join(parts, out, positions, features, spans, SPAN: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
     item = tl.program_id(1)
     d = tl.program_id(0) * D + tl.arange(0, D)
