@@ -7,8 +7,8 @@ it does on the GPU, and Triton keeps them under the keys that it will look for t
 """
 
 import hashlib
-import logging
-import subprocess
+import os
+import shutil
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,27 +18,29 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
-from triton.runtime.cache import get_cache_manager
+from triton.runtime.cache import FileCacheManager, get_cache_manager
 
+from separation.errors import InputError, OutputError
 from separation.models.base import SeparationModel
 from separation.models.kernels.operations import PROBE, kernel_of, start_probe
 
 BATCH_SIZES = (1, 2, 4, 8)  # that the engine takes on a GPU
-logger = logging.getLogger("separation")
 
 
 def compile_for(models: Sequence[SeparationModel], capabilities: Sequence[int], folder: Path) -> int:
     """Fill a folder with the kernels that models in float16 start on GPUs of these compute capabilities (90 for 9.0).
 
     The models have no weights: they are on the meta device, and are changed. Returns how many kernels are compiled;
-    those that the folder has already are left as they are. Needs a C compiler, for what starts the kernels.
+    those that the folder has already are left as they are. Raises InputError without a C compiler, which makes what
+    starts the kernels, and OutputError where the folder cannot be written.
     """
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise InputError("kernels need a C compiler for what starts them, and there is none: install gcc")
     compiled = 0
 
     def note(*, cache_hit: bool, **facts: Any) -> None:
@@ -47,13 +49,17 @@ def compile_for(models: Sequence[SeparationModel], capabilities: Sequence[int], 
 
     with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = str(folder)
+        knobs.cache.manager_class = FileCacheManager  # what other folders have does not count
         knobs.compilation.store_binary_only = True
         knobs.compilation.listener = note
-        for capability in capabilities:
-            with standing_in(capability, launchers=_Launchers()):
-                for model in models:
-                    start_kernels(model)
-                    logger.info(f"{model.name}: its kernels for compute capability {capability / 10} are there")
+        try:
+            launchers = _Launchers()
+            for capability in capabilities:
+                with standing_in(capability, launchers):
+                    for model in models:
+                        start_kernels(model)
+        except OSError as e:
+            raise OutputError(f"cannot write into folder {str(folder)!r}: {e.strerror}: choose another") from e
     return compiled
 
 
@@ -134,10 +140,14 @@ class _Launchers:
         if kept.get_file(file) is not None:
             return
         with tempfile.TemporaryDirectory() as folder:
+            # What is linked is looked up when it is loaded: until then an empty library of the driver's name will do.
+            driver = Path(folder, "empty.c")
+            driver.touch()
+            soname = "-Wl,-soname,libcuda.so.1"
+            empty = build._build("empty", str(driver), folder, [], [], [], [soname])
+            Path(empty).rename(driver.with_name("libcuda.so.1"))
             source = Path(folder, f"{name}.c")
             source.write_text(text)
-            # What is linked is looked up when it is loaded: until then an empty library of the driver's name will do.
-            empty = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
-            subprocess.run(["cc", *empty], check=True)
-            built = build._build(name, str(source), folder, [folder], nvidia.include_dirs, nvidia.libraries, [])
+            linked = ["-Wl,--no-as-needed", str(driver.with_name("libcuda.so.1"))]  # for nothing in it is needed yet
+            built = build._build(name, str(source), folder, [], nvidia.include_dirs, [], linked)
             kept.put(Path(built).read_bytes(), file, binary=True)

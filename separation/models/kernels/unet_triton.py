@@ -127,7 +127,7 @@ def moments(x: Tensor, whole: bool) -> Tensor:
     if whole:
         launch(_join_whole, (batch,), *sizes, SPANS=spans, SPAN=SPAN, D=triton.next_power_of_2(features))
     else:
-        s = triton.next_power_of_2(spans)
+        s = max(32, triton.next_power_of_2(spans))  # not one kernel for each smaller size
         launch(_join, (triton.cdiv(features, 16), batch), *sizes, spans, SPAN=SPAN, S=s, D=16)
     return out
 
