@@ -22,7 +22,7 @@ from triton import knobs
 
 from separation.models.kernels.ahead import standing_in, start_kernels
 
-# Kernels that are compiled at a model's first run, the one that Triton is tried with among them: each is time.
+# Kernels that are compiled at a model's first runs, the one that Triton is tried with among them: each takes time.
 MOST = {
     "mel_band_roformer_kim": 20,
     "bs_roformer_viperx_1297": 15,
@@ -31,8 +31,8 @@ MOST = {
     "htdemucs_6s": 42,
     "mdx23c_instvoc_hq_2": 7,
     "drumsep": 7,
-    "scnet": 23,
-    "scnet_xl_ihf": 21,
+    "scnet": 34,  # for chunks of two lengths, like its larger twin
+    "scnet_xl_ihf": 36,
 }
 
 
