@@ -59,10 +59,12 @@ def write_song(path: Path, seconds: float, rate: int = 44100) -> Path:
     return path
 
 
-def start(song: Path, stems: str, *, tiny: bool = False) -> subprocess.Popen[str]:
+def start(
+    song: Path, stems: str, *, tiny: bool = False, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """A process that separates the song into files of its format and rate, and says how it went."""
     run = [sys.executable, "-c", WORKER, song, song.with_suffix(""), stems, song.suffix[1:], "tiny" if tiny else ""]
-    return subprocess.Popen(run, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(run, cwd=PROJECT, env=os.environ | (environment or {}), stdout=subprocess.PIPE, text=True)
 
 
 def command(song: Path, stems: str) -> subprocess.Popen[str]:
