@@ -66,7 +66,7 @@ def compile_for(models: Sequence[SeparationModel], capabilities: Sequence[int], 
 
 @torch.inference_mode()
 def start_kernels(model: SeparationModel) -> None:
-    """Run a model, on the meta device, over chunks of its own length and of what a container takes if none is asked for.
+    """Run a model, on the meta device, over chunks of its own length and of the container's default.
 
     They come in each batch size that the engine takes.
     """
