@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -194,9 +195,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--random-weights", action="store_true", help="to try it: nothing is downloaded")
     export.set_defaults(command=_export, verbose=False)
 
-    models = commands.add_parser("models", help="list, download, verify or convert the checkpoints").add_subparsers(
-        required=True, metavar="list|download|verify|convert", parser_class=Parser
-    )
+    models = commands.add_parser(
+        "models", help="list, download, verify or convert the checkpoints; compile what they run on a GPU"
+    ).add_subparsers(required=True, metavar="list|download|verify|convert|compile", parser_class=Parser)
     quiet: dict[str, Any] = {"verbose": False}
     listing = models.add_parser("list", help="every checkpoint, what it gives and whether it is here")
     listing.add_argument("--json", action="store_true", help="print one JSON object a checkpoint")
@@ -211,6 +212,15 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     convert.add_argument("output", type=Path, metavar="OUT.safetensors")
     convert.set_defaults(command=_convert, **quiet)
+    compiling = models.add_parser(
+        "compile", help="compile models' kernels for CUDA GPUs, without one, into a folder for SEPARATION_KERNELS"
+    )
+    compiling.add_argument("names", nargs="+", metavar="NAME")
+    compiling.add_argument(
+        "--gpu", type=_capabilities, default="80,86,89,90", metavar="80,90", help="compute capabilities times ten"
+    )
+    compiling.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    compiling.set_defaults(command=_compile, **quiet)
 
     cache = commands.add_parser("cache", help="list or clear what models have estimated").add_subparsers(
         required=True, metavar="list|clear", parser_class=Parser
@@ -237,6 +247,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 up")
     return int(text)
+
+
+def _capabilities(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d{1,2}(,[1-9]\d{1,2})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be compute capabilities times ten, such as 80,90")
+    return [int(number) for number in text.split(",")]
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -479,6 +495,20 @@ def _convert(options: argparse.Namespace) -> int:
 
     convert(options.checkpoint, options.output)
     print(options.output)
+    return 0
+
+
+def _compile(options: argparse.Namespace) -> int:
+    import torch
+
+    from separation.checkpoints import model_for_gpu
+
+    try:
+        from separation.models.kernels.ahead import compile_for
+    except ImportError as e:
+        raise InputError(f"Triton cannot be imported ({e}): install PyTorch for CUDA") from e
+    models = [model_for_gpu(name, torch.float16) for name in options.names]
+    print(f"{options.output}: {compile_for(models, options.gpu, options.output)} kernels compiled")
     return 0
 
 

@@ -250,6 +250,28 @@ def random_weights(name_or_path: str | Path, *, seed: int = 0) -> dict[str, Tens
     return {key.removeprefix(prefix): value.clone() for key, value in state.items() if key.startswith(prefix)}
 
 
+def model_for_gpu(name_or_path: str | Path, dtype: torch.dtype) -> SeparationModel:
+    """A model with a CUDA GPU's layers in that precision, float16 or bfloat16, and without weights: on the meta device.
+
+    It gives shapes alone. Of a checkpoint made of specialists it is the first, for all are alike.
+    Raises RecipeError for an unknown model, InputError for one that has no layers for a GPU.
+    """
+    description = read_config(name_or_path)
+    if description.architecture is None:
+        description = replace(description, architecture=_architecture(description, None, None))
+    specialists = tuple(file.stem for file in description.files if file.stem is not None)[:1]
+    model = _build(description, specialists)
+    model.name, model.stems = description.name, specialists or description.stems
+    model.sample_rate, model.chunk_samples = description.sample_rate, description.chunk_samples
+    model.eval().requires_grad_(False)
+    try:
+        with torch.device("meta"):
+            model.fuse_for_gpu(dtype)
+    except NotFusedError as e:
+        raise InputError(f"{model.name} has no layers for a GPU: {e}") from e
+    return model
+
+
 def _prepare(
     model: SeparationModel, asked: torch.dtype, floats: torch.dtype, choice: AttentionChoice | None, attention: str
 ) -> torch.dtype:

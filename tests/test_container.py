@@ -110,10 +110,16 @@ def test_the_image_has_what_the_project_needs(config: dict[str, Any]) -> None:
     assert build["python_version"] == "3.11"
     assert build["python_requirements"] == "requirements.txt"
     assert "python_packages" not in build
-    assert "ffmpeg" in build["system_packages"]
+    assert {"ffmpeg", "gcc"} <= set(build["system_packages"])
     assert config["predict"] == "predict.py:Predictor"
     pins = (PROJECT / "requirements.txt").read_text(encoding="utf-8").split()
     assert f"cog=={build['sdk_version']}" in pins
+
+
+def test_kernels_that_were_compiled_before_go_into_the_image(config: dict[str, Any]) -> None:
+    folder = dict(entry.split("=", 1) for entry in config["environment"])["SEPARATION_KERNELS"]
+    copied = (PROJECT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert folder == "/src/weights/kernels" and copied.index("!weights/kernels") > copied.index("weights/*")
 
 
 def test_exactly_the_weights_of_recipe_standard_without_its_drum_kit_are_baked_each_with_its_sha256(

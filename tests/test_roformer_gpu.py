@@ -79,7 +79,7 @@ def test_the_kernels_compile_for_every_gpu_kind(monkeypatch: pytest.MonkeyPatch,
     compiled = set()
 
     def build(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
-        options = {name: constants.pop(name) for name in ("maxnreg",) if name in constants}
+        options = {name: constants.pop(name) for name in ("maxnreg", "num_stages") if name in constants}
         signature = dict.fromkeys(kernel.arg_names, "constexpr")
         signature |= {name: kind(value) for name, value in zip(kernel.arg_names, arguments, strict=False)}
         source = triton.compiler.ASTSource(kernel, signature, constants)

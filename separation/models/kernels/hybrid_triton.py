@@ -175,7 +175,7 @@ def _product(hidden, w, table, c, C: tl.constexpr, H: tl.constexpr, HB: tl.const
     return tl.dot(hidden, weights, input_precision="ieee") + bias[None, :]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["in_sums", "out_sums"])
 def _dconv_sums(
     h, w, in_table, out_table, in_sums, out_sums, length, parts, C: tl.constexpr, H: tl.constexpr,
     USED: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
@@ -206,7 +206,7 @@ def _normed_product(hidden, w, table, c, mean, scale, C: tl.constexpr, H: tl.con
     return y * gain[None, :] + shift[None, :]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["in_sums", "out_sums"])
 def _dconv_out(
     x, h, w, in_table, out_table, in_sums, out_sums, length, parts, C: tl.constexpr, H: tl.constexpr,
     USED: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,

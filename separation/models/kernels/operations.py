@@ -15,8 +15,10 @@ from torch import Tensor
 
 run: Any = torch.ops.separation  # run.rms_norm(...): the kernel or its twin, by where the tensors are
 logger = logging.getLogger("separation")
+PROBE = (16, 64)  # the rows that Triton is tried with
 
 _LIBRARY = torch.library.Library("separation", "FRAGMENT")
+_MODULES: dict[str, str] = {}  # by operation: where its kernel is
 
 
 def operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -25,11 +27,11 @@ def operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     _LIBRARY.define(schema)
 
     def register(twin: Callable[..., Any]) -> Callable[..., Any]:
-        module = twin.__module__.removesuffix("_ops") + "_triton"
+        _MODULES[name] = twin.__module__.removesuffix("_ops") + "_triton"
 
         def fastest(x: Tensor, *arguments: Any) -> Any:
             with torch.cuda.device(x.device):
-                chosen = twin if triton_fault(x.device) else getattr(importlib.import_module(module), name)
+                chosen = twin if triton_fault(x.device) else kernel_of(name)
                 return chosen(x, *arguments)
 
         for key in ("CPU", "Meta"):
@@ -38,6 +40,18 @@ def operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         return twin
 
     return register
+
+
+def kernel_of(name: str) -> Callable[..., Any]:
+    """What starts the Triton kernel of an operation; it takes the operation's arguments. Imports Triton."""
+    kernel: Callable[..., Any] = getattr(_triton_module(_MODULES[name]), name)
+    return kernel
+
+
+@cache
+def _triton_module(name: str) -> Any:
+    importlib.import_module("separation.models.kernels.shipped").use_shipped_kernels()
+    return importlib.import_module(name)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
@@ -51,7 +65,7 @@ def triton_fault(device: torch.device) -> str:
 
     A fault is logged once.
     """
-    x = torch.linspace(-1, 1, 1024).view(16, 64)
+    x = torch.linspace(-1, 1, 1024).view(PROBE)
     try:
         fault = "" if torch.allclose(run.probe(x.to(device)).cpu(), run.probe(x), atol=1e-5) else "its norm is wrong"
     except Exception as e:  # whatever a missing package, compiler or driver makes Triton raise
@@ -65,12 +79,17 @@ def _probe(x: Tensor) -> Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:])
 
 
-def _probe_by_triton(x: Tensor) -> Tensor:
+def start_probe(x: Tensor) -> Tensor:
+    """The kernel by which `triton_fault` sees whether any works."""
+    importlib.import_module("separation.models.kernels.roformer_ops")  # whose first kernel it is
     zeros, ones = x.new_zeros(x.shape[-1]), x.new_ones(x.shape[-1])
-    kernels = importlib.import_module("separation.models.kernels.roformer_triton")
-    with torch.cuda.device(x.device):
-        norm: Tensor = kernels.rms_norm(x, zeros, ones, x.dtype)
+    norm: Tensor = kernel_of("rms_norm")(x, zeros, ones, x.dtype)
     return norm
+
+
+def _probe_by_triton(x: Tensor) -> Tensor:
+    with torch.cuda.device(x.device):
+        return start_probe(x)
 
 
 _LIBRARY.define("probe(Tensor x) -> Tensor")

@@ -11,29 +11,59 @@ from separation.models.kernels import roformer_ops as ops
 from separation.models.kernels.operations import launch
 
 ELEMENTS = 4096  # that a program of a kernel without products works on
+NARROWEST = 64  # columns of a program: bands narrower than that have the kernels of this width
 
 
-@triton.jit
-def _rms_norm(x, carry, gain, out, total, stride, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _unit(size: int) -> int:
+    """What a size is a multiple of, as far as it matters: loads of eight 16-bit numbers are the widest there are."""
+    return min(8, size & -size)
+
+
+def _cut(width: int, stride: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """How rows of that width and distance are cut into programs: their sizes in units, and the constants of a kernel.
+
+    The constants are few, for a kernel is compiled for each: the sizes themselves are not in the code, only that they
+    are multiples of UNIT, as far as that makes loads and stores wider. Rows that fill their blocks need no mask.
+    """
+    block = max(NARROWEST, triton.next_power_of_2(width))
+    unit = _unit(width | stride)
+    constants = {"UNIT": unit, "WHOLE": width == block, "BLOCK": block, "ROWS": max(1, ELEMENTS // block)}
+    return (width // unit, stride // unit), constants
+
+
+@triton.jit(do_not_specialize=["total", "width", "stride"])
+def _rms_norm(
+    x,
+    carry,
+    gain,
+    out,
+    total,
+    width,
+    stride,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    dim = BLOCK if WHOLE else width * UNIT
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    inside = columns < D
+    inside = columns < dim
     mask = (rows < total)[:, None] & inside[None, :]
-    values = tl.load(x + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    values = tl.load(x + rows[:, None] * (stride * UNIT) + columns[None, :], mask=mask, other=0.0)
     values += tl.load(carry + columns, mask=inside, other=0.0)[None, :]
-    scales = tl.rsqrt(tl.sum(values * values, axis=1) / D + 1e-20)
+    scales = tl.rsqrt(tl.sum(values * values, axis=1) / dim + 1e-20)
     values = values * scales[:, None] * tl.load(gain + columns, mask=inside, other=0.0)[None, :]
-    tl.store(out + rows[:, None] * D + columns[None, :], values.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + rows[:, None] * dim + columns[None, :], values.to(out.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     assert x.stride(1) == 1 or x.shape[1] == 1
     total, dim = x.shape
     out = x.new_empty(total, dim, dtype=dtype)
-    block = triton.next_power_of_2(dim)
-    rows = max(1, ELEMENTS // block)
-    grid = (triton.cdiv(total, rows),)
-    launch(_rms_norm, grid, x, carry, gain, out, total, x.stride(0), D=dim, BLOCK=block, ROWS=rows)
+    sizes, constants = _cut(dim, x.stride(0))
+    grid = (triton.cdiv(total, constants["ROWS"]),)
+    launch(_rms_norm, grid, x, carry, gain, out, total, *sizes, **constants)
     return out
 
 
@@ -41,7 +71,7 @@ def add_product_(x: Tensor, rows: Tensor, weight: Tensor) -> None:
     torch.addmm(x, rows, weight.T, torch.float32, out=x)  # cuBLAS adds in place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "tokens", "apart", "stride"])
 def _rotate(
     rows,
     cos,
@@ -50,6 +80,7 @@ def _rotate(
     tokens,
     apart,
     stride,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,7 +89,7 @@ def _rotate(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < total)[:, None] & (column < WIDTH)[None, :]
-    at = rows + row[:, None] * stride + column[None, :]
+    at = rows + row[:, None] * (stride * UNIT) + column[None, :]
     even, odd = tl.split(tl.load(at, mask=mask, other=0.0).to(tl.float32).reshape(ROWS, BLOCK // 2, 2))
     position = ((row // apart) % tokens)[:, None] * PAIRS + (tl.arange(0, BLOCK // 2) % PAIRS)[None, :]
     c, s = tl.load(cos + position), tl.load(sin + position)
@@ -71,10 +102,12 @@ def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> N
     width = heads * 2 * pairs
     block = triton.next_power_of_2(width)
     at_once = max(1, ELEMENTS // block)
+    unit = _unit(rows.stride(0))
     launch(
         _rotate,
         (triton.cdiv(len(rows), at_once),),
-        *(rows, cos, sin, len(rows), tokens, apart, rows.stride(0)),
+        *(rows, cos, sin, len(rows), tokens, apart, rows.stride(0) // unit),
+        UNIT=unit,
         WIDTH=width,
         PAIRS=pairs,
         BLOCK=block,
@@ -82,7 +115,7 @@ def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> N
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "second"])
 def _gate(
     attended,
     gates,
@@ -137,15 +170,27 @@ def _rotated(x, c, s, N: tl.constexpr, SIZE: tl.constexpr):
     return tl.join(even * c - odd * s, odd * c + even * s).reshape(N, SIZE).to(x.dtype)
 
 
-@triton.jit
-def _attend_short(rows, cos, sin, out, tokens, stride, scale, HEADS: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "stride"])
+def _attend_short(
+    rows,
+    cos,
+    sin,
+    out,
+    tokens,
+    stride,
+    scale,
+    UNIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    N: tl.constexpr,
+):
     token, feature, pair = tl.arange(0, N), tl.arange(0, SIZE), tl.arange(0, SIZE // 2)
     inside = token < tokens
     table = token[:, None] * (SIZE // 2) + pair[None, :]
     c = tl.load(cos + table, mask=inside[:, None], other=0.0)
     s = tl.load(sin + table, mask=inside[:, None], other=0.0)
     row = tl.program_id(0).to(tl.int64) * tokens + token
-    at = rows + row[:, None] * stride + feature[None, :]
+    at = rows + row[:, None] * (stride * UNIT) + feature[None, :]
     to = out + row[:, None] * (HEADS * SIZE) + feature[None, :]
     for head in range(HEADS):
         q = _rotated(tl.load(at + head * SIZE, mask=inside[:, None], other=0.0), c, s, N, SIZE)
@@ -153,7 +198,7 @@ def _attend_short(rows, cos, sin, out, tokens, stride, scale, HEADS: tl.constexp
         v = tl.load(at + (2 * HEADS + head) * SIZE, mask=inside[:, None], other=0.0)
         scores = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
         weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
-        gates = tl.load(rows + row * stride + 3 * HEADS * SIZE + head, mask=inside, other=0.0)
+        gates = tl.load(rows + row * (stride * UNIT) + 3 * HEADS * SIZE + head, mask=inside, other=0.0)
         opened = tl.sigmoid(gates.to(tl.float32)) / tl.sum(weights, axis=1)
         values = tl.dot(weights.to(v.dtype), v) * opened[:, None]
         tl.store(to + head * SIZE, values.to(out.dtype.element_ty), mask=inside[:, None])
@@ -165,12 +210,15 @@ def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         return ops.attend(rows, (cos, sin), heads, 1)
     tokens, pairs = cos.shape
     out = rows.new_empty(len(rows), heads * 2 * pairs)
+    unit = _unit(rows.stride(0))
     scale = (2 * pairs) ** -0.5 * 1.4426950408889634  # log2(e): the kernel takes powers of 2
     launch(
         _attend_short,
         (len(rows) // tokens,),
-        *(rows, cos, sin, out, tokens, rows.stride(0), scale),
+        *(rows, cos, sin, out, tokens, rows.stride(0) // unit, scale),
+        num_stages=1,  # heads loaded ahead would take so much shared memory that few programs fit
         maxnreg=168,  # so that three programs share a multiprocessor
+        UNIT=unit,
         HEADS=heads,
         SIZE=2 * pairs,
         N=max(16, triton.next_power_of_2(tokens)),
@@ -178,23 +226,33 @@ def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     return out
 
 
-@triton.jit
-def _glu_into_(masks, gated, total, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["total", "width", "stride"])
+def _glu_into_(
+    masks,
+    gated,
+    total,
+    width,
+    stride,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    dim = BLOCK if WHOLE else width * UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     band = tl.program_id(1).to(tl.int64)
-    mask = (row < total)[:, None] & (column < WIDTH)[None, :]
-    at = gated + (band * total + row)[:, None] * (2 * WIDTH) + column[None, :]
+    mask = (row < total)[:, None] & (column < dim)[None, :]
+    at = gated + (band * total + row)[:, None] * (2 * dim) + column[None, :]
     values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    gates = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    to = masks + row[:, None] * stride + band * WIDTH + column[None, :]
+    gates = tl.load(at + dim, mask=mask, other=0.0).to(tl.float32)
+    to = masks + row[:, None] * (stride * UNIT) + band * dim + column[None, :]
     tl.store(to, values * tl.sigmoid(gates), mask=mask)
 
 
 def glu_into_(masks: Tensor, gated: Tensor) -> None:
     assert gated.is_contiguous() and (masks.stride(1) == 1 or masks.shape[1] == 1)
     bands, total, width = gated.shape[0], gated.shape[1], gated.shape[2] // 2
-    block = triton.next_power_of_2(width)
-    rows = max(1, ELEMENTS // block)
-    grid = triton.cdiv(total, rows), bands
-    launch(_glu_into_, grid, masks, gated, total, masks.stride(0), WIDTH=width, BLOCK=block, ROWS=rows)
+    sizes, constants = _cut(width, masks.stride(0))
+    grid = triton.cdiv(total, constants["ROWS"]), bands
+    launch(_glu_into_, grid, masks, gated, total, *sizes, **constants)

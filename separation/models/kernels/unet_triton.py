@@ -76,7 +76,7 @@ def _moments(
     tl.store(to + features, m2, mask=d < features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "spans"])
 def _join(parts, out, positions, features, spans, SPAN: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
     item = tl.program_id(1)
     d = tl.program_id(0) * D + tl.arange(0, D)
@@ -127,7 +127,7 @@ def moments(x: Tensor, whole: bool) -> Tensor:
     if whole:
         launch(_join_whole, (batch,), *sizes, SPANS=spans, SPAN=SPAN, D=triton.next_power_of_2(features))
     else:
-        s = triton.next_power_of_2(spans)
+        s = max(32, triton.next_power_of_2(spans))  # not one kernel for each smaller size
         launch(_join, (triton.cdiv(features, 16), batch), *sizes, spans, SPAN=SPAN, S=s, D=16)
     return out
 
