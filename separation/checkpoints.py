@@ -105,7 +105,7 @@ def load_model(
         description = replace(description, architecture=_architecture(description, keys, paths[0]))
     model = _build(description, specialists)
     choice = choose_attention(attention, device, dtype, model.head_size) if model.head_size else None
-    if choice is None or choice.name not in LAYERS:  # these fold gains into the weights before it rounds them
+    if choice is None or choice.name not in LAYERS:  # these take the weights as the file has them, and round last
         model.prepare(dtype)  # still without weights: it now says in which type each is wanted
 
     paths = paths or _weight_paths(description, files, checkpoint)
