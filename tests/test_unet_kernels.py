@@ -20,7 +20,8 @@ from separation.models.kernels.operations import triton_fault
 pytest.importorskip("triton", reason="needs Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it is read when Triton is imported: a process of its own
 TYPES = [torch.float32, torch.float16]
-SHARED_BYTES = 99 * 1024  # of a block on a GeForce of 30, 40 or 50, which have the least
+# The shared memory that a program can have at most: of GeForce 30 to 50, and of data centres' Hopper and Blackwell.
+SHARED_BYTES, SHARED_BYTES_OF_DATA_CENTRES = 101_376, 232_448
 ERRORS = {torch.float32: 2e-6, torch.float16: 2e-3}
 
 
@@ -294,4 +295,5 @@ def test_every_kernel_compiles_without_a_card(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for launch in launches(monkeypatch, torch.float16, hidden_sizes):
         binary = compiled(*launch, capability)
-        assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_BYTES
+        most = SHARED_BYTES_OF_DATA_CENTRES if capability in (90, 100) else SHARED_BYTES
+        assert binary.asm["cubin"] and binary.metadata.shared <= most
