@@ -442,7 +442,7 @@ class PretendedGPU:
             arrived = torch.zeros_like(target) if self._shapes_alone else source.inner.to(target.dtype, copy=True)
             if non_blocking and self._is_pinned(target):
                 if self.capture is not None:
-                    raise NotImplementedError("copies to the host in a CUDA graph")
+                    raise RuntimeError("a pretended CUDA graph knows no copies to the host")
                 _spoil(target)
                 self._later(functools.partial(target.copy_, arrived))
             else:
@@ -735,7 +735,7 @@ def _attend(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not isinstance(q, PretendedTensor):
             return plain(q, k, v, *options, **named)
         if options or named.keys() - {"scale"}:
-            raise NotImplementedError("attention with a mask, dropout or grouped heads on a pretended GPU")
+            raise RuntimeError("a pretended GPU knows no attention with a mask, dropout or grouped heads")
         if q.itemsize == 2:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, **named)[0]
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False, **named)[0]
