@@ -20,7 +20,7 @@ from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.operations import run
 from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
 
-ALIGNMENT = 8  # features to whose multiple a row is filled up: some kernels are wrong where rows begin elsewhere
+ALIGNMENT = 8  # features to whose multiple a row is filled up: attention kernels fail where rows begin elsewhere
 SHORT = 128  # tokens of a sequence that one program attends to
 
 
@@ -99,7 +99,7 @@ class GpuTransformer(GpuLayer):
             project, project_bias, out, up, up_bias, down = self.weights[6 * i : 6 * i + 6]
             projected = F.linear(self.norms[2 * i](rows), project, project_bias)
             run.add_product_(rows, self._attended(projected, tables, 1 if in_order else len(x)), out)
-            # cuBLAS approximates GELU by tanh, 72 dB below the exact values.
+            # cuBLAS approximates GELU by tanh: the error is 72 dB below the result.
             hidden = torch._addmm_activation(up_bias, self.norms[2 * i + 1](rows), up.T, use_gelu=True)
             run.add_product_(rows, hidden, down)
         return self.output(stream if in_order else stream.transpose(0, 1))
@@ -157,19 +157,19 @@ class GpuBandSplit(GpuLayer):
         for start, stop in self._bands:
             norms, linears = zip(*pairs[start:stop], strict=True)
             self.keep(*_stacked(linears, [norm.gamma for norm in norms]))
-            self.register_buffer(f"ones_{start}", torch.ones(split.widths[start]))
-            self.register_buffer(f"zeros_{start}", torch.zeros(split.widths[start]))
+        self.register_buffer("ones", torch.ones(max(split.widths)))
+        self.register_buffer("zeros", torch.zeros(max(split.widths)))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         features = rows.new_empty(len(rows), len(self._widths), self.weights[0].shape[-1])
+        zeros, ones = self.get_buffer("zeros"), self.get_buffer("ones")
         at = 0
         for i, (start, stop) in enumerate(self._bands):
             count, width = stop - start, self._widths[start]
             bands = rows[:, at : at + count * width].reshape(-1, width)
             at += count * width
-            zeros, ones = self.get_buffer(f"zeros_{start}"), self.get_buffer(f"ones_{start}")
-            normed = run.rms_norm(bands, zeros, ones, self.dtype).view(-1, count, width)
+            normed = run.rms_norm(bands, zeros[:width], ones[:width], self.dtype).view(-1, count, width)
             weight, bias = self.weights[2 * i : 2 * i + 2]
             features[:, start:stop] = torch.baddbmm(bias, normed.transpose(0, 1), weight).transpose(0, 1)
         return features.unflatten(0, x.shape[:-1])
