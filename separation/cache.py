@@ -34,7 +34,7 @@ from separation.settings import positive
 LIMIT_GIB = 8.0  # unless SEPARATION_CACHE_GIB says otherwise: 25 songs of four minutes, each in four stems
 # What computes an estimate from a decoded song. Whenever a line of these changes, what was kept is not used any more.
 ENGINE = (
-    "audio.py",  # the level of a model's input
+    "waveform.py",  # the level of a model's input
     "cache.py",
     "checkpoints.py",
     "chunking.py",

@@ -6,12 +6,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from separation.audio import SAMPLE_RATE, decode
 from separation.catalogue import PROJECT
+from separation.decode import decode
 from separation.metrics import level_dbfs, sdr
 from separation.picture import Row, draw
 from separation.report import write_report
 from separation.separator import ModelPool, Progress, Separator, part_of
+from separation.waveform import SAMPLE_RATE
 
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 TRUE_STEMS = PROJECT / "weights" / "demo" / "stems"

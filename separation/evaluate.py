@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from separation.audio import Waveform, decode, encode
+from separation.decode import decode
+from separation.encode import encode
 from separation.errors import AudioError, EstimateError, InputError
 from separation.metrics import Read, Scores, has_museval, scores
 from separation.separator import Progress, Separator, part_of
+from separation.waveform import Waveform
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a")  # of the files that are looked at
 TOLERANCE_SECONDS = 0.1  # by which recordings of one song may differ in length

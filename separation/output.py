@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from separation.audio import Waveform, encode
+from separation.encode import encode
 from separation.errors import InputError, OutputError
+from separation.waveform import Waveform
 
 _LOCK = "lock"  # in a temporary folder, locked as long as its process lives
 

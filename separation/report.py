@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 import torch
 
-from separation.audio import SAMPLE_RATE, Waveform, decode, read_padded
+from separation.decode import decode
 from separation.errors import AudioError, OutputError
 from separation.output import OutputFolder
 from separation.picture import (
@@ -37,6 +37,7 @@ from separation.picture import (
 )
 from separation.separator import Progress
 from separation.stft import make_window
+from separation.waveform import SAMPLE_RATE, Waveform, read_padded
 
 PAGE = Path(__file__).with_name("report.html")
 MAX_SECONDS = 20 * 60  # of a song: with six stems its page has some 160 MB

@@ -21,26 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from separation.audio import (
-    SAMPLE_RATE,
-    Growing,
-    Waveform,
-    check_output,
-    check_rate,
-    decode,
-    is_rf64,
-    resampled,
-    resampled_length,
-)
 from separation.cache import Cache, engine_version
 from separation.checkpoints import load_model
 from separation.chunking import ChunkPlan, chunk_memory_bytes, does_not_fit, fitting_batch_size, halved, separate
+from separation.decode import decode
 from separation.device import Choice, choose, identity, is_out_of_memory
+from separation.encode import check_output, check_rate, is_rf64
 from separation.errors import AudioError, CheckpointError, EstimateError, InputError
 from separation.gpu import Model, captured, compute_thread
 from separation.models import SeparationModel
 from separation.output import Encoders, OutputFolder
 from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
+from separation.resample import resampled, resampled_length
+from separation.waveform import SAMPLE_RATE, Growing, Waveform
 
 CHUNK_SECONDS = range(4, 31)
 OVERLAP_SECONDS = range(1, 9)

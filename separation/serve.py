@@ -37,8 +37,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from separation.audio import FORMATS, check_output
 from separation.catalogue import missing, size_bytes
+from separation.encode import FORMATS, check_output
 from separation.errors import AudioError, InputError, SeparationError
 from separation.public import errors_without_paths, max_mib, max_seconds
 from separation.recipes import choices, load_recipe, names

@@ -19,9 +19,12 @@ from torch import Tensor
 from torchaudio.functional import resample as torchaudio_resample
 
 from conftest import quick_first
-from separation import audio, integrity
-from separation.audio import FORMATS, MP3_BITRATES, SAMPLE_RATE, Waveform, decode, encode, resample
+from separation import integrity
+from separation.decode import decode
+from separation.encode import FORMATS, MP3_BITRATES, encode
 from separation.errors import AudioError, InputError, OutputError
+from separation.resample import resample
+from separation.waveform import SAMPLE_RATE, Waveform
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 QUALITY = {
@@ -203,7 +206,7 @@ def test_waveform_in_a_missing_folder_says_what_to_do(tmp_path: Path) -> None:
 def test_resampling_in_blocks_equals_one_call_over_the_whole(
     old: int, new: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 4000)
+    monkeypatch.setattr("separation.resample.BLOCK_SAMPLES", 4000)
     whole = noise(601) if old == 11127 else noise(old // 4 + 1)
     for n_samples in (1, 2, 100, whole.shape[1]):
         samples = whole[:, :n_samples]
@@ -232,11 +235,11 @@ def sinc_interpolated(samples: Tensor, old: int, new: int) -> Tensor:
 
 
 def test_resampling_by_phases_equals_resampling_by_torchaudio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 4000)
+    monkeypatch.setattr("separation.resample.BLOCK_SAMPLES", 4000)
     with waveform_of(noise(20_000), tmp_path, 48000) as waveform:
         with resample(waveform, 44100, tmp_path) as fast:
             expected = fast.read(0, fast.n_samples)
-        monkeypatch.setattr(audio, "_KERNEL_LIMIT", 0)
+        monkeypatch.setattr("separation.resample._KERNEL_LIMIT", 0)
         with resample(waveform, 44100, tmp_path) as slow:
             assert (slow.read(0, slow.n_samples) - expected).abs().max() < 2e-6
 
@@ -1082,7 +1085,7 @@ def test_resampling_there_and_back_can_end_at_the_length_it_began_with(tmp_path:
 
 
 def test_a_wav_over_the_limit_of_its_sizes_becomes_rf64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "_WAV_LIMIT_BYTES", 70_000 * 8 - 1)
+    monkeypatch.setattr("separation.encode._WAV_LIMIT_BYTES", 70_000 * 8 - 1)
     with waveform_of(noise(70_000), tmp_path) as waveform:
         waveform.tags = dict(TAGS)
         encode(waveform, tmp_path / "song.wav", format="wav")

@@ -26,9 +26,9 @@ from conftest import SONG as DEMO_SONG
 from separation import Cache, CheckpointError, InputError, ModelPool, OutputError, Separator, load_model, recipes
 from separation import cache as cache_module
 from separation.__main__ import build_parser, main
-from separation.audio import Waveform
 from separation.cache import LIMIT_GIB, chosen_cache, default_folder, engine_version
 from separation.recipes import Recipe, resolve
+from separation.waveform import Waveform
 from small_model import small_model
 
 RATE = 44100

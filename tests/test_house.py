@@ -9,7 +9,7 @@ import pytest
 
 import separation
 from conftest import PROJECT
-from separation import __main__, audio, device, separator
+from separation import __main__, device, encode, separator
 from separation.models import attention
 
 # A module may import from strictly lower floors, and within `models` from its own.
@@ -37,7 +37,10 @@ FLOORS = {
     "separation.state_dict": 1.5,
     "separation.catalogue": 1,
     "separation.recipes": 2,
-    "separation.audio": 2,
+    "separation.decode": 2,
+    "separation.resample": 1.8,
+    "separation.encode": 1.8,
+    "separation.waveform": 1.5,
     "separation.models": 1,
     "separation.gpu": 1,
     "separation.device": 0.5,
@@ -48,7 +51,7 @@ FLOORS = {
 
 
 # ffmpeg, a fresh Python, a compiler
-PROGRAMS = {"separation.audio", "separation.bench", "separation.models.kernels.native"}
+PROGRAMS = {"separation.decode", "separation.bench", "separation.models.kernels.native"}
 
 
 def modules() -> dict[str, Path]:
@@ -167,10 +170,10 @@ checkpoints._build(catalogue.read_config("htdemucs_6s"), ())
 
 
 def test_the_command_line_offers_what_the_engine_does() -> None:
-    assert __main__.FORMATS == audio.FORMATS
+    assert __main__.FORMATS == encode.FORMATS
     assert __main__.SAMPLE_RATES == separator.SAMPLE_RATES
-    assert tuple(audio.WAV_DEPTHS) == __main__.WAV_DEPTHS
-    assert __main__.MP3_BITRATES == audio.MP3_BITRATES
+    assert tuple(encode.WAV_DEPTHS) == __main__.WAV_DEPTHS
+    assert __main__.MP3_BITRATES == encode.MP3_BITRATES
     assert tuple(device.PRECISIONS) == __main__.PRECISIONS
     assert attention.NAMES == __main__.ATTENTIONS
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torchaudio.functional import resample
 
 from conftest import SONG, quick_first
-from separation import InputError, ModelPool, Separator, audio
+from separation import InputError, ModelPool, Separator
 from separation.__main__ import main
+from separation.decode import decode
 from separation.metrics import level_dbfs, sdr
 
 RATE = 44100
@@ -184,7 +185,7 @@ def test_clicks_stay_where_they_are(pool: ModelPool, tmp_path: Path) -> None:
 
 def test_surround_is_said_to_be_mixed_down(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     song, mixture, _ = write(tmp_path / "song.wav", "5.1")
-    with audio.decode(song, tmp_path) as waveform:
+    with decode(song, tmp_path) as waveform:
         assert waveform.n_samples == mixture.shape[1]
     (record,) = caplog.records
     assert record.getMessage().startswith("'song.wav' has 6 channels (L R C LFE Ls Rs): mixed down to stereo")
@@ -229,7 +230,7 @@ def test_stems_over_the_limit_of_wav_are_rf64_which_is_said_once(
 ) -> None:
     song, mixture, _ = write(tmp_path / "song.wav", "0.1 s")
     for limit, depth, format in ((4410 * 4, "32f", "RF64"), (4410 * 4, "16", "WAV"), (4410 * 4 - 1, "16", "RF64")):
-        monkeypatch.setattr(audio, "_WAV_LIMIT_BYTES", limit)
+        monkeypatch.setattr("separation.encode._WAV_LIMIT_BYTES", limit)
         caplog.clear()
         files = separator(pool).separate_file(song, tmp_path / "out", wav_depth=depth)
         assert {soundfile.info(path).format for path in files.values()} == {format}

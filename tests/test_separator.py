@@ -31,13 +31,15 @@ from separation import (
     output,
 )
 from separation import separator as separator_module
-from separation.audio import Waveform, encode, resample
+from separation.encode import encode
 from separation.metrics import sdr
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 from separation.output import OutputFolder
 from separation.recipes import resolve
+from separation.resample import resample
 from separation.separator import GpuModels
+from separation.waveform import Waveform
 
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 
