@@ -12,7 +12,6 @@ import contextlib
 import fcntl  # Linux and macOS, the systems that PyTorch's CUDA and MPS builds and Cog run on
 import functools
 import hashlib
-import json
 import logging
 import os
 import re
@@ -21,15 +20,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from http.client import HTTPException, HTTPResponse
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from separation.documents import (
+    CONTROL,
+    DocumentError,
+    first_line,
+    read_json,
+    read_safetensors_header,
+    read_yaml,
+    shown,
+)
 from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
 
 PROJECT = Path(__file__).parents[1]
@@ -40,8 +48,14 @@ logger = logging.getLogger("separation")
 KEYS = {"architecture", "stems", "files", "licence", "quality", "audio", "model"}
 COMMUNITY_SECTIONS = {"training", "inference", "augmentations", "loss_multistft"}
 AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_fft", "num_channels", "min_mean_abs"}
+# The largest whole numbers that are taken, by key: of several times what any published checkpoint has.
+MOST = {"sample_rate": 384_000, "samplerate": 384_000, "chunk_size": 2**24, "segment": 600, "bytes": 2**36}
+MOST_OTHER = 2**20
 YAML_SUFFIXES = (".yaml", ".yml")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".th", ".chpt", ".bin")  # the first that is there is taken
+OWN_SUFFIXES = (".lock", ".part", ".verified", *YAML_SUFFIXES)  # of what stands beside a file of weights
+MOST_NAME_BYTES = 200  # most file systems take 255
+MOST_URL_CHARACTERS = 2000
 UVR_CONFIGS = Path("model_data", "mdx_c_configs")  # where Ultimate Vocal Remover keeps the YAML files of its models
 
 SOURCE_SHA256 = "source_sha256"  # in the metadata of a converted file: the checksum of what it was made from
@@ -81,21 +95,6 @@ class Checkpoint:
     licence: str
     quality: str  # as published, with its source
     ignored: tuple[str, ...]  # keys that nothing here knows
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses every `!!python/...` tag, plus a constructor for tuples alone."""
-
-
-def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
-    return tuple(loader.construct_sequence(node, deep=True))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
-# PyYAML takes 1e-3, without a point, for a text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 class _BrokenConnectionError(Exception):
@@ -141,7 +140,10 @@ def read_config(name_or_path: str | Path) -> Checkpoint:
 
     Raises RecipeError for an unknown name and CheckpointError for files that are missing or do not make sense.
     """
-    found = _find(name_or_path)
+    try:
+        found = _find(name_or_path)
+    except (OSError, ValueError) as e:  # a name that no file can have
+        raise RecipeError(f"unknown model {shown(name_or_path)} ({first_line(e)}): use a shorter name") from e
     if found.config is None:
         assert found.weights is not None
         path, document = found.weights, _own_description(found.weights)
@@ -162,7 +164,7 @@ def read_config(name_or_path: str | Path) -> Checkpoint:
     stems = _stems(document, training, hyper_parameters, path)
     architecture = document.get("architecture", training.get("model_type"))
     if architecture is not None and not isinstance(architecture, str):
-        raise CheckpointError(f"{path}: architecture must be a text, not {architecture!r}")
+        raise CheckpointError(f"{path}: architecture must be a text, not {shown(architecture)}")
     files = tuple(_weight_file(entry, path, found.name) for entry in _take(document, "files", list, path, default=[]))
     specialised = sorted(file.stem for file in files if file.stem is not None)
     if specialised and (specialised != sorted(stems) or len(files) > len(stems)):
@@ -173,7 +175,7 @@ def read_config(name_or_path: str | Path) -> Checkpoint:
         own = str(found.weights.absolute())  # which also within the weights folder leads to itself
         files = (WeightFile(name=own, url=None, bytes=None, sha256=None, stem=None, checkpoint=found.name),)
     sample_rate = _take(audio, "sample_rate", int, path, default=44100)
-    chunk_samples = _chunk_samples(audio, inference, path)
+    chunk_samples = _take({"chunk_size": _chunk_samples(audio, inference, path)}, "chunk_size", int, path)
     return Checkpoint(
         name=found.name,
         source=path,
@@ -303,12 +305,12 @@ def _own_description(weights: Path) -> dict[str, Any] | None:
         return f"{value['numerator']:d}/{value['denominator']:d}" if value.get("_type") == "fraction" else value
 
     try:
-        arguments = json.loads(metadata["kwargs"], object_hook=text)
+        arguments = read_json(metadata["kwargs"], hook=text)
         rate, segment = arguments["samplerate"], arguments["segment"]
         if isinstance(segment, str) and "/" not in segment:  # "1e999999999" would take hours
             raise ValueError(segment)
         chunk_samples = int(Fraction(segment) * rate)
-    except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (DocumentError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{weights} does not describe itself as Demucs' files do: put its YAML beside it") from e
     return {
         "architecture": metadata["klass"].rpartition(".")[2].lower(),
@@ -320,9 +322,10 @@ def _own_description(weights: Path) -> dict[str, Any] | None:
 def _safetensors_metadata(path: Path) -> dict[str, str]:
     """Raises CheckpointError for a file without the header of a safetensors file."""
     try:
+        read_safetensors_header(path)  # of bounded size, before the library reads it
         with safe_open(path, framework="np") as opened:
             return opened.metadata() or {}
-    except (SafetensorError, OSError) as e:
+    except (DocumentError, SafetensorError, OSError) as e:
         raise CheckpointError(
             f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or no safetensors checkpoint "
             f"({first_line(e)}): delete it and get it again"
@@ -352,11 +355,14 @@ def _stems(document: dict[str, Any], training: dict[str, Any], model: dict[str, 
     if "stems" not in document:
         instruments = [target] if target and outputs == 1 else training.get("instruments") or sources
         document = document if instruments is None else {"stems": instruments}
-    stems = tuple(str(stem).lower() for stem in _take(document, "stems", list, path))
+    named = _take(document, "stems", list, path)
+    if wrong := [stem for stem in named if not isinstance(stem, str | int | float)]:
+        raise CheckpointError(f"{path}: a stem must be a text, not {shown(wrong[0])}: rename it under stems")
+    stems = tuple(str(stem).lower() for stem in named)
     if len(set(stems)) != len(stems) or not stems:
-        raise CheckpointError(f"{path}: stems must name each stem once, not {list(stems)}")
-    if wrong := [stem for stem in stems if not stem or {"/", "\\", "\0"} & set(stem)]:
-        raise CheckpointError(f"{path}: the stem {wrong[0]!r} cannot be the name of a file: rename it under stems")
+        raise CheckpointError(f"{path}: stems must name each stem once, not {shown(list(stems))}")
+    if wrong := [stem for stem in stems if not _is_part(stem)]:
+        raise CheckpointError(f"{path}: the stem {shown(wrong[0])} cannot be the name of a file: rename it under stems")
     return stems
 
 
@@ -375,14 +381,11 @@ def _section(document: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        document = read_yaml(path)
     except FileNotFoundError as e:
         raise RecipeError(f"there is no file {path}: give the path of a model's .yaml file") from e
-    except yaml.MarkedYAMLError as e:  # for a refused tag, the problem names it
-        line = f" line {e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise CheckpointError(f"{path}{line} is not safe and valid YAML: {e.problem}") from e
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{path} cannot be read as YAML: {first_line(e)}") from e
+    except DocumentError as e:
+        raise CheckpointError(f"{path} {e}") from e
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise CheckpointError(f"{path} does not describe a model: it must hold keys such as architecture and model")
     return document
@@ -390,21 +393,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _take(section: Mapping[str, Any], key: str, kind: type, path: Path, *, default: Any = None) -> Any:
     value = section.get(key, default)
-    if not isinstance(value, kind) or (isinstance(value, int) and value <= 0):
+    is_kind = isinstance(value, kind) and not isinstance(value, bool)  # True is an int too
+    if not is_kind or (isinstance(value, int) and value <= 0):
         words = {dict: "a section", list: "a list", str: "a text", int: "a whole number above 0"}
-        found = f"not {value!r}" if key in section else "and is missing"
+        found = f"not {shown(value)}" if key in section else "and is missing"
         raise CheckpointError(f"{path}: {key} must be {words[kind]}, {found}")
+    if isinstance(value, int) and value > (most := MOST.get(key, MOST_OTHER)):
+        raise CheckpointError(f"{path}: {key} must be at most {most:,}, not {shown(value)}")
+    if isinstance(value, dict) and (wrong := [name for name in value if not isinstance(name, str)]):
+        raise CheckpointError(f"{path}: the keys of {key} must be texts, not {shown(wrong[0])}")
     return value
 
 
 def _refuse_unknown(keys: set[Any], path: Path) -> None:
     if keys:
-        raise CheckpointError(f"{path}: unknown key {', '.join(sorted(map(repr, keys)))}: correct or remove it")
+        raise CheckpointError(f"{path}: unknown key {', '.join(sorted(map(shown, keys)))}: correct or remove it")
 
 
 def _weight_file(entry: Any, path: Path, checkpoint: str) -> WeightFile:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{path}: each of files must be a section with a name, not {entry!r}")
+        raise CheckpointError(f"{path}: each of files must be a section with a name, not {shown(entry)}")
     known = {field.name for field in fields(WeightFile)} - {"checkpoint", "is_recorded"}
     _refuse_unknown(set(entry) - known, path)
     optional: dict[str, Any] = {
@@ -412,15 +420,36 @@ def _weight_file(entry: Any, path: Path, checkpoint: str) -> WeightFile:
         for key, kind in {"url": str, "bytes": int, "sha256": str, "stem": str}.items()
     }
     file = WeightFile(name=_take(entry, "name", str, path), checkpoint=checkpoint, **optional)
-    if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
-        raise CheckpointError(f"{path}: the file name {file.name!r} leads out of the weights folder")
+    if PurePosixPath(file.name).is_absolute() or ".." in PurePosixPath(file.name).parts:
+        raise CheckpointError(f"{path}: the file name {shown(file.name)} leads out of the weights folder")
+    if not all(map(_is_part, file.name.split("/"))) or file.name.endswith(OWN_SUFFIXES):
+        raise CheckpointError(f"{path}: no file of weights can have the name {shown(file.name)}: rename it")
     if file.sha256 is not None and not re.fullmatch("[0-9a-f]{8,64}", file.sha256):
         raise CheckpointError(
-            f"{path}: sha256 must be 64 digits of 0-9 and a-f, or the first 8 of them or more, not {file.sha256!r}"
+            f"{path}: sha256 must be 64 digits of 0-9 and a-f, or the first 8 of them or more, not {shown(file.sha256)}"
         )
-    if file.url is not None and not file.url.startswith(("https://", "http://")):
-        raise CheckpointError(f"{path}: url must begin with https:// or http://, not {file.url!r}")
+    if file.url is not None:
+        _check_url(file.url, path)
     return file
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file can have this name on every system, also with one of our own suffixes behind it."""
+    has_odd = CONTROL.search(name) or set(name) & set('/\\:*?"<>|\t\n') or name[:1] == " " or name[-1:] in (" ", ".")
+    return bool(name) and not has_odd and len(name.encode()) <= MOST_NAME_BYTES
+
+
+def _check_url(url: str, path: Path) -> None:
+    if not url.startswith(("https://", "http://")):
+        raise CheckpointError(f"{path}: url must begin with https:// or http://, not {shown(url)}")
+    try:
+        parts = urlsplit(url)
+        is_whole = bool(parts.hostname) and (parts.port or 1) > 0  # both raise ValueError
+        is_whole &= url.isascii() and url.isprintable() and " " not in url and len(url) <= MOST_URL_CHARACTERS
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise CheckpointError(f"{path}: url must be the address of a file, not {shown(url)}: correct it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -734,8 +763,3 @@ def _receive(response: HTTPResponse) -> bytes:
         return response.read(BLOCK_BYTES)
     except (OSError, HTTPException) as e:
         raise _BrokenConnectionError(f"the connection broke: {e}") from e
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type's name if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

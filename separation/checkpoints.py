@@ -32,13 +32,13 @@ from separation.catalogue import (
     fetch,
     file_state,
     files_for,
-    first_line,
     known_sha256,
     loaded_sha256,
     read_config,
     size_bytes,
 )
 from separation.device import choose_device, choose_precision, floats_of
+from separation.documents import first_line
 from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import LAYERS, AttentionChoice, choose_attention

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from separation.catalogue import first_line
 from separation.checkpoints import load_model, random_weights
+from separation.documents import first_line
 from separation.errors import EstimateError, InputError, OutputError
 from separation.models.base import SeparationModel, Transform
 from separation.output import OutputFolder

@@ -21,9 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from separation.catalogue import files_for, read_config
+from separation.documents import DocumentError, read_yaml, shown
 from separation.errors import RecipeError
 
 FOLDER = Path(__file__).parents[1] / "configs" / "recipes"
@@ -170,7 +169,9 @@ def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
     for key, value in lines.items():
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
         if match is None:
-            raise RecipeError(f"{where}: {key!r} is not a stem: write its name, or (NAME) if it is not to be given")
+            raise RecipeError(
+                f"{where}: {shown(key)} is not a stem: write its name, or (NAME) if it is not to be given"
+            )
         stem = match["stem"]
         if stem in sources:
             raise RecipeError(f"{where}: {stem} has two lines: remove one")
@@ -218,9 +219,9 @@ def _read(name: str, choice: str) -> Recipe:
     path = FOLDER / name / f"{choice}.yaml"
     where = f"{path.name} of recipe {name!r}"
     try:
-        lines = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise RecipeError(f"{where} is not YAML: {str(e).splitlines()[0]}") from e
+        lines = read_yaml(path)
+    except DocumentError as e:
+        raise RecipeError(f"{where} {e}") from e
     if not isinstance(lines, dict):
         raise RecipeError(f"{where} must map each stem to its source, such as `vocals: htdemucs`")
     recipe = resolve(name, choice, lines)
@@ -243,11 +244,11 @@ def _sources(value: object, where: str) -> list[tuple[re.Match[str], float]]:
         match = _SOURCE.fullmatch(source) if isinstance(source, str) else None
         if match is None:
             raise RecipeError(
-                f"{where}: {source!r} is not a source: write a model, `MODEL of STEM`, `MODEL after STEM` "
+                f"{where}: {shown(source)} is not a source: write a model, `MODEL of STEM`, `MODEL after STEM` "
                 f"or {RESIDUAL!r}"
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise RecipeError(f"{where}: the weight of {source!r} is {weight!r}: write a number above 0")
+            raise RecipeError(f"{where}: the weight of {shown(source)} is {shown(weight)}: write a number above 0")
         sources.append((match, weight))
     total = sum(weight for _, weight in sources)
     return [(source, weight / total) for source, weight in sources]

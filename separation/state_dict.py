@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from separation.catalogue import first_line, size_bytes
+from separation.catalogue import size_bytes
+from separation.documents import first_line, read_json, read_safetensors_header
 from separation.errors import CheckpointError
 from separation.models.base import Blueprint
 from separation.models.htdemucs import dequantised, network_of
@@ -206,7 +207,7 @@ def _blueprint_of(metadata: Mapping[str, str]) -> Blueprint | None:
     """As demucs 4.1 keeps it in a safetensors file: the class's name, and its arguments in JSON."""
     if "klass" not in metadata:
         return None
-    args, kwargs = (json.loads(metadata[key], object_hook=_fraction_of) for key in ("args", "kwargs"))
+    args, kwargs = (read_json(metadata[key], hook=_fraction_of) for key in ("args", "kwargs"))
     return Blueprint(metadata["klass"], tuple(args), kwargs)
 
 
@@ -226,11 +227,9 @@ def metadata_of(blueprint: Blueprint) -> dict[str, str]:
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Any], Blueprint | None]:
     """For each name a function that reads its tensor."""
+    header, header_bytes = read_safetensors_header(path)
     with safe_open(path, framework="pt"):  # checks the header, also against the size of the file
         pass
-    with path.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
     metadata = header.pop("__metadata__", {})
     if "structure" in metadata:
         raise CheckpointError(f"{path} holds weights that demucs packed: use the publisher's .th file of them")

@@ -45,6 +45,7 @@ FLOORS = {
     "separation.gpu": 1,
     "separation.device": 0.5,
     "separation.settings": 0.5,
+    "separation.documents": 0,
     "separation.stft": 0,
     "separation.errors": 0,
 }
@@ -90,6 +91,7 @@ def test_imports_only_go_down(module: str) -> None:
         ("demucs", "separation.models.htdemucs"),
         ("diffq", "separation.models.htdemucs"),
         ("ray", "separation.cluster"),
+        ("yaml", "separation.documents"),
     ],
 )
 def test_a_library_has_one_door(library: str, door: str) -> None:

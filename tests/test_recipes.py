@@ -146,7 +146,7 @@ def test_a_stem_that_no_choice_of_the_recipe_has_is_an_error_that_names_those_th
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("vocals: [", "^all_4.yaml of recipe 'mine' is not YAML"),
+        ("vocals: [", "^all_4.yaml of recipe 'mine' line 1 is not safe and valid YAML"),
         ("- vocals", "^all_4.yaml of recipe 'mine' must map each stem to its source, such as `vocals: htdemucs`"),
         ("{}", "^all_4.yaml of recipe 'mine' gives no stem"),
         ("(vocals): htdemucs", "gives no stem: write at least one without brackets"),

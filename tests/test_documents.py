@@ -1,0 +1,244 @@
+"""YAML and JSON made to take all memory or time, or to be read as something else than they show."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import PROJECT
+from separation import catalogue, recipes
+from separation.catalogue import read_config
+from separation.documents import (
+    MOST_BYTES,
+    MOST_HEADER_BYTES,
+    DocumentError,
+    read_json,
+    read_safetensors_header,
+    read_yaml,
+    shown,
+)
+from separation.errors import CheckpointError, RecipeError
+from small_model import DOCUMENT, write_yaml
+
+
+def bomb(levels: int, first: str, line: str) -> str:
+    """Lines of which each refers nine times to the one before."""
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{n}: &a{n} {line.replace('@', ', '.join([f'*a{n - 1}'] * 9))}" for n in range(1, levels + 1)]
+    return "\n".join(lines)
+
+
+HOSTILE = {
+    "merge keys": (bomb(8, "{x: 1}", "{<<: [@]}"), "line 5 .* more than 10,000 values"),
+    "nested aliases": (bomb(8, "[x]", "[@]") + "\nstems: *a8", "line 5 .* more than 10,000 values"),
+    "aliases as keys": (bomb(8, "!!python/tuple [x]", "!!python/tuple [@]"), "more than 10,000 values"),
+    "an alias of itself": ("a: &a [*a]", r"the alias \*a stands within what it stands for"),
+    "a section that merges itself": ("a: &a {<<: *a, b: 1}", r"the alias \*a stands within"),
+    "an unknown alias": ("a: *b", "found undefined alias"),
+    "many values": ("a: [" + "1, " * 10_000 + "1]", "more than 10,000 values"),
+    "many brackets": ("a: " + "[" * 50_000, "nested more than 32 deep"),
+    "many braces": ("a: " + "{b: " * 50_000, "nested more than 32 deep"),
+    "many dashes": ("- " * 50_000, "nested more than 32 deep"),
+    "many question marks": ("? " * 50_000, "nested more than 32 deep|not allowed"),
+    "much text": ("a: " + "x" * MOST_BYTES, "more than 262,144 bytes"),
+    "a long comment": ("a: 1 #" + "x" * MOST_BYTES, "more than 262,144 bytes"),
+    "many digits": ("a: " + "9" * 5000, "line 1 .* a number has 5,000 digits"),
+    "many hexadecimal digits": ("a: 0x" + "f" * 5000, "a number has 5,002 digits"),
+    "a number of base 60": ("a: 1" + ":59" * 5000, "a number has 15,001 digits"),
+    "a float of many digits": ("a: 1." + "9" * 5000 + "e5", "a number has 5,004 digits"),
+    "a version of many digits": ("%YAML 1." + "9" * 5000 + "\n---\na: 1", "cannot be read as YAML"),
+    "a text said to be a number": ("a: !!int many", "'many' is not of the kind that its tag says"),
+    "nothing said to be a number": ("a: !!int ''", "'' is not of the kind"),
+    "a text said to be a float": ("a: !!float many", "'many' is not of the kind"),
+    "a text said to be true or false": ("a: !!bool perhaps", "'perhaps' is not of the kind"),
+    "a list said to be a number": ("a: !!int [1]", "expected a scalar node"),
+    "a date": ("a: !!timestamp 2024-01-01", "could not determine a constructor .*timestamp"),
+    "bytes": ("a: !!binary aGVsbG8=", "could not determine a constructor .*binary"),
+    "a set": ("a: !!set {b, c}", "could not determine a constructor .*set"),
+    "an object": ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor .*python/object"),
+    "a key that stands twice": ("a: 1\nb: 2\na: 3", "line 3 .* 'a' stands twice"),
+    "a list as a key": ("? [a]\n: 1", "unhashable key"),
+    "a tab": ("a:\n\tb: 1", "line 2 .* cannot start any token"),
+    "a nul": ("a: \0", "cannot be read as YAML"),
+    "an escaped nul": ('a: "\\0"', r"a text has the character '\\x00' in it"),
+    "an escape for a terminal": ('a: "\\e[31m"', r"a text has the character '\\x1b'"),
+    "half a pair of surrogates": ('a: "\\ud800"', r"a text has the character '\\ud800'"),
+    "a character beyond Unicode": ('a: "\\U00110000"', "cannot be read as YAML"),
+    "a character far beyond Unicode": ('a: "\\Uffffffff"', "cannot be read as YAML"),
+    "a tag that is no UTF-8": ("a: !%ff b", "line 1 is not safe and valid YAML"),
+    "two documents": ("a: 1\n---\nb: 2", "expected a single document in the stream, but found another document"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_yaml_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    text, message = HOSTILE[kind]
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(DocumentError, match=message) as caught:
+        read_yaml(tmp_path / "x.yaml")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("kind", ["merge keys", "nested aliases", "many brackets", "many digits", "a nul"])
+def test_models_and_recipes_are_read_by_the_same_reader(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine" / "all_4.yaml"
+    path.write_text(HOSTILE[kind][0], encoding="utf-8")
+    with pytest.raises(CheckpointError, match=HOSTILE[kind][1]):
+        read_config(path)
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    with pytest.raises(RecipeError, match=HOSTILE[kind][1]):
+        recipes.load_recipe("mine", "all_4")
+
+
+def test_a_yaml_of_harmless_oddities_is_read(tmp_path: Path) -> None:
+    text = """\
+\ufeff# A byte order mark, as Notepad writes it
+date: 2024-13-45
+base: &base {a: 1, b: 1e-3}
+merged: {<<: *base, b: 2}
+several: [*base, *base]
+tuple: !!python/tuple [1, [2]]
+limits: [.inf, 1_000, 0x1f, null, yes]
+"""
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    base = {"a": 1, "b": 0.001}
+    assert read_yaml(tmp_path / "x.yaml") == {
+        "date": "2024-13-45",
+        "base": base,
+        "merged": {"a": 1, "b": 2},
+        "several": [base, base],
+        "tuple": (1, [2]),
+        "limits": [float("inf"), 1000, 31, None, True],
+    }
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("pipe", "device", "folder"):
+        with pytest.raises(DocumentError, match="it is no file"):
+            read_yaml(tmp_path / f"{name}.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises((DocumentError, FileNotFoundError)):
+        read_yaml(tmp_path / "loop.yaml")
+    with pytest.raises(FileNotFoundError):
+        read_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 50_000, "nested more than 32 deep|recursion"),
+        ("[" * 100 + "]" * 100, "nested more than 32 deep"),
+        ("9" * 5000, "digits"),
+        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('"' + "x" * MOST_BYTES, "more than 262,144 bytes"),
+        ("{", "Expecting"),
+        (b"\xff", "codec can't decode"),
+    ],
+)
+def test_a_hostile_json_is_one_sentence(text: str | bytes, message: str) -> None:
+    with pytest.raises(DocumentError, match=message) as caught:
+        read_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ((MOST_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "announces a header of 16,777,217 bytes"),
+        (b"\xff" * 8 + b"{}", "announces a header"),
+        ((2).to_bytes(8, "little") + b"[]", "no object of JSON"),
+        ((17).to_bytes(8, "little") + b'{"a": {}, "a": 1}', "'a' stands twice"),
+        (b"", "is not JSON"),
+    ],
+)
+def test_a_hostile_safetensors_header_is_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(DocumentError, match=message):
+        read_safetensors_header(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors \([\d,]+ bytes\) is damaged, incomplete or no"):
+        read_config(tmp_path / "x.safetensors")
+
+
+def test_a_long_value_is_cut_in_a_message() -> None:
+    assert shown("x") == "'x'" and shown(["x" * 1000]) == "['" + "x" * 77 + "…"
+
+
+# What a model's YAML may say
+
+
+URL = "https://example.com/x.ckpt"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stems": [["vocals"]]}, r"a stem must be a text, not \['vocals'\]"),
+        ({"stems": [{"vocals": 1}]}, "a stem must be a text, not {'vocals': 1}"),
+        ({"stems": ["x" * 300]}, "cannot be the name of a file"),
+        ({"stems": ["voc\nals"]}, "cannot be the name of a file"),
+        ({"stems": ["C:vocals"]}, "cannot be the name of a file"),
+        ({"audio": {"sample_rate": True, "chunk_size": 8}}, "sample_rate must be a whole number above 0, not True"),
+        ({"audio": {"sample_rate": 10**9, "chunk_size": 8}}, "sample_rate must be at most 384,000, not 1000000000"),
+        ({"audio": {"chunk_size": 10**12}}, "chunk_size must be at most 16,777,216, not 1000000000000"),
+        ({"audio": {"chunk_size": float("inf")}}, "chunk_size must be a whole number above 0, not inf"),
+        ({"audio": {"chunk_size": float("nan")}}, "chunk_size must be a whole number above 0, not nan"),
+        ({"audio": {"dim_t": 10**6, "hop_length": 10**6}}, "chunk_size must be at most 16,777,216, not 999999000000"),
+        ({"audio": {1: 2, "chunk_size": 8}}, "the keys of audio must be texts, not 1"),
+        ({"model": {1: 2}}, "the keys of model must be texts, not 1"),
+        ({"architecture": ["x" * 1000]}, r"architecture must be a text, not \['x{77}…"),
+        ({"files": [{"name": "x" * 300}]}, "no file of weights can have the name 'xxx"),
+        ({"files": [{"name": "a/" * 200 + "x" * 201}]}, "no file of weights can have the name"),
+        ({"files": [{"name": "..\\x"}]}, "no file of weights can have the name"),
+        ({"files": [{"name": "C:/x"}]}, "no file of weights can have the name"),
+        ({"files": [{"name": "a//x"}]}, "no file of weights can have the name"),
+        ({"files": [{"name": "."}]}, "no file of weights can have the name"),
+        ({"files": [{"name": "checksums.lock"}]}, "no file of weights can have the name"),
+        ({"files": [{"name": "demo.yaml"}]}, "no file of weights can have the name"),
+        ({"files": [{"name": "x", "bytes": 10**15}]}, "bytes must be at most"),
+        ({"files": [{"name": "x", "url": "http://[::1"}]}, r"url must be the address of a file, not 'http://\[::1'"),
+        ({"files": [{"name": "x", "url": "http://"}]}, "url must be the address of a file"),
+        ({"files": [{"name": "x", "url": "http://a:99999/x"}]}, "url must be the address of a file"),
+        ({"files": [{"name": "x", "url": "http://a:b/x"}]}, "url must be the address of a file"),
+        ({"files": [{"name": "x", "url": "http://a/x y"}]}, "url must be the address of a file"),
+        ({"files": [{"name": "x", "url": "http://a/é"}]}, "url must be the address of a file"),
+        ({"files": [{"name": "x", "url": "http://a/" + "x" * 3000}]}, "url must be the address of a file"),
+        ({"files": [{"name": "x", "url": "ftp://a/x"}]}, "url must begin with https"),
+    ],
+)
+def test_a_value_that_nothing_can_use_is_one_short_sentence(
+    changes: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "CONFIGS", tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_config(write_yaml(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 250
+
+
+def test_a_nul_in_the_name_of_a_file_is_one_sentence(tmp_path: Path) -> None:
+    text = write_yaml(tmp_path).read_text().replace("small.ckpt", '"a\\0b"')
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match="a text has the character"):
+        read_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "folder/" + "x" * 300, "a\0b", "x" * 5000 + ".yaml"])
+def test_a_name_that_no_file_can_have_is_one_sentence(name: str) -> None:
+    with pytest.raises((RecipeError, CheckpointError)) as caught:
+        read_config(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_file_of_the_project_is_far_below_the_limits() -> None:
+    for path in (PROJECT / "configs").rglob("*.yaml"):
+        assert path.stat().st_size < MOST_BYTES / 10
+        assert len(json.dumps(read_yaml(path))) < MOST_BYTES / 10
+    assert DOCUMENT.keys() <= catalogue.KEYS
