@@ -18,6 +18,8 @@ from separation.errors import (
     SeparationError,
 )
 
+__version__ = "0.1.0"  # pyproject.toml takes it from here
+
 if TYPE_CHECKING:
     from separation.cache import Cache
     from separation.checkpoints import load_model

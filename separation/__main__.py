@@ -1,4 +1,4 @@
-"""The command line: `python -m separation --help`. Every command is one call into the modules beside this one."""
+"""The command line: `separation --help`. Every command is one call into the modules beside this one."""
 
 import argparse
 import contextlib
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from separation import catalogue, songs
+from separation import __version__, catalogue, songs
 from separation.cache import Cache, chosen_cache
 from separation.errors import InputError, SeparationError
+from separation.places import program
 from separation.recipes import choices, load_recipe, names
 
 # What imports PyTorch is imported by the commands that need it: it takes a second, which --help, a wrong option and
@@ -88,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
     engine.add_argument("--attention", default="auto", choices=ATTENTIONS, help="how attention is computed")
 
-    parser = Parser(prog="python -m separation", description="Split songs into stems.")
+    parser = Parser(prog=program(), description="Split songs into stems.")
+    parser.add_argument("--version", action="version", version=f"separation {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     demo = commands.add_parser("demo", parents=[shared], help="separate the song that ships with the project")
@@ -302,7 +304,7 @@ def _outcomes(options: argparse.Namespace, left: Sequence[songs.Song], job: song
         try:
             from separation import cluster
         except ImportError as e:
-            raise InputError(f"--ray needs the package ray: pip install -e '.[ray]' ({e})") from e
+            raise InputError(f"--ray needs the package ray: pip install ray ({e})") from e
         absolute = {
             name: value.absolute() if isinstance(value, Path) else value
             for name, value in vars(options).items()
@@ -623,10 +625,16 @@ def _terminate(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)  # an exception, so that temporary files are removed on the way out
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The process of `separation` and of `python -m separation`: its environment and signals, then `main`."""
     # PyTorch's threads then wait asleep. Spinning, as they would, they take the cores from the fused layers' threads
     # and from other processes: two songs at once took longer than one after the other. Read as PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows lacks the second
+            signal.signal(getattr(signal, name), _terminate)
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

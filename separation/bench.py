@@ -27,16 +27,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from separation.catalogue import PROJECT, fetch, files_for, read_config
+from separation.catalogue import fetch, files_for, read_config
 from separation.checkpoints import load_model, random_weights
 from separation.device import choose, floats_of, peak_memory_bytes
 from separation.errors import CheckpointError, InputError, SeparationError
 from separation.metrics import sdr
 from separation.models import SeparationModel
+from separation.places import PACKAGE, shipped
 from separation.recipes import load_recipe
 from separation.separator import SAMPLE_RATE, ModelPool, Separator
 
-SONG = PROJECT / "weights" / "demo" / "song.flac"
+SONG = shipped("weights") / "demo" / "song.flac"
 SONG_SECONDS = 4  # what of it is separated: one chunk of 8 s with its borders
 READS = 5  # of the files of weights; their median counts
 PRODUCTS = 5  # of each size, of which the fastest counts
@@ -408,7 +409,7 @@ def cold_start(
             device=device,
             precision=precision,
         )
-        path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         ran = subprocess.run(
             [sys.executable, "-c", _CODE, json.dumps(asdict(job))],
             env=os.environ | {"PYTHONPATH": path},

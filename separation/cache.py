@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from separation.catalogue import size_bytes
 from separation.errors import OutputError
+from separation.places import cache_folder
 from separation.settings import positive
 
 LIMIT_GIB = 8.0  # unless SEPARATION_CACHE_GIB says otherwise: 25 songs of four minutes, each in four stems
@@ -254,8 +255,8 @@ class Cache:
 
 
 def default_folder() -> Path:
-    """stems/ in the program's folder of caches, as the XDG base directory specification has it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "music-separation" / "stems"
+    """stems/ in the program's folder of the user's caches."""
+    return cache_folder() / "stems"
 
 
 def chosen_cache(*, default: bool, refresh: bool = False) -> Cache | None:

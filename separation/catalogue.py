@@ -39,9 +39,9 @@ from separation.documents import (
     shown,
 )
 from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
+from separation.places import program, shipped, weights_folder
 
-PROJECT = Path(__file__).parents[1]
-CONFIGS = PROJECT / "configs" / "models"
+CONFIGS = shipped("configs") / "models"
 
 logger = logging.getLogger("separation")
 
@@ -103,11 +103,6 @@ class _BrokenConnectionError(Exception):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading the YAML
-
-
-def weights_folder() -> Path:
-    """Where weights are kept: the environment variable SEPARATION_WEIGHTS, else weights/ in the project."""
-    return Path(os.environ.get("SEPARATION_WEIGHTS") or PROJECT / "weights")
 
 
 def models_folder() -> Path | None:
@@ -460,7 +455,7 @@ def local_path(file: WeightFile) -> Path:
     """Where the file lies or, if it is not there yet, where a download puts it."""
     path = weights_folder() / file.name
     ships_with_project = file.url is None and not path.exists()
-    return PROJECT / "weights" / file.name if ships_with_project else path
+    return shipped("weights") / file.name if ships_with_project else path
 
 
 def converted_path(file: WeightFile) -> Path | None:
@@ -566,7 +561,7 @@ def loaded_sha256(path: Path, state: tuple[int, int]) -> str:
 def _command(file: WeightFile) -> str:
     if file.url is None:
         return "restore it from the project's repository"
-    return f"run `python -m separation models download {file.checkpoint}`"
+    return f"run `{program()} models download {file.checkpoint}`"
 
 
 def _fault(path: Path, file: WeightFile) -> str | None:

@@ -6,16 +6,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from separation.catalogue import PROJECT
 from separation.decode import decode
 from separation.metrics import level_dbfs, sdr
 from separation.picture import Row, draw
+from separation.places import shipped
 from separation.report import write_report
 from separation.separator import ModelPool, Progress, Separator, part_of
 from separation.waveform import SAMPLE_RATE
 
-SONG = PROJECT / "weights" / "demo" / "song.flac"
-TRUE_STEMS = PROJECT / "weights" / "demo" / "stems"
+SONG = shipped("weights") / "demo" / "song.flac"
+TRUE_STEMS = shipped("weights") / "demo" / "stems"
 CHOICES = ("vocals_instrumental", "all_6")
 SEPARATED = 0.7  # the share of the job, in the progress, that is done by then; the rest is the page
 

@@ -27,7 +27,7 @@ from separation.waveform import Waveform
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a")  # of the files that are looked at
 TOLERANCE_SECONDS = 0.1  # by which recordings of one song may differ in length
 SEPARATED = 0.9  # the share of a song's job, in the progress, that is done by then; the rest is scoring
-HINT = "SIR and SAR need museval: pip install -e '.[evaluate]'"
+HINT = "SIR and SAR need museval: pip install museval"
 _MIXTURE = "mixture"
 _BLOCK_SAMPLES = 2**19  # per channel: what is compared at once
 

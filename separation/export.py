@@ -75,7 +75,7 @@ def export(name_or_path: str | Path, target: Path, *, checkpoint: Path | None = 
         raise InputError(f"random weights and those in {checkpoint} exclude each other: leave one of them out")
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
-            raise InputError(f"the package {package} is missing: `pip install -e '.[onnx]'`")
+            raise InputError(f"the package {package} is missing: `pip install onnx onnxscript onnxruntime`")
     with OutputFolder(target.parent) as folder, torch.no_grad():
         part = folder.work / target.name
         if random:

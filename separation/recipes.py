@@ -18,14 +18,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from separation.catalogue import files_for, read_config
 from separation.documents import DocumentError, read_yaml, shown
 from separation.errors import RecipeError
+from separation.places import shipped
 
-FOLDER = Path(__file__).parents[1] / "configs" / "recipes"
+FOLDER = shipped("configs") / "recipes"
 RESIDUAL = "residual"
 
 _KEY = re.compile(r"(?P<bracket>\()?(?P<stem>[\w-]+)(?(bracket)\))")
@@ -116,12 +116,7 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The recipes that there are.
-
-    Raises RecipeError where configs/ is not beside the package: it runs from a checkout.
-    """
-    if not FOLDER.is_dir():
-        raise RecipeError("configs/recipes is not beside the package: install with `pip install -e .` from a checkout")
+    """The recipes that there are."""
     return sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir())
 
 

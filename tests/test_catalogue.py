@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from separation import catalogue
+from conftest import PROJECT
+from separation import catalogue, places
 from separation.catalogue import WeightFile, fetch, known_bytes, read_config, verify
 from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
 from small_model import DOCUMENT, write_yaml
@@ -29,7 +30,7 @@ def names_in(folder: Path) -> list[str]:
 
 def run_at_once(weights: Path, codes: list[str]) -> list[str]:
     """Runs each code in a process of its own, all from the moment when all are ready; what they printed after it."""
-    environment = os.environ | {"PYTHONPATH": str(catalogue.PROJECT), "SEPARATION_WEIGHTS": str(weights)}
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "SEPARATION_WEIGHTS": str(weights)}
     start = "from separation.catalogue import WeightFile, fetch; print('ready', flush=True); input()\n"
     processes = [
         subprocess.Popen(
@@ -132,7 +133,7 @@ def test_a_missing_file_without_url_is_named(weights: Path) -> None:
 
 
 def test_a_file_without_url_is_also_found_beside_the_project(weights: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(catalogue, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(places, "PACKAGE", tmp_path / "project" / "separation")
     shipped = tmp_path / "project" / "weights" / "shipped.bin"
     shipped.parent.mkdir(parents=True)
     shipped.write_bytes(CONTENT)

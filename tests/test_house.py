@@ -46,6 +46,7 @@ FLOORS = {
     "separation.device": 0.5,
     "separation.settings": 0.5,
     "separation.documents": 0,
+    "separation.places": 0,
     "separation.stft": 0,
     "separation.errors": 0,
 }

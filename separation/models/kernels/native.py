@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from separation.device import bfloat16_instructions, cpu_flags
+from separation.places import cache_folder
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -52,8 +53,7 @@ def library() -> ctypes.CDLL:
 
 
 def _cache_folders() -> list[Path]:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return [Path(base) / "music-separation", Path(tempfile.gettempdir()) / f"music-separation-{os.getuid()}"]
+    return [cache_folder(), Path(tempfile.gettempdir()) / f"music-separation-{os.getuid()}"]
 
 
 def _compile(compiler: str, path: Path) -> None:

@@ -1,0 +1,251 @@
+"""What pyproject.toml says of the package, and a wheel of it that is installed and used."""
+
+import importlib.metadata
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import separation
+from conftest import PROJECT
+from test_house import imports, modules
+
+# What is imported where another package has brought it: Triton has no wheels but for Linux, where PyTorch brings it.
+BROUGHT = {"triton": "torch", "onnx-ir": "onnxscript"}
+USERS_TEN = [
+    "cog",
+    "torch",
+    "torchaudio",
+    "numpy",
+    "librosa",
+    "soundfile",
+    "pyyaml",
+    "einops",
+    "rotary-embedding-torch",
+    "demucs",
+]
+SHIPPED = ("demo.safetensors", "song.flac", "README.md", "stems/vocals.ogg", "stems/piano.ogg")
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    return {canonicalize_name(found.name): found for found in map(Requirement, lines)}
+
+
+def pins() -> dict[str, Requirement]:
+    text = (PROJECT / "requirements.txt").read_text(encoding="utf-8")
+    return requirements(text.splitlines())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it needs
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported(project: dict[str, Any]) -> None:
+    distributions = importlib.metadata.packages_distributions()
+    top_level = {name.split(".")[0] for path in modules().values() for name in imports(path)}
+    outside = top_level - set(sys.stdlib_module_names) - {"separation"}
+    imported = {canonicalize_name(distributions.get(name, [name])[0]) for name in outside} - set(BROUGHT)
+    metadata = project["project"]
+    optional = [line for lines in metadata["optional-dependencies"].values() for line in lines]
+    assert imported <= set(requirements(metadata["dependencies"] + optional))
+
+
+def test_only_the_container_needs_a_server(project: dict[str, Any]) -> None:
+    metadata = project["project"]
+    assert "cog" not in requirements(metadata["dependencies"])
+    assert set(requirements(metadata["optional-dependencies"]["container"])) == {"cog"}
+
+
+def test_the_package_asks_for_ranges_and_the_container_for_versions_within_them(project: dict[str, Any]) -> None:
+    ranges = requirements(project["project"]["dependencies"])
+    assert all("==" not in str(range_) and range_.specifier for range_ in ranges.values())
+    assert set(USERS_TEN) <= set(pins())
+    assert set(pins()) == {*ranges, "cog"}
+    for name, pin in pins().items():
+        (exact,) = pin.specifier
+        assert exact.operator == "=="
+        wanted = ranges.get(name) or Requirement(project["project"]["optional-dependencies"]["container"][0])
+        assert Version(exact.version) in wanted.specifier, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it says of itself
+
+
+def test_the_version_is_written_once(project: dict[str, Any]) -> None:
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "separation.__version__"}
+    assert Version(separation.__version__) > Version("0")
+
+
+def test_all_packages_are_in_the_wheel_by_name(project: dict[str, Any]) -> None:
+    folders = [path.parent for path in (PROJECT / "separation").rglob("__init__.py")]
+    named = {".".join(folder.relative_to(PROJECT).parts) for folder in folders}
+    assert named | {"separation.configs", "separation.weights"} == set(project["tool"]["setuptools"]["packages"])
+
+
+def test_the_oldest_python_is_the_one_that_is_checked(project: dict[str, Any]) -> None:
+    assert project["project"]["requires-python"] == f">={project['tool']['mypy']['python_version']}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A wheel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel is built from, away from the checkout: building leaves files behind."""
+    if Version(importlib.metadata.version("setuptools")) < Version("77"):
+        pytest.skip("needs setuptools 77 or later (pip install -r requirements-dev.txt)")
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, folder)
+    unwanted = shutil.ignore_patterns("__pycache__", "*.verified")
+    for name in ("separation", "configs", "weights/demo"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=unwanted)
+    (folder / "weights" / "mine.ckpt").write_bytes(b"what a user has downloaded")
+    return folder
+
+
+def build(source: Path, kind: str, target: Path) -> Path:
+    """A `wheel` or an `sdist` of the source, by its own build backend."""
+    code = f"import sys, setuptools.build_meta as backend; print(backend.build_{kind}(sys.argv[1]))"
+    ran = subprocess.run([sys.executable, "-c", code, str(target)], cwd=source, capture_output=True, check=True)
+    return target / ran.stdout.decode().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts of a fresh environment with the wheel, which sees the packages of this one but not the checkout."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (site_packages / "others.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    subprocess.run(
+        [*pip, "install", "--quiet", "--no-deps", "--no-index", "--no-warn-script-location", str(wheel)], check=True
+    )
+    return folder / "bin"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A home that is empty, and nothing that leads to the checkout."""
+    (tmp_path / "home").mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "PYTHON", "SEPARATION"))}
+    return kept | {"HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+def files_in(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_file_of_the_package_configs_and_the_demo_and_nothing_else(wheel: Path) -> None:
+    folders = {"separation": "separation", "configs": "separation/configs"}
+    expected = {
+        f"{target}/{path.relative_to(PROJECT / folder).as_posix()}"
+        for folder, target in folders.items()
+        for path in (PROJECT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    names = set(files_in(wheel))
+    assert expected <= names
+    assert {f"separation/weights/demo/{name}" for name in SHIPPED} <= names
+    others = {name for name in names - expected if "dist-info/" not in name}
+    assert all(name.startswith("separation/weights/demo/") and not name.endswith(".py") for name in others)
+
+
+@pytest.mark.slow
+def test_an_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    sdist = build(source, "sdist", tmp_path)
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    again = build(next((tmp_path / "unpacked").iterdir()), "wheel", tmp_path)
+    assert files_in(again) == files_in(wheel)
+
+
+@pytest.mark.slow
+def test_the_installed_command_separates_the_demo_anywhere_without_a_network_or_a_writable_installation(
+    installed: Path, empty: Path, environment: dict[str, str]
+) -> None:
+    package = next(installed.parent.glob("lib/python*/site-packages/separation"))
+    command = [str(installed / "separation"), "demo", "--device", "cpu"]
+    shut = f"mount --bind {package} {package} && mount -o remount,bind,ro {package}"
+    try_it = subprocess.run(["unshare", "-rnm", "sh", "-c", shut], capture_output=True, check=False)
+    if try_it.returncode == 0:
+        command = ["unshare", "-rnm", "sh", "-c", f'{shut} && exec "$@"', "sh", *command]
+    before = sorted(package.rglob("*"))
+    ran = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "picture: stems/stems.svg" in ran.stdout
+    assert len(list((empty / "stems" / "all_6").glob("*.wav"))) == 6
+    if try_it.returncode == 0:
+        assert sorted(package.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_the_installed_command_is_told_apart_by_its_messages_and_says_its_version(
+    installed: Path, empty: Path, environment: dict[str, str]
+) -> None:
+    def says(*command: str) -> str:
+        ran = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=True)
+        return ran.stdout
+
+    script, python = str(installed / "separation"), str(installed / "python")
+    assert says(script, "--version") == says(python, "-m", "separation", "--version")
+    assert says(script, "--version") == f"separation {separation.__version__}\n"
+    assert says(python, "-c", "import importlib.metadata as m; print(m.version('music-separation'))") == (
+        f"{separation.__version__}\n"
+    )
+    assert says(script, "--help").startswith("usage: separation [")
+    assert says(python, "-m", "separation", "--help").startswith("usage: python -m separation [")
+    assert "bs_roformer_viperx_1297" in says(script, "models", "list")
+    folder = says(python, "-c", "from separation.places import weights_folder; print(weights_folder())")
+    assert folder == f"{environment['HOME']}/.local/share/music-separation/weights\n"
+
+
+@pytest.fixture
+def served(installed: Path, empty: Path, environment: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    command = [str(installed / "separation"), "serve", "--port", "0", "--no-browser", "--device", "cpu"]
+    with subprocess.Popen(command, cwd=empty, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_the_installed_command_ends_in_order_when_it_is_told_to(served: "subprocess.Popen[str]") -> None:
+    assert served.stdout is not None and "is the page" in served.stdout.readline()
+    served.send_signal(signal.SIGHUP)
+    assert served.wait(20) == 128 + signal.SIGHUP
