@@ -11,13 +11,13 @@ import tempfile
 import time
 from typing import List  # noqa: UP035  # Cog's static reader knows this spelling
 
-import torch
 from cog import BasePredictor, Input, Path
 from cog.types import URLPath
 
 from separation import ModelPool, Separator
 from separation.cache import chosen_cache
 from separation.catalogue import is_here
+from separation.chunk_choice import ChunkChoice
 from separation.device import peak_memory_bytes
 from separation.errors import AudioError, InputError, RecipeError
 from separation.public import errors_without_paths, max_mib, max_seconds, tell_operator
@@ -39,8 +39,7 @@ class Predictor(BasePredictor):
         self.cache = chosen_cache(default=False)
         self.pool = ModelPool()
         print(self.pool.choice.reason)
-        noise = torch.randn(2, 44100, generator=torch.Generator().manual_seed(0)) * 0.1  # with this overlap, one chunk
-        Separator(self.recipe, "all_4", overlap_seconds=1, pool=self.pool).separate(noise)
+        Separator(self.recipe, "all_4", pool=self.pool).warm_up()
 
     def predict(
         self,
@@ -80,10 +79,11 @@ class Predictor(BasePredictor):
                 two_stems=None if two_stems == "none" else two_stems,
             )
             self._check_weights(chosen)
+            chunks = ChunkChoice.of_container(int(chunk_size), int(overlap))
             separator = Separator(
                 chosen,
-                chunk_seconds=int(chunk_size),
-                overlap_seconds=int(overlap),
+                chunk_seconds=chunks.chunk_seconds,
+                overlap_seconds=chunks.overlap_seconds,
                 pool=self.pool,
                 cache=self.cache,
             )

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from separation import __version__, catalogue, songs
 from separation.cache import Cache, chosen_cache
+from separation.chunk_choice import ChunkChoice
 from separation.errors import InputError, SeparationError
 from separation.places import program
 from separation.recipes import choices, load_recipe, names
@@ -84,8 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--model-path", type=Path, metavar="FILE", help="weights of your own; their YAML is beside them"
     )
-    engine.add_argument("--chunk-size", type=int, default=8, metavar="S", help="seconds, 4 to 30 (default: 8)")
-    engine.add_argument("--overlap", type=int, default=4, metavar="S", help="seconds, 1 to 8 (default: 4)")
+    engine.add_argument(
+        "--chunk-size",
+        type=_seconds,
+        default="auto",
+        metavar="S",
+        help="seconds, 4 to 30 (default: auto, a model's own)",
+    )
+    engine.add_argument(
+        "--overlap", type=_seconds, default="auto", metavar="S", help="seconds, 1 to 8 (default: auto, half a chunk)"
+    )
     engine.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
     engine.add_argument("--attention", default="auto", choices=ATTENTIONS, help="how attention is computed")
 
@@ -241,6 +250,12 @@ def _batch_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def _seconds(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be auto or a whole number of seconds")
+    return text if text == "auto" else int(text)
+
+
 def _sample_rate(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
@@ -333,7 +348,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        if name not in INDIFFERENT
+        if name not in INDIFFERENT | {"chunk_size", "overlap"}
     }
     if name := _model_name(options):
         models: dict[str, Any] = {name: None if options.two_stems is None else [options.two_stems]}
@@ -341,7 +356,10 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         recipe = load_recipe(options.recipe, options.stems, two_stems=options.two_stems)
         models = dict(recipe.models)
         settings["sources"] = {stem: repr(source) for stem, source in recipe.outputs.items()}
-    files = [file for name, stems in models.items() for file in catalogue.files_for(catalogue.read_config(name), stems)]
+    descriptions = {name: catalogue.read_config(name) for name in models}
+    choice = ChunkChoice(options.chunk_size, options.overlap)
+    settings["chunks"] = {name: list(model.chunks(choice)) for name, model in descriptions.items()}
+    files = [file for name, stems in models.items() for file in catalogue.files_for(descriptions[name], stems)]
     own = [catalogue.local_path(file) for file in files if file.url is None and file.sha256 is None]
     settings["weights"] = {file.name: file.sha256 for file in files}
     for path in [options.model_path] if options.model_path else own:

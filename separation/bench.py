@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from separation.catalogue import fetch, files_for, read_config
 from separation.checkpoints import load_model, random_weights
+from separation.chunk_choice import Seconds
 from separation.device import choose, floats_of, peak_memory_bytes
 from separation.errors import CheckpointError, InputError, SeparationError
 from separation.metrics import sdr
@@ -109,7 +110,7 @@ class EngineSpeed:
 
     def __str__(self) -> str:
         chunk = ", ".join(
-            f"{seconds:g} s with {self.overlap_seconds[name]:g} s of overlap"
+            f"{seconds:.4g} s with {self.overlap_seconds[name]:.4g} s of overlap"
             for name, seconds in self.chunk_seconds.items()
         )
         rows = {
@@ -141,8 +142,8 @@ def engine_speed(
     precision: str = "auto",
     attention: str = "auto",
     batch_size: int | Literal["auto"] = "auto",
-    chunk_seconds: int = 8,
-    overlap_seconds: int = 4,
+    chunk_seconds: Seconds = "auto",
+    overlap_seconds: Seconds = "auto",
     seconds: int = 30,
     runs: int = 3,
 ) -> EngineSpeed:
@@ -471,8 +472,8 @@ def _fresh_process(here: float) -> None:
             model.to(choice.device)
         lap("to device")
         recipe = None if job.model_name else (job.recipe, job.stems)
-        separator = _separator(models, recipe, job.device, job.precision, overlap_seconds=1)
-        separator.separate(torch.randn(2, SAMPLE_RATE, generator=torch.Generator().manual_seed(0)) * 0.1)
+        separator = _separator(models, recipe, job.device, job.precision)
+        separator.warm_up()
         lap("warm-up")
         separator.separate_file(job.song, job.folder)
         lap("first stem")

@@ -29,6 +29,7 @@ from urllib.request import Request, urlopen
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from separation.chunk_choice import ChunkChoice
 from separation.documents import (
     CONTROL,
     DocumentError,
@@ -51,6 +52,7 @@ AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_ff
 # The largest whole numbers that are taken, by key: of several times what any published checkpoint has.
 MOST = {"sample_rate": 384_000, "samplerate": 384_000, "chunk_size": 2**24, "segment": 600, "bytes": 2**36}
 MOST_OTHER = 2**20
+FIXED_CHUNKS = {"demucs", "hdemucs", "htdemucs", "mdx23c"}  # architectures that take chunks of one length alone
 YAML_SUFFIXES = (".yaml", ".yml")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".th", ".chpt", ".bin")  # the first that is there is taken
 OWN_SUFFIXES = (".lock", ".part", ".verified", *YAML_SUFFIXES)  # of what stands beside a file of weights
@@ -95,6 +97,11 @@ class Checkpoint:
     licence: str
     quality: str  # as published, with its source
     ignored: tuple[str, ...]  # keys that nothing here knows
+
+    def chunks(self, choice: ChunkChoice) -> tuple[int, int]:
+        """Chunk and overlap in samples, of what is asked for. Raises InputError for an overlap that is too long."""
+        is_fixed = self.architecture in FIXED_CHUNKS
+        return choice.samples(self.name, self.chunk_samples, self.sample_rate, is_fixed=is_fixed)
 
 
 class _BrokenConnectionError(Exception):

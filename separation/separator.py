@@ -1,5 +1,6 @@
 """Separator: a recipe, its models and a mixture -> stems."""
 
+import copy
 import hashlib
 import logging
 import math
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, zip_longest
 from operator import itemgetter
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from separation.cache import Cache, engine_version
 from separation.checkpoints import load_model
+from separation.chunk_choice import ChunkChoice, Seconds
 from separation.chunking import ChunkPlan, chunk_memory_bytes, does_not_fit, fitting_batch_size, halved, separate
 from separation.decode import decode
 from separation.device import Choice, choose, identity, is_out_of_memory
@@ -35,8 +37,6 @@ from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_m
 from separation.resample import resampled, resampled_length
 from separation.waveform import SAMPLE_RATE, Growing, Waveform
 
-CHUNK_SECONDS = range(4, 31)
-OVERLAP_SECONDS = range(1, 9)
 SAMPLE_RATES: tuple[int | str, ...] = (44100, 48000, "source")
 DECODED, ESTIMATED = 0.05, 0.9  # the share of a file's job, in the progress, that is done by then; the rest is writing
 PEAK = 0.9  # what a mixture's peak is scaled to before a model that was trained on such audio
@@ -362,9 +362,10 @@ class Separator:
         attention: `auto` or a backend's name in `separation.models.attention.NAMES`.
         batch_size: chunks computed at once, or `auto`: 1 on a CPU, 4 on an Apple GPU, and on a CUDA GPU 8 or as many as
             a third of its memory holds. There it never follows from what others have of the memory.
-        chunk_seconds: 4 to 30. A model that takes only chunks of its own length (Demucs) keeps that length.
-        overlap_seconds: 1 to 8, below `chunk_seconds`. A model with chunks of its own length overlaps them by the same
-            share.
+        chunk_seconds: 4 to 30, or `auto`: the length that each model was trained on. A model that takes only chunks of
+            its own length (Demucs, MDX23C) keeps that length.
+        overlap_seconds: 1 to 8, below the chunk's, or `auto`: half a chunk. Where `chunk_seconds` is a number, a model
+            that keeps its own length overlaps its chunks by the same share.
         pool: models that are loaded already, to share between separators; its device, precision and
             attention then hold.
         cache: where `separate_file` keeps what models estimate, and looks before it runs them; None: nowhere.
@@ -384,19 +385,20 @@ class Separator:
         precision: str = "auto",
         attention: str = "auto",
         batch_size: int | Literal["auto"] = "auto",
-        chunk_seconds: int = 8,
-        overlap_seconds: int = 4,
+        chunk_seconds: Seconds = "auto",
+        overlap_seconds: Seconds = "auto",
         pool: ModelPool | None = None,
         cache: Cache | None = None,
     ) -> None:
-        _check_options(chunk_seconds, overlap_seconds, batch_size)
+        choice = ChunkChoice(chunk_seconds, overlap_seconds)
+        _check_batch_size(batch_size)
         if isinstance(recipe, str):
             recipe = load_recipe(recipe, stems, two_stems=two_stems)
         elif two_stems is not None:
             recipe = recipe.two_stems(two_stems)
         pool = pool or ModelPool(device, precision, attention)
         models = {name: pool.get(name, wanted) for name, wanted in recipe.models.items()}
-        self._setup(recipe, models, pool.choice.device, batch_size, chunk_seconds, overlap_seconds, pool.on_gpu)
+        self._setup(recipe, models, pool.choice.device, batch_size, choice, pool.on_gpu)
         self._set_cache(cache)
 
     @classmethod
@@ -406,22 +408,23 @@ class Separator:
         *,
         two_stems: str | None = None,
         batch_size: int | Literal["auto"] = "auto",
-        chunk_seconds: int = 8,
-        overlap_seconds: int = 4,
+        chunk_seconds: Seconds = "auto",
+        overlap_seconds: Seconds = "auto",
         cache: Cache | None = None,
     ) -> "Separator":
         """A separator whose stems are those of one loaded model; options as for the class.
 
         With a `cache`, `load_model` must have made the model, and its weights must be as they were.
         """
-        _check_options(chunk_seconds, overlap_seconds, batch_size)
+        choice = ChunkChoice(chunk_seconds, overlap_seconds)
+        _check_batch_size(batch_size)
         recipe = one_model(model.name, model.stems)
         if two_stems is not None:
             recipe = recipe.two_stems(two_stems)
         separator = cls.__new__(cls)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # fused: none
         models = {model.name: model.only(recipe.models[model.name])}
-        separator._setup(recipe, models, device, batch_size, chunk_seconds, overlap_seconds, GpuModels())
+        separator._setup(recipe, models, device, batch_size, choice, GpuModels())
         separator._set_cache(cache)
         return separator
 
@@ -431,8 +434,7 @@ class Separator:
         models: dict[str, SeparationModel],
         device: torch.device,
         batch_size: int | Literal["auto"],
-        chunk_seconds: int,
-        overlap_seconds: int,
+        choice: ChunkChoice,
         on_gpu: GpuModels,
     ) -> None:
         for name, model in models.items():
@@ -445,7 +447,7 @@ class Separator:
         self._on_gpu = on_gpu
         # Held while a model runs, for songs may be separated in several threads. On a CUDA GPU its thread sees to that.
         self._turn = nullcontext() if device.type == "cuda" else threading.Lock()
-        self.plans = {name: _plan(model, chunk_seconds, overlap_seconds) for name, model in models.items()}
+        self.plans = {name: _plan(model, choice) for name, model in models.items()}
 
     def _set_cache(self, cache: Cache | None) -> None:
         """Raises CheckpointError for a model that a cache could not tell from another."""
@@ -460,6 +462,13 @@ class Separator:
     def stems(self) -> tuple[str, ...]:
         """The stems that come out, in order."""
         return self.recipe.stems
+
+    def warm_up(self) -> None:
+        """Run each model over one chunk of noise: what is made once, the first song then does not wait for."""
+        once = copy.copy(self)
+        once.plans = {name: replace(plan, overlap_samples=0) for name, plan in self.plans.items()}
+        samples = min(SAMPLE_RATE, *(plan.chunk_samples for plan in self.plans.values()))
+        once.separate(torch.randn(2, samples, generator=torch.Generator().manual_seed(0)) * 0.1)
 
     def separate(self, mixture: Tensor, *, progress: Progress | None = None) -> dict[str, Tensor]:
         """A song in memory, `[2, T]` at 44100 Hz, to its stems, each `[2, T]` float32 on the CPU.
@@ -666,26 +675,15 @@ class Separator:
         return compute_thread(self.device).run(self._on_gpu.get, model, samples, self.batch_size, self.device)
 
 
-def _check_options(chunk_seconds: int, overlap_seconds: int, batch_size: int | str) -> None:
-    for name, value, allowed in (
-        ("chunk size", chunk_seconds, CHUNK_SECONDS),
-        ("overlap", overlap_seconds, OVERLAP_SECONDS),
-    ):
-        if not isinstance(value, int) or value not in allowed:
-            choose = f"choose whole seconds from {allowed[0]} to {allowed[-1]}"
-            raise InputError(f"{name} {value} s is not offered: {choose}")
-    if overlap_seconds >= chunk_seconds:
-        raise InputError(
-            f"overlap ({overlap_seconds} s) must be smaller than the chunk size ({chunk_seconds} s): "
-            f"choose an overlap of {chunk_seconds - 1} s or less"
-        )
+def _check_batch_size(batch_size: int | str) -> None:
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise InputError(f"batch size {batch_size!r} must be auto or a whole number from 1 up")
 
 
-def _plan(model: SeparationModel, chunk_seconds: int, overlap_seconds: int) -> ChunkPlan:
-    chunk_samples = model.chunk_samples if model.fixed_chunk else chunk_seconds * model.sample_rate
-    overlap_samples = chunk_samples * overlap_seconds // chunk_seconds
+def _plan(model: SeparationModel, choice: ChunkChoice) -> ChunkPlan:
+    chunk_samples, overlap_samples = choice.samples(
+        model.name, model.chunk_samples, model.sample_rate, is_fixed=model.fixed_chunk
+    )
     return ChunkPlan(chunk_samples, overlap_samples, model.reflects_border, model.input_samples)
 
 

@@ -99,7 +99,8 @@ def test_a_bad_file_is_refused_in_one_line(
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--overlap", "8"), ("overlap", "8 s", "7 s or less")),
+        (("--overlap", "8"), ("overlap (8 s)", "the chunk of demo (8 s)", "a smaller overlap, or auto")),
+        (("--overlap", "half"), ("--overlap", "'half' must be auto or a whole number of seconds")),
         (("--chunk-size", "4", "--overlap", "5"), ("overlap", "chunk size")),
         (("--chunk-size", "31"), ("chunk size 31 s", "4 to 30")),
         (("--recipe", "nonsense"), ("nonsense", "demo, standard, sw")),

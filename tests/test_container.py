@@ -531,11 +531,11 @@ class EvenModel(SeparationModel):
 
     def __init__(self, name: str, stems: tuple[str, ...]) -> None:
         super().__init__()
-        self.name, self.stems, self.sample_rate, self.chunk_samples, self.channels = name, stems, 44100, 352_800, 2
-        self.runs = 0
+        self.name, self.stems, self.sample_rate, self.chunk_samples, self.channels = name, stems, 44100, 200_000, 2
+        self.runs, self.length = 0, 0
 
     def forward(self, chunks: Tensor) -> Tensor:
-        self.runs += 1
+        self.runs, self.length = self.runs + 1, chunks.shape[-1]
         return torch.stack([chunks / len(self.stems)] * len(self.stems), dim=1)
 
 
@@ -624,6 +624,22 @@ def test_a_recipe_of_which_weights_are_missing_is_refused_unless_it_is_the_serve
     with_viperx.predict(audio, **QUICK | changes | {"recipe": "standard"})
     assert len(loaded) > 2
     assert "\ndownloading the weights of " in "\n" + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "chunk_size, overlap, samples", [(8, 4, 200_000), (8, 3, 8 * 44100), (9, 4, 9 * 44100), (4, 1, 4 * 44100)]
+)
+def test_a_model_runs_on_its_own_chunks_by_default_and_on_what_is_asked_for_else(
+    audio: Path,
+    with_standard: predict.Predictor,
+    loaded: list[EvenModel],
+    chunk_size: int,
+    overlap: int,
+    samples: int,
+) -> None:
+    assert [model.length for model in loaded] == [200_000, 200_000]  # by setup
+    with_standard.predict(audio, **QUICK | {"chunk_size": chunk_size, "overlap": overlap})
+    assert loaded[0].length == samples
 
 
 def test_two_stems_run_no_model_that_they_do_not_need(

@@ -43,6 +43,7 @@ FLOORS = {
     "separation.waveform": 1.5,
     "separation.models": 1,
     "separation.gpu": 1,
+    "separation.chunk_choice": 0.5,
     "separation.device": 0.5,
     "separation.settings": 0.5,
     "separation.documents": 0,

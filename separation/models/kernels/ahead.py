@@ -29,7 +29,6 @@ from separation.errors import InputError, OutputError
 from separation.models.base import SeparationModel
 from separation.models.kernels.operations import PROBE, kernel_of, start_probe
 
-CHUNK_SECONDS = 8  # the container's default
 BATCH_SIZES = (1, 2, 4, 8)  # that the engine takes on a GPU
 
 
@@ -66,16 +65,12 @@ def compile_for(models: Sequence[SeparationModel], capabilities: Sequence[int], 
 
 @torch.inference_mode()
 def start_kernels(model: SeparationModel) -> None:
-    """Run a model, on the meta device, over chunks of its own length and of the container's default.
-
-    They come in each batch size that the engine takes.
-    """
+    """Run a model, on the meta device, over chunks of its own length, in each batch size that the engine takes."""
     start_probe(torch.empty(PROBE, device="meta"))
-    lengths = {model.chunk_samples} if model.fixed_chunk else {model.chunk_samples, CHUNK_SECONDS * model.sample_rate}
-    for length in sorted(lengths):
-        for batch_size in BATCH_SIZES:
-            with _Kernels():
-                model(torch.empty(batch_size, model.channels, model.input_samples(length) or length, device="meta"))
+    samples = model.input_samples(model.chunk_samples) or model.chunk_samples
+    for batch_size in BATCH_SIZES:
+        with _Kernels():
+            model(torch.empty(batch_size, model.channels, samples, device="meta"))
 
 
 class _Kernels(TorchDispatchMode):

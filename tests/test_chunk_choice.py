@@ -1,0 +1,78 @@
+"""Chunks are as long as a model was trained on, and half overlapped, unless somebody asks otherwise."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from separation import Separator, __main__, catalogue
+from separation.__main__ import build_parser
+from separation.checkpoints import load_model
+from separation.chunk_choice import ChunkChoice
+from separation.errors import InputError
+from separation.models import ARCHITECTURES
+from small_model import small_model, write_weights, write_yaml
+
+AUTO: Any = "auto"
+
+
+@pytest.mark.parametrize(
+    "choice, free, fixed",
+    [
+        (ChunkChoice(), (485_100, 242_550), (485_100, 242_550)),
+        (ChunkChoice(8, AUTO), (352_800, 176_400), (485_100, 242_550)),
+        (ChunkChoice(AUTO, 3), (485_100, 132_300), (485_100, 132_300)),
+        (ChunkChoice(8, 2), (352_800, 88_200), (485_100, 121_275)),  # a quarter
+        (ChunkChoice.of_container(8, 4), (485_100, 242_550), (485_100, 242_550)),
+        (ChunkChoice.of_container(8, 5), (352_800, 220_500), (485_100, 303_187)),
+        (ChunkChoice.of_container(9, 4), (396_900, 176_400), (485_100, 215_600)),
+    ],
+)
+def test_what_is_asked_for_and_what_is_not_in_samples(
+    choice: ChunkChoice, free: tuple[int, int], fixed: tuple[int, int]
+) -> None:
+    assert choice.samples("scnet", 485_100, 44100, is_fixed=False) == free
+    assert choice.samples("scnet", 485_100, 44100, is_fixed=True) == fixed
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_an_overlap_longer_than_a_models_own_chunk_names_the_model(is_fixed: bool) -> None:
+    words = r"^overlap \(3 s\) must be smaller than the chunk of short \(2\.98 s\): choose a smaller overlap, or auto$"
+    with pytest.raises(InputError, match=words):
+        ChunkChoice(AUTO, 3).samples("short", 131_584, 44100, is_fixed=is_fixed)
+
+
+@pytest.mark.parametrize("name", catalogue.available())
+def test_every_shipped_model_runs_on_the_chunk_of_its_yaml(name: str) -> None:
+    description = catalogue.read_config(name)
+    own = description.audio["chunk_size"]
+    assert description.chunks(ChunkChoice()) == (own, own // 2)
+
+
+def test_the_models_with_chunks_of_one_length_are_those_that_the_catalogue_takes_for_such() -> None:
+    fixed = {name for name, architecture in ARCHITECTURES.items() if architecture.fixed_chunk}
+    assert fixed == catalogue.FIXED_CHUNKS
+
+
+def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, audio={"chunk_size": 5000}, drop=("files",))
+    model = load_model(path, checkpoint=write_weights(small_model().state_dict(), tmp_path / "x.ckpt"))
+    plan = Separator.from_model(model).plans["small"]
+    assert (plan.chunk_samples, plan.overlap_samples) == (5000, 2500)
+    plan = Separator.from_model(model, chunk_seconds=5, overlap_seconds=2).plans["small"]
+    assert (plan.chunk_samples, plan.overlap_samples) == (220_500, 88_200)
+
+
+def test_equal_chunks_spelt_differently_are_the_same_settings() -> None:
+    def settings(options: str) -> Any:
+        return __main__._settings(build_parser().parse_args(["separate", "x", "-o", "y", *shlex.split(options)]))
+
+    usual = settings("--recipe demo")
+    for options in ("--chunk-size 8 --overlap 4", "--chunk-size 8", "--overlap 4", "--chunk-size auto --overlap auto"):
+        assert settings(f"--recipe demo {options}") == usual
+    assert usual["chunks"] == {"demo": [352_800, 176_400]}
+    assert settings("--recipe demo --chunk-size 7")["chunks"] == {"demo": [308_700, 154_350]}
+    by_default, asked = settings("--stems all_4"), settings("--stems all_4 --chunk-size 8 --overlap 2")
+    assert by_default["chunks"]["htdemucs_ft"] == [343_980, 171_990]
+    assert asked["chunks"] == {"bs_roformer_viperx_1297": [352_800, 88_200], "htdemucs_ft": [343_980, 85_995]}
