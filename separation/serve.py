@@ -4,8 +4,11 @@
     POST    /songs              announces a song, as JSON: name, recipe, stems, format, bytes; answers its id
     PUT     /songs/ID           sends its file
     GET     /songs/ID           says how far it is
-    GET     /songs/ID/NAME      a stem's file, stems.html to listen to all, or stems.zip
+    GET     /songs/ID/NAME      a stem's file or a range of it, stems.html to listen to all, or stems.zip
     DELETE  /songs/ID           cancels it, or removes what came of it
+
+HEAD answers as GET does, without the content; OPTIONS says what a path takes. A connection has one request, so nothing
+that follows it can be taken for another.
 
 A song is announced before it is sent, so that one that is too large is refused in words: to an answer in the middle of
 what it sends, a browser does not listen. Who knows an id can have that song, so no id can be guessed. Another site's
@@ -13,9 +16,13 @@ page in the same browser cannot change anything, for it may not send the header 
 does a name of its own that leads to this machine help it, for Host must be an address or this machine's name.
 """
 
+import errno
 import io
 import json
 import logging
+import math
+import mimetypes
+import os
 import re
 import secrets
 import shutil
@@ -38,6 +45,7 @@ from typing import Any, NoReturn
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from separation.catalogue import missing, size_bytes
+from separation.connections import Connections, Incoming, Limits, linger
 from separation.encode import FORMATS, check_output
 from separation.errors import AudioError, InputError, SeparationError
 from separation.public import errors_without_paths, max_mib, max_seconds
@@ -49,11 +57,14 @@ PAGE = Path(__file__).with_name("serve.html")
 LISTEN, ZIP = "stems.html", "stems.zip"
 KEEP_SECONDS = 60 * 60  # of what is over, since it was last fetched
 ANNOUNCED_SECONDS = 60  # until a song's file must have begun to come
-MAX_SONGS = 20  # that are not over: more are not taken
+MAX_SONGS = 20  # that are being sent, and as many again that wait for their turn: more are not taken
+SLOW_SECONDS, SLOW_BYTES_PER_SECOND = 5.0, 1 << 16  # a song slower than that makes way where MAX_SONGS are being sent
 MAX_JSON_BYTES = 1 << 16
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 16
 SEPARATED = 0.8  # the share of a song's job, in its progress, that is done by then; the rest is the page to listen
 MARK = "X-Separation"
+SAFE = ("GET", "HEAD", "OPTIONS")  # change nothing
+NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # why no connection can be accepted
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
@@ -93,9 +104,10 @@ def serve(
 class _RefusalError(InputError):
     """A request that is answered with this status."""
 
-    def __init__(self, status: HTTPStatus, sentence: str) -> None:
+    def __init__(self, status: HTTPStatus, sentence: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(sentence)
         self.status = status
+        self.headers = headers or {}
 
 
 class _CancelledError(BaseException):
@@ -116,11 +128,18 @@ class _Song:
     stage: str = ""
     problem: str = ""  # one sentence; of a song that is done, why it has no page to listen
     files: dict[str, Path] = field(default_factory=dict)  # what can be fetched, by the name in the address
+    announced: float = field(default_factory=time.monotonic)
     touched: float = field(default_factory=time.monotonic)
 
     @property
     def path(self) -> Path:
         return self.folder / "song" / self.name
+
+    @property
+    def bytes_per_second(self) -> float:
+        """How fast it has come so far; infinite for one that has only begun."""
+        seconds = time.monotonic() - self.announced
+        return self.share * self.n_bytes / seconds if seconds > SLOW_SECONDS else math.inf
 
 
 class Songs:
@@ -162,9 +181,16 @@ class Songs:
             raise _RefusalError(HTTPStatus.INSUFFICIENT_STORAGE, full)
         id = secrets.token_urlsafe(16)
         with self._changed:
-            if sum(song.state not in ("done", "failed") for song in self._songs.values()) >= MAX_SONGS:
+            if len(self._waiting) >= MAX_SONGS:
                 busy = f"{MAX_SONGS} songs are waiting, the limit here: send {name!r} when some of them are done"
                 raise _RefusalError(HTTPStatus.SERVICE_UNAVAILABLE, busy)
+            sending = [song for song in self._songs.values() if song.state in ("announced", "receiving")]
+            if len(sending) >= MAX_SONGS:
+                slowest = min(sending, key=lambda song: song.bytes_per_second)
+                if slowest.bytes_per_second > SLOW_BYTES_PER_SECOND:
+                    busy = f"{MAX_SONGS} songs are being sent, the limit here: send {name!r} when some of them are here"
+                    raise _RefusalError(HTTPStatus.SERVICE_UNAVAILABLE, busy)
+                self._leave(slowest, "failed", f"{slowest.name!r} came too slowly while others waited: send it again")
             self._songs[id] = _Song(id, name, recipe, stems, format, n, self._folder / id)
         return id
 
@@ -190,7 +216,7 @@ class Songs:
             self._leave(song, "failed", str(e))
             raise
         except BaseException:
-            self._leave(song, "failed")
+            self._leave(song, "failed", song.problem)
             raise
         self._leave(song, "waiting")
 
@@ -302,7 +328,7 @@ class Songs:
         return song
 
     def _check_wanted(self, song: _Song) -> None:
-        if song.id not in self._songs:
+        if song.id not in self._songs or song.state == "failed":
             raise _CancelledError
 
     def _leave(self, song: _Song, state: str, problem: str = "") -> None:
@@ -324,9 +350,12 @@ class Server(ThreadingTCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 128
 
-    def __init__(self, host: str, port: int, songs: Songs) -> None:
+    def __init__(self, host: str, port: int, songs: Songs, limits: Limits | None = None) -> None:
         self.songs = songs
+        self.limits = limits or Limits()
+        self.connections = Connections(self.limits)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -348,6 +377,22 @@ class Server(ThreadingTCPServer):
     def service_actions(self) -> None:
         self.songs.sweep()
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as e:
+            if e.errno in NO_MORE:  # it is asked for again at once, and would take a core until a descriptor is free
+                self.connections.make_room()
+                time.sleep(0.1)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self.connections.enter(request, client_address[0])
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.leave(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):  # who asked went away
             super().handle_error(request, client_address)
@@ -355,9 +400,20 @@ class Server(ThreadingTCPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # so that a line that is no request is answered with a status
     server_version, sys_version = "separation", ""
-    timeout = 120.0  # seconds without a byte
     server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self._incoming = Incoming(self.connection, self.server.limits.head_seconds)
+        self.rfile = io.BufferedReader(self._incoming)
+
+    def handle(self) -> None:
+        self.handle_one_request()
+        self.server.connections.wait(self.connection)
+        linger(self.connection, self.server.limits.linger_seconds)
 
     def _answer(self) -> None:
         try:
@@ -365,53 +421,97 @@ class _Handler(BaseHTTPRequestHandler):
             with errors_without_paths():
                 send = self._found()
         except SeparationError as e:
-            self.close_connection = True  # what the request has of a body is not read
             worst = HTTPStatus.BAD_REQUEST if isinstance(e, InputError) else HTTPStatus.INTERNAL_SERVER_ERROR
             status = e.status if isinstance(e, _RefusalError) else worst
-            self._send(str(e).encode(), "text/plain; charset=utf-8", status=status)
+            headers = e.headers if isinstance(e, _RefusalError) else {}
+            self._send(str(e).encode(), "text/plain; charset=utf-8", status=status, headers=headers)
         except _CancelledError:
-            self.close_connection = True
+            return
         else:
             send()
 
-    do_GET = do_POST = do_PUT = do_DELETE = _answer  # noqa: N815
+    do_GET = do_HEAD = do_OPTIONS = do_POST = do_PUT = do_DELETE = _answer  # noqa: N815
 
     def _check_sender(self) -> None:
+        single = [self.headers.get_all(name, []) for name in ("Host", "Content-Length", "Transfer-Encoding", "Origin")]
+        if self.headers.defects or self.headers.get_payload() or any(len(values) > 1 for values in single):
+            raise InputError("the request's headers can be read in more than one way")
         host = self.headers.get("Host", "")
         if not self.server.knows(host):
             reason = "this is not an address of the page: take the one that the terminal shows"
             raise _RefusalError(HTTPStatus.MISDIRECTED_REQUEST, reason)
         origin = self.headers.get("Origin", f"http://{host}")
-        if self.command != "GET" and (MARK not in self.headers or origin.partition("://")[2] != host):
+        if self.command not in SAFE and (MARK not in self.headers or origin.partition("://")[2] != host):
             raise _RefusalError(HTTPStatus.FORBIDDEN, "only the page itself may ask for that: open it in a browser")
 
     def _found(self) -> Callable[[], None]:
         """What sends the answer."""
-        songs = self.server.songs
-        match self.command, self.path.split("?")[0].split("/")[1:]:
-            case "GET", [""]:
-                return partial(self._send, _page(songs.max_mib), "text/html; charset=utf-8")
-            case "POST", ["songs"]:
-                text = _read(self.rfile, self._length(MAX_JSON_BYTES), "the request")
-                try:
-                    order = json.loads(text)
-                except (ValueError, RecursionError) as e:
-                    raise InputError("a song is announced in JSON: this is none") from e
-                return partial(self._send_json, {"id": songs.announce(order)}, status=HTTPStatus.CREATED)
-            case "GET", ["songs", id]:
-                return partial(self._send_json, songs.status(id))
-            case "PUT", ["songs", id]:
-                songs.receive(id, self._length(songs.max_mib * 2**20), self.rfile)
-                return partial(self._send_json, {})
-            case "DELETE", ["songs", id]:
-                songs.forget(id)
-                return partial(self._send_json, {})
-            case "GET", ["songs", id, name] if name == ZIP:
-                return partial(self._send_zip, *songs.archive(id))
-            case "GET", ["songs", id, name]:
-                path, title = songs.file(id, name)
-                return partial(self._send_file, path.open("rb"), "" if name == LISTEN else title)
-        raise _RefusalError(HTTPStatus.NOT_FOUND, "there is no such page here: begin at the first one")
+        actions = self._actions(self.path.split("?")[0].split("/")[1:])
+        if not actions:
+            raise _RefusalError(HTTPStatus.NOT_FOUND, "there is no such page here: begin at the first one")
+        if "GET" in actions:
+            actions["HEAD"] = actions["GET"]
+        allowed = {"Allow": ", ".join(sorted([*actions, "OPTIONS"]))}
+        if self.command == "OPTIONS":
+            return partial(self._send_head, allowed, HTTPStatus.NO_CONTENT)
+        if self.command not in actions:
+            raise _RefusalError(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command} does nothing here", allowed)
+        return actions[self.command]()
+
+    def _actions(self, parts: list[str]) -> dict[str, Callable[[], Callable[[], None]]]:
+        """What can be done with a path, by method; nothing if there is no such path."""
+        match parts:
+            case [""]:
+                return {"GET": self._first_page}
+            case ["songs"]:
+                return {"POST": self._announce}
+            case ["songs", id]:
+                return {
+                    "GET": lambda: partial(self._send_json, self._songs.status(id)),
+                    "PUT": partial(self._receive, id),
+                    "DELETE": partial(self._forget, id),
+                }
+            case ["songs", id, name] if name == ZIP:
+                return {"GET": lambda: partial(self._send_zip, *self._songs.archive(id))}
+            case ["songs", id, name]:
+                return {"GET": partial(self._file, id, name)}
+        return {}
+
+    @property
+    def _songs(self) -> Songs:
+        return self.server.songs
+
+    def _first_page(self) -> Callable[[], None]:
+        return partial(self._send, _page(self._songs.max_mib), "text/html; charset=utf-8")
+
+    def _announce(self) -> Callable[[], None]:
+        text, length = b"", self._length(MAX_JSON_BYTES)
+        while len(text) < length:
+            text += _read(self.rfile, length - len(text), "the request")
+        try:
+            order = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise InputError("the request's body is not valid JSON") from e
+        return partial(self._send_json, {"id": self._songs.announce(order)}, status=HTTPStatus.CREATED)
+
+    def _receive(self, id: str) -> Callable[[], None]:
+        limits = self.server.limits
+        length = self._length(self._songs.max_mib * 2**20)
+        self.server.connections.answer(self.connection)
+        self._incoming.allow(limits.pause_seconds, limits.bytes_per_second)
+        self._songs.receive(id, length, self.rfile)
+        return partial(self._send_json, {})
+
+    def _forget(self, id: str) -> Callable[[], None]:
+        self._songs.forget(id)
+        return partial(self._send_json, {})
+
+    def _file(self, id: str, name: str) -> Callable[[], None]:
+        path, title = self._songs.file(id, name)
+        if name == LISTEN:
+            return partial(self._send_file, path.open("rb"), {"Content-Type": "text/html; charset=utf-8"})
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return partial(self._send_file, path.open("rb"), {"Content-Type": kind} | _attachment(title))
 
     def _length(self, limit: float) -> int:
         text = self.headers.get("Content-Length", "")
@@ -421,39 +521,75 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusalError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the request has more bytes than are taken here")
         return int(text)
 
-    def _send(self, content: bytes, kind: str, *, status: HTTPStatus = HTTPStatus.OK) -> None:
-        self._send_head({"Content-Type": kind, "Content-Length": str(len(content))}, status)
-        self.wfile.write(content)
+    def _send(
+        self,
+        content: bytes,
+        kind: str,
+        *,
+        status: HTTPStatus = HTTPStatus.OK,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._send_head({"Content-Type": kind, "Content-Length": str(len(content))} | (headers or {}), status)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _send_json(self, answer: dict[str, Any], *, status: HTTPStatus = HTTPStatus.OK) -> None:
         self._send(json.dumps(answer).encode(), "application/json", status=status)
 
-    def _send_file(self, file: io.BufferedReader, download: str) -> None:
-        """The page to listen or, with a name, a download."""
-        kind = "application/octet-stream" if download else "text/html; charset=utf-8"
+    def _send_file(self, file: io.BufferedReader, headers: dict[str, str]) -> None:
+        """All of it, or the range that is asked for: a player seeks so, and a browser resumes a download."""
         with file:
-            length = str(file.seek(0, io.SEEK_END))
-            file.seek(0)
-            self._send_head({"Content-Type": kind, "Content-Length": length} | _attachment(download))
-            shutil.copyfileobj(file, self.wfile, BLOCK_BYTES)
+            stat = os.fstat(file.fileno())
+            size, tag = stat.st_size, f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
+            headers |= {"Accept-Ranges": "bytes", "ETag": tag}
+            same = self.headers.get("If-Range", tag) == tag
+            part = _range(self.headers.get("Range", ""), size) if same else None
+            if self.headers.get("If-None-Match") == tag:
+                self._send_head({"ETag": tag}, HTTPStatus.NOT_MODIFIED)
+            elif part is None:
+                self._send_part(file, range(size), headers)
+            elif part:
+                place = {"Content-Range": f"bytes {part[0]}-{part[-1]}/{size}"}
+                self._send_part(file, part, headers | place, HTTPStatus.PARTIAL_CONTENT)
+            else:
+                place = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
+                self._send_head(place, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+
+    def _send_part(
+        self, file: io.BufferedReader, part: range, headers: dict[str, str], status: HTTPStatus = HTTPStatus.OK
+    ) -> None:
+        self._send_head(headers | {"Content-Length": str(len(part))}, status)
+        if self.command != "HEAD":
+            file.seek(part.start)
+            while block := file.read(min(BLOCK_BYTES, part.stop - file.tell())):
+                self.wfile.write(block)
 
     def _send_zip(self, files: dict[str, Path], download: str) -> None:
         """In pieces as they are made. Not compressed, for sound hardly gets smaller; but as deflate has it, which ends
         by itself: a stored file's size would have to be known before."""
-        self._send_head({"Content-Type": "application/zip", "Transfer-Encoding": "chunked"} | _attachment(download))
-        chunks = io.BufferedWriter(_Chunks(self.wfile), BLOCK_BYTES)
-        with chunks, ZipFile(chunks, "w", ZIP_DEFLATED, compresslevel=0) as archive:
+        chunked = {"Transfer-Encoding": "chunked"} if self.request_version != "HTTP/1.0" else {}
+        self._send_head({"Content-Type": "application/zip"} | chunked | _attachment(download))
+        if self.command == "HEAD":
+            return
+        sent = io.BufferedWriter(_Chunks(self.wfile), BLOCK_BYTES) if chunked else self.wfile
+        with ZipFile(sent, "w", ZIP_DEFLATED, compresslevel=0) as archive:
             for name, path in files.items():
                 archive.write(path, name)
-        self.wfile.write(b"0\r\n\r\n")
+        sent.flush()
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
 
     def _send_head(self, headers: dict[str, str], status: HTTPStatus = HTTPStatus.OK) -> None:
+        self.server.connections.answer(self.connection)
+        self.connection.settimeout(self.server.limits.pause_seconds)  # in which a client takes a block
         self.send_response(status)
-        for name, value in (HEADERS | headers).items():
+        for name, value in (HEADERS | headers | {"Connection": "close"}).items():
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """As http.server calls it for what is no request."""
+        self._send((message or HTTPStatus(code).phrase).encode(), "text/plain; charset=utf-8", status=HTTPStatus(code))
 
     def log_message(self, format: str, *args: object) -> None:
         """Keeps quiet: the page asks twice a second."""
@@ -472,6 +608,21 @@ class _Chunks(io.RawIOBase):
         if n := len(data):  # a piece of no bytes would be the end
             self._stream.write(b"%x\r\n%b\r\n" % (n, data))
         return n
+
+
+def _range(asked: str, size: int) -> range | None:
+    """The bytes that a Range header asks for, of a file with `size`.
+
+    None, for all of them, where there is no such header, or one with several ranges or that makes no sense.
+    """
+    match = re.fullmatch(r"bytes=([0-9]{0,15})-([0-9]{0,15})", asked)
+    if not match or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        return range(max(size - int(match[2]), 0), size)
+    if match[2] and int(match[2]) < int(match[1]):
+        return None
+    return range(int(match[1]), min(int(match[2]) + 1, size) if match[2] else size)
 
 
 def _attachment(name: str) -> dict[str, str]:
@@ -504,9 +655,9 @@ def _safe_name(name: str) -> str:
 
 
 def _read(stream: io.BufferedIOBase, n_bytes: int, what: str) -> bytes:
-    """Up to so many bytes of what is being sent, and at least one."""
+    """Up to so many bytes of what is being sent, as they come, and at least one."""
     try:
-        block = stream.read(min(n_bytes, BLOCK_BYTES))
+        block = stream.read1(min(n_bytes, BLOCK_BYTES))
     except OSError as e:
         raise InputError(f"{what} did not come completely: send it again") from e
     if not block:

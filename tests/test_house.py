@@ -20,6 +20,7 @@ FLOORS = {
     "separation.songs": 4,
     "separation.bench": 4,
     "separation.serve": 4,
+    "separation.connections": 1,
     "separation.public": 1,
     "separation.demo": 4,
     "separation.evaluate": 4,

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from browser import Browser
 from conftest import PROJECT, SONG, STEMS, needs_chromium, read, song
 from separation import Separator, serve
 from separation.__main__ import main
+from separation.connections import Limits
 from separation.errors import InputError
 from separation.separator import ModelPool
 from separation.serve import KEEP_SECONDS, MAX_SONGS, Server, Songs
@@ -52,10 +54,23 @@ class Client:
             self.headers, answer = response.headers, response.read()
         finally:
             connection.close()
-        kind = response.headers["Content-Type"]
+        kind = response.headers.get("Content-Type", "")
         if kind == "application/json":
             return response.status, json.loads(answer)
         return response.status, answer.decode() if kind.startswith("text/") else answer
+
+    def connect(self, sent: str | bytes = b"") -> socket.socket:
+        """A connection on which that has been sent; `HOST` in it stands for the header of that name."""
+        host, port = self.host.split(":")
+        connection = socket.create_connection((host, int(port)), timeout=30)
+        content = sent.encode() if isinstance(sent, str) else sent
+        connection.sendall(content.replace(b"HOST", f"Host: {self.host}".encode()))
+        return connection
+
+    def answers(self, sent: str | bytes) -> list[int]:
+        """The statuses of all answers that come on a connection on which that was sent, until the server closes it."""
+        with self.connect(sent) as connection:
+            return [int(status) for status in re.findall(rb"^HTTP/1\.1 (\d+) ", rest(connection), re.MULTILINE)]
 
     def announce(self, content: bytes, name: str = "song.wav", **choice: str) -> str:
         status, answer = self.ask("POST", "/songs", {"name": name, "bytes": len(content)} | QUICK | choice)
@@ -75,6 +90,12 @@ class Client:
     def over(self, id: str) -> dict[str, Any]:
         wait_for(lambda: self.status(id)["state"] in ("done", "failed"), "the end of the song")
         return self.status(id)
+
+
+def rest(connection: socket.socket) -> bytes:
+    """What comes until the server closes the connection."""
+    with connection.makefile("rb") as file:
+        return file.read()
 
 
 class Process(Client):
@@ -116,10 +137,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 @contextmanager
-def idle_server(folder: Path, **options: Any) -> Iterator[tuple[Client, Songs, Server]]:
+def idle_server(folder: Path, limits: Limits | None = None, **options: Any) -> Iterator[tuple[Client, Songs, Server]]:
     """A server in this process that takes songs and separates none of them."""
     songs = Songs(folder, ModelPool("cpu"), **options)
-    with Server("127.0.0.1", 0, songs) as running:
+    with Server("127.0.0.1", 0, songs, limits) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.02,))
         thread.start()
         try:
@@ -285,11 +306,35 @@ def test_a_full_disk_is_one_sentence_without_a_path(
 
 
 def test_only_so_many_songs_wait(idle: Client, short: bytes) -> None:
-    ids = [idle.announce(short) for _ in range(MAX_SONGS)]
-    status, sentence = idle.ask("POST", "/songs", {"name": "song.wav", "bytes": 1} | QUICK)
+    order = {"name": "song.wav", "bytes": 1} | QUICK
+    ids = [idle.announce(b"1") for _ in range(MAX_SONGS)]
+    status, sentence = idle.ask("POST", "/songs", order)
+    assert (status, sentence.split(",")[0]) == (503, f"{MAX_SONGS} songs are being sent")
+    for id in ids:
+        assert idle.ask("PUT", f"/songs/{id}", b"1")[0] == 200
+    status, sentence = idle.ask("POST", "/songs", order)
     assert (status, sentence.split(",")[0]) == (503, f"{MAX_SONGS} songs are waiting")
     idle.ask("DELETE", f"/songs/{ids[0]}")
     idle.announce(short)
+
+
+def test_slow_uploads_make_way_for_another_song_the_slowest_first(
+    idle: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "SLOW_SECONDS", 0)
+    ids, slowest = [idle.announce(bytes(10**6)) for _ in range(MAX_SONGS)], 7
+    with ExitStack() as uploads:
+        for number, id in enumerate(ids):
+            head = f"PUT /songs/{id} HTTP/1.1\r\nHOST\r\nX-Separation: 1\r\nContent-Length: 1000000\r\n\r\n"
+            uploads.enter_context(idle.connect(head + "x" * (10 if number == slowest else 5000)))
+        states = ["receiving"] * MAX_SONGS
+        wait_for(lambda: [idle.status(id)["state"] for id in ids] == states, "all uploads")
+        wait_for(lambda: sum(idle.status(id)["share"] > 0 for id in ids) == MAX_SONGS - 1, "their first bytes")
+        idle.announce(b"1")
+        states[slowest] = "failed"
+        assert [idle.status(id)["state"] for id in ids] == states
+        assert idle.status(ids[slowest])["problem"] == "'song.wav' came too slowly while others waited: send it again"
+        assert not (tmp_path / ids[slowest]).exists()
 
 
 @pytest.mark.slow
@@ -350,7 +395,8 @@ def test_other_sites_cannot_announce_send_or_remove(idle: Client, headers: dict[
     assert idle.ask("POST", "/songs", order, **headers)[0] == 403
     assert idle.ask("PUT", f"/songs/{id}", b"1", **headers)[0] == 403
     assert idle.ask("DELETE", f"/songs/{id}", **headers)[0] == 403
-    assert idle.ask("OPTIONS", "/songs", **headers)[0] == 501  # what a browser asks before it sends such a header
+    assert idle.ask("OPTIONS", "/songs", **headers)[0] == 204  # what a browser asks before it sends such a header
+    assert not [name for name in idle.headers if name.lower().startswith("access-control-")]  # and takes for a no
     assert idle.status(id)["state"] == "announced"
     assert idle.ask("DELETE", f"/songs/{id}", Origin=f"http://{idle.host}")[0] == 200
 
@@ -399,8 +445,8 @@ def test_no_path_leads_to_another_file(idle: Client, short: bytes, path: str) ->
 @pytest.mark.parametrize(
     "order, words",
     [
-        (b"{", "this is none"),
-        (b"[" * 60000, "this is none"),
+        (b"{", "is not valid JSON"),
+        (b"[" * 60000, "is not valid JSON"),
         (b"[]", "give all five"),
         ({"name": "song.wav"}, "give all five"),
         ({"recipe": "../standard"}, "unknown recipe '../standard': choose one of demo, "),
@@ -438,6 +484,200 @@ def test_a_port_that_is_taken_is_one_line(idle: Client, capsys: pytest.CaptureFi
     )
     with pytest.raises(InputError, match="port 70000"):
         Server("127.0.0.1", 70000, Songs(Path(), ModelPool("cpu")))
+
+
+# --- HTTP
+
+
+PATHS = ["/", "/songs", "/songs/x", "/songs/x/vocals.wav", "/songs/x/stems.zip"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_each_path_says_what_it_takes(idle: Client, path: str) -> None:
+    taken = {"/songs": {"POST"}, "/songs/x": {"DELETE", "GET", "HEAD", "PUT"}}.get(path, {"GET", "HEAD"})
+    assert idle.ask("OPTIONS", path)[0] == 204
+    assert idle.headers["Allow"] == ", ".join(sorted({"OPTIONS"} | taken))
+    for method in {"GET", "HEAD", "POST", "PUT", "DELETE"} - taken:
+        assert idle.ask(method, path)[0] == 405
+        assert idle.headers["Allow"] == ", ".join(sorted({"OPTIONS"} | taken))
+    assert idle.ask("PATCH", path)[0] == 501
+
+
+@pytest.mark.parametrize("path", PATHS[:1] + PATHS[2:])
+def test_head_has_gets_headers_and_no_content(idle: Client, path: str) -> None:
+    path = path.replace("x", idle.announce(b"1"))
+    status, _ = idle.ask("GET", path)
+    headers = dict(idle.headers)
+    with idle.connect(f"HEAD {path} HTTP/1.1\r\nHOST\r\n\r\n") as connection:
+        head, _, content = rest(connection).partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    assert lines[0].split()[1] == str(status) and content == b""
+    assert dict(line.split(": ", 1) for line in lines[1:]) | {"Date": headers["Date"]} == headers
+
+
+@pytest.fixture(scope="module")
+def stem(server: Process, short: bytes) -> tuple[str, bytes]:
+    """The path and the content of one that was made."""
+    id = server.send(short)
+    assert server.over(id)["state"] == "done"
+    path = f"/songs/{id}/vocals.flac"
+    status, content = server.ask("GET", path)
+    assert status == 200 and len(content) > 1000
+    assert "flac" in server.headers["Content-Type"] and server.headers["Accept-Ranges"] == "bytes"
+    return path, content
+
+
+@pytest.mark.parametrize(
+    "asked, start, stop",
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=100-299", 100, 300),
+        ("bytes=900-", 900, None),
+        ("bytes=-7", -7, None),
+        ("bytes=5-999999999999", 5, None),
+        ("bytes=-999999999999", 0, None),
+    ],
+)
+def test_a_range_of_a_stem_is_answered_with_just_that(
+    server: Process, stem: tuple[str, bytes], asked: str, start: int, stop: int | None
+) -> None:
+    path, content = stem
+    assert server.ask("GET", path, Range=asked) == (206, content[start:stop])
+    first = start % len(content)
+    last = first + len(content[start:stop]) - 1
+    assert server.headers["Content-Range"] == f"bytes {first}-{last}/{len(content)}"
+    assert server.ask("HEAD", path, Range=asked) == (206, b"")
+    assert server.headers["Content-Length"] == str(last - first + 1)
+
+
+@pytest.mark.parametrize("asked", ["bytes={size}-", "bytes=999999999999-", "bytes=-0"])
+def test_a_range_outside_of_a_stem_is_refused(server: Process, stem: tuple[str, bytes], asked: str) -> None:
+    path, content = stem
+    assert server.ask("GET", path, Range=asked.format(size=len(content))) == (416, b"")
+    assert server.headers["Content-Range"] == f"bytes */{len(content)}"
+
+
+@pytest.mark.parametrize(
+    "asked", ["bytes=-", "bytes=9-3", "bytes=0-1,4-5", "lines=1-2", "bytes=a-b", "bytes=" + "9" * 99]
+)
+def test_what_is_no_single_range_is_answered_with_all(server: Process, stem: tuple[str, bytes], asked: str) -> None:
+    assert server.ask("GET", stem[0], Range=asked) == (200, stem[1])
+
+
+def test_a_part_of_a_stem_goes_on_only_if_the_stem_is_still_the_same(server: Process, stem: tuple[str, bytes]) -> None:
+    path, content = stem
+    server.ask("HEAD", path)
+    tag = server.headers["ETag"]
+    assert server.ask("GET", path, Range="bytes=9-", If_Range=tag) == (206, content[9:])
+    assert server.ask("GET", path, Range="bytes=9-", If_Range='"another"') == (200, content)
+    assert server.ask("GET", path, If_None_Match=tag) == (304, b"")
+
+
+def test_a_client_of_http_1_0_gets_an_archive_without_chunks(server: Process, stem: tuple[str, bytes]) -> None:
+    path = f"{stem[0].rpartition('/')[0]}/stems.zip"
+    with server.connect(f"GET {path} HTTP/1.0\r\nHOST\r\n\r\n") as connection:
+        content = rest(connection).partition(b"\r\n\r\n")[2]
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    assert archive.testzip() is None and archive.read("song/vocals.flac") == stem[1]
+
+
+HIDDEN = "GET / HTTP/1.1\r\nHOST\r\n\r\n"
+ANNOUNCE = "POST /songs HTTP/1.1\r\nHOST\r\nX-Separation: 1\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent, status",
+    [
+        (f"GET /x HTTP/1.1\r\nHOST\r\nContent-Length: {len(HIDDEN)}\r\n\r\n{HIDDEN}", 404),
+        (HIDDEN * 3, 200),
+        (f"{ANNOUNCE}Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n{HIDDEN}", 411),
+        (f"{ANNOUNCE}Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\n{HIDDEN}", 411),
+        (f"{ANNOUNCE}Content-Length: 2\r\nContent-Length: 90\r\n\r\n{{}}{HIDDEN}", 400),
+        (f"{ANNOUNCE}Content-Length: 2, 2\r\n\r\n{{}}{HIDDEN}", 411),
+        (f"{ANNOUNCE}Content-Length: +2\r\n\r\n{{}}{HIDDEN}", 411),
+        (f"{ANNOUNCE}Content-Length : 2\r\n\r\n{{}}{HIDDEN}", 400),
+        (f"{ANNOUNCE}Content-Length: 2\r\n\r\n{{}}{HIDDEN}", 400),  # the announcement is empty
+        ("GET / HTTP/1.1\r\nHOST\r\nHost: evil.example\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHOST\r\nno header\r\n\r\n", 400),
+        (f"GET / HTTP/1.1\r\nHOST\r\nX: {'a' * 70_000}\r\n\r\n", 431),
+        ("GET / HTTP/1.1\r\nHOST\r\n" + "X: a\r\n" * 200 + "\r\n", 431),
+        (f"GET /{'a' * 70_000} HTTP/1.1\r\nHOST\r\n\r\n", 414),
+        ("GET / HTTP/9.9\r\nHOST\r\n\r\n", 505),
+        ("GET /\r\n\r\n", 421),
+        ("GET / HTTP/1.0\r\n\r\n", 421),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\r\n", 400),  # somebody tries https
+        (bytes(range(256)) * 8, 400),
+        ("GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHOST\r\n\r\n", 404),
+        ("GET /söngs/\0/../歌 HTTP/1.1\r\nHOST\r\n\r\n", 404),
+    ],
+)
+def test_whatever_is_sent_on_a_connection_has_one_answer(idle: Client, sent: str | bytes, status: int) -> None:
+    assert idle.answers(sent) == [status]
+
+
+def test_a_refused_upload_is_told_why_although_the_rest_of_it_is_not_read(idle: Client) -> None:
+    status, sentence = idle.ask("PUT", "/songs/x", bytes(3 * 2**20))
+    assert (status, sentence) == (404, "this song is no longer here: send it again")
+
+
+# --- clients that say little
+
+
+HALF = "GET / HTTP/1.1\r\nX: half a head"
+
+
+def test_half_open_connections_keep_nobody_out(tmp_path: Path) -> None:
+    with idle_server(tmp_path, Limits(connections=8, per_address=6)) as (client, _, _), ExitStack() as stack:
+        half_open = [stack.enter_context(client.connect(HALF)) for _ in range(30)]
+        assert client.ask("GET", "/")[0] == 200
+        assert all(connection.recv(1) == b"" for connection in half_open[:24])
+        assert len([thread for thread in threading.enumerate() if "process_request_thread" in thread.name]) <= 7
+
+
+@pytest.mark.parametrize("sent", ["", HALF, f"{ANNOUNCE}Content-Length: 50\r\n\r\n{{", "GET / HTTP/1.1\r\n"])
+def test_who_does_not_come_to_the_end_of_a_request_is_cut_off(tmp_path: Path, sent: str) -> None:
+    with idle_server(tmp_path, Limits(head_seconds=0.1)) as (client, _, _), client.connect(sent) as connection:
+        assert b" 200 " not in rest(connection)
+
+
+def test_a_song_that_comes_too_slowly_is_failed_and_removed(tmp_path: Path) -> None:
+    with idle_server(tmp_path, Limits(pause_seconds=0.2)) as (client, _, _):
+        id = client.announce(bytes(10**6))
+        head = f"PUT /songs/{id} HTTP/1.1\r\nHOST\r\nX-Separation: 1\r\nContent-Length: 1000000\r\n\r\n"
+        with client.connect(head) as connection, suppress(ConnectionError):
+            while not connection.send(b"x") or client.status(id)["state"] in ("announced", "receiving"):
+                time.sleep(0.02)
+        assert client.status(id)["problem"] == "'song.wav' did not come completely: send it again"
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_who_does_not_take_a_file_is_cut_off(tmp_path: Path) -> None:
+    with idle_server(tmp_path, Limits(pause_seconds=0.2, linger_seconds=0.1)) as (client, songs, server):
+        id = client.send(b"1")
+        (tmp_path / "large.wav").write_bytes(bytes(16 * 2**20))
+        songs._songs[id].files = {"large.wav": tmp_path / "large.wav"}
+        with client.connect(f"GET /songs/{id}/large.wav HTTP/1.1\r\nHOST\r\n\r\n") as connection:
+            assert connection.recv(9) == b"HTTP/1.1 "
+            wait_for(lambda: not server.connections.count(), "the end of the connection")
+
+
+def test_where_descriptors_run_out_the_server_waits_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    waited: list[float] = []
+    with Server("127.0.0.1", 0, Songs(tmp_path, ModelPool("cpu"))) as server:
+        monkeypatch.setattr(serve.time, "sleep", waited.append)
+        with Client(server.url).connect() as connection:
+            before = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (connection.fileno() + 1, before[1]))
+            try:
+                with pytest.raises(OSError, match="Too many open files"):
+                    server.get_request()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            assert waited == [0.1]
+            server.get_request()[0].close()
 
 
 # --- in a browser
