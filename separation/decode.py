@@ -23,6 +23,14 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
+from separation.channels import (
+    FFMPEG_LAYOUTS,
+    MASK_COMMENT,
+    Layout,
+    layout_by_ffmpeg,
+    layout_by_mask,
+    layout_of_file,
+)
 from separation.errors import AudioError
 from separation.integrity import MP3_EXTRA_SAMPLES, after_id3v2, check_chunks, check_length, check_mp3, check_ogg
 from separation.resample import resample
@@ -45,10 +53,11 @@ def decode(
 ) -> Waveform:
     """The first audio stream of a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
 
-    8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down (see `_LAYOUTS`), and a
-    warning says so. Where the rate differs the folder holds the waveform twice for a while; None keeps the file's own.
-    Title, artist and album come with it. `progress` is called with the share that is done, first with 0 and then after
-    each block; raise from it to cancel. Reading stops after `max_seconds`, whatever the file says of its length.
+    8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down by what the file tells of
+    them (see `channels`), and a warning says so. Where the rate differs the folder holds the waveform twice for a
+    while; None keeps the file's own. Title, artist and album come with it. `progress` is called with the share that is
+    done, first with 0 and then after each block; raise from it to cancel. Reading stops after `max_seconds`, whatever
+    the file says of its length.
 
     Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, holds NaN or Inf, or is longer
     than `max_seconds`; `OutputError` if `folder` cannot be written to.
@@ -65,14 +74,14 @@ def decode(
                 f"{name} has a sample rate of {source.sample_rate} Hz; convert it to one of {MIN_SAMPLE_RATE} to "
                 f"{MAX_SAMPLE_RATE} Hz."
             )
-        to_stereo = _stereo_matrix(source.layout)
+        to_stereo = source.layout.to_stereo()
         is_stereo = np.array_equal(to_stereo, np.eye(2))
-        if len(to_stereo) > 2:
+        if not is_stereo and len(to_stereo) > 1:
             logger.warning(
                 "%s has %d channels (%s): mixed down to stereo, centre and surround 3 dB lower, LFE left out",
                 name,
                 len(to_stereo),
-                source.layout,
+                f"taken as {source.layout}, since it does not say" if source.layout.is_guessed else source.layout,
             )
         with contextlib.ExitStack() as on_error:
             native = on_error.enter_context(Waveform(folder, sample_rate=source.sample_rate))
@@ -109,62 +118,10 @@ class _Source:
     """An open file: blocks `[n, C]` of float32 at `sample_rate`, the C channels in the order of `layout`."""
 
     sample_rate: int
-    layout: str
+    layout: Layout
     tags: dict[str, str]
     expected_samples: float  # per channel; an estimate, and 0 where the file tells nothing
     blocks: Iterator[NDArray[np.float32]]
-
-
-# Channels by their number: L, R, C(entre), LFE, Ls and Rs (surround), Lb and Rb (back), S (one back surround). As WAV,
-# FLAC and AIFF order them, and ffmpeg whatever it reads.
-_LAYOUTS = {
-    1: "C",
-    2: "L R",
-    3: "L R C",
-    4: "L R Ls Rs",
-    5: "L R C Ls Rs",
-    6: "L R C LFE Ls Rs",
-    7: "L R C LFE S Ls Rs",
-    8: "L R C LFE Lb Rb Ls Rs",
-}
-_OGG_LAYOUTS = _LAYOUTS | {  # Vorbis I specification, 4.3.9; Opus has the same
-    3: "L C R",
-    5: "L C R Ls Rs",
-    6: "L C R Ls Rs LFE",
-    7: "L C R Ls Rs S LFE",
-    8: "L C R Ls Rs Lb Rb LFE",
-}
-_FFMPEG_LAYOUTS = {  # ffmpeg's names of those that differ from the usual one with as many channels
-    "2.1": "L R LFE",
-    "3.0(back)": "L R S",
-    "3.1": "L R C LFE",
-    "4.0": "L R C S",
-    "4.1": "L R C LFE S",
-    "6.0": "L R C S Ls Rs",
-    "6.1(back)": "L R C LFE Ls Rs S",
-    "7.0": "L R C Lb Rb Ls Rs",
-}
-# What each channel gives to the left output, mirrored for the right (ITU-R BS.775, annex 4). LFE is dropped.
-_TO_LEFT = {
-    "L": 1.0,
-    "R": 0.0,
-    "C": 0.5**0.5,
-    "LFE": 0.0,
-    "Ls": 0.5**0.5,
-    "Rs": 0.0,
-    "Lb": 0.5**0.5,
-    "Rb": 0.0,
-    "S": 0.5,
-}
-
-
-def _stereo_matrix(layout: str) -> NDArray[np.float32]:
-    """`[C, 2]` float32. Each output's coefficients sum to 1, as ffmpeg has it, so that no input exceeds full scale."""
-    mirror = str.maketrans("LR", "RL")
-    left = [_TO_LEFT[channel] for channel in layout.split()]
-    right = [_TO_LEFT[channel if channel == "LFE" else channel.translate(mirror)] for channel in layout.split()]
-    matrix = np.array([left, right]).T
-    return (matrix / matrix.sum(axis=0)).astype(np.float32)
 
 
 def _check_is_file(path: Path, name: str) -> None:
@@ -180,12 +137,6 @@ def _check_is_file(path: Path, name: str) -> None:
         raise AudioError(f"{name} is not a file; give the path of an audio file.")
     if status.st_size == 0:
         raise AudioError(f"{name} is empty (0 bytes); get the file again.")
-
-
-def _layout(layouts: dict[int, str], channels: int, name: str) -> str:
-    if channels not in layouts:
-        raise AudioError(f"{name} has {channels} channels; mix it down to 8 or fewer.")
-    return layouts[channels]
 
 
 def _damaged(name: str, seconds: float) -> AudioError:
@@ -256,7 +207,8 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_sec
         # libsndfile guesses them from the bitrate and stops there. It leaves out what the encoder adds.
         if not 0 < limit <= sound.frames + MP3_EXTRA_SAMPLES:
             return None
-    layouts = _OGG_LAYOUTS if sound.format == "OGG" else _LAYOUTS
+    with path.open("rb") as head:  # not `file`, whose place is libsndfile's
+        layout = layout_of_file(head, sound.channels, name)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         if sound.format != "MP3" and limit < _UNKNOWN_SAMPLES:  # the disk need not fill up for what is too long
@@ -271,7 +223,7 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_sec
         if sound.format == "FLAC" and n_samples < sound.frames < _UNKNOWN_SAMPLES:
             raise _damaged(name, n_samples / sound.samplerate)
 
-    return _Source(sound.samplerate, _layout(layouts, sound.channels, name), tags, limit, blocks())
+    return _Source(sound.samplerate, layout, tags, limit, blocks())
 
 
 # Those that hold audio and recognise it by its content. No playlists (hls, concat, dash), which can name other files.
@@ -291,7 +243,8 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack, max_seconds
     # `file:` before the absolute path: no name is taken for an option or for another protocol.
     guarded_input = ["-v", "error", "-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS]
     guarded_input += ["-i", f"file:{path.absolute()}"]
-    entries = "format=format_name,duration:format_tags:stream=sample_rate,channels,channel_layout,duration:stream_tags"
+    entries = "format=format_name,duration:format_tags:stream_tags:"
+    entries += "stream=codec_name,sample_rate,channels,channel_layout,duration"
     try:
         probe = subprocess.run(
             [ffprobe, *guarded_input, "-select_streams", "a:0", "-show_entries", entries, "-of", "json"],
@@ -318,13 +271,16 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack, max_seconds
         check_mp3(path, name, max_seconds)
     tags = {key.lower(): value for tags in (stream, answer["format"]) for key, value in tags.get("tags", {}).items()}
     seconds = float(stream.get("duration", 0)) if {"mov", "flac"} & set(container) else 0.0
-    layout = _FFMPEG_LAYOUTS.get(stream.get("channel_layout", "")) or _layout(_LAYOUTS, channels, name)
-    output = ["-map", "0:a:0", "-f", "f32le", "-ar", str(sample_rate), "-ac", str(channels), "pipe:1"]
+    layout = layout_by_ffmpeg(stream.get("channel_layout", ""), channels, name)
+    if stream.get("codec_name") == "flac":  # of Ogg's comments, ffmpeg passes over this one
+        layout = layout_by_mask(tags.get(MASK_COMMENT, ""), channels) or layout
+    output = ["-map", "0:a:0", "-f", "f32le", "-ar", str(sample_rate)]
+    output += _same_channels(stream.get("channel_layout", ""), channels)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         process = stack.enter_context(
             subprocess.Popen(
-                [ffmpeg, "-nostdin", *guarded_input, *output],
+                [ffmpeg, "-nostdin", *guarded_input, *output, "pipe:1"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -344,6 +300,16 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack, max_seconds
     expected_samples = float(answer["format"].get("duration", 0)) * sample_rate
     tags = {tag: tags[tag] for tag in TAGS if tags.get(tag)}
     return _Source(sample_rate, layout, tags, expected_samples, blocks())
+
+
+def _same_channels(layout: str, channels: int) -> list[str]:
+    """Options that keep ffmpeg to the channels that ffprobe named, also where a stream changes them.
+
+    A number of channels alone would have it mix a layout into its usual one with as many: quad into L R C S.
+    """
+    if layout in FFMPEG_LAYOUTS:
+        return ["-af", f"aformat=channel_layouts={layout}"]
+    return [] if "+" in layout or "ambisonic" in layout else ["-ac", str(channels)]
 
 
 def _read_output(process: subprocess.Popen[bytes], n_bytes: int) -> bytes:

@@ -29,6 +29,7 @@ FLOORS = {
     "separation.separator": 3,
     "separation.output": 2.5,
     "separation.integrity": 1,
+    "separation.channels": 1.5,
     "separation.cache": 2,
     "separation.metrics": 2,
     "separation.picture": 3,
