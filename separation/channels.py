@@ -347,12 +347,30 @@ _CORE_AUDIO = {
     190: "W Y Z X",
     191: "W Y Z X",
     194: "L R C LFE Ls Rs Lts Rts",
+    197: "L R S C",
+    198: "L R Ls Rs S C",
+    199: "L R Ls Rs S C LFE",
+    200: "L C R Ls S Rs LFE",
+    201: "L R Ls Rs Lb Rb C LFE",
+    205: "L R C LFE Ls Rs Ltf Rtf",
+    212: "L C R Lb Rb",
+    213: "L C R Lb Rb LFE",
+    214: "L C R Ls Rs S LFE",
+    215: "L C R Ls Rs Lb Rb LFE",
+    216: "L R Lb Rb C",
+    217: "L R Lb Rb C LFE",
+    218: "L R Ls Rs C S LFE",
+    219: "L R Lb Rb Ls Rs C LFE",
 }
 _DESCRIPTIONS, _BITMAP = 0, 1  # in place of a tag: a label for each channel, or a mask like a WAV's
-# Apple's labels beyond those that follow the mask.
-_LABELS = dict(enumerate(_MASK, 1))
-_LABELS |= {33: "Lb", 34: "Rb", 35: "Lw", 36: "Rw", 37: "LFE2", 38: "Lt", 39: "Rt", 200: "W", 201: "X", 202: "Y"}
-_LABELS |= {203: "Z", 204: "Mid", 205: "Side", 206: "L", 207: "R", 301: "L", 302: "R"}
+# Apple's labels, of which the first 18 follow the mask. Not 42, mono: of several, none is in the middle.
+_LABELS = {
+    **dict(enumerate(_MASK, 1)),
+    **{33: "Lb", 34: "Rb", 35: "Lw", 36: "Rw", 37: "LFE2", 38: "Lt", 39: "Rt", 44: "S", 49: "Lts", 51: "Rts"},
+    **{52: "Ltb", 53: "Ctb", 54: "Rtb", 55: "Ls", 56: "Rs", 57: "Lbf", 58: "Rbf", 59: "Cbf", 60: "Lts", 61: "Rts"},
+    **{62: "LFE2", 63: "Lb", 64: "Rb", 200: "W", 201: "X", 202: "Y", 203: "Z", 204: "Mid", 205: "Side"},
+    **{206: "L", 207: "R", 208: "L", 209: "R", 301: "L", 302: "R"},
+}
 
 
 def _told_by_core_audio(content: bytes) -> Sequence[str] | None:
