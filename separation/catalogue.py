@@ -352,7 +352,8 @@ def _demucs_document(document: dict[str, Any], training: dict[str, Any], path: P
 def _stems(document: dict[str, Any], training: dict[str, Any], model: dict[str, Any], path: Path) -> tuple[str, ...]:
     """Those that a YAML names, in small letters; the one it was trained for if the model has one output."""
     sources = model.get("sources")
-    outputs = model.get("num_stems") or model.get("n_sources") or len(sources or [None])
+    n_sources = len(sources or [None]) if sources is None or isinstance(sources, list | tuple) else sources
+    outputs = model.get("num_stems") or model.get("n_sources") or n_sources
     target = training.get("target_instrument")
     if "stems" not in document:
         instruments = [target] if target and outputs == 1 else training.get("instruments") or sources

@@ -44,7 +44,8 @@ from separation.models import ARCHITECTURES
 from separation.models.attention import LAYERS, AttentionChoice, choose_attention
 from separation.models.base import Origin, SeparationModel, precision_name
 from separation.models.kernels.native import NotFusedError, library
-from separation.state_dict import Uninitialised, building, metadata_of, open_weights, read_weights
+from separation.models.limits import Uninitialised, check_arguments, check_frames
+from separation.state_dict import building, metadata_of, open_weights, read_weights
 
 logger = logging.getLogger("separation")
 
@@ -357,15 +358,18 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
     # Files without a stem of their own are as many networks, whose estimates are averaged.
     members = [file for file in description.files if file.stem is None]
     several = {"specialists": specialists} if specialists else {"members": len(members)} if len(members) > 1 else {}
+    if "rescale" in known and not initialised:
+        hyper_parameters["rescale"] = 0  # of random weights, with which a training begins
     try:
+        check_arguments(hyper_parameters, {field.name: field.type for field in fields(architecture.Config)})
+        check_frames(description.chunk_samples, hyper_parameters)
         config = architecture.Config(**hyper_parameters)
         # Built where PyTorch computes and then emptied: operations on the meta device itself would import its
         # compiler, most of a second. Until it is written to, memory on the CPU costs nothing either.
-        with contextlib.nullcontext() if initialised else Uninitialised():
+        with Uninitialised():
             model = architecture(config, **several)
-        if not initialised:
-            model.to("meta")
-    except (TypeError, ValueError, RuntimeError) as e:
+        model = architecture(config, **several) if initialised else model.to("meta")
+    except Exception as e:  # arguments may be anything
         raise CheckpointError(f"{description.source}: the model section is not usable: {first_line(e)}") from e
     outputs = getattr(config, "num_stems", len(description.stems))
     if outputs != len(description.stems):

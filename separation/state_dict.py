@@ -6,7 +6,6 @@ PyTorch's pickles, those of Demucs with the classes that they name, and safetens
 
 import contextlib
 import json
-import math
 import pickle
 import re
 import threading
@@ -21,13 +20,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from separation.catalogue import size_bytes
 from separation.documents import first_line, read_json, read_safetensors_header
 from separation.errors import CheckpointError
 from separation.models.base import Blueprint
 from separation.models.htdemucs import dequantised, network_of
+from separation.models.limits import Uninitialised
 
 NESTINGS = ("state_dict", "state", "model", "model_state_dict")  # where trainers put the weights in what they save
 WRAPPERS = ("module.", "model.")  # what DataParallel and Lightning put before every key
@@ -47,35 +46,11 @@ DTYPES = {
 }
 
 
-class Uninitialised(TorchFunctionMode):
-    """Within it, new layers keep whatever their memory holds in place of random numbers; there may be `most` in all."""
-
-    def __init__(self, most: float = math.inf) -> None:
-        super().__init__()
-        self._left = most
-
-    _SKIPPED = frozenset(
-        {getattr(torch.nn.init, name) for name in dir(torch.nn.init) if re.fullmatch("[a-z].*_", name)}
-        | {Tensor.uniform_, Tensor.normal_}
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self._SKIPPED:
-            return args[0] if args else kwargs["tensor"]
-        result = func(*args, **kwargs)
-        if func is torch.empty:
-            self._left -= result.numel()
-            if self._left < 0:
-                raise ValueError("it has more weights than the file")
-        return result
-
-
 @contextlib.contextmanager
 def building(path: Path, most_weights: int) -> Iterator[None]:
     """Building a network as a file says: of no more weights than it can hold, and with one sentence if that fails."""
     try:
-        with Uninitialised(most_weights):
+        with Uninitialised(most_weights, "the file"):
             yield
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e

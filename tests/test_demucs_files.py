@@ -214,9 +214,9 @@ def saved_with(tmp_path: Path, form: str, **kwargs: Any) -> Path:
     [
         ({"channels": 1 << 40}, ""),
         ({"channels": 4096}, "it has more weights than the file"),
-        ({"depth": 10**9}, "depth is 1000000000, more than 64"),
-        ({"wiener_iters": 10**9, "end_iters": 10**9}, "wiener_iters is 1000000000, more than 64"),
-        ({"multi_freqs": [0.1] * 1000}, "multi_freqs is 1000, more than 64"),
+        ({"depth": 10**9}, "depth is 1000000000, more than 256"),
+        ({"wiener_iters": 10**9, "end_iters": 10**9}, "wiener_iters is 1000000000, more than 256"),
+        ({"multi_freqs": [0.1] * 1000}, "multi_freqs is 1000, more than 256"),
         ({"channels": "many"}, ""),
         ({"sources": ["drums"]}, "multiple values for argument 'sources'"),
     ],

@@ -29,6 +29,7 @@ from separation.models.base import Blueprint, SeparationModel, Transform
 from separation.models.kernels.hybrid_gpu import HybridNetwork, Inputs
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.operations import run
+from separation.models.limits import check_arguments
 from separation.stft import hermitian, make_window, stft
 
 logger = logging.getLogger("separation")
@@ -38,8 +39,6 @@ CLASSES: dict[str, type[nn.Module]] = {
     "demucs.hdemucs.HDemucs": demucs.hdemucs.HDemucs,
     "demucs.htdemucs.HTDemucs": demucs.htdemucs.HTDemucs,
 }
-COUNTS = ("depth", "layers", "iters")  # arguments whose names end so say how often something is repeated
-MOST_REPEATS = 64
 
 
 def _config(network: type[nn.Module]) -> type:
@@ -66,10 +65,7 @@ def network_of(blueprint: Blueprint) -> nn.Module:
     signature = inspect.signature(network)
     known = {name: value for name, value in blueprint.kwargs.items() if name in signature.parameters}
     arguments = signature.bind(*blueprint.args, **known).arguments
-    for name, value in arguments.items():  # a file of weights must not be able to keep the program busy for hours
-        repeats = len(value) if isinstance(value, list | tuple) else value if name.endswith(COUNTS) else 0
-        if abs(repeats) > MOST_REPEATS:
-            raise ValueError(f"{name} is {repeats}, more than {MOST_REPEATS}")
+    check_arguments(arguments, {})  # a file of weights must not be able to keep the program busy for hours
     return network(**(arguments | {"rescale": 0}))  # of random weights, with which a training begins
 
 

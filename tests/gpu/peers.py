@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from separation.catalogue import Checkpoint, read_config
-from separation.state_dict import Uninitialised
+from separation.models.limits import Uninitialised
 from workloads import Workloads
 
 # The name in the table -> the distribution that holds it.
