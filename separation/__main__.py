@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from separation import __version__, catalogue, songs
+from separation import __version__, about, catalogue, songs
 from separation.cache import Cache, chosen_cache
 from separation.chunk_choice import ChunkChoice
 from separation.errors import InputError, SeparationError
@@ -29,6 +29,7 @@ from separation.recipes import choices, load_recipe, names
 if TYPE_CHECKING:
     from separation.separator import Separator
 
+RECIPE, STEMS = "standard", "vocals_instrumental"  # where neither these nor a model is named
 FORMATS = ("wav", "mp3", "flac")
 SAMPLE_RATES = (44100, 48000, "source")
 WAV_DEPTHS = ("16", "24", "32f")
@@ -76,8 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     engine = Parser(add_help=False)
     all_choices = sorted({choice for name in names() for choice in choices(name)})
-    engine.add_argument("--stems", default="vocals_instrumental", help=f"{', '.join(all_choices)}")
-    engine.add_argument("--recipe", default="standard", help=f"{', '.join(names())} (default: standard)")
+    engine.add_argument("--stems", help=f"{', '.join(all_choices)} (default: {STEMS})")
+    engine.add_argument("--recipe", help=f"{', '.join(names())} (default: {RECIPE})")
     engine.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
     engine.add_argument(
         "--model-dir", type=Path, metavar="DIR", help="where that lies: DIR/NAME, or NAME.yaml and .ckpt"
@@ -207,12 +208,16 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export, verbose=False)
 
     models = commands.add_parser(
-        "models", help="list, download, verify or convert the checkpoints; compile what they run on a GPU"
-    ).add_subparsers(required=True, metavar="list|download|verify|convert|compile", parser_class=Parser)
+        "models", help="list, show, download, verify or convert the checkpoints; compile what they run on a GPU"
+    ).add_subparsers(required=True, metavar="list|show|download|verify|convert|compile", parser_class=Parser)
     quiet: dict[str, Any] = {"verbose": False}
     listing = models.add_parser("list", help="every checkpoint, what it gives and whether it is here")
     listing.add_argument("--json", action="store_true", help="print one JSON object a checkpoint")
     listing.set_defaults(command=_list, **quiet)
+    showing = models.add_parser("show", help="what a checkpoint is: chunks, stems, parameters, licence, files")
+    showing.add_argument("model", metavar="NAME", help="or the path of a YAML or of weights with one beside them")
+    showing.add_argument("--json", action="store_true", help="print one JSON object")
+    showing.set_defaults(command=_show, **quiet)
     download = models.add_parser("download", help="download checkpoints' files")
     download.add_argument("names", nargs="+", metavar="NAME")
     download.set_defaults(command=_download, **quiet)
@@ -348,13 +353,14 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        if name not in INDIFFERENT | {"chunk_size", "overlap"}
+        if name not in INDIFFERENT | {"recipe", "stems", "chunk_size", "overlap"}
     }
     if name := _model_name(options):
         models: dict[str, Any] = {name: None if options.two_stems is None else [options.two_stems]}
     else:
-        recipe = load_recipe(options.recipe, options.stems, two_stems=options.two_stems)
+        recipe = load_recipe(*_recipe(options), two_stems=options.two_stems)
         models = dict(recipe.models)
+        settings["recipe"], settings["stems"] = _recipe(options)
         settings["sources"] = {stem: repr(source) for stem, source in recipe.outputs.items()}
     descriptions = {name: catalogue.read_config(name) for name in models}
     choice = ChunkChoice(options.chunk_size, options.overlap)
@@ -392,11 +398,23 @@ def _separator(options: argparse.Namespace) -> "Separator":
             attention=options.attention,
         )
         return Separator.from_model(model, **shared)
-    return Separator(options.recipe, options.stems, pool=pool, **shared)
+    return Separator(*_recipe(options), pool=pool, **shared)
+
+
+def _recipe(options: argparse.Namespace) -> tuple[str, str]:
+    """The recipe and the choice of stems."""
+    return options.recipe or RECIPE, options.stems or STEMS
 
 
 def _model_name(options: argparse.Namespace) -> str | None:
     """The name or the path of the model that is to take the recipe's place, if any."""
+    for name in ("model_path", "model_name"):
+        for other in ("stems", "recipe"):
+            if getattr(options, name) is not None and getattr(options, other) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')} gives all stems of one model, and does not take --{other}: leave one "
+                    "of them out"
+                )
     if options.model_dir is not None:
         if options.model_path is not None or not options.model_name:
             raise InputError("--model-dir needs --model-name, a name in that folder, and excludes --model-path")
@@ -470,23 +488,35 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    def show(name: str) -> None:
-        model, here = catalogue.read_config(name), catalogue.is_here(name)
-        n_bytes = catalogue.known_bytes(model.files)
+    names, failed = catalogue.available(), []
+    width = max(map(len, names))
+    if not options.json:
+        print(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':17}  STEMS")
+    for name in names:
+        try:
+            model, here = catalogue.read_config(name), catalogue.is_here(name)
+            n_bytes = catalogue.known_bytes(model.files)
+        except SeparationError as e:
+            failed.append(name)
+            print(json.dumps({"name": name, "error": str(e)}) if options.json else f"{name:{width}}  error: {e}")
+            continue
         if options.json:
             facts = {"name": name, "architecture": model.architecture, "stems": model.stems, "bytes": n_bytes}
             print(json.dumps(facts | {"here": here, "licence": model.licence, "quality": model.quality}))
-            return
+            continue
         size = f"{n_bytes / 1e6:.0f} MB" if n_bytes else "?"
         stems = ", ".join(model.stems)
         print(f"{name:{width}}  {'here' if here else '-':4}  {size:>7}  {model.architecture or '?':17}  {stems}")
         print(f"    quality: {model.quality}; licence: {model.licence}")
+    if failed:
+        print(f"error: {len(failed)} of {len(names)} models cannot be used: {', '.join(failed)}", file=sys.stderr)
+    return 2 if failed else 0
 
-    names = catalogue.available()
-    width = max(map(len, names))
-    if not options.json:
-        print(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':17}  STEMS")
-    return _each(names, show)
+
+def _show(options: argparse.Namespace) -> int:
+    facts = about.model_facts(options.model)
+    print(json.dumps(facts) if options.json else about.as_text(facts))
+    return 0
 
 
 def _download(options: argparse.Namespace) -> int:
@@ -584,13 +614,14 @@ def _bench(options: argparse.Namespace) -> int:
         "seconds": options.seconds,
         "runs": options.runs,
     }
+    recipe, stems = _recipe(options)
     result: Any
     if options.cold_start:
         unused = ("attention", "batch_size", "chunk_size", "overlap", "random_weights", "seconds", "runs")
         _refuse(options, ["bench"], "--cold-start", unused)
-        result = cold_start(options.recipe, options.stems, **shared)
+        result = cold_start(recipe, stems, **shared)
     else:
-        result = engine_speed(options.recipe, options.stems, **shared, **engine)
+        result = engine_speed(recipe, stems, **shared, **engine)
     print(result.as_json() if options.json else result)
     return 0
 

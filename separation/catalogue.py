@@ -354,10 +354,10 @@ def _stems(document: dict[str, Any], training: dict[str, Any], model: dict[str, 
     sources = model.get("sources")
     n_sources = len(sources or [None]) if sources is None or isinstance(sources, list | tuple) else sources
     outputs = model.get("num_stems") or model.get("n_sources") or n_sources
+    instruments = None if training.get("instruments") is None else _take(training, "instruments", list, path)
     target = training.get("target_instrument")
-    if "stems" not in document:
-        instruments = [target] if target and outputs == 1 else training.get("instruments") or sources
-        document = document if instruments is None else {"stems": instruments}
+    if "stems" not in document and (found := [target] if target and outputs == 1 else instruments or sources):
+        document = {"stems": found}
     named = _take(document, "stems", list, path)
     if wrong := [stem for stem in named if not isinstance(stem, str | int | float)]:
         raise CheckpointError(f"{path}: a stem must be a text, not {shown(wrong[0])}: rename it under stems")

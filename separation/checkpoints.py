@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,13 @@ from separation.catalogue import (
     WEIGHT_SUFFIXES,
     Checkpoint,
     WeightFile,
+    converted_path,
     fetch,
     file_state,
     files_for,
     known_sha256,
     loaded_sha256,
+    local_path,
     read_config,
     size_bytes,
 )
@@ -45,7 +47,7 @@ from separation.models.attention import LAYERS, AttentionChoice, choose_attentio
 from separation.models.base import Origin, SeparationModel, precision_name
 from separation.models.kernels.native import NotFusedError, library
 from separation.models.limits import Uninitialised, check_arguments, check_frames
-from separation.state_dict import building, metadata_of, open_weights, read_weights
+from separation.state_dict import Stored, building, metadata_of, open_weights, read_weights
 
 logger = logging.getLogger("separation")
 
@@ -97,7 +99,7 @@ def load_model(
     asked = choose_precision(precision, device) if isinstance(precision, str) else precision
     dtype = floats_of(asked, device)
     files = files_for(description, stems)
-    parts = [file.stem or str(number) for number, file in enumerate(files)] or ["0"]
+    parts = _parts(files)
     specialists = tuple(file.stem for file in files if file.stem is not None)
     paths: list[Path] = []  # found first only where they must say what is built: what is wrong there costs no download
     if description.architecture is None:
@@ -112,11 +114,7 @@ def load_model(
     paths = paths or _weight_paths(description, files, checkpoint)
     checksums = _checksums(files, paths, given=checkpoint is not None)
     stored = dict(zip(parts, map(open_weights, paths), strict=True))
-    for part, file in stored.items():
-        if file.blueprint is not None:
-            with building(file.path, size_bytes(file.path)):
-                model.follow(part, file.blueprint)
-    model.to("meta")
+    _follow(model, stored)
     dtypes = {key: value.dtype for key, value in model.state_dict().items()}
     weights: dict[str, Tensor] = {}
     for part, file in stored.items():
@@ -155,6 +153,38 @@ def load_model(
             attention=attention,
         )
     return model
+
+
+def count_parameters(description: Checkpoint) -> tuple[str, int]:
+    """The architecture of a checkpoint, and how many numbers all of its networks have learned; nothing is downloaded.
+
+    Where its files are here, they are asked too. Raises CheckpointError for a model that cannot be built.
+    """
+    files = description.files
+    places = [converted_path(file) or local_path(file) for file in files]
+    stored = {part: open_weights(path) for part, path in zip(_parts(files), places, strict=False) if path.exists()}
+    if description.architecture is None:
+        first = next(iter(stored.values()), None)
+        keys, path = (None, None) if first is None else (list(first.tensors), first.path)
+        description = replace(description, architecture=_architecture(description, keys, path))
+    model = _build(description, tuple(file.stem for file in files if file.stem is not None))
+    _follow(model, stored)
+    assert description.architecture is not None
+    return description.architecture, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _parts(files: Sequence[WeightFile]) -> list[str]:
+    """What each file is for: a specialist's stem, else a number."""
+    return [file.stem or str(number) for number, file in enumerate(files)] or ["0"]
+
+
+def _follow(model: SeparationModel, stored: Mapping[str, Stored]) -> None:
+    """Rebuild those parts of a model whose files say themselves what they are, and leave it on the meta device."""
+    for part, file in stored.items():
+        if file.blueprint is not None:
+            with building(file.path, size_bytes(file.path)):
+                model.follow(part, file.blueprint)
+    model.to("meta")
 
 
 @functools.cache  # once, however often a file is loaded

@@ -3,6 +3,8 @@
 The keys are those of Music-Source-Separation-Training (MSST), Ultimate Vocal Remover (UVR) and audio-separator.
 """
 
+import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from separation.catalogue import Checkpoint, read_config
 from separation.checkpoints import load_model, random_weights
+from separation.documents import read_yaml
 from separation.errors import CheckpointError
 from small_model import small_model, write_weights
 
@@ -391,6 +394,8 @@ def test_a_hyper_parameter_that_is_off_may_be_unknown(tmp_path: Path, value: str
         (MSST_DEMUCS, ("\nhtdemucs:", "\ndemucs:"), "htdemucs must be a section, and is missing"),
         (MSST_ROFORMER, ("training:\n", "training: 5\nold:\n"), "training must be a section, not 5"),
         (UVR_MDX23C, ("  - Kick\n", "  - Snare\n"), "stems must name each stem once"),
+        (MSST_ROFORMER, ("['Vocals', 'other']", "Vocals"), "instruments must be a list, not 'Vocals'"),
+        (MSST_ROFORMER, ("target_instrument: Vocals", "target_instrument: {a: 1}"), "a stem must be a text, not {'a'"),
     ],
 )
 def test_what_a_published_yaml_lacks_is_named(tmp_path: Path, text: str, change: tuple[str, str], message: str) -> None:
@@ -402,3 +407,28 @@ def test_a_section_that_is_empty_is_as_one_that_is_missing(tmp_path: Path) -> No
     text = "stems: [vocals]\n" + UVR_ROFORMER[: UVR_ROFORMER.index("training:")] + "training:\ninference:\n"
     found: Any = read(tmp_path, text)
     assert (found.stems, found.chunk_samples) == (("vocals",), 4096)
+
+
+ODD: list[Any] = [None, True, 0, 4, 1.5, "4", [4], [["a"]], {"a": 1}, {1: 2}]
+READ = {"audio", "chunk_size", "sample_rate", "hop_length", "dim_t", "model", "sources", "num_stems", "training"}
+READ |= {"instruments", "target_instrument", "segment", "samplerate", "channels", "htdemucs", "inference", "normalize"}
+
+
+@pytest.mark.parametrize("text", [MSST_DEMUCS, UVR_ROFORMER, SCNET])
+def test_a_value_of_another_type_is_read_or_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    published = read_yaml(path)
+    sections = {name: section for name, section in published.items() if isinstance(section, dict)}
+    places = [(name,) for name in published] + [(name, key) for name in sections for key in sections[name]]
+    refused = []
+    for place in (place for place in places if READ.issuperset(place)):
+        for odd in ODD:
+            document = copy.deepcopy(published)
+            (document if len(place) == 1 else document[place[0]])[place[-1]] = odd
+            path.write_text(json.dumps(document), encoding="utf-8")
+            try:
+                read_config(path)
+            except CheckpointError as e:
+                refused.append(str(e))
+    assert len(refused) > 30
+    assert all(said.startswith(f"{path}: ") and "\n" not in said for said in refused)

@@ -287,7 +287,12 @@ def test_a_yaml_there_that_cannot_be_read_does_not_hide_the_others(
     assert main(["models", "list"]) == 2
     captured = capsys.readouterr()
     assert "a      " in captured.out and "demo  " in captured.out
-    assert captured.err == f"error: {models / 'z.yaml'}: audio must be a section, and is missing\n"
+    fault = f"{models / 'z.yaml'}: audio must be a section, and is missing"
+    assert "\nz      " in captured.out and f"  error: {fault}\n" in captured.out
+    assert captured.err == f"error: 1 of {len(available())} models cannot be used: z\n"
+    assert main(["models", "list", "--json"]) == 2
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in rows] == available() and rows[-1] == {"name": "z", "error": fault}
     assert main(["models", "verify", "a"]) == 0
     said = f"{models / 'a.ckpt'}: here, but no sha256 is known to compare it with\n"
     assert capsys.readouterr().out == said
@@ -338,6 +343,9 @@ def test_separate_takes_weights_alone_and_a_name_in_a_folder(
         ),
         (["--model-path", "own/x.yaml"], "--model-path own/x.yaml is a YAML file: give that to --model-name"),
         (["--model-path", "own/y.ckpt"], "there is no file own/y.ckpt"),
+        (["--model-path", "own/x.ckpt", "--stems", "all_4"], "--model-path gives all stems of one model, and does not"),
+        (["--model-name", "demo", "--stems", "vocals_instrumental"], "does not take --stems: leave one of them out"),
+        (["--model-name", "demo", "--recipe", "standard"], "--model-name gives all stems of one model, and does not"),
         (["--model-path", "alone.ckpt"], "alone.ckpt needs the YAML file that it was published with"),
     ],
 )
