@@ -6,17 +6,14 @@ file is, is judged by its content; its name is never looked at.
 
 import contextlib
 import io
-import json
 import logging
 import math
 import os
-import select
-import shutil
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -31,7 +28,10 @@ from separation.channels import (
     layout_by_mask,
     layout_of_file,
 )
+from separation.damage import MIN_MISSING_SECONDS, Damage
 from separation.errors import AudioError
+from separation.ffmpeg import Decoding, probe
+from separation.holes import Timeline, placed
 from separation.integrity import MP3_EXTRA_SAMPLES, after_id3v2, check_chunks, check_length, check_mp3, check_ogg
 from separation.resample import resample
 from separation.waveform import BLOCK_SAMPLES, SAMPLE_RATE, TAGS, Waveform
@@ -50,6 +50,7 @@ def decode(
     sample_rate: int | None = SAMPLE_RATE,
     max_seconds: float | None = None,
     progress: Callable[[float], None] | None = None,
+    accept_damaged: bool = False,
 ) -> Waveform:
     """The first audio stream of a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
 
@@ -67,8 +68,9 @@ def decode(
     if progress:
         progress(0.0)
     _check_is_file(path, name)
+    damage = Damage(name, accept=accept_damaged)
     with contextlib.ExitStack() as stack:
-        source = _open_libsndfile(path, name, stack, max_seconds) or _open_ffmpeg(path, name, stack, max_seconds)
+        source = _open_libsndfile(path, name, stack, max_seconds) or _open_ffmpeg(path, stack, max_seconds, damage)
         if not MIN_SAMPLE_RATE <= source.sample_rate <= MAX_SAMPLE_RATE:
             raise AudioError(
                 f"{name} has a sample rate of {source.sample_rate} Hz; convert it to one of {MIN_SAMPLE_RATE} to "
@@ -102,6 +104,7 @@ def decode(
                 native.append(torch.from_numpy(block if is_stereo else block @ to_stereo).T)
                 if progress:
                     progress(reading * min(native.n_samples / (source.expected_samples or math.inf), 1.0))
+            damage.judge(native.n_samples / native.sample_rate)
             if native.n_samples == 0:
                 raise AudioError(f"{name} holds no samples of audio; choose another file.")
             decoded = native
@@ -226,41 +229,13 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_sec
     return _Source(sound.samplerate, layout, tags, limit, blocks())
 
 
-# Those that hold audio and recognise it by its content. No playlists (hls, concat, dash), which can name other files.
-_DEMUXERS = (
-    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,dtshd,eac3,flac,flv,iff,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,"
-    "mxf,nut,ogg,oma,rm,tak,truehd,tta,voc,w64,wav,wtv,wv,xwma"
-)
+_ENTRIES = "format=format_name,duration:format_tags:stream_tags:"
+_ENTRIES += "stream=codec_name,sample_rate,channels,channel_layout,duration"
 
 
-_PATIENCE_SECONDS = 30.0  # for a word from ffprobe and for each next block from ffmpeg
-
-
-def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack, max_seconds: float | None) -> _Source:
-    ffmpeg, ffprobe = shutil.which("ffmpeg"), shutil.which("ffprobe")
-    if ffmpeg is None or ffprobe is None:
-        raise AudioError(f"{name} is not audio that libsndfile reads; install ffmpeg for M4A, AAC, video and others.")
-    # `file:` before the absolute path: no name is taken for an option or for another protocol.
-    guarded_input = ["-v", "error", "-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS]
-    guarded_input += ["-i", f"file:{path.absolute()}"]
-    entries = "format=format_name,duration:format_tags:stream_tags:"
-    entries += "stream=codec_name,sample_rate,channels,channel_layout,duration"
-    try:
-        probe = subprocess.run(
-            [ffprobe, *guarded_input, "-select_streams", "a:0", "-show_entries", entries, "-of", "json"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_PATIENCE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as e:
-        raise AudioError(
-            f"{name} is damaged: ffmpeg cannot tell what is in it within {e.timeout:g} s; get the file again."
-        ) from e
-    if probe.returncode != 0:
-        raise AudioError(f"{name} is not audio that libsndfile or ffmpeg can read; choose an audio file.")
-    answer = json.loads(probe.stdout.decode(errors="replace"))
+def _open_ffmpeg(path: Path, stack: contextlib.ExitStack, max_seconds: float | None, damage: Damage) -> _Source:
+    name = damage.name
+    answer = probe(path, name, "-select_streams", "a:0", "-show_entries", _ENTRIES)
     if not answer["streams"]:
         raise AudioError(f"{name} holds no audio stream; choose a file with sound.")
     stream, container = answer["streams"][0], answer["format"]["format_name"].split(",")
@@ -270,58 +245,51 @@ def _open_ffmpeg(path: Path, name: str, stack: contextlib.ExitStack, max_seconds
     if "mp3" in container:
         check_mp3(path, name, max_seconds)
     tags = {key.lower(): value for tags in (stream, answer["format"]) for key, value in tags.get("tags", {}).items()}
-    seconds = float(stream.get("duration", 0)) if {"mov", "flac"} & set(container) else 0.0
     layout = layout_by_ffmpeg(stream.get("channel_layout", ""), channels, name)
     if stream.get("codec_name") == "flac":  # of Ogg's comments, ffmpeg passes over this one
         layout = layout_by_mask(tags.get(MASK_COMMENT, ""), channels) or layout
-    output = ["-map", "0:a:0", "-f", "f32le", "-ar", str(sample_rate)]
-    output += _same_channels(stream.get("channel_layout", ""), channels)
+    announced = _announced_seconds(stream, container)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
-        process = stack.enter_context(
-            subprocess.Popen(
-                [ffmpeg, "-nostdin", *guarded_input, *output, "pipe:1"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-            )
+        options, filters = _same_channels(stream.get("channel_layout", ""), channels)
+        options += ["-map", "0:a:0"]
+        block_bytes = BLOCK_SAMPLES * channels * 4
+        decoding = stack.enter_context(
+            Decoding(path, name, options, sample_rate=sample_rate, block_bytes=block_bytes, filters=filters)
         )
-        stack.callback(process.kill)  # does nothing once it has ended; runs before the wait for its end
-        n_samples = 0
-        while data := _read_output(process, BLOCK_SAMPLES * channels * 4):
-            block = np.frombuffer(data[: len(data) // (channels * 4) * channels * 4], dtype="<f4")
-            n_samples += len(block) // channels
-            yield block.reshape(-1, channels).copy()
-        # MP4 and FLAC announce the stream's own duration; of other containers ffmpeg gives at most an estimate.
-        if process.wait() != 0 or n_samples / sample_rate < seconds - 0.5:
-            raise _damaged(name, n_samples / sample_rate)
+        timeline, n_samples = Timeline(decoding, sample_rate, announced, damage), 0
+        for block in placed(decoding, channels, timeline):
+            n_samples += len(block)
+            yield block
+        failed, seconds = decoding.wait() != 0, n_samples / sample_rate
+        if announced - seconds > MIN_MISSING_SECONDS:
+            damage.cut(announced - seconds)
+        words = f"ffmpeg reports {_number(decoding.n_errors, 'error')}" if decoding.n_errors else "ffmpeg gives up"
+        words += f', "{decoding.errors[0]}"' if decoding.errors else ""
+        if failed and not announced:
+            damage.doubt(words)
+        elif failed or decoding.n_errors:
+            damage.note(words)
 
     expected_samples = float(answer["format"].get("duration", 0)) * sample_rate
     tags = {tag: tags[tag] for tag in TAGS if tags.get(tag)}
     return _Source(sample_rate, layout, tags, expected_samples, blocks())
 
 
-def _same_channels(layout: str, channels: int) -> list[str]:
-    """Options that keep ffmpeg to the channels that ffprobe named, also where a stream changes them.
+def _same_channels(layout: str, channels: int) -> tuple[list[str], tuple[str, ...]]:
+    """Options and filters that keep ffmpeg to the channels that ffprobe named, also where a stream changes them.
 
     A number of channels alone would have it mix a layout into its usual one with as many: quad into L R C S.
     """
     if layout in FFMPEG_LAYOUTS:
-        return ["-af", f"aformat=channel_layouts={layout}"]
-    return [] if "+" in layout or "ambisonic" in layout else ["-ac", str(channels)]
+        return [], (f"aformat=channel_layouts={layout}",)
+    return ([] if "+" in layout or "ambisonic" in layout else ["-ac", str(channels)]), ()
 
 
-def _read_output(process: subprocess.Popen[bytes], n_bytes: int) -> bytes:
-    """The next bytes that a program writes, fewer only at the end. One that falls silent is ended."""
-    pipe = process.stdout
-    assert pipe is not None
-    data = bytearray()
-    while len(data) < n_bytes:
-        if not select.select([pipe], [], [], _PATIENCE_SECONDS)[0]:
-            process.kill()
-        part = pipe.read(n_bytes - len(data))
-        if not part:
-            break
-        data += part
-    return bytes(data)
+def _announced_seconds(stream: dict[str, Any], container: list[str]) -> float:
+    """How long the stream is by the file; 0 where it does not say, or ffmpeg gives no more than an estimate."""
+    return float(stream.get("duration", 0)) if {"mov", "flac"} & set(container) else 0.0
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}" + ("s" if n != 1 else "")

@@ -30,6 +30,9 @@ FLOORS = {
     "separation.output": 2.5,
     "separation.integrity": 1,
     "separation.channels": 1.5,
+    "separation.damage": 1,
+    "separation.ffmpeg": 1,
+    "separation.holes": 1.8,
     "separation.cache": 2,
     "separation.metrics": 2,
     "separation.picture": 3,
@@ -57,7 +60,7 @@ FLOORS = {
 
 
 # ffmpeg, a fresh Python, a compiler
-PROGRAMS = {"separation.decode", "separation.bench", "separation.models.kernels.native"}
+PROGRAMS = {"separation.ffmpeg", "separation.bench", "separation.models.kernels.native"}
 
 
 def modules() -> dict[str, Path]:

@@ -242,6 +242,37 @@ def test_a_file_made_to_keep_the_decoder_busy_is_answered_within_seconds(kind: s
     assert [path.name for path in tmp_path.iterdir()] == [kind]
 
 
+@pytest.mark.parametrize("broken", ["ffprobe", "ffmpeg"])
+@pytest.mark.parametrize(
+    "script, why",
+    [
+        (
+            "#!/bin/sh\necho 'libx.so.1: cannot open shared' >&2\nexit 127\n",
+            "libx.so.1: cannot open shared",
+        ),
+        ("#!/no/such/interpreter\n", "No such file or directory"),
+        ("no program\n", "Exec format error"),
+    ],
+    ids=["library", "interpreter", "format"],
+)
+def test_an_ffmpeg_that_cannot_run_is_named_and_the_song_not_blamed(
+    broken: str, script: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, answer = tmp_path / "programs", {"streams": [{"sample_rate": "44100", "channels": 2}]}
+    programs.mkdir()
+    (programs / "ffprobe").write_text(f"#!/bin/sh\necho '{json.dumps(answer | {'format': {'format_name': 'x'}})}'\n")
+    (programs / "ffmpeg").write_text("#!/bin/sh\n")
+    (programs / broken).write_text(script)
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    (tmp_path / "song").write_bytes(b"not of libsndfile")
+    with pytest.raises(AudioError) as error:
+        decode(tmp_path / "song", tmp_path)
+    assert str(error.value).startswith(f"{programs / broken} cannot run ({why}")
+    assert str(error.value).endswith("so 'song' was not read; install ffmpeg again.")
+
+
 @pytest.mark.parametrize("silent", ["ffprobe", "ffmpeg"])
 def test_an_ffmpeg_that_says_nothing_is_ended(silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs, answer = tmp_path / "programs", {"streams": [{"sample_rate": "44100", "channels": 2}]}
@@ -252,7 +283,7 @@ def test_an_ffmpeg_that_says_nothing_is_ended(silent: str, tmp_path: Path, monke
     for program in programs.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    monkeypatch.setattr("separation.decode._PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("separation.ffmpeg.PATIENCE_SECONDS", 0.5)
     (tmp_path / "song").write_bytes(b"not of libsndfile")
     processes = record_processes(monkeypatch)
     started = time.monotonic()

@@ -1,0 +1,87 @@
+"""What of a song is missing or in doubt, gathered while it is decoded, and the line between going on and refusing."""
+
+import logging
+
+from separation.errors import AudioError
+
+MAX_MISSING_SHARE = 0.1  # of a song; with more missing it is refused
+MIN_MISSING_SECONDS = 0.05  # less is never told
+
+_MAX_PLACES = 4  # named in a message
+
+logger = logging.getLogger("separation")
+
+
+class Damage:
+    """Findings on one song. `judge` turns them into one warning, or into an error where too much is missing.
+
+    All times are in seconds from the song's start. With `accept` nothing is refused.
+    """
+
+    def __init__(self, name: str, *, accept: bool = False) -> None:
+        self.name = name
+        self.accept = accept
+        self.holes: list[tuple[float, float]] = []  # where, and how long: silence is in their place
+        self.cut_seconds = 0.0  # missing at the end
+        self._notes: list[str] = []
+        self._doubts: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.holes or self.cut_seconds or self._notes or self._doubts)
+
+    @property
+    def missing_seconds(self) -> float:
+        return sum(seconds for _, seconds in self.holes) + self.cut_seconds
+
+    def hole(self, at: float, seconds: float) -> None:
+        """So much is missing there, and silent now. Holes that touch are one."""
+        if self.holes and at <= sum(self.holes[-1]) + 1e-3:
+            start, before = self.holes.pop()
+            self.holes.append((start, before + seconds))
+        else:
+            self.holes.append((at, seconds))
+
+    def cut(self, seconds: float) -> None:
+        """So much is missing at the end."""
+        self.cut_seconds = max(self.cut_seconds, seconds)
+
+    def note(self, fault: str) -> None:
+        """A fault by which nothing is missing, as far as can be told."""
+        self._notes.append(fault)
+
+    def doubt(self, fault: str) -> None:
+        """A fault by which nobody knows how much is missing."""
+        self._doubts.append(fault)
+
+    def clear(self) -> None:
+        """The song is read anew, in another way."""
+        self.__init__(self.name, accept=self.accept)  # type: ignore[misc]
+
+    def judge(self, seconds: float) -> None:
+        """Warn of a song of which `seconds` were decoded, holes included, or raise `AudioError` that refuses it."""
+        whole = seconds + self.cut_seconds
+        refused = bool(self._doubts) or self.missing_seconds > MAX_MISSING_SHARE * whole
+        if refused and not self.accept:
+            raise AudioError(f"{self.name} {self._faults(whole)}; get the file again, or use --accept-damaged.")
+        if self:
+            logger.warning("%s %s", self.name, self._faults(whole))
+
+    def _faults(self, whole: float) -> str:
+        faults = []
+        if self.cut_seconds:
+            at = whole - self.cut_seconds
+            faults.append(
+                f"is cut short: the last {self.cut_seconds:.2f} s of {whole:.2f} s are missing, from {at:.2f} s on"
+            )
+        if self.holes:
+            total = sum(seconds for _, seconds in self.holes)
+            places = [f"{length:.2f} s at {at:.2f} s" for at, length in self.holes[:_MAX_PLACES]]
+            more = f" and {len(self.holes) - _MAX_PLACES} more" if len(self.holes) > _MAX_PLACES else ""
+            faults.append(
+                f"is damaged: {total:.2f} of {whole:.2f} s are missing and silent instead ({', '.join(places)}{more})"
+            )
+        others = [*self._doubts, *self._notes]
+        if others:
+            more = f" and {len(others) - _MAX_PLACES} other faults" if len(others) > _MAX_PLACES else ""
+            faults.append(f"is damaged: {', '.join(others[:_MAX_PLACES])}{more}")
+        return ", and ".join(faults)
