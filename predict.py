@@ -93,7 +93,7 @@ class Predictor(BasePredictor):
                 self.folder,
                 format=output_format,
                 sample_rate=int(sample_rate),
-                mp3_bitrate=int(mp3_bitrate),
+                mp3_bitrate=int(mp3_bitrate) if output_format == "mp3" else None,
                 max_seconds=self.max_seconds,
                 progress=_ProgressLog(),
             )

@@ -33,6 +33,7 @@ RECIPE, STEMS = "standard", "vocals_instrumental"  # where neither these nor a m
 FORMATS = ("wav", "mp3", "flac")
 SAMPLE_RATES = (44100, 48000, "source")
 WAV_DEPTHS = ("16", "24", "32f")
+FLAC_DEPTHS = ("16", "24")
 MP3_BITRATES = (128, 160, 192, 224, 256, 320)
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 ATTENTIONS = ("auto", "fused", "triton", "sage", "sdpa", "itemwise", "einsum")
@@ -127,13 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=SAMPLE_RATES,
         help="or source, the song's (default: 44100)",
     )
-    separate.add_argument(
-        "--wav-depth", default="32f", choices=WAV_DEPTHS, help="bits of WAV; 16 is dithered (default: 32f, float)"
-    )
+    separate.add_argument("--wav-depth", choices=WAV_DEPTHS, help="bits of WAV; 16 is dithered (default: 32f, float)")
+    separate.add_argument("--flac-depth", choices=FLAC_DEPTHS, help="bits of FLAC; 16 is dithered (default: 24)")
     separate.add_argument(
         "--mp3-bitrate",
         type=int,
-        default=320,
         choices=MP3_BITRATES,
         metavar="KBPS",
         help=f"{', '.join(map(str, MP3_BITRATES))} (default: 320)",
@@ -291,7 +290,7 @@ def _separate(options: argparse.Namespace) -> int:
     n_songs = len(found) + len(outcomes)
     job = songs.Job(
         settings=_settings(options) if found else {},
-        writing={name: getattr(options, name) for name in ("format", "sample_rate", "mp3_bitrate", "wav_depth")},
+        writing={"format": options.format, "sample_rate": options.sample_rate} | _encoding(options),
         report=options.report,
     )
     if options.ray:
@@ -348,13 +347,34 @@ INDIFFERENT = {"songs", "output", "verbose", "command", "json", "report", "force
 INDIFFERENT |= {"device", "batch_size", "workers", "ray"}
 
 
+# The format that each is for, and its value where none is given.
+_ENCODINGS: dict[str, tuple[str, str | int]] = {
+    "wav_depth": ("wav", "32f"),
+    "flac_depth": ("flac", "24"),
+    "mp3_bitrate": ("mp3", 320),
+}
+
+
+def _encoding(options: argparse.Namespace) -> dict[str, Any]:
+    """The format's own option. Raises InputError if that of another is given."""
+    for name, (format, _) in _ENCODINGS.items():
+        if format != options.format and getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} means nothing for --format {options.format}: leave it out, or choose {format}")
+    return {
+        name: getattr(options, name) or default
+        for name, (format, default) in _ENCODINGS.items()
+        if format == options.format
+    }
+
+
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """All that decides what the stems' files hold: options, what the recipe says, and the weights."""
     settings: dict[str, Any] = {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        if name not in INDIFFERENT | {"recipe", "stems", "chunk_size", "overlap"}
-    }
+        if name not in INDIFFERENT | {"recipe", "stems", "chunk_size", "overlap", *_ENCODINGS}
+    } | _encoding(options)
     if name := _model_name(options):
         models: dict[str, Any] = {name: None if options.two_stems is None else [options.two_stems]}
     else:
@@ -630,8 +650,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from separation.evaluate import evaluate, find_songs
 
     if options.estimates:
-        unused = ("recipe", "stems", "model_name", "model_path", "chunk_size", "overlap", "batch_size", "attention")
-        _refuse(options, ["evaluate", "--references", "."], "--estimates", (*unused, "device", "precision"))
+        unused = ["recipe", "stems", "model_name", "model_dir", "model_path", "chunk_size", "overlap", "batch_size"]
+        unused += ["attention", "device", "precision"]
+        _refuse(options, ["evaluate", "--references", "."], "--estimates", unused)
     references = find_songs(options.references)  # before a checkpoint is downloaded in vain
     estimates = find_songs(options.estimates) if options.estimates else _separator(options)
     with _bar("evaluate") as progress:

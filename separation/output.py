@@ -93,13 +93,13 @@ class Encoders:
 
     Args:
         clips: the format holds nothing beyond full scale, so that a loud stem may make a gain necessary.
+        options: depths and bitrate as for `encode`.
     """
 
     def __init__(
-        self, stems: Mapping[str, Waveform], parts: Mapping[str, Path], *, clips: bool, mp3_bitrate: int, wav_depth: str
+        self, stems: Mapping[str, Waveform], parts: Mapping[str, Path], *, clips: bool, **options: Any
     ) -> None:
-        self._stems, self._parts, self._clips = stems, parts, clips
-        self._options: dict[str, Any] = {"mp3_bitrate": mp3_bitrate, "wav_depth": wav_depth}
+        self._stems, self._parts, self._clips, self._options = stems, parts, clips, options
         self._threads = ThreadPoolExecutor(max_workers=len(stems))
         self._jobs: dict[str, Future[None]] = {}
 

@@ -28,7 +28,7 @@ from separation.chunk_choice import ChunkChoice, Seconds
 from separation.chunking import ChunkPlan, chunk_memory_bytes, does_not_fit, fitting_batch_size, halved, separate
 from separation.decode import decode
 from separation.device import Choice, choose, identity, is_out_of_memory
-from separation.encode import check_output, check_rate, is_rf64
+from separation.encode import check_output, check_rate, clips, is_rf64
 from separation.errors import AudioError, CheckpointError, EstimateError, InputError
 from separation.gpu import Model, captured, compute_thread
 from separation.models import SeparationModel
@@ -366,8 +366,8 @@ class Separator:
             its own length (Demucs, MDX23C) keeps that length.
         overlap_seconds: 1 to 8, below the chunk's, or `auto`: half a chunk. Where `chunk_seconds` is a number, a model
             that keeps its own length overlaps its chunks by the same share.
-        pool: models that are loaded already, to share between separators; its device, precision and
-            attention then hold.
+        pool: models that are loaded already, to share between separators, in place of a device, precision and
+            attention.
         cache: where `separate_file` keeps what models estimate, and looks before it runs them; None: nowhere.
 
     Raises:
@@ -394,8 +394,15 @@ class Separator:
         _check_batch_size(batch_size)
         if isinstance(recipe, str):
             recipe = load_recipe(recipe, stems, two_stems=two_stems)
+        elif stems != "vocals_instrumental":
+            raise InputError(f"stems {stems!r} mean nothing beside a recipe that is loaded already: leave them out")
         elif two_stems is not None:
             recipe = recipe.two_stems(two_stems)
+        for name, value in {"device": device, "precision": precision, "attention": attention}.items():
+            if pool is not None and value != "auto":
+                raise InputError(
+                    f"{name} {value!r} means nothing beside a pool, which has its own: leave one of them out"
+                )
         pool = pool or ModelPool(device, precision, attention)
         models = {name: pool.get(name, wanted) for name, wanted in recipe.models.items()}
         self._setup(recipe, models, pool.choice.device, batch_size, choice, pool.on_gpu)
@@ -499,17 +506,19 @@ class Separator:
         *,
         format: str = "wav",
         sample_rate: int | Literal["source"] = SAMPLE_RATE,
-        mp3_bitrate: int = 320,
-        wav_depth: str = "32f",
+        mp3_bitrate: int | None = None,
+        wav_depth: str | None = None,
+        flac_depth: str | None = None,
         max_seconds: float | None = None,
         progress: Progress | None = None,
     ) -> StemFiles:
         """A song's file to one file a stem in `folder` (made if needed), named `<stem>.<format>`; returns their paths.
 
-        WAV has `wav_depth` bits (`16`, dithered, `24`, or the floats of `32f`), FLAC 24, MP3 `mp3_bitrate` kbit/s. Only
-        floats can go beyond full scale: elsewhere, if any stem does, all stems of the song are scaled by one gain, and
-        a warning is logged. WAV over 4 GB becomes RF64, with a warning too. At the rate of the song's file, which
-        `source` always is, the stems have its number of samples.
+        WAV has `wav_depth` bits (`16`, dithered, `24`, or by default the floats of `32f`), FLAC `flac_depth` (`16`,
+        dithered, or by default `24`), MP3 `mp3_bitrate` kbit/s (by default 320); one that is not the format's is an
+        error. Only floats can go beyond full scale: elsewhere, if any stem does, all stems of the song are scaled by
+        one gain, and a warning is logged. WAV over 4 GB becomes RF64, with a warning too. At the rate of the song's
+        file, which `source` always is, the stems have its number of samples.
         Memory does not grow with the song. A run that fails or is cancelled leaves no file behind.
 
         Raises:
@@ -519,7 +528,7 @@ class Separator:
             OutputError: the stems cannot be written.
         """
         started = time.monotonic()
-        check_output(format, mp3_bitrate, wav_depth)
+        check_output(format, mp3_bitrate, wav_depth, flac_depth)
         if sample_rate not in SAMPLE_RATES:
             raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
         path = Path(path)
@@ -552,7 +561,7 @@ class Separator:
                     "more than 4 GB a stem, too much for WAV: written as RF64, which not every program reads"
                 )
             encoded = {stem: output.work / f"{stem}.{format}" for stem in self.stems}
-            clips = format != "wav" or wav_depth != "32f"
+            clipping = clips(format, wav_depth)
 
             def estimating(share: float, stage: str) -> None:
                 try:
@@ -567,12 +576,19 @@ class Separator:
                     progress(ESTIMATED + (1 - ESTIMATED) * done / len(stems), f"writing {stem}")
 
             with (
-                Encoders(stems, encoded, clips=clips, mp3_bitrate=mp3_bitrate, wav_depth=wav_depth) as encoders,
+                Encoders(
+                    stems,
+                    encoded,
+                    clips=clipping,
+                    mp3_bitrate=mp3_bitrate,
+                    wav_depth=wav_depth,
+                    flac_depth=flac_depth,
+                ) as encoders,
                 song,  # leaves first, and ends what the encoders wait for
             ):
                 self._run(song, estimating, keep)
                 song.finish(lambda: writing(0, self.stems[0]))
-                gain = _gain(stems) if clips else 1.0
+                gain = _gain(stems) if clipping else 1.0
                 encoders.finish(gain, writing)
             if progress:
                 progress(1.0, "done")  # the last moment to cancel

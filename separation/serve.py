@@ -172,7 +172,7 @@ class Songs:
             case _:
                 raise InputError("a song is announced by its name, recipe, stems, format and bytes: give all five")
         load_recipe(recipe, stems)
-        check_output(format, 320, "32f")
+        check_output(format)
         if not 0 <= n <= self.max_mib * 2**20:
             limit = f"{name!r} has more than {self.max_mib:,g} MiB, the limit here: choose a smaller file"
             raise _RefusalError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit)

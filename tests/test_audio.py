@@ -935,7 +935,7 @@ def test_wav_is_float_and_holds_the_samples_themselves_loud_ones_too(tmp_path: P
     assert torch.equal(samples_of(tmp_path / "song.wav", tmp_path), loud)
 
 
-def test_flac_is_24_bit(tmp_path: Path) -> None:
+def test_flac_is_24_bit_by_default(tmp_path: Path) -> None:
     with waveform_of(noise(70_000), tmp_path) as waveform:
         encode(waveform, tmp_path / "song.flac", format="flac")
     assert soundfile.info(tmp_path / "song.flac").subtype == "PCM_24"
@@ -1009,6 +1009,18 @@ def test_wav_has_the_asked_depth(depth: str, subtype: str, tmp_path: Path) -> No
     assert soundfile.info(tmp_path / "song.wav").subtype == subtype
 
 
+@pytest.mark.parametrize("depth, subtype", [("16", "PCM_16"), ("24", "PCM_24")])
+def test_flac_has_the_asked_depth(depth: str, subtype: str, tmp_path: Path) -> None:
+    written(noise(10), tmp_path / "song.flac", format="flac", flac_depth=depth)
+    assert soundfile.info(tmp_path / "song.flac").subtype == subtype
+
+
+def test_flac_of_16_bits_holds_the_samples_of_wav_of_16_bits(tmp_path: Path) -> None:
+    samples = noise(70_000)
+    wav = written(samples, tmp_path / "song.wav", format="wav", wav_depth="16")
+    assert np.array_equal(written(samples, tmp_path / "song.flac", format="flac", flac_depth="16"), wav)
+
+
 @pytest.mark.parametrize("options", [{"format": "wav", "wav_depth": "24"}, {"format": "flac"}])
 def test_24_bits_are_the_nearest_so_16_bit_music_comes_out_as_it_is(options: dict[str, str], tmp_path: Path) -> None:
     samples = noise(70_000)
@@ -1045,15 +1057,48 @@ def test_silence_is_silent_at_16_bits_too(tmp_path: Path) -> None:
     assert not written(torch.zeros(2, 70_000), tmp_path / "song.wav", format="wav", wav_depth="16").any()
 
 
-@pytest.mark.parametrize("options", [{"format": "wav", "wav_depth": "16"}, {"format": "wav", "wav_depth": "24"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "wav", "wav_depth": "16"},
+        {"format": "wav", "wav_depth": "24"},
+        {"format": "flac", "flac_depth": "16"},
+    ],
+)
 def test_integers_clip_at_full_scale_and_do_not_wrap(options: dict[str, str], tmp_path: Path) -> None:
     steps = written(torch.tensor([[1.0, -1, 3, -3]]).expand(2, -1), tmp_path / "song.wav", **options) / 2.0**31
     assert steps[:, 0] == pytest.approx([1, -1, 1, -1], abs=2**-14)
 
 
 def test_an_unknown_depth_is_refused(tmp_path: Path) -> None:
-    with waveform_of(noise(10), tmp_path) as waveform, pytest.raises(InputError, match=r"'8'.*'16', '24', '32f'"):
-        encode(waveform, tmp_path / "song.wav", format="wav", wav_depth="8")
+    with waveform_of(noise(10), tmp_path) as waveform:
+        with pytest.raises(InputError, match=r"'8'.*'16', '24', '32f'"):
+            encode(waveform, tmp_path / "song.wav", format="wav", wav_depth="8")
+        with pytest.raises(InputError, match=r"'32f'.*'16', '24'"):
+            encode(waveform, tmp_path / "song.flac", format="flac", flac_depth="32f")
+
+
+@pytest.mark.parametrize(
+    "format, options",
+    [
+        (format, options)
+        for owner, options in (
+            ("wav", {"wav_depth": "32f"}),
+            ("flac", {"flac_depth": "24"}),
+            ("mp3", {"mp3_bitrate": 320}),
+        )
+        for format in FORMATS
+        if format != owner
+    ],
+)
+def test_a_depth_or_bitrate_of_another_format_is_refused_also_if_it_is_the_default(
+    format: str, options: dict[str, str | int], tmp_path: Path
+) -> None:
+    with (
+        waveform_of(noise(10), tmp_path) as waveform,
+        pytest.raises(InputError, match=f"means nothing for {format.upper()}"),
+    ):
+        encode(waveform, tmp_path / f"song.{format}", format=format, **options)
 
 
 @pytest.mark.parametrize("sample_rate", [8000, 11127, 22050, 65535, 96000, 176410, 192000])

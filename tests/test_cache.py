@@ -193,6 +193,7 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "sample_rate": [(HIT, ("--sample-rate", "48000")), (HIT, ("--sample-rate", "source"))],
     "wav_depth": [(HIT, ("--wav-depth", "16"))],
     "mp3_bitrate": [(HIT, ("--format", "mp3", "--mp3-bitrate", "128"))],
+    "flac_depth": [(HIT, ("--format", "flac", "--flac-depth", "16"))],
     "report": [(HIT, ("--report",))],
     "workers": [(HIT, ("--workers", "2"))],
     "ray": [],  # which separates elsewhere
@@ -294,6 +295,7 @@ OFFERED = {
         "format",
         "sample_rate",
         "wav_depth",
+        "flac_depth",
         "mp3_bitrate",
         "max_seconds",
         "progress",

@@ -115,6 +115,14 @@ def test_a_bad_file_is_refused_in_one_line(
         (("--device", "abacus"), ("abacus", "auto, cpu, cuda")),
         (("--model-name", "nonsense"), ("nonsense", "htdemucs")),
         (("--no-such-option",), ("--no-such-option", "--help")),
+        (("--flac-depth", "24"), ("--flac-depth means nothing for --format wav",)),
+        (("--mp3-bitrate", "320"), ("--mp3-bitrate means nothing for --format wav",)),
+        (("--format", "flac", "--wav-depth", "32f"), ("--wav-depth means nothing for --format flac", "choose wav")),
+        (("--format", "flac", "--mp3-bitrate", "320"), ("--mp3-bitrate means nothing for --format flac",)),
+        (("--format", "mp3", "--wav-depth", "16"), ("--wav-depth means nothing for --format mp3",)),
+        (("--format", "mp3", "--flac-depth", "16"), ("--flac-depth means nothing for --format mp3",)),
+        (("--format", "flac", "--flac-depth", "32f"), ("--flac-depth", "32f", "16", "24")),
+        (("--ray", "auto", "--workers", "2"), ("--ray does not take --workers",)),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused_in_one_line(
@@ -295,6 +303,48 @@ def test_m4a_goes_through_ffmpeg(tmp_path: Path, song: Path) -> None:
     subprocess.run(["ffmpeg", "-v", "error", "-i", song, path], check=True)
     assert separate(path, tmp_path / "out") == 0
     assert soundfile.info(tmp_path / "out" / "song" / "vocals.wav").frames >= RATE
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        *(
+            (("bench", "--cold-start", *other), f"--cold-start does not take {other[0]}")
+            for other in (
+                ("--runs", "2"),
+                ("--seconds", "9"),
+                ("--random-weights",),
+                ("--batch-size", "2"),
+                ("--chunk-size", "9"),
+                ("--overlap", "2"),
+                ("--attention", "sdpa"),
+            )
+        ),
+        (("bench", "--random-weights", "--model-name", "demo", "--model-path", "x.ckpt"), "exclude each other"),
+        (("export", "demo", "x.onnx", "--random-weights", "--model-path", "x.ckpt"), "exclude each other"),
+        *(
+            (("evaluate", "--references", ".", "--estimates", ".", *other), f"--estimates does not take {other[0]}")
+            for other in (
+                ("--recipe", "sw"),
+                ("--stems", "all_4"),
+                ("--model-name", "demo"),
+                ("--model-dir", "x"),
+                ("--model-path", "x.ckpt"),
+                ("--chunk-size", "9"),
+                ("--overlap", "2"),
+                ("--batch-size", "2"),
+                ("--attention", "sdpa"),
+                ("--device", "cpu"),
+                ("--precision", "fp32"),
+            )
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_an_option_that_another_makes_meaningless_is_refused_in_one_line(
+    arguments: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(main(arguments), capsys, tmp_path / "out", words)
 
 
 def test_the_models_are_listed_as_a_table_and_as_json(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

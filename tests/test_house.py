@@ -184,6 +184,9 @@ def test_the_command_line_offers_what_the_engine_does() -> None:
     assert __main__.FORMATS == encode.FORMATS
     assert __main__.SAMPLE_RATES == separator.SAMPLE_RATES
     assert tuple(encode.WAV_DEPTHS) == __main__.WAV_DEPTHS
+    assert tuple(encode.FLAC_DEPTHS) == __main__.FLAC_DEPTHS
+    defaults = {"wav_depth": encode.WAV_DEPTH, "flac_depth": encode.FLAC_DEPTH, "mp3_bitrate": encode.MP3_BITRATE}
+    assert {name: default for name, (_, default) in __main__._ENCODINGS.items()} == defaults
     assert __main__.MP3_BITRATES == encode.MP3_BITRATES
     assert tuple(device.PRECISIONS) == __main__.PRECISIONS
     assert attention.NAMES == __main__.ATTENTIONS

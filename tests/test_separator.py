@@ -618,6 +618,7 @@ def recording(model: Recorder) -> ModelPool:
         {"format": "wav"},
         {"format": "wav", "wav_depth": "16"},
         {"format": "flac"},
+        {"format": "flac", "flac_depth": "16"},
         {"format": "mp3"},
         {"format": "flac", "sample_rate": 48000},
     ],
@@ -633,12 +634,13 @@ def test_the_files_are_those_of_encoding_the_whole_stems_afterwards(
     files = separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out", **options)
     assert (files.gain < 1) == (level > 1 and options != {"format": "wav"})
     rate = options.get("sample_rate", 44100)
+    depths = {name: value for name, value in options.items() if name.endswith("_depth")}
     for stem, samples in separator.separate(mixture).items():
         expected = tmp_path / f"{stem}.{options['format']}"
         with Waveform(tmp_path) as wave:
             wave.append(samples)
             with resample(wave, rate, tmp_path) if rate != 44100 else wave as at_rate:
-                encode(at_rate, expected, gain=files.gain, format=expected.suffix[1:], **depth(options))
+                encode(at_rate, expected, gain=files.gain, format=expected.suffix[1:], **depths)
         if options == {"format": "wav"}:  # libsndfile writes the time into it
             assert torch.equal(read(files[stem]), read(expected))
         else:
@@ -646,8 +648,22 @@ def test_the_files_are_those_of_encoding_the_whole_stems_afterwards(
     assert {path.name for path in tmp_path.iterdir()} == {"song.wav", "out", *(path.name for path in files.values())}
 
 
-def depth(options: dict[str, Any]) -> dict[str, str]:
-    return {"wav_depth": options.get("wav_depth", "32f")}
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"pool": True, "device": "cpu"}, "device 'cpu' means nothing beside a pool"),
+        ({"pool": True, "precision": "fp32"}, "precision 'fp32' means nothing beside a pool"),
+        ({"pool": True, "attention": "sdpa"}, "attention 'sdpa' means nothing beside a pool"),
+        ({"stems": "all_4"}, "stems 'all_4' mean nothing beside a recipe"),
+    ],
+)
+def test_an_argument_that_another_makes_meaningless_is_refused(
+    options: dict[str, Any], words: str, pool: ModelPool
+) -> None:
+    recipe = resolve("test", "test", {"vocals": "demo"}) if "stems" in options else "demo"
+    given = options | ({"pool": pool} if "pool" in options else {})
+    with pytest.raises(InputError, match=words):
+        Separator(recipe, **given)
 
 
 @pytest.mark.parametrize("sample_rate", [44100, 48000])
