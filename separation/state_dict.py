@@ -5,10 +5,13 @@ PyTorch's pickles, those of Demucs with the classes that they name, and safetens
 """
 
 import contextlib
+import functools
 import json
+import logging
 import pickle
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,9 +30,10 @@ from separation.errors import CheckpointError
 from separation.models.base import Blueprint
 from separation.models.htdemucs import dequantised, network_of
 from separation.models.limits import Uninitialised
+from separation.unwrap import state_dict_in
 
-NESTINGS = ("state_dict", "state", "model", "model_state_dict")  # where trainers put the weights in what they save
-WRAPPERS = ("module.", "model.")  # what DataParallel and Lightning put before every key
+logger = logging.getLogger("separation")
+
 READERS = 4  # threads that read a file of weights: one does not fill a fast disk
 # What the header of a safetensors file calls the types that weights have.
 DTYPES = {
@@ -73,10 +77,17 @@ def open_weights(path: Path) -> Stored:
         raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
     with _damaged(path):
         saved, blueprint = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
-        tensors = _unwrapped(saved)
+        tensors, choices = state_dict_in(saved)
     if not tensors:
         raise CheckpointError(f"{path} holds no state dict (names and tensors): it is not a checkpoint of a model")
+    for choice in choices:
+        _warn_of_choice(path, choice)
     return Stored(path, tensors, blueprint)
+
+
+@functools.cache  # once, however often a file is opened
+def _warn_of_choice(path: Path, choice: str) -> None:
+    logger.warning(f"{path} {choice}")
 
 
 def read_weights(stored: Stored, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
@@ -134,6 +145,11 @@ class _Ignored:
         pass
 
 
+def _mapping(*arguments: Any) -> OrderedDict[Any, Any]:
+    """An empty dictionary in place of one that makes its own values."""
+    return OrderedDict()
+
+
 def _fraction(*parts: Any) -> Fraction:
     """A fraction as a pickle spells it, `"39/5"` or `39, 5`; nothing that would take long to compute."""
     text = "/".join(map(str, parts))
@@ -155,6 +171,12 @@ STAND_INS: list[Any] = [
     (_Ignored, "numpy.core.multiarray.scalar"),
     (_Ignored, "numpy._core.multiarray.scalar"),
 ]
+# What trainers save beside the weights: objects of these packages, which are not imported.
+BESIDE = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|torchmetrics|hydra|omegaconf|ml_collections|argparse|pathlib|typing"
+    r"|torch\.optim)\..*"
+    r"|builtins\.(dict|list|int|float|str|bool|tuple|frozenset)"
+)
 _unpickling = threading.Lock()  # PyTorch keeps them for all threads
 
 
@@ -162,7 +184,7 @@ def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
     """What was saved, its tensors mapped from the file where the format allows it."""
     with path.open("rb") as stream:
         is_zip = stream.read(4) == b"PK\x03\x04"  # older formats cannot be mapped
-    with _unpickling, torch.serialization.safe_globals(STAND_INS):
+    with _unpickling, torch.serialization.safe_globals([*_stand_ins_beside(path, is_zip), *STAND_INS]):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     if not isinstance(saved, Mapping) or not isinstance(saved.get("klass"), _Name):
         return saved, None
@@ -176,6 +198,21 @@ def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
         return dequantised(network, state), blueprint
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
+
+
+def _stand_ins_beside(path: Path, is_zip: bool) -> list[Any]:
+    """Stand-ins for what trainers save beside the weights, of a format that tells what it refers to."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+    return [(stand_in, name) for name in names if (stand_in := _stand_in(name)) is not None]
+
+
+def _stand_in(name: str) -> Any:
+    """Something harmless in place of what a trainer saved; None for what such a file must not refer to."""
+    if name == "collections.defaultdict":
+        return _mapping
+    if name.endswith(".AttributeDict"):
+        return OrderedDict
+    return type("Ignored", (_Ignored,), {}) if BESIDE.fullmatch(name) else None
 
 
 def _blueprint_of(metadata: Mapping[str, str]) -> Blueprint | None:
@@ -228,21 +265,6 @@ def _read_tensor(path: Path, data_start: int, entry: Mapping[str, Any]) -> Tenso
                 raise EOFError(f"{path} became shorter while it was read")
             missing = missing[n_bytes:]
     return content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-
-
-def _unwrapped(saved: Any) -> dict[str, Any]:
-    """The state dict in what was saved, under the model's own names; empty if there is none."""
-    while isinstance(saved, Mapping):
-        inner = next((saved[key] for key in NESTINGS if isinstance(saved.get(key), Mapping)), None)
-        if inner is None:
-            break
-        saved = inner
-    if not isinstance(saved, Mapping) or not all(isinstance(value, Tensor | partial) for value in saved.values()):
-        return {}
-    weights = {str(key): value for key, value in saved.items()}
-    while prefix := next((p for p in WRAPPERS if weights and all(key.startswith(p) for key in weights)), None):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
 
 
 def _unreadable(path: Path) -> CheckpointError:

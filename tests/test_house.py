@@ -52,6 +52,7 @@ FLOORS = {
     "separation.chunk_choice": 0.5,
     "separation.device": 0.5,
     "separation.settings": 0.5,
+    "separation.unwrap": 0.5,
     "separation.documents": 0,
     "separation.places": 0,
     "separation.stft": 0,

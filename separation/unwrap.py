@@ -1,0 +1,67 @@
+"""Takes a state dict out of what trainers save: nested, beside optimizers and averages, under wrappers' names.
+
+PyTorch Lightning, DataParallel, torch.compile, FSDP, ema_pytorch, PyTorch's AveragedModel and the scripts of
+Music-Source-Separation-Training each have their own way; where a file holds plain weights and their moving average, the
+average is taken, as it is what was validated.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")  # where trainers put moving averages
+NESTINGS = ("state_dict", "state", "model", "model_state_dict", "net", "network", "module")  # and the plain weights
+# Before the name of every weight: of an average first, for the first that is there is taken.
+WRAPPERS = ("ema_model.", "model_ema.", "ema.", "module.", "_orig_mod.", "model.", "net.", "network.", "online_model.")
+WITHIN = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # anywhere in a name
+MOST_NESTINGS = 8
+
+
+def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
+    """The weights in what was saved, under the model's own names, and which of several were taken: ends of a sentence.
+
+    Values are tensors or functions that read them. Without any, the weights are empty.
+    """
+    choices: list[str] = []
+    for _ in range(MOST_NESTINGS):
+        if not isinstance(saved, Mapping):
+            return {}, []
+        inside = [name for name in (*AVERAGES, *NESTINGS) if _holds_weights(saved.get(name))]
+        if not inside:
+            break
+        if inside[0] in AVERAGES and (others := [name for name in inside if name not in AVERAGES]):
+            choices.append(f"takes the moving average {inside[0]!r} and leaves out {others[0]!r}")
+        saved = saved[inside[0]]
+    if not isinstance(saved, Mapping) or not all(_is_weight(value) or _is_number(value) for value in saved.values()):
+        return {}, []
+    weights = {_without_inner(str(name)): value for name, value in saved.items() if _is_weight(value)}
+    while prefix := next((each for each in WRAPPERS if any(name.startswith(each) for name in weights)), None):
+        others = sorted({name.partition(".")[0] for name in weights if not name.startswith(prefix)})
+        if others:
+            choices.append(f"takes the weights under {prefix}* and leaves out those of {', '.join(others[:3])}")
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return weights, choices
+
+
+def _holds_weights(value: Any, depth: int = 0) -> bool:
+    """Whether there is a tensor in a nested dictionary."""
+    if not isinstance(value, Mapping) or depth > MOST_NESTINGS:
+        return False
+    return any(_is_weight(each) or _holds_weights(each, depth + 1) for each in value.values())
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor | partial)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it may stand among weights without being one, as an epoch does."""
+    return value is None or isinstance(value, int | float)
+
+
+def _without_inner(name: str) -> str:
+    for wrapper in WITHIN:
+        name = name.replace(wrapper, "")
+    return name
