@@ -40,8 +40,9 @@ def song(tmp_path: Path, music: np.ndarray) -> Path:
 
 
 def separate(song: Path, out: Path, *options: str) -> int:
+    recipe = () if "--model-name" in options else ("--recipe", "demo")
     try:
-        return main(["separate", str(song), "-o", str(out), "--recipe", "demo", "--device", "cpu", *options])
+        return main(["separate", str(song), "-o", str(out), *recipe, "--device", "cpu", *options])
     except SystemExit as e:  # argparse
         return int(str(e.code))
 
