@@ -99,6 +99,8 @@ def test_imports_only_go_down(module: str) -> None:
         ("cog", "predict"),
         ("demucs", "separation.models.htdemucs"),
         ("diffq", "separation.models.htdemucs"),
+        ("librosa", "separation.models.mel_band_roformer"),
+        ("rotary_embedding_torch", "separation.models.layers"),
         ("ray", "separation.cluster"),
         ("yaml", "separation.documents"),
     ],

@@ -22,7 +22,7 @@ from conftest import PROJECT
 from test_house import imports, modules
 
 # What is imported where another package has brought it: Triton has no wheels but for Linux, where PyTorch brings it.
-BROUGHT = {"triton": "torch", "onnx-ir": "onnxscript"}
+BROUGHT = {"triton": "torch", "onnx-ir": "onnxscript", "numba": "librosa"}
 USERS_TEN = [
     "cog",
     "torch",

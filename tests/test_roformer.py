@@ -1,14 +1,19 @@
 """Both RoFormers: the community's layouts key for key, and parity with an independent implementation."""
 
+import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import librosa
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
+from conftest import PROJECT
 from separation.checkpoints import load_model
 from separation.errors import CheckpointError
 from separation.models import ARCHITECTURES
@@ -147,21 +152,50 @@ def test_tables_that_a_file_holds_beside_the_weights_are_not_in_the_way(tmp_path
 
 
 @pytest.mark.parametrize("num_bands, n_fft, sample_rate", [(60, 2048, 44100), (40, 1024, 44100), (48, 4096, 16000)])
-def test_mel_bands_are_librosas(num_bands: int, n_fft: int, sample_rate: int) -> None:
-    from librosa.filters import mel
+def test_mel_bands_lie_between_the_edges_of_slaneys_scale(num_bands: int, n_fft: int, sample_rate: int) -> None:
+    """It is linear up to 1 kHz, that is 15 mels, and has 27 mels for each factor of 6.4 above."""
+    highest = 15 + 27 * math.log(sample_rate / 2 / 1000, 6.4)
+    mels = [highest * i / (num_bands + 1) for i in range(num_bands + 2)]
+    hertz = [mel * 1000 / 15 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
+    edges = [frequency * n_fft / sample_rate for frequency in hertz]  # in bins
+    first = [0, *(math.floor(edge) + 1 for edge in edges[1:num_bands])]
+    stop = [*(math.ceil(edge) for edge in edges[2:-1]), n_fft // 2 + 1]
+    assert mel_bands(num_bands, n_fft, sample_rate) == tuple(map(range, first, stop))
 
-    for band, weights in zip(
-        mel_bands(num_bands, n_fft, sample_rate), mel(sr=sample_rate, n_fft=n_fft, n_mels=num_bands), strict=True
-    ):
-        ends = {0, n_fft // 2}
-        assert set(band) - ends == set(weights.nonzero()[0].tolist()) - ends
+
+@pytest.mark.slow
+def test_mel_bands_need_no_folder_that_can_be_written_to_but_the_temporary_one(tmp_path: Path) -> None:
+    packages = Path(librosa.__file__).parents[1]
+    shut = "".join(
+        f"mount --bind {path} {path} && mount -o remount,bind,ro {path} && " for path in (packages, tmp_path)
+    )
+    unshare = ["unshare", "-rnm", "sh", "-c"]
+    if subprocess.run([*unshare, f"{shut} true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs unshare and mount without privileges")
+    code = "from separation.models.mel_band_roformer import mel_bands; print(len(mel_bands(60, 2048, 44100)))"
+    command = f"{shut} HOME={tmp_path} exec {sys.executable} -c '{code}'"
+    ran = subprocess.run([*unshare, command], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert ran.stdout == "60\n", ran.stderr
 
 
-def test_rotary_embedding_equals_the_rotary_embedding_torch_package() -> None:
-    from rotary_embedding_torch import RotaryEmbedding as Reference
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_embedding_turns_each_pair_of_features_by_its_angle(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4, 300, 16).to(dtype)
+    rotary = RotaryEmbedding(16)
+    frequencies = torch.tensor([10_000 ** (-i / 16) for i in range(0, 16, 2)], dtype=torch.float64)
+    torch.testing.assert_close(rotary.freqs.double(), frequencies, rtol=1e-6, atol=0)
+    assert dict(rotary.named_buffers()) == {} and list(rotary.state_dict()) == ["freqs"]
+    turn = torch.polar(torch.ones(300, 8, dtype=torch.float64), torch.outer(torch.arange(300).double(), frequencies))
+    turned = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    assert rotary(x).dtype == dtype
+    # An angle of up to 300 radians is a float32, half a unit in whose last place is 1.5e-5.
+    tolerance = 2e-4 if dtype == torch.float32 else 2**-7
+    assert ((rotary(x).double() - turned).abs() / (1 + turned.abs())).max() <= tolerance
 
-    x = torch.randn(2, 4, 50, 16)
-    assert (RotaryEmbedding(16)(x) - Reference(dim=16).rotate_queries_or_keys(x)).abs().max() <= 1e-5
+
+def test_an_attention_head_too_small_for_positions_is_an_error() -> None:
+    with pytest.raises(ValueError, match="dim_head is too small"):
+        RotaryEmbedding(2)
 
 
 def test_linear_attention_equals_its_definition_head_by_head() -> None:

@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from rotary_embedding_torch import RotaryEmbedding as PackagedEmbedding
+from rotary_embedding_torch import apply_rotary_emb
 from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
@@ -39,22 +41,29 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(input.float()).to(input.dtype)
 
 
+def _frequencies(count: int, theta: float) -> nn.Parameter:
+    """Radians a token, from 1 down to nearly 1 / theta, `[count]`; a parameter in the checkpoints."""
+    if count < 2:
+        raise ValueError("dim_head is too small for positions")  # by which the package would divide by zero
+    return PackagedEmbedding(2 * count, theta=theta, cache_if_possible=False, cache_max_seq_len=0).freqs
+
+
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding (RoFormer, Su et al. 2021) over interleaved pairs, `[..., N, dim] -> [..., N, dim]`."""
+    """Rotary position embedding (RoFormer, Su et al. 2021) over interleaved pairs, `[..., N, dim] -> [..., N, dim]`.
+
+    As in the package rotary-embedding-torch, but that it holds no tables beside the checkpoint's parameter, and counts
+    positions in float32 whatever the input's dtype.
+    """
 
     def __init__(self, dim: int, theta: float = 10000.0) -> None:
         super().__init__()
-        frequencies = theta ** -(torch.arange(0, dim, 2).float() / dim)
-        self.freqs = nn.Parameter(frequencies, requires_grad=False)  # radians a token; a parameter in the checkpoints
+        self.freqs = _frequencies(dim // 2, theta)
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.freqs.float())  # [N, dim / 2]
-        cos, sin = angles.cos(), angles.sin()
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        angles = torch.outer(positions, self.freqs.float()).repeat_interleave(2, dim=-1)  # [N, dim]
         # Not as a complex product, though that is faster: its rounding depends on a number's place in memory.
-        rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-        return rotated.flatten(-2).to(x.dtype)
+        return apply_rotary_emb(angles, x.float()).to(x.dtype)
 
 
 class PolarEmbedding(nn.Module):
@@ -65,8 +74,7 @@ class PolarEmbedding(nn.Module):
 
     def __init__(self, dim: int, heads: int, theta: float = 10000.0) -> None:
         super().__init__()
-        frequencies = theta ** -(torch.arange(dim).float() / dim)
-        self.inv_freqs = nn.Parameter(frequencies, requires_grad=False)  # radians a token
+        self.inv_freqs = _frequencies(dim, theta)
         self.bias = nn.Parameter(torch.zeros(heads, dim))  # radians, added for keys
 
     def forward(self, x: Tensor, *, is_key: bool) -> Tensor:

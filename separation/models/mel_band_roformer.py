@@ -3,11 +3,16 @@
 Its bands are those of a mel filter bank, of which each overlaps the next: a bin's mask is the mean of its bands' masks.
 """
 
-import math
+import atexit
+import shutil
+import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,19 +21,28 @@ from separation.models.roformer import RoFormer, RoFormerConfig
 
 @cache
 def mel_bands(num_bands: int, n_fft: int, sample_rate: int) -> tuple[range, ...]:
-    """Each band's bins: where `librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=num_bands)` is above zero.
-
-    To these come the first and the last bin, which its triangles only touch. Computed here, for importing librosa takes
-    longer than loading a model. The mel scale is Slaney's: linear up to 1 kHz, that is 15 mels, and then 27 mels for
-    each factor of 6.4.
+    """Each band's bins: where librosa's mel filter bank is above zero, and the first and the last bin, which its
+    triangles only touch. A band may have none.
     """
-    highest = 15 + 27 * math.log(sample_rate / 2 / 1000, 6.4)
-    mels = [highest * i / (num_bands + 1) for i in range(num_bands + 2)]
-    hertz = [mel * 1000 / 15 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
-    edges = [frequency * n_fft / sample_rate for frequency in hertz]  # in bins
-    first = [0, *(math.floor(edge) + 1 for edge in edges[1:num_bands])]
-    stop = [*(math.ceil(edge) for edge in edges[2:-1]), n_fft // 2 + 1]
-    return tuple(map(range, first, stop))
+    with warnings.catch_warnings(action="ignore"):  # of bands without a bin
+        filters = _librosas_filters().mel(sr=sample_rate, n_fft=n_fft, n_mels=num_bands) > 0
+    filters[0, 0] = filters[-1, -1] = True
+    bins = [np.flatnonzero(band).tolist() for band in filters]
+    return tuple(range(band[0], band[-1] + 1) if band else range(0) for band in bins)
+
+
+def _librosas_filters() -> ModuleType:
+    """Imported here, for it takes a second, which other models do without."""
+    try:
+        import librosa.filters
+    except RuntimeError:  # of numba, which has no folder to keep compiled code in where package and home are read-only
+        import numba
+
+        folder = tempfile.mkdtemp(prefix="numba-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
+        import librosa.filters
+    return librosa.filters
 
 
 @cache
