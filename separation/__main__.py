@@ -21,8 +21,9 @@ from separation import __version__, about, catalogue, songs
 from separation.cache import Cache, chosen_cache
 from separation.chunk_choice import ChunkChoice
 from separation.errors import InputError, SeparationError
+from separation.find import find
 from separation.places import program
-from separation.recipes import choices, load_recipe, names
+from separation.recipes import choices, load_recipe, names, one_model
 
 # What imports PyTorch is imported by the commands that need it: it takes a second, which --help, a wrong option and
 # `models list` do without. For the same reason these choices are written out; a test compares them with the engine's.
@@ -80,12 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     all_choices = sorted({choice for name in names() for choice in choices(name)})
     engine.add_argument("--stems", help=f"{', '.join(all_choices)} (default: {STEMS})")
     engine.add_argument("--recipe", help=f"{', '.join(names())} (default: {RECIPE})")
-    engine.add_argument("--model-name", metavar="NAME", help="all stems of this one model instead of a recipe")
+    engine.add_argument("--model-name", type=_given, metavar="NAME", help="all stems of this model instead of a recipe")
     engine.add_argument(
-        "--model-dir", type=Path, metavar="DIR", help="where that lies: DIR/NAME, or NAME.yaml and .ckpt"
+        "--model-dir", type=_path, metavar="DIR", help="where that lies: DIR/NAME, or NAME.yaml and .ckpt"
     )
     engine.add_argument(
-        "--model-path", type=Path, metavar="FILE", help="weights of your own; their YAML is beside them"
+        "--model-path", type=_path, metavar="FILE", help="weights of your own; their YAML is beside them"
     )
     engine.add_argument(
         "--chunk-size",
@@ -100,21 +101,23 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="chunks at once, or auto")
     engine.add_argument("--attention", default="auto", choices=ATTENTIONS, help="how attention is computed")
 
+    overwriting = "replace also files that this program did not write"
     parser = Parser(prog=program(), description="Split songs into stems.")
     parser.add_argument("--version", action="version", version=f"separation {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     demo = commands.add_parser("demo", parents=[shared], help="separate the song that ships with the project")
-    demo.add_argument("-o", "--output", type=Path, default=Path("stems"), metavar="DIR", help="default: stems")
+    demo.add_argument("-o", "--output", type=_path, default=Path("stems"), metavar="DIR", help="default: stems")
+    demo.add_argument("--overwrite", action="store_true", help=overwriting)
     demo.set_defaults(command=_demo)
 
     separate = commands.add_parser(
         "separate", parents=[shared, engine], help="separate songs: DIR/<song>/<stem>.<format>"
     )
     separate.add_argument(
-        "songs", nargs="+", metavar="SONG", help="files, folders, and globs such as 'music/**/*.flac'"
+        "songs", nargs="+", type=_given, metavar="SONG", help="files, folders, and globs such as 'music/**/*.flac'"
     )
-    separate.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    separate.add_argument("-o", "--output", type=_path, required=True, metavar="DIR")
     separate.add_argument(
         "--two-stems",
         metavar="STEM",
@@ -143,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     separate.add_argument(
         "--force-refresh", action="store_true", help="also do again what is done, and compute what the cache holds"
     )
+    separate.add_argument("--overwrite", action="store_true", help=f"{overwriting}, and another song's stems")
     separate.add_argument(
         "--workers",
         type=_count,
@@ -150,12 +154,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="songs at once on each GPU: decode and encode beside the model",
     )
-    separate.add_argument("--ray", metavar="ADDRESS", help="do it on the machines of this Ray cluster, or auto")
+    separate.add_argument("--ray", type=_given, metavar="ADDRESS", help="do it on this Ray cluster's machines, or auto")
     separate.add_argument("--json", action="store_true", help="print one JSON object a song")
     separate.set_defaults(command=_separate)
 
     serve = commands.add_parser("serve", parents=[shared], help="a page in the browser for songs, stems and listening")
-    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for the whole network (default: 127.0.0.1)")
+    serve.add_argument(
+        "--host", type=_given, default="127.0.0.1", help="0.0.0.0: the whole network (default: 127.0.0.1)"
+    )
     serve.add_argument("--port", type=int, default=8765, help="0: any that is free (default: 8765)")
     serve.add_argument("--no-browser", action="store_true", help="only print the page's address")
     serve.set_defaults(command=_serve)
@@ -179,30 +185,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--references",
-        type=Path,
+        type=_path,
         required=True,
         metavar="DIR",
         help="the true stems: DIR/<song>/<stem>.wav, or MUSDB18-HQ",
     )
     evaluate.add_argument(
-        "--estimates", type=Path, metavar="DIR", help="the stems to score; without it the mixtures are separated first"
+        "--estimates", type=_path, metavar="DIR", help="the stems to score; without it the mixtures are separated first"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=_evaluate, two_stems=None, force_refresh=False)
 
     null = commands.add_parser("null", help="what is left of A minus B in dBFS, file by file")
-    null.add_argument("first", type=Path, metavar="A", help="a file, or a folder of them")
+    null.add_argument("first", type=_path, metavar="A", help="a file, or a folder of them")
     null.add_argument(
-        "second", type=Path, metavar="B", help="likewise; or a file, the mixture that the stems in A sum to"
+        "second", type=_path, metavar="B", help="likewise; or a file, the mixture that the stems in A sum to"
     )
     null.set_defaults(command=_null, verbose=False)
 
     export = commands.add_parser("export", help="write a model as an ONNX file, for programs without PyTorch")
     export.add_argument(
-        "model", metavar="MODEL", help="a name, or the path of a YAML or of weights with one beside them"
+        "model", type=_given, metavar="MODEL", help="a name, or the path of a YAML or of weights with one beside them"
     )
-    export.add_argument("output", type=Path, metavar="OUT.onnx")
-    export.add_argument("--model-path", type=Path, metavar="FILE", help="weights to use in place of the model's own")
+    export.add_argument("output", type=_path, metavar="OUT.onnx")
+    export.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    export.add_argument("--model-path", type=_path, metavar="FILE", help="weights to use in place of the model's own")
     export.add_argument("--random-weights", action="store_true", help="to try it: nothing is downloaded")
     export.set_defaults(command=_export, verbose=False)
 
@@ -214,27 +221,30 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="print one JSON object a checkpoint")
     listing.set_defaults(command=_list, **quiet)
     showing = models.add_parser("show", help="what a checkpoint is: chunks, stems, parameters, licence, files")
-    showing.add_argument("model", metavar="NAME", help="or the path of a YAML or of weights with one beside them")
+    showing.add_argument(
+        "model", type=_given, metavar="NAME", help="or the path of a YAML or of weights with one beside them"
+    )
     showing.add_argument("--json", action="store_true", help="print one JSON object")
     showing.set_defaults(command=_show, **quiet)
     download = models.add_parser("download", help="download checkpoints' files")
-    download.add_argument("names", nargs="+", metavar="NAME")
+    download.add_argument("names", nargs="+", type=_given, metavar="NAME")
     download.set_defaults(command=_download, **quiet)
     verify = models.add_parser("verify", help="compare checkpoints' files with their sha256")
-    verify.add_argument("names", nargs="*", metavar="NAME", help="default: all that are here")
+    verify.add_argument("names", nargs="*", type=_given, metavar="NAME", help="default: all that are here")
     verify.set_defaults(command=_verify, **quiet)
     convert = models.add_parser("convert", help="write a checkpoint's weights as the format that loads fastest")
-    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    convert.add_argument("output", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("checkpoint", type=_path, metavar="CHECKPOINT")
+    convert.add_argument("output", type=_path, metavar="OUT.safetensors")
+    convert.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     convert.set_defaults(command=_convert, **quiet)
     compiling = models.add_parser(
         "compile", help="compile models' kernels for CUDA GPUs, without one, into a folder for SEPARATION_KERNELS"
     )
-    compiling.add_argument("names", nargs="+", metavar="NAME")
+    compiling.add_argument("names", nargs="+", type=_given, metavar="NAME")
     compiling.add_argument(
         "--gpu", type=_capabilities, default="80,86,89,90", metavar="80,90", help="compute capabilities times ten"
     )
-    compiling.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    compiling.add_argument("-o", "--output", type=_path, required=True, metavar="DIR")
     compiling.set_defaults(command=_compile, **quiet)
 
     cache = commands.add_parser("cache", help="list or clear what models have estimated").add_subparsers(
@@ -246,6 +256,16 @@ def build_parser() -> argparse.ArgumentParser:
     clear = cache.add_parser("clear", help="remove them all")
     clear.set_defaults(command=_cache_clear, **quiet)
     return parser
+
+
+def _given(text: str) -> str:
+    if not text:  # often a shell's variable that is not set; as a path it would be the current folder
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave it out")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_given(text))
 
 
 def _batch_size(text: str) -> int | str:
@@ -280,18 +300,29 @@ def _demo(options: argparse.Namespace) -> int:
     from separation.demo import run_demo
 
     with _bar("demo") as progress:
-        report = run_demo(options.output, device=options.device, precision=options.precision, progress=progress)
+        report = run_demo(
+            options.output,
+            device=options.device,
+            precision=options.precision,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
     print(report)
     return 0
 
 
 def _separate(options: argparse.Namespace) -> int:
-    found, outcomes = songs.find(options.songs, options.output)
+    search = find(options.songs, options.output)
+    found, outcomes = search.songs, search.failed
     n_songs = len(found) + len(outcomes)
+    if note := search.note():
+        logging.getLogger("separation").warning(note)
     job = songs.Job(
         settings=_settings(options) if found else {},
         writing={"format": options.format, "sample_rate": options.sample_rate} | _encoding(options),
         report=options.report,
+        stems=_stems(options) if found else (),
+        overwrite=options.overwrite,
     )
     if options.ray:
         _refuse(options, ["separate", ".", "-o", "."], "--ray", ["workers"])
@@ -343,7 +374,7 @@ def _outcomes(options: argparse.Namespace, left: Sequence[songs.Song], job: song
 
 # Options that say where and how fast, or what else is wanted. All others decide what the stems hold: they are in the
 # record beside them, and a song that was done with other values is done again.
-INDIFFERENT = {"songs", "output", "verbose", "command", "json", "report", "force_refresh"}
+INDIFFERENT = {"songs", "output", "verbose", "command", "json", "report", "force_refresh", "overwrite"}
 INDIFFERENT |= {"device", "batch_size", "workers", "ray"}
 
 
@@ -392,6 +423,14 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         if path.exists():
             settings["weights"][path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
     return settings
+
+
+def _stems(options: argparse.Namespace) -> tuple[str, ...]:
+    """What comes out, as recipe and YAML say: to see what is in its way before a model is loaded."""
+    if name := _model_name(options):
+        recipe = one_model(name, catalogue.read_config(name).stems)
+        return (recipe if options.two_stems is None else recipe.two_stems(options.two_stems)).stems
+    return load_recipe(*_recipe(options), two_stems=options.two_stems).stems
 
 
 def _separator(options: argparse.Namespace) -> "Separator":
@@ -563,7 +602,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from separation.checkpoints import convert
 
-    convert(options.checkpoint, options.output)
+    convert(options.checkpoint, options.output, overwrite=options.overwrite)
     print(options.output)
     return 0
 
@@ -612,7 +651,8 @@ def _cache() -> Cache:
 def _export(options: argparse.Namespace) -> int:
     from separation.export import export
 
-    print(export(options.model, options.output, checkpoint=options.model_path, random=options.random_weights))
+    weights: dict[str, Any] = {"checkpoint": options.model_path, "random": options.random_weights}
+    print(export(options.model, options.output, **weights, overwrite=options.overwrite))
     return 0
 
 

@@ -10,7 +10,6 @@ import gc
 import hashlib
 import itertools
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +46,8 @@ from separation.models.attention import LAYERS, AttentionChoice, choose_attentio
 from separation.models.base import Origin, SeparationModel, precision_name
 from separation.models.kernels.native import NotFusedError, library
 from separation.models.limits import Uninitialised, check_arguments, check_frames
+from separation.output import OutputFolder
+from separation.record import check_targets
 from separation.state_dict import Stored, building, metadata_of, open_weights, read_weights
 
 logger = logging.getLogger("separation")
@@ -339,32 +340,31 @@ def _why_not_int8(model: SeparationModel, choice: AttentionChoice | None) -> str
     return f"attention {choice.name}: {choice.reason}"
 
 
-def convert(checkpoint: Path, target: Path) -> None:
+def convert(checkpoint: Path, target: Path, *, overwrite: bool = False) -> None:
     """Write a checkpoint's state dict, in the types that it has, as a .safetensors file: the form that loads fastest.
 
-    `target` appears complete or not at all. Its metadata names the checkpoint and holds its sha256, by which `fetch`
-    knows what it is, and what it says of its network, in the way of demucs 4.1. Raises CheckpointError for a checkpoint
-    that cannot be used, InputError for a target with another ending, OutputError where it cannot be written.
+    `target` appears complete or not at all; only with `overwrite` does it replace a file. Its metadata names the
+    checkpoint and holds its sha256, by which `fetch` knows what it is, and what it says of its network, in the way of
+    demucs 4.1. Raises CheckpointError for a checkpoint that cannot be used, InputError for a target with another
+    ending, OutputError where it cannot be written.
     """
     if target.suffix != ".safetensors":
         raise InputError(f"the output {str(target)!r} must end in .safetensors: that is its format")
+    check_targets(target.parent, [target.name], overwrite=overwrite)
     stored = open_weights(checkpoint)
     weights = read_weights(stored, {})
     with checkpoint.open("rb") as stream:
         metadata = {SOURCE_SHA256: hashlib.file_digest(stream, "sha256").hexdigest(), "source_name": checkpoint.name}
     if stored.blueprint is not None:
         metadata |= metadata_of(stored.blueprint)
-    part = target.with_name(target.name + ".part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with OutputFolder(target.parent, overwrite=overwrite, recorded=False) as folder:
+        part = folder.work / target.name
         try:
             safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata)
             shutil.copymode(checkpoint, part)  # the library lets no one else read what it writes
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as e:
-        raise OutputError(f"{target} cannot be written ({first_line(e)}): free space, or name another place") from e
+        except (OSError, SafetensorError) as e:
+            raise OutputError(f"{target} cannot be written ({first_line(e)}): free space, or name another place") from e
+        folder.publish({"weights": part})
 
 
 def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised: bool = False) -> SeparationModel:

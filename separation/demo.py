@@ -10,6 +10,8 @@ from separation.decode import decode
 from separation.metrics import level_dbfs, sdr
 from separation.picture import Row, draw
 from separation.places import shipped
+from separation.recipes import load_recipe
+from separation.record import check_targets
 from separation.report import write_report
 from separation.separator import ModelPool, Progress, Separator, part_of
 from separation.waveform import SAMPLE_RATE
@@ -20,13 +22,27 @@ CHOICES = ("vocals_instrumental", "all_6")
 SEPARATED = 0.7  # the share of the job, in the progress, that is done by then; the rest is the page
 
 
-def run_demo(folder: Path, *, device: str = "auto", precision: str = "auto", progress: Progress | None = None) -> str:
+def run_demo(
+    folder: Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> str:
     """Separate the demo song into `folder/vocals_instrumental` and `folder/all_6` and draw `folder/stems.svg`
     and `folder/stems.html`.
+
+    What an earlier run wrote there is replaced; other files are refused before any work, unless `overwrite`.
 
     Returns a table as text: stem, SDR in dB against the true stem, level in dBFS, file; then the speed.
     """
     started = time.monotonic()
+    for choice in CHOICES:
+        stems = [f"{stem}.wav" for stem in load_recipe("demo", choice).stems]
+        check_targets(folder / choice, stems, overwrite=overwrite)
+    picture, page = folder / "stems.svg", folder / "stems.html"
+    check_targets(folder, [picture.name, page.name], overwrite=overwrite)
     pool = ModelPool(device, precision)
     lines = [f"{'stems':20} {'stem':13} {'SDR dB':>7} {'level dBFS':>11}  file"]
     rows: list[Row] = []
@@ -35,7 +51,7 @@ def run_demo(folder: Path, *, device: str = "auto", precision: str = "auto", pro
     for index, choice in enumerate(CHOICES):
         separator = Separator("demo", choice, pool=pool)
         share = part_of(progress, SEPARATED * index / len(CHOICES), SEPARATED * (index + 1) / len(CHOICES))
-        files = separator.separate_file(SONG, folder / choice, progress=share)
+        files = separator.separate_file(SONG, folder / choice, overwrite=overwrite, progress=share)
         separating += files.elapsed_seconds
         duration += files.duration_seconds
         for stem, path in files.items():
@@ -45,11 +61,9 @@ def run_demo(folder: Path, *, device: str = "auto", precision: str = "auto", pro
             if choice == CHOICES[-1]:
                 rows.append(Row(stem, estimate, SAMPLE_RATE, f"SDR {scores[stem]:.1f} dB"))
     mixture = _read(SONG)
-    picture = folder / "stems.svg"
-    draw(picture, [Row("mixture", mixture, SAMPLE_RATE), *rows], title="The demo song")
-    page = folder / "stems.html"
+    draw(picture, [Row("mixture", mixture, SAMPLE_RATE), *rows], title="The demo song", overwrite=overwrite)
     share = part_of(progress, SEPARATED, 1)
-    write_report("The demo song", SONG, files, page, scores, progress=share)
+    write_report("The demo song", SONG, files, page, scores, overwrite=overwrite, progress=share)
     total = time.monotonic() - started
     lines += [
         "",

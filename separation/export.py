@@ -61,13 +61,20 @@ class Export:
         return f"{self.path}: {self.n_bytes / 1e6:.1f} MB, {ends[0]} -> {ends[1]}; {checked}"
 
 
-def export(name_or_path: str | Path, target: Path, *, checkpoint: Path | None = None, random: bool = False) -> Export:
+def export(
+    name_or_path: str | Path,
+    target: Path,
+    *,
+    checkpoint: Path | None = None,
+    random: bool = False,
+    overwrite: bool = False,
+) -> Export:
     """Write a model, loaded as by `load_model`; compare what ONNX Runtime and PyTorch make of a chunk of noise.
 
-    With `random`, its weights are random. `target` appears complete and checked, or not at all. Raises what
-    `load_model` raises, InputError for a target with another ending, a missing package or a model that cannot be
-    exported, EstimateError if the outputs differ by more than `MOST_ERROR`, OutputError where the file cannot be
-    written.
+    With `random`, its weights are random. `target` appears complete and checked, or not at all; only with `overwrite`
+    does it replace a file. Raises what `load_model` raises, InputError for a target with another ending, a missing
+    package or a model that cannot be exported, EstimateError if the outputs differ by more than `MOST_ERROR`,
+    OutputError where the file cannot be written.
     """
     if target.suffix != ".onnx" or target.is_dir():
         raise InputError(f"the output {str(target)!r} must be a file whose name ends in .onnx: that is its format")
@@ -76,7 +83,8 @@ def export(name_or_path: str | Path, target: Path, *, checkpoint: Path | None = 
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
             raise InputError(f"the package {package} is missing: `pip install onnx onnxscript onnxruntime`")
-    with OutputFolder(target.parent) as folder, torch.no_grad():
+    with OutputFolder(target.parent, overwrite=overwrite, recorded=False) as folder, torch.no_grad():
+        folder.check_targets([target.name])
         part = folder.work / target.name
         if random:
             checkpoint = folder.work / "random.safetensors"

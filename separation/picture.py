@@ -4,9 +4,7 @@ The file needs no other: text and waveforms are vectors, a spectrogram is an emb
 """
 
 import base64
-import contextlib
 import math
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from separation.errors import InputError, OutputError
 from separation.metrics import level_dbfs
+from separation.output import OutputFolder
 from separation.stft import stft
 
 Floats = NDArray[np.float64]
@@ -100,13 +99,14 @@ def spectrogram_base64(energy: Floats) -> str:
     return base64.b64encode(_png(np.round(shades[::-1]).astype(np.uint8), _palette())).decode()
 
 
-def draw(path: Path, rows: Sequence[Row], *, title: str) -> None:
-    """Writes the picture to `path` as SVG, beside it first and renamed when it is complete.
+def draw(path: Path, rows: Sequence[Row], *, title: str, overwrite: bool = False) -> None:
+    """Writes the picture to `path` as SVG; it appears complete or not at all.
 
     All rows share one scale of time, of frequency, of decibels and of amplitude, so that they can be compared by eye;
     a quiet waveform is magnified, and says by how much. The same rows give the same file.
 
-    Raises InputError if there is nothing to draw, OutputError if the file cannot be written.
+    Raises InputError if there is nothing to draw, OutputError if the file cannot be written, or would replace one that
+    this program did not write; with `overwrite` it may.
     """
     if not rows:
         raise InputError("There is nothing to draw: give at least one row.")
@@ -116,17 +116,14 @@ def draw(path: Path, rows: Sequence[Row], *, title: str) -> None:
         if not torch.isfinite(row.audio).all():
             raise InputError(f"The row {row.name} holds NaN or Inf and cannot be drawn: give finite samples.")
     document = "\n".join(_document(rows, title)) + "\n"
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(document, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(
-            f"The picture {path} could not be written ({error.strerror}): choose another place."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # it is not there: renamed, or never made
-            part.unlink()
+    with OutputFolder(path.parent, overwrite=overwrite) as folder:
+        folder.check_targets([path.name])
+        part = folder.work / path.name
+        try:
+            part.write_text(document, encoding="utf-8")
+        except OSError as e:
+            raise OutputError(f"the picture {path} cannot be written ({e.strerror}): choose another place") from e
+        folder.publish({"picture": part})
 
 
 def _document(rows: Sequence[Row], title: str) -> Iterator[str]:

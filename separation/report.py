@@ -56,6 +56,7 @@ def write_report(
     scores: Mapping[str, float] | None = None,
     *,
     links: Mapping[str, str] | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the page about a song's file and its stems' files to `target`; `scores` are SDRs in dB by stem.
@@ -64,11 +65,11 @@ def write_report(
     Memory does not grow with the song. A run that fails leaves no file behind.
 
     Raises AudioError if a file cannot be read or lasts longer than MAX_SECONDS, OutputError if the page cannot be
-    written.
+    written, or would replace a file that this program did not write; with `overwrite` it may.
     """
     say = progress or (lambda share, stage: None)
     files = {"mixture": mixture, **stems}
-    with OutputFolder(target.parent) as output, ExitStack() as stack, ThreadPoolExecutor() as pool:
+    with OutputFolder(target.parent, overwrite=overwrite) as output, ExitStack() as stack, ThreadPoolExecutor() as pool:
         output.check_targets([target.name], mixture)
         waves: list[Waveform] = []
         for path in files.values():

@@ -29,10 +29,11 @@ from separation.chunking import ChunkPlan, chunk_memory_bytes, does_not_fit, fit
 from separation.decode import decode
 from separation.device import Choice, choose, identity, is_out_of_memory
 from separation.encode import check_output, check_rate, clips, is_rf64
+from separation.encoders import Encoders
 from separation.errors import AudioError, CheckpointError, EstimateError, InputError
 from separation.gpu import Model, captured, compute_thread
 from separation.models import SeparationModel
-from separation.output import Encoders, OutputFolder
+from separation.output import OutputFolder
 from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
 from separation.resample import resampled, resampled_length
 from separation.waveform import SAMPLE_RATE, Growing, Waveform
@@ -510,6 +511,7 @@ class Separator:
         wav_depth: str | None = None,
         flac_depth: str | None = None,
         max_seconds: float | None = None,
+        overwrite: bool = False,
         progress: Progress | None = None,
     ) -> StemFiles:
         """A song's file to one file a stem in `folder` (made if needed), named `<stem>.<format>`; returns their paths.
@@ -521,18 +523,21 @@ class Separator:
         file, which `source` always is, the stems have its number of samples.
         Memory does not grow with the song. A run that fails or is cancelled leaves no file behind.
 
+        Stems that this program wrote into the folder before are replaced; its record there, `.separation.json`, says
+        which they are. Any other file of such a name is refused before any work, unless `overwrite`.
+
         Raises:
             InputError: a format, rate, bitrate or depth that is not offered, or a stem would replace the song.
             AudioError: the file cannot be read as audio, or holds more than `max_seconds` of it.
             EstimateError: a model gave NaN or Inf.
-            OutputError: the stems cannot be written.
+            OutputError: the stems cannot be written, or a file that this program did not write is in their place.
         """
         started = time.monotonic()
         check_output(format, mp3_bitrate, wav_depth, flac_depth)
         if sample_rate not in SAMPLE_RATES:
             raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
         path = Path(path)
-        with OutputFolder(Path(folder)) as output, ExitStack() as stack:
+        with OutputFolder(Path(folder), overwrite=overwrite) as output, ExitStack() as stack:
             output.check_targets([f"{stem}.{format}" for stem in self.stems], path)
             mixture = stack.enter_context(
                 decode(path, output.work, max_seconds=max_seconds, progress=_decoding(progress))

@@ -1,14 +1,12 @@
-"""Many songs: which there are in files, folders and globs, which of them are done already, and doing the others.
+"""Many songs: which of them are done already, and doing the others.
 
-A song's stems go to a folder of their own, and `.separation.json` beside them is their record: for each run whose stems
-are there, the song's file (name, size, time), the settings and the stems' sizes. It is written last: stems that no
-record names are not finished. So a run that was stopped, here or on another machine, goes on where it was.
+A song's stems go to a folder of their own, whose record says of which song and with which settings they were made. So a
+run that was stopped, here or on another machine, goes on where it was.
 """
 
-import glob
-import itertools
-import json
+import hashlib
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,24 +17,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from separation.errors import InputError, SeparationError
+from separation.errors import OutputError, SeparationError
+from separation.output import OutputFolder
+from separation.record import PAGE, RECORD, Record, check_targets, stem_files
 
 # What imports PyTorch is imported where a song is separated: to see that all are done takes a moment without it.
 if TYPE_CHECKING:
     from separation.separator import Progress, Separator
 
-# Of the files that are taken from folders. To try every file would start ffmpeg for each picture and each text, and
-# call them failures. A file that is named itself is tried, whatever its name.
-_LOSSLESS = (".wav", ".wave", ".w64", ".rf64", ".flac", ".aif", ".aiff", ".aifc", ".caf", ".au", ".ape", ".wv", ".alac")
-_LOSSY = (".mp3", ".ogg", ".oga", ".opus", ".m4a", ".m4b", ".aac", ".wma", ".ac3", ".mp2", ".mka")
-_VIDEO = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
-SUFFIXES = {*_LOSSLESS, *_LOSSY, *_VIDEO}
-RECORD = ".separation.json"
-PAGE = "stems.html"
 SEPARATED = 0.7  # the share of a song's job, in the progress, that is done by then if a page is wanted too
-
-_VERSION = 1  # of the record
-_KEYS = {"source", "settings", "stems", "duration_seconds", "elapsed_seconds", "gain"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +43,8 @@ class Job:
     settings: dict[str, Any]  # all that decides what the stems' files hold, as JSON has it
     writing: dict[str, Any]  # the arguments of `Separator.separate_file`: format, sample rate, …
     report: bool  # whether a page to listen to them is wanted beside the stems
+    stems: tuple[str, ...] = ()  # that will be written, as far as is known before a model is loaded
+    overwrite: bool = False  # whether files may be replaced that are not this song's stems
 
 
 @dataclass(frozen=True)
@@ -68,113 +59,27 @@ class Outcome:
     page: Path | None = None
 
 
-def find(given: Sequence[str], output: Path) -> tuple[list[Song], list[Outcome]]:
-    """The songs that are meant by paths of files and folders and by globs, and what cannot be one.
-
-    A song's folder is `output/<its name without suffix>`; that of one within a folder, or below the part of a glob that
-    has no wildcard, is at the same place below `output`. Of folders and globs only files with a suffix of audio are
-    taken, and none that are hidden, below `output`, or stems of a record beside them. Raises InputError if `output` is
-    itself a folder that songs are taken from.
-    """
-    songs: dict[str, Song] = {}
-    failed: list[Outcome] = []
-
-    def add(path: Path, below: Path) -> None:
-        relative = path.relative_to(below)
-        relative = Path(relative.name) if ".." in relative.parts else relative
-        name = relative.name if relative.stem == ".." else relative.stem
-        songs.setdefault(os.path.abspath(path), Song(path, output / relative.parent / name))
-
-    for text in given:
-        path = below = Path(text)
-        if os.path.isdir(path):
-            if os.path.realpath(path) == os.path.realpath(output):
-                raise InputError(
-                    f"the stems would go among the songs of {text!r}: choose another folder, such as {path / 'stems'}"
-                )
-            places = [path]
-        elif os.path.exists(path):
-            add(path, path.parent)
-            continue
-        elif _is_glob(text):
-            below = Path(*itertools.takewhile(lambda part: not _is_glob(part), path.parts))
-            places = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-        else:
-            failed.append(Outcome(path, "failed", f"{path.name!r} does not exist: check the path"))
-            continue
-        above = output.resolve() in (below.resolve(), *below.resolve().parents)  # then all songs are below it
-        skipped = None if above else output.resolve()
-        sources = [source for place in places for source in _audio_files(place, skipped, failed)]
-        for source in sources:
-            add(source, below)
-        if not sources and path not in (outcome.path for outcome in failed):
-            failed.append(Outcome(path, "failed", f"there is no audio file in {text!r}: check the path"))
-    return _without_clashes(list(songs.values()), failed), failed
-
-
-def _is_glob(text: str) -> bool:
-    return any(wildcard in text for wildcard in "*?[")
-
-
-def _audio_files(place: Path, skipped: Path | None, failed: list[Outcome]) -> Iterator[Path]:
-    """Those in a folder and all below it, or the file itself if it is one, but none below the folder that is skipped.
-
-    Folders that cannot be read have failed.
-    """
-    if skipped in (place.resolve(), *place.resolve().parents):
-        return
-    if not place.is_dir():
-        if _is_song(place.name) and place.name not in _stems_in(place.parent):
-            yield place
-        return
-
-    def refuse(error: OSError) -> None:
-        failed.append(Outcome(Path(error.filename), "failed", f"cannot read this folder: {error.strerror}"))
-
-    for where, folders, files in os.walk(place, onerror=refuse):
-        folder = Path(where)
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (folder / name).resolve() != skipped
-        )
-        stems = _stems_in(folder)
-        yield from (folder / name for name in sorted(files) if _is_song(name) and name not in stems)
-
-
-def _is_song(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def _without_clashes(songs: list[Song], failed: list[Outcome]) -> list[Song]:
-    """The songs that have their folder for themselves; the others have failed."""
-    owners: dict[Path, list[Song]] = {}
-    for song in songs:
-        owners.setdefault(song.folder, []).append(song)
-    for folder, rivals in owners.items():
-        if len(rivals) > 1:
-            names = " and ".join(repr(str(song.path)) for song in rivals)
-            error = f"more than one song would be written to {str(folder)!r}, {names}: separate them one by one"
-            failed += (Outcome(song.path, "failed", error) for song in rivals)
-    return [song for song in songs if len(owners[song.folder]) == 1]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The record
+# Which are done
 
 
 def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple[list[Song], list[Outcome]]:
-    """The songs that something is to be done for, and what is known of the others; with `force`, there are none."""
+    """The songs that something is to be done for, and what is known of the others; with `force`, there are none.
+
+    Songs whose stems would replace what is not theirs have failed.
+    """
     left, done = [], []
     for song in songs:
         try:
             if force:  # in the record, so that a run that is stopped and started without goes on
-                forget(song, settings=job.settings)
+                _forget(song.folder, job.settings)
+            if outcome := finished(song, job):
+                done.append(outcome)
+            else:
+                _check(song, job, _entry(song, job))
+                left.append(song)
         except SeparationError as e:
             done.append(Outcome(song.path, "failed", str(e)))
-            continue
-        if outcome := finished(song, job):
-            done.append(outcome)
-        else:
-            left.append(song)
     return left, done
 
 
@@ -188,26 +93,38 @@ def finished(song: Song, job: Job) -> Outcome | None:
     )
 
 
-def forget(song: Song, names: Sequence[str] | None = None, *, settings: dict[str, Any] | None = None) -> None:
-    """Take the runs with these settings, or whose stems have any of these files' names, out of a song's record."""
-    entries = _entries(song.folder)
-    kept = [
-        entry
-        for entry in entries
-        if entry["settings"] != settings and not {file for file, _ in entry["stems"].values()} & set(names or ())
-    ]
-    if len(kept) < len(entries):
-        _write(song.folder, kept)
+def _forget(folder: Path, settings: dict[str, Any]) -> None:
+    """Take the run with these settings out of a record."""
+    record = Record.read(folder)
+    if any(run["settings"] == settings for run in record.runs):
+        _write(folder, record.without_run(settings))
 
 
 def _entry(song: Song, job: Job) -> dict[str, Any] | None:
-    source = _source(song.path)
-    for entry in _entries(song.folder):
-        if entry["source"] == source and entry["settings"] == job.settings:
-            sizes = {song.folder / file: n_bytes for file, n_bytes in entry["stems"].values()}
+    file = _File(song)
+    for entry in Record.read(song.folder).runs:
+        if entry["settings"] == job.settings and file.made(entry["source"]):
+            sizes = {song.folder / name: n_bytes for name, n_bytes in entry["stems"].values()}
             if all(path.is_file() and path.stat().st_size == n_bytes for path, n_bytes in sizes.items()):
                 return entry
     return None
+
+
+def _check(song: Song, job: Job, entry: dict[str, Any] | None) -> None:
+    """Raise if what is to be written would replace another song's stems, or what this program did not write."""
+    names = [] if entry else [f"{stem}.{job.writing['format']}" for stem in job.stems]
+    names += [PAGE] if job.report else []
+    check_targets(song.folder, [*names, RECORD], overwrite=job.overwrite, song=song.path)
+    if job.overwrite:
+        return
+    file = _File(song)
+    for run in Record.read(song.folder).runs:
+        if file.is_another(run["source"]) and any((song.folder / name).exists() for name in stem_files(run)):
+            other = os.path.normpath(song.folder / run["source"].get("path", run["source"]["name"]))
+            raise OutputError(
+                f"{str(song.folder)!r} has the stems of another song, {other!r}: choose another output folder, or "
+                "replace them with --overwrite"
+            )
 
 
 def _has_page(folder: Path, entry: dict[str, Any]) -> bool:
@@ -221,41 +138,72 @@ def _outcome(song: Song, status: str, entry: dict[str, Any], error: str = "") ->
     return Outcome(song.path, status, error, stems, facts, song.folder / PAGE if "page_bytes" in entry else None)
 
 
-def _source(path: Path) -> dict[str, Any]:
-    try:
-        facts = path.stat()
-    except OSError:  # decoding says it better
-        return {}
-    return {"name": path.name, "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+class _File:
+    """A song's file, to compare with what records say of the files that stems were made of.
+
+    Its place, as seen from the stems, its size and its time of change tell it; where they do not, its content does.
+    """
+
+    def __init__(self, song: Song) -> None:
+        self._song = song
+        self._sha256 = ""
+
+    def source(self) -> dict[str, Any]:
+        """What a record keeps of it; nothing if it cannot be read, which decoding says better."""
+        try:
+            facts = self._song.path.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                return {}
+            return {
+                "name": self._song.path.name,
+                "path": self._place(),
+                "bytes": facts.st_size,
+                "mtime_ns": facts.st_mtime_ns,
+                "sha256": self._content(),
+            }
+        except OSError:
+            return {}
+
+    def made(self, source: dict[str, Any]) -> bool:
+        """Whether the stems of such a source were made of this very file."""
+        try:
+            facts = self._song.path.stat()
+            if source.get("bytes") != facts.st_size:
+                return False
+            if self._is_there(source) and source["mtime_ns"] == facts.st_mtime_ns:
+                return True
+            return "sha256" in source and source["sha256"] == self._content()
+        except OSError:
+            return False
+
+    def is_another(self, source: dict[str, Any]) -> bool:
+        """Whether such a source is neither this file nor what was in its place before."""
+        return "name" in source and not self._is_there(source) and not self.made(source)
+
+    def _is_there(self, source: dict[str, Any]) -> bool:
+        """An earlier version's record has no path: then the name must do."""
+        return source["path"] == self._place() if "path" in source else source.get("name") == self._song.path.name
+
+    def _place(self) -> str:
+        try:
+            return Path(os.path.relpath(self._song.path, self._song.folder)).as_posix()
+        except ValueError:  # on Windows, on another drive
+            return Path(os.path.abspath(self._song.path)).as_posix()
+
+    def _content(self) -> str:
+        if not self._sha256:
+            with self._song.path.open("rb") as file:
+                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._sha256
 
 
-def _entries(folder: Path) -> list[dict[str, Any]]:
-    """The runs that a record names; none if there is no record, or one that is damaged or of another version."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        entries = [entry for entry in record["runs"] if record["version"] == _VERSION and entry.keys() >= _KEYS]
-        for entry in entries:
-            entry["stems"] = {str(stem): (str(file), int(n_bytes)) for stem, (file, n_bytes) in entry["stems"].items()}
-        return entries
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []
-
-
-def _stems_in(folder: Path) -> set[str]:
-    return {file for entry in _entries(folder) for file, _ in entry["stems"].values()}
-
-
-def _write(folder: Path, entries: list[dict[str, Any]]) -> None:
-    from separation.output import OutputFolder
-
+def _write(folder: Path, record: Record) -> None:
     with OutputFolder(folder) as output:
-        part = output.work / RECORD
-        part.write_text(json.dumps({"version": _VERSION, "runs": entries}, indent=1), encoding="utf-8")
-        output.publish({"record": part})
+        output.write(record)
 
 
-def _add(folder: Path, entry: dict[str, Any]) -> None:
-    _write(folder, [*(old for old in _entries(folder) if old["settings"] != entry["settings"]), entry])
+def _add(folder: Path, run: dict[str, Any]) -> None:
+    _write(folder, Record.read(folder).with_run(run))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,12 +274,13 @@ def separate_song(song: Song, job: Job, separator: "Separator", progress: "Progr
 
     entry, status = _entry(song, job), "skipped"
     try:
+        _check(song, job, entry)
         if entry is None:
-            source = _source(song.path)
-            # Whatever happens from here on, no record vouches for stems that are about to be replaced.
-            forget(song, [f"{stem}.{job.writing['format']}" for stem in separator.stems])
+            source = _File(song).source()
             separating = part_of(progress, 0, SEPARATED) if job.report else progress
-            files = separator.separate_file(song.path, song.folder, **job.writing, progress=separating)
+            files = separator.separate_file(
+                song.path, song.folder, **job.writing, overwrite=job.overwrite, progress=separating
+            )
             status = "done"
             entry = {
                 "source": source,
@@ -346,7 +295,7 @@ def separate_song(song: Song, job: Job, separator: "Separator", progress: "Progr
         if job.report and not _has_page(song.folder, entry):
             page, stems = song.folder / PAGE, _outcome(song, status, entry).stems
             share = part_of(progress, SEPARATED if status == "done" else 0, 1)
-            write_report(song.path.name, song.path, stems, page, progress=share)
+            write_report(song.path.name, song.path, stems, page, overwrite=job.overwrite, progress=share)
             status, entry = "done", {**entry, "page_bytes": page.stat().st_size}
             _add(song.folder, entry)
     except SeparationError as e:

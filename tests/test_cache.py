@@ -195,6 +195,7 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "mp3_bitrate": [(HIT, ("--format", "mp3", "--mp3-bitrate", "128"))],
     "flac_depth": [(HIT, ("--format", "flac", "--flac-depth", "16"))],
     "report": [(HIT, ("--report",))],
+    "overwrite": [(HIT, ("--overwrite",))],
     "workers": [(HIT, ("--workers", "2"))],
     "ray": [],  # which separates elsewhere
     "json": [(HIT, ("--json",))],
@@ -298,6 +299,7 @@ OFFERED = {
         "flac_depth",
         "mp3_bitrate",
         "max_seconds",
+        "overwrite",
         "progress",
     },
 }

@@ -412,7 +412,11 @@ def test_a_converted_checkpoint_is_listed_and_verified_in_its_place(
     assert capsys.readouterr().out == f"{converted}: made from the right small.ckpt\n"
     assert main(["models", "download", "small"]) == 0
     assert capsys.readouterr().out == f"{converted}\n"
-    assert main(["models", "convert", str(tmp_path / "nothing.ckpt"), str(converted)]) == 2
+    assert main(["models", "convert", str(checkpoint), str(converted)]) == 2
+    assert "small.safetensors' is there already" in capsys.readouterr().err
+    assert main(["models", "convert", "--overwrite", str(checkpoint), str(converted)]) == 0
+    capsys.readouterr()
+    assert main(["models", "convert", "--overwrite", str(tmp_path / "nothing.ckpt"), str(converted)]) == 2
     assert capsys.readouterr().err.startswith("error: there is no file")
 
 

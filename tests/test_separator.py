@@ -28,7 +28,7 @@ from separation import (
     RecipeError,
     Separator,
     chunking,
-    output,
+    encoders,
 )
 from separation import separator as separator_module
 from separation.encode import encode
@@ -37,6 +37,7 @@ from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 from separation.output import OutputFolder
 from separation.recipes import resolve
+from separation.record import RECORD
 from separation.resample import resample
 from separation.separator import GpuModels
 from separation.waveform import Waveform
@@ -95,7 +96,7 @@ def test_two_stems_are_the_stem_of_all_4_and_the_mixture_minus_it(
     assert (stems[stem] + stems[f"no_{stem}"] - clip).abs().max() <= 2e-7
     files = separator.separate_file(write(tmp_path / "song.wav", clip), tmp_path / "out")
     assert [path.name for path in files.values()] == [f"{stem}.wav", f"no_{stem}.wav"]
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(list((tmp_path / "out").glob("*.wav"))) == 2
     for name, path in files.items():
         assert (read(path) - stems[name]).abs().max() <= 1e-6
 
@@ -401,7 +402,7 @@ def test_a_file_gives_the_stems_that_memory_gives(pool: ModelPool, clip: Tensor,
     for stem, path in files.items():
         assert soundfile.info(path).subtype == "FLOAT"
         assert (read(path) - expected[stem]).abs().max() <= 1e-6
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["instrumental.wav", "vocals.wav"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [RECORD, "instrumental.wav", "vocals.wav"]
 
 
 @pytest.mark.parametrize("format, tolerance", [("wav", 1e-7), ("flac", 1e-6), ("mp3", 0.05)])
@@ -528,7 +529,7 @@ def test_a_song_can_be_cancelled_while_a_stem_is_encoded(
             cancelled.set()
             raise CancelError
 
-    monkeypatch.setattr(output, "encode", lambda *_, **__: cancelled.wait(20))
+    monkeypatch.setattr(encoders, "encode", lambda *_, **__: cancelled.wait(20))
     song = write(tmp_path / "song.wav", clip[:, :10_000])
     with pytest.raises(CancelError):
         Separator("demo", pool=pool, **QUICK).separate_file(song, tmp_path / "out", progress=cancel)
@@ -547,13 +548,13 @@ def test_stems_take_their_place_together_or_not_at_all(pool: ModelPool, clip: Te
 def test_stems_are_encoded_side_by_side(
     pool: ModelPool, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, both = output.encode, threading.Barrier(2, timeout=20)
+    encode, both = encoders.encode, threading.Barrier(2, timeout=20)
 
     def met(*arguments: object, **options: object) -> None:
         both.wait()  # an error if the other encoder does not come
         encode(*arguments, **options)
 
-    monkeypatch.setattr(output, "encode", met)
+    monkeypatch.setattr(encoders, "encode", met)
     song = write(tmp_path / "song.wav", clip[:, :20_000])
     files = Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate_file(
         song, tmp_path / "out", format="mp3"
@@ -563,7 +564,7 @@ def test_stems_are_encoded_side_by_side(
 
 def test_a_move_that_fails_puts_the_older_stems_back(tmp_path: Path) -> None:
     (tmp_path / "vocals.wav").write_text("older")
-    with OutputFolder(tmp_path) as output:
+    with OutputFolder(tmp_path, overwrite=True, recorded=False) as output:
         (output.work / "vocals.wav").write_text("newer")
         parts = {"vocals": output.work / "vocals.wav", "instrumental": output.work / "not there.wav"}
         with pytest.raises(OutputError, match=r"not there\.wav"):
@@ -578,7 +579,7 @@ def test_newer_stems_take_the_place_of_older_ones(pool: ModelPool, clip: Tensor,
         write(song, clip[:, :10_000] * level)
         files = separator.separate_file(song, tmp_path / "out")
         assert (read(files["vocals"]) + read(files["instrumental"]) - clip[:, :10_000] * level).abs().max() <= 1e-6
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(list((tmp_path / "out").glob("*.wav"))) == 2
 
 
 class Recorder(SeparationModel):
@@ -670,7 +671,7 @@ def test_an_argument_that_another_makes_meaningless_is_refused(
 def test_every_stem_is_encoded_while_the_model_still_works(
     sample_rate: int, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, begun = output.encode, {"vocals": threading.Event(), "instrumental": threading.Event()}
+    encode, begun = encoders.encode, {"vocals": threading.Event(), "instrumental": threading.Event()}
 
     def watched(wave: Waveform, path: Path, *, gain: Callable[[], float], **options: Any) -> None:
         def watched_gain() -> float:
@@ -685,7 +686,7 @@ def test_every_stem_is_encoded_while_the_model_still_works(
                 assert all(event.wait(20) for event in begun.values())
             return super().forward(chunks)
 
-    monkeypatch.setattr(output, "encode", watched)
+    monkeypatch.setattr(encoders, "encode", watched)
     model = Waiting("first", ("vocals",), 100_000)
     recipe = resolve("test", "test", {"vocals": "first", "instrumental": "residual"})
     separator = Separator(recipe, pool=recording(model), **QUICK)
@@ -716,7 +717,7 @@ def test_what_fails_beside_the_model_ends_the_run_with_its_error(
             return super().forward(chunks)
 
     if where == "an encoder":
-        monkeypatch.setattr(output, "encode", fail)
+        monkeypatch.setattr(encoders, "encode", fail)
     else:
         monkeypatch.setattr(separator_module._Sum, "blocks", fail_at_the_end if "end" in where else fail)
     lines = {"vocals": "first", "drums": "first after vocals"}
@@ -738,7 +739,7 @@ def test_what_fails_beside_the_model_ends_the_run_with_its_error(
 def test_once_a_stem_is_too_loud_nothing_more_is_encoded_before_the_gain_is_known(
     clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, gains = output.encode, []
+    encode, gains = encoders.encode, []
 
     def watched(wave: Waveform, path: Path, *, gain: Callable[[], float] | float, **options: Any) -> None:
         def watched_gain() -> float:
@@ -747,7 +748,7 @@ def test_once_a_stem_is_too_loud_nothing_more_is_encoded_before_the_gain_is_know
 
         encode(wave, path, gain=watched_gain, **options)
 
-    monkeypatch.setattr(output, "encode", watched)
+    monkeypatch.setattr(encoders, "encode", watched)
     recipe = resolve("test", "test", {"vocals": "first", "instrumental": "residual"})
     separator = Separator(recipe, pool=recording(Recorder("first", ("vocals",), 100_000)), **QUICK)
     mixture = clip * 0.1

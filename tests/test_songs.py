@@ -1,4 +1,4 @@
-"""Folders and globs mean the songs one thinks; a run that was stopped, however, goes on where it was; workers share."""
+"""A run that was stopped, however, goes on where it was; what is done is not done again; workers share."""
 
 import argparse
 import errno
@@ -29,9 +29,10 @@ import conftest
 from conftest import PROJECT, below, read, started
 from separation import __main__, chunking, songs
 from separation.__main__ import INDIFFERENT, build_parser, main
-from separation.errors import InputError
+from separation.find import find
+from separation.record import RECORD
 from separation.separator import Separator
-from separation.songs import RECORD, Job, Outcome, Song, find
+from separation.songs import Job, Outcome, Song
 
 DEMO = ("--recipe", "demo", "--device", "cpu")
 
@@ -68,81 +69,6 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 def temporary(folder: Path) -> list[Path]:
     return below(folder, ".separating-*")
-
-
-def test_a_folder_is_mirrored_without_hidden_files_other_suffixes_and_stems(tmp_path: Path) -> None:
-    music = tmp_path / "music"
-    write_songs(
-        music, "b.WAV", "a/1. intro.flac", "a/deep/c.mp3", ".hidden.wav", ".trash/d.wav", "cover.jpg", "stems/e.wav"
-    )
-    found, failed = find([str(music)], music / "stems")
-    assert found == [
-        Song(music / "b.WAV", music / "stems" / "b"),
-        Song(music / "a" / "1. intro.flac", music / "stems" / "a" / "1. intro"),
-        Song(music / "a" / "deep" / "c.mp3", music / "stems" / "a" / "deep" / "c"),
-    ]
-    assert not failed
-
-
-@pytest.mark.parametrize(
-    "given, expected",
-    [
-        (["*.wav"], {"x.wav": "x"}),
-        (["a/*"], {"a/y.wav": "y", "a/b/z.flac": "b/z"}),  # of what matches, folders with all below them
-        (["**/*.wav"], {"x.wav": "x", "a/y.wav": "a/y"}),  # nothing of the output folder
-        (["**"], {"x.wav": "x", "a/y.wav": "a/y", "a/b/z.flac": "a/b/z"}),
-        (["a/**/*.flac"], {"a/b/z.flac": "b/z"}),
-        (["a", "a/y.wav"], {"a/y.wav": "y", "a/b/z.flac": "b/z"}),  # once
-        (["odd [1].wav"], {"odd [1].wav": "odd [1]"}),  # a file that is there is no glob
-        (["picture.jpg"], {"picture.jpg": "picture"}),  # named itself
-        (["*/../x.wav"], {"a/../x.wav": "x"}),  # never above the output folder
-    ],
-)
-def test_files_folders_and_globs_mean_these_songs(
-    given: list[str], expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_songs(
-        tmp_path, "x.wav", "a/y.wav", "a/b/z.flac", "a/notes.txt", "odd [1].wav", "picture.jpg", "out/w/bass.wav"
-    )
-    (tmp_path / "odd [1].wav").rename(tmp_path / "odd [1].tmp")
-    if given == ["odd [1].wav"]:
-        (tmp_path / "odd [1].tmp").rename(tmp_path / "odd [1].wav")
-    monkeypatch.chdir(tmp_path)
-    found, failed = find(given, Path("out"))
-    assert {str(song.path): str(song.folder.relative_to("out")) for song in found} == expected
-    assert not failed
-
-
-def test_the_output_folder_may_be_above_the_songs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_songs(tmp_path, "x.wav", "a/y.wav")
-    monkeypatch.chdir(tmp_path)
-    assert find(["*.wav"], Path("."))[0] == [Song(Path("x.wav"), Path("x"))]
-    assert find(["a"], Path("."))[0] == [Song(Path("a/y.wav"), Path("y"))]
-
-
-def test_what_is_not_there_clashes_or_cannot_be_read_fails_with_a_sentence(tmp_path: Path) -> None:
-    write_songs(tmp_path, "good.wav", "twice.wav", "twice.flac", "a/twice.wav")
-    (tmp_path / "empty").mkdir()
-    given = ["good.wav", "twice.wav", "twice.flac", "nothing.wav", "*.ogg", "empty", "a"]
-    found, failed = find([str(tmp_path / name) for name in given], tmp_path / "out")
-    assert [song.path.name for song in found] == ["good.wav"]
-    errors = {str(outcome.path.relative_to(tmp_path)): outcome.error for outcome in failed}
-    assert list(errors) == ["nothing.wav", "*.ogg", "empty", "twice.wav", "twice.flac", "a/twice.wav"]
-    assert errors["nothing.wav"] == "'nothing.wav' does not exist: check the path"
-    assert "no audio file" in errors["*.ogg"] and "no audio file" in errors["empty"]
-    assert all(str(tmp_path / name) in errors["twice.wav"] for name in ("twice.wav", "twice.flac", "a/twice.wav"))
-    with pytest.raises(InputError, match="would go among the songs"):
-        find([str(tmp_path / "a")], tmp_path / "a" / ".." / "a")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    write_songs(tmp_path, "a/x.wav", "y.wav")
-    (tmp_path / "a").chmod(0)
-    found, (failed,) = find([str(tmp_path)], tmp_path / "out")
-    (tmp_path / "a").chmod(0o700)
-    assert [song.path.name for song in found] == ["y.wav"]
-    assert failed.path == tmp_path / "a" and "Permission denied" in failed.error
 
 
 def test_bad_songs_do_not_stop_a_folder_and_a_second_run_skips_what_is_done(
@@ -195,14 +121,12 @@ def touch(path: Path) -> None:
 
 CHANGES: dict[str, Callable[[Path, Path], object]] = {
     "the song": lambda song, folder: song.write_bytes(conftest.song(0.3, gain=0.5)),
-    "the song's time": lambda song, folder: touch(song),
     "a stem is missing": lambda song, folder: (folder / "vocals.wav").unlink(),
     "a stem is cut": lambda song, folder: os.truncate(folder / "vocals.wav", 1000),
     "no record": lambda song, folder: (folder / RECORD).unlink(),
     "a record whose stems are no pairs": lambda song, folder: (folder / RECORD).write_text(
         re.sub(r'"stems": \{.*?\}', '"stems": {"vocals": 1}', (folder / RECORD).read_text(), flags=re.DOTALL)
     ),
-    "a damaged record": lambda song, folder: (folder / RECORD).write_text('{"version": 1, "runs": ["'),
     "another's record": lambda song, folder: (folder / RECORD).write_text('{"version": 1, "runs": [7]}'),
     "a later version's record": lambda song, folder: (folder / RECORD).write_text(
         (folder / RECORD).read_text().replace('"version": 1', '"version": 2')
@@ -269,6 +193,7 @@ OTHER: dict[str, tuple[str, ...]] = {  # for every option of `separate` another 
     "json": ("--json",),
     "verbose": ("-v",),
     "force_refresh": ("--force-refresh",),
+    "overwrite": ("--overwrite",),
     "output": ("-o", "elsewhere"),
     "songs": ("another.wav",),
 }
@@ -327,12 +252,6 @@ def test_runs_side_by_side_are_both_done_unless_one_took_the_others_files(
     assert status("--stems", "all_4", "--force-refresh") == "done"
 
 
-def test_stems_in_a_folder_of_songs_are_no_songs(separated: Path, tmp_path: Path) -> None:
-    for given in (separated, separated / "**" / "*.wav"):
-        found, _ = find([str(given)], tmp_path)
-        assert [song.path.name for song in found] == ["1.wav"]
-
-
 def test_a_page_is_made_for_stems_that_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_songs(tmp_path, "1.wav")
     assert separate(tmp_path / "1.wav", "-o", tmp_path / "out") == 0
@@ -360,7 +279,7 @@ def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
     names = [f"{n}.wav" for n in range(5)]
     write_songs(tmp_path / "music", *names, seconds=2)
     separator = Separator("demo", device="cpu", chunk_seconds=4, overlap_seconds=1)
-    alone, found = {}, find([str(tmp_path / "music")], tmp_path / "alone")[0]
+    alone, found = {}, find([str(tmp_path / "music")], tmp_path / "alone").songs
     for outcome in songs.run(found, job(), [separator], workers=1, bar=no_bar):
         alone[outcome.path.name] = read(outcome.stems["vocals"])
     estimate, running, others = chunking._Song._estimates, threading.Lock(), []
@@ -374,7 +293,7 @@ def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
             running.release()
 
     monkeypatch.setattr(chunking._Song, "_estimates", watched)
-    found, _ = find([str(tmp_path / "music")], tmp_path / "together")
+    found = find([str(tmp_path / "music")], tmp_path / "together").songs
     outcomes = list(songs.run(found, job(), [separator], workers=3, bar=no_bar))
     assert len(others) >= 5 and not any(others)
     assert sorted(outcome.path.name for outcome in outcomes) == names
@@ -427,7 +346,7 @@ def test_a_separator_is_made_for_each_gpu_that_has_a_song(
 def test_when_the_iterator_is_closed_workers_stop_and_remove_what_is_not_finished(format: str, tmp_path: Path) -> None:
     write_songs(tmp_path / "music", *(f"{n}.wav" for n in range(6)), seconds=10)
     separator = Separator("demo", device="cpu")
-    found, _ = find([str(tmp_path / "music")], tmp_path / "out")
+    found = find([str(tmp_path / "music")], tmp_path / "out").songs
     running = songs.run(found, job(format), [separator], workers=3, bar=no_bar)
     next(running)
     running.close()

@@ -1,0 +1,215 @@
+"""Which songs are meant by files, folders and globs."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+from separation.errors import InputError
+from separation.record import PAGE, Record, stem_files
+from separation.songs import Outcome, Song
+from separation.suffixes import SUFFIXES
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+@dataclass
+class Found:
+    """The songs, what cannot be one, and what was passed over in folders."""
+
+    songs: list[Song] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+    passed_over: set[Path] = field(default_factory=set)  # files by their suffixes
+    links: set[Path] = field(default_factory=set)  # to folders, which are not entered
+
+    def note(self) -> str:
+        """What was passed over, as a sentence; empty if nothing was."""
+        parts = []
+        if self.passed_over:
+            found = sorted(path.suffix.lower() or "no suffix" for path in self.passed_over)
+            suffixes = Counter(found).most_common()
+            more = ", …" if len(suffixes) > 5 else ""
+            kinds = ", ".join(f"{suffix} {number}" for suffix, number in suffixes[:5]) + more
+            parts.append(f"{_count(self.passed_over, 'file')} without a suffix of audio or video ({kinds})")
+        if self.links:
+            more = ", …" if len(self.links) > 1 else ""
+            parts.append(f"{_count(self.links, 'linked folder')} ({str(min(self.links))!r}{more})")
+        return f"passed over: {' and '.join(parts)}: name a file or folder itself to have it tried" if parts else ""
+
+
+def find(given: Sequence[str], output: Path) -> Found:
+    """The songs that are meant by paths of files and folders and by globs, and what cannot be one.
+
+    A song's folder is `output/<its name without suffix>`; that of one within a folder, or below the part of a glob that
+    has no wildcard, is at the same place below `output`. Of folders and globs only files with a suffix of audio or
+    video are taken, and none that are hidden, below `output`, or stems of a record beside them; folders that are
+    symbolic links are not entered. A name that is there is itself, also where it has wildcards. Raises InputError if
+    `output` is itself a folder that songs are taken from.
+    """
+    search = _Search(output)
+    for text in given:
+        search.take(text)
+    return search.finish()
+
+
+class _Search:
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._found = Found()
+        self._songs: dict[str, Song] = {}
+        self._stems_in: Callable[[Path], set[str]] = cache(_stems_in)
+
+    def finish(self) -> Found:
+        self._found.songs = _without_clashes(list(self._songs.values()), self._found.failed)
+        return self._found
+
+    def take(self, text: str) -> None:
+        path = Path(text)
+        if path.is_dir():
+            if os.path.realpath(path) == os.path.realpath(self._output):
+                raise InputError(
+                    f"the stems would go among the songs of {text!r}: choose another folder, such as {path / 'stems'}"
+                )
+            self._take_below(path, [path], text)
+        elif path.exists():
+            self._add(path, path.parent)
+        elif _ADDRESS.match(text):
+            self._fail(path, f"{text!r} is an address: download the song, then give its file")
+        elif _is_pattern(text):
+            below, rest = _literal_prefix(path)
+            if below.is_dir():
+                self._take_below(below, self._matches(below, rest), text)
+            else:
+                self._fail(path, f"{str(below)!r} in {text!r} {_why_missing(below)}: check the path")
+        else:
+            self._fail(path, f"{text!r} {_why_missing(path)}: check the path")
+
+    def _take_below(self, below: Path, places: Iterable[Path], text: str) -> None:
+        """The songs among files, and in folders and below them, whose stems go to the same place below the output."""
+        above = self._output.resolve() in (below.resolve(), *below.resolve().parents)  # then all songs are below it
+        skipped = None if above else self._output.resolve()
+        n_failed, stems = len(self._found.failed), False
+        sources = []
+        for place in places:
+            for path in self._files(place, skipped):
+                if path.name in self._stems_in(path.parent):
+                    stems |= path.name != PAGE
+                elif path.suffix.lower() in SUFFIXES:
+                    sources.append(path)
+                else:
+                    self._found.passed_over.add(path)
+        for source in sources:
+            self._add(source, below)
+        if stems and not sources:
+            self._fail(Path(text), f"{text!r} holds only stems that this program made: give the songs they came from")
+        elif not sources and n_failed == len(self._found.failed):
+            self._fail(Path(text), f"there is no audio file in {text!r}: check the path")
+
+    def _add(self, path: Path, below: Path) -> None:
+        relative = path.relative_to(below)
+        relative = Path(relative.name) if ".." in relative.parts else relative
+        name = relative.name if relative.stem == ".." else relative.stem
+        self._songs.setdefault(os.path.abspath(path), Song(path, self._output / relative.parent / name))
+
+    def _fail(self, path: Path, error: str) -> None:
+        self._found.failed.append(Outcome(path, "failed", error))
+
+    def _refuse(self, error: OSError) -> None:
+        self._fail(Path(error.filename), f"cannot read this folder: {error.strerror}")
+
+    def _files(self, place: Path, skipped: Path | None) -> Iterator[Path]:
+        """Those in a folder and all below it, or the file itself if it is one; none that are hidden or skipped."""
+        resolved = place.resolve()
+        if skipped in (resolved, *resolved.parents):
+            return
+        if not place.is_dir():
+            yield place
+            return
+        for folder, files in self._walk(place, skipped):
+            yield from (folder / name for name in files)
+
+    def _walk(self, place: Path, skipped: Path | None) -> Iterator[tuple[Path, list[str]]]:
+        """A folder and all below it, each with the names of its files."""
+        for where, folders, files in os.walk(place, onerror=self._refuse):
+            folder = Path(where)
+            seen = [name for name in sorted(folders) if not name.startswith(".")]
+            links = [name for name in seen if (folder / name).is_symlink()]
+            self._found.links.update(folder / name for name in links)
+            folders[:] = [name for name in seen if name not in links and (folder / name).resolve() != skipped]
+            yield folder, [name for name in sorted(files) if not name.startswith(".")]
+
+    def _matches(self, below: Path, parts: Sequence[str]) -> list[Path]:
+        """What is meant by a pattern's parts; `**` is any number of folders."""
+        places = [below]
+        for index, part in enumerate(parts):
+            if part == "**":
+                if index < len(parts) - 1:  # a folder that is meant is taken with all below it anyway
+                    folders = (folder for place in places if place.is_dir() for folder, _ in self._walk(place, None))
+                    places = list(dict.fromkeys(folders))
+            else:
+                places = [match for place in places for match in self._named(place, part)]
+        return places
+
+    def _named(self, folder: Path, part: str) -> list[Path]:
+        if os.path.lexists(folder / part):
+            return [folder / part]
+        if not _is_pattern(part) or not folder.is_dir():
+            return []
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as e:
+            self._refuse(e)
+            return []
+        return [folder / name for name in names if fnmatch(name, part) and (part[0] == "." or name[0] != ".")]
+
+
+def _literal_prefix(path: Path) -> tuple[Path, list[str]]:
+    """The part of a pattern that is taken as it is, since it has no wildcard or is there by that name; and the rest."""
+    below, rest = Path(path.anchor), list(path.parts[bool(path.anchor) :])
+    while rest and (not _is_pattern(rest[0]) or os.path.lexists(below / rest[0])):
+        below /= rest.pop(0)
+    return below, rest
+
+
+def _is_pattern(text: str) -> bool:
+    return any(wildcard in text for wildcard in "*?[")
+
+
+def _why_missing(path: Path) -> str:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            return f"is a link to {os.readlink(path)!r}, which does not exist"
+    except OSError as e:
+        return f"cannot be read ({e.strerror})"
+    except ValueError:  # a NUL
+        pass
+    return "does not exist"
+
+
+def _stems_in(folder: Path) -> set[str]:
+    """The names of the files in a folder that this program wrote."""
+    record = Record.read(folder)
+    return {file.name for file in record.files}.union(*map(stem_files, record.runs))
+
+
+def _without_clashes(songs: list[Song], failed: list[Outcome]) -> list[Song]:
+    """The songs that have their folder for themselves; the others have failed."""
+    owners: dict[Path, list[Song]] = {}
+    for song in songs:
+        owners.setdefault(song.folder, []).append(song)
+    for folder, rivals in owners.items():
+        if len(rivals) > 1:
+            names = " and ".join(repr(str(song.path)) for song in rivals)
+            error = f"more than one song would be written to {str(folder)!r}, {names}: separate each with its own -o"
+            failed += (Outcome(song.path, "failed", error) for song in rivals)
+    return [song for song in songs if len(owners[song.folder]) == 1]
+
+
+def _count(items: set[Path], word: str) -> str:
+    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
