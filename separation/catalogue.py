@@ -24,7 +24,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    UnknownHandler,
+)
 
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -65,6 +75,7 @@ SOURCE_SHA256 = "source_sha256"  # in the metadata of a converted file: the chec
 TIMEOUT_SECONDS = 30.0  # without a byte
 RETRY_SECONDS = (0.5, 1.0, 2.0)  # waits between attempts that bring nothing; one that brings a byte starts over
 BLOCK_BYTES = 1 << 18
+REDIRECTS = {("http", "http"), ("http", "https"), ("https", "https")}  # schemes, from and to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -584,6 +595,14 @@ def _fault(path: Path, file: WeightFile) -> str | None:
     return fault
 
 
+def _web_page(path: Path, file: WeightFile) -> str | None:
+    """What is wrong where a server sends its pages in place of a file that nothing else is known of."""
+    with path.open("rb") as stream:
+        start = stream.read(100).lstrip().lower()
+    is_page = file.sha256 is None and start.startswith((b"<!doctype html", b"<html"))
+    return "is a web page, not a file of weights" if is_page else None
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -691,14 +710,22 @@ def _locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with _writing(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(lock.open("w"))
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-        lock.unlink(missing_ok=True)  # safe: who still waits for it finds the finished file
+            while True:
+                stream = stack.enter_context(lock.open("a"))
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                if os.path.exists(lock) and os.path.samestat(lock.stat(), os.fstat(stream.fileno())):
+                    break  # else who held it until now has removed it, and the next one locks another
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:
     part = path.with_name(path.name + ".part")
+    with _writing(part):
+        if part.is_symlink() or not file.sha256:  # written through, or joined with another version: nothing would tell
+            part.unlink(missing_ok=True)
     fruitless, most_bytes = 0, size_bytes(part)
     while True:
         try:
@@ -710,7 +737,7 @@ def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:
             if fruitless > len(RETRY_SECONDS):
                 raise _not_downloaded(file, path, str(e)) from e
             time.sleep(RETRY_SECONDS[max(0, fruitless - 1)])
-    if fault := _fault(part, file):
+    if fault := _fault(part, file) or _web_page(part, file):
         part.unlink()
         raise CheckpointError(f"{url} gave a file that {fault}: it was removed, {_command(file)} to try again")
     if len(file.sha256 or "") < 64:
@@ -732,33 +759,68 @@ def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool) -> None:
     offset = size_bytes(part)
     request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
-        response = urlopen(request, timeout=TIMEOUT_SECONDS)
+        response = _opener().open(request, timeout=TIMEOUT_SECONDS)
     except HTTPError as e:
         e.close()
         if e.code == 416:  # the server has nothing behind what is here already; whether it is right, the checksum says
             return
-        reason = f"the server answers {e.code} {e.reason}"
+        reason = f"the server answers {e.code} {CONTROL.sub(' ', ' '.join(str(e.reason).split()))}"
         if e.code < 500 and e.code != 429:
             raise _not_downloaded(file, part.with_suffix(""), reason) from e
         raise _BrokenConnectionError(reason) from e
     except (OSError, HTTPException) as e:
         cause = e.reason if isinstance(e, URLError) else e
         raise _BrokenConnectionError(f"no connection: {cause}") from e
+    except ValueError as e:  # an address, or one that the server leads to, that is none
+        raise _not_downloaded(file, part.with_suffix(""), f"not an address: {first_line(e)}") from e
     with response:
         if response.status != 206:  # the server knows no ranges and sends the file from its beginning
             offset = 0
+        elif not response.headers.get("Content-Range", f"bytes {offset}-").startswith(f"bytes {offset}-"):
+            part.unlink(missing_ok=True)
+            raise _BrokenConnectionError("the server sends another part of the file than it was asked for")
         total = file.bytes if response.length is None else offset + response.length
         bar = tqdm(
             desc=part.stem, total=total, initial=offset, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet
         )
-        received = offset
+        received, most = offset, file.bytes or MOST["bytes"]
         with _writing(part), part.open("ab" if offset else "wb") as stream, bar:
-            while block := _receive(response):
+            while received <= most and (block := _receive(response)):
                 stream.write(block)
                 bar.update(len(block))
                 received += len(block)
+    if received > most:  # what is known of its size tells that it is wrong
+        part.unlink()
+        raise _not_downloaded(file, part.with_suffix(""), f"the server sends more than {most:,} bytes")
     if total is not None and received < total:
         raise _BrokenConnectionError(f"the connection broke after {received:,} of {total:,} bytes")
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows a server to http or https, and never from https to what others can read or change on the way."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        if (urlsplit(req.full_url).scheme, urlsplit(newurl).scheme) not in REDIRECTS:
+            raise HTTPError(req.full_url, code, f"and leads to {shown(newurl)}, which is refused", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    def http_error_302(self, req: Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError:  # it leads to no address
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def _opener() -> OpenerDirector:
+    """What opens http and https alone; urllib's own would follow a server to ftp."""
+    opener = OpenerDirector()
+    for handler in (ProxyHandler, HTTPHandler, HTTPSHandler, HTTPDefaultErrorHandler, _Redirects, HTTPErrorProcessor):
+        opener.add_handler(handler())
+    opener.add_handler(UnknownHandler())
+    return opener
 
 
 def _receive(response: HTTPResponse) -> bytes:

@@ -4,8 +4,11 @@ import hashlib
 import os
 import subprocess
 import sys
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request
 
 import pytest
 
@@ -115,7 +118,7 @@ def test_wrong_content_from_the_server_is_refused_and_removed(server: Server, we
     server.content = b"<html>please log in</html>"
     with pytest.raises(CheckpointError, match="has 26 bytes instead of 1,048,576"):
         fetch(weight_file(server.url), quiet=True)
-    assert not any(name.startswith("weights.bin") for name in names_in(weights) if not name.endswith(".lock"))
+    assert names_in(weights) == []
 
 
 def test_no_network_names_the_file_the_url_the_folder_and_the_command(server: Server, weights: Path) -> None:
@@ -187,12 +190,15 @@ def test_progress_goes_to_stderr_unless_quiet(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_an_output_error(server: Server, weights: Path) -> None:
-    weights.mkdir()
-    (weights / "full.bin.part").symlink_to("/dev/full")
-    with pytest.raises(OutputError, match=r"full\.bin\.part cannot be written \(No space left on device\)"):
-        fetch(weight_file(server.url, name="full.bin"), quiet=True)
+    resource = pytest.importorskip("resource", reason="this system has no limits on files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"full\.bin\.part cannot be written \(File too large\)"):
+            fetch(weight_file(server.url, name="full.bin"), quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_unwritable_folder_is_an_output_error(server: Server, weights: Path) -> None:
@@ -208,6 +214,107 @@ def test_two_processes_that_want_one_file_download_it_once(server: Server, weigh
     assert answers == [f"{weights / 'sub' / 'weights.bin'}\n"] * 2
     assert server.ranges == [None]
     assert names_in(weights) == ["weights.bin", "weights.bin.verified"]
+
+
+# Hostile servers and folders
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/", "data:,x", "http://[::1", "http://", ""],
+)
+def test_a_server_that_leads_to_something_else_is_not_followed(target: str, server: Server, weights: Path) -> None:
+    server.redirects = [target] * 20
+    with pytest.raises(DownloadError, match=r"weights\.bin is not in .*could not be downloaded") as caught:
+        fetch(weight_file(server.url), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert names_in(weights) == []
+
+
+def test_a_server_that_leads_on_is_followed_for_a_while(server: Server, weights: Path) -> None:
+    server.redirects = ["/elsewhere", server.url]
+    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
+    server.redirects = [server.url] * 1000
+    with pytest.raises(DownloadError, match="the server answers 302"):
+        fetch(weight_file(server.url, name="again.bin"), quiet=True)
+    assert len(server.redirects) > 980
+
+
+@pytest.mark.parametrize(
+    "source, target, is_followed",
+    [
+        ("http://a/x", "http://b/x", True),
+        ("http://a/x", "https://b/x", True),
+        ("https://a/x", "https://b/x", True),
+        ("https://a/x", "http://b/x", False),
+        ("https://a/x", "ftp://b/x", False),
+        ("http://a/x", "ftp://b/x", False),
+    ],
+)
+def test_no_redirect_leads_from_https_to_less_or_to_ftp(source: str, target: str, is_followed: bool) -> None:
+    request, handler = Request(source), catalogue._Redirects()
+    if is_followed:
+        followed = handler.redirect_request(request, None, 302, "Found", Message(), target)
+        assert followed is not None and followed.full_url == target
+    else:
+        with pytest.raises(HTTPError, match=rf"leads to '{target}', which is refused"):
+            handler.redirect_request(request, None, 302, "Found", Message(), target)
+
+
+def test_a_server_that_does_not_stop_is_stopped(server: Server, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.announces_length = False
+    with pytest.raises(DownloadError, match="the server sends more than 1,000 bytes"):
+        fetch(weight_file(server.url, content=CONTENT[:1000]), quiet=True)
+    monkeypatch.setitem(catalogue.MOST, "bytes", 5000)
+    with pytest.raises(DownloadError, match="the server sends more than 5,000 bytes"):
+        fetch(unstated(server.url), quiet=True)
+    assert names_in(weights) == []
+
+
+def test_another_part_of_the_file_than_was_asked_for_is_not_joined(server: Server, weights: Path) -> None:
+    server.break_after = [300_000]
+    server.content_ranges = ["bytes 0-1048575/1048576", "bytes 0-748575/1048576"]
+    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=300000-", None]
+
+
+@pytest.mark.parametrize("suffix", [".part", ".lock"])
+def test_what_lies_behind_a_symbolic_link_is_not_written_to(suffix: str, server: Server, weights: Path) -> None:
+    weights.mkdir()
+    (weights / "mine.txt").write_text("mine")
+    (weights / f"x.bin{suffix}").symlink_to(weights / "mine.txt")
+    assert fetch(weight_file(server.url, name="x.bin"), quiet=True).read_bytes() == CONTENT
+    assert (weights / "mine.txt").read_text() == "mine"
+    assert names_in(weights) == ["mine.txt", "x.bin", "x.bin.verified"]
+
+
+def test_a_lock_that_another_process_removes_is_not_trusted(server: Server, weights: Path) -> None:
+    """A refused file's lock is removed: who waited for it and who comes later must not download at the same time."""
+    server.content, server.delay_seconds = b"x" * len(CONTENT), 0.2
+    code = f"""
+from separation.errors import CheckpointError
+try:
+    fetch({weight_file(server.url)!r}, quiet=True)
+except CheckpointError as e:
+    print("has the sha256" in str(e))
+"""
+    assert run_at_once(weights, [code] * 3) == ["True\n"] * 3
+    assert len(server.ranges) == 3 and set(server.ranges) == {None}
+    assert names_in(weights) == []
+
+
+def test_a_page_in_place_of_a_file_of_which_nothing_is_known_is_refused(server: Server, weights: Path) -> None:
+    server.content = b"\n<!DOCTYPE html><html>please log in</html>"
+    with pytest.raises(CheckpointError, match="gave a file that is a web page, not a file of weights: it was removed"):
+        fetch(unstated(server.url), quiet=True)
+    assert names_in(weights) == []
+
+
+def test_half_a_file_of_which_nothing_is_known_is_not_completed_later(server: Server, weights: Path) -> None:
+    (weights / "sub").mkdir(parents=True)
+    (weights / "sub" / "weights.bin.part").write_bytes(b"of another version")
+    assert fetch(unstated(server.url), quiet=True).read_bytes() == CONTENT
+    assert server.ranges == [None]
 
 
 # Files whose sha256 their publishers do not state

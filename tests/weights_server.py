@@ -16,6 +16,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.knows_ranges = True
         self.break_after: list[int] = []  # of each answer in turn, the bytes after which the connection closes
         self.statuses: list[int] = []  # of each answer in turn, an error to give instead
+        self.redirects: list[str] = []  # of each answer in turn, where it leads to instead
+        self.content_ranges: list[str] = []  # of each answer in turn, which part it says that it is
+        self.announces_length = True
         self.delay_seconds = 0.0
         self.ranges: list[str | None] = []
 
@@ -35,13 +38,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.statuses:
             self.send_error(server.statuses.pop(0))
             return
+        if server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects.pop(0))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.knows_ranges else 0
         if asked and start >= len(server.content):
             self.send_error(416)
             return
         body = server.content[start:]
         self.send_response(206 if asked and server.knows_ranges else 200)
-        self.send_header("Content-Length", str(len(body)))
+        if server.announces_length:
+            self.send_header("Content-Length", str(len(body)))
+        if server.content_ranges:
+            self.send_header("Content-Range", server.content_ranges.pop(0))
         self.end_headers()
         if server.break_after:
             body = body[: server.break_after.pop(0)]
