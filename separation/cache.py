@@ -44,6 +44,7 @@ ENGINE = (
     "separator.py",
     "state_dict.py",
     "stft.py",
+    "torch_file.py",
     "models/*",
     "models/kernels/*",
 )

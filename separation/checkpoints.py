@@ -39,7 +39,7 @@ from separation.catalogue import (
     size_bytes,
 )
 from separation.device import choose_device, choose_precision, floats_of
-from separation.documents import first_line
+from separation.documents import first_line, shown
 from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import LAYERS, AttentionChoice, choose_attention
@@ -374,7 +374,7 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
     """
     if description.architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{description.source}: unknown architecture {description.architecture!r}, use one of "
+            f"{description.source}: unknown architecture {shown(description.architecture)}, use one of "
             f"{', '.join(ARCHITECTURES)}"
         )
     architecture: Any = ARCHITECTURES[description.architecture]

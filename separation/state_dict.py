@@ -1,18 +1,16 @@
 """What a file of weights holds, read without running any code that it may contain.
 
-PyTorch's pickles, those of Demucs with the classes that they name, and safetensors. This module alone unpickles, with
-`weights_only=True`.
+PyTorch's files, those of Demucs with the classes that they name, and safetensors. pickles.py reads the pickles in them.
 """
 
 import contextlib
 import functools
 import json
 import logging
+import math
 import pickle
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,15 +23,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from separation.catalogue import size_bytes
-from separation.documents import first_line, read_json, read_safetensors_header
+from separation.documents import first_line, read_json, read_safetensors_header, shown
 from separation.errors import CheckpointError
 from separation.models.base import Blueprint
 from separation.models.htdemucs import dequantised, network_of
 from separation.models.limits import Uninitialised
+from separation.pickles import Ignored, Name, check_plain
+from separation.torch_file import Storage, check_total, read_tensor, read_torch_file
 from separation.unwrap import state_dict_in
 
 logger = logging.getLogger("separation")
 
+MOST_NAME = 500  # characters of a weight's name
 READERS = 4  # threads that read a file of weights: one does not fill a fast disk
 # What the header of a safetensors file calls the types that weights have.
 DTYPES = {
@@ -64,10 +65,10 @@ def building(path: Path, most_weights: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds: for each name a tensor or a function that reads it, and what it says of its network."""
+    """What a file holds: for each name a function that reads the tensor, and what it says of its network."""
 
     path: Path
-    tensors: dict[str, Any]
+    tensors: dict[str, Callable[[], Tensor]]
     blueprint: Blueprint | None
 
 
@@ -78,8 +79,13 @@ def open_weights(path: Path) -> Stored:
     with _damaged(path):
         saved, blueprint = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
         tensors, choices = state_dict_in(saved)
+        check_total(tensors, size_bytes(path))
     if not tensors:
         raise CheckpointError(f"{path} holds no state dict (names and tensors): it is not a checkpoint of a model")
+    if odd := next((name for name in tensors if len(name) > MOST_NAME or not name.isprintable()), None):
+        raise CheckpointError(
+            f"{path} names a weight {shown(odd)}, as no network does: it is not a checkpoint of a model"
+        )
     for choice in choices:
         _warn_of_choice(path, choice)
     return Stored(path, tensors, blueprint)
@@ -96,10 +102,9 @@ def read_weights(stored: Stored, dtypes: Mapping[str, torch.dtype]) -> dict[str,
     The file is read and cast by several threads, tensor by tensor, so that its memory is needed once.
     """
 
-    def read(value: Any, dtype: torch.dtype | None) -> Tensor:
-        tensor = value if isinstance(value, Tensor) else value()
-        # A tensor of a pickle is mapped memory, which the copy reads.
-        return tensor.to(dtype or tensor.dtype, copy=isinstance(value, Tensor))
+    def read(value: Callable[[], Tensor], dtype: torch.dtype | None) -> Tensor:
+        tensor = value()
+        return tensor.to(dtype or tensor.dtype)
 
     with _damaged(stored.path), ThreadPoolExecutor(READERS) as readers:
         tensors = readers.map(read, stored.tensors.values(), map(dtypes.get, stored.tensors))
@@ -119,100 +124,93 @@ def _damaged(path: Path) -> Iterator[None]:
                 f"{path} is refused: loading it would run code ({code[1]}), which a file of weights must not need; "
                 "use a .safetensors file or one that holds a state dict alone"
             ) from e
-        raise _unreadable(path) from e
+        raise _unreadable(path, f" ({e})") from e
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
     except Exception as e:  # of a damaged file, PyTorch's readers raise almost any type
         raise _unreadable(path) from e
 
 
-class _Name(str):
-    """A class that a pickle refers to, as its name alone: no object can be made of it."""
-
-    __slots__ = ()
-
-    def __call__(self, *arguments: Any) -> None:
-        raise pickle.UnpicklingError(f"GLOBAL {self} is called")
-
-
-class _Ignored:
-    """What a pickle makes of NumPy's numbers, such as its author's figures of quality: no model needs them."""
-
-    def __init__(self, *arguments: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _mapping(*arguments: Any) -> OrderedDict[Any, Any]:
-    """An empty dictionary in place of one that makes its own values."""
-    return OrderedDict()
-
-
 def _fraction(*parts: Any) -> Fraction:
     """A fraction as a pickle spells it, `"39/5"` or `39, 5`; nothing that would take long to compute."""
-    text = "/".join(map(str, parts))
+    text = "/".join(map(str, parts)) if all(isinstance(part, str | int) for part in parts) else ""
     if not re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", text):
         raise pickle.UnpicklingError("GLOBAL fractions.Fraction is called")
     return Fraction(text)
 
 
+def _dictionary(*arguments: Any) -> dict[Any, Any]:
+    """An empty dictionary in place of one that makes its own values."""
+    return {}
+
+
+def _ignored(*arguments: Any) -> Ignored:
+    return Ignored()
+
+
 # What Demucs' own files refer to beside tensors. Each gets something harmless: the classes themselves stay unknown.
-STAND_INS: list[Any] = [
-    (_Name("demucs.demucs.Demucs"), "demucs.demucs.Demucs"),
-    (_Name("demucs.hdemucs.HDemucs"), "demucs.hdemucs.HDemucs"),
-    (_Name("demucs.hdemucs.HDemucs"), "demucs.wdemucs.WDemucs"),  # its first name
-    (_Name("demucs.htdemucs.HTDemucs"), "demucs.htdemucs.HTDemucs"),
-    (_Name("diffq.diffq.DiffQuantizer"), "diffq.diffq.DiffQuantizer"),
-    (_Name("diffq.uniform.UniformQuantizer"), "diffq.uniform.UniformQuantizer"),
-    (_fraction, "fractions.Fraction"),
-    (_Ignored, "numpy.dtype"),
-    (_Ignored, "numpy.core.multiarray.scalar"),
-    (_Ignored, "numpy._core.multiarray.scalar"),
-]
+STAND_INS = {
+    "demucs.demucs.Demucs": Name("demucs.demucs.Demucs"),
+    "demucs.hdemucs.HDemucs": Name("demucs.hdemucs.HDemucs"),
+    "demucs.wdemucs.WDemucs": Name("demucs.hdemucs.HDemucs"),  # its first name
+    "demucs.htdemucs.HTDemucs": Name("demucs.htdemucs.HTDemucs"),
+    "diffq.diffq.DiffQuantizer": Name("diffq.diffq.DiffQuantizer"),
+    "diffq.uniform.UniformQuantizer": Name("diffq.uniform.UniformQuantizer"),
+    "fractions.Fraction": Name("fractions.Fraction", _fraction),
+    "numpy.dtype": Name("numpy.dtype", _ignored),  # of its author's figures of quality
+    "numpy.core.multiarray.scalar": Name("numpy.core.multiarray.scalar", _ignored),
+    "numpy._core.multiarray.scalar": Name("numpy._core.multiarray.scalar", _ignored),
+    "_codecs.encode": Name("_codecs.encode", _ignored),  # bytes, in those
+}
+
 # What trainers save beside the weights: objects of these packages, which are not imported.
 BESIDE = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|torchmetrics|hydra|omegaconf|ml_collections|argparse|pathlib|typing"
-    r"|torch\.optim)\..*"
-    r"|builtins\.(dict|list|int|float|str|bool|tuple|frozenset)"
+    r"|torch\.optim|collections)\..*"
+    r"|builtins\.(dict|list|int|float|str|bool|tuple|frozenset|set|bytearray|complex)|torch\.(device|Tensor)"
 )
-_unpickling = threading.Lock()  # PyTorch keeps them for all threads
+
+
+def _find(name: str) -> Name:
+    """What stands in for a class or a function that is not PyTorch's own."""
+    if name in STAND_INS:
+        return STAND_INS[name]
+    if name == "collections.defaultdict" or name.endswith(".AttributeDict"):
+        return Name(name, _dictionary)
+    if BESIDE.fullmatch(name):
+        return Name(name, _ignored)
+    raise pickle.UnpicklingError(f"GLOBAL {name}")
 
 
 def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
-    """What was saved, its tensors mapped from the file where the format allows it."""
-    with path.open("rb") as stream:
-        is_zip = stream.read(4) == b"PK\x03\x04"  # older formats cannot be mapped
-    with _unpickling, torch.serialization.safe_globals([*_stand_ins_beside(path, is_zip), *STAND_INS]):
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    if not isinstance(saved, Mapping) or not isinstance(saved.get("klass"), _Name):
+    """What was saved, and what it says of its network."""
+    saved = read_torch_file(path, _find)
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("klass"), Name):
         return saved, None
-    blueprint = Blueprint(str(saved["klass"]), tuple(saved["args"]), dict(saved["kwargs"]))
+    check_plain([saved["args"], saved["kwargs"]])
+    blueprint = Blueprint(saved["klass"].name, tuple(saved["args"]), dict(saved["kwargs"]))
     state = saved["state"]
     if "__quantized" not in state:
         return state, blueprint
+    check_total(state, size_bytes(path))
     with building(path, 8 * size_bytes(path)):  # a weight has a bit at least
         network = network_of(blueprint)
     try:
-        return dequantised(network, state), blueprint
+        unpacked = dequantised(network, _read_within(state))
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
+    return {name: partial(torch.clone, tensor) for name, tensor in unpacked.items()}, blueprint
 
 
-def _stand_ins_beside(path: Path, is_zip: bool) -> list[Any]:
-    """Stand-ins for what trainers save beside the weights, of a format that tells what it refers to."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-    return [(stand_in, name) for name in names if (stand_in := _stand_in(name)) is not None]
-
-
-def _stand_in(name: str) -> Any:
-    """Something harmless in place of what a trainer saved; None for what such a file must not refer to."""
-    if name == "collections.defaultdict":
-        return _mapping
-    if name.endswith(".AttributeDict"):
-        return OrderedDict
-    return type("Ignored", (_Ignored,), {}) if BESIDE.fullmatch(name) else None
+def _read_within(value: Any) -> Any:
+    """The same with its tensors read, and classes as their names."""
+    if isinstance(value, Mapping):
+        return {key: _read_within(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_read_within, value))
+    if isinstance(value, Name):
+        return value.name
+    return value() if isinstance(value, partial) else value
 
 
 def _blueprint_of(metadata: Mapping[str, str]) -> Blueprint | None:
@@ -247,29 +245,23 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Any], Blueprint | None]:
         raise CheckpointError(f"{path} holds weights that demucs packed: use the publisher's .th file of them")
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: {name} has the type {entry['dtype']}: use one of {', '.join(DTYPES)}")
-    tensors = {name: partial(_read_tensor, path, 8 + header_bytes, entry) for name, entry in header.items()}
+            raise CheckpointError(
+                f"{path}: {shown(name)[1:-1]} has the type {entry['dtype']}: use one of {', '.join(DTYPES)}"
+            )
+    tensors = {name: _tensor_of(path, 8 + header_bytes, entry) for name, entry in header.items()}
     return tensors, _blueprint_of(metadata)
 
 
-def _read_tensor(path: Path, data_start: int, entry: Mapping[str, Any]) -> Tensor:
-    """A tensor of a safetensors file, read at once: mapped memory would be read page by page, slowly if not cached."""
-    start, stop = entry["data_offsets"]
-    content = torch.empty(stop - start, dtype=torch.uint8)
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(data_start + start)
-        missing = content.numpy().data
-        while missing:
-            n_bytes = stream.readinto(missing)
-            if not n_bytes:
-                raise EOFError(f"{path} became shorter while it was read")
-            missing = missing[n_bytes:]
-    return content.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+def _tensor_of(path: Path, data_start: int, entry: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """What reads a tensor of a safetensors file."""
+    dtype, shape, start = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0]
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return partial(read_tensor, path, Storage(dtype, math.prod(shape), data_start + start), 0, shape, strides)
 
 
-def _unreadable(path: Path) -> CheckpointError:
+def _unreadable(path: Path, reason: str = "") -> CheckpointError:
     kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
     return CheckpointError(
-        f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or no {kind} checkpoint: "
+        f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or no {kind} checkpoint{reason}: "
         "delete it and get it again"
     )

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")  # where trainers put moving averages
 NESTINGS = ("state_dict", "state", "model", "model_state_dict", "net", "network", "module")  # and the plain weights
 # Before the name of every weight: of an average first, for the first that is there is taken.
@@ -22,7 +20,7 @@ MOST_NESTINGS = 8
 def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
     """The weights in what was saved, under the model's own names, and which of several were taken: ends of a sentence.
 
-    Values are tensors or functions that read them. Without any, the weights are empty.
+    Values are functions that read them. Without any, the weights are empty.
     """
     choices: list[str] = []
     for _ in range(MOST_NESTINGS):
@@ -53,7 +51,7 @@ def _holds_weights(value: Any, depth: int = 0) -> bool:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, Tensor | partial)
+    return isinstance(value, partial)
 
 
 def _is_number(value: Any) -> bool:

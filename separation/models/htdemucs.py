@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from separation.documents import shown
 from separation.errors import CheckpointError, InputError
 from separation.models.attention import BACKENDS
 from separation.models.base import Blueprint, SeparationModel, Transform
@@ -61,7 +62,9 @@ def network_of(blueprint: Blueprint) -> nn.Module:
     """
     network = CLASSES.get(blueprint.class_name)
     if network is None:
-        raise CheckpointError(f"it describes a {blueprint.class_name}: use a file of one of {', '.join(CLASSES)}")
+        raise CheckpointError(
+            f"it describes a {shown(blueprint.class_name)[1:-1]}: use a file of one of {', '.join(CLASSES)}"
+        )
     signature = inspect.signature(network)
     known = {name: value for name, value in blueprint.kwargs.items() if name in signature.parameters}
     arguments = signature.bind(*blueprint.args, **known).arguments
