@@ -8,7 +8,8 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
+from collections.abc import Generator
+from contextlib import closing
 from typing import List  # noqa: UP035  # Cog's static reader knows this spelling
 
 from cog import BasePredictor, Input, Path
@@ -20,11 +21,9 @@ from separation.catalogue import is_here
 from separation.chunk_choice import ChunkChoice
 from separation.device import peak_memory_bytes
 from separation.errors import AudioError, InputError, RecipeError
-from separation.public import errors_without_paths, max_mib, max_seconds, tell_operator
+from separation.public import errors_without_paths, max_mib, max_seconds
 from separation.recipes import Recipe, load_recipe
-
-DOWNLOAD_SECONDS = 600.0  # for all of it; a web server may be silent for 10 seconds at most, by Cog's choice
-BLOCK_BYTES = 1 << 16
+from separation.remote import BLOCK_BYTES, Allowed, blocks
 
 
 class Predictor(BasePredictor):
@@ -32,8 +31,9 @@ class Predictor(BasePredictor):
         """Load the models of vocals_instrumental and all_4 and run each once; all_6 loads its own when first asked."""
         self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"
         self.max_seconds, self.max_mib = max_seconds(), max_mib()
-        # Cog calls this to download a URL before `predict`: without a limit, out of a cancel's reach, and with a part
-        # of the file left behind if it fails. So it passes the URL on unread, and `_received` reads it.
+        self.allowed = Allowed.from_environment()
+        # Cog calls this to download a URL before `predict`: from any address, without a limit, out of a cancel's
+        # reach, and with a part of the file left behind if it fails. So it passes the URL on unread to `_received`.
         URLPath.convert = lambda self: self
         self.folder = _new_folder()
         self.cache = chosen_cache(default=False)
@@ -87,7 +87,7 @@ class Predictor(BasePredictor):
                 pool=self.pool,
                 cache=self.cache,
             )
-            song = _received(audio, folder, self.max_mib)
+            song = _received(audio, folder, self.max_mib, self.allowed)
             files = separator.separate_file(
                 song,
                 self.folder,
@@ -124,11 +124,11 @@ def _new_folder() -> str:
     return os.path.join(tempfile.gettempdir(), f"stems-{secrets.token_hex(8)}")
 
 
-def _received(audio: object, folder: str, max_mib: float) -> Path:
+def _received(audio: object, folder: str, max_mib: float, allowed: Allowed) -> Path:
     """The song's file: what Cog would have downloaded, written into `folder` under its own name, or the path given.
 
     Raises InputError for anything else, such as the name of a file here, which Cog passes on as a str, and for what
-    cannot be downloaded; AudioError for a file of more than `max_mib` MiB.
+    cannot be downloaded or is where that is not `allowed`; AudioError for a file of more than `max_mib` MiB.
     """
     if not isinstance(audio, os.PathLike):
         raise InputError(
@@ -137,29 +137,23 @@ def _received(audio: object, folder: str, max_mib: float) -> Path:
     if not isinstance(audio, URLPath):
         return Path(audio)
     name = audio.filename.strip(".") or "song"  # without a slash, as Cog makes it; stripped, it is not `..` either
-    song = Path(folder, name)
-    n_bytes, deadline = 0, time.monotonic() + DOWNLOAD_SECONDS
-    with song.open("wb") as file:
-        while block := _read(audio, name):
+    song, n_bytes = Path(folder, name), 0
+    with song.open("wb") as file, closing(_content(audio, name, allowed)) as content:
+        for block in content:
             n_bytes += len(block)
             if n_bytes > max_mib * 2**20:
                 raise AudioError(f"{name!r} has more than {max_mib:,g} MiB, the limit here: send a smaller file")
-            if time.monotonic() > deadline:
-                raise InputError(
-                    f"{name!r} could not be downloaded within {DOWNLOAD_SECONDS:g} s: put it on a faster web server"
-                )
             file.write(block)
     return song
 
 
-def _read(audio: URLPath, name: str) -> bytes:
-    try:
-        return audio.fileobj.read1(BLOCK_BYTES)
-    except Exception as e:  # of the HTTP client or the socket; the first read sends the request
-        tell_operator()
-        status = getattr(getattr(e, "response", None), "status_code", None)
-        reason = f"the web server answers {status}" if status else type(e).__name__
-        raise InputError(f"{name!r} could not be downloaded ({reason}): check the URL") from e
+def _content(audio: URLPath, name: str, allowed: Allowed) -> Generator[bytes, None, None]:
+    """What a URL leads to. Cog has decoded a data URI; of another it has a file that would be fetched from anywhere."""
+    if not audio.source.startswith("data:"):
+        yield from blocks(audio.source, name, allowed)
+    else:
+        while block := audio.fileobj.read(BLOCK_BYTES):
+            yield block
 
 
 class _ProgressLog:

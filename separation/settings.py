@@ -1,4 +1,4 @@
-"""Numbers that environment variables hold."""
+"""What environment variables hold."""
 
 import math
 import os
@@ -19,3 +19,14 @@ def positive(name: str, default: float, *, otherwise: str = "leave it out") -> f
     except ValueError as e:
         raise InputError(f"{name} is {text!r}: set it to a number above 0, or {otherwise}") from e
     return number
+
+
+def switch(name: str, *, default: bool) -> bool:
+    """Whether that environment variable is `on`; the default where it is not set or empty.
+
+    Raises InputError where it is anything but `on` and `off`.
+    """
+    text = os.environ.get(name) or ("on" if default else "off")
+    if text not in ("on", "off"):
+        raise InputError(f"{name} is {text!r}: set it to on or off, or leave it out")
+    return text == "on"

@@ -57,7 +57,8 @@ class Server:
     """`python -m cog.server.http` in a process group of its own.
 
     It runs in a folder of links to the project's files, beside the schema that Cog's build writes: without that Cog
-    checks no input. `temporary` is where its temporary files go, `log` what it prints.
+    checks no input. `temporary` is where its temporary files go, `log` what it prints. Songs may come from this
+    machine, unless `environment` says otherwise.
 
     Args:
         folder: an empty folder for all that.
@@ -77,6 +78,7 @@ class Server:
         for name in ("predict.py", "separation", "configs", "weights"):
             (project / name).symlink_to(PROJECT / name)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the server starts a bare `python`
+        environment = {"SEPARATION_LOCAL_URLS": "on"} | environment
         environment |= {"PATH": path, "PORT": str(self.port), "TMPDIR": str(self.temporary)}
         environment |= {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor"}
         with self.log.open("wb") as log:
@@ -207,7 +209,7 @@ class Receiver:
     upload, with the status that `answer` gives for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1") -> None:
         self.requests: list[Request] = []
         self.files: dict[str, bytes | str] = {}
         self.answer: Callable[[Request], int] = lambda request: 200
@@ -242,8 +244,8 @@ class Receiver:
             def log_message(self, format: str, *args: object) -> None:
                 """Keeps quiet."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = ThreadingHTTPServer((address, 0), Handler)
+        self.url = f"http://{address}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -511,21 +510,6 @@ def test_an_upload_over_the_limit_in_mebibytes_is_refused_and_one_of_just_so_muc
     assert song_folders(temporary) == []
 
 
-def test_a_download_that_takes_too_long_is_given_up(
-    predictor: predict.Predictor, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Dripping(io.BytesIO):
-        def read1(self, size: int | None = -1) -> bytes:
-            time.sleep(0.05)
-            return b"x"
-
-    monkeypatch.setattr(predict, "DOWNLOAD_SECONDS", 0.2)
-    audio = URLPath(source="http://", filename="song.wav", fileobj=Dripping())
-    with pytest.raises(InputError, match=r"'song\.wav' could not be downloaded within 0\.2 s: put it on a faster"):
-        predictor.predict(audio, **QUICK)
-    assert song_folders(temporary) == []
-
-
 class EvenModel(SeparationModel):
     """Gives each of its stems an equal share of the mixture."""
 
@@ -556,6 +540,15 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
 def test_a_limit_that_is_no_number_ends_setup_with_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "3h")
     with pytest.raises(InputError, match=f"^{name} is '3h': set it to a number above 0, or leave it out$"):
+        predict.Predictor().setup()
+
+
+@pytest.mark.parametrize("name", ["SEPARATION_LOCAL_URLS", "SEPARATION_PRIVATE_URLS"])
+def test_a_switch_that_is_neither_on_nor_off_ends_setup_with_one_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(InputError, match=f"^{name} is 'yes': set it to on or off, or leave it out$"):
         predict.Predictor().setup()
 
 

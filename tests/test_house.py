@@ -23,6 +23,7 @@ FLOORS = {
     "separation.serve": 4,
     "separation.connections": 1,
     "separation.public": 1,
+    "separation.remote": 1.5,
     "separation.demo": 4,
     "separation.evaluate": 4,
     "separation.export": 4,
@@ -103,6 +104,7 @@ def test_imports_only_go_down(module: str) -> None:
     "library, door",
     [
         ("cog", "predict"),
+        ("requests", "separation.remote"),
         ("demucs", "separation.models.htdemucs"),
         ("diffq", "separation.models.htdemucs"),
         ("librosa", "separation.models.mel_band_roformer"),
@@ -116,12 +118,16 @@ def test_a_library_has_one_door(library: str, door: str) -> None:
     assert users == {door}
 
 
-def test_only_catalogue_downloads_nothing_unpickles_and_few_run_programs() -> None:
+def test_only_two_download_nothing_unpickles_and_few_run_programs() -> None:
     for name, path in modules().items():
         text = path.read_text(encoding="utf-8")
-        assert name == "separation.catalogue" or "urllib" not in text
+        assert name in ("separation.catalogue", "separation.remote") or "urllib" not in text
         assert not any(word in text for word in ("torch.load(", "pickle.load", "Unpickler("))
         assert name in PROGRAMS or "subprocess" not in text
+
+
+def test_only_the_container_fetches_songs() -> None:
+    assert [name for name, path in modules().items() if "separation.remote" in imports(path)] == ["predict"]
 
 
 @pytest.mark.parametrize("module", ["separation.bench", "separation.evaluate", "separation.export"])

@@ -206,7 +206,7 @@ def test_a_downloaded_file_keeps_its_name_but_no_folder(
         ("{web}/short", "'short' could not be downloaded (ProtocolError)"),
         ("http://127.0.0.1:1/x", "'x' could not be downloaded (ConnectionError)"),
         ("http://127.0.0.1:99999/x", "'x' could not be downloaded (InvalidURL)"),
-        ("http://" + "a" * 100 + ".com/x", "'x' could not be downloaded (LocationParseError)"),
+        ("http://" + "a" * 100 + ".com/x", "'x' could not be downloaded (UnicodeError)"),
         ("http://", "'song' could not be downloaded (InvalidURL)"),
     ],
 )

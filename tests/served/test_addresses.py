@@ -1,0 +1,38 @@
+"""As it is without settings, the server fetches nothing from its own machine: neither Cog nor the predictor does."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from served_process import DEMO, Receiver, Server
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("closed"), **DEMO, SEPARATION_LOCAL_URLS="") as server:
+        assert server.health()["status"] == "READY", server.log.read_text()
+        yield server
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]"])
+def test_a_url_that_leads_to_the_servers_machine_is_not_fetched(closed: Server, receiver: Receiver, host: str) -> None:
+    receiver.files["/song.wav"] = b"secret"
+    port = receiver.url.rpartition(":")[2]
+    prediction = closed.predict(f"http://{host}:{port}/song.wav")
+    assert prediction["status"] == "failed"
+    assert prediction["error"].endswith(
+        ", a loopback address, where this server does not look for songs: give a public URL, "
+        "or set SEPARATION_LOCAL_URLS=on on the server if its network is trusted"
+    )
+    assert f"InputError: 'song.wav' is at '{host.strip('[]')}'" in prediction["error"] or "ffff" in host
+    assert receiver.requests == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:{port}/health-check", "http://169.254.169.254/latest/meta-data/", "http://0.0.0.0:{port}/"],
+)
+def test_neither_the_server_itself_nor_the_clouds_metadata_is_fetched(closed: Server, url: str) -> None:
+    prediction = closed.predict(url.format(port=closed.port))
+    assert prediction["status"] == "failed"
+    assert ", where this server does not look for songs: " in prediction["error"]
