@@ -27,9 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from separation.catalogue import size_bytes
 from separation.errors import OutputError
-from separation.places import cache_folder
+from separation.places import cache_folder, size_bytes
 from separation.settings import positive
 
 LIMIT_GIB = 8.0  # unless SEPARATION_CACHE_GIB says otherwise: 25 songs of four minutes, each in four stems

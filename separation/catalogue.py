@@ -39,6 +39,7 @@ from urllib.request import (
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from separation import bags, foreign
 from separation.chunk_choice import ChunkChoice
 from separation.documents import (
     CONTROL,
@@ -50,7 +51,7 @@ from separation.documents import (
     shown,
 )
 from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
-from separation.places import program, shipped, weights_folder
+from separation.places import program, shipped, size_bytes, weights_folder
 
 CONFIGS = shipped("configs") / "models"
 
@@ -161,9 +162,13 @@ def read_config(name_or_path: str | Path) -> Checkpoint:
         assert found.weights is not None
         path, document = found.weights, _own_description(found.weights)
         if document is None:
-            raise _no_yaml(found.weights)
+            raise _not_described(found.weights)
     else:
         path, document = found.config, _read_yaml(found.config)
+    if what := foreign.by_yaml(document):
+        raise foreign.refusal(path, what)
+    if bags.is_bag(document):
+        document = _bag_document(document, path)
     training, inference = _section(document, "training", path), _section(document, "inference", path)
     unknown = set(document) - KEYS - COMMUNITY_SECTIONS
     if isinstance(document.get("model"), str):
@@ -237,9 +242,10 @@ def _find(name_or_path: str | Path) -> _Found:
         return _Found(name=name, config=CONFIGS / f"{name}.yaml", weights=None)
     if path.suffix in YAML_SUFFIXES:
         return _Found(name=path.stem, config=path, weights=_namesake(path.with_suffix(""), WEIGHT_SUFFIXES))
-    if path.suffix in WEIGHT_SUFFIXES or path.is_file():
+    if path.suffix in WEIGHT_SUFFIXES or path.is_file() or path.suffix in foreign.SUFFIXES:
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
+        foreign.refuse_suffix(path)
         return _Found(name=path.stem, config=_yaml_beside(path), weights=path, by_weights=True)
     if not is_name:
         return _find_without_suffix(path)
@@ -258,7 +264,7 @@ def _find_without_suffix(path: Path) -> _Found:
             raise CheckpointError(f"folder {path} must hold one file of weights and one YAML, not {names}")
         weights.sort(key=lambda file: WEIGHT_SUFFIXES.index(file.suffix))
         return _Found(name=path.name, config=next(iter(configs), None), weights=next(iter(weights), None))
-    file = _namesake(path, YAML_SUFFIXES) or _namesake(path, WEIGHT_SUFFIXES)
+    file = _namesake(path, (*YAML_SUFFIXES, *WEIGHT_SUFFIXES, *foreign.SUFFIXES))
     if file is None:
         raise RecipeError(
             f"there is no model {path.name!r} in {path.parent}: neither a folder {path.name}, nor {path.name}.yaml or "
@@ -289,18 +295,28 @@ def _config_named_after(weights: Path) -> Path | None:
 def _yaml_beside(weights: Path) -> Path | None:
     """The YAML file that is named after weights or, whatever its name, the only one that is not named after others.
 
-    None if the weights describe themselves. Raises CheckpointError where no file or more than one may be it.
+    None if the weights describe themselves, as Demucs' do. Raises CheckpointError where no file or more than one may be
+    it, and for weights of a model that is not supported.
     """
-    if (config := _config_named_after(weights)) or _own_description(weights) is not None:
+    if config := _config_named_after(weights):
         return config
+    if weights.suffix in (".safetensors", ".th") and _own_description(weights) is not None:
+        return None
     others = {_config_named_after(file) for file in _files(weights.parent, WEIGHT_SUFFIXES)}
     free = [path for path in _files(weights.parent, YAML_SUFFIXES) if path not in others]
-    if len(free) != 1:
-        raise _no_yaml(weights, free)
-    return free[0]
+    if len(free) == 1:
+        return free[0]
+    if _own_description(weights) is None:
+        raise _not_described(weights, free)
+    return None
 
 
-def _no_yaml(weights: Path, candidates: Sequence[Path] = ()) -> CheckpointError:
+def _not_described(weights: Path, candidates: Sequence[Path] = ()) -> CheckpointError:
+    """The error for weights without a YAML: that it is wanted, unless none would do."""
+    from separation.state_dict import open_weights  # imports PyTorch, which reading a YAML does without
+
+    if what := foreign.by_names(open_weights(weights).tensors):
+        return foreign.refusal(weights, what)
     found = f"any of {', '.join(path.name for path in candidates)} may be it" if candidates else "there is no YAML"
     return CheckpointError(
         f"{weights} needs the YAML file that it was published with, and {found}: put it into {weights.parent} as "
@@ -309,8 +325,12 @@ def _no_yaml(weights: Path, candidates: Sequence[Path] = ()) -> CheckpointError:
 
 
 def _own_description(weights: Path) -> dict[str, Any] | None:
-    """What Demucs writes into its .safetensors files, the class and its arguments, in the form of a YAML's content."""
-    metadata = _safetensors_metadata(weights) if weights.suffix == ".safetensors" else {}
+    """What Demucs writes into its files, the class and its arguments, in the form of a YAML's content."""
+    if weights.suffix != ".safetensors":
+        from separation.state_dict import open_weights  # imports PyTorch, which reading a YAML does without
+
+        return open_weights(weights).description
+    metadata = _safetensors_metadata(weights)
     if not {"klass", "kwargs"} <= set(metadata) or "structure" in metadata:  # the latter: quantized weights
         return None
 
@@ -330,6 +350,38 @@ def _own_description(weights: Path) -> dict[str, Any] | None:
         "audio": {"sample_rate": rate, "chunk_size": chunk_samples},
         "model": arguments,
     }
+
+
+def _bag_document(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A YAML's content in the form of one network's, of a bag of networks that describe themselves."""
+    try:
+        members = bags.member_files(path.parent, document["models"], (".th", ".safetensors"))
+        found = [(member, _own_description(member)) for member in members]
+        if silent := [member for member, description in found if description is None]:
+            raise ValueError(f"its network {silent[0].name} does not describe itself as Demucs' files do")
+        first, *others = [description for _, description in found if description is not None]
+        if different := [each for each in others if _kind(each) != _kind(first)]:
+            raise ValueError(f"its networks must be alike, not {_kind(first)} and {_kind(different[0])}")
+        stems = first["model"]["sources"]
+        specialists = bags.specialists(document.get("weights"), stems, len(members))
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+    audio = first["audio"]
+    if document.get("segment") is not None:
+        samples = _take(document, "segment", int, path) * audio["sample_rate"]
+        is_fixed = first["architecture"] == "htdemucs"  # its transformer knows no longer chunks
+        audio = audio | {"chunk_size": min(samples, audio["chunk_size"]) if is_fixed else samples}
+    parts = [None] * len(members) if specialists is None else [stem.lower() for stem in specialists]
+    files = [
+        WeightFile(name=str(member.absolute()), url=None, bytes=None, sha256=None, stem=stem, checkpoint=path.stem)
+        for member, stem in zip(members, parts, strict=True)
+    ]
+    return first | {"audio": audio, "stems": list(stems), "files": files}
+
+
+def _kind(description: dict[str, Any]) -> tuple[Any, ...]:
+    """What the networks of a bag must have in common."""
+    return description["architecture"], tuple(description["model"]["sources"]), description["audio"]["sample_rate"]
 
 
 def _safetensors_metadata(path: Path) -> dict[str, str]:
@@ -425,6 +477,8 @@ def _refuse_unknown(keys: set[Any], path: Path) -> None:
 
 
 def _weight_file(entry: Any, path: Path, checkpoint: str) -> WeightFile:
+    if isinstance(entry, WeightFile):  # of a bag
+        return entry
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: each of files must be a section with a name, not {shown(entry)}")
     known = {field.name for field in fields(WeightFile)} - {"checkpoint", "is_recorded"}
@@ -686,11 +740,6 @@ def _stamp(path: Path, file: WeightFile) -> None:
         return
     with contextlib.suppress(OSError):  # in a read-only folder the file is hashed each time
         _stamp_path(path).write_text(_stamp_text(path, file), encoding="ascii")
-
-
-def size_bytes(path: Path) -> int:
-    """The size of a file, 0 if it is not there."""
-    return path.stat().st_size if path.exists() else 0
 
 
 @contextlib.contextmanager

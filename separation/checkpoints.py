@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from separation import foreign
 from separation.catalogue import (
     SOURCE_SHA256,
     WEIGHT_SUFFIXES,
@@ -36,7 +37,6 @@ from separation.catalogue import (
     loaded_sha256,
     local_path,
     read_config,
-    size_bytes,
 )
 from separation.device import choose_device, choose_precision, floats_of
 from separation.documents import first_line, shown
@@ -47,6 +47,7 @@ from separation.models.base import Origin, SeparationModel, precision_name
 from separation.models.kernels.native import NotFusedError, library
 from separation.models.limits import Uninitialised, check_arguments, check_frames
 from separation.output import OutputFolder
+from separation.places import size_bytes
 from separation.record import check_targets
 from separation.state_dict import Stored, building, metadata_of, open_weights, read_weights
 
@@ -115,6 +116,9 @@ def load_model(
     paths = paths or _weight_paths(description, files, checkpoint)
     checksums = _checksums(files, paths, given=checkpoint is not None)
     stored = dict(zip(parts, map(open_weights, paths), strict=True))
+    for file in stored.values():
+        if what := foreign.by_names(file.tensors):
+            raise foreign.refusal(file.path, what)
     _follow(model, stored)
     dtypes = {key: value.dtype for key, value in model.state_dict().items()}
     weights: dict[str, Tensor] = {}
@@ -230,6 +234,8 @@ def _architecture(description: Checkpoint, keys: Sequence[str] | None, weights: 
     Raises CheckpointError if there is none or more than one.
     """
     found = list(ARCHITECTURES) if keys is None else _architectures_with(keys)
+    if weights and (what := foreign.by_names(keys or ())):
+        raise foreign.refusal(weights, what)
     if not found:
         raise CheckpointError(
             f"{weights} is of none of the architectures {', '.join(ARCHITECTURES)}: its first names are "

@@ -112,8 +112,8 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# PyYAML takes 1e-3, without a point, for a text.
-_Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+# PyYAML takes 1e-3, without a point, for a text; 955717e8 is one, the name of a file of Demucs.
+_Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?\d{1,4}(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> Any:

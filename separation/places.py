@@ -31,6 +31,11 @@ def weights_folder() -> Path:
     return _user_folders().user_data_path / "weights" if is_installed() else shipped("weights")
 
 
+def size_bytes(path: Path) -> int:
+    """The size of a file, 0 if it is not there."""
+    return path.stat().st_size if path.exists() else 0
+
+
 def cache_folder() -> Path:
     """The program's folder in the user's caches."""
     return _user_folders().user_cache_path

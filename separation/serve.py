@@ -44,10 +44,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from separation.catalogue import missing, size_bytes
+from separation.catalogue import missing
 from separation.connections import Connections, Incoming, Limits, linger
 from separation.encode import FORMATS, check_output
 from separation.errors import AudioError, InputError, SeparationError
+from separation.places import size_bytes
 from separation.public import errors_without_paths, max_mib, max_seconds
 from separation.recipes import choices, load_recipe, names
 from separation.report import write_report

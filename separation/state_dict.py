@@ -22,13 +22,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from separation.catalogue import size_bytes
 from separation.documents import first_line, read_json, read_safetensors_header, shown
 from separation.errors import CheckpointError
+from separation.foreign import refuse_suffix
 from separation.models.base import Blueprint
-from separation.models.htdemucs import dequantised, network_of
+from separation.models.htdemucs import dequantised, description_of, network_of
 from separation.models.limits import Uninitialised
 from separation.pickles import Ignored, Name, check_plain
+from separation.places import size_bytes
 from separation.torch_file import Storage, check_total, read_tensor, read_torch_file
 from separation.unwrap import state_dict_in
 
@@ -71,11 +72,23 @@ class Stored:
     tensors: dict[str, Callable[[], Tensor]]
     blueprint: Blueprint | None
 
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """What it says of its network, in the form of a YAML's content; None if it says nothing.
+
+        Raises CheckpointError for a network that is not known.
+        """
+        if self.blueprint is None:
+            return None
+        with building(self.path, 0):
+            return description_of(self.blueprint)
+
 
 def open_weights(path: Path) -> Stored:
     """The state dict in a file, taken out of what trainers wrap it in, and not read yet."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
+    refuse_suffix(path)
     with _damaged(path):
         saved, blueprint = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
         tensors, choices = state_dict_in(saved)

@@ -60,6 +60,28 @@ def network_of(blueprint: Blueprint) -> nn.Module:
 
     Raises CheckpointError for another class, ValueError or TypeError for arguments that it cannot be built with.
     """
+    network, bound = _bound(blueprint)
+    return network(**(bound.arguments | {"rescale": 0}))  # of random weights, with which a training begins
+
+
+def description_of(blueprint: Blueprint) -> dict[str, Any]:
+    """What a file says of its network, in the form of a YAML's content; raises what `network_of` does.
+
+    Sizes are not in it: `follow` builds the network as the file says.
+    """
+    network, bound = _bound(blueprint)
+    bound.apply_defaults()
+    model = {name: bound.arguments[name] for name in ("sources", "audio_channels", "samplerate", "segment")}
+    rate = model["samplerate"]
+    return {
+        "architecture": network.__name__.lower(),
+        "audio": {"sample_rate": rate, "chunk_size": int(rate * model["segment"])},
+        "model": model | {"sources": list(model["sources"])},
+    }
+
+
+def _bound(blueprint: Blueprint) -> tuple[type[nn.Module], inspect.BoundArguments]:
+    """The package's class and its arguments."""
     network = CLASSES.get(blueprint.class_name)
     if network is None:
         raise CheckpointError(
@@ -67,9 +89,9 @@ def network_of(blueprint: Blueprint) -> nn.Module:
         )
     signature = inspect.signature(network)
     known = {name: value for name, value in blueprint.kwargs.items() if name in signature.parameters}
-    arguments = signature.bind(*blueprint.args, **known).arguments
-    check_arguments(arguments, {})  # a file of weights must not be able to keep the program busy for hours
-    return network(**(arguments | {"rescale": 0}))  # of random weights, with which a training begins
+    bound = signature.bind(*blueprint.args, **known)
+    check_arguments(bound.arguments, {})  # a file of weights must not be able to keep the program busy for hours
+    return network, bound
 
 
 def dequantised(network: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:

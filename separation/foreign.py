@@ -1,0 +1,105 @@
+"""Models that other programs run and this one does not: told by the file's ending, the YAML, or the weights' names.
+
+Such a file is refused by what it is. The relatives of BS-RoFormer and MelBand-RoFormer among them would load in part or
+whole and give other stems than their authors' programs do.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from separation.errors import CheckpointError
+
+SUFFIXES = {
+    ".onnx": "a network in ONNX form, as UVR's MDX-Net models are",
+    ".tflite": "a network for TensorFlow Lite",
+    ".h5": "a network for TensorFlow",
+    ".gguf": "a network for ggml",
+}
+VALUE_RESIDUALS = "an experimental RoFormer of Music-Source-Separation-Training (value residuals)"
+HYPER_CONNECTIONS = "an experimental RoFormer of Music-Source-Separation-Training (hyper-connections)"
+HYPERACE = "a BS-RoFormer HyperACE, whose mask estimators have a segmentation branch"
+FNO = "a BS-RoFormer FNO, whose mask estimators have Fourier neural operators"
+# What a YAML calls its `architecture` or, in `training`, its `model_type`.
+TYPES = {
+    "bs_roformer_experimental": "an experimental BS-RoFormer of Music-Source-Separation-Training",
+    "mel_band_roformer_experimental": "an experimental MelBand-RoFormer of Music-Source-Separation-Training",
+    "bs_roformer_hyperace": HYPERACE,
+    "bs_roformer_fno": FNO,
+    "bs_roformer_value_residual": VALUE_RESIDUALS,
+    "bs_roformer_large_v2": "a BS-RoFormer Large v2, whose mask estimators have transformers",
+    "bs_conformer": "a BS-Conformer",
+    "mel_band_conformer": "a MelBand-Conformer",
+    "conformer": "a Conformer",
+    "bs_mamba2": "a BS-Mamba2",
+    "scnet_unofficial": "an SCNet in the layout of its unofficial implementation",
+    "scnet_tran": "an SCNet with transformers",
+    "scnet_masked": "an SCNet that masks",
+    "experimental_mdx23c_stht": "an MDX23C with another transform (STHT)",
+    "swin_upernet": "a Swin-UperNet",
+    "segm_models": "a network of segmentation_models_pytorch",
+    "torchseg": "a network of TorchSeg",
+    "bandit": "a Bandit",
+    "bandit_v2": "a Bandit v2",
+    "apollo": "an Apollo, which restores and does not separate",
+    "moises_light": "a Moises-Light",
+    "tiger": "a TIGER",
+}
+# Keys of the `model:` section that only such models have. Their presence tells, whatever the value.
+KEYS = {
+    "use_value_residual_learning": VALUE_RESIDUALS,
+    "num_residual_streams": HYPER_CONNECTIONS,
+    "fno": FNO,
+    "time_conformer_depth": "a Conformer over bands",
+    "embed_dim": "a Conformer",
+    "mamba_gmlp": TYPES["bs_mamba2"],
+    "num_repeat_mask": TYPES["bs_mamba2"],
+    "bandsplit_ratios": TYPES["scnet_unofficial"],
+    "tran_depth": TYPES["scnet_tran"],
+    "encoder_name": TYPES["segm_models"],
+    "band_specs": TYPES["bandit"],
+    "n_rope": TYPES["moises_light"],
+}
+# Names of weights that only such models have.
+NAMES = {
+    r"stg1_(low|high)_band_net\..*": "a VR network of Ultimate Vocal Remover 5",
+    r"mask_estimators\.\d+\.(.+\.)?segm\..*": HYPERACE,
+    r"mask_estimators\.\d+\.(.+\.)?(fno\w*|lifting|spectral\w*|projection)\..*": FNO,
+    r".*\.to_value_residual_mix\..*": VALUE_RESIDUALS,
+    r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
+    r"mask_estimators\.\d+\.(?!to_freqs\.).*": "a RoFormer whose mask estimators have other parts",
+    r".*\.A_log": TYPES["bs_mamba2"],
+    r".*\.lora_[AB](\..*)?": "what LoRA adds to a model, without the model",
+    r"(tf_model|mask_estim)\..*": TYPES["bandit"],
+}
+
+
+def refuse_suffix(path: Path) -> None:
+    """Raise CheckpointError for a file whose ending tells that it is for another program."""
+    if what := SUFFIXES.get(path.suffix.lower()):
+        raise refusal(path, what)
+
+
+def by_yaml(document: Mapping[str, Any]) -> str | None:
+    """What a YAML describes, if nothing here runs it."""
+    training, model = document.get("training"), document.get("model")
+    kind = document.get("architecture") or (training.get("model_type") if isinstance(training, Mapping) else None)
+    if isinstance(kind, str) and kind in TYPES:
+        return TYPES[kind]
+    if isinstance(document.get("kwargs"), Mapping) and "cls" in document:
+        return TYPES["bandit_v2"]
+    found = (what for key, what in KEYS.items() if isinstance(model, Mapping) and key in model)
+    return next(found, None)
+
+
+def by_names(names: Iterable[str]) -> str | None:
+    """What weights of these names are of, if nothing here runs it."""
+    names = list(names)
+    found = (what for pattern, what in NAMES.items() if any(re.fullmatch(pattern, name) for name in names))
+    return next(found, None)
+
+
+def refusal(path: Path, what: str) -> CheckpointError:
+    """The error for such a file."""
+    return CheckpointError(f"{path} is {what}: that architecture is not supported, use the program that it is made for")
