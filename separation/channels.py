@@ -28,6 +28,7 @@ _FFMPEG = {
     **{"TBR": "Rtb", "DL": "Lt", "DR": "Rt", "WL": "Lw", "WR": "Rw", "SDL": "Lsd", "SDR": "Rsd", "LFE2": "LFE2"},
     **{"TSL": "Lts", "TSR": "Rts", "BFC": "Cbf", "BFL": "Lbf", "BFR": "Rbf", "BIL": "L", "BIR": "R"},
 }
+FFMPEG_CHANNELS = tuple(_FFMPEG)  # in the order of ffmpeg's layouts
 _MASK = list(_FFMPEG.values())[:18]
 _UNKNOWN = "?"
 MASK_COMMENT = "waveformatextensible_channel_mask"  # of FLAC, in lower case

@@ -20,6 +20,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
+from separation import tracks
 from separation.channels import (
     FFMPEG_LAYOUTS,
     MASK_COMMENT,
@@ -31,7 +32,7 @@ from separation.channels import (
 from separation.damage import MIN_MISSING_SECONDS, Damage
 from separation.errors import AudioError
 from separation.ffmpeg import Decoding, probe
-from separation.holes import Timeline, placed
+from separation.holes import Timeline, placed, silent
 from separation.integrity import MP3_EXTRA_SAMPLES, after_id3v2, check_chunks, check_length, check_mp3, check_ogg
 from separation.resample import resample
 from separation.waveform import BLOCK_SAMPLES, SAMPLE_RATE, TAGS, Waveform
@@ -229,34 +230,42 @@ def _open_libsndfile(path: Path, name: str, stack: contextlib.ExitStack, max_sec
     return _Source(sound.samplerate, layout, tags, limit, blocks())
 
 
-_ENTRIES = "format=format_name,duration:format_tags:stream_tags:"
-_ENTRIES += "stream=codec_name,sample_rate,channels,channel_layout,duration"
+_ENTRIES = f"format=format_name,duration:format_tags:stream_tags:{tracks.ENTRIES}"
 
 
 def _open_ffmpeg(path: Path, stack: contextlib.ExitStack, max_seconds: float | None, damage: Damage) -> _Source:
     name = damage.name
-    answer = probe(path, name, "-select_streams", "a:0", "-show_entries", _ENTRIES)
-    if not answer["streams"]:
-        raise AudioError(f"{name} holds no audio stream; choose a file with sound.")
-    stream, container = answer["streams"][0], answer["format"]["format_name"].split(",")
-    sample_rate, channels = int(stream.get("sample_rate", 0)), int(stream.get("channels", 0))
-    if sample_rate == 0 or channels == 0:
-        raise AudioError(f"{name} is damaged: ffmpeg finds no sample rate or channels in it; get the file again.")
+    answer = probe(path, name, "-show_entries", _ENTRIES)
+    container = answer["format"]["format_name"].split(",")
+    sound = tracks.sound_of(answer["streams"], container, name)
+    stream, channels = sound.tracks[0], sound.n_channels
+    sample_rate = int(stream["sample_rate"])
     if "mp3" in container:
         check_mp3(path, name, max_seconds)
     tags = {key.lower(): value for tags in (stream, answer["format"]) for key, value in tags.get("tags", {}).items()}
-    layout = layout_by_ffmpeg(stream.get("channel_layout", ""), channels, name)
+    layout = layout_by_ffmpeg(sound.layout, channels, name)
     if stream.get("codec_name") == "flac":  # of Ogg's comments, ffmpeg passes over this one
         layout = layout_by_mask(tags.get(MASK_COMMENT, ""), channels) or layout
-    announced = _announced_seconds(stream, container)
+    announced = min(_announced_seconds(track, container) for track in sound.tracks)
+    lead_samples = round(_lead_seconds(path, name, sound) * sample_rate)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
-        options, filters = _same_channels(stream.get("channel_layout", ""), channels)
-        options += ["-map", "0:a:0"]
+        options, filters = _same_channels(sound.layout, channels)
+        if not sound.joining:
+            options += ["-map", f"0:{stream['index']}"]
         block_bytes = BLOCK_SAMPLES * channels * 4
         decoding = stack.enter_context(
-            Decoding(path, name, options, sample_rate=sample_rate, block_bytes=block_bytes, filters=filters)
+            Decoding(
+                path,
+                name,
+                options,
+                sample_rate=sample_rate,
+                block_bytes=block_bytes,
+                filters=filters,
+                joining=sound.joining,
+            )
         )
+        yield from silent(lead_samples, channels)
         timeline, n_samples = Timeline(decoding, sample_rate, announced, damage), 0
         for block in placed(decoding, channels, timeline):
             n_samples += len(block)
@@ -274,6 +283,17 @@ def _open_ffmpeg(path: Path, stack: contextlib.ExitStack, max_seconds: float | N
     expected_samples = float(answer["format"].get("duration", 0)) * sample_rate
     tags = {tag: tags[tag] for tag in TAGS if tags.get(tag)}
     return _Source(sample_rate, layout, tags, expected_samples, blocks())
+
+
+def _lead_seconds(path: Path, name: str, sound: tracks.Sound) -> float:
+    """The silence that belongs before the sound of a video, so that it begins with the picture."""
+    if sound.picture_start is None:
+        return 0.0
+    # Of the first frame that is heard, since encoders put samples before the song that decoders take away.
+    first = ["-select_streams", str(sound.tracks[0]["index"]), "-read_intervals", "%+#8"]
+    frames = probe(path, name, *first, "-show_entries", "frame=best_effort_timestamp_time").get("frames", [])
+    times = [frame["best_effort_timestamp_time"] for frame in frames if "best_effort_timestamp_time" in frame]
+    return sound.lead_seconds(float(times[0]) if times else None, name)
 
 
 def _same_channels(layout: str, channels: int) -> tuple[list[str], tuple[str, ...]]:

@@ -156,7 +156,8 @@ class Decoding:
     """A running ffmpeg that writes one audio stream's samples as float32, a sample's channels side by side.
 
     Use as a context manager: its end ends the program. The file is at `path`, or comes as the pieces of `stdin`, whose
-    format is named with them. `options` choose the stream and the channels of the output; `filters` come after all.
+    format is named with them. `options` choose the stream and the channels of the output; `joining` is a filter that
+    makes it of several instead. `filters` come after all.
     """
 
     def __init__(
@@ -168,12 +169,17 @@ class Decoding:
         sample_rate: int,
         block_bytes: int,
         filters: tuple[str, ...] = (),
+        joining: str = "",
         stdin: tuple[str, Iterator[bytes]] | None = None,
     ) -> None:
         program = _program("ffmpeg", name)
         # -v repeat+level+info: all lines, each with its level. ashowinfo writes one for each frame.
         words = ["-hide_banner", "-nostdin", "-nostats", "-v", "repeat+level+info"]
-        output = ["-filter:a", ",".join(("ashowinfo", *filters)), "-f", "f32le", "-ar", str(sample_rate), "pipe:1"]
+        chain = ",".join(("ashowinfo", *filters))
+        output = (
+            ["-filter_complex", f"{joining},{chain}[sound]", "-map", "[sound]"] if joining else ["-filter:a", chain]
+        )
+        output += ["-f", "f32le", "-ar", str(sample_rate), "pipe:1"]
         self._name, self._words = name, _Words()
         try:
             self._process = subprocess.Popen(

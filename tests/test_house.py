@@ -35,6 +35,7 @@ FLOORS = {
     "separation.suffixes": 0,
     "separation.integrity": 1,
     "separation.channels": 1.5,
+    "separation.tracks": 1.6,
     "separation.damage": 1,
     "separation.ffmpeg": 1,
     "separation.holes": 1.8,
