@@ -242,6 +242,9 @@ def test_a_file_made_to_keep_the_decoder_busy_is_answered_within_seconds(kind: s
     assert [path.name for path in tmp_path.iterdir()] == [kind]
 
 
+STREAM = {"index": 0, "codec_type": "audio", "sample_rate": "44100", "channels": 2}
+
+
 @pytest.mark.parametrize("broken", ["ffprobe", "ffmpeg"])
 @pytest.mark.parametrize(
     "script, why",
@@ -258,7 +261,7 @@ def test_a_file_made_to_keep_the_decoder_busy_is_answered_within_seconds(kind: s
 def test_an_ffmpeg_that_cannot_run_is_named_and_the_song_not_blamed(
     broken: str, script: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    programs, answer = tmp_path / "programs", {"streams": [{"sample_rate": "44100", "channels": 2}]}
+    programs, answer = tmp_path / "programs", {"streams": [STREAM]}
     programs.mkdir()
     (programs / "ffprobe").write_text(f"#!/bin/sh\necho '{json.dumps(answer | {'format': {'format_name': 'x'}})}'\n")
     (programs / "ffmpeg").write_text("#!/bin/sh\n")
@@ -275,7 +278,7 @@ def test_an_ffmpeg_that_cannot_run_is_named_and_the_song_not_blamed(
 
 @pytest.mark.parametrize("silent", ["ffprobe", "ffmpeg"])
 def test_an_ffmpeg_that_says_nothing_is_ended(silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs, answer = tmp_path / "programs", {"streams": [{"sample_rate": "44100", "channels": 2}]}
+    programs, answer = tmp_path / "programs", {"streams": [STREAM]}
     programs.mkdir()
     (programs / "ffprobe").write_text(f"#!/bin/sh\necho '{json.dumps(answer | {'format': {'format_name': 'x'}})}'\n")
     (programs / "ffmpeg").write_text("#!/bin/sh\nhead -c 1000000 /dev/zero\n")
