@@ -74,13 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     shared = Parser(add_help=False)
     shared.add_argument("-v", "--verbose", action="store_true", help="say which device and precision, and why")
-    shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    shared.add_argument("--device", type=_given, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     shared.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: auto")
 
     engine = Parser(add_help=False)
     all_choices = sorted({choice for name in names() for choice in choices(name)})
-    engine.add_argument("--stems", help=f"{', '.join(all_choices)} (default: {STEMS})")
-    engine.add_argument("--recipe", help=f"{', '.join(names())} (default: {RECIPE})")
+    engine.add_argument("--stems", type=_given, help=f"{', '.join(all_choices)} (default: {STEMS})")
+    engine.add_argument("--recipe", type=_given, help=f"{', '.join(names())} (default: {RECIPE})")
     engine.add_argument("--model-name", type=_given, metavar="NAME", help="all stems of this model instead of a recipe")
     engine.add_argument(
         "--model-dir", type=_path, metavar="DIR", help="where that lies: DIR/NAME, or NAME.yaml and .ckpt"
@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     separate.add_argument("-o", "--output", type=_path, required=True, metavar="DIR")
     separate.add_argument(
         "--two-stems",
+        type=_given,
         metavar="STEM",
         help="any stem, such as drums: give it and no_STEM, the song minus it; by the models of --stems if that has it",
     )

@@ -51,6 +51,7 @@ from separation.documents import (
     shown,
 )
 from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
+from separation.output import not_through_links
 from separation.places import program, shipped, size_bytes, weights_folder
 
 CONFIGS = shipped("configs") / "models"
@@ -705,7 +706,8 @@ def _record(file: WeightFile, part: Path) -> WeightFile:
         stack.callback(os.close, folder)
         fcntl.flock(folder, fcntl.LOCK_EX)
         entries = _recorded() | {file.name: (sha256, n_bytes)}
-        new.write_text("".join(f"{entry[0]} {entry[1]} {name}\n" for name, entry in sorted(entries.items())), "utf-8")
+        with open(new, "w", encoding="utf-8", opener=not_through_links) as stream:
+            stream.writelines(f"{entry[0]} {entry[1]} {name}\n" for name, entry in sorted(entries.items()))
         os.replace(new, path)
     logger.warning(
         f"{file.name}: its publisher states no {'full ' if file.sha256 else ''}sha256; {sha256} is noted in {path}, "
@@ -738,8 +740,10 @@ def _is_stamped(path: Path, file: WeightFile) -> bool:
 def _stamp(path: Path, file: WeightFile) -> None:
     if file.sha256 is None:
         return
-    with contextlib.suppress(OSError):  # in a read-only folder the file is hashed each time
-        _stamp_path(path).write_text(_stamp_text(path, file), encoding="ascii")
+    stamp, text = _stamp_path(path), _stamp_text(path, file)
+    # In a read-only folder the file is hashed each time.
+    with contextlib.suppress(OSError), open(stamp, "w", encoding="ascii", opener=not_through_links) as stream:
+        stream.write(text)
 
 
 @contextlib.contextmanager
@@ -833,7 +837,7 @@ def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool) -> None:
             desc=part.stem, total=total, initial=offset, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet
         )
         received, most = offset, file.bytes or MOST["bytes"]
-        with _writing(part), part.open("ab" if offset else "wb") as stream, bar:
+        with _writing(part), open(part, "ab" if offset else "wb", opener=not_through_links) as stream, bar:
             while received <= most and (block := _receive(response)):
                 stream.write(block)
                 bar.update(len(block))

@@ -22,9 +22,9 @@ from separation.encode import encode
 from separation.errors import AudioError, EstimateError, InputError
 from separation.metrics import Read, Scores, has_museval, scores
 from separation.separator import Progress, Separator, part_of
+from separation.suffixes import AUDIO
 from separation.waveform import Waveform
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a")  # of the files that are looked at
 TOLERANCE_SECONDS = 0.1  # by which recordings of one song may differ in length
 SEPARATED = 0.9  # the share of a song's job, in the progress, that is done by then; the rest is scoring
 HINT = "SIR and SAR need museval: pip install museval"
@@ -111,7 +111,7 @@ def find_songs(folder: Path) -> dict[str, Song]:
             raise InputError(f"{str(folder)!r} has more than one song {name!r}: give a folder with one of them")
         songs[name] = song
     if not songs:
-        raise InputError(f"{str(folder)!r} holds no audio: give a folder with {', '.join(SUFFIXES)} files, one a stem")
+        raise InputError(f"{str(folder)!r} holds no audio: give a folder with an audio file a stem")
     return songs
 
 
@@ -119,7 +119,7 @@ def _audio_files(folder: Path) -> Iterable[tuple[Path, str]]:
     """Each file below a folder and its stem, in order, hidden ones left out."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+        if path.suffix.lower() in AUDIO and not hidden and path.is_file():
             yield path, path.stem
 
 
@@ -310,7 +310,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
             raise InputError(f"{files[name].name!r} and {path.name!r} in {str(folder)!r} have one name: remove one")
         files[name] = path
     if not files:
-        raise InputError(f"{str(folder)!r} holds no audio: give a file or a folder with {', '.join(SUFFIXES)} files")
+        raise InputError(f"{str(folder)!r} holds no audio: give a file or a folder with audio files")
     return files
 
 

@@ -288,6 +288,18 @@ def test_what_lies_behind_a_symbolic_link_is_not_written_to(suffix: str, server:
     assert names_in(weights) == ["mine.txt", "x.bin", "x.bin.verified"]
 
 
+def test_neither_the_stamp_nor_the_checksums_are_written_through_a_link(server: Server, weights: Path) -> None:
+    weights.mkdir()
+    (weights / "mine.txt").write_text("mine")
+    (weights / "x.bin.verified").symlink_to("mine.txt")
+    assert fetch(weight_file(server.url, name="x.bin"), quiet=True).read_bytes() == CONTENT
+    assert fetch(weight_file(server.url, name="x.bin"), quiet=True).exists()  # hashed, for lack of a stamp
+    (weights / "checksums.lock.part").symlink_to("mine.txt")
+    with pytest.raises(OutputError, match=r"checksums\.lock cannot be written \(a symbolic link of that name"):
+        fetch(unstated(server.url), quiet=True)
+    assert (weights / "mine.txt").read_text() == "mine"
+
+
 def test_a_lock_that_another_process_removes_is_not_trusted(server: Server, weights: Path) -> None:
     """A refused file's lock is removed: who waited for it and who comes later must not download at the same time."""
     server.content, server.delay_seconds = b"x" * len(CONTENT), 0.2

@@ -1,5 +1,6 @@
 """The command line: bad input is one clear line and exit code 2 without a partial file; odd input gives right stems."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import PROJECT, needs_ffmpeg, quick_first, started
 from separation import catalogue, checkpoints, report
-from separation.__main__ import main
+from separation.__main__ import build_parser, main
 from small_model import write_yaml
 
 DEMO = PROJECT / "weights" / "demo"
@@ -106,7 +108,6 @@ def test_a_bad_file_is_refused_in_one_line(
         (("--chunk-size", "31"), ("chunk size 31 s", "4 to 30")),
         (("--recipe", "nonsense"), ("nonsense", "demo, standard, sw")),
         (("--two-stems", "kazoo"), ("'kazoo'", "vocals, instrumental, drums, bass, other, guitar, piano")),
-        (("--two-stems", "", "--stems", "all_6"), ("''", "vocals, drums, bass, guitar, piano, other")),
         (("--two-stems", "kazoo", "--model-name", "demo"), ("'kazoo'", "vocals, drums, bass, guitar, piano, other")),
         (("--stems", "all_7"), ("all_7", "all_4, all_6, vocals_instrumental")),
         (("--format", "ogg"), ("ogg", "wav")),
@@ -130,6 +131,37 @@ def test_an_option_that_cannot_be_used_is_refused_in_one_line(
     options: tuple[str, ...], words: tuple[str, ...], song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused(separate(song, tmp_path / "out", *options), capsys, tmp_path / "out", *words)
+
+
+def with_empty_values(parser: argparse.ArgumentParser, *command: str) -> Iterator[tuple[list[str], str]]:
+    """A command line for each argument that takes a value, with an empty one, and the argument's name."""
+    positionals = 0
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                yield from with_empty_values(sub, *command, name)
+        elif action.option_strings and action.nargs != 0:
+            yield [*command, action.option_strings[0], ""], "/".join(action.option_strings)
+        elif not action.option_strings:
+            yield [*command, *["x"] * positionals, ""], str(action.metavar)
+            positionals += 1
+
+
+@pytest.mark.parametrize("arguments, name", [*with_empty_values(build_parser())], ids=lambda value: " ".join(value))
+def test_no_argument_may_be_empty(
+    arguments: list[str],
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a path it would be the current folder, and as an address every one of this machine."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    told = capsys.readouterr().err
+    assert left.value.code == 2
+    assert told.startswith(f"error: argument {name}: ") and told.count("\n") == 1, told
 
 
 def test_a_folder_that_cannot_be_written_is_refused(
