@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 MOST_BYTES = 2**25  # of a pickle; the largest published one has 3 MB
-MOST_STEPS = 4_000_000  # some 50 for each tensor
+MOST_STEPS = 2_000_000  # some 50 for each tensor
 MOST_NAMES = 1000  # different classes and functions
 MOST_NAME_BYTES = 200
 
@@ -169,10 +169,13 @@ class Reader:
             raise UnpicklingError(f"more than {MOST_STEPS:,} steps")
 
 
+_KEYS = (str, int, float, Name, Ignored, type(None))
+
+
 def put(section: dict[Any, Any], items: Any) -> None:
     """Fill a dictionary. Keys are few kinds of plain values: the hash of others may never end."""
     for key, value in items:
-        if not isinstance(key, str | int | float | Name | Ignored | None):
+        if not isinstance(key, _KEYS):
             raise UnpicklingError(f"a {type(key).__name__} is a key")
         section[key] = value
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from separation.documents import first_line, read_json, read_safetensors_header, shown
+from separation.documents import DocumentError, first_line, read_json, read_safetensors_header, shown
 from separation.errors import CheckpointError
 from separation.foreign import refuse_suffix
 from separation.models.base import Blueprint
@@ -138,6 +138,8 @@ def _damaged(path: Path) -> Iterator[None]:
                 "use a .safetensors file or one that holds a state dict alone"
             ) from e
         raise _unreadable(path, f" ({e})") from e
+    except DocumentError as e:
+        raise _unreadable(path, f" (it {e})") from e
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
     except Exception as e:  # of a damaged file, PyTorch's readers raise almost any type

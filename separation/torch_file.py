@@ -19,7 +19,7 @@ from torch import Tensor
 from separation import pickles
 from separation.pickles import Name, Reader, check_plain
 
-MOST_VALUES = 2_000_000  # in all that was saved, what is referred to twice counted twice
+MOST_VALUES = 1_000_000  # in all that was saved, what is referred to twice counted twice
 MOST_MEMBERS_BYTES = 2**25  # of an archive's list of members
 MOST_AXES = 8
 DTYPES = {
