@@ -4,6 +4,11 @@
 >>> stems = Separator(recipe="demo", stems="all_4").separate(mixture)  # [2, T] at 44100 Hz -> {"vocals": [2, T], ...}
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # `python -m separation` has this package imported, and compiles its command line next
+    import separation.start  # noqa: F401
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,13 +1,16 @@
 """The command line: `separation --help`. Every command is one call into the modules beside this one."""
 
+if __name__ == "__main__":  # first of all: the imports below take a while
+    from separation.start import run
+
+    run()
+
 import argparse
 import contextlib
-import io
 import json
 import logging
 import os
 import re
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,13 +20,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from separation import __version__, about, catalogue, songs
+from separation import __version__, about, catalogue, signals, songs
 from separation.cache import Cache, chosen_cache
 from separation.chunk_choice import ChunkChoice
 from separation.errors import InputError, SeparationError
 from separation.find import find
+from separation.memory import enough_memory
 from separation.places import program
 from separation.recipes import choices, load_recipe, names, one_model
+from separation.text import shown
 
 # What imports PyTorch is imported by the commands that need it: it takes a second, which --help, a wrong option and
 # `models list` do without. For the same reason these choices are written out; a test compares them with the engine's.
@@ -46,28 +51,50 @@ class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {shown(message)} (see {self.prog} --help)\n")
+
+
+class _Log(logging.StreamHandler[TextIO]):
+    """Prints to stderr what is logged, a line each, above the progress bars."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(record.getMessage())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 success, 2 bad input or usage, 1 anything else."""
+    """Run one command; returns the exit code: 0 success, 2 bad input or usage."""
     options = build_parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a song's name may hold what the terminal cannot show
-    logging.basicConfig(format="%(message)s", level=logging.INFO if options.verbose else logging.WARNING)
+    logging.basicConfig(handlers=[_Log()], level=logging.INFO if options.verbose else logging.WARNING)
     try:
-        code: int = options.command(options)
-        sys.stdout.flush()
+        with enough_memory("the program"):
+            code: int = options.command(options)
         return code
-    except BrokenPipeError:  # whoever read what is printed has seen enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again to print the rest
-        return 1
     except SeparationError as e:
-        print(f"error: {e}", file=sys.stderr)
+        _say_error(e)
         return 2
-    except KeyboardInterrupt:
-        print("cancelled", file=sys.stderr)
-        return 1
+
+
+def _say(line: object, file: TextIO | None = None) -> None:
+    """Print a line for people, on stdout unless to a file; every word to a terminal goes through here or `_Log`."""
+    print(shown(str(line)), file=file, flush=True)
+
+
+def _say_table(table: object) -> None:
+    for line in str(table).split("\n"):
+        _say(line)
+
+
+def _say_error(error: object) -> None:
+    _say(f"error: {error}", file=sys.stderr)
+
+
+def _say_json(text: str, file: TextIO | None = None) -> None:
+    """Print JSON, which escapes all that `shown` does but DEL, exactly."""
+    print(text.replace("\x7f", "\\u007f"), file=file, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -308,7 +335,7 @@ def _demo(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=progress,
         )
-    print(report)
+    _say_table(report)
     return 0
 
 
@@ -494,15 +521,18 @@ def _tell(outcome: songs.Outcome, *, as_json: bool, file: TextIO) -> None:
             line["error"] = outcome.error
         if outcome.stems:
             line["stems"] = {stem: str(path) for stem, path in outcome.stems.items()}
+        if outcome.page:
+            line["page"] = str(outcome.page)
+        line["warnings"] = outcome.warnings
         rounded = {name: value if name == "gain" else round(value, 3) for name, value in facts.items()}
-        print(json.dumps(line | rounded), file=file, flush=True)
+        _say_json(json.dumps(line | rounded), file=file)
     elif outcome.status == "skipped":
-        print(f"{outcome.path.name}: done already (--force-refresh does it again)", file=file)
+        _say(f"{outcome.path.name}: done already (--force-refresh does it again)", file=file)
     elif facts:
         seconds = f"{facts['duration_seconds']:.1f} s in {facts['elapsed_seconds']:.1f} s"
-        print(f"{outcome.path.name}: {seconds}, {facts['times_realtime']:.2f} times real-time", file=file)
+        _say(f"{outcome.path.name}: {seconds}, {facts['times_realtime']:.2f} times real-time", file=file)
         for path in (*outcome.stems.values(), *([outcome.page] if outcome.page else [])):
-            print(f"  {path}", file=file, flush=True)
+            _say(f"  {path}", file=file)
 
 
 def _summarise(outcomes: Sequence[songs.Outcome], n_songs: int) -> None:
@@ -510,12 +540,12 @@ def _summarise(outcomes: Sequence[songs.Outcome], n_songs: int) -> None:
     for outcome in outcomes:
         if outcome.status == "failed":
             where = f"{outcome.path}: " if n_songs > 1 else ""
-            print(f"error: {where}{outcome.error}", file=sys.stderr)
+            _say_error(f"{where}{outcome.error}")
     if n_songs > 1:
         counts = Counter(outcome.status for outcome in outcomes)
         counts["left"] = n_songs - len(outcomes)
         parts = [f"{counts[status]} {status}" for status in ("done", "skipped", "failed", "left") if counts[status]]
-        print(f"{n_songs} songs: {', '.join(parts)}", file=sys.stderr)
+        _say(f"{n_songs} songs: {', '.join(parts)}", file=sys.stderr)
 
 
 def _each(names: Sequence[str], job: Callable[[str], None]) -> int:
@@ -525,7 +555,7 @@ def _each(names: Sequence[str], job: Callable[[str], None]) -> int:
         try:
             job(name)
         except SeparationError as e:
-            print(f"error: {e}", file=sys.stderr)
+            _say_error(e)
             failed += 1
     return 2 if failed else 0
 
@@ -536,7 +566,7 @@ def _serve(options: argparse.Namespace) -> int:
     desktop = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
 
     def ready(url: str) -> None:
-        print(f"{url} is the page; Ctrl-C ends it and removes its files", flush=True)
+        _say(f"{url} is the page; Ctrl-C ends it and removes its files")
         if desktop and not options.no_browser:  # without a desktop, a browser would be one for this terminal
             import webbrowser
 
@@ -551,38 +581,41 @@ def _list(options: argparse.Namespace) -> int:
     names, failed = catalogue.available(), []
     width = max(map(len, names))
     if not options.json:
-        print(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':17}  STEMS")
+        _say(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':17}  STEMS")
     for name in names:
         try:
             model, here = catalogue.read_config(name), catalogue.is_here(name)
             n_bytes = catalogue.known_bytes(model.files)
         except SeparationError as e:
             failed.append(name)
-            print(json.dumps({"name": name, "error": str(e)}) if options.json else f"{name:{width}}  error: {e}")
+            if options.json:
+                _say_json(json.dumps({"name": name, "error": str(e)}))
+            else:
+                _say(f"{name:{width}}  error: {e}")
             continue
         if options.json:
             facts = {"name": name, "architecture": model.architecture, "stems": model.stems, "bytes": n_bytes}
-            print(json.dumps(facts | {"here": here, "licence": model.licence, "quality": model.quality}))
+            _say_json(json.dumps(facts | {"here": here, "licence": model.licence, "quality": model.quality}))
             continue
         size = f"{n_bytes / 1e6:.0f} MB" if n_bytes else "?"
         stems = ", ".join(model.stems)
-        print(f"{name:{width}}  {'here' if here else '-':4}  {size:>7}  {model.architecture or '?':17}  {stems}")
-        print(f"    quality: {model.quality}; licence: {model.licence}")
+        _say(f"{name:{width}}  {'here' if here else '-':4}  {size:>7}  {model.architecture or '?':17}  {stems}")
+        _say(f"    quality: {model.quality}; licence: {model.licence}")
     if failed:
-        print(f"error: {len(failed)} of {len(names)} models cannot be used: {', '.join(failed)}", file=sys.stderr)
+        _say_error(f"{len(failed)} of {len(names)} models cannot be used: {', '.join(failed)}")
     return 2 if failed else 0
 
 
 def _show(options: argparse.Namespace) -> int:
     facts = about.model_facts(options.model)
-    print(json.dumps(facts) if options.json else about.as_text(facts))
+    _say_json(json.dumps(facts)) if options.json else _say_table(about.as_text(facts))
     return 0
 
 
 def _download(options: argparse.Namespace) -> int:
     def download(name: str) -> None:
         for file in catalogue.read_config(name).files:
-            print(catalogue.fetch(file))
+            _say(catalogue.fetch(file))
 
     return _each(options.names, download)
 
@@ -592,10 +625,10 @@ def _verify(options: argparse.Namespace) -> int:
         for file in catalogue.read_config(name).files:
             path, converted = catalogue.local_path(file), catalogue.converted_path(file)
             if converted:
-                print(f"{converted}: made from the right {path.name}")
+                _say(f"{converted}: made from the right {path.name}")
             if path.exists() or (options.names and not converted):
                 known = catalogue.verify(path, file)
-                print(f"{path}: {'right' if known else 'here, but no sha256 is known to compare it with'}")
+                _say(f"{path}: {'right' if known else 'here, but no sha256 is known to compare it with'}")
 
     return _each(options.names or catalogue.available(), verify)
 
@@ -604,7 +637,7 @@ def _convert(options: argparse.Namespace) -> int:
     from separation.checkpoints import convert
 
     convert(options.checkpoint, options.output, overwrite=options.overwrite)
-    print(options.output)
+    _say(options.output)
     return 0
 
 
@@ -618,7 +651,7 @@ def _compile(options: argparse.Namespace) -> int:
     except ImportError as e:
         raise InputError(f"Triton cannot be imported ({e}): install PyTorch for CUDA") from e
     models = [model_for_gpu(name, torch.float16) for name in options.names]
-    print(f"{options.output}: {compile_for(models, options.gpu, options.output)} kernels compiled")
+    _say(f"{options.output}: {compile_for(models, options.gpu, options.output)} kernels compiled")
     return 0
 
 
@@ -627,13 +660,13 @@ def _cache_list(options: argparse.Namespace) -> int:
     entries = cache.entries()
     if options.json:
         for entry in entries:
-            print(entry.as_json())
+            _say_json(entry.as_json())
         return 0
     for entry in entries:
-        print(entry)
+        _say(entry)
     total = sum(entry.bytes for entry in entries)
     limit = f"{total / 2**30:.2f} of {cache.limit_bytes / 2**30:.4g} GiB"
-    print(f"{len(entries)} estimates in {cache.folder}: {limit}")
+    _say(f"{len(entries)} estimates in {cache.folder}: {limit}")
     return 0
 
 
@@ -653,7 +686,7 @@ def _export(options: argparse.Namespace) -> int:
     from separation.export import export
 
     weights: dict[str, Any] = {"checkpoint": options.model_path, "random": options.random_weights}
-    print(export(options.model, options.output, **weights, overwrite=options.overwrite))
+    _say(export(options.model, options.output, **weights, overwrite=options.overwrite))
     return 0
 
 
@@ -683,7 +716,7 @@ def _bench(options: argparse.Namespace) -> int:
         result = cold_start(recipe, stems, **shared)
     else:
         result = engine_speed(recipe, stems, **shared, **engine)
-    print(result.as_json() if options.json else result)
+    _say_json(result.as_json()) if options.json else _say_table(result)
     return 0
 
 
@@ -698,9 +731,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     estimates = find_songs(options.estimates) if options.estimates else _separator(options)
     with _bar("evaluate") as progress:
         report = evaluate(references, estimates, progress=progress)
-    print(report.as_json() if options.json else report)
+    _say_json(report.as_json()) if options.json else _say_table(report)
     for song, error in report.failed.items():
-        print(f"error: {song} is left out: {error}", file=sys.stderr)
+        _say_error(f"{song} is left out: {error}")
     return 2 if report.failed else 0
 
 
@@ -708,7 +741,7 @@ def _null(options: argparse.Namespace) -> int:
     from separation.evaluate import null
 
     for residual in null(options.first, options.second):
-        print(residual)
+        _say(residual)
     return 0
 
 
@@ -723,29 +756,11 @@ def _refuse(options: argparse.Namespace, command: list[str], flag: str, names: S
 @contextlib.contextmanager
 def _bar(name: str, *, leave: bool = True) -> Iterator[Callable[[float, str], None]]:
     """A progress bar on stderr; nothing where stderr is not a terminal."""
-    with tqdm(total=100, desc=name, disable=None, leave=leave, bar_format=_ONE) as bar:
+    with tqdm(total=100, desc=shown(name), disable=None, leave=leave, bar_format=_ONE) as bar:
 
         def progress(share: float, stage: str) -> None:
-            bar.set_description_str(f"{name}: {stage}", refresh=False)
+            signals.check()
+            bar.set_description_str(shown(f"{name}: {stage}"), refresh=False)
             bar.update(share * 100 - bar.n)
 
         yield progress
-
-
-def _terminate(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)  # an exception, so that temporary files are removed on the way out
-
-
-def run() -> NoReturn:
-    """The process of `separation` and of `python -m separation`: its environment and signals, then `main`."""
-    # PyTorch's threads then wait asleep. Spinning, as they would, they take the cores from the fused layers' threads
-    # and from other processes: two songs at once took longer than one after the other. Read as PyTorch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows lacks the second
-            signal.signal(getattr(signal, name), _terminate)
-    sys.exit(main())
-
-
-if __name__ == "__main__":
-    run()

@@ -16,7 +16,7 @@ fewer chunks than a batch, batches are as large as the next power of two, for ze
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -30,6 +30,7 @@ from torch import Tensor
 from separation.device import is_out_of_memory, memory_limit_bytes, needed_memory_bytes
 from separation.errors import EstimateError, InputError
 from separation.gpu import ComputeThread, Model, compute_thread
+from separation.threads import Threads
 
 MAX_BATCH_SIZE = 8  # chunks; of a large model far fewer fill a GPU
 # Of a GPU's memory that a batch may take. The models take another, and a batch outside the graphs' memory the third.
@@ -280,7 +281,7 @@ def _read_batches(read: Read, task: _Task, planned: list[_Planned], *, padded: b
 def _prefetched(items: Generator[T]) -> Generator[T]:
     """The same items; while the caller works on one, a thread makes the next."""
     end: Any = object()
-    with closing(items), ThreadPoolExecutor(max_workers=1) as thread:
+    with closing(items), Threads(max_workers=1) as thread:
         following = thread.submit(next, items, end)
         try:
             while (item := following.result()) is not end:

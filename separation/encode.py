@@ -22,6 +22,7 @@ WAV_DEPTHS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}  # bits of integer
 FLAC_DEPTHS = {"16": "PCM_16", "24": "PCM_24"}
 MP3_BITRATE, WAV_DEPTH, FLAC_DEPTH = 320, "32f", "24"  # where none is asked for
 
+_SFC_SET_ADD_PEAK_CHUNK = 0x1050  # of libsndfile's sndfile.h; soundfile has no word for it
 _WAV_LIMIT_BYTES = 2**32 - 2**20  # WAV sizes have 32 bits; leaves 1 MiB for the header and the tags
 _SAMPLE_BYTES = {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4}
 _INTEGER_BITS = {"PCM_16": 16, "PCM_24": 24}
@@ -107,6 +108,7 @@ def encode(
                 subtype=subtype,
                 **_sound_file_options(waveform, format, mp3_bitrate or MP3_BITRATE, wav_depth),
             ) as sound:
+                _leave_out_peaks(sound)
                 for tag in TAGS:
                     # What libsndfile can take: an empty text, to it one that begins with NUL, is an error.
                     if value := waveform.tags.get(tag, "").encode(errors="replace").partition(b"\0")[0]:
@@ -130,6 +132,11 @@ def encode(
         if isinstance(e, OSError):
             raise output_error(repr(path.name), path.parent, e) from e
         raise
+
+
+def _leave_out_peaks(sound: soundfile.SoundFile) -> None:
+    """Leave the PEAK chunk out of a float WAV: it holds the time, and the same samples shall give the same file."""
+    soundfile._snd.sf_command(sound._file, _SFC_SET_ADD_PEAK_CHUNK, soundfile._ffi.NULL, 0)
 
 
 def _integers(block: NDArray[np.float32], bits: int, dither: np.random.Generator | None) -> NDArray[np.int32]:

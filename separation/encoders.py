@@ -1,13 +1,14 @@
 """A song's stems encoded, each in a thread of its own."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from separation.encode import encode
+from separation.threads import Threads
 from separation.waveform import Waveform
 
 
@@ -27,7 +28,7 @@ class Encoders:
         self, stems: Mapping[str, Waveform], parts: Mapping[str, Path], *, clips: bool, **options: Any
     ) -> None:
         self._stems, self._parts, self._clips, self._options = stems, parts, clips, options
-        self._threads = ThreadPoolExecutor(max_workers=len(stems))
+        self._threads = Threads(max_workers=len(stems))
         self._jobs: dict[str, Future[None]] = {}
 
     def __enter__(self) -> Self:

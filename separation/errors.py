@@ -6,7 +6,7 @@
     │   └── RecipeError     an unknown recipe, choice of stems or model, or a YAML file that does not make sense
     ├── CheckpointError     weights that are missing, incomplete, altered, or of another architecture
     │   └── DownloadError   weights that could not be fetched
-    ├── EstimateError       a model that gave NaN or Inf, or that needs more memory than the GPU has
+    ├── EstimateError       a model that gave NaN or Inf, or that needs more memory than there is
     └── OutputError         stems that could not be written: a full disk, an unwritable folder
 
 Nothing else is raised on purpose. To cancel a running separation, raise any exception of your own from the progress
@@ -39,7 +39,7 @@ class DownloadError(CheckpointError):
 
 
 class EstimateError(SeparationError):
-    """A model that gave NaN or Inf, or that needs more memory than the GPU has."""
+    """A model that gave NaN or Inf, or that needs more memory than there is."""
 
 
 class OutputError(SeparationError):

@@ -23,6 +23,7 @@ from separation.errors import AudioError, EstimateError, InputError
 from separation.metrics import Read, Scores, has_museval, scores
 from separation.separator import Progress, Separator, part_of
 from separation.suffixes import AUDIO
+from separation.text import shown
 from separation.waveform import Waveform
 
 TOLERANCE_SECONDS = 0.1  # by which recordings of one song may differ in length
@@ -70,7 +71,7 @@ class Report:
         songs = [*self.songs.items(), *([("median", self.median), ("mean", self.mean)] if len(self.songs) > 1 else [])]
         rows: list[tuple[str, ...]] = [("song", "stem", "SDR MUSDB", "SDR MDX23", "SI-SDR", "SIR", "SAR")]
         for song, stems in songs:
-            rows += [(song, stem, *map(_decibel_text, astuple(score))) for stem, score in stems.items()]
+            rows += [(shown(song), stem, *map(_decibel_text, astuple(score))) for stem, score in stems.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}"

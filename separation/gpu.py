@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from separation.device import is_out_of_memory, settle_numerics
+from separation.threads import Threads
 
 SAME = 1e-3  # how far a replayed graph may be from the model itself, by norm: sums of atomic additions differ a little
 COPIES = ("_to_copy", "copy_", "to")
@@ -40,7 +41,7 @@ class ComputeThread:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._executor = ThreadPoolExecutor(1, f"compute on {device}", self._begin)
+        self._executor = Threads(1, f"compute on {device}", self._begin)
 
     def _begin(self) -> None:
         if self.device.type == "cuda":

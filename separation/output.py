@@ -13,6 +13,7 @@ from typing import Self
 
 from separation.errors import OutputError
 from separation.record import RECORD, Record, check_targets
+from separation.signals import uninterrupted
 
 _LOCK = "lock"  # in a temporary folder, locked as long as its process lives
 
@@ -82,7 +83,7 @@ class OutputFolder:
         if self.recorded:  # first, so that no file of ours is ever there unrecorded, wherever we are killed
             self.write(Record.read(self.folder).with_files(self.folder, parts.values()))
         published = {}
-        with ExitStack() as undo:
+        with uninterrupted(), ExitStack() as undo:
             for stem, part in parts.items():
                 published[stem] = target = self.folder / part.name
                 try:

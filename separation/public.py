@@ -3,10 +3,11 @@
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from separation.errors import EstimateError, InputError, SeparationError
 from separation.settings import positive
+from separation.text import shown
 
 
 def max_seconds() -> float:
@@ -36,4 +37,5 @@ def errors_without_paths() -> Iterator[None]:
 
 def tell_operator() -> None:
     """Print the traceback to the server's own log. What is printed to `sys.stderr` goes to the prediction's."""
-    print(traceback.format_exc(), file=sys.__stderr__, flush=True)
+    with suppress(OSError):  # a log on a full disk must not make the server fail
+        print(*map(shown, traceback.format_exc().split("\n")), sep="\n", file=sys.__stderr__ or sys.stderr, flush=True)

@@ -9,7 +9,6 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +36,7 @@ from separation.picture import (
 )
 from separation.separator import Progress
 from separation.stft import make_window
+from separation.threads import Threads
 from separation.waveform import SAMPLE_RATE, Waveform, read_padded
 
 PAGE = Path(__file__).with_name("report.html")
@@ -69,7 +69,7 @@ def write_report(
     """
     say = progress or (lambda share, stage: None)
     files = {"mixture": mixture, **stems}
-    with OutputFolder(target.parent, overwrite=overwrite) as output, ExitStack() as stack, ThreadPoolExecutor() as pool:
+    with OutputFolder(target.parent, overwrite=overwrite) as output, ExitStack() as stack, Threads() as pool:
         output.check_targets([target.name], mixture)
         waves: list[Waveform] = []
         for path in files.values():

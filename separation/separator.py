@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from separation.about_song import about_song
 from separation.cache import Cache, engine_version
 from separation.checkpoints import load_model
 from separation.chunk_choice import ChunkChoice, Seconds
@@ -32,10 +33,12 @@ from separation.encode import check_output, check_rate, clips, is_rf64
 from separation.encoders import Encoders
 from separation.errors import AudioError, CheckpointError, EstimateError, InputError
 from separation.gpu import Model, captured, compute_thread
+from separation.memory import enough_memory
 from separation.models import SeparationModel
 from separation.output import OutputFolder
 from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
 from separation.resample import resampled, resampled_length
+from separation.threads import Threads
 from separation.waveform import SAMPLE_RATE, Growing, Waveform
 
 SAMPLE_RATES: tuple[int | str, ...] = (44100, 48000, "source")
@@ -243,7 +246,7 @@ class _Song(Generic[Wave]):
         self._new: Callable[[], Wave] = new
         self._sums: dict[Combination, Wave] = {}
         self._filled: list[tuple[int, Wave, Iterator[Tensor]]] = []  # by the number of the last run that is needed
-        self._threads = ThreadPoolExecutor(max_workers=2)  # one makes sums, one does what is asked for
+        self._threads = Threads(max_workers=2)  # one makes sums, one does what is asked for
         self._filling: Future[None] | None = None
         self._jobs: list[Future[None]] = []
 
@@ -481,7 +484,8 @@ class Separator:
     def separate(self, mixture: Tensor, *, progress: Progress | None = None) -> dict[str, Tensor]:
         """A song in memory, `[2, T]` at 44100 Hz, to its stems, each `[2, T]` float32 on the CPU.
 
-        Raises InputError for another shape and AudioError for NaN, Inf or no samples.
+        Raises InputError for another shape, AudioError for NaN, Inf or no samples, and EstimateError for a model that
+        gave NaN or Inf or needs more memory than there is.
         """
         if mixture.ndim != 2 or mixture.shape[0] != 2:
             raise InputError(f"the mixture must be a tensor of shape [2, T], not {list(mixture.shape)}")
@@ -491,11 +495,12 @@ class Separator:
         if not math.isfinite(whole.peak):
             first = int((~torch.isfinite(whole.samples)).any(dim=0).nonzero()[0])
             raise AudioError(f"the mixture holds NaN or Inf at sample {first}")
-        song = _Song(self.recipe, whole, lambda: Samples(whole.n_samples))
-        stems = {stem: song.wave(parts) for stem, parts in self.recipe.outputs.items()}
-        with song:
-            self._run(song, progress)
-            song.finish()
+        with enough_memory("the mixture"):
+            song = _Song(self.recipe, whole, lambda: Samples(whole.n_samples))
+            stems = {stem: song.wave(parts) for stem, parts in self.recipe.outputs.items()}
+            with song:
+                self._run(song, progress)
+                song.finish()
         if progress:
             progress(1.0, "done")
         return {stem: samples.samples for stem, samples in stems.items()}
@@ -520,7 +525,8 @@ class Separator:
         dithered, or by default `24`), MP3 `mp3_bitrate` kbit/s (by default 320); one that is not the format's is an
         error. Only floats can go beyond full scale: elsewhere, if any stem does, all stems of the song are scaled by
         one gain, and a warning is logged. WAV over 4 GB becomes RF64, with a warning too. At the rate of the song's
-        file, which `source` always is, the stems have its number of samples.
+        file, which `source` always is, the stems have its number of samples. Their title is the song's, or else its
+        file's name, with the stem's behind it, as in `Song (vocals)`; artist and album are the song's.
         Memory does not grow with the song. A run that fails or is cancelled leaves no file behind.
 
         Stems that this program wrote into the folder before are replaced; its record there, `.separation.json`, says
@@ -529,7 +535,7 @@ class Separator:
         Raises:
             InputError: a format, rate, bitrate or depth that is not offered, or a stem would replace the song.
             AudioError: the file cannot be read as audio, or holds more than `max_seconds` of it.
-            EstimateError: a model gave NaN or Inf.
+            EstimateError: a model gave NaN or Inf, or needs more memory than there is.
             OutputError: the stems cannot be written, or a file that this program did not write is in their place.
         """
         started = time.monotonic()
@@ -537,7 +543,9 @@ class Separator:
         if sample_rate not in SAMPLE_RATES:
             raise InputError(f"sample rate {sample_rate} is not offered: choose {' or '.join(map(str, SAMPLE_RATES))}")
         path = Path(path)
-        with OutputFolder(Path(folder), overwrite=overwrite) as output, ExitStack() as stack:
+        with ExitStack() as stack:
+            stack.enter_context(about_song(path.name))
+            output = stack.enter_context(OutputFolder(Path(folder), overwrite=overwrite))
             output.check_targets([f"{stem}.{format}" for stem in self.stems], path)
             mixture = stack.enter_context(
                 decode(path, output.work, max_seconds=max_seconds, progress=_decoding(progress))
@@ -559,8 +567,9 @@ class Separator:
                 stems = {stem: new(rate, length) for stem in self.stems}
                 for stem, parts in self.recipe.outputs.items():
                     song.fill(stems[stem], parts, resampled(song.readable(parts), SAMPLE_RATE, rate, length))
-            for wave in stems.values():
-                wave.tags = mixture.tags
+            title = mixture.tags.get("title") or path.stem  # without one, players show the file's name
+            for stem, wave in stems.items():
+                wave.tags = {**mixture.tags, "title": f"{title} ({stem})"}
             if format == "wav" and is_rf64(wave, wav_depth):
                 logger.warning(
                     "more than 4 GB a stem, too much for WAV: written as RF64, which not every program reads"

@@ -9,17 +9,20 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from concurrent.futures import as_completed
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from separation.about_song import about_song
 from separation.errors import OutputError, SeparationError
 from separation.output import OutputFolder
 from separation.record import PAGE, RECORD, Record, check_targets, stem_files
+from separation.signals import uninterrupted
+from separation.threads import Threads
 
 # What imports PyTorch is imported where a song is separated: to see that all are done takes a moment without it.
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ class Outcome:
     stems: dict[str, Path] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)  # duration_seconds, elapsed_seconds, gain; like stems, if known
     page: Path | None = None
+    warnings: list[str] = field(default_factory=list)  # about it; of stems that were there, about their making
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +139,8 @@ def _has_page(folder: Path, entry: dict[str, Any]) -> bool:
 def _outcome(song: Song, status: str, entry: dict[str, Any], error: str = "") -> Outcome:
     stems = {stem: song.folder / file for stem, (file, _) in entry["stems"].items()}
     facts = {key: entry[key] for key in ("duration_seconds", "elapsed_seconds", "gain")}
-    return Outcome(song.path, status, error, stems, facts, song.folder / PAGE if "page_bytes" in entry else None)
+    page = song.folder / PAGE if "page_bytes" in entry else None
+    return Outcome(song.path, status, error, stems, facts, page, list(entry.get("warnings", [])))
 
 
 class _File:
@@ -243,7 +248,7 @@ def run(
         finally:
             free.put(separator)
 
-    pool = ThreadPoolExecutor(max_workers=workers * len(separators))
+    pool = Threads(max_workers=workers * len(separators))
     try:
         for future in as_completed([pool.submit(work, song) for song in songs]):
             yield future.result()
@@ -269,35 +274,61 @@ def until(stopped: threading.Event, progress: "Progress") -> "Progress":
 
 def separate_song(song: Song, job: Job, separator: "Separator", progress: "Progress") -> Outcome:
     """Do what a song needs: its stems unless they are finished by now, then its page."""
+    entry, status = _entry(song, job), "skipped"
+    warnings: list[str] = []
+    try:
+        with about_song(song.path.name) as warnings:
+            _check(song, job, entry)
+            if entry is None:
+                entry, status = _separated(song, job, separator, progress, warnings), "done"
+            if job.report and not _has_page(song.folder, entry):
+                entry = _with_page(song, job, entry, progress, SEPARATED if status == "done" else 0)
+                status = "done"
+    except SeparationError as e:
+        if entry is None:
+            return Outcome(song.path, "failed", str(e), warnings=warnings)
+        return _outcome(song, "failed", entry, str(e))
+    return _outcome(song, status, entry)
+
+
+def _separated(
+    song: Song, job: Job, separator: "Separator", progress: "Progress", warnings: list[str]
+) -> dict[str, Any]:
+    """Separate a song; returns its run in the record."""
+    source = _File(song).source()
+    share_of_job = SEPARATED if job.report else 1.0
+    with ExitStack() as finishing:
+
+        def separating(share: float, stage: str) -> None:
+            progress(share * share_of_job, stage)
+            if share == 1.0:  # the stems' files take their place next: none shall be there without a run in the record
+                finishing.enter_context(uninterrupted())
+
+        files = separator.separate_file(
+            song.path, song.folder, **job.writing, overwrite=job.overwrite, progress=separating
+        )
+        entry = {
+            "source": source,
+            "settings": job.settings,
+            "stems": {stem: (path.name, path.stat().st_size) for stem, path in files.items()},
+            "duration_seconds": files.duration_seconds,
+            "elapsed_seconds": files.elapsed_seconds,
+            "gain": files.gain,
+            "warnings": warnings,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        _add(song.folder, entry)
+    return entry
+
+
+def _with_page(song: Song, job: Job, entry: dict[str, Any], progress: "Progress", done: float) -> dict[str, Any]:
+    """Write a song's page, of whose job that share is done before; returns its run in the record."""
     from separation.report import write_report
     from separation.separator import part_of
 
-    entry, status = _entry(song, job), "skipped"
-    try:
-        _check(song, job, entry)
-        if entry is None:
-            source = _File(song).source()
-            separating = part_of(progress, 0, SEPARATED) if job.report else progress
-            files = separator.separate_file(
-                song.path, song.folder, **job.writing, overwrite=job.overwrite, progress=separating
-            )
-            status = "done"
-            entry = {
-                "source": source,
-                "settings": job.settings,
-                "stems": {stem: (path.name, path.stat().st_size) for stem, path in files.items()},
-                "duration_seconds": files.duration_seconds,
-                "elapsed_seconds": files.elapsed_seconds,
-                "gain": files.gain,
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            _add(song.folder, entry)
-        if job.report and not _has_page(song.folder, entry):
-            page, stems = song.folder / PAGE, _outcome(song, status, entry).stems
-            share = part_of(progress, SEPARATED if status == "done" else 0, 1)
-            write_report(song.path.name, song.path, stems, page, overwrite=job.overwrite, progress=share)
-            status, entry = "done", {**entry, "page_bytes": page.stat().st_size}
-            _add(song.folder, entry)
-    except SeparationError as e:
-        return Outcome(song.path, "failed", str(e)) if entry is None else _outcome(song, "failed", entry, str(e))
-    return _outcome(song, status, entry)
+    page, stems = song.folder / PAGE, _outcome(song, "done", entry).stems
+    progress_of_page = part_of(progress, done, 1)
+    write_report(song.path.name, song.path, stems, page, overwrite=job.overwrite, progress=progress_of_page)
+    entry = {**entry, "page_bytes": page.stat().st_size}
+    _add(song.folder, entry)
+    return entry

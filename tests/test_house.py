@@ -15,6 +15,8 @@ from separation.models import attention
 # A module may import from strictly lower floors, and within `models` from its own.
 FLOORS = {
     "predict": 5,
+    "separation.start": 1.5,
+    "separation.process": 1,
     "separation.__main__": 5,
     "separation.cluster": 4.5,
     "separation.find": 4.5,
@@ -65,6 +67,11 @@ FLOORS = {
     "separation.pickles": 0,
     "separation.torch_file": 1,
     "separation.places": 0,
+    "separation.about_song": 0.75,
+    "separation.memory": 0.5,
+    "separation.signals": 0,
+    "separation.threads": 0,
+    "separation.text": 0,
     "separation.stft": 0,
     "separation.errors": 0,
 }
