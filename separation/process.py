@@ -8,12 +8,9 @@ import os
 import select
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from separation import signals
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 
 def run() -> NoReturn:
@@ -56,7 +53,7 @@ class _Lasting(io.RawIOBase):
         self._raw = raw
         self.error: OSError | None = None
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: Any, /) -> int:
         rest = memoryview(data).cast("B")
         n_bytes = len(rest)
         try:
