@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,20 +74,19 @@ def test_an_echo_of_a_signal_changes_nothing(stopping: Stopping) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("moment", ["the files are moved", "the record is written"])
+@pytest.mark.parametrize("step", ["publish", "write"])  # the files are moved, the record is written
 def test_a_signal_while_a_song_takes_its_place_leaves_it_finished_and_recorded(
-    moment: str, stopping: Stopping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, stopping: Stopping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "song.wav").write_bytes(conftest.song(0.3))
     song, job = Song(tmp_path / "song.wav", tmp_path / "out"), Job({}, {"format": "wav"}, report=False)
-    publish = OutputFolder.publish
+    undisturbed = getattr(OutputFolder, step)
 
-    def interrupted(folder: OutputFolder, parts: dict[str, Path]) -> dict[str, Path]:
-        if moment == "the files are moved" or "record" in parts:
-            signal.raise_signal(signal.SIGINT)
-        return publish(folder, parts)
+    def interrupted(folder: OutputFolder, written: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return undisturbed(folder, written)
 
-    monkeypatch.setattr(OutputFolder, "publish", interrupted)
+    monkeypatch.setattr(OutputFolder, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         separate_song(song, job, Separator("demo", device="cpu"), lambda share, stage: None)
     assert finished(song, job) is not None
