@@ -454,7 +454,7 @@ def test_a_folder_that_cannot_be_used_is_said_once_and_the_song_is_separated(
     for _ in range(2):
         cache = Cache(tmp_path / "file")
         assert runs(separator(pool, cache), song, tmp_path / "out") == cold
-    assert caplog.messages == [f"the cache in {cache.folder} is not used (Not a directory)"] * 2
+    assert caplog.messages == [f"'song.wav': the cache in {cache.folder} is not used (Not a directory)"] * 2
     with pytest.raises(OutputError, match="set SEPARATION_CACHE to another folder"):
         cache.clear()
 
