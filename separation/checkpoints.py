@@ -46,6 +46,7 @@ from separation.models.attention import LAYERS, AttentionChoice, choose_attentio
 from separation.models.base import Origin, SeparationModel, precision_name
 from separation.models.kernels.native import NotFusedError, library
 from separation.models.limits import Uninitialised, check_arguments, check_frames
+from separation.models.shapes import Shapes
 from separation.output import OutputFolder
 from separation.places import size_bytes
 from separation.record import check_targets
@@ -126,7 +127,7 @@ def load_model(
         prefix = type(model).key_prefix(part)
         wanted = {key.removeprefix(prefix): dtype for key, dtype in dtypes.items() if key.startswith(prefix)}
         weights |= {prefix + key: value for key, value in read_weights(file, wanted).items()}
-    _assign(model, weights, description, list(file.tensors), f"{description.name} ({', '.join(map(str, paths))})")
+    _assign(model, weights, description, stored)
 
     model.name = description.name
     model.stems = specialists or description.stems
@@ -263,6 +264,33 @@ def _hyper_parameters(architecture: Any, description: Checkpoint) -> dict[str, A
         }
         | {name: description.audio[key] for key, name in architecture.AUDIO_KEYS.items() if key in description.audio}
     )
+
+
+def _disagreements(description: Checkpoint, shapes: Shapes) -> list[str]:
+    """In which keys of the YAML the weights of these shapes are others."""
+    assert description.architecture is not None
+    architecture: Any = ARCHITECTURES[description.architecture]
+    config = architecture.Config(**_hyper_parameters(architecture, description))
+    sections = {name: f"audio.{key}" for key, name in architecture.AUDIO_KEYS.items() if key in description.audio}
+    said = []
+    for name, found in architecture.sizes_in(shapes, config).items():
+        given = getattr(config, name)
+        is_list = isinstance(given, list | tuple)
+        if found is None or found == (len(given) if is_list and isinstance(found, int) else given):
+            continue
+        where = sections.get(name, f"model.{name}")
+        if is_list and isinstance(found, int):
+            said.append(f"{where} has {len(given)} entries, the weights are for {found}")
+        else:
+            said.append(f"{where} is {_in_yaml(given)}, the weights have {_in_yaml(found)}")
+    return said
+
+
+def _in_yaml(value: Any) -> str:
+    """A value as an error message shows it, spelt as in a YAML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return shown(list(value) if isinstance(value, tuple) else value)
 
 
 def _takes(architecture: Any, description: Checkpoint) -> bool:
@@ -414,9 +442,9 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
 
 
 def _assign(
-    model: SeparationModel, weights: dict[str, Tensor], description: Checkpoint, names: Sequence[str], source: str
+    model: SeparationModel, weights: dict[str, Tensor], description: Checkpoint, stored: Mapping[str, Stored]
 ) -> None:
-    """Make these tensors the model's own; every key and shape must match. `names` are those in a file of weights."""
+    """Make these tensors, of those files, the model's own; every key and shape must match."""
     weights = {key: value for key, value in weights.items() if not re.fullmatch(model.UNUSED_KEYS, key)}
     expected = model.state_dict()
     faults = {
@@ -434,12 +462,21 @@ def _assign(
             for fault, keys in faults.items()
             if keys
         )
-        told = _architectures_with(names)
+        source = f"{description.name} ({', '.join(str(file.path) for file in stored.values())})"
+        told = _architectures_with([key for file in stored.values() for key in file.tensors])
         if told and description.architecture not in told:
             raise CheckpointError(
                 f"{source} is of the architecture {' or '.join(told)}, by the names of its weights, and not "
                 f"{description.architecture}, as {description.source} says: {found}"
             )
+        for part in stored:
+            prefix = type(model).key_prefix(part)
+            shapes = {key.removeprefix(prefix): tuple(w.shape) for key, w in weights.items() if key.startswith(prefix)}
+            if others := _disagreements(description, Shapes(shapes)):
+                raise CheckpointError(
+                    f"{source} does not fit {description.source}: {'; '.join(others)}: correct it, or use the YAML "
+                    "that the weights were published with"
+                )
         raise CheckpointError(f"{source} seems to be of another architecture or size: {found}")
     model.load_state_dict(weights, strict=True, assign=True)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())

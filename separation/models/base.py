@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from separation.errors import InputError
+from separation.models.shapes import Shapes
 from separation.stft import Window
 
 
@@ -112,6 +113,14 @@ class SeparationModel(nn.Module):
     def key_prefix(cls, part: str) -> str:
         """What stands before the keys of a file in this class: the file of one stem's specialist or, by its number."""
         return ""
+
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        """The hyper-parameters that weights of these shapes were made with, as far as they tell; None: they do not.
+
+        Of a list it may be the length alone. Where they tell two ways, it is as in the Config.
+        """
+        return {}
 
     def follow(self, part: str, blueprint: Blueprint) -> None:
         """Rebuild the part of that file without weights as its own blueprint says, if the architecture knows such."""

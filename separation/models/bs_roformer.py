@@ -4,12 +4,14 @@ Its bands lie side by side: each of the spectrogram's bins belongs to one of the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from separation.models.layers import Attention
-from separation.models.roformer import RoFormer, RoFormerConfig
+from separation.models.roformer import RoFormer, RoFormerConfig, band_widths, mask_layers_in
+from separation.models.shapes import Shapes
 
 BANDS_62 = (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)  # bins a band; sum 1025
 
@@ -54,6 +56,19 @@ class BSRoFormer(RoFormer):
             for module in self.modules():
                 if isinstance(module, Attention):
                     module.add_biases(self.linear_62_bias_0, self.linear_64_bias_0)
+
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        widths = band_widths(shapes)
+        stereo = not sum(widths) % 4  # there are an odd number of bins, each with two numbers a channel
+        bins = tuple(width // (4 if stereo else 2) for width in widths)
+        return super().sizes_in(shapes, config) | {
+            "stereo": stereo,
+            "freqs_per_bands": bins,
+            "stft_n_fft": 2 * (sum(bins) - 1),
+            "mask_estimator_depth": mask_layers_in(shapes),
+            "use_shared_bias": "linear_62_bias_0" in shapes,
+        }
 
     def _bands(self, bins: Tensor) -> Tensor:
         return bins.flatten(2)

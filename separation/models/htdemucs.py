@@ -31,6 +31,7 @@ from separation.models.kernels.hybrid_gpu import HybridNetwork, Inputs
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.operations import run
 from separation.models.limits import check_arguments
+from separation.models.shapes import Shapes, quotient
 from separation.stft import hermitian, make_window, stft
 
 logger = logging.getLogger("separation")
@@ -210,6 +211,21 @@ class HybridDemucs(DemucsModel):
             self.fuse()
         return self
 
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        channels, depth = shapes.size("encoder.0.conv.weight", 0), shapes.count(r"encoder\.(\d+)\..*")
+        audio_channels = shapes.size("tencoder.0.conv.weight", 1)
+        last = shapes.count(r"tdecoder\.(\d+)\..*") - 1
+        bins = shapes.size("freq_emb.embedding.weight", 0)  # behind the first layer
+        return {
+            "channels": channels,
+            "audio_channels": audio_channels,
+            "depth": depth,
+            "growth": quotient(shapes.size("encoder.1.conv.weight", 0), channels),
+            "sources": quotient(shapes.size(f"tdecoder.{last}.conv_tr.bias", 0), audio_channels),
+            "nfft": None if bins is None else 2 * bins * config.stride,
+        }
+
     def fuse_for_gpu(self, dtype: torch.dtype) -> None:
         self.to_precision(dtype)
         self.fuse()
@@ -345,6 +361,13 @@ class HTDemucs(HybridDemucs):
     Config = _config(Network)
     KEY_PATTERNS = (r"tencoder\.\d+\.conv\.weight", r"crosstransformer\.layers\.\d+\..*")
 
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        return super().sizes_in(shapes, config) | {
+            "t_layers": shapes.count(r"crosstransformer\.layers\.(\d+)\..*"),
+            "bottom_channels": shapes.size("channel_upsampler.weight", 0) or 0,
+        }
+
 
 class HDemucs(HybridDemucs):
     """T is what is left of the song, `chunk_samples` at most: a short chunk is not extended."""
@@ -369,6 +392,18 @@ class Demucs(DemucsModel):
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return (self._joined(lambda network: network(*inputs)),)
+
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        channels, depth = shapes.size("encoder.0.0.weight", 0), shapes.count(r"encoder\.(\d+)\..*")
+        audio_channels = shapes.size("encoder.0.0.weight", 1)
+        return {
+            "channels": channels,
+            "audio_channels": audio_channels,
+            "depth": depth,
+            "growth": quotient(shapes.size("encoder.1.0.weight", 0), channels),
+            "sources": quotient(shapes.size(f"decoder.{depth - 1}.3.bias", 0), audio_channels),
+        }
 
     def input_samples(self, length: int) -> int:
         return max(cast(Any, network).valid_length(length) for network in self.networks.values())

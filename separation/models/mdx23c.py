@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from separation.models.base import Transform
 from separation.models.kernels.mdx23c_gpu import GpuMDX23C
 from separation.models.layers import GroupNorm
+from separation.models.shapes import Shapes, quotient
 from separation.models.twinned import TwinnedModel
 from separation.stft import istft, stft
 
@@ -114,6 +115,28 @@ class MDX23C(TwinnedModel):
             nn.Conv2d(sizes[0], config.num_stems * inputs, 1, bias=False),
         )
         self._outputs = tuple(range(config.num_stems))  # those that are computed, in the order of the estimates
+
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        features, inputs = (shapes.size("first_conv.weight", axis) for axis in (0, 1))
+        down, bottleneck = "encoder_blocks.0.downscale.conv.2.weight", "encoder_blocks.0.tfc_tdf.blocks.0.tdf.2.weight"
+        larger, bins = shapes.size(down, 0), shapes.size(bottleneck, 1)
+        channels = config.audio_channels
+        if inputs == 2 * (3 - channels) * config.num_subbands:  # as many inputs as mono or stereo would have
+            channels = 3 - channels
+        bands = quotient(inputs, 2 * channels)
+        return {
+            "num_channels": features,
+            "audio_channels": channels,
+            "num_subbands": bands,
+            "num_scales": shapes.count(r"encoder_blocks\.(\d+)\..*"),
+            "growth": None if larger is None or features is None else larger - features,
+            "scale": tuple(shapes.size(down, axis) for axis in (2, 3)),
+            "num_blocks_per_scale": shapes.count(r"encoder_blocks\.0\.tfc_tdf\.blocks\.(\d+)\..*"),
+            "dim_f": bins and bands and bins * bands,
+            "bottleneck_factor": quotient(bins, shapes.size(bottleneck, 0)),
+            "num_stems": quotient(shapes.size("final_conv.2.weight", 0), inputs),
+        }
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = stft(chunks, **self._stft)[..., : self.config.dim_f, :]  # [B, C, F, N]

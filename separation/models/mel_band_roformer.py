@@ -9,14 +9,19 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from separation.models.roformer import RoFormer, RoFormerConfig
+from separation.models.roformer import RoFormer, RoFormerConfig, band_widths, mask_layers_in
+from separation.models.shapes import Shapes
+
+SAMPLE_RATES = (44100, 48000, 32000, 24000, 22050, 16000)  # hertz; that networks are trained at
+FFT_SIZES = (1024, 2048, 4096, 512, 8192)
 
 
 @cache
@@ -93,6 +98,21 @@ class MelBandRoFormer(RoFormer):
             attention=attention,
         )
         self._scale = scale
+
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        widths = band_widths(shapes)
+        found: dict[str, Any] = {"num_bands": len(widths)}
+        # Of what can be asked for, what gives these bands, the Config's own values first.
+        choices = product(
+            (config.sample_rate, *SAMPLE_RATES), (config.stft_n_fft, *FFT_SIZES), (config.stereo, True, False)
+        )
+        for sample_rate, n_fft, stereo in choices:
+            bands = mel_bands(len(widths), n_fft, sample_rate)
+            if tuple((4 if stereo else 2) * len(band) for band in bands) == widths:
+                found |= {"sample_rate": sample_rate, "stft_n_fft": n_fft, "stereo": stereo}
+                break
+        return super().sizes_in(shapes, config) | found | {"mask_estimator_depth": mask_layers_in(shapes) - 1}
 
     def _bands(self, bins: Tensor) -> Tensor:
         return bins.index_select(2, _places(*self._scale, bins.device)[0]).flatten(2)

@@ -29,6 +29,7 @@ from separation.models.layers import (
     RotaryEmbedding,
     Transformer,
 )
+from separation.models.shapes import Shapes, quotient
 from separation.stft import istft, stft
 
 
@@ -143,6 +144,27 @@ class RoFormer(SeparationModel):
     def _bins(self, bands: Tensor) -> Tensor:
         """A mask `[N, B, sum(widths)]` bin by bin, `[N, B, F, 2 * C]`."""
 
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        parts = shapes.count(r"layers\.0\.(\d+)\..*")
+        linear, time, freq = (None, 0, 1) if parts < 3 else (0, 1, 2)
+        dim = shapes.size("band_split.to_features.0.1.weight", 0)
+        heads = shapes.size(f"layers.0.{time}.layers.0.0.to_gates.weight", 0)
+        qkv = shapes.size(f"layers.0.{time}.layers.0.0.to_qkv.weight", 0)
+        hidden = shapes.size("mask_estimators.0.to_freqs.0.0.0.weight", 0)
+        return {
+            "dim": dim,
+            "depth": shapes.count(r"layers\.(\d+)\..*"),
+            "num_stems": shapes.count(r"mask_estimators\.(\d+)\..*"),
+            "linear_transformer_depth": 0 if linear is None else shapes.count(r"layers\.0\.0\.layers\.(\d+)\..*"),
+            "time_transformer_depth": shapes.count(rf"layers\.0\.{time}\.layers\.(\d+)\..*"),
+            "freq_transformer_depth": shapes.count(rf"layers\.0\.{freq}\.layers\.(\d+)\..*"),
+            "heads": heads,
+            "dim_head": quotient(qkv, heads and 3 * heads),
+            "mlp_expansion_factor": quotient(hidden, dim) if mask_layers_in(shapes) > 1 else None,
+            "use_pope": shapes.has(r".*\.pope_embed\..*"),
+        }
+
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         if attention == "fused":
             self.fuse(int8=dtype == torch.int8)
@@ -254,3 +276,14 @@ class RoFormer(SeparationModel):
         if self._zero_dc:
             result = F.pad(result[..., 1:, :, :], (0, 0, 0, 0, 1, 0))
         return (result,)
+
+
+def mask_layers_in(shapes: Shapes) -> int:
+    """The linear layers of a mask estimator's MLP."""
+    return shapes.count(r"mask_estimators\.0\.to_freqs\.0\.0\.(\d+)\.weight")
+
+
+def band_widths(shapes: Shapes) -> tuple[int, ...]:
+    """The features of each band: real and imaginary parts of its bins in each channel."""
+    count = shapes.count(r"band_split\.to_features\.(\d+)\..*")
+    return shapes.sizes((f"band_split.to_features.{band}.1.weight" for band in range(count)), 1) or ()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from separation.models.base import Transform
 from separation.models.kernels.scnet_gpu import GpuSCNet
 from separation.models.layers import GroupNorm, make_one_piece
+from separation.models.shapes import Shapes, quotient
 from separation.models.twinned import TwinnedModel
 from separation.stft import istft, stft
 
@@ -95,6 +96,32 @@ class SCNet(TwinnedModel):
             for (_, size), size_out in reversed(list(zip(steps, outputs, strict=False)))
         )
         self._outputs = tuple(range(config.num_stems))  # those that are given, in the order of the estimates
+
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        steps = shapes.count(r"encoder\.(\d+)\..*")
+        inputs = shapes.size("encoder.0.SDlayer.convs.0.weight", 1)
+        sizes = shapes.sizes((f"encoder.{step}.globalconv.weight" for step in range(steps)), 0)
+        first, narrow = (
+            "encoder.0.conv_modules.0.layers.0",
+            shapes.size("encoder.0.conv_modules.0.layers.0.6.weight", 1),
+        )
+        is_compressed_alike = sizes and narrow == sizes[0] // config.compress
+        return {
+            "audio_channels": quotient(inputs, 2),
+            "dims": None if sizes is None else (inputs, *sizes),
+            "sources": quotient(shapes.size(f"decoder.{steps - 1}.1.convtrs.0.weight", 1), inputs),
+            "band_kernel": shapes.sizes((f"encoder.0.SDlayer.convs.{band}.weight" for band in range(3)), 2),
+            "conv_depths": tuple(
+                shapes.count(rf"encoder\.0\.conv_modules\.{band}\.layers\.(\d+)\..*") for band in range(3)
+            ),
+            "compress": config.compress if is_compressed_alike else quotient(sizes[0] if sizes else None, narrow),
+            "conv_kernel": shapes.size(f"{first}.1.weight", 2),
+            "num_dplayer": shapes.count(r"separation_net\.dp_modules\.(\d+)\..*"),
+            "expand": quotient(
+                shapes.size("separation_net.dp_modules.0.lstm_layers.0.weight_hh_l0", 1), sizes[-1] if sizes else None
+            ),
+        }
 
     def forward(self, chunks: Tensor) -> Tensor:
         length = chunks.shape[-1]
