@@ -469,7 +469,7 @@ def _assign(
                 f"{source} is of the architecture {' or '.join(told)}, by the names of its weights, and not "
                 f"{description.architecture}, as {description.source} says: {found}"
             )
-        for part in stored:
+        for part in stored if told else ():
             prefix = type(model).key_prefix(part)
             shapes = {key.removeprefix(prefix): tuple(w.shape) for key, w in weights.items() if key.startswith(prefix)}
             if others := _disagreements(description, Shapes(shapes)):
