@@ -6,12 +6,11 @@ made, of which song and with which settings, and has the checksum of both. Writt
 that an entry is complete or not there, also where a process is killed; a checksum that does not fit is a miss. Nothing
 is fsynced: what a power failure leaves incomplete, the checksum finds.
 
-The folder is locked for moments only: while files are renamed, removed or opened. Does without PyTorch, for
+The folder is locked for moments only: while files are renamed or removed. Does without PyTorch, for
 `python -m separation cache list`.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -25,11 +24,15 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from separation.errors import OutputError
+from separation.locks import lock
 from separation.places import cache_folder, size_bytes
 from separation.settings import positive
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 LIMIT_GIB = 8.0  # unless SEPARATION_CACHE_GIB says otherwise: 25 songs of four minutes, each in four stems
 # What computes an estimate from a decoded song. Whenever a line of these changes, what was kept is not used any more.
@@ -108,23 +111,31 @@ class Cache:
         key = _key(settings)
         data, description = self._paths(key)
         try:
-            with ExitStack() as stack:
-                with self._locked(fcntl.LOCK_SH):  # so that both are of one making
-                    text = description.read_bytes()
-                    file = stack.enter_context(io.FileIO(data))
-                if (facts := _checked(key, text, file)) is not None:
-                    stack.pop_all()
-                    with contextlib.suppress(OSError):  # in a read-only folder the order of use stays as it is
-                        os.utime(description)
-                    return Kept(file, facts)
-            logger.warning(f"{data} was damaged: it is removed and computed again")
-            with self._locked(fcntl.LOCK_EX):
+            if (kept := self._read(key)) is not None:
+                return kept
+            with self._locked():  # without it, the two files may have been of two makings
+                if (kept := self._read(key)) is not None:
+                    return kept
                 _remove(data, description)
+            logger.warning(f"{data} was damaged: it is removed and computed again")
         except FileNotFoundError:  # a miss; half an entry goes when the next one is kept
             return None
         except OSError as e:
             self._warn(e)
         return None
+
+    def _read(self, key: str) -> Kept | None:
+        """What is kept under this key; None if its checksum does not fit."""
+        data, description = self._paths(key)
+        text = description.read_bytes()
+        with ExitStack() as stack:
+            file = stack.enter_context(io.FileIO(data))
+            if (facts := _checked(key, text, file)) is None:
+                return None
+            stack.pop_all()
+        with contextlib.suppress(OSError):  # in a read-only folder the order of use stays as it is
+            os.utime(description)
+        return Kept(file, facts)
 
     def put(self, settings: Mapping[str, Any], blocks: Iterable[bytes], n_bytes: int, facts: Mapping[str, Any]) -> None:
         """Keep samples of `n_bytes` in all, and some facts about them, under these settings."""
@@ -146,13 +157,13 @@ class Cache:
             for block in blocks:
                 part.write(block)
                 digest.update(block)
-            part.flush()
+            part.close()  # as Windows wants it of what is renamed
             body = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "facts": facts, "settings": settings}
             digest.update(_plain(body))
             with self._part() as json_part:
                 json_part.write(_plain({"sha256": digest.hexdigest(), **body}))
-                json_part.flush()
-                with self._locked(fcntl.LOCK_EX):
+                json_part.close()
+                with self._locked():
                     description.unlink(missing_ok=True)  # at no time does it stand beside other samples than its own
                     os.replace(part.name, data)
                     os.replace(json_part.name, description)
@@ -161,15 +172,15 @@ class Cache:
     def _part(self, n_bytes: int = 0) -> Iterator["tempfile._TemporaryFileWrapper[bytes]"]:
         """A new file under another name, for which room is made; if it still has that name in the end, it is removed.
 
-        It is locked as long as it is written: one that is not was left behind by a process that was killed.
+        A lock beside it is held as long: where it is not, a process that was killed has left the file behind.
         """
         with ExitStack() as stack:
-            with self._locked(fcntl.LOCK_EX):
+            with self._locked():
                 self._make_room(n_bytes)
                 part = tempfile.NamedTemporaryFile(suffix=".part", dir=self.folder, delete=False)  # noqa: SIM115
-                stack.callback(Path(part.name).unlink, missing_ok=True)
+                stack.callback(_remove, Path(part.name), _lock_of(Path(part.name)))
+                stack.enter_context(lock(_lock_of(Path(part.name))))
                 stack.enter_context(part)
-                fcntl.flock(part, fcntl.LOCK_EX)
                 part.truncate(n_bytes)  # what others count
             yield part
 
@@ -216,7 +227,7 @@ class Cache:
 
     def clear(self) -> None:
         """Remove all entries, and nothing else that lies in the folder. Raises OutputError if that cannot be done."""
-        with self._reporting(), contextlib.suppress(FileNotFoundError), self._locked(fcntl.LOCK_EX):
+        with self._reporting(), contextlib.suppress(FileNotFoundError), self._locked():
             self._sweep()
             for suffix in ("json", "f32"):
                 for path in self.folder.glob(f"{'[0-9a-f]' * 64}.{suffix}"):
@@ -224,19 +235,18 @@ class Cache:
 
     def _sweep(self) -> None:
         """Remove what killed processes left behind."""
-        _remove(*filter(_is_left_behind, self.folder.glob("*.part")))
+        for part in self.folder.glob("*.part"):
+            with contextlib.suppress(TimeoutError), lock(_lock_of(part), wait=False):
+                _remove(part)
+        for path in self.folder.glob("*.part.lock"):
+            if not path.with_suffix("").exists():
+                _remove(path)
 
     def _paths(self, key: str) -> tuple[Path, Path]:
         return self.folder / f"{key}.f32", self.folder / f"{key}.json"
 
-    @contextlib.contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
-        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(folder, how)
-            yield
-        finally:
-            os.close(folder)
+    def _locked(self) -> "BaseFileLock":
+        return lock(self.folder / "lock")
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
@@ -311,11 +321,5 @@ def _remove(*paths: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_left_behind(part: Path) -> bool:
-    """Whether no process writes it any more: the system gives up a killed one's lock."""
-    try:
-        with part.open("r+b") as file:  # NFS locks only what is open for writing
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, BlockingIOError):
-        return False
-    return True
+def _lock_of(part: Path) -> Path:
+    return part.with_name(part.name + ".lock")

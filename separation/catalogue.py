@@ -9,7 +9,6 @@ there at once.
 """
 
 import contextlib
-import fcntl  # Linux and macOS, the systems that PyTorch's CUDA and MPS builds and Cog run on
 import functools
 import hashlib
 import logging
@@ -51,6 +50,7 @@ from separation.documents import (
     shown,
 )
 from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
+from separation.locks import lock
 from separation.output import not_through_links
 from separation.places import program, shipped, size_bytes, weights_folder
 
@@ -701,10 +701,7 @@ def _record(file: WeightFile, part: Path) -> WeightFile:
     """Write the sha256 and the size of what was downloaded into the lock file; the file with them."""
     path, sha256, n_bytes = _lock_path(), _sha256(part), size_bytes(part)
     new = path.with_name(path.name + ".part")
-    with _writing(path), contextlib.ExitStack() as stack:
-        folder = os.open(path.parent, os.O_RDONLY)  # locked in place of the lock file, which is replaced
-        stack.callback(os.close, folder)
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with _locked(path), _writing(path):
         entries = _recorded() | {file.name: (sha256, n_bytes)}
         with open(new, "w", encoding="utf-8", opener=not_through_links) as stream:
             stream.writelines(f"{entry[0]} {entry[1]} {name}\n" for name, entry in sorted(entries.items()))
@@ -758,20 +755,19 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock for the download of `path`; waits as long as another process holds it."""
-    lock = path.with_name(path.name + ".lock")
+    """Hold the lock for the writing of `path`; waits as long as another process holds it."""
+    file = path.with_name(path.name + ".lock")
     with contextlib.ExitStack() as stack:
-        with _writing(lock):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                stream = stack.enter_context(lock.open("a"))
-                fcntl.flock(stream, fcntl.LOCK_EX)
-                if os.path.exists(lock) and os.path.samestat(lock.stat(), os.fstat(stream.fileno())):
-                    break  # else who held it until now has removed it, and the next one locks another
+        with _writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_symlink():  # it would be written through
+                file.unlink(missing_ok=True)
+            stack.enter_context(lock(file))
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows removes nothing that is open
+                file.unlink(missing_ok=True)
 
 
 def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:

@@ -4,7 +4,6 @@ import logging
 import os
 import platform
 import re
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,9 +147,16 @@ def floats_of(precision: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has used at once: the tensors on a CUDA GPU; else all of the process."""
+    """The most memory that this process has used at once: the tensors on a CUDA GPU; else all of the process.
+
+    0 where the system does not tell it.
+    """
     if device.type == "cuda":
         return max(_earlier_peaks.get(device.index or 0, 0), torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 

@@ -1,7 +1,6 @@
 """How files get to their places: complete or not at all, and never over or through one that is somebody else's."""
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from separation.errors import OutputError
+from separation.locks import lock
 from separation.record import RECORD, Record, check_targets
 from separation.signals import uninterrupted
 
@@ -55,13 +55,7 @@ class OutputFolder:
                     self._cleaning.callback(_remove_if_empty, parent)
             for left in self.folder.glob(".separating-*"):
                 _remove_if_left(left)
-            self.work = Path(tempfile.mkdtemp(prefix=".separating-", dir=self.folder))
-            self._cleaning.callback(shutil.rmtree, self.work, ignore_errors=True)
-            # Under its name only once it is locked: before, another process would take it for a dead one's.
-            lock = self._cleaning.enter_context(open(self.work / "unlocked", "x"))
-            with suppress(OSError):  # a file system without locks: then nobody dares to remove it
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                os.rename(lock.name, self.work / _LOCK)
+            self.work = self._make_work()
         except OSError as e:
             self._cleaning.close()
             raise OutputError(f"cannot write into folder {str(self.folder)!r}: {e.strerror}: choose another") from e
@@ -71,6 +65,20 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._cleaning.close()
+
+    def _make_work(self) -> Path:
+        while True:
+            work = Path(tempfile.mkdtemp(prefix=".separating-", dir=self.folder))
+            held = lock(work / _LOCK)
+            try:
+                held.acquire()
+            except FileNotFoundError:  # before it was locked, another process took it for a dead one's
+                continue
+            except OSError:  # a file system without locks: then nobody dares to remove it
+                pass
+            self._cleaning.callback(shutil.rmtree, work, ignore_errors=True)
+            self._cleaning.callback(held.release)
+            return work
 
     def check_targets(self, names: Sequence[str], song: Path | None = None) -> None:
         """Raise before any work is done if one of these names cannot be published, or would replace the song."""
@@ -117,6 +125,6 @@ def _remove_if_empty(folder: Path) -> None:
 def _remove_if_left(folder: Path) -> None:
     """Remove a temporary folder whose process lives no more."""
     with suppress(OSError):  # its process is just making or removing it, or holds the lock
-        with open(folder / _LOCK, "r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        with lock(folder / _LOCK, wait=False):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what Windows keeps while it is open: the lock

@@ -1,6 +1,5 @@
 """cache: what was computed once is not computed again, and gives the same files to the last bit."""
 
-import fcntl
 import inspect
 import json
 import os
@@ -27,6 +26,7 @@ from separation import Cache, CheckpointError, InputError, ModelPool, OutputErro
 from separation import cache as cache_module
 from separation.__main__ import build_parser, main
 from separation.cache import LIMIT_GIB, chosen_cache, default_folder, engine_version
+from separation.locks import lock
 from separation.recipes import Recipe, resolve
 from separation.waveform import Waveform
 from small_model import small_model
@@ -443,7 +443,7 @@ def test_half_an_entry_is_a_miss_and_goes(suffix: str, cache: Cache) -> None:
     half.unlink()
     assert cache.get(SETTINGS) is None
     cache.put({"another": 1}, [b"1234"], 4, FACTS)
-    assert len(list(cache.folder.iterdir())) == 2
+    assert len(list(cache.folder.glob("*.*"))) == 2
 
 
 def test_a_folder_that_cannot_be_used_is_said_once_and_the_song_is_separated(
@@ -614,16 +614,20 @@ def test_two_processes_with_the_same_song_are_both_right(song: Path, cache: Cach
         assert np.array_equal(samples, soundfile.read(files[0][entry.settings["stem"]], dtype="float32")[0])
 
 
-def test_a_process_that_holds_the_lock_only_delays_the_others(cache: Cache) -> None:
+def test_a_process_that_holds_the_lock_delays_those_that_write_and_no_reader(cache: Cache) -> None:
     cache.put(SETTINGS, [b"1234"], 4, FACTS)
-    folder = os.open(cache.folder, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    code = f"print(Cache({str(cache.folder)!r}).get({SETTINGS!r}) is not None, flush=True)"
-    with python(code, stdout=subprocess.PIPE) as reader:
+    code = f"""
+cache = Cache({str(cache.folder)!r})
+print(cache.get({SETTINGS!r}) is not None, flush=True)
+cache.clear()
+print(cache.get({SETTINGS!r}) is not None, flush=True)
+"""
+    with lock(cache.folder / "lock"):
+        writer = python(code, stdout=subprocess.PIPE)
+        assert writer.stdout is not None and writer.stdout.readline() == "True\n"
         time.sleep(0.3)
-        assert reader.poll() is None
-        os.close(folder)
-        assert reader.communicate(timeout=60)[0] == "True\n"
+        assert writer.poll() is None
+    assert writer.communicate(timeout=60)[0] == "False\n"
 
 
 # The command line and the environment
@@ -645,7 +649,7 @@ def test_the_command_line_keeps_lists_and_clears(
     assert entry["settings"]["chunk_samples"] == 4 * RATE and entry["song"] == "song.wav"
     assert entry["made"].startswith("20") and entry["bytes"] > 2 * RATE * 8
     assert main(["cache", "clear"]) == 0
-    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    assert {path.name for path in folder.iterdir()} - {"lock"} == {"mine.txt"}
     assert main(["cache", "list"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"0 estimates in {folder}: 0.00 of 8 GiB"]
 
@@ -693,4 +697,4 @@ def test_the_environment_says_where_the_cache_is_and_how_large(tmp_path: Path, m
 
 def test_others_cannot_read_what_is_kept(cache: Cache) -> None:
     cache.put(SETTINGS, [b"1234"], 4, FACTS)
-    assert {path.stat().st_mode & 0o077 for path in [cache.folder, *cache.folder.iterdir()]} == {0}
+    assert {path.stat().st_mode & 0o077 for path in [cache.folder, *cache.folder.glob("*.*")]} == {0}

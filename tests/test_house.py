@@ -72,6 +72,7 @@ FLOORS = {
     "separation.signals": 0,
     "separation.threads": 0,
     "separation.text": 0,
+    "separation.locks": 0,
     "separation.stft": 0,
     "separation.errors": 0,
 }
