@@ -59,7 +59,9 @@ def cache(tmp_path: Path) -> Cache:
 def separator(
     pool: ModelPool, cache: Cache | None, recipe: str | Recipe = "demo", stems: str = "all_4", **options: Any
 ):
-    return Separator(recipe, stems, pool=pool, cache=cache, **SHORT | options)
+    if isinstance(recipe, str):
+        options["stems"] = stems
+    return Separator(recipe, pool=pool, cache=cache, **SHORT | options)
 
 
 def contents(files: dict[str, Path]) -> dict[str, bytes]:
