@@ -45,8 +45,9 @@ NAMES |= {
 }
 NAMES |= {"alarm", "setitimer", "pause", "epoll", "kqueue", "poll", "select", "preexec_fn", "pass_fds"}
 OWNERS = {"os", "signal", "select", "socket", "subprocess"}
-# Compiles for the CPU's bfloat16, which it looks for on Linux alone.
-LINUX_ONLY = {("separation.models.kernels.native", "getuid")}
+# The first compiles for a CPU's bfloat16, which is looked for on Linux alone; the second waits for a pipe that does not
+# block, as none does on Windows.
+LINUX_ONLY = {("separation.models.kernels.native", "getuid"), ("separation.process", "select")}
 
 # The process of a song, in which they are missing.
 WINDOWS = f"""
@@ -58,7 +59,7 @@ subprocess.Popen.kill = lambda process: process.send_signal(9)
 for name in {sorted(SIGNALS)}:
     if hasattr(signal, name):
         delattr(signal, name)
-from separation.__main__ import run
+from separation.start import run
 run()
 """
 
