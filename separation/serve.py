@@ -417,6 +417,8 @@ class _Handler(BaseHTTPRequestHandler):
         linger(self.connection, self.server.limits.linger_seconds)
 
     def _answer(self) -> None:
+        if self.command != "POST":  # of which the body is still to come
+            self.server.connections.answer(self.connection)
         try:
             self._check_sender()
             with errors_without_paths():
@@ -489,6 +491,7 @@ class _Handler(BaseHTTPRequestHandler):
         text, length = b"", self._length(MAX_JSON_BYTES)
         while len(text) < length:
             text += _read(self.rfile, length - len(text), "the request")
+        self.server.connections.answer(self.connection)
         try:
             order = json.loads(text)
         except (ValueError, RecursionError) as e:
@@ -498,7 +501,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _receive(self, id: str) -> Callable[[], None]:
         limits = self.server.limits
         length = self._length(self._songs.max_mib * 2**20)
-        self.server.connections.answer(self.connection)
         self._incoming.allow(limits.pause_seconds, limits.bytes_per_second)
         self._songs.receive(id, length, self.rfile)
         return partial(self._send_json, {})
@@ -581,7 +583,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def _send_head(self, headers: dict[str, str], status: HTTPStatus = HTTPStatus.OK) -> None:
-        self.server.connections.answer(self.connection)
         self.connection.settimeout(self.server.limits.pause_seconds)  # in which a client takes a block
         self.send_response(status)
         for name, value in (HEADERS | headers | {"Connection": "close"}).items():

@@ -634,6 +634,21 @@ def test_half_open_connections_keep_nobody_out(tmp_path: Path) -> None:
         assert len([thread for thread in threading.enumerate() if "process_request_thread" in thread.name]) <= 7
 
 
+def test_who_has_asked_is_answered_however_many_come_before_the_answer_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with idle_server(tmp_path, Limits(connections=4, per_address=4)) as (client, _, _), ExitStack() as stack:
+        real = serve._page
+
+        def page(max_mib: float) -> bytes:
+            half_open = [stack.enter_context(client.connect(HALF)) for _ in range(20)]
+            assert half_open[0].recv(1) == b""  # it has made way
+            return real(max_mib)
+
+        monkeypatch.setattr(serve, "_page", page)
+        assert client.ask("GET", "/")[0] == 200
+
+
 @pytest.mark.parametrize("sent", ["", HALF, f"{ANNOUNCE}Content-Length: 50\r\n\r\n{{", "GET / HTTP/1.1\r\n"])
 def test_who_does_not_come_to_the_end_of_a_request_is_cut_off(tmp_path: Path, sent: str) -> None:
     with idle_server(tmp_path, Limits(head_seconds=0.1)) as (client, _, _), client.connect(sent) as connection:
