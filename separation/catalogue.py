@@ -43,6 +43,7 @@ from separation.chunk_choice import ChunkChoice
 from separation.documents import (
     CONTROL,
     DocumentError,
+    bare,
     first_line,
     read_json,
     read_safetensors_header,
@@ -459,16 +460,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _take(section: Mapping[str, Any], key: str, kind: type, path: Path, *, default: Any = None) -> Any:
-    value = section.get(key, default)
+    value, label = section.get(key, default), bare(key)
     is_kind = isinstance(value, kind) and not isinstance(value, bool)  # True is an int too
     if not is_kind or (isinstance(value, int) and value <= 0):
         words = {dict: "a section", list: "a list", str: "a text", int: "a whole number above 0"}
         found = f"not {shown(value)}" if key in section else "and is missing"
-        raise CheckpointError(f"{path}: {key} must be {words[kind]}, {found}")
+        raise CheckpointError(f"{path}: {label} must be {words[kind]}, {found}")
     if isinstance(value, int) and value > (most := MOST.get(key, MOST_OTHER)):
-        raise CheckpointError(f"{path}: {key} must be at most {most:,}, not {shown(value)}")
+        raise CheckpointError(f"{path}: {label} must be at most {most:,}, not {shown(value)}")
     if isinstance(value, dict) and (wrong := [name for name in value if not isinstance(name, str)]):
-        raise CheckpointError(f"{path}: the keys of {key} must be texts, not {shown(wrong[0])}")
+        raise CheckpointError(f"{path}: the keys of {label} must be texts, not {shown(wrong[0])}")
     return value
 
 

@@ -39,7 +39,7 @@ from separation.catalogue import (
     read_config,
 )
 from separation.device import choose_device, choose_precision, floats_of
-from separation.documents import first_line, shown
+from separation.documents import bare, first_line, shown
 from separation.errors import CheckpointError, InputError, OutputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import LAYERS, AttentionChoice, choose_attention
@@ -195,7 +195,7 @@ def _follow(model: SeparationModel, stored: Mapping[str, Stored]) -> None:
 
 @functools.cache  # once, however often a file is loaded
 def _warn_of_ignored(path: Path, keys: tuple[str, ...]) -> None:
-    logger.warning(f"{path}: ignored, since nothing here knows them: {', '.join(keys)}")
+    logger.warning(f"{path}: ignored, since nothing here knows them: {bare(', '.join(keys), most=500)}")
 
 
 def _weight_paths(description: Checkpoint, files: Sequence[WeightFile], checkpoint: Path | str | None) -> list[Path]:
@@ -416,7 +416,8 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
     hyper_parameters = _hyper_parameters(architecture, description)
     if unknown := sorted(set(hyper_parameters) - known):
         raise CheckpointError(
-            f"{description.source}: {description.architecture} has no hyper-parameter {', '.join(unknown)}: "
+            f"{description.source}: {description.architecture} has no hyper-parameter "
+            f"{bare(', '.join(unknown), most=200)}: "
             "the checkpoint needs another architecture, or the key is misspelt"
         )
     # Files without a stem of their own are as many networks, whose estimates are averaged.

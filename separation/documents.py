@@ -197,3 +197,9 @@ def shown(value: object, *, most: int = 80) -> str:
     """A value as an error message shows it: cut where it is long."""
     text = repr(value)
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def bare(text: str, *, most: int = 80) -> str:
+    """A text as an error message shows it without quotes: cut where it is long, with nothing that a terminal obeys."""
+    text = repr(text)[1:-1]
+    return text if len(text) <= most else text[: most - 1] + "…"

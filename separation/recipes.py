@@ -14,21 +14,22 @@ All of this is linear: a stem is a weighted sum of the mixture and of what model
 run on. A recipe is resolved into these sums, and they are all that the engine needs.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from separation.catalogue import files_for, read_config
-from separation.documents import DocumentError, read_yaml, shown
+from separation.documents import DocumentError, bare, read_yaml, shown
 from separation.errors import RecipeError
 from separation.places import shipped
 
 FOLDER = shipped("configs") / "recipes"
 RESIDUAL = "residual"
+MOST_LINES = 64
+MOST_STEPS = 6  # models on the way to a stem; what it takes to compare two estimates grows with their power
 
-_KEY = re.compile(r"(?P<bracket>\()?(?P<stem>[\w-]+)(?(bracket)\))")
+_KEY = re.compile(r"(?P<bracket>\()?(?P<stem>[\w-]{1,64})(?(bracket)\))")
 _SOURCE = re.compile(rf"(?!{RESIDUAL} )(?P<model>\S+)(?: (?P<word>of|after) (?P<stems>\S+(?: and \S+)*))?")
 
 Combination = tuple[tuple["Estimate | None", float], ...]  # a sum of estimates, each with its weight; None: the mixture
@@ -159,6 +160,8 @@ def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
     Raises RecipeError for lines that do not make sense.
     """
     where = f"{choice}.yaml of recipe {name!r}"
+    if len(lines) > MOST_LINES:
+        raise RecipeError(f"{where} has {len(lines):,} lines: leave it at {MOST_LINES} stems")
     sources: dict[str, list[tuple[re.Match[str], float]]] = {}
     given: list[str] = []
     for key, value in lines.items():
@@ -175,6 +178,7 @@ def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
     if not given:
         raise RecipeError(f"{where} gives no stem: write at least one without brackets")
     resolved: dict[str, Combination] = {}
+    steps: dict[str, int] = {}
 
     def stem_sum(stem: str, above: tuple[str, ...]) -> Combination:
         if stem in above:
@@ -191,8 +195,8 @@ def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
         for other in named:
             if other not in sources:
                 raise RecipeError(
-                    f"{where}: {stem}: {source[0]!r} needs {other}, which has no line: write one, in brackets "
-                    f"as `({other}): MODEL` if it is not to be given"
+                    f"{where}: {stem}: {shown(source[0])} needs {bare(other)}, which has no line: write one, in "
+                    f"brackets as `({bare(other)}): MODEL` if it is not to be given"
                 )
         if model == RESIDUAL:
             named = [other for other in given if other != stem]
@@ -201,7 +205,11 @@ def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
                     f"{where}: {stem}: no other stem is given that could be taken from the mixture: write a model"
                 )
         # In the order of the lines, so that the same input is seen to be the same, however it is written.
-        others = [stem_sum(other, above) for other in sources if other in named]
+        needed = [other for other in sources if other in named]
+        others = [stem_sum(other, above) for other in needed]
+        steps[stem] = max(steps.get(stem, 0), 1 + max((steps[other] for other in needed), default=0))
+        if steps[stem] > MOST_STEPS:
+            raise RecipeError(f"{where}: {stem} needs more than {MOST_STEPS - 1} others in turn: leave some out")
         if word == "of":
             return _estimate(model, _sum(*((other, 1.0) for other in others)), stem)
         rest = _sum((MIXTURE, 1.0), *((other, -1.0) for other in others))
@@ -242,8 +250,10 @@ def _sources(value: object, where: str) -> list[tuple[re.Match[str], float]]:
                 f"{where}: {shown(source)} is not a source: write a model, `MODEL of STEM`, `MODEL after STEM` "
                 f"or {RESIDUAL!r}"
             )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise RecipeError(f"{where}: the weight of {shown(source)} is {shown(weight)}: write a number above 0")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
+            raise RecipeError(
+                f"{where}: the weight of {shown(source)} is {shown(weight)}: write a number above 0 and below 1e9"
+            )
         sources.append((match, weight))
     total = sum(weight for _, weight in sources)
     return [(source, weight / total) for source, weight in sources]

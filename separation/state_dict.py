@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from separation.documents import DocumentError, first_line, read_json, read_safetensors_header, shown
+from separation.documents import DocumentError, bare, first_line, read_json, read_safetensors_header, shown
 from separation.errors import CheckpointError
 from separation.foreign import refuse_suffix
 from separation.models.base import Blueprint
@@ -260,9 +260,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Any], Blueprint | None]:
         raise CheckpointError(f"{path} holds weights that demucs packed: use the publisher's .th file of them")
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {shown(name)[1:-1]} has the type {entry['dtype']}: use one of {', '.join(DTYPES)}"
-            )
+            raise CheckpointError(f"{path}: {bare(name)} has the type {entry['dtype']}: use one of {', '.join(DTYPES)}")
     tensors = {name: _tensor_of(path, 8 + header_bytes, entry) for name, entry in header.items()}
     return tensors, _blueprint_of(metadata)
 

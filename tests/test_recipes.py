@@ -176,6 +176,11 @@ def test_a_stem_that_no_choice_of_the_recipe_has_is_an_error_that_names_those_th
         ("vocals: demo after bass\nbass: demo of vocals", "vocals needs bass needs vocals: give one"),
         ("vocals: residual\nother: residual", "vocals needs other needs vocals: give one"),
         ("bass: demo\nvocals: demo after other\nother: residual", "vocals needs other needs vocals"),
+        ("a0: m\n" + "\n".join(f"a{n}: m of a{n - 1}" for n in range(1, 60)), "a6 needs more than 5 others in turn"),
+        ("\n".join(f"a{n}: m" for n in range(65)), "has 65 lines: leave it at 64 stems"),
+        ("v: m\n" + "x" * 65 + ": m", r"'x{65}' is not a stem"),
+        ("v: m of " + "x" * 10_000, r"'m of x{73}… needs x{79}…, which has no line"),
+        ("v: {m: 1e308, n: 1e308}", "the weight of 'm' is 1e\\+308: write a number above 0 and below 1e9"),
         ("vocals: residual", "vocals: no other stem is given that could be taken from the mixture: write a model"),
         ("vocals: residual\n(drums): demo", "vocals: no other stem is given"),
         (
