@@ -27,7 +27,7 @@ from separation.models.base import Blueprint
 from separation.state_dict import metadata_of
 from small_model import DOCUMENT, HYPER_PARAMETERS
 
-N_QUICK, N_SLOW = 150, 5000
+N_QUICK, N_SLOW = 60, 5000
 
 AUDIO = {"sample_rate": 44100, "chunk_size": 4096}
 ROFORMER = {key: value for key, value in HYPER_PARAMETERS.items() if key != "freqs_per_bands"}
