@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,19 +71,19 @@ class _Search:
 
     def take(self, text: str) -> None:
         path = Path(text)
-        if path.is_dir():
+        if os.path.isdir(path):
             if os.path.realpath(path) == os.path.realpath(self._output):
                 raise InputError(
                     f"the stems would go among the songs of {text!r}: choose another folder, such as {path / 'stems'}"
                 )
             self._take_below(path, [path], text)
-        elif path.exists():
+        elif os.path.exists(path):
             self._add(path, path.parent)
         elif _ADDRESS.match(text):
-            self._fail(path, f"{text!r} is an address: download the song, then give its file")
+            self._fail(path, f"{text!r} is a URL: download the song, then give its file")
         elif _is_pattern(text):
             below, rest = _literal_prefix(path)
-            if below.is_dir():
+            if os.path.isdir(below):
                 self._take_below(below, self._matches(below, rest), text)
             else:
                 self._fail(path, f"{str(below)!r} in {text!r} {_why_missing(below)}: check the path")
@@ -90,8 +92,8 @@ class _Search:
 
     def _take_below(self, below: Path, places: Iterable[Path], text: str) -> None:
         """The songs among files, and in folders and below them, whose stems go to the same place below the output."""
-        above = self._output.resolve() in (below.resolve(), *below.resolve().parents)  # then all songs are below it
-        skipped = None if above else self._output.resolve()
+        output = _resolved(self._output)
+        skipped = None if _is_below(_resolved(below), output) else output  # above the songs, it has all of them
         n_failed, stems = len(self._found.failed), False
         sources = []
         for place in places:
@@ -123,10 +125,9 @@ class _Search:
 
     def _files(self, place: Path, skipped: Path | None) -> Iterator[Path]:
         """Those in a folder and all below it, or the file itself if it is one; none that are hidden or skipped."""
-        resolved = place.resolve()
-        if skipped in (resolved, *resolved.parents):
+        if skipped and _is_below(_resolved(place), skipped):
             return
-        if not place.is_dir():
+        if not os.path.isdir(place):
             yield place
             return
         for folder, files in self._walk(place, skipped):
@@ -139,7 +140,7 @@ class _Search:
             seen = [name for name in sorted(folders) if not name.startswith(".")]
             links = [name for name in seen if (folder / name).is_symlink()]
             self._found.links.update(folder / name for name in links)
-            folders[:] = [name for name in seen if name not in links and (folder / name).resolve() != skipped]
+            folders[:] = [name for name in seen if name not in links and _resolved(folder / name) != skipped]
             yield folder, [name for name in sorted(files) if not name.startswith(".")]
 
     def _matches(self, below: Path, parts: Sequence[str]) -> list[Path]:
@@ -148,7 +149,9 @@ class _Search:
         for index, part in enumerate(parts):
             if part == "**":
                 if index < len(parts) - 1:  # a folder that is meant is taken with all below it anyway
-                    folders = (folder for place in places if place.is_dir() for folder, _ in self._walk(place, None))
+                    folders = (
+                        folder for place in places if os.path.isdir(place) for folder, _ in self._walk(place, None)
+                    )
                     places = list(dict.fromkeys(folders))
             else:
                 places = [match for place in places for match in self._named(place, part)]
@@ -157,7 +160,7 @@ class _Search:
     def _named(self, folder: Path, part: str) -> list[Path]:
         if os.path.lexists(folder / part):
             return [folder / part]
-        if not _is_pattern(part) or not folder.is_dir():
+        if not _is_pattern(part) or not os.path.isdir(folder):
             return []
         try:
             names = sorted(os.listdir(folder))
@@ -173,6 +176,14 @@ def _literal_prefix(path: Path) -> tuple[Path, list[str]]:
     while rest and (not _is_pattern(rest[0]) or os.path.lexists(below / rest[0])):
         below /= rest.pop(0)
     return below, rest
+
+
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # `Path.resolve` raises for a link that leads to itself
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return folder in (path, *path.parents)
 
 
 def _is_pattern(text: str) -> bool:
@@ -200,15 +211,22 @@ def _stems_in(folder: Path) -> set[str]:
 
 def _without_clashes(songs: list[Song], failed: list[Outcome]) -> list[Song]:
     """The songs that have their folder for themselves; the others have failed."""
-    owners: dict[Path, list[Song]] = {}
+    owners: dict[str, list[Song]] = {}
     for song in songs:
-        owners.setdefault(song.folder, []).append(song)
-    for folder, rivals in owners.items():
+        owners.setdefault(_as_one_disk_sees_it(song.folder), []).append(song)
+    for rivals in owners.values():
         if len(rivals) > 1:
             names = " and ".join(repr(str(song.path)) for song in rivals)
-            error = f"more than one song would be written to {str(folder)!r}, {names}: separate each with its own -o"
+            folder = str(rivals[0].folder)
+            error = f"more than one song would be written to {folder!r}, {names}: separate each with its own -o"
             failed += (Outcome(song.path, "failed", error) for song in rivals)
-    return [song for song in songs if len(owners[song.folder]) == 1]
+    return [rivals[0] for rivals in owners.values() if len(rivals) == 1]
+
+
+def _as_one_disk_sees_it(path: Path) -> str:
+    """macOS and Windows take names for one that differ in capitals or in how an accent is put together."""
+    text = str(path)
+    return unicodedata.normalize("NFC", text).casefold() if sys.platform in ("darwin", "win32") else text
 
 
 def _count(items: set[Path], word: str) -> str:

@@ -89,7 +89,8 @@ class OutputFolder:
         """Move finished files out of `work` to their place, over older ones; where one cannot be, none is."""
         self.check_targets([part.name for part in parts.values()])  # again, for the run took its time
         if self.recorded:  # first, so that no file of ours is ever there unrecorded, wherever we are killed
-            self.write(Record.read(self.folder).with_files(self.folder, parts.values()))
+            record = Record.read(self.folder).with_files(self.folder, parts.values())
+            self.write(record)
         published = {}
         with uninterrupted(), ExitStack() as undo:
             for stem, part in parts.items():
@@ -105,6 +106,9 @@ class OutputFolder:
                 except OSError as e:
                     raise OutputError(f"cannot write {str(target)!r}: {e.strerror}: choose another folder") from e
             undo.pop_all()
+        if self.recorded and not all(map(record.vouches_for, published.values())):
+            # On some network drives a file that is renamed has another time.
+            self.write(record.with_files(self.folder, published.values()))
         return published
 
     def write(self, record: Record) -> None:

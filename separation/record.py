@@ -20,7 +20,8 @@ PAGE = "stems.html"
 SAME_TIME_NS = 2 * 10**9  # two times of change: FAT, and many a network drive and sync service, keep 2 seconds at best
 
 _VERSION = 1
-_KEYS = {"source", "settings", "stems", "duration_seconds", "elapsed_seconds", "gain"}
+_MOST_BYTES = 2**24  # of a record: thousands of runs
+_SOURCE = {"name": str, "path": str, "bytes": int, "mtime_ns": int, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Record:
-    """What a record says; `runs` are as JSON has them, but for the stems' names and sizes, which are pairs."""
+    """What a record says. Runs are as JSON has them, but for the name and size of a stem's file, which are a pair."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     files: list[Written] = field(default_factory=list)
@@ -60,16 +61,14 @@ class Record:
         if content.get("version") != _VERSION:
             return cls()
         try:
-            runs = [run for run in content["runs"] if run.keys() >= _KEYS]
-            for run in runs:
-                run["stems"] = {str(stem): (str(file), int(n_bytes)) for stem, (file, n_bytes) in run["stems"].items()}
+            runs = [_checked(run) for run in content["runs"]]
             if "files" in content:
                 files = [Written(str(name), int(size), time and int(time)) for name, size, time in content["files"]]
                 return cls(runs, files)
             pages = [(PAGE, int(run["page_bytes"])) for run in runs if "page_bytes" in run]
             named = {(name, n_bytes) for run in runs for name, n_bytes in (*run["stems"].values(), *pages)}
             return cls(runs, [Written(name, n_bytes, None) for name, n_bytes in sorted(named)])
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError):
             return cls()
 
     def text(self) -> str:
@@ -100,6 +99,21 @@ class Record:
         return any(file.name == path.name and file.is_still_in(path.parent) for file in self.files)
 
 
+def _checked(run: dict[str, Any]) -> dict[str, Any]:
+    """A run out of a record, with values of the right kinds; raises one of several exceptions for anything else."""
+    numbers = {key: float(run[key]) for key in ("duration_seconds", "elapsed_seconds", "gain")}
+    if min(numbers.values()) <= 0:
+        raise ValueError("a duration or a gain of nothing")
+    return {
+        **run,
+        **numbers,
+        "source": {key: _SOURCE[key](value) for key, value in run["source"].items() if key in _SOURCE},
+        "settings": run["settings"],
+        "stems": {str(stem): (str(file), int(n_bytes)) for stem, (file, n_bytes) in run["stems"].items()},
+        "warnings": [str(warning) for warning in run.get("warnings", [])],
+    }
+
+
 def stem_files(run: dict[str, Any]) -> set[str]:
     """The names of a run's stems' files."""
     return {name for name, _ in run["stems"].values()}
@@ -112,9 +126,9 @@ def check_targets(folder: Path, names: Sequence[str], *, overwrite: bool = False
     """
     record = Record.read(folder)
     for target in (folder / name for name in names):
-        if target.is_dir():
+        if os.path.isdir(target):
             raise OutputError(f"cannot write {str(target)!r}: a folder of that name is there: choose another place")
-        if song is not None and target.exists() and song.exists() and target.samefile(song):
+        if song is not None and os.path.exists(target) and os.path.exists(song) and target.samefile(song):
             raise InputError(f"a stem would take the place of the song {song.name!r}: choose another output folder")
         if os.path.lexists(target) and not (overwrite or record.vouches_for(target) or is_record(target)):
             raise OutputError(
@@ -131,7 +145,9 @@ def is_record(path: Path) -> bool:
 def _content(path: Path) -> dict[str, Any]:
     """What a record holds; nothing if it is none, or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        facts = path.stat()
+        is_plausible = stat.S_ISREG(facts.st_mode) and facts.st_size <= _MOST_BYTES
+        content = json.loads(path.read_text(encoding="utf-8")) if is_plausible else None
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and {"version", "runs"} <= content.keys() else {}

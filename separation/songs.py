@@ -109,7 +109,7 @@ def _entry(song: Song, job: Job) -> dict[str, Any] | None:
     for entry in Record.read(song.folder).runs:
         if entry["settings"] == job.settings and file.made(entry["source"]):
             sizes = {song.folder / name: n_bytes for name, n_bytes in entry["stems"].values()}
-            if all(path.is_file() and path.stat().st_size == n_bytes for path, n_bytes in sizes.items()):
+            if all(os.path.isfile(path) and path.stat().st_size == n_bytes for path, n_bytes in sizes.items()):
                 return entry
     return None
 
@@ -123,7 +123,7 @@ def _check(song: Song, job: Job, entry: dict[str, Any] | None) -> None:
         return
     file = _File(song)
     for run in Record.read(song.folder).runs:
-        if file.is_another(run["source"]) and any((song.folder / name).exists() for name in stem_files(run)):
+        if file.is_another(run["source"]) and any(os.path.exists(song.folder / name) for name in stem_files(run)):
             other = os.path.normpath(song.folder / run["source"].get("path", run["source"]["name"]))
             raise OutputError(
                 f"{str(song.folder)!r} has the stems of another song, {other!r}: choose another output folder, or "
@@ -133,7 +133,7 @@ def _check(song: Song, job: Job, entry: dict[str, Any] | None) -> None:
 
 def _has_page(folder: Path, entry: dict[str, Any]) -> bool:
     page = folder / PAGE
-    return page.is_file() and page.stat().st_size == entry.get("page_bytes")
+    return os.path.isfile(page) and page.stat().st_size == entry.get("page_bytes")
 
 
 def _outcome(song: Song, status: str, entry: dict[str, Any], error: str = "") -> Outcome:
@@ -175,7 +175,7 @@ class _File:
             facts = self._song.path.stat()
             if source.get("bytes") != facts.st_size:
                 return False
-            if self._is_there(source) and source["mtime_ns"] == facts.st_mtime_ns:
+            if self._is_there(source) and source.get("mtime_ns") == facts.st_mtime_ns:
                 return True
             return "sha256" in source and source["sha256"] == self._content()
         except OSError:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,7 @@ def test_the_output_folder_may_be_above_the_songs(tmp_path: Path, monkeypatch: p
     [
         ("nothing.wav", "'{}' does not exist: check the path"),
         ("good.wav/nothing.wav", "'{}' does not exist: check the path"),
+        ("x" * 300, "'{}' cannot be read (File name too long): check the path"),
         ("gone.wav", "'{}' is a link to 'elsewhere.wav', which does not exist: check the path"),
         ("*.ogg", "there is no audio file in '{}': check the path"),
         ("empty", "there is no audio file in '{}': check the path"),
@@ -131,7 +133,7 @@ def test_what_is_no_song_fails_with_its_cause_and_the_whole_path(given: str, err
 @pytest.mark.parametrize("address", ["https://example.com/song.mp3", "HTTP://x/*.wav?a=[1]", "s3://music/song.wav"])
 def test_an_address_is_told_from_a_path(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["separate", address, "-o", str(tmp_path / "out"), *DEMO]) == 2
-    assert capsys.readouterr().err == f"error: {address!r} is an address: download the song, then give its file\n"
+    assert capsys.readouterr().err == f"error: {address!r} is a URL: download the song, then give its file\n"
 
 
 def test_songs_that_would_share_a_folder_are_both_told_how_to_go_on(tmp_path: Path) -> None:
@@ -146,6 +148,16 @@ def test_songs_that_would_share_a_folder_are_both_told_how_to_go_on(tmp_path: Pa
     assert len({outcome.error for outcome in found.failed}) == 1
     assert all(str(outcome.path) in found.failed[0].error for outcome in found.failed)
     assert found.failed[0].error.endswith("separate each with its own -o")
+
+
+@pytest.mark.parametrize("platform, clash", [("linux", False), ("darwin", True), ("win32", True)])
+def test_names_that_are_one_to_the_disk_clash_there(
+    platform: str, clash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "a/Caf\u00e9.wav", "b/cafe\u0301.wav")
+    monkeypatch.setattr(sys, "platform", platform)
+    songs, found = found_in(tmp_path, "a", "b")
+    assert (len(songs), len(found.failed)) == ((0, 2) if clash else (2, 0))
 
 
 def test_an_output_among_the_songs_of_a_folder_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from separation.picture import Row, draw
 from separation.record import RECORD, Record, Written, check_targets
 from separation.report import write_report
 from separation.separator import ModelPool, Separator
+from separation.songs import Job, Song, unfinished
 
 DEMO = ("--recipe", "demo", "--device", "cpu", "--chunk-size", "4", "--overlap", "1")
 QUICK: dict[str, Any] = {"chunk_seconds": 4, "overlap_seconds": 1}
@@ -422,12 +423,47 @@ def test_a_record_that_is_not_understood_vouches_for_nothing(content: str, tmp_p
         check_targets(tmp_path, ["vocals.wav"])
 
 
+RUN: dict[str, Any] = {
+    "source": {"name": "\udce9.wav", "bytes": 4},
+    "settings": {"format": "wav"},
+    "stems": {"a": ("a.wav", 4)},
+    "duration_seconds": 1.0,
+    "elapsed_seconds": 2.0,
+    "gain": 1.0,
+    "warnings": ["loud"],
+}
+
+
+@pytest.mark.parametrize("key", RUN)
+@pytest.mark.parametrize("value", [7, [7], "x", {"x": [7]}, None, -1.0, 0])
+def test_a_run_of_wrong_values_is_no_crash(key: str, value: object, copy: Path) -> None:
+    folder, song = copy / "out" / "01", Song(copy / "a" / "01.wav", copy / "out" / "01")
+    job = Job(RUN["settings"], {"format": "wav"}, report=True, stems=("vocals",))
+    text = Record([{**RUN, key: value}], Record.read(folder).files).text()
+    (folder / RECORD).write_text(text, encoding="utf-8")
+    left, done = unfinished([song], job)
+    assert len(left) + len(done) == 1 and all(outcome.status == "failed" for outcome in done)
+
+
+def test_a_time_that_changes_as_a_file_is_renamed_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def renamed(source: Path, target: Path) -> None:
+        replace(source, target)
+        os.utime(target, (10**9, 10**9))
+
+    monkeypatch.setattr(os, "replace", renamed)
+    with OutputFolder(tmp_path) as output:
+        part = output.work / "a.wav"
+        write_text(part)
+        output.publish({"a": part})
+    check_targets(tmp_path, ["a.wav"])
+
+
 def test_a_record_is_read_as_it_was_written_and_vouches_for_what_did_not_change_since(tmp_path: Path) -> None:
     write_text(tmp_path / "a.wav")
     write_text(tmp_path / "b.wav")
-    run = dict.fromkeys(("settings", "duration_seconds", "elapsed_seconds", "gain"), 1)
-    run |= {"source": {"name": "\udce9.wav"}, "stems": {"a": ("a.wav", 4)}}
-    record = Record([run], [Written.of(tmp_path / "a.wav"), Written("b.wav", 4, None)])
+    record = Record([RUN], [Written.of(tmp_path / "a.wav"), Written("b.wav", 4, None)])
     (tmp_path / RECORD).write_text(record.text(), encoding="utf-8")
     assert Record.read(tmp_path) == record
     assert record.vouches_for(tmp_path / "a.wav") and record.vouches_for(tmp_path / "b.wav")
