@@ -57,6 +57,7 @@ logger = logging.getLogger("separation")
 # Parts that relatives of an architecture have are named in community files also where they are off: None, 0, False, an
 # empty list, or such a value.
 OFF = {"num_subbands": 1}
+METADATA = {"name", "type", "model_name", "model_type", "version", "description"}  # of the `model:` section
 
 
 @contextlib.contextmanager
@@ -260,7 +261,7 @@ def _hyper_parameters(architecture: Any, description: Checkpoint) -> dict[str, A
         | {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in description.hyper_parameters.items()
-            if key not in architecture.TRAINING_KEYS and (key in known or (value and value != OFF.get(key)))
+            if key not in architecture.TRAINING_KEYS | METADATA and (key in known or (value and value != OFF.get(key)))
         }
         | {name: description.audio[key] for key, name in architecture.AUDIO_KEYS.items() if key in description.audio}
     )
@@ -436,6 +437,11 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
         model = architecture(config, **several) if initialised else model.to("meta")
     except Exception as e:  # arguments may be anything
         raise CheckpointError(f"{description.source}: the model section is not usable: {first_line(e)}") from e
+    if description.chunk_samples < model.least_samples:
+        raise CheckpointError(
+            f"{description.source}: chunk_size is {description.chunk_samples} samples, and its Fourier transform needs "
+            f"at least {model.least_samples}: correct it"
+        )
     outputs = getattr(config, "num_stems", len(description.stems))
     if outputs != len(description.stems):
         raise CheckpointError(f"{description.source} names {len(description.stems)} stems, num_stems is {outputs}")

@@ -60,6 +60,7 @@ KEYS = {
     "encoder_name": TYPES["segm_models"],
     "band_specs": TYPES["bandit"],
     "n_rope": TYPES["moises_light"],
+    "feature_dim": TYPES["apollo"],  # after BS-Mamba2, some of which have it too
 }
 # Names of weights that only such models have.
 NAMES = {

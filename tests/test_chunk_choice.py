@@ -10,9 +10,9 @@ from separation import Separator, __main__, catalogue
 from separation.__main__ import build_parser
 from separation.checkpoints import load_model
 from separation.chunk_choice import ChunkChoice
-from separation.errors import InputError
+from separation.errors import CheckpointError, InputError
 from separation.models import ARCHITECTURES
-from small_model import small_model, write_weights, write_yaml
+from small_model import chunks, small_model, write_weights, write_yaml
 
 AUTO: Any = "auto"
 
@@ -62,6 +62,19 @@ def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None
     assert (plan.chunk_samples, plan.overlap_samples) == (5000, 2500)
     plan = Separator.from_model(model, chunk_seconds=5, overlap_seconds=2).plans["small"]
     assert (plan.chunk_samples, plan.overlap_samples) == (220_500, 88_200)
+
+
+@pytest.mark.parametrize("chunk_samples, is_enough", [(32, False), (33, True)])
+def test_a_chunk_shorter_than_half_a_frame_is_refused(tmp_path: Path, chunk_samples: int, is_enough: bool) -> None:
+    path = write_yaml(tmp_path, audio={"chunk_size": chunk_samples}, drop=("files",))
+    weights = write_weights(small_model().state_dict(), tmp_path / "x.ckpt")
+    if is_enough:
+        estimates = Separator.from_model(load_model(path, checkpoint=weights)).separate(chunks(500)[0])
+        assert estimates["drums"].shape == (2, 500)
+    else:
+        words = r"small\.yaml: chunk_size is 32 samples, and its Fourier transform needs at least 33: correct it$"
+        with pytest.raises(CheckpointError, match=words):
+            load_model(path, checkpoint=weights)
 
 
 def test_equal_chunks_spelt_differently_are_the_same_settings() -> None:

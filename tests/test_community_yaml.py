@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import SHARED, needs_shared
+from separation.about import model_facts
 from separation.catalogue import Checkpoint, read_config
 from separation.checkpoints import load_model, random_weights
 from separation.documents import read_yaml
@@ -358,6 +360,34 @@ def test_our_keys_go_before_those_of_training(tmp_path: Path) -> None:
     assert (found.stems, found.architecture) == (("singing",), "own")
     named = read(tmp_path, MSST_ROFORMER, ("training:\n", "training:\n  model_type: bs_roformer\n"))
     assert named.architecture == "bs_roformer"
+
+
+def test_a_models_name_and_type_are_no_hyper_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, MSST_ROFORMER, ("  dim: 16\n", "  name: my_roformer\n  type: bs_roformer\n  dim: 16\n"))
+    own = small_model(num_stems=1)
+    model = load_model(path, checkpoint=write_weights(own.state_dict(), tmp_path / "x.ckpt"))
+    assert torch.equal(model(noise(256)), own(noise(256)))
+    assert random_weights(path).keys() == own.state_dict().keys() and not caplog.messages
+
+
+@pytest.mark.slow
+@needs_shared
+def test_published_checkpoints_have_their_own_chunks_and_as_many_parameters_as_their_files(tmp_path: Path) -> None:
+    facts = json.loads((SHARED / "community" / "wanted.json").read_text(encoding="utf-8"))["models"]
+    published = [each for each in facts if each["loadable"] and each["validation"] and each["audio"]]
+    assert len(published) > 60
+    for each in published:
+        document = {key: each[key] for key in ("audio", "model", "training", "inference", "hdemucs") if each.get(key)}
+        if not each["training"] or each["name"] == "bs_roformer_mega_single_stems_mvsep":  # its stems are not known
+            document["stems"] = [stem.strip("<>") for stem in each["stems"]]
+        path = tmp_path / f"{each['name']}.yaml"
+        path.write_text(json.dumps(document), encoding="utf-8")
+        found = model_facts(path)
+        assert (found["architecture"], found["chunk_samples"]) == (
+            each["architecture"],
+            each["validation"]["product_chunk"],
+        )
+        assert found["parameters"] == pytest.approx(each["validation"]["parameters"], rel=1e-3)
 
 
 def test_keys_that_nothing_knows_are_named_once_in_one_warning(

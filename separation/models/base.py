@@ -102,6 +102,7 @@ class SeparationModel(nn.Module):
     sample_rate: int  # hertz
     chunk_samples: int  # the length the checkpoint was trained with
     channels: int  # C: 1 or 2
+    least_samples: int = 1  # a shorter chunk cannot be extended by its own reflection
     has_int8: ClassVar[bool] = False  # whether `prepare` knows torch.int8, with the attention backend `fused`
     head_size: int | None = None  # features a head, of a model that is told an attention backend by `prepare`
     attention: str | None = None  # the attention backend's name, if it has one

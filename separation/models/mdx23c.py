@@ -77,6 +77,7 @@ class MDX23C(TwinnedModel):
         super().__init__()
         self.config = config
         self.channels = config.audio_channels
+        self.least_samples = config.n_fft // 2 + 1
         self._stft: dict[str, Any] = {
             "n_fft": config.n_fft,
             "hop_length": config.hop_length,

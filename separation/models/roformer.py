@@ -96,6 +96,7 @@ class RoFormer(SeparationModel):
         super().__init__()
         self.channels = 2 if config.stereo else 1
         self.head_size = config.dim_head
+        self.least_samples = config.stft_n_fft // 2 + 1
         self._features_a_token = config.dim
         self._skips, self._zero_dc = config.skip_connection, config.zero_dc
         self._stft: dict[str, Any] = {

@@ -74,6 +74,7 @@ class SCNet(TwinnedModel):
         super().__init__()
         self.config = config
         self.channels = config.audio_channels
+        self.least_samples = config.nfft // 2 + 1
         self._stft: dict[str, Any] = {
             "n_fft": config.nfft,
             "hop_length": config.hop_size,
