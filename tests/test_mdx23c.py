@@ -215,7 +215,11 @@ def test_a_song_is_separated_in_chunks_of_the_models_own_length(tmp_path: Path, 
         ({}, {"act": "swish"}, "act 'swish' is not known: use gelu"),
         ({}, {"act": "eluting"}, "act 'eluting' is not known"),
         ({}, {"norm": "GroupNorm3"}, "num_channels"),
-        ({}, {"num_channels": 16}, r"small.ckpt\) seems to be of another architecture or size"),
+        (
+            {},
+            {"num_channels": 16},
+            r"small\.ckpt\) does not fit .*: model\.num_channels is 16, the weights have 8: correct",
+        ),
     ],
 )
 def test_a_bad_configuration_is_one_clear_sentence(tmp_path: Path, audio: dict, model: dict, message: str) -> None:

@@ -221,7 +221,7 @@ def test_the_track_is_normalised_where_the_yaml_says_so(
         ({"band_stride": [1, 4]}, "band_stride must have a value for each of 3 bands, not 2"),
         ({"num_dplayer": 3}, "num_dplayer must be even, .* not 3"),
         ({"sources": ["vocals", "other"]}, "names 4 stems, num_stems is 2"),
-        ({"dims": [4, 8, 12, 20]}, r"small.ckpt\) seems to be of another architecture or size"),
+        ({"dims": [4, 8, 12, 20]}, r"small\.ckpt\) does not fit .*: model\.dims is \[4, 8, 12, 20\], the weights have"),
     ],
 )
 def test_a_bad_configuration_is_one_clear_sentence(tmp_path: Path, model: dict, message: str) -> None:
