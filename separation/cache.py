@@ -51,6 +51,8 @@ ENGINE = (
     "models/kernels/*",
 )
 
+DAMAGED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)  # what a description then raises
+
 logger = logging.getLogger("separation")
 
 
@@ -210,7 +212,7 @@ class Cache:
         found = []
         with self._reporting():
             for description in self.folder.glob(f"{'[0-9a-f]' * 64}.json"):
-                with contextlib.suppress(FileNotFoundError, ValueError, KeyError):  # removed meanwhile, or damaged
+                with contextlib.suppress(FileNotFoundError, *DAMAGED):  # removed meanwhile, or damaged
                     text = json.loads(description.read_bytes())
                     status = description.stat()
                     found.append(
@@ -308,7 +310,7 @@ def _checked(key: str, text: bytes, file: io.FileIO) -> dict[str, Any] | None:
         facts: dict[str, Any] = body["facts"]
         if _key(body["settings"]) != key:
             return None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except DAMAGED:
         return None
     digest = hashlib.file_digest(file, "sha256")
     digest.update(_plain(body))

@@ -158,8 +158,10 @@ def read_config(name_or_path: str | Path) -> Checkpoint:
     """
     try:
         found = _find(name_or_path)
-    except (OSError, ValueError) as e:  # a name that no file can have
-        raise RecipeError(f"unknown model {shown(name_or_path)} ({first_line(e)}): use a shorter name") from e
+    except (OSError, ValueError) as e:  # a name that no file can have, a folder that may not be entered
+        raise RecipeError(
+            f"the model {shown(name_or_path)} cannot be looked for ({first_line(e)}): name another"
+        ) from e
     if found.config is None:
         assert found.weights is not None
         path, document = found.weights, _own_description(found.weights)

@@ -86,10 +86,10 @@ class Stored:
 
 def open_weights(path: Path) -> Stored:
     """The state dict in a file, taken out of what trainers wrap it in, and not read yet."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
-    refuse_suffix(path)
     with _damaged(path):
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
+        refuse_suffix(path)
         saved, blueprint = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
         tensors, choices = state_dict_in(saved)
         check_total(tensors, size_bytes(path))
@@ -106,7 +106,7 @@ def open_weights(path: Path) -> Stored:
 
 @functools.cache  # once, however often a file is opened
 def _warn_of_choice(path: Path, choice: str) -> None:
-    logger.warning(f"{path} {choice}")
+    logger.warning(f"{path} {bare(choice, most=500)}")
 
 
 def read_weights(stored: Stored, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

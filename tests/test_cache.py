@@ -417,6 +417,7 @@ def exchange(path: Path) -> None:
         (".json", exchange),
         (".json", lambda path: path.write_text("[]")),
         (".json", lambda path: path.write_bytes(b"\xff")),
+        (".json", lambda path: path.write_text("[" * 100_000)),
     ],
 )
 def test_a_damaged_entry_is_said_once_and_removed(

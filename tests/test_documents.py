@@ -117,6 +117,13 @@ limits: [.inf, 1_000, 0x1f, null, yes]
     }
 
 
+def test_no_more_of_a_file_is_read_than_may_be(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").touch()
+    os.truncate(tmp_path / "x.yaml", 10**12)  # a hole, which takes no space
+    with pytest.raises(DocumentError, match="more than 262,144 bytes"):
+        read_yaml(tmp_path / "x.yaml")
+
+
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "device.yaml").symlink_to("/dev/zero")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from limited import load_all
+from separation.errors import CheckpointError
 from separation.state_dict import open_weights, read_weights
 from small_model import small_model, write_weights, write_yaml
 
@@ -322,6 +323,13 @@ def test_a_hostile_file_is_refused_with_one_sentence_before_it_takes_memory(
 @pytest.mark.parametrize("name", ["pipe.ckpt", "device.ckpt", "loop.ckpt", "folder.ckpt"])
 def test_what_is_no_file_is_not_opened(name: str, answers: dict[str, tuple[str, int]]) -> None:
     assert "there is no file" in answers[name][0]
+
+
+def test_a_path_that_no_file_can_have_is_one_sentence(tmp_path: Path) -> None:
+    for name in ("x" * 300, "a\0b", "x" * 5000):
+        with pytest.raises(CheckpointError, match=r"there is no file|cannot be read") as caught:
+            open_weights(tmp_path / f"{name}.ckpt")
+        assert "\n" not in str(caught.value)
 
 
 def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path: Path) -> None:
