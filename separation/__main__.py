@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -442,6 +442,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         settings["recipe"], settings["stems"] = _recipe(options)
         settings["sources"] = {stem: repr(source) for stem, source in recipe.outputs.items()}
     descriptions = {name: catalogue.read_config(name) for name in models}
+    _refuse_unused(options, descriptions.values())
     choice = ChunkChoice(options.chunk_size, options.overlap)
     settings["chunks"] = {name: list(model.chunks(choice)) for name, model in descriptions.items()}
     files = [file for name, stems in models.items() for file in catalogue.files_for(descriptions[name], stems)]
@@ -509,6 +510,23 @@ def _model_name(options: argparse.Namespace) -> str | None:
     if options.model_path is not None and options.model_path.suffix in catalogue.YAML_SUFFIXES:
         raise InputError(f"--model-path {options.model_path} is a YAML file: give that to --model-name, weights here")
     return options.model_name or (options.model_path and str(options.model_path))
+
+
+def _models(options: argparse.Namespace) -> list[catalogue.Checkpoint]:
+    """Those that `evaluate` and `bench` run."""
+    name = _model_name(options)
+    return [catalogue.read_config(model) for model in ([name] if name else load_recipe(*_recipe(options)).models)]
+
+
+def _refuse_unused(options: argparse.Namespace, models: Collection[catalogue.Checkpoint]) -> None:
+    """Raise if an option was given that means nothing for any of the models."""
+    kinds, names = {model.architecture for model in models}, ", ".join(model.name for model in models)
+    if None in kinds:
+        return  # nobody knows before the weights are read
+    if options.attention != "auto" and not kinds & catalogue.WITH_ATTENTION:
+        raise InputError(f"--attention means nothing for {names}: leave it out")
+    if options.chunk_size != "auto" and options.overlap == "auto" and kinds <= catalogue.FIXED_CHUNKS:
+        raise InputError(f"--chunk-size alone means nothing for {names}, whose chunks have one length: leave it out")
 
 
 def _tell(outcome: songs.Outcome, *, as_json: bool, file: TextIO) -> None:
@@ -715,6 +733,7 @@ def _bench(options: argparse.Namespace) -> int:
         _refuse(options, ["bench"], "--cold-start", unused)
         result = cold_start(recipe, stems, **shared)
     else:
+        _refuse_unused(options, _models(options))
         result = engine_speed(recipe, stems, **shared, **engine)
     _say_json(result.as_json()) if options.json else _say_table(result)
     return 0
@@ -727,6 +746,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         unused = ["recipe", "stems", "model_name", "model_dir", "model_path", "chunk_size", "overlap", "batch_size"]
         unused += ["attention", "device", "precision"]
         _refuse(options, ["evaluate", "--references", "."], "--estimates", unused)
+    else:
+        _refuse_unused(options, _models(options))
     references = find_songs(options.references)  # before a checkpoint is downloaded in vain
     estimates = find_songs(options.estimates) if options.estimates else _separator(options)
     with _bar("evaluate") as progress:

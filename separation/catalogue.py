@@ -66,6 +66,7 @@ AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_ff
 MOST = {"sample_rate": 384_000, "samplerate": 384_000, "chunk_size": 2**24, "segment": 600, "bytes": 2**36}
 MOST_OTHER = 2**20
 FIXED_CHUNKS = {"demucs", "hdemucs", "htdemucs", "mdx23c"}  # architectures that take chunks of one length alone
+WITH_ATTENTION = {"bs_roformer", "mel_band_roformer", "htdemucs"}  # architectures whose attention has a choice
 YAML_SUFFIXES = (".yaml", ".yml")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".th", ".chpt", ".bin")  # the first that is there is taken
 OWN_SUFFIXES = (".lock", ".part", ".verified", *YAML_SUFFIXES)  # of what stands beside a file of weights

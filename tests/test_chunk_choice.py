@@ -8,7 +8,7 @@ import pytest
 
 from separation import Separator, __main__, catalogue
 from separation.__main__ import build_parser
-from separation.checkpoints import load_model
+from separation.checkpoints import _build, load_model
 from separation.chunk_choice import ChunkChoice
 from separation.errors import CheckpointError, InputError
 from separation.models import ARCHITECTURES
@@ -53,6 +53,12 @@ def test_every_shipped_model_runs_on_the_chunk_of_its_yaml(name: str) -> None:
 def test_the_models_with_chunks_of_one_length_are_those_that_the_catalogue_takes_for_such() -> None:
     fixed = {name for name, architecture in ARCHITECTURES.items() if architecture.fixed_chunk}
     assert fixed == catalogue.FIXED_CHUNKS
+
+
+@pytest.mark.parametrize("name", ["demo", "mel_band_roformer_kim", "htdemucs", "hdemucs_mmi", "drumsep", "scnet"])
+def test_the_models_with_a_choice_of_attention_are_those_that_the_catalogue_takes_for_such(name: str) -> None:
+    description = catalogue.read_config(name)
+    assert (_build(description, ()).head_size is not None) == (description.architecture in catalogue.WITH_ATTENTION)
 
 
 def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None:

@@ -125,6 +125,11 @@ def test_a_bad_file_is_refused_in_one_line(
         (("--format", "mp3", "--flac-depth", "16"), ("--flac-depth means nothing for --format mp3",)),
         (("--format", "flac", "--flac-depth", "32f"), ("--flac-depth", "32f", "16", "24")),
         (("--ray", "auto", "--workers", "2"), ("--ray does not take --workers",)),
+        (
+            ("--model-name", "hdemucs_mmi", "--attention", "sdpa"),
+            ("--attention means nothing for hdemucs_mmi", "leave it out"),
+        ),
+        (("--model-name", "htdemucs", "--chunk-size", "9"), ("--chunk-size alone means nothing for htdemucs",)),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused_in_one_line(
@@ -354,6 +359,12 @@ def test_m4a_goes_through_ffmpeg(tmp_path: Path, song: Path) -> None:
             )
         ),
         (("bench", "--random-weights", "--model-name", "demo", "--model-path", "x.ckpt"), "exclude each other"),
+        (("bench", "--model-name", "mdx_extra", "--attention", "sdpa"), "--attention means nothing for mdx_extra"),
+        (("bench", "--model-name", "htdemucs", "--chunk-size", "9"), "--chunk-size alone means nothing for htdemucs"),
+        (
+            ("evaluate", "--references", ".", "--model-name", "scnet_xl_ihf", "--attention", "sdpa"),
+            "--attention means nothing for scnet_xl_ihf",
+        ),
         (("export", "demo", "x.onnx", "--random-weights", "--model-path", "x.ckpt"), "exclude each other"),
         *(
             (("evaluate", "--references", ".", "--estimates", ".", *other), f"--estimates does not take {other[0]}")
