@@ -228,7 +228,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     narrower = {key: value[:1] for key, value in load_file(DEMO / "demo.safetensors").items()}
     save_file({key: value.contiguous() for key, value in narrower.items()}, other)
     code = separate(song, tmp_path / "out", "--model-name", "demo", "--model-path", str(other))
-    assert_refused(code, capsys, tmp_path / "out", "another architecture or size", "of another shape")
+    assert_refused(
+        code, capsys, tmp_path / "out", "other.safetensors", "does not fit", "model.dim is 72, the weights have"
+    )
 
 
 def test_one_bad_song_does_not_stop_the_others(song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
