@@ -16,7 +16,7 @@ MOST_BYTES = 2**18  # of text; the largest published YAML has some 10 KB
 MOST_NODES = 10_000  # of a YAML, where an alias counts as all that it stands for
 MOST_DEPTH = 32
 MOST_DIGITS = 64  # characters of a number
-MOST_HEADER_BYTES = 2**24  # of JSON in front of a safetensors file: some 100,000 tensors
+MOST_HEADER_BYTES = 2**23  # of JSON in front of a safetensors file: some 50,000 tensors
 
 CONTROL = re.compile("[\0-\b\v-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tab and line feed; halves of surrogate pairs
 _TAG = "tag:yaml.org,2002:"

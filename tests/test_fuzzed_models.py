@@ -4,8 +4,10 @@ A number is the seed of one case, so that `python tests/test_fuzzed_models.py FO
 """
 
 import io
+import itertools
 import json
 import math
+import pickletools
 import random
 import sys
 import zipfile
@@ -86,6 +88,18 @@ TEXTS += ["9" * 5000, "[" * 5000, ".inf", ".nan", "0x" + "f" * 5000, "1:59" * 10
 TEXTS += ["&a [x]\nb: &b [" + "*a, " * 9 + "]\nc: &c [" + "*b, " * 9 + "]\nd: [" + "*c, " * 999 + "]\n"]
 
 
+GLOBALS = [
+    "builtins\nbytearray",
+    "torch\nFloatTensor",
+    "torch\nLongStorage",
+    "torch\nHalfStorage",
+    "torch\nQInt8Storage",
+]
+GLOBALS += ["torch._utils\n_rebuild_parameter", "torch._utils\n_rebuild_qtensor", "torch.storage\nUntypedStorage"]
+GLOBALS += ["collections\nOrderedDict", "collections\ndefaultdict", "torch\nSize", "fractions\nFraction", "os\nsystem"]
+GLOBALS += ["demucs.hdemucs\nHDemucs", "argparse\nNamespace", "_codecs\nencode", "torch\nfloat32"]
+
+
 def altered(value: Any, random: random.Random) -> Any:
     """A document with one of its values, deep or not, replaced, removed, doubled or put elsewhere."""
     if isinstance(value, dict | list) and value and random.random() < 0.85:
@@ -163,6 +177,34 @@ def altered_yaml(document: dict[str, Any], random: random.Random) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def altered_pickle(content: bytes, random: random.Random) -> bytes:
+    """A pickle of whole opcodes, of which a few are changed, removed, doubled or exchanged."""
+    starts = [position for _, _, position in pickletools.genops(content) if position is not None]
+    codes = [content[a:b] for a, b in itertools.pairwise([*starts, len(content)])]
+    for _ in range(random.choice((1, 1, 2, 5))):
+        at, other = random.randrange(1, len(codes)), random.randrange(1, len(codes))
+        match random.choice(("number", "number", "number", "name", "remove", "double", "exchange", "insert")):
+            case "number":
+                numbers = [n for n, code in enumerate(codes) if code[:1] in b"KMJ\x8a"]
+                value = random.choice([*NUMBERS, -4, 5, 2**40])
+                n_bytes = value.bit_length() // 8 + 1
+                codes[random.choice(numbers)] = (
+                    b"\x8a" + bytes([n_bytes]) + value.to_bytes(n_bytes, "little", signed=True)
+                )
+            case "name":
+                names = [n for n, code in enumerate(codes) if code[:1] == b"c"]
+                codes[random.choice(names)] = f"c{random.choice(GLOBALS)}\n".encode()
+            case "remove":
+                del codes[at]
+            case "double":
+                codes.insert(at, codes[at])
+            case "exchange":
+                codes[at], codes[other] = codes[other], codes[at]
+            case "insert":
+                codes.insert(at, random.choice(codes))
+    return b"".join(codes)
+
+
 def altered_archive(content: bytes, random: random.Random) -> bytes:
     """An archive that is whole, with one of its members damaged, removed, doubled, compressed or renamed."""
     stream = io.BytesIO()
@@ -174,7 +216,10 @@ def altered_archive(content: bytes, random: random.Random) -> bytes:
         for name in names:
             data, method = whole.read(name), zipfile.ZIP_STORED
             if name == chosen:
-                match random.choice(("cut up", "cut up", "cut up", "cut up", "remove", "compress", "rename")):
+                is_pickle = name.endswith("data.pkl")
+                match random.choice(("codes",) * 6 * is_pickle + ("cut up", "cut up", "remove", "compress", "rename")):
+                    case "codes":
+                        data = altered_pickle(data, random)
                     case "cut up":
                         data = cut_up(data, random)
                     case "remove":

@@ -258,7 +258,7 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
         "more than 10,000 values",
     ),
     # safetensors
-    "header_of_100_mb.safetensors": (safetensors(b'{"a": ' + b" " * 2**24 + b"1}"), "announces a header of 16,777,2"),
+    "header_of_100_mb.safetensors": (safetensors(b'{"a": ' + b" " * 2**23 + b"1}"), "announces a header of 8,388,6"),
     "huge_header.safetensors": (b"\xff" * 8 + b"{}", "announces a header of 18,446,744,073,709,551,615 bytes"),
     "overlapping.safetensors": (safetensors({"a": entry(0, 16), "b": entry(0, 16)}), "is damaged"),
     "overflowing.safetensors": (safetensors({"a": entry(0, 2**64 - 1)}), "is damaged"),

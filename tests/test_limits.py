@@ -124,6 +124,8 @@ def test_any_value_of_any_key_builds_or_is_one_sentence(
 def test_a_chunk_of_too_many_frames_is_refused(tmp_path: Path) -> None:
     path = write_yaml(tmp_path, model=ROFORMER | {"stft_hop_length": 1}, audio=AUDIO | {"chunk_size": 10**6})
     assert "chunk_size / stft_hop_length is 1000000, more than 32768" in refusal(path)
+    path = write_yaml(tmp_path, model=ROFORMER | {"stft_hop_length": 1, "stft_n_fft": 4096})
+    assert "n_fft / stft_hop_length is 4096, more than 64" in refusal(path)
 
 
 def test_what_published_checkpoints_have_is_within_the_limits() -> None:

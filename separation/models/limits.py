@@ -24,6 +24,7 @@ LARGEST = 2**20
 LARGEST_OF = {"chunk_size": 2**24, "dim_head": 2**10, "heads": 2**10}
 LARGEST_FFT = 2**16
 MOST_FRAMES = 2**15  # a chunk
+MOST_OVERLAP = 64  # frames that a sample is in
 
 _COUNT = re.compile(r".*(depths?|layers|iters)|num_(stems|bands|subbands|scales|blocks_per_scale|dplayer)")
 _FFT = re.compile(r".*(fft|hop|win)(_.*)?")
@@ -46,9 +47,11 @@ def check_arguments(arguments: Mapping[str, Any], types: Mapping[str, Any]) -> N
 
 def check_frames(chunk_samples: int, arguments: Mapping[str, Any]) -> None:
     """Raise ValueError where a chunk would have more frames than any network is made for."""
+    n_fft = max((value for name, value in arguments.items() if "fft" in name and isinstance(value, int)), default=0)
     for name, value in arguments.items():
         if "hop" in name and isinstance(value, int) and value > 0:
             _check_most(f"chunk_size / {name}", chunk_samples // value, MOST_FRAMES)
+            _check_most(f"n_fft / {name}", n_fft // value, MOST_OVERLAP)
 
 
 def _is_of(value: Any, kind: Any) -> bool:
