@@ -53,6 +53,8 @@ ENGINE = (
 
 DAMAGED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)  # what a description then raises
 
+PREFIX, LOCK = "estimate-", "estimates-lock"  # names that nobody else's files have, for the folder may hold others
+
 logger = logging.getLogger("separation")
 
 
@@ -179,7 +181,9 @@ class Cache:
         with ExitStack() as stack:
             with self._locked():
                 self._make_room(n_bytes)
-                part = tempfile.NamedTemporaryFile(suffix=".part", dir=self.folder, delete=False)  # noqa: SIM115
+                part = tempfile.NamedTemporaryFile(  # noqa: SIM115
+                    prefix=PREFIX, suffix=".part", dir=self.folder, delete=False
+                )
                 stack.callback(_remove, Path(part.name), _lock_of(Path(part.name)))
                 stack.enter_context(lock(_lock_of(Path(part.name))))
                 stack.enter_context(part)
@@ -191,7 +195,7 @@ class Cache:
         total = n_bytes
         entries: list[tuple[int, int, tuple[Path, Path]]] = []
         self._sweep()
-        total += sum(map(size_bytes, self.folder.glob("*.part")))
+        total += sum(map(size_bytes, self.folder.glob(f"{PREFIX}*.part")))
         keys = {path.stem for suffix in ("f32", "json") for path in self.folder.glob(f"{'[0-9a-f]' * 64}.{suffix}")}
         for key in keys:
             data, description = self._paths(key)
@@ -237,10 +241,10 @@ class Cache:
 
     def _sweep(self) -> None:
         """Remove what killed processes left behind."""
-        for part in self.folder.glob("*.part"):
+        for part in self.folder.glob(f"{PREFIX}*.part"):
             with contextlib.suppress(TimeoutError), lock(_lock_of(part), wait=False):
                 _remove(part)
-        for path in self.folder.glob("*.part.lock"):
+        for path in self.folder.glob(f"{PREFIX}*.part.lock"):
             if not path.with_suffix("").exists():
                 _remove(path)
 
@@ -248,7 +252,7 @@ class Cache:
         return self.folder / f"{key}.f32", self.folder / f"{key}.json"
 
     def _locked(self) -> "BaseFileLock":
-        return lock(self.folder / "lock")
+        return lock(self.folder / LOCK)
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:

@@ -132,8 +132,8 @@ def check_targets(folder: Path, names: Sequence[str], *, overwrite: bool = False
             raise InputError(f"a stem would take the place of the song {song.name!r}: choose another output folder")
         if os.path.lexists(target) and not (overwrite or record.vouches_for(target) or is_record(target)):
             raise OutputError(
-                f"{str(target)!r} is there already, and not known to be ours: choose another place, or replace it "
-                "with --overwrite (in Python overwrite=True)"
+                f"{str(target)!r} already exists, and no record says that this program wrote it: choose another place, "
+                "or replace it with --overwrite (overwrite=True in Python)"
             )
 
 

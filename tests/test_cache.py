@@ -25,7 +25,7 @@ from conftest import SONG as DEMO_SONG
 from separation import Cache, CheckpointError, InputError, ModelPool, OutputError, Separator, load_model, recipes
 from separation import cache as cache_module
 from separation.__main__ import build_parser, main
-from separation.cache import LIMIT_GIB, chosen_cache, default_folder, engine_version
+from separation.cache import LIMIT_GIB, LOCK, chosen_cache, default_folder, engine_version
 from separation.locks import lock
 from separation.recipes import Recipe, resolve
 from separation.waveform import Waveform
@@ -625,7 +625,7 @@ print(cache.get({SETTINGS!r}) is not None, flush=True)
 cache.clear()
 print(cache.get({SETTINGS!r}) is not None, flush=True)
 """
-    with lock(cache.folder / "lock"):
+    with lock(cache.folder / LOCK):
         writer = python(code, stdout=subprocess.PIPE)
         assert writer.stdout is not None and writer.stdout.readline() == "True\n"
         time.sleep(0.3)
@@ -640,7 +640,9 @@ def test_the_command_line_keeps_lists_and_clears(
     base: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(base, tmp_path / "cache"))
-    (folder / "mine.txt").write_text("mine")
+    mine = {"mine.txt", "lock", "download.part", "download.part.lock", "a.json", "b.f32"}
+    for name in mine:
+        (folder / name).write_text("mine")
     monkeypatch.setenv("SEPARATION_CACHE", str(folder))
     assert main(["cache", "list"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
@@ -652,7 +654,10 @@ def test_the_command_line_keeps_lists_and_clears(
     assert entry["settings"]["chunk_samples"] == 4 * RATE and entry["song"] == "song.wav"
     assert entry["made"].startswith("20") and entry["bytes"] > 2 * RATE * 8
     assert main(["cache", "clear"]) == 0
-    assert {path.name for path in folder.iterdir()} - {"lock"} == {"mine.txt"}
+    Cache(folder).put(SETTINGS, [b"1234"], 4, FACTS)
+    assert main(["cache", "clear"]) == 0
+    assert {path.name for path in folder.iterdir()} - {LOCK} == mine
+    assert {(folder / name).read_text() for name in mine} == {"mine"}
     assert main(["cache", "list"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"0 estimates in {folder}: 0.00 of 8 GiB"]
 

@@ -458,7 +458,7 @@ def test_a_converted_checkpoint_is_listed_and_verified_in_its_place(
     assert main(["models", "download", "small"]) == 0
     assert capsys.readouterr().out == f"{converted}\n"
     assert main(["models", "convert", str(checkpoint), str(converted)]) == 2
-    assert "small.safetensors' is there already" in capsys.readouterr().err
+    assert "small.safetensors' already exists" in capsys.readouterr().err
     assert main(["models", "convert", "--overwrite", str(checkpoint), str(converted)]) == 0
     capsys.readouterr()
     assert main(["models", "convert", "--overwrite", str(tmp_path / "nothing.ckpt"), str(converted)]) == 2

@@ -206,7 +206,7 @@ def test_a_file_that_differs_from_pytorch_is_not_kept(
     target = tmp_path / "out.onnx"
     target.write_bytes(b"older")
     monkeypatch.setattr(module, "MOST_ERROR", 1e-9)
-    with pytest.raises(OutputError, match=r"out\.onnx' is there already"):
+    with pytest.raises(OutputError, match=r"out\.onnx' already exists"):
         export(small[0], target, random=True)
     with pytest.raises(EstimateError, match=r"bs_roformer in ONNX Runtime differs from PyTorch by .*e-"):
         export(small[0], target, random=True, overwrite=True)

@@ -95,7 +95,7 @@ def test_a_file_of_the_users_is_named_before_a_model_is_loaded_and_stays(
     before = state(tmp_path)
     assert separate(song, "-o", tmp_path, *options) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"error: {str(tmp_path / 'mysong' / name)!r} is there already") and told.count("\n") == 1
+    assert told.startswith(f"error: {str(tmp_path / 'mysong' / name)!r} already exists") and told.count("\n") == 1
     assert "--overwrite" in told
     assert state(tmp_path) == before
 
@@ -139,7 +139,7 @@ def test_what_this_program_wrote_it_replaces_unless_the_user_has_changed_it(
     os.utime(vocals, (10**9, 10**9))  # as an editor does that saves it with as many bytes
     before = vocals.stat().st_mtime_ns
     assert separate(song, "-o", tmp_path) == 2
-    assert "vocals.wav' is there already" in capsys.readouterr().err
+    assert "vocals.wav' already exists" in capsys.readouterr().err
     assert vocals.stat().st_mtime_ns == before and soundfile.info(vocals).subtype == "PCM_16"
 
 
@@ -264,7 +264,7 @@ def test_an_earlier_versions_record_still_knows_its_song_and_its_stems(
     as_an_earlier_version_wrote_it(folder)
     write_text(folder / "vocals.wav")
     assert separate(copy / "a" / "01.wav", "-o", copy / "out") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_another_songs_record_without_its_stems_is_in_nobodys_way(copy: Path) -> None:
@@ -282,7 +282,7 @@ def test_separate_file_replaces_its_own_and_refuses_other_files(pool: ModelPool,
     first = read(demo.separate_file(song, tmp_path / "out")["vocals"])
     assert not np.array_equal(read(demo.separate_file(other, tmp_path / "out")["vocals"]), first)
     write_text(tmp_path / "out" / "vocals.wav")
-    with pytest.raises(OutputError, match=r"vocals\.wav' is there already, .* overwrite=True"):
+    with pytest.raises(OutputError, match=r"vocals\.wav' already exists, .*overwrite=True"):
         demo.separate_file(song, tmp_path / "out")
     assert np.array_equal(read(demo.separate_file(song, tmp_path / "out", overwrite=True)["vocals"]), first)
 
@@ -306,7 +306,7 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(
         run(*arguments)
 
     monkeypatch.setattr(separator.Separator, "_run", running)
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         Separator("demo", pool=pool, **QUICK).separate_file(song, tmp_path / "out")
     assert state(tmp_path / "out") == {"vocals.wav": b"mine"}
 
@@ -337,7 +337,7 @@ WRITERS: dict[str, Callable[..., None]] = {
 def test_what_else_writes_files_refuses_too(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
     target = tmp_path / name
     make(target)
-    with pytest.raises(OutputError, match=f"{name}' is there already"):
+    with pytest.raises(OutputError, match=f"{name}' already exists"):
         WRITERS[name](target)
     assert target.read_text() == "mine"
     WRITERS[name](target, overwrite=True)
@@ -350,7 +350,7 @@ def test_the_demo_refuses_before_any_work(name: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr("separation.demo.ModelPool", None)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     write_text(tmp_path / name)
-    with pytest.raises(OutputError, match=f"{name}' is there already"):
+    with pytest.raises(OutputError, match=f"{name}' already exists"):
         run_demo(tmp_path)
     assert state(tmp_path) == {name: b"mine"}
 
@@ -408,7 +408,7 @@ def test_what_a_run_leaves_that_is_killed_between_two_moves_is_known_as_its_own(
 def test_a_record_that_is_damaged_or_none_vouches_for_nothing_and_is_not_replaced(text: str, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_bytes(text.encode("latin-1"))
     assert Record.read(tmp_path) == Record()
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         check_targets(tmp_path, [RECORD])
     check_targets(tmp_path, [RECORD], overwrite=True)
 
@@ -419,7 +419,7 @@ def test_a_record_that_is_not_understood_vouches_for_nothing(content: str, tmp_p
     (tmp_path / RECORD).write_text(content)
     assert Record.read(tmp_path) == Record()
     check_targets(tmp_path, [RECORD])
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         check_targets(tmp_path, ["vocals.wav"])
 
 
