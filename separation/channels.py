@@ -151,6 +151,15 @@ def layout_of_file(file: IO[bytes], channels: int, name: str) -> Layout:
     return _checked(_told(file, channels) if channels > 1 else None, channels) or guess
 
 
+def layout_of_mov(file: IO[bytes], track_id: int, channels: int) -> Layout | None:
+    """What a MOV tells of a track whose samples are plain numbers; of those, old versions of ffmpeg tell another order.
+
+    An encoded track's decoder has an order of its own.
+    """
+    content = _mov_layout(file, track_id)
+    return _checked(_told_by_core_audio(content) if content else None, channels)
+
+
 def layout_by_ffmpeg(text: str, channels: int, name: str) -> Layout:
     """The layout that ffmpeg calls by that text, which may be empty; else the usual one."""
     guess = usual(channels, name)
@@ -226,7 +235,7 @@ _CHUNKS = {  # by a file's first four bytes
 
 
 def _told_in_chunks(file: IO[bytes], top: bytes) -> Sequence[str] | None:
-    chunks = _CHUNKS[top]
+    chunks, size = _CHUNKS[top], file.seek(0, os.SEEK_END)
     position = chunks.first
     for _ in range(_MAX_CHUNKS):
         file.seek(position)
@@ -236,7 +245,7 @@ def _told_in_chunks(file: IO[bytes], top: bytes) -> Sequence[str] | None:
         kind, n_bytes = chunks.header.unpack(header)
         if chunks.counts_header:
             n_bytes -= len(header)
-        if n_bytes < 0:
+        if not 0 <= n_bytes <= size:
             return None
         if kind == chunks.layout:
             content = file.read(min(n_bytes, 4096))
@@ -386,6 +395,44 @@ def _told_by_core_audio(content: bytes) -> Sequence[str] | None:
     if tag >> 16 == _BITMAP:
         return _of_mask(bitmap)
     return _CORE_AUDIO.get(tag >> 16, "").split() or None
+
+
+def _mov_layout(file: IO[bytes], track_id: int) -> bytes | None:
+    """The content of the `chan` atom in the sample description of a track (QuickTime File Format)."""
+    for track in _atoms(file, (0, file.seek(0, os.SEEK_END)), b"moov", b"trak"):
+        for start, _ in _atoms(file, track, b"tkhd"):
+            file.seek(start)
+            header = file.read(24)
+            at = 20 if header[:1] == b"\1" else 12  # behind two times of 64 or 32 bits
+            if int.from_bytes(header[at : at + 4], "big") != track_id:
+                break
+        else:
+            for start, stop in _atoms(file, track, b"mdia", b"minf", b"stbl", b"stsd"):
+                file.seek(start)
+                description = file.read(min(stop - start, 2**16))
+                at = description.find(b"chan")
+                return description[at + 8 :] if at > 0 else None  # behind its version
+    return None
+
+
+def _atoms(file: IO[bytes], within: tuple[int, int], kind: bytes, *inner: bytes) -> Iterator[tuple[int, int]]:
+    """Where the contents of the atoms of a kind are, or of those of the `inner` kinds one in the other inside them."""
+    position, stop = within
+    for _ in range(_MAX_CHUNKS):
+        file.seek(position)
+        header = file.read(16)
+        n_bytes, start = int.from_bytes(header[:4], "big"), position + 8
+        if n_bytes == 1:  # the size has 64 bits
+            n_bytes, start = int.from_bytes(header[8:], "big"), position + 16
+        end = position + n_bytes if n_bytes else stop
+        if len(header) < 8 or not start <= end <= stop:
+            return
+        if header[4:8] == kind:
+            if inner:
+                yield from _atoms(file, (start, end), *inner)
+            else:
+                yield start, end
+        position = end
 
 
 def _told_by_ogg(file: IO[bytes], channels: int) -> Sequence[str] | None:

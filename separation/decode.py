@@ -28,6 +28,7 @@ from separation.channels import (
     layout_by_ffmpeg,
     layout_by_mask,
     layout_of_file,
+    layout_of_mov,
 )
 from separation.damage import MIN_MISSING_SECONDS, Damage
 from separation.errors import AudioError
@@ -53,7 +54,7 @@ def decode(
     progress: Callable[[float], None] | None = None,
     accept_damaged: bool = False,
 ) -> Waveform:
-    """The first audio stream of a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
+    """The song in a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
 
     8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down by what the file tells of
     them (see `channels`), and a warning says so. Where the rate differs the folder holds the waveform twice for a
@@ -246,6 +247,9 @@ def _open_ffmpeg(path: Path, stack: contextlib.ExitStack, max_seconds: float | N
     layout = layout_by_ffmpeg(sound.layout, channels, name)
     if stream.get("codec_name") == "flac":  # of Ogg's comments, ffmpeg passes over this one
         layout = layout_by_mask(tags.get(MASK_COMMENT, ""), channels) or layout
+    if "mov" in container and stream.get("codec_name", "").startswith("pcm_") and not sound.joining:
+        with path.open("rb") as file:
+            layout = layout_of_mov(file, int(stream["id"], 16), channels) or layout
     announced = min(_announced_seconds(track, container) for track in sound.tracks)
     lead_samples = round(_lead_seconds(path, name, sound) * sample_rate)
 

@@ -13,7 +13,7 @@ from separation.channels import FFMPEG_CHANNELS
 from separation.errors import AudioError
 
 ENTRIES = (
-    "stream=index,codec_type,codec_name,sample_rate,channels,channel_layout,start_time,duration:stream_disposition"
+    "stream=index,id,codec_type,codec_name,sample_rate,channels,channel_layout,start_time,duration:stream_disposition"
 )
 
 _LONGEST_LEAD_SECONDS = 3600.0  # sound that begins later yet, by its times, has wrong times

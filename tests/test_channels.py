@@ -1,19 +1,22 @@
 """Every channel of a file ends where its loudspeaker stands, whatever format says which one it is."""
 
+import io
 import logging
+import random
 import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from torch import Tensor
 
 from conftest import quick_first
-from separation.channels import _CORE_AUDIO, _FFMPEG, FFMPEG_LAYOUTS
+from separation.channels import _CORE_AUDIO, _FFMPEG, FFMPEG_LAYOUTS, layout_of_file
 from separation.decode import decode
 from separation.errors import AudioError
 
@@ -314,6 +317,31 @@ def test_a_layout_cut_short_is_passed_over(n_bytes: int, tmp_path: Path) -> None
     assert (levels(tmp_path / "song.caf", 3) - of_layout("FL+FR+FC")).abs().max() < 1e-3
 
 
+def test_a_chunk_of_an_impossible_size_ends_the_search(tmp_path: Path) -> None:
+    caf(tmp_path / "song.caf", 3, core_audio(114 << 16 | 3))
+    content = (tmp_path / "song.caf").read_bytes()
+    for n_bytes in (2**63 - 1, -1, 2**40):
+        broken = io.BytesIO(content.replace(b"chan", b"junk" + struct.pack(">q", n_bytes) + b"chan"))
+        assert str(layout_of_file(broken, 3, "'song.caf'")) == "L R C"
+
+
+def test_altered_headers_give_a_layout_or_none_and_no_other_error(tmp_path: Path) -> None:
+    dice, songs = random.Random(12), []
+    for writer in WRITERS.values():
+        writer(tmp_path / "song", 4, 0x107)
+        songs.append((tmp_path / "song").read_bytes())
+    songs.append(b"OggS\0\2" + bytes(21) + b"\1\x13OpusHead\1\4" + bytes(6) + b"\2" + bytes(400))
+    for _ in range(3000):
+        song = bytearray(dice.choice(songs))
+        for _ in range(dice.randint(1, 6)):
+            at = dice.randrange(200)
+            removed = dice.choice((0, 1, 4, 8))
+            song[at : at + removed] = dice.choice((b"", b"\x7f" + b"\xff" * 7, bytes(8), dice.randbytes(4)))
+        layout = layout_of_file(io.BytesIO(bytes(song)), 4, "'song'")
+        assert len(layout.speakers) == 4
+        assert np.isfinite(layout.to_stereo()).all()
+
+
 def test_ambisonic_wav_is_heard_from_left_and_right(tmp_path: Path) -> None:
     subformat = bytes.fromhex("010000002107d3118644c8c1ca000000")
     content = chunk(b"fmt ", wave_format(4, 0, subformat=subformat), "<I") + chunk(b"data", pcm(4, "<"), "<I")
@@ -402,6 +430,20 @@ def test_the_mask_of_flac_in_ogg_counts(tmp_path: Path) -> None:
     mask = ("-metadata", "WAVEFORMATEXTENSIBLE_CHANNEL_MASK=0x107")
     ffmpeg("-i", str(source), "-c:a", "flac", *mask, str(tmp_path / "song.oga"))
     assert (tone_levels(tmp_path / "song.oga", 4) - of_layout("FL+FR+FC+BC")).abs().max() < 1e-3
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("tag, layout", [(114, "3.0"), (122, "5.1(side)"), (124, "5.1(side)"), (121, "5.1(side)")])
+def test_the_order_of_channels_in_a_mov_counts(tag: int, layout: str, tmp_path: Path) -> None:
+    names = _CORE_AUDIO[tag].split()
+    movie, source = tmp_path / "song.mov", tones(tmp_path / "source.wav", FFMPEG_LAYOUTS[layout])
+    ffmpeg("-i", str(source), "-c:a", "pcm_s16le", str(movie))
+    content = bytearray(movie.read_bytes())
+    at = content.index(b"chan") + 8
+    content[at : at + 4] = struct.pack(">I", tag << 16 | len(names))
+    movie.write_bytes(content)
+    order = {speaker: name for name, speaker in reversed(_FFMPEG.items())}
+    assert (tone_levels(movie, len(names)) - of_layout("+".join(order[name] for name in names))).abs().max() < 2e-3
 
 
 @needs_ffmpeg
