@@ -15,6 +15,8 @@ from separation.documents import shown
 
 MOST_NETWORKS = 64
 
+Shares = tuple[tuple[float, ...], ...]  # for each network, of each stem; they add up to 1 for every stem
+
 
 def is_bag(document: dict[str, Any]) -> bool:
     """Whether a YAML's content is a bag."""
@@ -38,27 +40,27 @@ def _member_file(folder: Path, name: str, suffixes: Sequence[str]) -> Path:
     raise ValueError(f"it needs the network {name}, and there is no {name}.th or {name}-….th beside it: put it there")
 
 
-def specialists(weights: Any, stems: Sequence[str], n_networks: int) -> list[str] | None:
-    """For each network the one stem that it is for; None if each gives every stem, to be averaged.
+def parts(weights: Any, stems: Sequence[str], n_networks: int) -> tuple[list[str] | None, Shares]:
+    """For each network the one stem that it is for; or None and each one's shares, none if all are alike.
 
-    Raises ValueError, with the end of a sentence, for shares that are neither.
+    Raises ValueError, with the end of a sentence, for what are no shares.
     """
     if weights is None:
-        return None
-    rows = [list(row) if isinstance(row, list | tuple) else [] for row in (weights if _is_list(weights) else [])]
+        return None, ()
+    rows = [list(row) if _is_list(row) else [] for row in (weights if _is_list(weights) else [])]
     numbers = [share for row in rows for share in row]
     if [len(row) for row in rows] != [len(stems)] * n_networks or not all(map(_is_share, numbers)):
         raise ValueError(
             f"weights must hold {len(stems)} numbers for each of {n_networks} models, not {shown(weights)}"
         )
-    if len({tuple(row) for row in rows}) == 1 and len(set(numbers)) == 1 and numbers[0] > 0:
-        return None
+    totals = [sum(column) for column in zip(*rows, strict=True)]
+    if not all(totals):
+        raise ValueError(f"weights give no model a share of {stems[totals.index(0)]}")
     named = [[stem for stem, share in zip(stems, row, strict=True) if share] for row in rows]
     if sorted(map(tuple, named)) == sorted((stem,) for stem in stems):
-        return [stem for (stem,) in named]
-    raise ValueError(
-        "weights must give each stem to one of the models, or all have equal shares: others are not supported"
-    )
+        return [stem for (stem,) in named], ()
+    shares = tuple(tuple(share / total for share, total in zip(row, totals, strict=True)) for row in rows)
+    return None, () if len(set(shares)) == 1 else shares
 
 
 def _is_list(value: Any) -> bool:

@@ -112,6 +112,7 @@ class Checkpoint:
     licence: str
     quality: str  # as published, with its source
     ignored: tuple[str, ...]  # keys that nothing here knows
+    shares: bags.Shares = ()  # for each file, of each stem; without it, several files' estimates are averaged
 
     def chunks(self, choice: ChunkChoice) -> tuple[int, int]:
         """Chunk and overlap in samples, of what is asked for. Raises InputError for an overlap that is too long."""
@@ -172,8 +173,9 @@ def read_config(name_or_path: str | Path) -> Checkpoint:
         path, document = found.config, _read_yaml(found.config)
     if what := foreign.by_yaml(document):
         raise foreign.refusal(path, what)
+    shares: bags.Shares = ()
     if bags.is_bag(document):
-        document = _bag_document(document, path)
+        document, shares = _bag_document(document, path)
     training, inference = _section(document, "training", path), _section(document, "inference", path)
     unknown = set(document) - KEYS - COMMUNITY_SECTIONS
     if isinstance(document.get("model"), str):
@@ -213,6 +215,7 @@ def read_config(name_or_path: str | Path) -> Checkpoint:
         licence=_take(document, "licence", str, path, default="not stated"),
         quality=_take(document, "quality", str, path, default="not stated"),
         ignored=tuple(sorted(unknown)),
+        shares=shares,
     )
 
 
@@ -357,8 +360,8 @@ def _own_description(weights: Path) -> dict[str, Any] | None:
     }
 
 
-def _bag_document(document: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A YAML's content in the form of one network's, of a bag of networks that describe themselves."""
+def _bag_document(document: dict[str, Any], path: Path) -> tuple[dict[str, Any], bags.Shares]:
+    """A bag of networks that describe themselves in the form of one network's YAML, and their shares."""
     try:
         members = bags.member_files(path.parent, document["models"], (".th", ".safetensors"))
         found = [(member, _own_description(member)) for member in members]
@@ -366,9 +369,12 @@ def _bag_document(document: dict[str, Any], path: Path) -> dict[str, Any]:
             raise ValueError(f"its network {silent[0].name} does not describe itself as Demucs' files do")
         first, *others = [description for _, description in found if description is not None]
         if different := [each for each in others if _kind(each) != _kind(first)]:
-            raise ValueError(f"its networks must be alike, not {_kind(first)} and {_kind(different[0])}")
+            raise ValueError(
+                "its networks must have the same stems and sample rate, and be htdemucs all or none: "
+                f"{members[0].name} and {members[1 + others.index(different[0])].name} differ"
+            )
         stems = first["model"]["sources"]
-        specialists = bags.specialists(document.get("weights"), stems, len(members))
+        specialists, shares = bags.parts(document.get("weights"), stems, len(members))
     except ValueError as e:
         raise CheckpointError(f"{path}: {e}") from e
     audio = first["audio"]
@@ -381,12 +387,15 @@ def _bag_document(document: dict[str, Any], path: Path) -> dict[str, Any]:
         WeightFile(name=str(member.absolute()), url=None, bytes=None, sha256=None, stem=stem, checkpoint=path.stem)
         for member, stem in zip(members, parts, strict=True)
     ]
-    return first | {"audio": audio, "stems": list(stems), "files": files}
+    kinds = {description["architecture"] for _, description in found if description is not None}
+    architecture = "demucs" if len(kinds) > 1 else first["architecture"]  # which takes hybrid ones among its own
+    return first | {"architecture": architecture, "audio": audio, "stems": list(stems), "files": files}, shares
 
 
 def _kind(description: dict[str, Any]) -> tuple[Any, ...]:
     """What the networks of a bag must have in common."""
-    return description["architecture"], tuple(description["model"]["sources"]), description["audio"]["sample_rate"]
+    is_transformer = description["architecture"] == "htdemucs"  # which takes chunks of one length alone
+    return is_transformer, tuple(description["model"]["sources"]), description["audio"]["sample_rate"]
 
 
 def _safetensors_metadata(path: Path) -> dict[str, str]:

@@ -142,7 +142,8 @@ def load_model(
     hyper_parameters = _hyper_parameters(ARCHITECTURES[description.architecture], description)
     model.origin = Origin(
         description.architecture,
-        {name: repr(value) for name, value in hyper_parameters.items()},
+        {name: repr(value) for name, value in hyper_parameters.items()}
+        | ({"shares": repr(description.shares)} if description.shares else {}),
         description.stems,
         dict(zip(parts, checksums, strict=True)),
         precision_name(computed),
@@ -423,7 +424,9 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
         )
     # Files without a stem of their own are as many networks, whose estimates are averaged.
     members = [file for file in description.files if file.stem is None]
-    several = {"specialists": specialists} if specialists else {"members": len(members)} if len(members) > 1 else {}
+    several: dict[str, Any] = {"specialists": specialists} if specialists else {}
+    if len(members) > 1:
+        several = {"members": len(members), "shares": description.shares}
     if "rescale" in known and not initialised:
         hyper_parameters["rescale"] = 0  # of random weights, with which a training begins
     try:

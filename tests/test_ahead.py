@@ -31,8 +31,8 @@ MOST = {
     "htdemucs_6s": 42,
     "mdx23c_instvoc_hq_2": 7,
     "drumsep": 7,
-    "scnet": 34,  # for chunks of two lengths, like its larger twin
-    "scnet_xl_ihf": 36,
+    "scnet": 16,
+    "scnet_xl_ihf": 16,
 }
 
 

@@ -1,12 +1,15 @@
 """Files of Demucs need no YAML, and the bags of Demucs and UVR that name several of them load as they are."""
 
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import demucs
 import pytest
 import torch
 import yaml
+from demucs.apply import BagOfModels
 
 from separation.catalogue import read_config
 from separation.checkpoints import load_model
@@ -97,6 +100,47 @@ def test_a_bag_of_equals_gives_their_mean(name: str, weights: dict[str, Any], tm
         assert torch.allclose(model(mixture), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("names", [("hdemucs", "hdemucs"), ("demucs", "hdemucs"), ("hdemucs", "demucs")])
+def test_a_bag_of_unequal_shares_gives_their_weighted_mean(names: tuple[str, str], tmp_path: Path) -> None:
+    nets = [network(name, seed) for seed, name in enumerate(names)]
+    for number, net in enumerate(nets):
+        save(net, tmp_path, f"a{number}")
+    model = load_model(bag(tmp_path, ["a0", "a1"], weights=[[3, 0], [1, 2]]))
+    length = model.input_samples(CHUNK_SAMPLES)
+    assert length is not None and (length > CHUNK_SAMPLES) == ("demucs" in names)
+    mixture = song(length)[None]
+    with torch.no_grad():
+        first, second = (net(mixture) for net in nets)
+        drums, bass = model(mixture)[0]
+    assert torch.allclose(drums, 0.75 * first[0, 0] + 0.25 * second[0, 0], atol=1e-5)
+    assert torch.allclose(bass, second[0, 1], atol=1e-5)
+    assert model.origin is not None and model.origin.hyper_parameters["shares"] == "((0.75, 0.0), (0.25, 1.0))"
+
+
+def test_a_bag_of_unequal_shares_separates_as_demucs_does(tmp_path: Path) -> None:
+    nets, weights = [network("hdemucs", seed) for seed in (1, 2, 3)], [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
+    for number, net in enumerate(nets):
+        save(net, tmp_path, f"a{number}")
+    model = load_model(bag(tmp_path, ["a0", "a1", "a2"], weights=weights))
+    assert_separates_as(model, BagOfModels(nets, weights))
+
+
+@pytest.mark.parametrize("path", sorted(Path(demucs.__file__).parent.glob("remote/*.yaml")), ids=lambda path: path.stem)
+def test_every_bag_that_demucs_publishes_can_be_read(path: Path, tmp_path: Path) -> None:
+    published = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sources = ["drums", "bass", "other", "vocals"]
+    for number, name in enumerate(dict.fromkeys(published["models"])):
+        kind = "htdemucs" if path.stem.startswith("htdemucs") else ("demucs", "hdemucs")[number % 2]
+        network_class, arguments = CLASSES[kind]
+        save(network_class(sources, **arguments), tmp_path, name)
+    shutil.copy(path, tmp_path)
+    found = read_config(tmp_path / path.name)
+    assert found.stems == tuple(sources) and len(found.files) == len(published["models"])
+    assert [file.stem for file in found.files] == (sources if path.stem == "htdemucs_ft" else [None] * len(found.files))
+    assert bool(found.shares) == (path.stem in ("mdx", "mdx_q"))
+    assert found.chunk_samples == (44 * 44100 if "segment" in published else CHUNK_SAMPLES)
+
+
 def test_a_bag_of_one_separates_as_demucs_does(tmp_path: Path) -> None:
     net = network("htdemucs")
     save(net, tmp_path, "955717e8")
@@ -122,14 +166,11 @@ def test_a_bags_segment_is_its_chunk_unless_a_transformer_knows_shorter_ones(
         ([], {}, "models must be a list of 1 to 64 names, not []"),
         ("a0", {}, "models must be a list of 1 to 64 names, not 'a0'"),
         (["../a0"], {}, "models must name files beside it, not '../a0'"),
-        (["a0", "h0"], {}, "its networks must be alike, not"),
+        (["a0", "h0"], {}, "its networks must have the same stems and sample rate, and be htdemucs all or none: a0-"),
         (["a0"], {"weights": [[1]]}, "weights must hold 2 numbers for each of 1 models, not [[1]]"),
         (["a0"], {"weights": 5}, "weights must hold 2 numbers for each of 1 models, not 5"),
-        (
-            ["a0", "a0"],
-            {"weights": [[1, 1], [0, 1]]},
-            "weights must give each stem to one of the models, or all have equal",
-        ),
+        (["a0", "a0"], {"weights": [[1, 0], [1, 0]]}, "weights give no model a share of bass"),
+        (["a0"], {"weights": [[1, -1]]}, "weights must hold 2 numbers for each of 1 models, not [[1, -1]]"),
         (["a0"], {"segment": "long"}, "segment must be a whole number above 0, not 'long'"),
     ],
 )

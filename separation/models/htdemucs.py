@@ -9,7 +9,7 @@ of which only the stem that it was tuned for is used.
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, field, make_dataclass, replace
 from fractions import Fraction
 from functools import reduce
@@ -41,6 +41,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "demucs.hdemucs.HDemucs": demucs.hdemucs.HDemucs,
     "demucs.htdemucs.HTDemucs": demucs.htdemucs.HTDemucs,
 }
+MIXED = {demucs.demucs.Demucs, demucs.hdemucs.HDemucs}  # of which a bag may have both
 
 
 def _config(network: type[nn.Module]) -> type:
@@ -126,7 +127,14 @@ class DemucsModel(SeparationModel):
     core_takes_waveform = True
     channels = 2
 
-    def __init__(self, config: Any, *, specialists: Sequence[str] = (), members: int = 1) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *,
+        specialists: Sequence[str] = (),
+        members: int = 1,
+        shares: Sequence[Sequence[float]] = (),
+    ) -> None:
         super().__init__()
         arguments = asdict(config) | {"sources": list(config.sources), "segment": Fraction(config.segment)}
         parts = specialists or [str(number) for number in range(members)]
@@ -134,6 +142,7 @@ class DemucsModel(SeparationModel):
         self.stems = tuple(specialists or config.sources)
         self._sources = tuple(config.sources)
         self._specialised = bool(specialists)
+        self._shares = shares  # for each member, of each source; without, they are alike
         plain = (module for module in self.modules() if isinstance(module, nn.MultiheadAttention))
         self.head_size = next((module.head_dim for module in plain), None)
         self._precision = torch.float32
@@ -145,7 +154,10 @@ class DemucsModel(SeparationModel):
     def follow(self, part: str, blueprint: Blueprint) -> None:
         network: Any = network_of(blueprint)
         before: Any = self.networks[part]
-        if (type(network), tuple(network.sources)) != (self.Network, self._sources):
+        is_alike = isinstance(network, self.Network) or (
+            {type(network), self.Network} <= MIXED and len(self.networks) > 1
+        )
+        if not is_alike or tuple(network.sources) != self._sources:
             found = f"{type(network).__name__} for {', '.join(network.sources)}"
             wanted = f"{self.Network.__name__} for {', '.join(self._sources)}"
             raise CheckpointError(f"it describes a {found}, the configuration a {wanted}: correct the configuration")
@@ -180,8 +192,11 @@ class DemucsModel(SeparationModel):
         if self._specialised:
             estimates = [estimate(self.networks[stem])[:, self._sources.index(stem)] for stem in self.stems]
             return torch.stack(estimates, dim=1).float()
-        everyones = (estimate(network).float() for network in self.networks.values())
-        return reduce(torch.add, everyones) / len(self.networks)
+        everyones = [estimate(network).float() for network in self.networks.values()]
+        if not self._shares:
+            return reduce(torch.add, everyones) / len(self.networks)
+        shares = everyones[0].new_tensor(self._shares).unflatten(1, (-1, *[1] * (everyones[0].ndim - 2)))
+        return reduce(torch.add, (share * each for share, each in zip(shares, everyones, strict=True)))
 
 
 def _for_device(network: Any, device: torch.device) -> nn.Module:
@@ -238,6 +253,8 @@ class HybridDemucs(DemucsModel):
             return
         each: Any = next(iter(self.networks.values()))
         try:
+            if self._shares or not all(isinstance(network, self.Network) for network in self.networks.values()):
+                raise NotFusedError("its networks differ")
             fused = self.transform(0)
             replaced = {
                 part: HybridNetwork(
@@ -375,7 +392,7 @@ class HDemucs(HybridDemucs):
     KEY_PATTERNS = (r"tencoder\.\d+\.conv\.weight", r"encoder\.\d+\.dconv\.layers\.\d+\.\d+\.lstm\.weight_ih_l0")
 
     def input_samples(self, length: int) -> int:
-        return length
+        return valid_length(self.networks.values(), length)
 
 
 class Demucs(DemucsModel):
@@ -404,7 +421,13 @@ class Demucs(DemucsModel):
         }
 
     def input_samples(self, length: int) -> int:
-        return max(cast(Any, network).valid_length(length) for network in self.networks.values())
+        return valid_length(self.networks.values(), length)
+
+
+def valid_length(networks: Iterable[nn.Module], length: int) -> int:
+    """The length of which the convolutions of each network that has no spectrogram leave no sample over."""
+    plain = (network for network in networks if isinstance(network, demucs.demucs.Demucs))
+    return max((network.valid_length(length) for network in plain), default=length)
 
 
 class MultiheadAttention(nn.Module):
