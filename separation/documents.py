@@ -135,8 +135,10 @@ def read_yaml(path: Path) -> Any:
         line = f"line {e.problem_mark.line + 1} " if e.problem_mark else ""
         context = f"{e.context}, " if str(e.problem).startswith("but ") else ""
         raise DocumentError(f"{line}is not safe and valid YAML: {context}{e.problem}") from e
-    except (yaml.YAMLError, OSError, ValueError, OverflowError) as e:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
         raise DocumentError(f"cannot be read as YAML: {first_line(e)}") from e
+    except (ValueError, OverflowError) as e:  # PyYAML leaves some to Python
+        raise DocumentError("cannot be read as YAML: a number or a character in it is out of range") from e
 
 
 def read_json(

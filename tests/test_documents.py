@@ -48,7 +48,10 @@ HOSTILE = {
     "many hexadecimal digits": ("a: 0x" + "f" * 5000, "a number has 5,002 digits"),
     "a number of base 60": ("a: 1" + ":59" * 5000, "a number has 15,001 digits"),
     "a float of many digits": ("a: 1." + "9" * 5000 + "e5", "a number has 5,004 digits"),
-    "a version of many digits": ("%YAML 1." + "9" * 5000 + "\n---\na: 1", "cannot be read as YAML"),
+    "a version of many digits": (
+        "%YAML 1." + "9" * 5000 + "\n---\na: 1",
+        "a number or a character in it is out of range",
+    ),
     "a text said to be a number": ("a: !!int many", "'many' is not of the kind that its tag says"),
     "nothing said to be a number": ("a: !!int ''", "'' is not of the kind"),
     "a text said to be a float": ("a: !!float many", "'many' is not of the kind"),
@@ -65,8 +68,8 @@ HOSTILE = {
     "an escaped nul": ('a: "\\0"', r"a text has the character '\\x00' in it"),
     "an escape for a terminal": ('a: "\\e[31m"', r"a text has the character '\\x1b'"),
     "half a pair of surrogates": ('a: "\\ud800"', r"a text has the character '\\ud800'"),
-    "a character beyond Unicode": ('a: "\\U00110000"', "cannot be read as YAML"),
-    "a character far beyond Unicode": ('a: "\\Uffffffff"', "cannot be read as YAML"),
+    "a character beyond Unicode": ('a: "\\U00110000"', "a number or a character in it is out of range"),
+    "a character far beyond Unicode": ('a: "\\Uffffffff"', "a number or a character in it is out of range"),
     "a tag that is no UTF-8": ("a: !%ff b", "line 1 is not safe and valid YAML"),
     "two documents": ("a: 1\n---\nb: 2", "expected a single document in the stream, but found another document"),
 }

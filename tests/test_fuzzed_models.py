@@ -12,6 +12,7 @@ import random
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 from conftest import PROJECT
 from limited import load_all
 from separation.checkpoints import random_weights
+from separation.models import ARCHITECTURES
 from separation.models.base import Blueprint
 from separation.state_dict import metadata_of
 from small_model import DOCUMENT, HYPER_PARAMETERS
@@ -85,6 +87,9 @@ ODD: list[Any] = [
 TEXTS = ["\t", "\ufeff", "\0", "&a ", "*a", "<<: *a", "!!python/object/apply:os.getcwd []", "!!int ", "!!binary ", "? "]
 TEXTS += ["- ", "[", "{", "}", ": ", "#", "|\n", ">\n", '"', "'", "%YAML 9.9\n---\n", "---\n", "...\n", "2024-13-45"]
 TEXTS += ["9" * 5000, "[" * 5000, ".inf", ".nan", "0x" + "f" * 5000, "1:59" * 1000, "~", "yes", "\\ud800", "&b [*b]"]
+TEXTS += [
+    "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{f'*{a}, ' * 9}]}}\n" for a, b in itertools.pairwise("abcdefghi"))
+]
 TEXTS += ["&a [x]\nb: &b [" + "*a, " * 9 + "]\nc: &c [" + "*b, " * 9 + "]\nd: [" + "*c, " * 999 + "]\n"]
 
 
@@ -156,9 +161,21 @@ def cut_up(content: bytes, random: random.Random) -> bytes:
     return bytes(data)
 
 
+def with_a_size(document: dict[str, Any], random: random.Random) -> dict[str, Any]:
+    """The section of a network in which one number, or one of a list, is another."""
+    model = dict(document["model"])
+    known = [field.name for field in fields(ARCHITECTURES[document["architecture"]].Config)]
+    key, size = random.choice(known), random.choice([*NUMBERS, 100, 1000, 4096, 100_000])
+    value = model.get(key)
+    model[key] = [size if random.random() < 0.5 else each for each in value] if isinstance(value, list) else size
+    return model
+
+
 def altered_yaml(document: dict[str, Any], random: random.Random) -> bytes:
     text = yaml.safe_dump(document, allow_unicode=True, default_flow_style=random.choice((None, False, True)))
-    match random.choice(("value", "value", "value", "text", "line", "bytes")):
+    match random.choice(("value", "value", "size", "size", "text", "line", "bytes")):
+        case "size":
+            return yaml.safe_dump(document | {"model": with_a_size(document, random)}).encode()
         case "value":
             for _ in range(random.choice((1, 1, 3))):
                 document = altered(document, random)
