@@ -71,20 +71,19 @@ class Sound:
         """How long after the picture the sound begins: that much silence belongs before it. Says so, if it is much.
 
         `first_time` is that of the first sample by the file's own clock, if it has one. Where the sound begins before
-        the picture, nothing of it is left out.
+        the picture, so does the file: nothing is left out.
         """
         if self.picture_start is None or first_time is None:
             return 0.0
         lead = first_time - self.picture_start
+        if lead < _SHORTEST_LEAD_SECONDS:
+            return 0.0
         if lead > _LONGEST_LEAD_SECONDS:
             logger.warning("%s: by its times its sound begins %.0f s after its picture: not taken as true", name, lead)
             return 0.0
-        if abs(lead) > _TOLD_SECONDS:
-            side, what = ("after", "begin with silence") if lead > 0 else ("before", "begin before it too")
-            logger.warning(
-                "%s: its sound begins %.2f s %s its picture, and so the stems %s", name, abs(lead), side, what
-            )
-        return lead if lead > _SHORTEST_LEAD_SECONDS else 0.0
+        if lead > _TOLD_SECONDS:
+            logger.warning("%s: its sound begins %.2f s after its picture: silence is put before the stems", name, lead)
+        return lead
 
 
 def sound_of(streams: Sequence[Stream], container: Sequence[str], name: str) -> Sound:

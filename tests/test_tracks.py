@@ -83,7 +83,7 @@ STEREO = ("-ac", "2", "-c:v", "copy")
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("suffix, codec", [(".mkv", "flac"), (".mp4", "aac"), (".mov", "pcm_s16le")])
+@pytest.mark.parametrize("suffix, codec", quick_first([(".mkv", "flac"), (".mp4", "aac"), (".mov", "pcm_s16le")], 1))
 def test_the_default_track_is_decoded_and_named_in_a_warning(
     suffix: str, codec: str, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,12 +127,15 @@ ALL_ENABLED = ("-disposition:a", "default")
 @needs_ffmpeg
 @pytest.mark.parametrize(
     "suffix, options",
-    [
-        (".mov", ("-c:a", "pcm_s16le")),
-        (".mov", ("-c:a", "pcm_s24le", *ALL_ENABLED)),
-        (".mp4", ("-c:a", "aac", *ALL_ENABLED)),
-        (".mxf", ("-c:a", "pcm_s16le")),
-    ],
+    quick_first(
+        [
+            (".mp4", ("-c:a", "aac", *ALL_ENABLED)),
+            (".mxf", ("-c:a", "pcm_s16le")),
+            (".mov", ("-c:a", "pcm_s16le")),
+            (".mov", ("-c:a", "pcm_s24le", *ALL_ENABLED)),
+        ],
+        2,
+    ),
 )
 def test_two_mono_tracks_are_left_and_right(
     suffix: str, options: tuple[str, ...], made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -189,17 +192,19 @@ def test_mono_tracks_that_name_their_loudspeakers_are_put_together(
 @needs_ffmpeg
 @pytest.mark.parametrize(
     "options",
-    [
-        ("-metadata:s:a:0", "language=eng", "-metadata:s:a:1", "language=deu"),
-        ("-metadata:s:a:0", "handler_name=Mono", "-metadata:s:a:1", "handler_name=Commentary"),
-        ("-filter:a:1", "atrim=0:0.8"),
-    ],
-    ids=["languages", "titles", "lengths"],
+    quick_first(
+        [
+            "-metadata:s:a:0 handler_name=Mono -metadata:s:a:1 handler_name=Commentary",
+            "-metadata:s:a:0 language=eng -metadata:s:a:1 language=deu",
+            "-filter:a:1 atrim=0:0.8",
+        ],
+        1,
+    ),
 )
 def test_mono_tracks_that_differ_are_no_pair(
-    options: tuple[str, ...], made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    options: str, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = video(made, tmp_path / "film.mov", 2, *MPEG2, "-c:a", "pcm_s16le", *options)
+    path = video(made, tmp_path / "film.mov", 2, *MPEG2, "-c:a", "pcm_s16le", *options.split())
     assert heard(path) == [[0], [0]]
     assert "number 1" in warnings(caplog)[0]
 
@@ -245,11 +250,11 @@ def test_tracks_that_name_left_and_right_are_a_pair_in_any_container(
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("titles", [("Left", "Right"), ("Channel 1", "Channel 2"), ("Audio L", "Audio R")])
-def test_titles_may_name_the_sides(titles: tuple[str, str], made: Path, tmp_path: Path) -> None:
-    named = [
-        word for number, title in enumerate(titles) for word in (f"-metadata:s:a:{number}", f"handler_name={title}")
-    ]
+@pytest.mark.parametrize(
+    "left, right", quick_first([("Left", "Right"), ("Channel 1", "Channel 2"), ("Audio L", "Audio R")], 1)
+)
+def test_titles_may_name_the_sides(left: str, right: str, made: Path, tmp_path: Path) -> None:
+    named = ("-metadata:s:a:0", f"handler_name={left}", "-metadata:s:a:1", f"handler_name={right}")
     path = video(made, tmp_path / "camera.mov", 2, *MPEG2, "-c:a", "pcm_s16le", *named)
     assert heard(path) == [[0], [1]]
 
@@ -278,7 +283,7 @@ KINDS = {
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("kind", quick_first(KINDS, 4))
+@pytest.mark.parametrize("kind", quick_first(KINDS, 3))
 def test_sound_that_begins_after_the_picture_keeps_its_offset_as_silence(
     kind: str, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,11 +295,11 @@ def test_sound_that_begins_after_the_picture_keeps_its_offset_as_silence(
     assert start_seconds(path) == pytest.approx(0.7, abs=2e-3)  # containers' times are rounded to 1 ms
     (warning,) = warnings(caplog)
     assert warning.startswith(f"'{path.name}': its sound begins 0.")
-    assert warning.endswith("s after its picture, and so the stems begin with silence")
+    assert warning.endswith("s after its picture: silence is put before the stems")
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("kind", quick_first(["pcm.mov", "flac.mkv", "aac.mp4"], 2))
+@pytest.mark.parametrize("kind", quick_first(["pcm.mov", "flac.mkv", "aac.mp4"], 1))
 def test_sound_that_begins_with_the_picture_gets_no_silence(
     kind: str, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,13 +314,11 @@ def test_of_sound_that_begins_before_the_picture_nothing_is_left_out(
 ) -> None:
     path = video(made, tmp_path / "film.mkv", 1, "-c:v", "copy", "-c:a", "flac", offset=-0.3)
     assert decoded(path).shape[1] == round(TONE_SECONDS * RATE)
-    assert warnings(caplog) == [
-        "'film.mkv': its sound begins 0.30 s before its picture, and so the stems begin before it too"
-    ]
+    assert not warnings(caplog)
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("name, codec", [("song.m4a", "alac"), ("song.mka", "flac")])
+@pytest.mark.parametrize("name, codec", quick_first([("song.m4a", "alac"), ("song.mka", "flac")], 1))
 def test_a_late_start_without_a_picture_changes_nothing(name: str, codec: str, made: Path, tmp_path: Path) -> None:
     path = video(made, tmp_path / name, 1, "-c:a", codec, offset=0.7, picture=False)
     assert decoded(path).shape[1] == round(TONE_SECONDS * RATE)
