@@ -267,6 +267,8 @@ def _find(name_or_path: str | Path) -> _Found:
 def _find_without_suffix(path: Path) -> _Found:
     if path.is_dir():
         configs, weights = _files(path, YAML_SUFFIXES), _files(path, WEIGHT_SUFFIXES)
+        if len(configs) == 1 and _is_bag(configs[0]):
+            return _Found(name=path.name, config=configs[0], weights=None)
         if len(configs) > 1 or len({file.stem for file in weights}) > 1 or not configs + weights:
             names = ", ".join(file.name for file in configs + weights) or "neither"
             raise CheckpointError(f"folder {path} must hold one file of weights and one YAML, not {names}")
@@ -311,12 +313,21 @@ def _yaml_beside(weights: Path) -> Path | None:
     if weights.suffix in (".safetensors", ".th") and _own_description(weights) is not None:
         return None
     others = {_config_named_after(file) for file in _files(weights.parent, WEIGHT_SUFFIXES)}
-    free = [path for path in _files(weights.parent, YAML_SUFFIXES) if path not in others]
+    free = [path for path in _files(weights.parent, YAML_SUFFIXES) if path not in others and not _is_bag(path)]
     if len(free) == 1:
         return free[0]
     if _own_description(weights) is None:
         raise _not_described(weights, free)
     return None
+
+
+def _is_bag(path: Path) -> bool:
+    """Whether a YAML file is a bag; what is wrong with one is said where it is used."""
+    try:
+        document = read_yaml(path)
+    except (DocumentError, FileNotFoundError):
+        return False
+    return isinstance(document, dict) and bags.is_bag(document)
 
 
 def _not_described(weights: Path, candidates: Sequence[Path] = ()) -> CheckpointError:

@@ -72,7 +72,9 @@ NAMES = {
     r"mask_estimators\.\d+\.(?!to_freqs\.).*": "a RoFormer whose mask estimators have other parts",
     r".*\.A_log": TYPES["bs_mamba2"],
     r".*\.lora_[AB](\..*)?": "what LoRA adds to a model, without the model",
-    r"(tf_model|mask_estim)\..*": TYPES["bandit"],
+    r"layers\.\d+\.\d+\.layers\.\d+\.conv\.net\..*": KEYS["time_conformer_depth"],
+    r"separation_net\.dp_modules\.\d+\.(time|freq)_layer\..*": TYPES["scnet_tran"],
+    r"(.+\.)?(tf_model|mask_estim)\..*": TYPES["bandit"],
 }
 
 

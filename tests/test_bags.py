@@ -64,6 +64,21 @@ def test_a_network_that_is_not_known_is_named(tmp_path: Path) -> None:
 # Bags
 
 
+def test_a_bag_is_no_yaml_of_other_weights(tmp_path: Path) -> None:
+    save(network("htdemucs"), tmp_path, "a0")
+    bag(tmp_path, ["a0"])
+    torch.save({"x.weight": torch.zeros(3)}, tmp_path / "odd.ckpt")
+    with pytest.raises(CheckpointError, match=r"odd\.ckpt needs the YAML .*, and there is no YAML: put it into"):
+        read_config(tmp_path / "odd.ckpt")
+
+
+def test_a_folder_of_a_bag_is_found_by_its_name(tmp_path: Path) -> None:
+    for name in ("a0", "a1"):
+        save(network("htdemucs"), tmp_path / "mine", name)
+    bag(tmp_path / "mine", ["a0", "a1"])
+    assert load_model(tmp_path / "mine").name == "mine"
+
+
 def test_a_bag_of_specialists_gives_each_stem_by_its_own(tmp_path: Path) -> None:
     nets = [network("htdemucs", seed) for seed in (1, 2)]
     for name, net in zip(("f7e0c4bc", "d12395a8"), nets, strict=True):

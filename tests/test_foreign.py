@@ -97,6 +97,9 @@ def test_a_yaml_of_a_relative_is_refused_by_its_name(tmp_path: Path, changes: di
         ("mask_estimators.0.segm.hyperace.conv.weight", "a BS-RoFormer HyperACE"),
         ("mask_estimators.0.to_freqs.3.fno_blocks.convs.0.weight", "a BS-RoFormer FNO"),
         ("mask_estimators.0.layers.0.0.to_qkv.weight", "a RoFormer whose mask estimators have other parts"),
+        ("layers.0.1.layers.0.conv.net.0.weight", "a Conformer over bands"),
+        ("separation_net.dp_modules.0.time_layer.norm.gamma", "an SCNet with transformers"),
+        ("bsrnn.tf_model.seqband.0.0.norm.weight", "a Bandit"),
         ("layers.0.1.layers.0.0.to_qkv.lora_A", "what LoRA adds to a model, without the model"),
     ],
 )
