@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -162,6 +163,17 @@ def worse(stems: dict[str, np.ndarray], error: float) -> dict[str, np.ndarray]:
     return {stem: (1 + error) * audio for stem, audio in stems.items()}
 
 
+NUMBER = re.compile(r"-?\d+\.\d+")
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in NUMBER.findall(line)]
+
+
+def without_numbers(line: str) -> str:
+    return NUMBER.sub("#", line)
+
+
 def report(references: Path, estimates: Path) -> Report:
     return evaluate(find_songs(references), find_songs(estimates))
 
@@ -196,8 +208,11 @@ def test_what_separate_wrote_is_scored_as_the_engine_scores_it(
     assert main(["evaluate", "--references", str(references), "--estimates", str(out)]) == 0
     given = capsys.readouterr().out
     assert main(["evaluate", "--references", str(references), *options]) == 0
-    assert capsys.readouterr().out == given  # here the mixture is the sum of the references
+    again = capsys.readouterr().out  # here the mixture is the sum of the references
     head, *rows, _ = given.splitlines()  # the last says what to install
+    for one, other in zip(given.splitlines(), again.splitlines(), strict=True):
+        assert without_numbers(one) == without_numbers(other)
+        assert numbers(one) == pytest.approx(numbers(other), abs=0.02)  # the sum is rounded otherwise
     assert head.split() == ["song", "stem", "SDR", "MUSDB", "SDR", "MDX23", "SI-SDR", "SIR", "SAR"]
     assert [row.split()[:2] for row in rows] == [["song", "instrumental"], ["song", "vocals"]]
     true = sum(audio for stem, audio in cut(stems, 0, 4).items() if stem != "vocals")

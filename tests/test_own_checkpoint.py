@@ -23,7 +23,7 @@ from separation.catalogue import available, is_here, read_config
 from separation.checkpoints import _architectures_with, _build, load_model, random_weights
 from separation.errors import CheckpointError, RecipeError
 from separation.models.bs_roformer import BSRoFormer
-from small_model import DOCUMENT, HYPER_PARAMETERS, chunks, small_model, write_weights
+from small_model import DOCUMENT, HYPER_PARAMETERS, assert_same_model, chunks, small_model, write_weights
 from weights_server import Server
 
 SIZES = {"freqs_per_bands": [25] * 41, "stft_n_fft": 2048, "stft_win_length": 2048, "stft_hop_length": 1024}
@@ -80,7 +80,7 @@ def test_weights_alone_find_their_yaml(tmp_path: Path, config: str, others: list
     assert read_config(tmp_path / "x.v1.ckpt").source == tmp_path / config
     model = load_model(tmp_path / "x.v1.ckpt")
     assert model.name == "x.v1" and model.stems == ("vocals", "drums")
-    assert torch.equal(model(chunks(2048)), own_model()(chunks(2048)))
+    assert_same_model(model, own_model(), chunks(2048))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_weights_that_were_asked_for_go_before_those_of_the_yaml(tmp_path: Path)
     put(tmp_path, "x.ckpt")
     document = COMMUNITY | {"files": [{"name": "other.ckpt"}]}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(document))
-    assert torch.equal(load_model(tmp_path / "x.ckpt")(chunks(2048)), own_model()(chunks(2048)))
+    assert_same_model(load_model(tmp_path / "x.ckpt"), own_model(), chunks(2048))
     files = [{"name": f"{stem}.ckpt", "stem": stem} for stem in ("vocals", "drums")]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(document | {"files": files}))
     with pytest.raises(CheckpointError, match=r"x\.yaml needs 2 files, .*x\.ckpt is one: give the model's name"):
@@ -139,7 +139,7 @@ def test_a_folder_or_a_pair_is_found_by_its_name(tmp_path: Path, names: tuple[st
         put((tmp_path / name).parent, Path(name).name)
     model = load_model(tmp_path / "own")
     assert model.name == "own"
-    assert torch.equal(model(chunks(2048)), own_model()(chunks(2048)))
+    assert_same_model(model, own_model(), chunks(2048))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ needs a few wheels. Where there is a network, in the project's root:
     printf '/.whl/\\n/.site/\\n' >> .git/info/exclude
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \\
-        soundfile==0.14.0 cffi pycparser demucs==4.1.0 julius \\
+        soundfile==0.14.0 cffi pycparser demucs==4.1.0 julius platformdirs filelock pytest-timeout \\
         pymss-core==0.1.14 unblend==1.0.0 audio-separator==0.47.1 bs-roformer-infer==0.1.5 \\
         rotary-embedding-torch==0.9.1 beartype==0.23.1
 
@@ -24,8 +24,9 @@ and on the machine, with .whl beside the checkout:
     python -m pip install --no-index --no-deps --no-compile --target .site .whl/*.whl
     PYTHONPATH=$PWD/.site python tests/gpu/measure.py --seconds 300
 
-The first line of wheels is this engine's. The networks of pymss-core and Unblend need PyTorch, NumPy and PyYAML alone;
-those of audio-separator and bs-roformer-infer (MSST's) also the last line's.
+The first line of wheels is this engine's, with rotary-embedding-torch of the last; for MelBand-RoFormer, librosa and
+what it imports come to these. The networks of pymss-core and Unblend need PyTorch, NumPy and PyYAML alone; those of
+audio-separator and bs-roformer-infer (MSST's) also the last line's.
 """
 
 import argparse
