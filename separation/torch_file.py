@@ -143,6 +143,7 @@ def _find(path: Path, find: Callable[[str], Name], name: str) -> Name:
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
         "torch.nn.parameter.Parameter": lambda data, *_: data,
+        "torch._tensor._rebuild_from_type_v2": _with_attributes,
     }
     return Name(name, calls[name]) if name in calls else find(name)
 
@@ -151,6 +152,13 @@ def _dictionary(items: Any = ()) -> dict[Any, Any]:
     made: dict[Any, Any] = {}
     pickles.put(made, items)
     return made
+
+
+def _with_attributes(called: Any, _: Any, arguments: Any, *__: Any) -> Any:
+    """A tensor that somebody had given attributes, without them."""
+    if not isinstance(called, Name) or called.call is None:
+        raise UnpicklingError("a tensor of another kind")
+    return called.call(*arguments)
 
 
 def _tensor(path: Path, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Callable[[], Tensor]:

@@ -148,7 +148,21 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
         archive(
             saved(call("torch._tensor._rebuild_from_type_v2", b"(cbuiltins\nbytearray\nN" + numbers(2**31) + b"Nt"))
         ),
-        r"run code \(torch\._tensor\._rebuild_from_type_v2\)",
+        "holds no state dict",
+    ),
+    "of_a_type_in_itself.ckpt": (
+        archive(
+            saved(
+                b"(ctorch._tensor\n_rebuild_from_type_v2\nq\x00)q\x01" + b"(h\x00Nh\x01Ntq\x01" * 5000 + b"h\x00h\x01Rt"
+            )
+        ),
+        "is damaged",
+    ),
+    "of_a_class.ckpt": (
+        archive(
+            saved(call("torch._tensor._rebuild_from_type_v2", b"(ctorch\nFloatStorage\nN" + numbers(2**31) + b"Nt"))
+        ),
+        "a tensor of another kind",
     ),
     "encode.ckpt": (archive(saved(call("_codecs.encode", b"(" + text("x") + text("utf-16") + b"t"))), "no state dict"),
     "complex_text.ckpt": (archive(saved(call("fractions.Fraction", b"(" + DOUBLING + b"t"))), "run code .fractions"),
@@ -349,7 +363,9 @@ def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path: Path) -> None:
         "long": torch.arange(-5, 5),
         "parameter": torch.nn.Parameter(base),
         "expanded": base[:1].expand(4, 10),
+        "with an attribute": base.clone(),
     }
+    state["with an attribute"].note = "of its author"  # type: ignore[attr-defined]
     for suffix in (".ckpt", ".th"):
         path = write_weights(state, tmp_path / f"x{suffix}")
         read, expected = read_weights(open_weights(path), {}), torch.load(path, weights_only=True)

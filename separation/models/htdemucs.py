@@ -109,6 +109,7 @@ def dequantised(network: nn.Module, state: Mapping[str, Any]) -> dict[str, Tenso
         raise CheckpointError(f"its weights are quantised by {meta['klass']}: only DiffQuantizer's can be read")
     for parameter in network.parameters():
         parameter.data.fill_(float("nan"))
+    check_arguments(meta["init_kwargs"], {})
     quantizer = diffq.DiffQuantizer(network, **meta["init_kwargs"])
     quantizer.restore_quantized_state(state)  # fills as many as there are
     quantizer.detach()
