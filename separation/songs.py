@@ -68,33 +68,25 @@ class Outcome:
 
 
 def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple[list[Song], list[Outcome]]:
-    """The songs that something is to be done for, and what is known of the others; with `force`, there are none.
+    """The songs that something is to be done for, and what is known of the others.
 
+    Unless `force`, a song is done if its stems are whole and were made of this very file with these settings.
     Songs whose stems would replace what is not theirs have failed.
     """
     left, done = [], []
     for song in songs:
+        entry = None if force else _entry(song, job)
+        if entry is not None and not _needs_page(song, job, entry):
+            done.append(_outcome(song, "skipped", entry))
+            continue
         try:
+            _check(song, job, entry)
             if force:  # in the record, so that a run that is stopped and started without goes on
                 _forget(song.folder, job.settings)
-            if outcome := finished(song, job):
-                done.append(outcome)
-            else:
-                _check(song, job, _entry(song, job))
-                left.append(song)
+            left.append(song)
         except SeparationError as e:
             done.append(Outcome(song.path, "failed", str(e)))
     return left, done
-
-
-def finished(song: Song, job: Job) -> Outcome | None:
-    """A song that needs nothing any more: its stems are whole and were made of this very file with these settings."""
-    entry = _entry(song, job)
-    return (
-        None
-        if entry is None or (job.report and not _has_page(song.folder, entry))
-        else _outcome(song, "skipped", entry)
-    )
 
 
 def _forget(folder: Path, settings: dict[str, Any]) -> None:
@@ -117,7 +109,7 @@ def _entry(song: Song, job: Job) -> dict[str, Any] | None:
 def _check(song: Song, job: Job, entry: dict[str, Any] | None) -> None:
     """Raise if what is to be written would replace another song's stems, or what this program did not write."""
     names = [] if entry else [f"{stem}.{job.writing['format']}" for stem in job.stems]
-    names += [PAGE] if job.report else []
+    names += [PAGE] if _needs_page(song, job, entry or {}) else []
     check_targets(song.folder, [*names, RECORD], overwrite=job.overwrite, song=song.path)
     if job.overwrite:
         return
@@ -131,9 +123,9 @@ def _check(song: Song, job: Job, entry: dict[str, Any] | None) -> None:
             )
 
 
-def _has_page(folder: Path, entry: dict[str, Any]) -> bool:
-    page = folder / PAGE
-    return os.path.isfile(page) and page.stat().st_size == entry.get("page_bytes")
+def _needs_page(song: Song, job: Job, entry: dict[str, Any]) -> bool:
+    page = song.folder / PAGE
+    return job.report and not (os.path.isfile(page) and page.stat().st_size == entry.get("page_bytes"))
 
 
 def _outcome(song: Song, status: str, entry: dict[str, Any], error: str = "") -> Outcome:
@@ -281,7 +273,7 @@ def separate_song(song: Song, job: Job, separator: "Separator", progress: "Progr
             _check(song, job, entry)
             if entry is None:
                 entry, status = _separated(song, job, separator, progress, warnings), "done"
-            if job.report and not _has_page(song.folder, entry):
+            if _needs_page(song, job, entry):
                 entry = _with_page(song, job, entry, progress, SEPARATED if status == "done" else 0)
                 status = "done"
     except SeparationError as e:

@@ -132,7 +132,7 @@ def test_what_this_program_wrote_it_replaces_unless_the_user_has_changed_it(
 ) -> None:
     song, vocals = write_song(tmp_path / "1.wav"), tmp_path / "1" / "vocals.wav"
     assert separate(song, "-o", tmp_path, "--report") == 0
-    assert separate(song, "-o", tmp_path, "--report", "--wav-depth", "16") == 0
+    assert separate(song, "-o", tmp_path, "--wav-depth", "16") == 0
     assert soundfile.info(vocals).subtype == "PCM_16"
     assert separate(song, "-o", tmp_path, "--report", "--wav-depth", "16", "--force-refresh") == 0
     capsys.readouterr()

@@ -14,7 +14,7 @@ from separation import signals
 from separation.output import OutputFolder
 from separation.separator import Separator
 from separation.signals import Stopping, uninterrupted
-from separation.songs import RECORD, Job, Song, finished, separate_song
+from separation.songs import RECORD, Job, Song, separate_song, unfinished
 
 
 @pytest.fixture
@@ -89,6 +89,6 @@ def test_a_signal_while_a_song_takes_its_place_leaves_it_finished_and_recorded(
     monkeypatch.setattr(OutputFolder, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         separate_song(song, job, Separator("demo", device="cpu"), lambda share, stage: None)
-    assert finished(song, job) is not None
+    assert unfinished([song], job)[0] == []
     assert sorted(path.name for path in song.folder.iterdir()) == [RECORD, "instrumental.wav", "vocals.wav"]
     assert not below(tmp_path, ".separating-*")
