@@ -278,7 +278,9 @@ def _disagreements(description: Checkpoint, shapes: Shapes) -> list[str]:
     for name, found in architecture.sizes_in(shapes, config).items():
         given = getattr(config, name)
         is_list = isinstance(given, list | tuple)
-        if found is None or found == (len(given) if is_list and isinstance(found, int) else given):
+        if found is None or (isinstance(found, tuple) and None in found):
+            continue
+        if found == (len(given) if is_list and isinstance(found, int) else given):
             continue
         where = sections.get(name, f"model.{name}")
         if is_list and isinstance(found, int):

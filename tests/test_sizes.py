@@ -1,6 +1,8 @@
 """Weights of another size than the YAML says are told by the YAML's keys that disagree."""
 
 import copy
+import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,21 @@ def test_no_shipped_model_disagrees_with_its_own_weights(name: str) -> None:
     prefix = type(model).key_prefix(specialists[0] if specialists else "0")
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in model.state_dict().items()}
     assert _disagreements(description, Shapes(shapes)) == []
+
+
+@pytest.mark.parametrize("architecture", DOCUMENTS)
+def test_weights_of_any_shapes_are_compared(architecture: str, tmp_path: Path) -> None:
+    path = write(tmp_path, architecture)
+    description = read_config(path)
+    own = {name: tuple(value.shape) for name, value in random_weights(path).items()}
+    chance = random.Random(0)
+    for _ in range(60):
+        shapes = dict(own)
+        for name in chance.sample(list(shapes), chance.choice([1, 5, len(shapes) // 2, len(shapes)])):
+            del shapes[name]
+            other = re.sub(r"\d+", lambda _: str(chance.choice([0, 1, 5])), name, count=1)
+            if chance.random() < 0.7:
+                shapes[other] = tuple(chance.choice([0, 1, 3, 16]) for _ in range(chance.randrange(5)))
+        for said in _disagreements(description, Shapes(shapes)):
+            assert re.fullmatch(r"(model|audio)\.\w+ (is|has) .*, the weights (have|are for) .*", said)
+            assert "None" not in said

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, product
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +22,7 @@ from separation.models.shapes import Shapes
 
 SAMPLE_RATES = (44100, 48000, 32000, 24000, 22050, 16000)  # hertz; that networks are trained at
 FFT_SIZES = (1024, 2048, 4096, 512, 8192)
+MOST_BANDS = 256
 
 
 @cache
@@ -103,14 +104,18 @@ class MelBandRoFormer(RoFormer):
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
         widths = band_widths(shapes)
         found: dict[str, Any] = {"num_bands": len(widths)}
-        # Of what can be asked for, what gives these bands, the Config's own values first.
-        choices = product(
-            (config.sample_rate, *SAMPLE_RATES), (config.stft_n_fft, *FFT_SIZES), (config.stereo, True, False)
-        )
-        for sample_rate, n_fft, stereo in choices:
-            bands = mel_bands(len(widths), n_fft, sample_rate)
-            if tuple((4 if stereo else 2) * len(band) for band in bands) == widths:
-                found |= {"sample_rate": sample_rate, "stft_n_fft": n_fft, "stereo": stereo}
+        own = {"sample_rate": config.sample_rate, "stft_n_fft": config.stft_n_fft, "stereo": config.stereo}
+        # The Config's own values first, then one of them is another.
+        choices = [
+            own,
+            own | {"stereo": not config.stereo},
+            *(own | {"stft_n_fft": n_fft} for n_fft in FFT_SIZES),
+            *(own | {"sample_rate": sample_rate} for sample_rate in SAMPLE_RATES),
+        ]
+        for choice in choices if 0 < len(widths) <= MOST_BANDS else ():
+            bands = mel_bands(len(widths), choice["stft_n_fft"], choice["sample_rate"])
+            if tuple((4 if choice["stereo"] else 2) * len(band) for band in bands) == widths:
+                found |= choice
                 break
         return super().sizes_in(shapes, config) | found | {"mask_estimator_depth": mask_layers_in(shapes) - 1}
 
