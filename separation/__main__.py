@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SeparationError as e:
         _say_error(e)
         return 2
+    except OSError as e:  # where no module had more to say: a disk that is full, or no folder for temporary files
+        _say_error(f"{e.strerror or e}{f': {e.filename!r}' if e.filename else ''}")
+        return 2
 
 
 def _say(line: object, file: TextIO | None = None) -> None:

@@ -52,6 +52,7 @@ from separation.documents import (
 )
 from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
 from separation.locks import lock
+from separation.memory import enough_memory
 from separation.output import not_through_links
 from separation.places import program, shipped, size_bytes, weights_folder
 
@@ -413,7 +414,7 @@ def _safetensors_metadata(path: Path) -> dict[str, str]:
     """Raises CheckpointError for a file without the header of a safetensors file."""
     try:
         read_safetensors_header(path)  # of bounded size, before the library reads it
-        with safe_open(path, framework="np") as opened:
+        with enough_memory(str(path)), safe_open(path, framework="np") as opened:
             return opened.metadata() or {}
     except (DocumentError, SafetensorError, OSError) as e:
         raise CheckpointError(

@@ -40,7 +40,8 @@ from separation.catalogue import (
 )
 from separation.device import choose_device, choose_precision, floats_of
 from separation.documents import bare, first_line, shown
-from separation.errors import CheckpointError, InputError, OutputError
+from separation.errors import CheckpointError, EstimateError, InputError, OutputError
+from separation.memory import enough_memory
 from separation.models import ARCHITECTURES
 from separation.models.attention import LAYERS, AttentionChoice, choose_attention
 from separation.models.base import Origin, SeparationModel, precision_name
@@ -437,9 +438,11 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
         config = architecture.Config(**hyper_parameters)
         # Built where PyTorch computes and then emptied: operations on the meta device itself would import its
         # compiler, most of a second. Until it is written to, memory on the CPU costs nothing either.
-        with Uninitialised():
+        with enough_memory(description.name), Uninitialised():
             model = architecture(config, **several)
         model = architecture(config, **several) if initialised else model.to("meta")
+    except EstimateError:
+        raise
     except Exception as e:  # arguments may be anything
         raise CheckpointError(f"{description.source}: the model section is not usable: {first_line(e)}") from e
     if description.chunk_samples < model.least_samples:

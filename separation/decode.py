@@ -36,7 +36,7 @@ from separation.ffmpeg import Decoding, probe
 from separation.holes import Timeline, placed, silent
 from separation.integrity import MP3_EXTRA_SAMPLES, after_id3v2, check_chunks, check_length, check_mp3, check_ogg
 from separation.resample import resample
-from separation.waveform import BLOCK_SAMPLES, SAMPLE_RATE, TAGS, Waveform
+from separation.waveform import BLOCK_SAMPLES, MAX_SAMPLE, SAMPLE_RATE, TAGS, Waveform, sample_fault
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8000, 192000  # hertz, of the input
 
@@ -62,8 +62,8 @@ def decode(
     done, first with 0 and then after each block; raise from it to cancel. Reading stops after `max_seconds`, whatever
     the file says of its length.
 
-    Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, holds NaN or Inf, or is longer
-    than `max_seconds`; `OutputError` if `folder` cannot be written to.
+    Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, holds NaN, Inf or samples beyond
+    `MAX_SAMPLE`, or is longer than `max_seconds`; `OutputError` if `folder` cannot be written to.
     """
     path = Path(path)
     name = repr(path.name)
@@ -99,10 +99,12 @@ def decode(
 
             for block in source.blocks:
                 check_length(native.n_samples + len(block), source.sample_rate, max_seconds, name)
-                finite = np.isfinite(block)
-                if not finite.all():
-                    seconds = (native.n_samples + int(finite.all(axis=1).argmin())) / source.sample_rate
-                    raise AudioError(f"{name} holds NaN or Inf at {seconds:.3f} s; export it again without.")
+                sound = np.abs(block) <= MAX_SAMPLE  # which NaN is not
+                if not sound.all():
+                    place = int(sound.all(axis=1).argmin())
+                    fault = sample_fault(block[place][~sound[place]][0])
+                    seconds = (native.n_samples + place) / source.sample_rate
+                    raise AudioError(f"{name} holds {fault} at {seconds:.3f} s; export it again without.")
                 native.append(torch.from_numpy(block if is_stereo else block @ to_stereo).T)
                 if progress:
                     progress(reading * min(native.n_samples / (source.expected_samples or math.inf), 1.0))

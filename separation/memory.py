@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from separation.errors import EstimateError
+from separation.errors import EstimateError, SeparationError
 
 # A GPU's memory is another matter (`separation.device`).
 _WORDS = re.compile(
     r"could not create a (primitive|memory)|can(no|')t allocate memory|bad_alloc|bad allocation|failed to map segment"
-    r"|can't start new thread|not enough memory|insufficient memory|Unable to allocate",
+    r"|can't start new thread|not enough memory|insufficient memory|Unable to allocate"
+    r"|error return without exception set",  # by an import that broke off
     re.IGNORECASE,
 )
 
@@ -19,8 +20,7 @@ def lacks_memory(error: BaseException) -> bool:
     """Whether the error says that this computer's memory was not enough."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    # SystemError: of a C function that failed and did not say why; PyTorch has it for an import that broke off.
-    return isinstance(error, RuntimeError | ImportError | SystemError) and bool(_WORDS.search(str(error)))
+    return not isinstance(error, SeparationError) and bool(_WORDS.search(str(error)))  # ours may hold a song's name
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +38,7 @@ from separation.output import OutputFolder
 from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
 from separation.resample import resampled, resampled_length
 from separation.threads import Threads
-from separation.waveform import SAMPLE_RATE, Growing, Waveform
+from separation.waveform import MAX_SAMPLE, SAMPLE_RATE, Growing, Waveform, sample_fault
 
 SAMPLE_RATES: tuple[int | str, ...] = (44100, 48000, "source")
 DECODED, ESTIMATED = 0.05, 0.9  # the share of a file's job, in the progress, that is done by then; the rest is writing
@@ -484,17 +483,19 @@ class Separator:
     def separate(self, mixture: Tensor, *, progress: Progress | None = None) -> dict[str, Tensor]:
         """A song in memory, `[2, T]` at 44100 Hz, to its stems, each `[2, T]` float32 on the CPU.
 
-        Raises InputError for another shape, AudioError for NaN, Inf or no samples, and EstimateError for a model that
-        gave NaN or Inf or needs more memory than there is.
+        Raises InputError for another shape, AudioError for NaN, Inf, samples beyond MAX_SAMPLE or no samples, and
+        EstimateError for a model that gave NaN or Inf or needs more memory than there is.
         """
         if mixture.ndim != 2 or mixture.shape[0] != 2:
             raise InputError(f"the mixture must be a tensor of shape [2, T], not {list(mixture.shape)}")
         if mixture.shape[1] == 0:
             raise AudioError("the mixture has no samples")
         whole = Samples.of(mixture.detach().to("cpu", torch.float32))
-        if not math.isfinite(whole.peak):
-            first = int((~torch.isfinite(whole.samples)).any(dim=0).nonzero()[0])
-            raise AudioError(f"the mixture holds NaN or Inf at sample {first}")
+        if not whole.peak <= MAX_SAMPLE:  # which NaN is not
+            faulty = ~(whole.samples.abs() <= MAX_SAMPLE)
+            first = int(faulty.any(dim=0).nonzero()[0])
+            fault = sample_fault(float(whole.samples[:, first][faulty[:, first]][0]))
+            raise AudioError(f"the mixture holds {fault} at sample {first}")
         with enough_memory("the mixture"):
             song = _Song(self.recipe, whole, lambda: Samples(whole.n_samples))
             stems = {stem: song.wave(parts) for stem, parts in self.recipe.outputs.items()}
@@ -756,6 +757,6 @@ def _gain(stems: dict[str, Waveform]) -> float:
     if peak <= 1.0:
         return 1.0
     logger.warning(
-        "a stem peaks at %.2f, beyond full scale: all stems are scaled by %.3f so that none clips", peak, 1 / peak
+        "a stem peaks at %.3g, beyond full scale: all stems are scaled by %.3g so that none clips", peak, 1 / peak
     )
     return 1 / peak

@@ -276,10 +276,11 @@ def separate_song(song: Song, job: Job, separator: "Separator", progress: "Progr
             if _needs_page(song, job, entry):
                 entry = _with_page(song, job, entry, progress, SEPARATED if status == "done" else 0)
                 status = "done"
-    except SeparationError as e:
+    except (SeparationError, OSError) as e:  # OSError: a disk that gives up, or is taken away
+        error = str(e) if isinstance(e, SeparationError) else f"{song.path.name!r} is not done: {e}"
         if entry is None:
-            return Outcome(song.path, "failed", str(e), warnings=warnings)
-        return _outcome(song, "failed", entry, str(e))
+            return Outcome(song.path, "failed", error, warnings=warnings)
+        return _outcome(song, "failed", entry, error)
     return _outcome(song, status, entry)
 
 

@@ -23,8 +23,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from separation.documents import DocumentError, bare, first_line, read_json, read_safetensors_header, shown
-from separation.errors import CheckpointError
+from separation.errors import CheckpointError, EstimateError
 from separation.foreign import refuse_suffix
+from separation.memory import enough_memory
 from separation.models.base import Blueprint
 from separation.models.htdemucs import dequantised, description_of, network_of
 from separation.models.limits import Uninitialised
@@ -56,8 +57,10 @@ DTYPES = {
 def building(path: Path, most_weights: int) -> Iterator[None]:
     """Building a network as a file says: of no more weights than it can hold, and with one sentence if that fails."""
     try:
-        with Uninitialised(most_weights, "the file"):
+        with enough_memory(str(path)), Uninitialised(most_weights, "the file"):
             yield
+    except EstimateError:
+        raise
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     except Exception as e:  # arguments may be anything
@@ -128,8 +131,9 @@ def read_weights(stored: Stored, dtypes: Mapping[str, torch.dtype]) -> dict[str,
 def _damaged(path: Path) -> Iterator[None]:
     """Whatever fails within becomes one sentence about the file."""
     try:
-        yield
-    except CheckpointError:
+        with enough_memory(str(path)):
+            yield
+    except (CheckpointError, EstimateError):
         raise
     except pickle.UnpicklingError as e:
         if code := re.search(r"GLOBAL (\S+)", str(e)):

@@ -19,8 +19,18 @@ from separation.errors import OutputError
 SAMPLE_RATE = 44100  # hertz, of the models and of a Waveform after decode
 TAGS = ("title", "artist", "album")
 BLOCK_SAMPLES = 65536  # per channel: what is in memory at once
+# The highest sample of a song. 1 is full scale, integers of 32 bits that are taken for floats reach 2**31, and squares
+# of more than 10**19 overflow in float32.
+MAX_SAMPLE = 1e10
 
 _RAW_BYTES = 2**20
+
+
+def sample_fault(value: float) -> str:
+    """What to say of a sample that is not within MAX_SAMPLE."""
+    if not math.isfinite(value):
+        return "NaN or Inf"
+    return f"a sample of {value:.2g}, far beyond full scale, which is 1,"
 
 
 class Growing:
@@ -217,4 +227,6 @@ def write_all(write: Callable[[memoryview], int], data: bytes | memoryview) -> N
 def output_error(what: str, folder: Path, error: OSError) -> OutputError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     action = "free some space there or choose another folder" if full else "choose a folder that you may write to"
-    return OutputError(f"Cannot write {what} in {folder} ({error.strerror}); {action}.")
+    if folder.name.startswith("."):  # the temporary one in the user's, which goes
+        folder = folder.parent
+    return OutputError(f"cannot write {what} in {str(folder)!r} ({error.strerror}): {action}")
