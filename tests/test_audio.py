@@ -935,6 +935,31 @@ def test_wav_is_float_and_holds_the_samples_themselves_loud_ones_too(tmp_path: P
     assert torch.equal(samples_of(tmp_path / "song.wav", tmp_path), loud)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"format": "wav", "wav_depth": depth} for depth in ("32f", "24", "16")),
+        {"format": "wav", "wav_depth": "32f", "rf64": True},
+        *({"format": format} for format in ("flac", "mp3")),
+    ],
+)
+def test_the_same_samples_and_tags_give_the_same_bytes_which_hold_no_time(
+    options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "rf64" in options:
+        options = {key: value for key, value in options.items() if key != "rf64"}
+        monkeypatch.setattr("separation.encode._WAV_LIMIT_BYTES", 1000)
+    found = set()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        with waveform_of(noise(70_000, level=0.2), folder) as waveform:
+            waveform.tags = dict(TAGS)
+            encode(waveform, folder / "song", **options)
+        found.add((folder / "song").read_bytes())
+    (content,) = found
+    assert b"PEAK" not in content[:4096]  # the chunk in which libsndfile keeps the time
+
+
 def test_flac_is_24_bit_by_default(tmp_path: Path) -> None:
     with waveform_of(noise(70_000), tmp_path) as waveform:
         encode(waveform, tmp_path / "song.flac", format="flac")

@@ -1,6 +1,7 @@
 """The house stays in order: imports only go down, and each outside thing has one door."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,20 @@ def test_only_two_download_nothing_unpickles_and_few_run_programs() -> None:
 
 def test_only_the_container_fetches_songs() -> None:
     assert [name for name, path in modules().items() if "separation.remote" in imports(path)] == ["predict"]
+
+
+def test_what_is_printed_goes_through_one_function_for_people_and_one_for_json() -> None:
+    """The others: a fresh process's JSON, a server's log, and what is said when the command line is over."""
+    printing = {
+        name: len(re.findall(r"\bprint\(", path.read_text(encoding="utf-8"))) for name, path in modules().items()
+    }
+    del printing["predict"]  # whose stdout is the prediction's log
+    assert {name: count for name, count in printing.items() if count} == {
+        "separation.__main__": 2,
+        "separation.bench": 2,
+        "separation.process": 2,
+        "separation.public": 1,
+    }
 
 
 @pytest.mark.parametrize("module", ["separation.bench", "separation.evaluate", "separation.export"])

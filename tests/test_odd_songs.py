@@ -14,7 +14,7 @@ from torch import Tensor
 from torchaudio.functional import resample
 
 from conftest import SONG, quick_first
-from separation import InputError, ModelPool, Separator
+from separation import AudioError, InputError, ModelPool, Separator
 from separation.__main__ import main
 from separation.decode import decode
 from separation.metrics import level_dbfs, sdr
@@ -238,3 +238,44 @@ def test_stems_over_the_limit_of_wav_are_rf64_which_is_said_once(
         assert {soundfile.info(path).format for path in files.values()} == {format}
         assert caplog.text.count("RF64") == (format == "RF64")
         assert (sum(read(path) for path in files.values()) - mixture).abs().max() <= 2.0**-12
+
+
+@pytest.mark.parametrize(
+    "gain, offset", quick_first([(1e-40, 0), (2.0**31, 0), (1.4e-45, 0), (1e-20, 0), (1, 1e6), (1e9, -1e9)], 2)
+)
+def test_levels_beyond_all_music_give_stems_that_sum_to_the_song(
+    gain: float, offset: float, pool: ModelPool, tmp_path: Path
+) -> None:
+    mixture = (music()[:RATE].astype(np.float64) / np.abs(music()).max() * gain + offset).astype(np.float32)
+    stems = separated(mixture, pool, tmp_path)
+    error = sum(stem.double() for stem in stems.values()) - torch.from_numpy(mixture.T)
+    assert error.abs().max() <= 1e-6 * np.abs(mixture).max()
+
+
+SPIKES = {"3.4e38": 3.4e38, "-3.4e38": -3.4e38, "1e30": 1e30, "1e11": 1e11}
+
+
+@pytest.mark.parametrize("spike", SPIKES)
+@pytest.mark.parametrize("rate", [RATE, 48000])
+def test_a_sample_that_no_computation_holds_is_one_sentence_and_the_others_go_on(
+    spike: str, rate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = music()[:5000]
+    soundfile.write(tmp_path / "good.wav", samples, rate, subtype="FLOAT")
+    samples[480, 1] = SPIKES[spike]
+    soundfile.write(tmp_path / "bad.wav", samples, rate, subtype="FLOAT")
+    songs = [str(tmp_path / "bad.wav"), *([str(tmp_path / "good.wav")] if spike == "3.4e38" else [])]
+    assert main(["separate", *songs, "-o", str(tmp_path / "out"), "--recipe", "demo"]) == 2
+    captured = capsys.readouterr()
+    error = captured.err.splitlines()[0]
+    assert "'bad.wav' holds a sample of " in error and "far beyond full scale" in error
+    assert f" at {480 / rate:.3f} s" in error
+    assert ("good.wav: " in captured.out) == (spike == "3.4e38")
+    assert not (tmp_path / "out" / "bad").exists()
+
+
+def test_a_sample_that_no_computation_holds_is_an_error_in_memory_too(pool: ModelPool) -> None:
+    mixture = torch.zeros(2, 100)
+    mixture[1, 7] = -3.4e38
+    with pytest.raises(AudioError, match=r"^the mixture holds a sample of -3\.4e\+38, .* at sample 7$"):
+        separator(pool).separate(mixture)
