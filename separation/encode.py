@@ -22,7 +22,6 @@ WAV_DEPTHS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}  # bits of integer
 FLAC_DEPTHS = {"16": "PCM_16", "24": "PCM_24"}
 MP3_BITRATE, WAV_DEPTH, FLAC_DEPTH = 320, "32f", "24"  # where none is asked for
 
-_SFC_SET_ADD_PEAK_CHUNK = 0x1050  # of libsndfile's sndfile.h; soundfile has no word for it
 _WAV_LIMIT_BYTES = 2**32 - 2**20  # WAV sizes have 32 bits; leaves 1 MiB for the header and the tags
 _SAMPLE_BYTES = {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4}
 _INTEGER_BITS = {"PCM_16": 16, "PCM_24": 24}
@@ -99,7 +98,7 @@ def encode(
     dither = np.random.default_rng(zlib.crc32(path.stem.encode())) if bits == 16 else None
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        with _RecordingFile(partial, "x") as file:
+        with _RecordingFile(partial, "x+") as file:
             with soundfile.SoundFile(
                 file,
                 "w",
@@ -108,7 +107,6 @@ def encode(
                 subtype=subtype,
                 **_sound_file_options(waveform, format, mp3_bitrate or MP3_BITRATE, wav_depth),
             ) as sound:
-                _leave_out_peaks(sound)
                 for tag in TAGS:
                     # What libsndfile can take: an empty text, to it one that begins with NUL, is an error.
                     if value := waveform.tags.get(tag, "").encode(errors="replace").partition(b"\0")[0]:
@@ -125,6 +123,9 @@ def encode(
                         sound.write(block.clip(-1, 1) if format == "mp3" else block)
                     file.check()
             file.check()  # closing writes too: the encoder's last frames and the header
+            if format == "wav":
+                _zero_time(file)
+                file.check()
         os.replace(partial, path)
     except BaseException as e:
         with contextlib.suppress(OSError):  # it may not exist; the first error is the one to tell
@@ -134,9 +135,16 @@ def encode(
         raise
 
 
-def _leave_out_peaks(sound: soundfile.SoundFile) -> None:
-    """Leave the PEAK chunk out of a float WAV: it holds the time, and the same samples shall give the same file."""
-    soundfile._snd.sf_command(sound._file, _SFC_SET_ADD_PEAK_CHUNK, soundfile._ffi.NULL, 0)
+def _zero_time(file: "_RecordingFile") -> None:
+    """Zero the time in the PEAK chunk of a WAV or RF64 of floats: the same samples shall give the same file."""
+    file.seek(12)  # behind RIFF, its size, WAVE
+    while len(head := file.read(8)) == 8 and head[:4] != b"data":
+        n_bytes = int.from_bytes(head[4:], "little")
+        if head[:4] == b"PEAK":
+            file.seek(4, os.SEEK_CUR)  # its version
+            file.write(bytes(4))
+            return
+        file.seek(n_bytes + n_bytes % 2, os.SEEK_CUR)
 
 
 def _integers(block: NDArray[np.float32], bits: int, dither: np.random.Generator | None) -> NDArray[np.int32]:

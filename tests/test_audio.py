@@ -957,7 +957,9 @@ def test_the_same_samples_and_tags_give_the_same_bytes_which_hold_no_time(
             encode(waveform, folder / "song", **options)
         found.add((folder / "song").read_bytes())
     (content,) = found
-    assert b"PEAK" not in content[:4096]  # the chunk in which libsndfile keeps the time
+    if (place := content[:4096].find(b"PEAK")) > 0:  # the chunk in which libsndfile keeps the time
+        assert content[place + 12 : place + 16] == bytes(4)
+        assert "wav" in options.values()
 
 
 def test_flac_is_24_bit_by_default(tmp_path: Path) -> None:
