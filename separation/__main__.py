@@ -523,11 +523,19 @@ def _models(options: argparse.Namespace) -> list[catalogue.Checkpoint]:
 
 def _refuse_unused(options: argparse.Namespace, models: Collection[catalogue.Checkpoint]) -> None:
     """Raise if an option was given that means nothing for any of the models."""
+    if options.precision == "int8" and options.attention not in ("auto", "fused"):
+        raise InputError(
+            f"--precision int8 needs --attention fused or auto, not {options.attention}: leave one of them out"
+        )
     kinds, names = {model.architecture for model in models}, ", ".join(model.name for model in models)
     if None in kinds:
         return  # nobody knows before the weights are read
-    if options.attention != "auto" and not kinds & catalogue.WITH_ATTENTION:
-        raise InputError(f"--attention means nothing for {names}: leave it out")
+    for option, is_given, takers in (
+        ("--attention", options.attention != "auto", catalogue.WITH_ATTENTION),
+        ("--precision int8", options.precision == "int8", catalogue.WITH_INT8),
+    ):
+        if is_given and not kinds & takers:
+            raise InputError(f"{option} means nothing for {names}: leave it out")
     if options.chunk_size != "auto" and options.overlap == "auto" and kinds <= catalogue.FIXED_CHUNKS:
         raise InputError(f"--chunk-size alone means nothing for {names}, whose chunks have one length: leave it out")
 

@@ -68,6 +68,7 @@ MOST = {"sample_rate": 384_000, "samplerate": 384_000, "chunk_size": 2**24, "seg
 MOST_OTHER = 2**20
 FIXED_CHUNKS = {"demucs", "hdemucs", "htdemucs", "mdx23c"}  # architectures that take chunks of one length alone
 WITH_ATTENTION = {"bs_roformer", "mel_band_roformer", "htdemucs"}  # architectures whose attention has a choice
+WITH_INT8 = {"bs_roformer", "mel_band_roformer"}  # architectures that compute in int8
 YAML_SUFFIXES = (".yaml", ".yml")
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".th", ".chpt", ".bin")  # the first that is there is taken
 OWN_SUFFIXES = (".lock", ".part", ".verified", *YAML_SUFFIXES)  # of what stands beside a file of weights

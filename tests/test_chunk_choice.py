@@ -56,9 +56,11 @@ def test_the_models_with_chunks_of_one_length_are_those_that_the_catalogue_takes
 
 
 @pytest.mark.parametrize("name", ["demo", "mel_band_roformer_kim", "htdemucs", "hdemucs_mmi", "drumsep", "scnet"])
-def test_the_models_with_a_choice_of_attention_are_those_that_the_catalogue_takes_for_such(name: str) -> None:
+def test_the_models_with_a_choice_of_attention_or_int8_are_those_that_the_catalogue_takes_for_such(name: str) -> None:
     description = catalogue.read_config(name)
-    assert (_build(description, ()).head_size is not None) == (description.architecture in catalogue.WITH_ATTENTION)
+    model = _build(description, ())
+    assert (model.head_size is not None) == (description.architecture in catalogue.WITH_ATTENTION)
+    assert model.has_int8 == (description.architecture in catalogue.WITH_INT8)
 
 
 def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None:

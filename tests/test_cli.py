@@ -129,6 +129,11 @@ def test_a_bad_file_is_refused_in_one_line(
             ("--model-name", "hdemucs_mmi", "--attention", "sdpa"),
             ("--attention means nothing for hdemucs_mmi", "leave it out"),
         ),
+        (("--model-name", "htdemucs", "--precision", "int8"), ("--precision int8 means nothing for htdemucs",)),
+        (
+            ("--precision", "int8", "--attention", "sdpa"),
+            ("--precision int8 needs --attention fused or auto, not sdpa",),
+        ),
         (("--model-name", "htdemucs", "--chunk-size", "9"), ("--chunk-size alone means nothing for htdemucs",)),
     ],
 )
