@@ -9,6 +9,7 @@ import json
 import math
 import pickletools
 import random
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from conftest import PROJECT
@@ -31,7 +32,7 @@ from separation.models.base import Blueprint
 from separation.state_dict import metadata_of
 from small_model import DOCUMENT, HYPER_PARAMETERS
 
-N_QUICK, N_SLOW = 60, 5000
+N_QUICK, N_SLOW = 60, 2000
 
 AUDIO = {"sample_rate": 44100, "chunk_size": 4096}
 ROFORMER = {key: value for key, value in HYPER_PARAMETERS.items() if key != "freqs_per_bands"}
@@ -355,6 +356,23 @@ def test_altered_models_load_or_are_refused_with_one_sentence(
     whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
 ) -> None:
     check(range(N_QUICK), whole, tmp_path)
+
+
+def test_any_number_of_bands_in_a_checkpoint_is_one_sentence(
+    whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
+) -> None:
+    document, files = whole["mel_band_roformer"]
+    band_split = "band_split.to_features"
+    weights = {key: value for key, value in load(files["safetensors"]).items() if not key.startswith(band_split)}
+    for bands in (["none"], range(300), range(20_000)):
+        folder = tmp_path / str(len(bands))
+        folder.mkdir()
+        (folder / "x.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+        added = {f"{band_split}.{band}.1.weight": torch.zeros(1, 1) for band in bands}
+        (folder / "x.safetensors").write_bytes(save(weights | added))
+    for answer, grown in load_all(sorted(tmp_path.iterdir())).values():
+        assert re.fullmatch(r"refused: .* does not fit .*num_bands is 8, the weights have \d+.*", answer)
+        assert grown < 300
 
 
 @pytest.mark.slow
