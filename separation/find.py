@@ -83,6 +83,7 @@ class _Search:
             self._fail(path, f"{text!r} is a URL: download the song, then give its file")
         elif _is_pattern(text):
             below, rest = _literal_prefix(path)
+            rest += ["**"] if text.endswith(("/", os.sep)) else []  # folders alone, as for a shell
             if os.path.isdir(below):
                 self._take_below(below, self._matches(below, rest), text)
             else:
@@ -147,14 +148,13 @@ class _Search:
         """What is meant by a pattern's parts; `**` is any number of folders."""
         places = [below]
         for index, part in enumerate(parts):
-            if part == "**":
-                if index < len(parts) - 1:  # a folder that is meant is taken with all below it anyway
-                    folders = (
-                        folder for place in places if os.path.isdir(place) for folder, _ in self._walk(place, None)
-                    )
-                    places = list(dict.fromkeys(folders))
-            else:
+            if part != "**":
                 places = [match for place in places for match in self._named(place, part)]
+                continue
+            places = [place for place in places if os.path.isdir(place)]
+            if index < len(parts) - 1:  # else they are taken with all below them anyway
+                folders = (folder for place in places for folder, _ in self._walk(place, None))
+                places = list(dict.fromkeys(folders))
         return places
 
     def _named(self, folder: Path, part: str) -> list[Path]:

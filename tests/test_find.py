@@ -59,6 +59,8 @@ def test_a_folder_is_mirrored_without_hidden_files_other_suffixes_and_stems(tmp_
         (["**/*.wav"], {"x.wav": "x", "a/y.wav": "a/y"}),  # nothing of the output folder
         (["**"], {"x.wav": "x", "a/y.wav": "a/y", "a/b/z.flac": "a/b/z"}),
         (["a/**/*.flac"], {"a/b/z.flac": "b/z"}),
+        (["*/**"], {"a/y.wav": "a/y", "a/b/z.flac": "a/b/z"}),  # folders alone
+        (["*/"], {"a/y.wav": "a/y", "a/b/z.flac": "a/b/z"}),
         (["a/[bc]/?.flac"], {"a/b/z.flac": "b/z"}),
         (["a", "a/y.wav"], {"a/y.wav": "y", "a/b/z.flac": "b/z"}),  # once
         (["picture.jpg"], {"picture.jpg": "picture"}),  # named itself
