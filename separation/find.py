@@ -5,7 +5,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -76,7 +76,7 @@ class _Search:
                 raise InputError(
                     f"the stems would go among the songs of {text!r}: choose another folder, such as {path / 'stems'}"
                 )
-            self._take_below(path, [path], text)
+            self._take_below(path, [], text)
         elif os.path.exists(path):
             self._add(path, path.parent)
         elif _ADDRESS.match(text):
@@ -85,19 +85,19 @@ class _Search:
             below, rest = _literal_prefix(path)
             rest += ["**"] if text.endswith(("/", os.sep)) else []  # folders alone, as for a shell
             if os.path.isdir(below):
-                self._take_below(below, self._matches(below, rest), text)
+                self._take_below(below, rest, text)
             else:
                 self._fail(path, f"{str(below)!r} in {text!r} {_why_missing(below)}: check the path")
         else:
             self._fail(path, f"{text!r} {_why_missing(path)}: check the path")
 
-    def _take_below(self, below: Path, places: Iterable[Path], text: str) -> None:
-        """The songs among files, and in folders and below them, whose stems go to the same place below the output."""
+    def _take_below(self, below: Path, pattern: Sequence[str], text: str) -> None:
+        """Add the songs below a folder, or those that a pattern means there, with the same places below the output."""
         output = _resolved(self._output)
         skipped = None if _is_below(_resolved(below), output) else output  # above the songs, it has all of them
         n_failed, stems = len(self._found.failed), False
         sources = []
-        for place in places:
+        for place in self._matches(below, pattern):
             for path in self._files(place, skipped):
                 if path.name in self._stems_in(path.parent):
                     stems |= path.name != PAGE
@@ -122,7 +122,7 @@ class _Search:
         self._found.failed.append(Outcome(path, "failed", error))
 
     def _refuse(self, error: OSError) -> None:
-        self._fail(Path(error.filename), f"cannot read this folder: {error.strerror}")
+        self._fail(Path(error.filename), f"cannot read folder {error.filename!r}: {error.strerror}")
 
     def _files(self, place: Path, skipped: Path | None) -> Iterator[Path]:
         """Those in a folder and all below it, or the file itself if it is one; none that are hidden or skipped."""

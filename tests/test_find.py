@@ -176,11 +176,15 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     try:
         songs, found = found_in(tmp_path, ".")
         named = find([str(tmp_path / "a" / "x.wav")], tmp_path / "out").failed
+        globbed = find([str(tmp_path / "a" / "*.wav")], tmp_path / "out").failed
     finally:
         (tmp_path / "a").chmod(0o700)
     assert list(songs) == ["y.wav"]
     (failed,) = found.failed
-    assert failed.path == tmp_path / "a" and "Permission denied" in failed.error
+    assert (
+        failed.path == tmp_path / "a" and failed.error == f"cannot read folder {str(failed.path)!r}: Permission denied"
+    )
+    assert globbed == [failed]
     assert "x.wav' cannot be read (Permission denied)" in named[0].error
 
 
