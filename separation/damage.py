@@ -21,6 +21,7 @@ class Damage:
     def __init__(self, name: str, *, accept: bool = False) -> None:
         self.name = name
         self.accept = accept
+        self.offset = 0.0  # seconds before the part of the song that is read now
         self.holes: list[tuple[float, float]] = []  # where, and how long: silence is in their place
         self.cut_seconds = 0.0  # missing at the end
         self._notes: list[str] = []
@@ -35,6 +36,7 @@ class Damage:
 
     def hole(self, at: float, seconds: float) -> None:
         """So much is missing there, and silent now. Holes that touch are one."""
+        at += self.offset
         if self.holes and at <= sum(self.holes[-1]) + 1e-3:
             start, before = self.holes.pop()
             self.holes.append((start, before + seconds))
@@ -43,7 +45,7 @@ class Damage:
 
     def cut(self, seconds: float) -> None:
         """So much is missing at the end."""
-        self.cut_seconds = max(self.cut_seconds, seconds)
+        self.cut_seconds += seconds
 
     def note(self, fault: str) -> None:
         """A fault by which nothing is missing, as far as can be told."""
@@ -70,18 +72,20 @@ class Damage:
         faults = []
         if self.cut_seconds:
             at = whole - self.cut_seconds
-            faults.append(
-                f"is cut short: the last {self.cut_seconds:.2f} s of {whole:.2f} s are missing, from {at:.2f} s on"
-            )
+            missing = f"the last {_seconds(self.cut_seconds)} of {whole:.2f} s are missing, from {at:.2f} s on"
+            faults.append(f"is cut short: {missing}")
         if self.holes:
             total = sum(seconds for _, seconds in self.holes)
-            places = [f"{length:.2f} s at {at:.2f} s" for at, length in self.holes[:_MAX_PLACES]]
+            places = [f"{_seconds(length)} at {at:.2f} s" for at, length in self.holes[:_MAX_PLACES]]
             more = f" and {len(self.holes) - _MAX_PLACES} more" if len(self.holes) > _MAX_PLACES else ""
-            faults.append(
-                f"is damaged: {total:.2f} of {whole:.2f} s are missing and silent instead ({', '.join(places)}{more})"
-            )
+            where = f"{', '.join(places)}{more}"
+            faults.append(f"is damaged: {_seconds(total)} of {whole:.2f} s are missing and silent instead ({where})")
         others = [*self._doubts, *self._notes]
         if others:
             more = f" and {len(others) - _MAX_PLACES} other faults" if len(others) > _MAX_PLACES else ""
             faults.append(f"is damaged: {', '.join(others[:_MAX_PLACES])}{more}")
         return ", and ".join(faults)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.01 else f"{1000 * seconds:.1f} ms"

@@ -35,7 +35,7 @@ _MAX_ERRORS = 1000  # kept
 
 def _guarded_input(path: Path | None, demuxer: str | None) -> list[str]:
     """No name is taken for an option or for another protocol, and no file leads to others."""
-    guard = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS]
+    guard = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS, "-err_detect", "crccheck"]
     if demuxer:
         guard += ["-f", demuxer]
     return [*guard, "-i", "pipe:0" if path is None else f"file:{path.absolute()}"]
@@ -46,6 +46,10 @@ def _program(program: str, name: str) -> str:
     if found is None:
         raise AudioError(f"{name} is not audio that libsndfile reads; install ffmpeg for M4A, AAC, video and others.")
     return found
+
+
+class UnreadableError(AudioError):
+    """A file of which ffprobe can make nothing."""
 
 
 def is_installed() -> bool:
@@ -96,7 +100,7 @@ def probe(path: Path, name: str, *options: str) -> dict[str, Any]:
         ) from e
     if result.returncode != 0:
         _check_runs(program, name)
-        raise AudioError(f"{name} is not audio that libsndfile or ffmpeg can read; choose an audio file.")
+        raise UnreadableError(f"{name} is not audio that libsndfile or ffmpeg can read; choose an audio file.")
     answer: dict[str, Any] = json.loads(result.stdout.decode(errors="replace"))
     answer["errors"] = [found[1] for line in _lines(result.stderr) if (found := _ERROR.match(line))]
     return answer

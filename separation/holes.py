@@ -1,15 +1,18 @@
 """Samples that ffmpeg decodes, each at the time that the file gives it: what is missing between is silence."""
 
+import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from separation.damage import MIN_MISSING_SECONDS, Damage
 from separation.ffmpeg import Decoding, Frame
-from separation.waveform import BLOCK_SAMPLES
+from separation.waveform import silent
 
+_TELLING = {"mov", "flac", "wv", "tta", "ape", "caf", "aiff", "w64", "wav", "au", "tak", "mpc8"}
 _START_SECONDS = 0.5  # times that go back to before this are of another song, appended
 _MAX_HOLE_SECONDS = 60.0  # a longer one, in a file that does not tell its length, is a wrong time
 
@@ -78,7 +81,21 @@ def placed(decoding: Decoding, channels: int, timeline: Timeline) -> Iterator[ND
         n_read += len(block)
 
 
-def silent(n_samples: int, channels: int) -> Iterator[NDArray[np.float32]]:
-    """Blocks `[n, channels]` of silence."""
-    for start in range(0, n_samples, BLOCK_SAMPLES):
-        yield np.zeros((min(BLOCK_SAMPLES, n_samples - start), channels), np.float32)
+def announced_seconds(stream: Mapping[str, Any], answer: Mapping[str, Any], container: Sequence[str]) -> float:
+    """How long an audio stream is by its file, of which ffprobe gave this answer; 0 where it does not say.
+
+    Of other containers than these ffmpeg gives no more than an estimate.
+    """
+    if _TELLING & set(container):
+        return float(stream.get("duration", 0))
+    if "avi" in container:  # its duration is that of the index, which may be cut
+        numerator, denominator = map(int, stream.get("time_base", "0/1").split("/"))
+        return int(stream.get("nb_frames", 0)) * numerator / denominator
+    start = max(0.0, float(stream.get("start_time", 0)))
+    if "matroska" in container:  # tells when the stream ends
+        tags = {key.lower(): value for key, value in stream.get("tags", {}).items()}
+        if found := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)\0*", tags.get("duration", "")):
+            return max(0.0, 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3]) - start)
+    if {"matroska", "asf", "flv"} & set(container) and len(answer["streams"]) == 1:
+        return max(0.0, float(answer["format"].get("duration", 0)) - start)
+    return 0.0

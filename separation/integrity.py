@@ -1,14 +1,10 @@
-"""What a file's own structure says of it where the decoders do not tell: cut short, too long, made to keep them busy.
-
-Walks the chunks of WAV, AIFF and their kin, the pages of Ogg and the frames of MP3. Every error is one sentence that
-begins with the file's `name`.
-"""
+"""What the chunks of WAV, AIFF and their kin, and the boxes of MP4, say of a file: how much audio it should hold."""
 
 import os
 import re
 import struct
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import IO
 
 from separation.errors import AudioError
@@ -16,11 +12,6 @@ from separation.errors import AudioError
 # A file made to keep these checks busy can hold millions of each; beyond these numbers the decoders alone judge it.
 _MAX_CHUNKS = 10_000
 _MAX_ID3V2_TAGS = 100
-_MAX_FALSE_HEADERS = 100_000
-_MAX_FALSE_PAGES = 1000
-
-_OGG_MARK = re.compile(b"OggS")
-_OGG_HEADER_BYTES = 27 + 255  # at most
 
 
 @dataclass(frozen=True)
@@ -53,17 +44,35 @@ _SIZE_LIMIT = 2**32  # bytes, of a WAV with sizes of 32 bits
 _MAX_BYTES_AFTER_AUDIO = 2**24  # of a WAV beyond that: its tags
 
 
-def check_chunks(file: IO[bytes], name: str) -> tuple[int, int] | None:
-    """Where the audio of a WAV is, as its first byte and its bytes, if the header does not say; else None.
+@dataclass(frozen=True)
+class Audio:
+    """The bytes of a file's audio by its header, and by its size."""
 
-    It does not if the program that wrote it could not go back to fill the size in, or if that needs more than 32 bits.
-    Raises `AudioError` if a WAV, RF64, W64, AIFF, CAF, WMA, Matroska or WebM file ends within its audio.
+    start: int  # the first byte
+    n_announced: int | None  # None if the header does not say
+    n_there: int
+    is_wave: bool
+
+    @property
+    def missing_share(self) -> float:
+        """How much of the announced audio is missing, as a share of what is there."""
+        return max(0.0, ((self.n_announced or 0) - self.n_there) / max(self.n_there, 1))
+
+
+def find_audio(file: IO[bytes], name: str) -> Audio | None:
+    """Where the audio of WAV, RF64, W64, AIFF, CAF, AU, WMA, Matroska and WebM files is; None for others.
+
+    The header does not say how much it is if the program that wrote it could not go back to fill that in, or if that
+    needs more than 32 bits. Raises `AudioError` if a WAV over 4 GB ends within its audio.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    top = file.read(12)
+    top = file.read(24)
     if top[:4] == _EBML:
-        _check_matroska(file, size, name)
+        return _matroska(file, size)
+    if top[:4] == b".snd" and len(top) == 24:
+        start, n_bytes = struct.unpack(">II", top[4:12])
+        return Audio(start, None if n_bytes == 2**32 - 1 else n_bytes, max(0, size - start), False)
     container = _CONTAINERS.get(top[:4])
     if container is None:
         return None
@@ -82,9 +91,7 @@ def check_chunks(file: IO[bytes], name: str) -> tuple[int, int] | None:
                 n_bytes = long_bytes
             elif any(n_bytes in unknown for unknown in _UNKNOWN_BYTES):
                 n_bytes = -1
-            if n_bytes == 0 and top[4:8] in (bytes(4), b"\xff" * 4):
-                n_bytes = -1
-            return _audio_bytes(top, start, n_bytes, size, name)
+            return _audio(file, container, Audio(start, n_bytes, size - start, top[8:12] == b"WAVE"), top, name)
         if kind == b"ds64" and len(sizes := file.read(16)) == 16:
             long_bytes = struct.unpack("<q", sizes[8:])[0]
         if not 0 <= n_bytes <= size:
@@ -93,162 +100,101 @@ def check_chunks(file: IO[bytes], name: str) -> tuple[int, int] | None:
     return None
 
 
-def _audio_bytes(top: bytes, start: int, n_bytes: int, size: int, name: str) -> tuple[int, int] | None:
-    """For an audio chunk of `n_bytes` from `start`, as the header has it, what `check_chunks` does."""
-    rest = size - start
+def _audio(file: IO[bytes], container: _Container, audio: Audio, top: bytes, name: str) -> Audio:
+    """The audio, of which the header's word is given, with what of that word holds."""
+    n_bytes, rest = audio.n_announced or 0, audio.n_there
     if not 0 <= n_bytes < 2**62:
-        return (start, rest) if top[8:] == b"WAVE" else None
+        return replace(audio, n_announced=None)
     if top[:4] in (b"RIFF", b"RIFX") and rest > _SIZE_LIMIT:  # its upper bits are lost
         n_bytes += (rest - n_bytes) // _SIZE_LIMIT * _SIZE_LIMIT
         if rest - n_bytes <= _MAX_BYTES_AFTER_AUDIO:
-            return start, n_bytes
+            return replace(audio, n_announced=None, n_there=n_bytes)
         raise _cut_short(name)
-    if n_bytes > rest:
-        raise _cut_short(name)
-    return None
+    if n_bytes > rest or not _chunks_follow(file, container, audio.start + n_bytes):
+        return replace(audio, n_announced=n_bytes or None)
+    return replace(audio, n_there=n_bytes)
 
 
-def _check_matroska(file: IO[bytes], size: int, name: str) -> None:
-    """Raise `AudioError` if a Matroska or WebM file ends within its segment (RFC 8794, RFC 9559)."""
+def _chunks_follow(file: IO[bytes], container: _Container, position: int) -> bool:
+    """Whether what is left from a position on are chunks, or tags or padding as some programs append them."""
+    size = file.seek(0, os.SEEK_END)
+    for _ in range(_MAX_CHUNKS):
+        position += -(position - container.first) % container.alignment
+        file.seek(position)
+        header = file.read(container.header.size)
+        if len(header) < 8 or header[:8] == bytes(8) or header.startswith((b"TAG", b"ID3", b"APETAGEX")):
+            return True
+        if len(header) < container.header.size or not all(32 <= byte < 127 for byte in header[:4]):
+            return False
+        n_bytes = container.header.unpack(header)[1]
+        if not 0 <= n_bytes <= size - position:
+            return False
+        position += n_bytes + (0 if container.counts_header else len(header))
+    return True
+
+
+def _matroska(file: IO[bytes], size: int) -> Audio | None:
+    """The segment of a Matroska or WebM file (RFC 8794, RFC 9559)."""
     position = 0
     for kind in (_EBML, _SEGMENT):
         file.seek(position)
         header = file.read(12)
         if len(header) < 12 or header[:4] != kind or not header[4]:
-            return
+            return None
         width = 9 - header[4].bit_length()  # bytes of the size; the bit that tells it is not part of the number
         n_bytes = int.from_bytes(header[4 : 4 + width], "big") - (1 << 7 * width)
-        position += 4 + width + n_bytes
-    if n_bytes < (1 << 7 * width) - 1 and position > size:  # all ones: the writer did not know
-        raise _cut_short(name)
+        start = position + 4 + width
+        position = start + n_bytes
+    is_known = n_bytes < (1 << 7 * width) - 1  # all ones: the writer did not know
+    return Audio(start, n_bytes if is_known else None, size - start, False)
 
 
-def check_ogg(file: IO[bytes], name: str) -> bool:
-    """Raise `AudioError` if an Ogg file ends within a page (RFC 3533, section 6).
+_TS_BYTES, _TS_SYNC = (188, 192, 204), 0x47  # of a packet, plain, with a time, with checksums
+_PS_PACKET = re.compile(rb"\0\0\x01[\xbc-\xef]")
 
-    False if its first and last page are of different streams: with songs one after the other, as radio stations send
-    them, libsndfile would read the first and say nothing.
-    """
-    file.seek(0)
-    first = file.read(18)
-    if first[:4] != b"OggS":
-        return True
+
+def ends_within_packet(file: IO[bytes], container: Sequence[str]) -> bool:
+    """Whether an MPEG transport or program stream, which does not tell its length, ends within a packet."""
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 2**17))  # a page has 65307 bytes at most
-    end = file.read()
-    page = end[end.rfind(b"OggS\0") :]
-    segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
-    if len(page) < 27 or len(page) < 27 + page[26] + sum(segments):
-        raise _cut_short(name)
-    _check_ogg_pages(file, name)
-    return page[14:18] == first[14:18]  # the stream's serial number
+    if "mpegts" in container:
+        file.seek(0)
+        head = file.read(4 * max(_TS_BYTES))
+        for n_bytes in _TS_BYTES:
+            start = 4 if n_bytes == 192 else 0
+            if len(head) > start + n_bytes and head[start] == head[start + n_bytes] == _TS_SYNC:
+                return size % n_bytes != 0
+    if "mpeg" in container:
+        file.seek(max(0, size - 2**17))
+        tail = file.read()
+        *_, last = [None, *_PS_PACKET.finditer(tail)]
+        if last is not None:
+            n_bytes = int.from_bytes(tail[last.start() + 4 : last.start() + 6], "big")
+            return last.start() + 6 + n_bytes > len(tail)
+    return False
 
 
-def _check_ogg_pages(file: IO[bytes], name: str) -> None:
-    """Raise `AudioError` if the mark of a page often stands within other pages: libogg checks up to 64 KB at each."""
-    data, start, n_false, page_end = b"", 0, 0, 0
-    file.seek(0)
-    while block := file.read(2**20):
-        data += block
-        done = max(0, len(data) - _OGG_HEADER_BYTES)
-        for mark in _OGG_MARK.finditer(data, 0, done):
-            at = mark.start()
-            if start + at < page_end:
-                n_false += 1
-                if n_false > _MAX_FALSE_PAGES:
-                    raise AudioError(f"{name} is damaged: it is full of false Ogg pages; get the file again.")
-            else:
-                page_end = start + at + 27 + data[at + 26] + sum(data[at + 27 : at + 27 + data[at + 26]])
-        data, start = data[done:], start + done
-
-
-# Of a Layer III frame header: version (3 is MPEG-1, 2 is MPEG-2, 0 is MPEG-2.5) to rates and bitrates by their index.
-_MP3_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-_MP3_KBPS = (
-    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG-1
-    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG-2 and 2.5
-)
-MP3_EXTRA_SAMPLES = 8190  # per channel: the most that an encoder may add before and after the song
-_MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
-
-
-@dataclass(frozen=True)
-class _Mp3Frame:
-    sample_rate: int
-    n_bytes: int
-    n_samples: int
-    xing_offset: int  # where the first frame may hold a Xing header
-
-
-def check_mp3(path: Path, name: str, max_seconds: float | None) -> int:
-    """The samples per channel in the MPEG Layer III frames of a file, the encoder's delay included; 0 if it has none.
-
-    Raises `AudioError` if the last frame is cut short, if there are fewer frames than a Xing header announces, or if it
-    is longer than `max_seconds`. Bytes between, before and after the frames, such as tags, are passed over.
-    """
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        position = after_id3v2(file)
-        first: _Mp3Frame | None = None
-        n_frames, n_false, announced, contiguous, cut = 0, 0, 0, False, False
-        while position < size:
-            frame = _mp3_frame(file, position)
-            if frame is not None and first is not None and frame.sample_rate != first.sample_rate:
-                frame = None
-            if frame is not None and not contiguous and position + frame.n_bytes != size:
-                # Two bytes that look like a header are common in other data; two such in step are not.
-                following = _mp3_frame(file, position + frame.n_bytes)
-                if following is None or following.sample_rate != frame.sample_rate:
-                    frame = None
-            contiguous = frame is not None
-            if frame is None:
-                n_false += 1
-                if n_false > _MAX_FALSE_HEADERS:
-                    return 0
-                position = _next_sync(file, position + 1, size)
-                continue
-            position += frame.n_bytes
-            cut = position > size
-            if first is None:
-                first = frame
-                announced = _xing_frames(file, position - frame.n_bytes + frame.xing_offset)
-                n_frames -= announced > 0  # the frame with the header holds no audio and is not counted in it
-            n_frames += not cut
-            check_length(n_frames * frame.n_samples - MP3_EXTRA_SAMPLES, frame.sample_rate, max_seconds, name)
-    if first is None:
-        return 0
-    # Some encoders count the header's own frame too.
-    if (cut and n_frames < announced) or n_frames < announced - 1 or (cut and announced == 0):
-        raise _cut_short(name)
-    return n_frames * first.n_samples
-
-
-def _mp3_frame(file: IO[bytes], position: int) -> _Mp3Frame | None:
-    """The Layer III frame whose header stands at a position; None if there is none, or one without a bitrate."""
-    file.seek(position)
-    header = file.read(4)
-    if len(header) < 4 or not _MP3_SYNC.match(header):
-        return None
-    version, bitrate_index, rate_index = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
-    if bitrate_index in (0, 15) or rate_index == 3:
-        return None
-    mpeg1, mono = version == 3, header[3] >> 6 == 3
-    sample_rate, kbps = _MP3_HZ[version][rate_index], _MP3_KBPS[0 if mpeg1 else 1][bitrate_index]
-    n_samples = 1152 if mpeg1 else 576
-    n_bytes = n_samples // 8 * kbps * 1000 // sample_rate + (header[2] >> 1 & 1)
-    side_bytes = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
-    return _Mp3Frame(sample_rate, n_bytes, n_samples, 4 + side_bytes)
-
-
-def _next_sync(file: IO[bytes], position: int, size: int) -> int:
-    """The first position from `position` on where a Layer III header may stand, or `size`."""
-    while position < size:
+def check_mp4(file: IO[bytes], name: str) -> None:
+    """Raise `AudioError` if an MP4 file ends before the index, without which nothing of it can be read."""
+    size = file.seek(0, os.SEEK_END)
+    position, is_mp4 = 0, False
+    for _ in range(_MAX_CHUNKS):
         file.seek(position)
-        data = file.read(2**16)
-        if found := _MP3_SYNC.search(data):
-            return position + found.start()
-        position += max(1, len(data) - 1)  # the last byte may be the first of a header
-    return size
+        header = file.read(16)
+        if len(header) < 8:
+            break
+        n_bytes, kind = struct.unpack(">I4s", header[:8])
+        is_mp4 |= kind == b"ftyp" and position == 0
+        if kind == b"moov" or not is_mp4:
+            return
+        if n_bytes == 1 and len(header) == 16:
+            n_bytes = struct.unpack(">Q", header[8:])[0]
+        if n_bytes < 8:
+            n_bytes = size  # to the end
+        position += n_bytes
+    if is_mp4:
+        raise AudioError(
+            f"{name} is cut short: the index (moov) that an MP4 needs is missing; get the whole file again."
+        )
 
 
 def after_id3v2(file: IO[bytes]) -> int:
@@ -261,15 +207,6 @@ def after_id3v2(file: IO[bytes]) -> int:
         n_bytes = sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=True))
         position += 10 + n_bytes + (10 if header[5] & 16 else 0)  # the flag says that a footer follows
     return position
-
-
-def _xing_frames(file: IO[bytes], position: int) -> int:
-    """The frames that a Xing header announces; 0 if there is no header or it does not say."""
-    file.seek(position)
-    header = file.read(12)
-    if len(header) < 12 or header[:4] not in (b"Xing", b"Info") or not header[7] & 1:
-        return 0
-    return int.from_bytes(header[8:], "big")
 
 
 def check_length(n_samples: int, sample_rate: int, max_seconds: float | None, name: str) -> None:

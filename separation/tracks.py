@@ -13,7 +13,8 @@ from separation.channels import FFMPEG_CHANNELS
 from separation.errors import AudioError
 
 ENTRIES = (
-    "stream=index,id,codec_type,codec_name,sample_rate,channels,channel_layout,start_time,duration:stream_disposition"
+    "stream=index,id,codec_type,codec_name,sample_rate,channels,channel_layout,start_time,duration,nb_frames,time_base:"
+    "stream_disposition"
 )
 
 _LONGEST_LEAD_SECONDS = 3600.0  # sound that begins later yet, by its times, has wrong times

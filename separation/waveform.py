@@ -218,6 +218,12 @@ def read_padded(source: Readable, start: int, stop: int) -> Tensor:
     return torch.nn.functional.pad(source.read(first, last), (first - start, stop - last))
 
 
+def silent(n_samples: int, channels: int) -> Iterator[NDArray[np.float32]]:
+    """Blocks `[n, channels]` of silence."""
+    for start in range(0, n_samples, BLOCK_SAMPLES):
+        yield np.zeros((min(BLOCK_SAMPLES, n_samples - start), channels), np.float32)
+
+
 def write_all(write: Callable[[memoryview], int], data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:  # a disk that fills up takes a part of the data first and gives the error next

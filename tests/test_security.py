@@ -140,7 +140,7 @@ def test_a_long_file_that_ffmpeg_reads_is_stopped_at_the_limit_and_ffmpeg_ended(
     suffix: str, codec: str, flac_bomb: Path, tmp_path: Path, appended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bomb = ffmpeg(flac_bomb, tmp_path / f"bomb.{suffix}", "-t", "600", "-c:a", codec)
-    monkeypatch.setattr("separation.decode._open_libsndfile", lambda *_: None)
+    monkeypatch.setattr("separation.sndfile.open_whole", lambda *_: [])
     started = record_processes(monkeypatch)
     started_at = time.monotonic()
     assert "is longer than 60 s" in refusal(bomb, tmp_path, max_seconds=60)
