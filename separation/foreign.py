@@ -65,6 +65,7 @@ KEYS = {
 # Names of weights that only such models have.
 NAMES = {
     r"stg1_(low|high)_band_net\..*": "a VR network of Ultimate Vocal Remover 5",
+    r"encoding_blocks\.\d+\.tfc\..*": "an MDX-Net (ConvTDFNet)",
     r"mask_estimators\.\d+\.(.+\.)?segm\..*": HYPERACE,
     r"mask_estimators\.\d+\.(.+\.)?(fno\w*|lifting|spectral\w*|projection)\..*": FNO,
     r".*\.to_value_residual_mix\..*": VALUE_RESIDUALS,

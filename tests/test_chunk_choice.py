@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from separation import Separator, __main__, catalogue
+from conftest import song
+from separation import Cache, Separator, __main__, catalogue
 from separation.__main__ import build_parser
 from separation.checkpoints import _build, load_model
 from separation.chunk_choice import ChunkChoice
 from separation.errors import CheckpointError, InputError
 from separation.models import ARCHITECTURES
-from small_model import chunks, small_model, write_weights, write_yaml
+from small_model import HYPER_PARAMETERS, chunks, small_model, write_weights, write_yaml
 
 AUTO: Any = "auto"
 
@@ -83,6 +84,20 @@ def test_a_chunk_shorter_than_half_a_frame_is_refused(tmp_path: Path, chunk_samp
         words = r"small\.yaml: chunk_size is 32 samples, and its Fourier transform needs at least 33: correct it$"
         with pytest.raises(CheckpointError, match=words):
             load_model(path, checkpoint=weights)
+
+
+def test_equal_chunks_spelt_differently_are_one_estimate_in_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "song.wav").write_bytes(song(1))
+    sizes = {"freqs_per_bands": (205,) * 5, "stft_n_fft": 2048, "stft_win_length": 2048, "stft_hop_length": 1024}
+    weights = write_weights(small_model(**sizes).state_dict(), tmp_path / "x.ckpt")
+    audio, sizes["freqs_per_bands"] = {"chunk_size": 352_800}, [205] * 5
+    path = write_yaml(tmp_path, audio=audio, model=HYPER_PARAMETERS | sizes, drop=("files",))
+    cache, model = Cache(tmp_path / "cache"), load_model(path, checkpoint=weights)
+    choices: list[Any] = [{}, {"chunk_seconds": 8, "overlap_seconds": 4}, {"overlap_seconds": 4}, {"chunk_seconds": 9}]
+    for choice in choices:
+        Separator.from_model(model, cache=cache, **choice).separate_file(tmp_path / "song.wav", tmp_path / "out")
+    chunks = [(entry.settings["chunk_samples"], entry.settings["overlap_samples"]) for entry in cache.entries()]
+    assert sorted(chunks) == [(352_800, 176_400)] * 2 + [(396_900, 198_450)] * 2  # of two stems
 
 
 def test_equal_chunks_spelt_differently_are_the_same_settings() -> None:

@@ -99,6 +99,7 @@ def test_a_yaml_of_a_relative_is_refused_by_its_name(tmp_path: Path, changes: di
         ("mask_estimators.0.layers.0.0.to_qkv.weight", "a RoFormer whose mask estimators have other parts"),
         ("layers.0.1.layers.0.conv.net.0.weight", "a Conformer over bands"),
         ("separation_net.dp_modules.0.time_layer.norm.gamma", "an SCNet with transformers"),
+        ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
         ("bsrnn.tf_model.seqband.0.0.norm.weight", "a Bandit"),
         ("layers.0.1.layers.0.0.to_qkv.lora_A", "what LoRA adds to a model, without the model"),
     ],
