@@ -14,6 +14,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+# Beside another process of tests, each computes on one thread: read as PyTorch is imported, also by what it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import soundfile
@@ -82,6 +86,13 @@ def below(folder: Path, pattern: str) -> list[Path]:
 
 def read(file: Path | bytes) -> NDArray[np.float32]:
     return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file, which share servers and songs, run in one process; those of a served container in one too."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "served" else item.path.stem))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
