@@ -1,6 +1,6 @@
 """Which loudspeaker each channel of a file is meant for, and what it gives to the two of stereo.
 
-A file's own word counts: the mask of WAV, RF64, W64 and FLAC, the channel layout of CAF and AIFF, the order of Ogg, and
+A file's own word counts: the mask of WAV, RF64, W64 and FLAC, the layout of CAF, AIFF and MOV, the order of Ogg, and
 what ffmpeg says of any other.
 """
 
