@@ -436,12 +436,15 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
         check_arguments(hyper_parameters, {field.name: field.type for field in fields(architecture.Config)})
         check_frames(description.chunk_samples, hyper_parameters)
         config = architecture.Config(**hyper_parameters)
+        outputs = getattr(config, "num_stems", len(description.stems))
+        if outputs != len(description.stems):
+            raise CheckpointError(f"{description.source} names {len(description.stems)} stems, num_stems is {outputs}")
         # Built where PyTorch computes and then emptied: operations on the meta device itself would import its
         # compiler, most of a second. Until it is written to, memory on the CPU costs nothing either.
         with enough_memory(description.name), Uninitialised():
             model = architecture(config, **several)
         model = architecture(config, **several) if initialised else model.to("meta")
-    except EstimateError:
+    except (CheckpointError, EstimateError):
         raise
     except Exception as e:  # arguments may be anything
         raise CheckpointError(f"{description.source}: the model section is not usable: {first_line(e)}") from e
@@ -450,9 +453,6 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
             f"{description.source}: chunk_size is {description.chunk_samples} samples, and its Fourier transform needs "
             f"at least {model.least_samples}: correct it"
         )
-    outputs = getattr(config, "num_stems", len(description.stems))
-    if outputs != len(description.stems):
-        raise CheckpointError(f"{description.source} names {len(description.stems)} stems, num_stems is {outputs}")
     return model
 
 

@@ -128,6 +128,13 @@ def test_a_chunk_of_too_many_frames_is_refused(tmp_path: Path) -> None:
     assert "n_fft / stft_hop_length is 4096, more than 64" in refusal(path)
 
 
+def test_stems_are_counted_before_the_network_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+    monkeypatch.setattr(nn.Module, "__init__", lambda self, *_, **__: built.append(self))
+    assert "names 2 stems, num_stems is 255" in refusal(write_yaml(tmp_path, model=ROFORMER | {"num_stems": 255}))
+    assert not built
+
+
 def test_what_published_checkpoints_have_is_within_the_limits() -> None:
     for name in available():
         description = read_config(name)
