@@ -11,7 +11,7 @@ from separation.metrics import level_dbfs, sdr
 from separation.picture import Row, draw
 from separation.places import shipped
 from separation.recipes import load_recipe
-from separation.record import check_targets
+from separation.record import RECORD, check_targets
 from separation.report import write_report
 from separation.separator import ModelPool, Progress, Separator, part_of
 from separation.waveform import SAMPLE_RATE
@@ -40,9 +40,9 @@ def run_demo(
     started = time.monotonic()
     for choice in CHOICES:
         stems = [f"{stem}.wav" for stem in load_recipe("demo", choice).stems]
-        check_targets(folder / choice, stems, overwrite=overwrite)
+        check_targets(folder / choice, [*stems, RECORD], overwrite=overwrite)
     picture, page = folder / "stems.svg", folder / "stems.html"
-    check_targets(folder, [picture.name, page.name], overwrite=overwrite)
+    check_targets(folder, [picture.name, page.name, RECORD], overwrite=overwrite)
     pool = ModelPool(device, precision)
     lines = [f"{'stems':20} {'stem':13} {'SDR dB':>7} {'level dBFS':>11}  file"]
     rows: list[Row] = []

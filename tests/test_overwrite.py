@@ -345,7 +345,7 @@ def test_what_else_writes_files_refuses_too(name: str, make: Callable[[Path], No
     assert make is write_text or (tmp_path / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["stems.svg", "stems.html", "all_6/bass.wav"])
+@pytest.mark.parametrize("name", ["stems.svg", "stems.html", "all_6/bass.wav", RECORD, f"all_6/{RECORD}"])
 def test_the_demo_refuses_before_any_work(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("separation.demo.ModelPool", None)
     (tmp_path / name).parent.mkdir(exist_ok=True)
