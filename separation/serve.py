@@ -44,6 +44,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 from zipfile import ZIP_DEFLATED, ZipFile
 
+from separation.about_song import about_song
 from separation.catalogue import missing
 from separation.connections import Connections, Incoming, Limits, linger
 from separation.encode import FORMATS, check_output
@@ -229,7 +230,7 @@ class Songs:
                 song = self._waiting[0]
                 song.state, song.share = "separating", 0.0
             try:
-                with errors_without_paths():
+                with errors_without_paths(), about_song(song.name):
                     self._separate(song)
             except SeparationError as e:
                 self._leave(song, "failed", str(e))
