@@ -34,8 +34,14 @@ def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
         saved = saved[inside[0]]
     if not isinstance(saved, Mapping) or not all(_is_weight(value) or _is_number(value) for value in saved.values()):
         return {}, []
-    weights = {_without_inner(str(name)): value for name, value in saved.items() if _is_weight(value)}
-    while prefix := next((each for each in WRAPPERS if any(name.startswith(each) for name in weights)), None):
+    named = {str(name): value for name, value in saved.items() if _is_weight(value)}
+    weights = {_without_inner(name): value for name, value in named.items()}
+    if len(weights) < len(named):  # as plain and compiled layers side by side would have it: both are kept
+        weights = named
+    for _ in range(MOST_NESTINGS):
+        prefix = next((each for each in WRAPPERS if any(name.startswith(each) for name in weights)), None)
+        if prefix is None:
+            break
         others = sorted({name.partition(".")[0] for name in weights if not name.startswith(prefix)})
         if others:
             choices.append(f"takes the weights under {prefix}* and leaves out those of {', '.join(others[:3])}")
@@ -43,11 +49,18 @@ def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
     return weights, choices
 
 
-def _holds_weights(value: Any, depth: int = 0) -> bool:
+def _holds_weights(value: Any) -> bool:
     """Whether there is a tensor in a nested dictionary."""
-    if not isinstance(value, Mapping) or depth > MOST_NESTINGS:
-        return False
-    return any(_is_weight(each) or _holds_weights(each, depth + 1) for each in value.values())
+    seen: set[int] = set()  # a pickle may have one dictionary in many places, and within itself
+    left = [value]
+    while left:
+        each = left.pop()
+        if _is_weight(each):
+            return True
+        if isinstance(each, Mapping) and id(each) not in seen:
+            seen.add(id(each))
+            left += each.values()
+    return False
 
 
 def _is_weight(value: Any) -> bool:

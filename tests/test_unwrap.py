@@ -5,6 +5,7 @@ import logging
 import sys
 import types
 from collections import OrderedDict, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from separation.checkpoints import load_model
 from separation.errors import CheckpointError
 from separation.models.base import SeparationModel
 from separation.state_dict import open_weights
+from separation.unwrap import state_dict_in
 from small_model import small_model, write_weights, write_yaml
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,6 +176,24 @@ def test_a_file_without_any_weights_is_no_checkpoint(tmp_path: Path) -> None:
         torch.save(saved, tmp_path / "x.ckpt")
         with pytest.raises(CheckpointError, match="holds no state dict"):
             open_weights(tmp_path / "x.ckpt")
+
+
+def test_dictionaries_within_each_other_are_looked_into_once() -> None:
+    bomb: dict[str, Any] = {}
+    for _ in range(40):
+        bomb = {f"k{number}": bomb for number in range(40)}
+    round_and_round: dict[str, Any] = {"lr": 0.1}
+    round_and_round["model"] = round_and_round
+    weights = {"a": partial(torch.zeros, 2)}
+    assert state_dict_in({"ema": bomb, "state": round_and_round, "state_dict": weights}) == (weights, [])
+    assert state_dict_in(round_and_round) == ({}, [])
+    round_and_round["net"] = weights
+    assert state_dict_in(round_and_round) == ({}, [])  # which of its levels is meant?
+
+
+def test_plain_and_compiled_layers_side_by_side_are_both_kept(tmp_path: Path, state: State) -> None:
+    torch.save({"layers.a": torch.zeros(2), "layers._orig_mod.a": torch.ones(2)}, tmp_path / "x.ckpt")
+    assert set(open_weights(tmp_path / "x.ckpt").tensors) == {"layers.a", "layers._orig_mod.a"}
 
 
 def test_numbers_among_the_weights_are_left_out(tmp_path: Path, state: State) -> None:
