@@ -63,7 +63,7 @@ logger = logging.getLogger("separation")
 KEYS = {"architecture", "stems", "files", "licence", "quality", "audio", "model"}
 COMMUNITY_SECTIONS = {"training", "inference", "augmentations", "loss_multistft"}
 AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_fft", "num_channels", "min_mean_abs"}
-# The largest whole numbers that are taken, by key: of several times what any published checkpoint has.
+# The largest whole numbers that are taken, by key: well above what published checkpoints have.
 MOST = {"sample_rate": 384_000, "samplerate": 384_000, "chunk_size": 2**24, "segment": 600, "bytes": 2**36}
 MOST_OTHER = 2**20
 FIXED_CHUNKS = {"demucs", "hdemucs", "htdemucs", "mdx23c"}  # architectures that take chunks of one length alone

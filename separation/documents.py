@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-MOST_BYTES = 2**18  # of text; the largest published YAML has some 10 KB
+MOST_BYTES = 2**18  # of text, of which the YAML of a model has a few thousand
 MOST_NODES = 10_000  # of a YAML, where an alias counts as all that it stands for
 MOST_DEPTH = 32
 MOST_DIGITS = 64  # characters of a number

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any
 
-MOST_BYTES = 2**25  # of a pickle; the largest published one has 3 MB
-MOST_STEPS = 2_000_000  # some 50 for each tensor
+MOST_BYTES = 2**25  # of a pickle: some 120 for each tensor
+MOST_STEPS = 2_000_000  # some 30 for each tensor
 MOST_NAMES = 1000  # different classes and functions
 MOST_NAME_BYTES = 200
 

@@ -1,7 +1,7 @@
 """The numbers that a YAML or a file of weights gives of its network, bounded before anything is built of them.
 
-Every bound is several times what any published network has. A network within all of them can still be too large: while
-it is built, its weights are counted before they take memory.
+Every bound is well above what published networks have, of which one of 53 stems has the most tensors, 13,573. A network
+within all of them can still be too large: while it is built, its weights are counted before they take memory.
 """
 
 import math
