@@ -37,6 +37,7 @@ from separation.models import SeparationModel
 from separation.output import OutputFolder
 from separation.recipes import Combination, Estimate, Recipe, load_recipe, one_model
 from separation.resample import resampled, resampled_length
+from separation.text import shown
 from separation.threads import Threads
 from separation.waveform import MAX_SAMPLE, SAMPLE_RATE, Growing, Waveform, sample_fault
 
@@ -568,7 +569,7 @@ class Separator:
                 stems = {stem: new(rate, length) for stem in self.stems}
                 for stem, parts in self.recipe.outputs.items():
                     song.fill(stems[stem], parts, resampled(song.readable(parts), SAMPLE_RATE, rate, length))
-            title = mixture.tags.get("title") or path.stem  # without one, players show the file's name
+            title = mixture.tags.get("title") or shown(path.stem)  # without one, players show the file's name
             for stem, wave in stems.items():
                 wave.tags = {**mixture.tags, "title": f"{title} ({stem})"}
             if format == "wav" and is_rf64(wave, wav_depth):
