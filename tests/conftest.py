@@ -88,6 +88,12 @@ def read(file: Path | bytes) -> NDArray[np.float32]:
     return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite; none beside this one for some files, which they would only delay."""
+    return 2 if config.args == config.getini("testpaths") else 0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file, which share servers and songs, run in one process; those of a served container in one too."""
     for item in items:

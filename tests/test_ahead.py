@@ -98,6 +98,7 @@ def library_of_the_driver(shipped: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_that_was_shipped(shipped: Path, tmp_path: Path) -> None:
     counts, cached = lookups(90, shipped, tmp_path)
     assert counts["found"] == len(below(shipped, "*.cubin")) > 10

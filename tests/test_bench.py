@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import PROJECT
+from conftest import PROJECT, slow
 from separation import bench as bench_module
 from separation.__main__ import main
 from separation.models.attention import itemwise_attention
@@ -194,7 +194,7 @@ def test_a_model_and_weights_of_ones_own_are_measured_and_shown_as_a_table(
         (("--model-name", "demo", "--model-path", "nothing.ckpt"), "there is no file nothing.ckpt"),
         (("--model-name", "nonsense"), "unknown model 'nonsense'"),
         (("--recipe", "nonsense"), "unknown recipe 'nonsense'"),
-        (("--recipe", "demo", "--device", "abacus"), "unknown device 'abacus'"),  # said by the fresh process
+        slow((("--recipe", "demo", "--device", "abacus"), "unknown device 'abacus'")),  # said by the fresh process
     ],
 )
 def test_a_cold_start_that_cannot_be_is_one_line(

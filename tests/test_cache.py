@@ -598,6 +598,7 @@ print(hits)
     assert not list(cache.folder.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_two_processes_with_the_same_song_are_both_right(song: Path, cache: Cache, tmp_path: Path) -> None:
     environment = os.environ | {"SEPARATION_CACHE": str(cache.folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "separation", "separate", str(song), "--json", *BASE]

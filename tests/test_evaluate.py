@@ -70,6 +70,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 # --- scores
 
 
+@pytest.mark.slow
 def test_sdr_sir_and_sar_agree_with_museval_to_a_thousandth_of_a_decibel(
     separated: tuple[Tensor, Tensor], museval: ModuleType
 ) -> None:

@@ -90,10 +90,8 @@ def noise(channels: int, samples: int) -> Tensor:
     return torch.randn(channels, samples, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [name if name == "mdx23c" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", MODELS)
 def test_the_lines_of_the_readme_give_what_pytorch_gives(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +198,7 @@ def test_an_architecture_without_a_core_cannot_be_exported() -> None:
         model.transform(1000)
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_from_pytorch_is_not_kept(
     small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -321,6 +321,7 @@ def test_the_library_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.
     native.library()
 
 
+@pytest.mark.slow
 @needs_fused
 def test_a_cache_folder_that_cannot_be_written_is_done_without(fresh: Path) -> None:
     fresh.parent.write_text("a file in its place")
@@ -328,6 +329,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(fresh: Path) -> N
     assert len(list(fresh.parents[1].glob("music-separation-*/*.so"))) == 1
 
 
+@pytest.mark.slow
 @needs_fused
 def test_a_library_that_others_could_have_put_there_is_not_loaded(fresh: Path) -> None:
     fresh.mkdir(parents=True)

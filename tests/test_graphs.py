@@ -244,6 +244,7 @@ def test_a_song_by_graphs_is_the_song_without(clip: Tensor, monkeypatch: pytest.
     assert torch.equal(separated(), by_graphs)
 
 
+@pytest.mark.slow
 def test_a_song_that_overflows_in_float16_is_computed_in_bfloat16_and_so_is_the_next(
     clip: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -92,11 +93,13 @@ FLOORS = {
 PROGRAMS = {"separation.ffmpeg", "separation.bench", "separation.models.kernels.native"}
 
 
+@cache
 def modules() -> dict[str, Path]:
     files = [PROJECT / "predict.py", *(PROJECT / "separation").rglob("*.py")]
     return {".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 
 
+@cache
 def imports(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

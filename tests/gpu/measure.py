@@ -15,7 +15,7 @@ needs a few wheels. Where there is a network, in the project's root:
     printf '/.whl/\\n/.site/\\n' >> .git/info/exclude
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \\
-        soundfile==0.14.0 cffi pycparser demucs==4.1.0 julius platformdirs filelock pytest-timeout \\
+        soundfile==0.14.0 cffi pycparser demucs==4.1.0 julius platformdirs filelock \\
         pymss-core==0.1.14 unblend==1.0.0 audio-separator==0.47.1 bs-roformer-infer==0.1.5 \\
         rotary-embedding-torch==0.9.1 beartype==0.23.1
 
@@ -237,6 +237,10 @@ def run_tests(run: Run, results: Results) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-o",
+        "required_plugins=",
+        "-o",
+        "addopts=-m 'not slow'",  # in one process, and without plugins
         f"--junitxml={report}",
     ]
     report.unlink(missing_ok=True)
