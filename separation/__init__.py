@@ -4,9 +4,11 @@
 >>> stems = Separator(recipe="demo", stems="all_4").separate(mixture)  # [2, T] at 44100 Hz -> {"vocals": [2, T], ...}
 """
 
+import os
 import sys
 
-if sys.argv[:1] == ["-m"]:  # `python -m separation` has this package imported, and compiles its command line next
+# The command line is what starts: for `python -m separation` Python compiles it next, and both import for a while.
+if os.path.basename(sys.argv[0] if sys.argv else "") in ("-m", "separation", "separation.exe"):
     import separation.start  # noqa: F401
 
 import importlib
