@@ -179,6 +179,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     separate.add_argument("--overwrite", action="store_true", help=f"{overwriting}, and another song's stems")
     separate.add_argument(
+        "--accept-damaged",
+        action="store_true",
+        help="take what can be read of songs of which more than a tenth, or nobody knows how much, is missing",
+    )
+    separate.add_argument(
         "--workers",
         type=_count,
         default=1,
@@ -350,7 +355,12 @@ def _separate(options: argparse.Namespace) -> int:
         logging.getLogger("separation").warning(note)
     job = songs.Job(
         settings=_settings(options) if found else {},
-        writing={"format": options.format, "sample_rate": options.sample_rate} | _encoding(options),
+        writing={
+            "format": options.format,
+            "sample_rate": options.sample_rate,
+            "accept_damaged": options.accept_damaged,
+            **_encoding(options),
+        },
         report=options.report,
         stems=_stems(options) if found else (),
         overwrite=options.overwrite,
@@ -405,8 +415,18 @@ def _outcomes(options: argparse.Namespace, left: Sequence[songs.Song], job: song
 
 # Options that say where and how fast, or what else is wanted. All others decide what the stems hold: they are in the
 # record beside them, and a song that was done with other values is done again.
-INDIFFERENT = {"songs", "output", "verbose", "command", "json", "report", "force_refresh", "overwrite"}
-INDIFFERENT |= {"device", "batch_size", "workers", "ray"}
+INDIFFERENT = {
+    "songs",
+    "output",
+    "verbose",
+    "command",
+    "json",
+    "report",
+    "force_refresh",
+    "overwrite",
+    "accept_damaged",
+}
+INDIFFERENT |= {"device", "batch_size", "workers", "ray", "accept_damaged"}
 
 
 # The format that each is for, and its value where none is given.

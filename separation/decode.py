@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,8 @@ from separation.frames import CODECS, MPEG, Codec, Part, find_parts
 from separation.holes import Timeline, announced_seconds, placed
 from separation.integrity import check_length, check_mp4, ends_within_packet, find_audio
 from separation.mend import clean, find_holes, spliced
-from separation.ogg import find_links
-from separation.pieces import Pieces
+from separation.ogg import Link, find_links
+from separation.pieces import Piece, Pieces
 from separation.resample import resample, resampled, resampled_length
 from separation.source import Blocks, BrokenError, Job, Source
 from separation.waveform import BLOCK_SAMPLES, MAX_SAMPLE, SAMPLE_RATE, TAGS, Waveform, sample_fault, silent
@@ -53,6 +53,10 @@ def decode(
     while; None keeps the file's own. Title, artist and album come with it. `progress` is called with the share that is
     done, first with 0 and then after each block; raise from it to cancel. Reading stops after `max_seconds`, whatever
     the file says of its length.
+
+    What is missing of a damaged file is silent, so that what follows stays in time, and a warning says where. If more
+    than a tenth is missing, or nothing tells how much, the file is refused, unless `accept_damaged`. Songs that were
+    joined in one file are read one after the other, at the rate of the first.
 
     Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, holds NaN, Inf or samples beyond
     `MAX_SAMPLE`, or is longer than `max_seconds`; `OutputError` if `folder` cannot be written to.
@@ -163,9 +167,9 @@ def _open(job: Job, stack: contextlib.ExitStack) -> list[Source]:
     if is_ogg:
         chain = find_links(job.path, job.name)
         sources = sndfile.open_whole(job, stack) if chain.is_whole else sndfile.open_ogg(job, chain)
-        if not sources and (chain.is_cut or any(not link.is_whole for link in chain.links)):
-            job.damage.doubt("pages of it are broken or missing")
-        return sources or _open_ffmpeg(job, stack)
+        if not sources and chain.n_bad_pages:
+            job.damage.note(f"{chain.n_bad_pages} of its Ogg pages are broken")
+        return sources or _open_ffmpeg(job, stack, chain.links)
     songs = flac.find_songs(job.path)
     if len(songs) > 1 or (songs and not flac.ends_as_announced(job.path, songs[0])):
         return sndfile.open_flac(job, songs, stack)
@@ -200,7 +204,8 @@ def _check_is_file(path: Path, name: str) -> None:
 _ENTRIES = f"format=format_name,duration:format_tags:stream_tags:{tracks.ENTRIES}"
 
 
-def _open_ffmpeg(job: Job, stack: contextlib.ExitStack) -> list[Source]:
+def _open_ffmpeg(job: Job, stack: contextlib.ExitStack, links: Sequence[Link] = ()) -> list[Source]:
+    """What ffmpeg makes of a file, of which `links` are the songs if it is Ogg."""
     path, name, damage = job.path, job.name, job.damage
     with path.open("rb") as file:
         audio = find_audio(file, name)
@@ -287,11 +292,29 @@ def _open_ffmpeg(job: Job, stack: contextlib.ExitStack) -> list[Source]:
         for part in parts:
             find_holes(part, damage)
             announced = part.least_samples / part.header.sample_rate
-    blocks = find_blocks(path) if "wv" in container else None
-    if blocks is not None and blocks.n_holes:
-        with_pieces = stack.enter_context(Pieces(path, blocks.pieces))
-        return [source(decoded(("wv", with_pieces.blocks()), announced), announced * sample_rate)]
+
+    def of_pieces(demuxer: str, pieces: Sequence[Piece], seconds: float) -> Source:
+        file = stack.enter_context(Pieces(path, pieces))
+        return source(decoded((demuxer, file.blocks()), seconds), seconds * sample_rate)
+
+    songs = find_blocks(path) if "wv" in container else []
+    if len(songs) > 1 or any(song.n_holes for song in songs):
+        rates = [song.sample_rate or sample_rate for song in songs]
+        return [
+            of_pieces("wv", song.pieces, song.total_samples / rate) for song, rate in zip(songs, rates, strict=True)
+        ]
+    if len(links) > 1 or any(not link.is_whole for link in links):
+        return [of_pieces("ogg", link.all_pieces(), _told_by_ogg(link, damage)) for link in links if link.runs]
     return [source(whole(), float(answer["format"].get("duration", 0)) * sample_rate)]
+
+
+def _told_by_ogg(link: Link, damage: Damage) -> float:
+    """The seconds of an Ogg song, as far as its pages tell."""
+    if not link.starts_whole:
+        damage.note("pages of it are missing")
+    if not link.is_ended:
+        damage.doubt("it is cut short, and nothing tells how much is missing")
+    return max(0, link.samples(max(link.runs[-1].granule, link.end_granule))) / link.sample_rate
 
 
 def _lead_seconds(path: Path, name: str, sound: tracks.Sound) -> float:

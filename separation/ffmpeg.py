@@ -30,6 +30,7 @@ _PIPE_BYTES = 2**18
 _GATHER_SECONDS = 0.003  # in which many lines come: reading them one by one costs more than all the rest
 _ERROR = re.compile(r"^(?:\[[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
 _FRAME = re.compile(rb"^\[Parsed_ashowinfo.{5,30}\] n:\d+ pts:(\w+).*? rate:(\d+) nb_samples:(\d+)", re.MULTILINE)
+_HARMLESS = "non monotonically increasing dts"  # of its output, where the file's times go back
 _MAX_ERRORS = 1000  # kept
 
 
@@ -149,6 +150,7 @@ class _Words:
         errors = []
         if b"[error]" in words or b"[fatal]" in words or b"[panic]" in words:
             errors = [found[1] for line in _lines(words) if (found := _ERROR.match(line))]
+            errors = [error for error in errors if _HARMLESS not in error]
         with self.changed:
             self.frames.extend(frames)
             self.n_errors += len(errors)
@@ -166,7 +168,7 @@ class Decoding:
 
     def __init__(
         self,
-        path: Path | None,
+        path: Path,
         name: str,
         options: list[str],
         *,
@@ -177,6 +179,7 @@ class Decoding:
         stdin: tuple[str, Iterator[bytes]] | None = None,
     ) -> None:
         program = _program("ffmpeg", name)
+        source = _guarded_input(None, stdin[0]) if stdin else _guarded_input(path, None)
         # -v repeat+level+info: all lines, each with its level. ashowinfo writes one for each frame.
         words = ["-hide_banner", "-nostdin", "-nostats", "-v", "repeat+level+info"]
         chain = ",".join(("ashowinfo", *filters))
@@ -187,7 +190,7 @@ class Decoding:
         self._name, self._words = name, _Words()
         try:
             self._process = subprocess.Popen(
-                [program, *words, *_guarded_input(path, stdin[0] if stdin else None), *options, *output],
+                [program, *words, *source, *options, *output],
                 stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

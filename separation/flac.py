@@ -141,11 +141,13 @@ def find_runs(path: Path, song: Song, name: str) -> list[Run]:
 
 
 def pieces(song: Song, run: Run) -> list[Piece]:
-    """A file of this run alone, of a length that it does not tell."""
+    """A file of this run alone."""
     info = bytearray(song.info)
     info[4:10] = bytes(6)  # the frames' sizes
-    info[13] &= 0xF0
-    info[14:] = bytes(len(info) - 14)  # the number of samples and their checksum
+    # The sample behind the last one, at which decoders stop: what follows would be an error to them.
+    packed = int.from_bytes(info[10:18], "big") >> 36 << 36 | run.sample + run.n_samples
+    info[10:18] = packed.to_bytes(8, "big")
+    info[18:] = bytes(16)  # the samples' checksum
     return [b"fLaC\x80\0\0\x22" + bytes(info), *run.pieces]
 
 
@@ -213,8 +215,6 @@ def _ends(window: Window, song: Song) -> list[Frame]:
     start = max(song.audio, song.end - _TAIL_BYTES)
     tail = window.get(start, song.end - start)
     ends = {start + at for mark in (b"TAG", b"APETAGEX", b"ID3") if (at := tail.rfind(mark)) >= 0}
-    ends.add(start + len(tail.rstrip(b"\0")) + 1)
-    ends.add(start + len(tail.rstrip(b"\0")))
     return [Frame(end, 0, 0) for end in [*sorted(end for end in ends if end < song.end), song.end]]
 
 

@@ -19,6 +19,7 @@ _MAX_GAPS = 2000
 
 _DECODER_DELAY = 529  # samples, of MP3
 EXTRA_SAMPLES = 8190  # per channel: the most that an MP3 encoder may add before and after the song
+_ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # that write a checksum into that header
 _LOOK_BYTES = 192  # of a frame: what its header, and a Xing or VBRI header within, take
 
 
@@ -146,7 +147,8 @@ class Part:
     padding: int = 0  # samples that the encoder added at the end
     is_info_whole: bool = True  # as far as LAME's checksum tells
     is_cut: bool = False  # the last frame is not whole; it is not counted
-    n_extra: int = 0  # bytes behind the last frame that are no tag
+    n_lead: int = 0  # bytes before the first frame of the file that are neither tags nor zeros
+    n_extra: int = 0  # bytes behind the last frame that are neither
 
     @property
     def is_cbr(self) -> bool:
@@ -215,6 +217,9 @@ class _Walk:
         if self._n_false > _MAX_FALSE_HEADERS or self._n_gaps > _MAX_GAPS:
             return []
         if self._parts:
+            first = self._parts[0].info or self._parts[0].runs[0]
+            lead = window.get(self._start, min(first[0] - self._start, 2**20))
+            self._parts[0].n_lead = len(lead.strip(b"\0"))
             end = self._parts[-1].runs[-1][1]
             self._parts[-1].n_extra = 0 if self._parts[-1].is_cut else _extra_bytes(window, end)
         return self._parts
@@ -237,6 +242,8 @@ class _Walk:
                 if part.runs:
                     part.gaps.append(Gap(part.n_frames, 0))
                 part.runs.append((start, stop))
+            if not part.n_frames and not part.info and _is_spoilt_info(look):
+                part.is_info_whole = False
             part.n_frames += 1
             part.n_bytes += header.n_bytes
             if header.n_bytes > part.sizes[1] or header.n_bytes < part.sizes[0]:
@@ -355,10 +362,16 @@ def _info(look: bytes) -> tuple[int, int, int] | None:
     return (frames, delay + _DECODER_DELAY, max(0, padding - _DECODER_DELAY)) if packed else (frames, 0, 0)
 
 
+def _is_spoilt_info(look: bytes) -> bool:
+    """Whether it is the header of an encoder that counts the frames, but for its mark."""
+    at = 4 + side_bytes(look)
+    return look[at + 120 : at + 124] in _ENCODERS
+
+
 def _is_info_whole(look: bytes) -> bool:
     """Whether the checksum of LAME's header is right; those of other programs may have none."""
     at = 4 + side_bytes(look)
-    if look[at + 120 : at + 124] not in (b"LAME", b"Lavf", b"Lavc") or len(look) < 192:
+    if look[at + 120 : at + 124] not in _ENCODERS or len(look) < 192:
         return True
     covered = look[: at + 154]  # by LAME; by Lavf 190 bytes, those of the checksum as zeros
     announced = int.from_bytes(look[at + 154 : at + 156], "big")

@@ -48,6 +48,8 @@ def find_holes(part: Part, damage: Damage) -> list[Hole]:
         _judge_uncounted(part, lengths, fits, missing, damage)
     if not part.is_info_whole:
         damage.note("the header that counts its frames does not match its checksum")
+    if part.n_lead > mean:
+        damage.note(f"{part.n_lead} bytes at its start are no audio")
     for gap in gaps:
         damage.note(f"{gap.n_bytes} bytes at {damage.offset + gap.frame * part.frame_seconds:.2f} s are no audio")
     return [Hole(gap.frame, n) for gap, n in zip(gaps, missing, strict=True)]

@@ -95,6 +95,10 @@ class Link:
                 pieces.append(bytes(page))
         return [*pieces, *run.pieces]
 
+    def all_pieces(self) -> list[tuple[int, int]]:
+        """The bytes of all its whole pages."""
+        return self.headers + [piece for run in self.runs for piece in run.pieces]
+
     def samples(self, granule: int) -> int:
         """Samples of the song, at its own rate, up to a granule position."""
         return granule - self.pre_skip
@@ -107,6 +111,7 @@ class Chain:
     links: list[Link] = field(default_factory=list)
     n_extra: int = 0
     is_cut: bool = False  # it ends within a page
+    n_bad_pages: int = 0  # of any stream
 
     @property
     def is_whole(self) -> bool:
@@ -115,12 +120,12 @@ class Chain:
 
 def find_links(path: Path, name: str) -> Chain:
     """The songs in an Ogg file. Raises `AudioError` if it is full of what looks like pages and is none."""
-    chain, link, bad_since = Chain(), None, False
+    chain, link = Chain(), None
     with path.open("rb", buffering=0) as file:
         window = Window(file)
         for page in _pages(window, name, chain):
             if not page.is_whole:
-                bad_since = True
+                chain.n_bad_pages += 1
                 if link is not None and page.serial == link.serial:
                     link.n_bad_pages += 1
                     last = link.runs[-1].granule if link.runs else 0
@@ -141,8 +146,7 @@ def find_links(path: Path, name: str) -> Chain:
             if is_header and (page.granule == 0 or page.flags & _CONTINUED or link.codec != "opus"):
                 _add_header(link, page)
             else:
-                _add_audio(link, page, bad_since)
-                bad_since = False
+                _add_audio(link, page)
             if len(link.runs) > _MAX_RUNS:
                 raise AudioError(f"{name} is damaged: most of its Ogg pages are missing; get the file again.")
     return chain
@@ -153,7 +157,7 @@ def _add_header(link: Link, page: _Page) -> None:
     link.header_numbers.append(page.number)
 
 
-def _add_audio(link: Link, page: _Page, bad_since: bool) -> None:
+def _add_audio(link: Link, page: _Page) -> None:
     start, stop = page.start, page.start + page.n_bytes
     run = link.runs[-1] if link.runs else None
     if run is not None and page.number < run.first + run.n_pages and not page.flags & _LAST:

@@ -75,7 +75,9 @@ def write_report(
         for path in files.values():
             say(MEASURED * len(waves) / len(files), f"reading {path.name}")
             try:
-                waves.append(stack.enter_context(decode(path, output.work, max_seconds=MAX_SECONDS)))
+                waves.append(
+                    stack.enter_context(decode(path, output.work, max_seconds=MAX_SECONDS, accept_damaged=True))
+                )
             except AudioError as e:
                 raise AudioError(f"there is no report of {title}: {e}") from e
         n_samples = max(wave.n_samples for wave in waves)

@@ -519,6 +519,7 @@ class Separator:
         flac_depth: str | None = None,
         max_seconds: float | None = None,
         overwrite: bool = False,
+        accept_damaged: bool = False,
         progress: Progress | None = None,
     ) -> StemFiles:
         """A song's file to one file a stem in `folder` (made if needed), named `<stem>.<format>`; returns their paths.
@@ -534,9 +535,12 @@ class Separator:
         Stems that this program wrote into the folder before are replaced; its record there, `.separation.json`, says
         which they are. Any other file of such a name is refused before any work, unless `overwrite`.
 
+        What a damaged song lacks is silent in the stems, and a warning says where. If more than a tenth is missing, or
+        nobody knows how much, the song is refused, unless `accept_damaged`.
+
         Raises:
             InputError: a format, rate, bitrate or depth that is not offered, or a stem would replace the song.
-            AudioError: the file cannot be read as audio, or holds more than `max_seconds` of it.
+            AudioError: the file cannot be read as audio, is damaged, or holds more than `max_seconds` of it.
             EstimateError: a model gave NaN or Inf, or needs more memory than there is.
             OutputError: the stems cannot be written, or a file that this program did not write is in their place.
         """
@@ -550,7 +554,13 @@ class Separator:
             output = stack.enter_context(OutputFolder(Path(folder), overwrite=overwrite))
             output.check_targets([f"{stem}.{format}" for stem in self.stems], path)
             mixture = stack.enter_context(
-                decode(path, output.work, max_seconds=max_seconds, progress=_decoding(progress))
+                decode(
+                    path,
+                    output.work,
+                    max_seconds=max_seconds,
+                    progress=_decoding(progress),
+                    accept_damaged=accept_damaged,
+                )
             )
             rate = mixture.source_rate if sample_rate == "source" else int(sample_rate)
             check_rate(format, rate)

@@ -24,21 +24,28 @@ class Blocks:
     n_holes: int = 0  # where samples are missing, or bytes that are no block
 
 
-def find_blocks(path: Path) -> Blocks | None:
-    """The blocks of a WavPack file; None if it is none, or one made to keep a program busy."""
+def find_blocks(path: Path) -> list[Blocks]:
+    """The blocks of a WavPack file, of each song if several are joined; none if it is no such file.
+
+    None too of one made to keep a program busy.
+    """
     with path.open("rb", buffering=0) as file:
         window = Window(file)
         if window.get(0, 4) != b"wvpk":
-            return None
+            return []
         blocks, due, position, n_false, missing = Blocks(), 0, 0, 0, False
+        songs = [blocks]
         while position < window.size:
             block = _block(window, position)
             if block is not None and position + block[0] > window.size:
                 block = None
+            if block is not None and block[1] == 0 and block[2] and due and _fits(window, position, block, -1):
+                blocks, due, missing = Blocks(), 0, False
+                songs.append(blocks)
             if block is None or block[1] < due or not _fits(window, position, block, due):
                 n_false += 1
                 if n_false > _MAX_FALSE_BLOCKS:
-                    return None
+                    return []
                 missing = True
                 position = _next_block(window, position + 1)
                 continue
@@ -56,7 +63,7 @@ def find_blocks(path: Path) -> Blocks | None:
             else:
                 blocks.pieces.append((position, position + n_bytes))
             position += n_bytes
-        return blocks
+        return songs
 
 
 _Block = tuple[int, int, int, int, int, bool]
