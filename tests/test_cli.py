@@ -69,7 +69,7 @@ def bad_file(kind: str, path: Path, music: np.ndarray) -> None:
     elif kind == "truncated mp3":
         whole = path.with_suffix(".whole")
         soundfile.write(whole, music, RATE, format="MP3")
-        path.write_bytes(whole.read_bytes()[:-5000])
+        path.write_bytes(whole.read_bytes()[:-12_000])
         whole.unlink()
     elif kind in ("nan", "inf"):
         damaged = music.copy()
