@@ -55,10 +55,6 @@ class Damage:
         """A fault by which nobody knows how much is missing."""
         self._doubts.append(fault)
 
-    def clear(self) -> None:
-        """The song is read anew, in another way."""
-        self.__init__(self.name, accept=self.accept)  # type: ignore[misc]
-
     def judge(self, seconds: float) -> None:
         """Warn of a song of which `seconds` were decoded, holes included, or raise `AudioError` that refuses it."""
         whole = seconds + self.cut_seconds

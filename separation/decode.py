@@ -9,6 +9,7 @@ import logging
 import math
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def decode(
         try:
             native = on_error.enter_context(_read(job, folder, sample_rate, progress, _open))
         except BrokenError:
-            job.damage.clear()
+            job = replace(job, damage=Damage(name, accept=accept_damaged))  # with other findings
             native = on_error.enter_context(_read(job, folder, sample_rate, progress, _open_again))
         decoded = native
         if sample_rate is not None and native.sample_rate != sample_rate:
