@@ -33,7 +33,7 @@ from separation.wavpack import find_blocks
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8000, 192000  # hertz, of the input
 
-_EXTRA_SECONDS = 0.1  # by which encoders lengthen a song
+_EXTRA_SECONDS = 0.05  # by which encoders lengthen a song
 
 logger = logging.getLogger("separation")
 
@@ -219,6 +219,9 @@ def _open_ffmpeg(job: Job, stack: contextlib.ExitStack, links: Sequence[Link] = 
                 raise
             raise AudioError(f"{name} is cut short: ffmpeg can make nothing of the rest; get the file again.") from e
         container = answer["format"]["format_name"].split(",")
+        file.seek(0)
+        if "ogg" in container and file.read(4) != b"OggS":
+            damage.note("its first Ogg page is broken")
         if ends_within_packet(file, container):
             damage.note("it is cut short within a packet, and nothing tells how much is missing")
     sound = tracks.sound_of(answer["streams"], container, name)
@@ -256,11 +259,11 @@ def _open_ffmpeg(job: Job, stack: contextlib.ExitStack, links: Sequence[Link] = 
             yield block
         failed, seconds = decoding.wait() != 0, n_samples / sample_rate
         missing = announced - seconds
-        if "matroska" not in container or not announced:
+        if bytes_missing and ("matroska" not in container or not announced):
             missing = max(missing, seconds * bytes_missing)
         if missing > MIN_MISSING_SECONDS:
             damage.cut(missing)
-        elif announced and missing < -_EXTRA_SECONDS:
+        elif announced and missing < -_EXTRA_SECONDS and container[0] not in CODECS:
             damage.note(f"it holds {-missing:.2f} s more than it announces")
         words = f"ffmpeg reports {_number(decoding.n_errors, 'error')}" if decoding.n_errors else "ffmpeg gives up"
         words += f', "{decoding.errors[0]}"' if decoding.errors else ""

@@ -70,7 +70,7 @@ class Link:
 
     @property
     def is_whole(self) -> bool:
-        return len(self.runs) == 1 and not self.n_bad_pages and self.are_headers_whole and self.end_granule < 0
+        return len(self.runs) == 1 and not self.n_bad_pages and self.starts_whole and self.end_granule < 0
 
     @property
     def are_headers_whole(self) -> bool:
@@ -80,7 +80,7 @@ class Link:
 
     @property
     def starts_whole(self) -> bool:
-        return bool(self.runs) and self.runs[0].first == len(self.header_numbers)
+        return self.are_headers_whole and bool(self.runs) and self.runs[0].first == len(self.header_numbers)
 
     def pieces(self, run: Run, path: Path) -> list[Piece]:
         """A file of this run alone: the header pages, numbered anew so that the run follows them."""
