@@ -29,9 +29,9 @@ def about_song(name: str) -> Iterator[list[str]]:
         with enough_memory(repr(name)):
             yield warnings
     except (OutputError, EstimateError) as e:
-        if repr(name) in str(e):
-            raise
-        raise type(e)(f"{name!r}: {e}") from e
+        if repr(name) not in str(e):
+            e.args = (f"{name!r}: {e}",)
+        raise
     finally:
         _at_hand.reset(token)
 

@@ -216,7 +216,7 @@ def _open_ffmpeg(job: Job, stack: contextlib.ExitStack, links: Sequence[Link] = 
         except UnreadableError as e:
             check_mp4(file, name)
             if not bytes_missing:
-                raise
+                raise AudioError(str(e)) from e  # by the name that users know
             raise AudioError(f"{name} is cut short: ffmpeg can make nothing of the rest; get the file again.") from e
         container = answer["format"]["format_name"].split(",")
         file.seek(0)
