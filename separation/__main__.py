@@ -426,7 +426,7 @@ INDIFFERENT = {
     "overwrite",
     "accept_damaged",
 }
-INDIFFERENT |= {"device", "batch_size", "workers", "ray", "accept_damaged"}
+INDIFFERENT |= {"device", "batch_size", "workers", "ray"}
 
 
 # The format that each is for, and its value where none is given.

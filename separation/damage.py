@@ -60,27 +60,36 @@ class Damage:
         whole = seconds + self.cut_seconds
         refused = bool(self._doubts) or self.missing_seconds > MAX_MISSING_SHARE * whole
         if refused and not self.accept:
-            raise AudioError(f"{self.name} {self._faults(whole)}; get the file again, or use --accept-damaged.")
+            raise AudioError(
+                f"{self.name} {self._faults(whole)}; get the file again, or take what is there with --accept-damaged "
+                "(in Python accept_damaged=True)"
+            )
         if self:
             logger.warning("%s %s", self.name, self._faults(whole))
 
     def _faults(self, whole: float) -> str:
-        faults = []
+        """The end of a sentence that begins with the song, which lasts `whole` seconds with all that is missing."""
+        parts, damages = [], [*self._doubts, *self._notes]
         if self.cut_seconds:
             at = whole - self.cut_seconds
             missing = f"the last {_seconds(self.cut_seconds)} of {whole:.2f} s are missing, from {at:.2f} s on"
-            faults.append(f"is cut short: {missing}")
+            parts.append(f"is cut short: {missing}")
+        if len(damages) > _MAX_PLACES:
+            damages[_MAX_PLACES:] = [f"{len(damages) - _MAX_PLACES} other faults"]
         if self.holes:
             total = sum(seconds for _, seconds in self.holes)
             places = [f"{_seconds(length)} at {at:.2f} s" for at, length in self.holes[:_MAX_PLACES]]
             more = f" and {len(self.holes) - _MAX_PLACES} more" if len(self.holes) > _MAX_PLACES else ""
             where = f"{', '.join(places)}{more}"
-            faults.append(f"is damaged: {_seconds(total)} of {whole:.2f} s are missing and silent instead ({where})")
-        others = [*self._doubts, *self._notes]
-        if others:
-            more = f" and {len(others) - _MAX_PLACES} other faults" if len(others) > _MAX_PLACES else ""
-            faults.append(f"is damaged: {', '.join(others[:_MAX_PLACES])}{more}")
-        return ", and ".join(faults)
+            damages.insert(0, f"{_seconds(total)} of {whole:.2f} s are missing and silent instead ({where})")
+        if damages:
+            parts.append(f"is damaged: {', '.join(damages)}")
+        return ", and ".join(parts)
+
+
+def number(n: int, what: str) -> str:
+    """`1 page`, `2 pages`."""
+    return f"{n:,} {what}" + ("s" if n != 1 else "")
 
 
 def _seconds(seconds: float) -> str:

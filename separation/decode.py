@@ -17,7 +17,7 @@ import torch
 
 from separation import flac, sndfile, tracks
 from separation.channels import FFMPEG_LAYOUTS, MASK_COMMENT, layout_by_ffmpeg, layout_by_mask, layout_of_mov
-from separation.damage import MIN_MISSING_SECONDS, Damage
+from separation.damage import MIN_MISSING_SECONDS, Damage, number
 from separation.errors import AudioError
 from separation.ffmpeg import Decoding, UnreadableError, is_installed, probe
 from separation.frames import CODECS, MPEG, Codec, Part, find_parts
@@ -169,7 +169,7 @@ def _open(job: Job, stack: contextlib.ExitStack) -> list[Source]:
         chain = find_links(job.path, job.name)
         sources = sndfile.open_whole(job, stack) if chain.is_whole else sndfile.open_ogg(job, chain)
         if not sources and chain.n_bad_pages:
-            job.damage.note(f"{chain.n_bad_pages} of its Ogg pages are broken")
+            job.damage.note(number(chain.n_bad_pages, "broken Ogg page"))
         return sources or _open_ffmpeg(job, stack, chain.links)
     songs = flac.find_songs(job.path)
     if len(songs) > 1 or (songs and not flac.ends_as_announced(job.path, songs[0])):
@@ -265,7 +265,7 @@ def _open_ffmpeg(job: Job, stack: contextlib.ExitStack, links: Sequence[Link] = 
             damage.cut(missing)
         elif announced and missing < -_EXTRA_SECONDS and container[0] not in CODECS:
             damage.note(f"it holds {-missing:.2f} s more than it announces")
-        words = f"ffmpeg reports {_number(decoding.n_errors, 'error')}" if decoding.n_errors else "ffmpeg gives up"
+        words = f"ffmpeg reports {number(decoding.n_errors, 'error')}" if decoding.n_errors else "ffmpeg gives up"
         words += f', "{decoding.errors[0]}"' if decoding.errors else ""
         if failed and not announced:
             damage.doubt(words)
@@ -340,7 +340,3 @@ def _same_channels(layout: str, channels: int) -> tuple[list[str], tuple[str, ..
     if layout in FFMPEG_LAYOUTS:
         return [], (f"aformat=channel_layouts={layout}",)
     return ([] if "+" in layout or "ambisonic" in layout else ["-ac", str(channels)]), ()
-
-
-def _number(n: int, what: str) -> str:
-    return f"{n} {what}" + ("s" if n != 1 else "")

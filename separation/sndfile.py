@@ -11,7 +11,7 @@ import soundfile
 from separation import flac, ogg
 from separation.channels import Layout, layout_of_file
 from separation.chatter import Chatter
-from separation.damage import MIN_MISSING_SECONDS
+from separation.damage import MIN_MISSING_SECONDS, number
 from separation.frames import EXTRA_SAMPLES, MPEG, Part, find_parts
 from separation.integrity import Audio, after_id3v2, check_length, find_audio
 from separation.mend import clean, find_holes, spliced
@@ -319,7 +319,7 @@ def _mended_ogg(job: Job, chain: ogg.Chain, link: ogg.Link, rate: int) -> Blocks
         else:
             job.damage.note("its last page is not marked as the last one, so its end may be missing")
     if link.n_bad_pages:
-        job.damage.note(f"{link.n_bad_pages} of its Ogg pages are broken")
+        job.damage.note(number(link.n_bad_pages, "broken Ogg page"))
 
 
 def _of_pieces(job: Job, link: ogg.Link, run: ogg.Run) -> Blocks:

@@ -198,6 +198,7 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "flac_depth": [(HIT, ("--format", "flac", "--flac-depth", "16"))],
     "report": [(HIT, ("--report",))],
     "overwrite": [(HIT, ("--overwrite",))],
+    "accept_damaged": [(HIT, ("--accept-damaged",))],
     "workers": [(HIT, ("--workers", "2"))],
     "ray": [],  # which separates elsewhere
     "json": [(HIT, ("--json",))],
@@ -302,6 +303,7 @@ OFFERED = {
         "mp3_bitrate",
         "max_seconds",
         "overwrite",
+        "accept_damaged",
         "progress",
     },
 }

@@ -194,6 +194,7 @@ OTHER: dict[str, tuple[str, ...]] = {  # for every option of `separate` another 
     "verbose": ("-v",),
     "force_refresh": ("--force-refresh",),
     "overwrite": ("--overwrite",),
+    "accept_damaged": ("--accept-damaged",),
     "output": ("-o", "elsewhere"),
     "songs": ("another.wav",),
 }
