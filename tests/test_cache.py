@@ -153,6 +153,7 @@ def test_what_only_estimates_that_are_there_need_is_neither_read_nor_computed(
     assert runs(separator(pool, cache, chained), song, tmp_path / "again") == (first[0], {"demo"})
 
 
+@pytest.mark.slow
 def test_a_model_over_another_input_is_a_miss(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
     for source in ("demo after drums", "demo after bass", "demo of bass"):
         recipe = resolve("mine", "test", {"vocals": source, "(drums)": "demo", "(bass)": "demo"})
@@ -315,6 +316,7 @@ def test_python_offers_nothing_that_the_key_does_not_know_of(function: Callable[
     assert set(inspect.signature(function).parameters) - decided == OFFERED[function]
 
 
+@pytest.mark.slow
 def test_the_key_has_the_device_the_code_and_all_that_a_yaml_says_of_a_model(
     pool: ModelPool, song: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

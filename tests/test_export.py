@@ -125,6 +125,7 @@ def small(tmp_path: Path) -> tuple[Path, Path]:
     return write_model("bs_roformer", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_file_and_says_what_is_in_it(
     small: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

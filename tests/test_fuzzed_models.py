@@ -336,6 +336,7 @@ def check(numbers: range, whole: dict[str, tuple[dict[str, Any], dict[str, bytes
     assert len(cases) / 4 < len(refused) < len(cases)
 
 
+@pytest.mark.slow
 def test_the_models_that_are_altered_are_whole(
     whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
 ) -> None:
@@ -352,12 +353,14 @@ def test_the_models_that_are_altered_are_whole(
     }
 
 
+@pytest.mark.slow
 def test_altered_models_load_or_are_refused_with_one_sentence(
     whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
 ) -> None:
     check(range(N_QUICK), whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_any_number_of_bands_in_a_checkpoint_is_one_sentence(
     whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
 ) -> None:

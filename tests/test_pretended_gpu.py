@@ -586,7 +586,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(gpu: PretendedGPU, fail
 
 # What a chunk costs
 
-COUNTED = ["bs_roformer_viperx_1297", "htdemucs", "mdx23c_instvoc_hq_2", "scnet"]
+COUNTED = ["bs_roformer_viperx_1297", "htdemucs", slow("mdx23c_instvoc_hq_2"), slow("scnet")]
 COUNTED += [slow(name) for name in ("mel_band_roformer_kim", "bs_roformer_sw", "hdemucs_mmi", "drumsep")]
 COUNTED += [slow(name) for name in ("scnet_xl_ihf", "htdemucs_6s", "demo")]
 

@@ -147,6 +147,7 @@ def recorded(browser: Browser, node: str, at: float) -> tuple[float, np.ndarray]
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_a_click_plays_the_stems_and_the_next_one_stops_them(browser: Browser) -> None:
     assert browser.label("#play") == "Play"
     browser.click("#play")
@@ -162,6 +163,7 @@ def test_a_click_plays_the_stems_and_the_next_one_stops_them(browser: Browser) -
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_mute_silences_its_stem_alone(browser: Browser) -> None:
     browser.click("#play")
     hear(browser, *STEMS)
@@ -173,6 +175,7 @@ def test_mute_silences_its_stem_alone(browser: Browser) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_solo_leaves_only_the_solos_and_the_mixture_is_heard_as_one(browser: Browser) -> None:
     browser.click("[aria-label='Solo bass']")
     browser.click("#play")
@@ -188,6 +191,7 @@ def test_solo_leaves_only_the_solos_and_the_mixture_is_heard_as_one(browser: Bro
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_volume_makes_its_stem_quieter(browser: Browser) -> None:
     browser.click("#play")
     for amplitude in (0.25, 0.25 / 4):
@@ -198,6 +202,7 @@ def test_volume_makes_its_stem_quieter(browser: Browser) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_stems_are_in_step_to_the_sample_after_a_seek_and_over_segments(browser: Browser) -> None:
     browser.click("#play")
     hear(browser, *STEMS)
@@ -210,6 +215,7 @@ def test_stems_are_in_step_to_the_sample_after_a_seek_and_over_segments(browser:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_a_tone_goes_on_from_one_segment_to_the_next_without_a_click(browser: Browser) -> None:
     browser.click("#play")
     hear(browser, *STEMS)
@@ -230,6 +236,7 @@ def test_a_tone_goes_on_from_one_segment_to_the_next_without_a_click(browser: Br
 
 
 @needs_chromium
+@pytest.mark.slow
 @pytest.mark.parametrize("down", [0.25, 0.75])  # the waveform, the spectrogram
 def test_a_click_on_a_picture_seeks(browser: Browser, down: float) -> None:
     browser.click(".track:nth-of-type(3) .lane", at=0.75, down=down)
@@ -244,6 +251,7 @@ def test_a_click_on_a_picture_seeks(browser: Browser, down: float) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_at_its_end_the_song_stops_and_plays_again_from_its_start(browser: Browser) -> None:
     seek(browser, SECONDS - 0.3)
     browser.click("#play")
@@ -255,6 +263,7 @@ def test_at_its_end_the_song_stops_and_plays_again_from_its_start(browser: Brows
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_keys_play_seek_mute_and_solo(browser: Browser) -> None:
     browser.press(" ")
     hear(browser, *STEMS)
@@ -283,6 +292,7 @@ def test_keys_play_seek_mute_and_solo(browser: Browser) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_every_control_has_a_name_and_can_be_reached_by_tab(browser: Browser) -> None:
     names = ["Play", "Position", "Solo mixture", "Volume of mixture"]
     names += [f"{control} {stem}" for stem in STEMS for control in ("Mute", "Solo", "Volume of")]
@@ -297,6 +307,7 @@ def test_every_control_has_a_name_and_can_be_reached_by_tab(browser: Browser) ->
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_what_the_page_says_is_text_and_figures(browser: Browser) -> None:
     assert browser.run("return [document.title, document.querySelector('h1').textContent]") == [TITLE, TITLE]
     facts = browser.run("return [...document.querySelectorAll('.facts')].map(each => each.textContent)")
@@ -304,6 +315,7 @@ def test_what_the_page_says_is_text_and_figures(browser: Browser) -> None:
 
 
 @needs_chromium
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_the_page_fits_a_phone_where_a_tap_plays(browser: Browser, width: int) -> None:
     metrics: dict[str, Any] = {"width": width, "height": 740, "deviceScaleFactor": 2, "mobile": width < 1000}

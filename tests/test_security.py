@@ -352,7 +352,7 @@ PLAYLISTS = {
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("kind", quick_first(PLAYLISTS, 8))
+@pytest.mark.parametrize("kind", quick_first(PLAYLISTS, 3))
 def test_a_playlist_reads_neither_other_files_nor_the_network(
     kind: str, tmp_path: Path, canary: tuple[str, list[str]]
 ) -> None:
@@ -618,6 +618,7 @@ def check_damaged(numbers: range, whole_files: dict[str, bytes], folder: Path) -
     assert len(damaged) / 10 < len(refused) < len(damaged) * 9 / 10
 
 
+@pytest.mark.slow
 def test_fifty_damaged_files_are_decoded_or_refused_with_one_sentence(
     whole_files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -631,6 +632,7 @@ def test_five_hundred_damaged_files_are_decoded_or_refused_with_one_sentence(
     check_damaged(range(N_DAMAGED), whole_files, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_files_that_get_damaged_are_whole(whole_files: dict[str, bytes], tmp_path: Path) -> None:
     for name, content in whole_files.items():
         (tmp_path / name).write_bytes(content)

@@ -736,6 +736,7 @@ def downloaded(path: Path) -> bytes:
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_a_song_from_choosing_it_to_hearing_and_keeping_its_stems(
     browser: Browser, server: Process, tmp_path: Path
 ) -> None:
@@ -783,6 +784,7 @@ def test_a_song_from_choosing_it_to_hearing_and_keeping_its_stems(
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_dropped_songs_wait_in_line_and_can_be_cancelled(browser: Browser, short: bytes) -> None:
     select(browser, recipe="demo", format="mp3")
     script = """const transfer = new DataTransfer();
@@ -806,6 +808,7 @@ def test_dropped_songs_wait_in_line_and_can_be_cancelled(browser: Browser, short
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_a_song_that_there_is_no_room_for_is_sent_when_there_is(browser: Browser, short: bytes, tmp_path: Path) -> None:
     select(browser, recipe="demo")
     full = """const asked = fetch, full = () => Promise.resolve(new Response("20 songs are waiting", {status: 503}));
@@ -822,6 +825,7 @@ def test_a_song_that_there_is_no_room_for_is_sent_when_there_is(browser: Browser
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_a_wrong_file_and_one_too_large_say_so(browser: Browser, tmp_path: Path) -> None:
     select(browser, recipe="demo")
     (tmp_path / "words.txt").write_text("words, not sound\n" * 50)
@@ -860,6 +864,7 @@ def test_a_server_that_stopped_is_said_and_noticed_when_it_is_back(chromium: Bro
 
 
 @needs_chromium
+@pytest.mark.slow
 def test_the_first_page_has_names_for_all_controls_and_says_what_is_downloaded(browser: Browser) -> None:
     names = [browser.label(selector) for selector in ("input", "#stems", "#recipe", "#format", "#start")]
     assert names == ["Drop songs here, or choose files", "Stems", "Recipe", "Format", "Separate"]
@@ -877,6 +882,7 @@ def test_the_first_page_has_names_for_all_controls_and_says_what_is_downloaded(b
 
 
 @needs_chromium
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 768])
 def test_the_first_page_fits_a_phone(browser: Browser, width: int, tmp_path: Path) -> None:
     browser.developer(

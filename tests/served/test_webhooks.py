@@ -35,6 +35,7 @@ def run(server: Server, receiver: Receiver, seconds: float, *, least: int, **fie
     )
 
 
+@pytest.mark.slow
 def test_all_events_come_with_progress_in_the_logs(server: Server, receiver: Receiver) -> None:
     bodies = run(server, receiver, 90, least=6)  # some seconds of work
     assert {body["id"] for body in bodies} == {"hooked"}
