@@ -62,7 +62,7 @@ class Damage:
         if refused and not self.accept:
             raise AudioError(
                 f"{self.name} {self._faults(whole)}; get the file again, or take what is there with --accept-damaged "
-                "(in Python accept_damaged=True)"
+                "(in Python accept_damaged=True)."
             )
         if self:
             logger.warning("%s %s", self.name, self._faults(whole))

@@ -12,6 +12,7 @@ from separation.damage import MIN_MISSING_SECONDS, Damage
 from separation.ffmpeg import Decoding, Frame
 from separation.waveform import silent
 
+_PACKET_SAMPLES = 4096  # of ALAC, at most
 _TELLING = {"mov", "flac", "wv", "tta", "ape", "caf", "aiff", "w64", "wav", "au", "tak", "mpc8"}
 _START_SECONDS = 0.5  # times that go back to before this are of another song, appended
 _MAX_HOLE_SECONDS = 60.0  # a longer one, in a file that does not tell its length, is a wrong time
@@ -86,6 +87,9 @@ def announced_seconds(stream: Mapping[str, Any], answer: Mapping[str, Any], cont
 
     Of other containers than these ffmpeg gives no more than an estimate.
     """
+    if "caf" in container and not stream["codec_name"].startswith("pcm_"):
+        # ffmpeg counts whole packets, of which the last one may hold less.
+        return max(0.0, float(stream.get("duration", 0)) - _PACKET_SAMPLES / int(stream["sample_rate"]))
     if _TELLING & set(container):
         return float(stream.get("duration", 0))
     if "avi" in container:  # its duration is that of the index, which may be cut

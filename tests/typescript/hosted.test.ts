@@ -5,7 +5,7 @@ import test, { after, afterEach, before, beforeEach } from "node:test";
 import Replicate from "replicate";
 import { Gateway, TOKEN } from "./gateway.js";
 import { PredictionError, Separator } from "./separation.js";
-import { contents, dataUri, gatewayPort, longSongFile, plain, songFile, uploading } from "./served.js";
+import { contents, dataUri, gatewayPort, longSongFile, plain, samples, songFile, uploading } from "./served.js";
 import { createTables, runInWorker, startReceiver, type Receiver } from "./workerd.js";
 
 let gateway: Gateway;
@@ -78,9 +78,9 @@ test("progress rises from below a half to the whole while the client waits", asy
 test("a song given as a Blob or as bytes is uploaded and gives the stems that its data URI gives", async () => {
   const bytes = await readFile(songFile());
   const options = { output_format: "flac", pollSeconds: 0.1 } as const;
-  const expected = await contents(await separator.separate(song, options));
+  const expected = await samples(await separator.separate(song, options));
   for (const file of [new Blob([new Uint8Array(bytes)]), new Uint8Array(bytes), Buffer.from(new Uint8Array(bytes))]) {
-    assert.deepEqual(await contents(await separator.separate(file, options)), expected);
+    assert.deepEqual(await samples(await separator.separate(file, options)), expected);
   }
 });
 

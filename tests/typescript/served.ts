@@ -40,3 +40,14 @@ export async function contents(stems: Record<string, string>): Promise<Record<st
   }
   return hashes;
 }
+
+/** The checksum of a FLAC stem's samples, as its header has it, by the stem's name: its tags hold the song's file name. */
+export async function samples(stems: Record<string, string>): Promise<Record<string, string>> {
+  const checksums: Record<string, string> = {};
+  for (const [name, url] of Object.entries(stems)) {
+    const flac = Buffer.from(await (await fetch(url)).arrayBuffer());
+    assert.equal(flac.toString("latin1", 0, 4), "fLaC");
+    checksums[name] = flac.toString("hex", 26, 42);
+  }
+  return checksums;
+}
