@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from separation.errors import AudioError
-from separation.integrity import after_id3v2
+from separation.integrity import after_id3v2, chunks
 
 _MAX_CHUNKS = 10_000  # a file made to keep this module busy can hold millions
 
@@ -200,7 +200,7 @@ def _told(file: IO[bytes], channels: int) -> Sequence[str] | None:
     """The loudspeakers that a file tells, in the order of its channels, or None."""
     file.seek(0)
     top = file.read(4)
-    if top in _CHUNKS:
+    if top in _LAYOUT_CHUNKS:
         return _told_in_chunks(file, top)
     if top == b"OggS":
         return _told_by_ogg(file, channels)
@@ -211,49 +211,22 @@ def _told(file: IO[bytes], channels: int) -> Sequence[str] | None:
     return _told_by_flac(file) or _USUAL[channels].split()
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """Where the chunks of a container begin, how each does, and the one that tells the layout."""
-
-    first: int
-    header: struct.Struct  # a chunk's kind and its size in bytes
-    layout: bytes
-    alignment: int = 1  # of each chunk, in bytes
-    counts_header: bool = False  # whether a chunk's size includes its header
-
-
-_RIFF = _Chunks(12, struct.Struct("<4sI"), b"fmt ", 2)
-_CHUNKS = {  # by a file's first four bytes
-    b"RIFF": _RIFF,
-    b"RF64": _RIFF,
-    b"BW64": _RIFF,
-    b"RIFX": _Chunks(12, struct.Struct(">4sI"), b"fmt ", 2),
-    b"riff": _Chunks(40, struct.Struct("<16sq"), b"fmt " + bytes.fromhex("f3acd3118cd100c04f8edb8a"), 8, True),
-    b"FORM": _Chunks(12, struct.Struct(">4sI"), b"CHAN", 2),  # AIFF
-    b"caff": _Chunks(8, struct.Struct(">4sq"), b"chan"),
+_LAYOUT_CHUNKS = {  # the kind that tells the layout, by a file's first four bytes
+    **dict.fromkeys((b"RIFF", b"RF64", b"BW64", b"RIFX"), b"fmt "),
+    b"riff": b"fmt " + bytes.fromhex("f3acd3118cd100c04f8edb8a"),
+    b"FORM": b"CHAN",  # AIFF
+    b"caff": b"chan",
 }
 
 
 def _told_in_chunks(file: IO[bytes], top: bytes) -> Sequence[str] | None:
-    chunks, size = _CHUNKS[top], file.seek(0, os.SEEK_END)
-    position = chunks.first
-    for _ in range(_MAX_CHUNKS):
-        file.seek(position)
-        header = file.read(chunks.header.size)
-        if len(header) < chunks.header.size:
-            return None
-        kind, n_bytes = chunks.header.unpack(header)
-        if chunks.counts_header:
-            n_bytes -= len(header)
-        if not 0 <= n_bytes <= size:
-            return None
-        if kind == chunks.layout:
+    size = file.seek(0, os.SEEK_END)
+    for kind, _, n_bytes in chunks(file, top):
+        if kind == _LAYOUT_CHUNKS[top] and 0 <= n_bytes <= size:
             content = file.read(min(n_bytes, 4096))
             if kind in (b"CHAN", b"chan"):
                 return _told_by_core_audio(content)
             return _told_by_wave_format(content, "<" if top != b"RIFX" else ">")
-        position += len(header) + n_bytes
-        position += -position % chunks.alignment
     return None
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO
 
@@ -76,16 +76,8 @@ def find_audio(file: IO[bytes], name: str) -> Audio | None:
     container = _CONTAINERS.get(top[:4])
     if container is None:
         return None
-    position, long_bytes = container.first, 0
-    for _ in range(_MAX_CHUNKS):
-        file.seek(position)
-        header = file.read(container.header.size)
-        if len(header) < container.header.size:
-            return None
-        kind, n_bytes = container.header.unpack(header)
-        start = position + len(header)
-        if container.counts_header:
-            n_bytes -= len(header)
+    long_bytes = 0
+    for kind, start, n_bytes in chunks(file, top):
         if kind == container.audio:
             if top[:4] in (b"RF64", b"BW64") and n_bytes == 2**32 - 1:
                 n_bytes = long_bytes
@@ -94,10 +86,29 @@ def find_audio(file: IO[bytes], name: str) -> Audio | None:
             return _audio(file, container, Audio(start, n_bytes, size - start, top[8:12] == b"WAVE"), top, name)
         if kind == b"ds64" and len(sizes := file.read(16)) == 16:
             long_bytes = struct.unpack("<q", sizes[8:])[0]
-        if not 0 <= n_bytes <= size:
-            return None
-        position = start + n_bytes + -n_bytes % container.alignment
     return None
+
+
+def chunks(file: IO[bytes], top: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Each chunk's kind, first byte and size by its header, of a container that begins with `top`.
+
+    Ends behind a chunk whose size cannot be right. At each, the file stands at the first byte.
+    """
+    container, size = _CONTAINERS[top[:4]], file.seek(0, os.SEEK_END)
+    position = container.first
+    for _ in range(_MAX_CHUNKS):
+        file.seek(position)
+        header = file.read(container.header.size)
+        if len(header) < container.header.size:
+            return
+        kind, n_bytes = container.header.unpack(header)
+        if container.counts_header:
+            n_bytes -= len(header)
+        start = position + len(header)
+        yield kind, start, n_bytes
+        if not 0 <= n_bytes <= size:
+            return
+        position = start + n_bytes + -n_bytes % container.alignment
 
 
 def _audio(file: IO[bytes], container: _Container, audio: Audio, top: bytes, name: str) -> Audio:
