@@ -16,14 +16,14 @@ from cog import BasePredictor, Input, Path
 from cog.types import URLPath
 
 from separation import ModelPool, Separator
-from separation.cache import chosen_cache
-from separation.catalogue import is_here
-from separation.chunk_choice import ChunkChoice
+from separation.checkpoints.catalogue import is_here
+from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.device import peak_memory_bytes
+from separation.engine.cache import chosen_cache
+from separation.engine.recipes import Recipe, load_recipe
 from separation.errors import AudioError, InputError, RecipeError
-from separation.public import errors_without_paths, max_mib, max_seconds
-from separation.recipes import Recipe, load_recipe
-from separation.remote import BLOCK_BYTES, Allowed, blocks
+from separation.web.public import errors_without_paths, max_mib, max_seconds
+from separation.web.remote import BLOCK_BYTES, Allowed, blocks
 
 
 class Predictor(BasePredictor):

@@ -9,7 +9,7 @@ import sys
 
 # The command line is what starts: for `python -m separation` Python compiles it next, and both import for a while.
 if os.path.basename(sys.argv[0] if sys.argv else "") in ("-m", "separation", "separation.exe"):
-    import separation.start  # noqa: F401
+    import separation.cli.start  # noqa: F401
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,9 @@ from separation.errors import (
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 
 if TYPE_CHECKING:
-    from separation.cache import Cache
-    from separation.checkpoints import load_model
-    from separation.separator import ModelPool, Separator
+    from separation.checkpoints.load import load_model
+    from separation.engine.cache import Cache
+    from separation.engine.separator import ModelPool, Separator
 
 __all__ = [
     "AudioError",
@@ -49,10 +49,10 @@ __all__ = [
 
 # Imported when first asked for: PyTorch takes a second, which `python -m separation --help` has no use for.
 _MODULES = {
-    "Cache": "separation.cache",
-    "ModelPool": "separation.separator",
-    "Separator": "separation.separator",
-    "load_model": "separation.checkpoints",
+    "Cache": "separation.engine.cache",
+    "ModelPool": "separation.engine.separator",
+    "Separator": "separation.engine.separator",
+    "load_model": "separation.checkpoints.load",
 }
 
 

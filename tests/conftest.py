@@ -1,91 +1,22 @@
-"""What the tests share: where the optional things are, the demo song, and the contract's words."""
+"""Fixtures, and how the tests are spread over processes."""
 
-import io
 import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # Beside another process of tests, each computes on one thread: read as PyTorch is imported, also by what it starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from numpy.typing import NDArray
 
-from separation import catalogue, device
-from weights_server import Server
+from helpers.weights_server import Server
+from separation import device
+from separation.checkpoints import catalogue
 
-# glibc gives back at once what is freed: slow, but else it holds back some 100 MiB more or less, and no leak is seen.
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 os.environ["SEPARATION_CACHE"] = "off"  # a test of something else must not find what another one kept
-
-PROJECT = Path(__file__).parents[1]
-SHARED = PROJECT.parent / "shared"
-SONG = PROJECT / "weights" / "demo" / "song.flac"
-
-needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
-needs_shared = pytest.mark.skipif(not (SHARED / "audio").is_dir(), reason="needs the shared folder beside the checkout")
-needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
-needs_chromium = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
-)
-
-STEMS = {
-    "vocals_instrumental": ["vocals", "instrumental"],
-    "all_4": ["vocals", "drums", "bass", "other"],
-    "all_6": ["vocals", "drums", "bass", "guitar", "piano", "other"],
-}
-QUICK: dict[str, Any] = {"stems": "vocals_instrumental", "output_format": "wav", "chunk_size": 4, "overlap": 1}
-QUICK |= {"sample_rate": 44100, "mp3_bitrate": 320, "two_stems": "none", "recipe": "default"}
-# What `parseProgressFromLogs` of npm `replicate` reads: percent, something between bars, done/total.
-PROGRESS_LINE = re.compile(r"\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
-METRICS = ["audio_seconds", "times_realtime", "model_load_seconds", "device", "peak_memory_mib"]
-
-
-def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
-    """The demo song, cut or repeated to that length, as a float WAV file or a FLAC file."""
-    audio, rate = soundfile.read(SONG, dtype="float32")
-    audio = np.resize(audio, (int(seconds * rate), 2)) * np.float32(gain)
-    file = io.BytesIO()
-    soundfile.write(file, audio, rate, format=format, subtype="FLOAT" if format == "WAV" else None)
-    return file.getvalue()
-
-
-def quick_first(values: Iterable[Any], n_quick: int) -> list[Any]:
-    """Values for parametrize, of which those behind the first few are for the slow tests."""
-    return [value if i < n_quick else slow(value) for i, value in enumerate(values)]
-
-
-def slow(value: Any) -> Any:
-    """A value, or a row of them, that is for the slow tests."""
-    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
-
-
-def quick_models() -> list[Any]:
-    """The names of all checkpoints, of which the bags of four networks are for the slow tests."""
-    return [slow(name) if name.startswith("mdx_extra") else name for name in catalogue.available()]
-
-
-def below(folder: Path, pattern: str) -> list[Path]:
-    """What has such a name below a folder, which others may be changing."""
-    found = ((where, name) for where, folders, files in os.walk(folder) for name in (*folders, *files))
-    return [Path(where, name) for where, name in found if fnmatch(name, pattern)]
-
-
-def read(file: Path | bytes) -> NDArray[np.float32]:
-    return soundfile.read(io.BytesIO(file) if isinstance(file, bytes) else file, dtype="float32", always_2d=True)[0]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -143,20 +74,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@contextmanager
-def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """The command line in a process that Ctrl-C, which a shell's background job ignores, reaches."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "separation", *map(str, arguments)],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as run:
-        try:
-            yield run
-        finally:
-            run.kill()

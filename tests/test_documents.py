@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from conftest import PROJECT
-from separation import catalogue, recipes
-from separation.catalogue import read_config
+from helpers.common import PROJECT
+from helpers.small_model import DOCUMENT, write_yaml
+from separation.checkpoints import catalogue
+from separation.checkpoints.catalogue import read_config
 from separation.documents import (
     MOST_BYTES,
     MOST_HEADER_BYTES,
@@ -19,8 +20,8 @@ from separation.documents import (
     read_yaml,
     shown,
 )
+from separation.engine import recipes
 from separation.errors import CheckpointError, RecipeError
-from small_model import DOCUMENT, write_yaml
 
 
 def bomb(levels: int, first: str, line: str) -> str:

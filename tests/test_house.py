@@ -1,139 +1,85 @@
 """The house stays in order: imports only go down, and each outside thing has one door."""
 
-import ast
 import re
 import subprocess
 import sys
-from functools import cache
-from pathlib import Path
+from graphlib import TopologicalSorter
 
 import pytest
 
 import separation
-from conftest import PROJECT
-from separation import __main__, device, encode, separator
+from helpers.common import PROJECT
+from helpers.house import imports, modules
+from separation import device
+from separation.audio import encode
+from separation.cli import main as __main__
+from separation.engine import separator
 from separation.models import attention
 
-# A module may import from strictly lower floors, and within `models` from its own.
+# A package or module imports from lower floors only. Inside a package, no two modules import each other, however
+# indirectly.
 FLOORS = {
-    "predict": 5,
-    "separation.start": 1.5,
-    "separation.process": 1,
-    "separation.__main__": 5,
-    "separation.cluster": 4.5,
-    "separation.find": 4.5,
-    "separation.songs": 4,
-    "separation.bench": 4,
-    "separation.serve": 4,
-    "separation.connections": 1,
-    "separation.public": 1,
-    "separation.remote": 1.5,
-    "separation.demo": 4,
-    "separation.evaluate": 4,
-    "separation.export": 4,
-    "separation": 4,
-    "separation.separator": 3,
-    "separation.encoders": 2.5,
-    "separation.output": 0.9,
-    "separation.record": 0.8,
-    "separation.suffixes": 0,
-    "separation.integrity": 1,
-    "separation.channels": 1.5,
-    "separation.tracks": 1.6,
-    "separation.damage": 1,
-    "separation.ffmpeg": 1,
-    "separation.holes": 1.8,
-    "separation.pieces": 0.5,
-    "separation.frames": 1.2,
-    "separation.flac": 1.2,
-    "separation.ogg": 1.2,
-    "separation.wavpack": 1.2,
-    "separation.chatter": 0.5,
-    "separation.mend": 1.8,
-    "separation.source": 1.8,
-    "separation.sndfile": 1.9,
-    "separation.cache": 2,
-    "separation.metrics": 2,
-    "separation.picture": 3,
-    "separation.report": 3.5,
-    "separation.about": 3,
-    "separation.chunking": 2,
-    "separation.checkpoints": 2,
-    "separation.state_dict": 1.2,
-    "separation.catalogue": 1.4,
-    "separation.recipes": 2,
-    "separation.decode": 2,
-    "separation.resample": 1.8,
-    "separation.encode": 1.8,
-    "separation.waveform": 1.5,
-    "separation.models": 1,
-    "separation.gpu": 1,
-    "separation.chunk_choice": 0.5,
-    "separation.device": 0.5,
-    "separation.settings": 0.5,
-    "separation.unwrap": 0.5,
-    "separation.foreign": 0.5,
-    "separation.bags": 0.5,
-    "separation.documents": 0,
-    "separation.pickles": 0,
-    "separation.torch_file": 1,
-    "separation.places": 0,
-    "separation.about_song": 0.75,
-    "separation.memory": 0.5,
-    "separation.signals": 0,
-    "separation.threads": 0,
-    "separation.text": 0,
-    "separation.locks": 0,
-    "separation.stft": 0,
+    "separation": 10,  # the public names
+    "separation.__main__": 10,
+    "predict": 11,
+    "separation.cli": 9,
+    "separation.batch": 8,
+    "separation.web": 8,
+    "separation.report": 7,
+    "separation.evaluation": 6,
+    "separation.engine": 5,
+    "separation.audio": 4,
+    "separation.checkpoints": 4,
+    "separation.models": 3,
+    "separation.system": 2,
+    "separation.device": 1,
+    "separation.documents": 1,
+    "separation.settings": 1,
     "separation.errors": 0,
 }
 
 
 # ffmpeg, a fresh Python, a compiler
-PROGRAMS = {"separation.ffmpeg", "separation.bench", "separation.models.kernels.native"}
+PROGRAMS = {"separation.audio.ffmpeg", "separation.evaluation.bench", "separation.models.kernels.native"}
 
 
-@cache
-def modules() -> dict[str, Path]:
-    files = [PROJECT / "predict.py", *(PROJECT / "separation").rglob("*.py")]
-    return {".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+def room(module: str) -> str:
+    """The package of a module, or the module where it stands alone."""
+    return ".".join(module.split(".")[:2])
 
 
-@cache
-def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            known = modules()
-            found |= {full if (full := f"{node.module}.{alias.name}") in known else node.module for alias in node.names}
-    return found
-
-
-def floor(module: str) -> int:
-    return FLOORS["separation.models" if module.startswith("separation.models.") else module]
+def inside(module: str) -> set[str]:
+    return {name for name in imports(modules()[module]) if name.split(".")[0] == "separation"}
 
 
 @pytest.mark.parametrize("module", modules())
 def test_imports_only_go_down(module: str) -> None:
-    for imported in imports(modules()[module]):
-        if imported.split(".")[0] != "separation":
-            continue
-        same_room = module.startswith("separation.models") and imported.startswith("separation.models")
-        assert same_room or floor(imported) < floor(module), f"{module} imports {imported}"
+    climbing = {name for name in inside(module) if FLOORS[room(name)] >= FLOORS[room(module)]}
+    others = {name for name in climbing if room(name) != room(module)}
+    if room(module) == "separation.cli":
+        others -= {"separation"}  # for the version
+    assert not others, f"{module} imports {others}"
+
+
+def test_no_modules_import_each_other() -> None:
+    order = TopologicalSorter({module: inside(module) - {"separation", module} for module in modules()})
+    order.prepare()  # raises CycleError
+
+
+def test_every_floor_is_there_and_every_module_has_one() -> None:
+    assert {room(module) for module in modules()} == FLOORS.keys()
 
 
 @pytest.mark.parametrize(
     "library, door",
     [
         ("cog", "predict"),
-        ("requests", "separation.remote"),
+        ("requests", "separation.web.remote"),
         ("demucs", "separation.models.htdemucs"),
         ("diffq", "separation.models.htdemucs"),
         ("librosa", "separation.models.mel_band_roformer"),
         ("rotary_embedding_torch", "separation.models.layers"),
-        ("ray", "separation.cluster"),
+        ("ray", "separation.batch.cluster"),
         ("yaml", "separation.documents"),
     ],
 )
@@ -145,13 +91,13 @@ def test_a_library_has_one_door(library: str, door: str) -> None:
 def test_only_two_download_nothing_unpickles_and_few_run_programs() -> None:
     for name, path in modules().items():
         text = path.read_text(encoding="utf-8")
-        assert name in ("separation.catalogue", "separation.remote") or "urllib" not in text
+        assert name in ("separation.checkpoints.catalogue", "separation.web.remote") or "urllib" not in text
         assert not any(word in text for word in ("torch.load(", "pickle.load", "Unpickler("))
         assert name in PROGRAMS or "subprocess" not in text
 
 
 def test_only_the_container_fetches_songs() -> None:
-    assert [name for name, path in modules().items() if "separation.remote" in imports(path)] == ["predict"]
+    assert [name for name, path in modules().items() if "separation.web.remote" in imports(path)] == ["predict"]
 
 
 def test_what_is_printed_goes_through_one_function_for_people_and_one_for_json() -> None:
@@ -161,17 +107,19 @@ def test_what_is_printed_goes_through_one_function_for_people_and_one_for_json()
     }
     del printing["predict"]  # whose stdout is the prediction's log
     assert {name: count for name, count in printing.items() if count} == {
-        "separation.__main__": 2,
-        "separation.bench": 2,
-        "separation.process": 2,
-        "separation.public": 1,
+        "separation.cli.main": 2,
+        "separation.evaluation.bench": 2,
+        "separation.cli.process": 2,
+        "separation.web.public": 1,
     }
 
 
-@pytest.mark.parametrize("module", ["separation.bench", "separation.evaluate", "separation.export"])
+@pytest.mark.parametrize(
+    "module", ["separation.evaluation.bench", "separation.evaluation.evaluate", "separation.checkpoints.export"]
+)
 def test_only_the_command_line_imports_what_measures_and_exports(module: str) -> None:
     users = {name for name, path in modules().items() if module in imports(path)}
-    assert users == {"separation.__main__"}
+    assert users == {"separation.cli.main"}
 
 
 def modules_after(code: str) -> set[str]:
@@ -183,7 +131,7 @@ def modules_after(code: str) -> set[str]:
 
 def run_command(*arguments: str) -> str:
     return f"""
-from separation.__main__ import main
+from separation.cli.main import main
 try:
     main({list(arguments)})
 except SystemExit:
@@ -224,7 +172,9 @@ def test_loading_models_imports_nothing_that_only_training_and_compiling_need() 
         "pandas",
     }
     code = """
-from separation import Separator, catalogue, checkpoints
+from separation import Separator
+from separation.checkpoints import catalogue
+from separation.checkpoints import load as checkpoints
 Separator("demo", "all_4")
 checkpoints._build(catalogue.read_config("htdemucs_6s"), ())
 """

@@ -18,8 +18,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import separation
-from conftest import PROJECT
-from test_house import imports, modules
+from helpers.common import PROJECT
+from helpers.house import imports, modules
 
 # What is imported where another package has brought it: Triton has no wheels but for Linux, where PyTorch brings it.
 BROUGHT = {"triton": "torch", "onnx-ir": "onnxscript", "numba": "librosa"}
@@ -230,7 +230,7 @@ def test_the_installed_command_is_told_apart_by_its_messages_and_says_its_versio
     assert says(script, "--help").startswith("usage: separation [")
     assert says(python, "-m", "separation", "--help").startswith("usage: python -m separation [")
     assert "bs_roformer_viperx_1297" in says(script, "models", "list")
-    folder = says(python, "-c", "from separation.places import weights_folder; print(weights_folder())")
+    folder = says(python, "-c", "from separation.system.places import weights_folder; print(weights_folder())")
     assert folder == f"{environment['HOME']}/.local/share/music-separation/weights\n"
 
 

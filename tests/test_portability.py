@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from conftest import PROJECT, SONG, needs_ffmpeg
-from test_house import modules
+from helpers.common import PROJECT, SONG, needs_ffmpeg
+from helpers.house import modules
 
 MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 SIGNALS = {"SIGALRM", "SIGCHLD", "SIGCONT", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGSTOP", "SIGUSR1", "SIGUSR2"}
@@ -47,7 +47,7 @@ NAMES |= {"alarm", "setitimer", "pause", "epoll", "kqueue", "poll", "select", "p
 OWNERS = {"os", "signal", "select", "socket", "subprocess"}
 # The first compiles for a CPU's bfloat16, which is looked for on Linux alone; the second waits for a pipe that does not
 # block, as none does on Windows.
-LINUX_ONLY = {("separation.models.kernels.native", "getuid"), ("separation.process", "select")}
+LINUX_ONLY = {("separation.models.kernels.native", "getuid"), ("separation.cli.process", "select")}
 
 # The process of a song, in which they are missing.
 WINDOWS = f"""
@@ -59,7 +59,7 @@ subprocess.Popen.kill = lambda process: process.send_signal(9)
 for name in {sorted(SIGNALS)}:
     if hasattr(signal, name):
         delattr(signal, name)
-from separation.start import run
+from separation.cli.start import run
 run()
 """
 

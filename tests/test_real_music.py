@@ -15,10 +15,10 @@ import pytest
 import soundfile
 import torch
 
-from conftest import PROJECT, SHARED, needs_ffmpeg, needs_npm, needs_shared
+from helpers.common import PROJECT, SHARED, needs_ffmpeg, needs_npm, needs_shared
 from separation import Separator, load_model
-from separation.__main__ import main
-from separation.metrics import sdr
+from separation.cli.main import main
+from separation.evaluation.metrics import sdr
 
 pytestmark = [pytest.mark.slow, needs_npm, needs_shared]
 CACHE = PROJECT / ".cache"

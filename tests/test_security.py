@@ -29,12 +29,12 @@ import soundfile
 import torch
 
 import predict
-from conftest import PROJECT, needs_ffmpeg, quick_first
-from separation.checkpoints import load_model
-from separation.decode import decode
-from separation.encode import FORMATS, encode
+from helpers.common import PROJECT, needs_ffmpeg, quick_first
+from separation.audio.decode import decode
+from separation.audio.encode import FORMATS, encode
+from separation.audio.waveform import Waveform
+from separation.checkpoints.load import load_model
 from separation.errors import AudioError, CheckpointError
-from separation.waveform import Waveform
 
 DEMO = PROJECT / "weights" / "demo"
 
@@ -140,7 +140,7 @@ def test_a_long_file_that_ffmpeg_reads_is_stopped_at_the_limit_and_ffmpeg_ended(
     suffix: str, codec: str, flac_bomb: Path, tmp_path: Path, appended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bomb = ffmpeg(flac_bomb, tmp_path / f"bomb.{suffix}", "-t", "600", "-c:a", codec)
-    monkeypatch.setattr("separation.sndfile.open_whole", lambda *_: [])
+    monkeypatch.setattr("separation.audio.sndfile.open_whole", lambda *_: [])
     started = record_processes(monkeypatch)
     started_at = time.monotonic()
     assert "is longer than 60 s" in refusal(bomb, tmp_path, max_seconds=60)
@@ -286,7 +286,7 @@ def test_an_ffmpeg_that_says_nothing_is_ended(silent: str, tmp_path: Path, monke
     for program in programs.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    monkeypatch.setattr("separation.ffmpeg.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("separation.audio.ffmpeg.PATIENCE_SECONDS", 0.5)
     (tmp_path / "song").write_bytes(b"not of libsndfile")
     processes = record_processes(monkeypatch)
     started = time.monotonic()
@@ -563,7 +563,7 @@ DECODE_ALL = """
 import faulthandler, json, os, signal, sys, time
 from pathlib import Path
 
-from separation.decode import decode
+from separation.audio.decode import decode
 from separation.errors import AudioError
 
 faulthandler.enable()

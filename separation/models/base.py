@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from separation.errors import InputError
 from separation.models.shapes import Shapes
-from separation.stft import Window
+from separation.models.stft import Window
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Transform:
 
     @classmethod
     def centred(cls, *, n_fft: int, normalized: bool = False, bins: int | None = None, **values: Any) -> "Transform":
-        """What `separation.stft.stft` and `istft` do."""
+        """What `separation.models.stft.stft` and `istft` do."""
         half = n_fft // 2
         scale = n_fft**-0.5 if normalized else 1.0
         return cls(n_fft=n_fft, scale=scale, bins=bins or half + 1, padding=(half, half), crop=half, **values)

@@ -32,7 +32,7 @@ from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.operations import run
 from separation.models.limits import check_arguments
 from separation.models.shapes import Shapes, quotient
-from separation.stft import hermitian, make_window, stft
+from separation.models.stft import hermitian, make_window, stft
 
 logger = logging.getLogger("separation")
 

@@ -19,8 +19,8 @@ from separation.models.base import Transform
 from separation.models.kernels.mdx23c_gpu import GpuMDX23C
 from separation.models.layers import GroupNorm
 from separation.models.shapes import Shapes, quotient
+from separation.models.stft import istft, stft
 from separation.models.twinned import TwinnedModel
-from separation.stft import istft, stft
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from separation.models.layers import (
     Transformer,
 )
 from separation.models.shapes import Shapes, quotient
-from separation.stft import istft, stft
+from separation.models.stft import istft, stft
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -376,8 +376,8 @@ def prepare(folder: Path, seconds: int) -> None:
     import soundfile
     import torch
 
-    from separation.catalogue import CONFIGS
-    from separation.checkpoints import random_weights
+    from separation.checkpoints.catalogue import CONFIGS
+    from separation.checkpoints.load import random_weights
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / CKPT
@@ -407,7 +407,7 @@ def song_path(folder: Path, seconds: int) -> Path:
 
 def measure(contender: Contender, folder: Path, seconds: int, htdemucs: Path | None) -> dict[str, Any]:
     """Run a contender once in a fresh process."""
-    from separation.catalogue import read_config
+    from separation.checkpoints.catalogue import read_config
 
     ours = contender.program == "ours"
     python = Path(sys.executable) if ours else folder / "venvs" / contender.program / "bin" / "python"
@@ -445,7 +445,7 @@ def check(contender: Contender, folder: Path, htdemucs: Path | None) -> dict[str
     import torch
 
     from separation import load_model
-    from separation.metrics import sdr
+    from separation.evaluation.metrics import sdr
 
     found = np.load(folder / "stems" / contender.name / "first_chunk.npz")
     chunk, theirs = torch.from_numpy(found["input"]), torch.from_numpy(found["output"])

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from separation import ModelPool, Separator, load_model
-from separation.decode import decode
-from separation.metrics import sdr
+from separation.audio.decode import decode
+from separation.audio.waveform import SAMPLE_RATE
+from separation.evaluation.metrics import sdr
 from separation.models.base import SeparationModel
-from separation.waveform import SAMPLE_RATE
 
 Song = tuple[str, Tensor, dict[str, Tensor]]  # name, mixture [2, T], true stems [2, T]
 DEFAULT = (8, 4)  # seconds of chunk and of overlap

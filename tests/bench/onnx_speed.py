@@ -17,8 +17,8 @@ import onnxruntime
 import torch
 from safetensors.torch import save_file
 
-from separation.checkpoints import load_model, random_weights
-from separation.export import export, spectrogram_of
+from separation.checkpoints.export import export, spectrogram_of
+from separation.checkpoints.load import load_model, random_weights
 
 
 def main() -> None:

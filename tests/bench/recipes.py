@@ -14,8 +14,8 @@ from torch import Tensor
 
 from knobs import SAMPLE_RATE, Song, read_songs, real_clip
 from separation import ModelPool, Separator, load_model
-from separation.metrics import sdr
-from separation.recipes import Recipe, resolve
+from separation.engine.recipes import Recipe, resolve
+from separation.evaluation.metrics import sdr
 
 STEMS = ("vocals", "drums", "bass", "other")
 THREE = STEMS[:3]

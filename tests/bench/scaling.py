@@ -31,7 +31,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line
 sys.path.insert(0, "tests")
 from separation import Separator
-from small_model import quick_model
+from helpers.small_model import quick_model
 
 song, folder, stems, format, tiny = sys.argv[1:]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import recipes
 from separation import ModelPool
+from separation.engine.recipes import resolve
 from separation.models.base import SeparationModel
-from separation.recipes import resolve
 
 
 class Shares(SeparationModel):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import knobs
-from conftest import PROJECT
+from helpers.common import PROJECT
 from separation import Separator
 from separation.models.base import SeparationModel
 

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 import scaling
-from conftest import GIVES_BACK
+from helpers.common import GIVES_BACK
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's account of a process's memory")
 

@@ -1,8 +1,9 @@
 """What a GPU says of this engine, beside its peers, in one run: `python tests/gpu/measure.py --seconds 300`.
 
-It runs tests/test_gpu.py, then measures, the most valuable rows first: correctness in fp16, BS-RoFormer viperx, Demucs,
-other RoFormers, MDX23C and SCNet, a card of 6 GiB, the largest kernels, the cold start, and more peers. Every row is in
-RUN/results.jsonl as soon as it is known; at the end come Markdown tables for docs/benchmarks, also in RUN/tables.md.
+It runs tests/engine/test_on_gpu.py, then measures, the most valuable rows first: correctness in fp16, BS-RoFormer
+viperx, Demucs, other RoFormers, MDX23C and SCNet, a card of 6 GiB, the largest kernels, the cold start, and more peers.
+Every row is in RUN/results.jsonl as soon as it is known; at the end come Markdown tables for docs/benchmarks, also in
+RUN/tables.md.
 Models have random weights, the same for all programs. A program that is not installed is a row that says so.
 
     python tests/gpu/measure.py --tiny --device cpu    # a dry run: every step that a CPU can do, with small models
@@ -43,6 +44,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
+TESTS = "tests/engine/test_on_gpu.py"
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
 sys.path[:0] = [str(PROJECT), str(HERE)]
@@ -227,13 +229,13 @@ def start_unblend(run: Run) -> list[subprocess.Popen[bytes]]:
 
 
 def run_tests(run: Run, results: Results) -> None:
-    """tests/test_gpu.py; the row counts what passed, failed and was skipped."""
+    """tests/engine/test_on_gpu.py; the row counts what passed, failed and was skipped."""
     report, log = run.folder / "tests.xml", run.folder / "tests.txt"
     command = [
         sys.executable,
         "-m",
         "pytest",
-        "tests/test_gpu.py",
+        TESTS,
         "-q",
         "-p",
         "no:cacheprovider",
@@ -256,10 +258,10 @@ def run_tests(run: Run, results: Results) -> None:
                 check=False,
             )
     except subprocess.TimeoutExpired:
-        results.add("tests", what="tests/test_gpu.py", error=f"not done after {TESTS_SECONDS} s: see tests.txt")
+        results.add("tests", what=TESTS, error=f"not done after {TESTS_SECONDS} s: see tests.txt")
         return
     if not report.exists():
-        results.add("tests", what="tests/test_gpu.py", error=f"pytest made no report: {log.read_text()[-300:]}")
+        results.add("tests", what=TESTS, error=f"pytest made no report: {log.read_text()[-300:]}")
         return
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from separation.catalogue import Checkpoint, read_config
+from separation.checkpoints.catalogue import Checkpoint, read_config
 from separation.models.limits import Uninitialised
 from workloads import Workloads
 

@@ -170,7 +170,7 @@ MISSING: list[Column] = [
     ("why there is no figure", lambda row: text(next(key for key in REASONS if key in row))(row)),
 ]
 SECTIONS: list[tuple[str, str, list[Column]]] = [
-    ("tests/test_gpu.py", "tests", TESTS),
+    ("tests/engine/test_on_gpu.py", "tests", TESTS),
     ("The bars", "bar", BARS),
     ("Correctness: one chunk, random weights", "correctness", CORRECTNESS),
     ("Songs, from memory to memory", "song", SONGS),

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import peers
 from names import DEMO, DRUMSEP, HTDEMUCS, HTDEMUCS_FT, KIM, MDX23C, SCNET, SCNET_XL, SW, UNBLEND_BATCH_SIZES, VIPERX
 from results import ENGINE, Results
-from separation.bench import cold_start
-from separation.metrics import sdr
+from separation.engine.separator import SAMPLE_RATE, Separator
+from separation.evaluation.bench import cold_start
+from separation.evaluation.metrics import sdr
 from separation.models import SeparationModel
-from separation.separator import SAMPLE_RATE, Separator
 from timing import (
     batch_milliseconds,
     busy_share,

@@ -18,7 +18,7 @@ from torch import Tensor
 import peers
 from names import HTDEMUCS, HTDEMUCS_FT
 from results import Results
-from separation.separator import SAMPLE_RATE
+from separation.engine.separator import SAMPLE_RATE
 from timing import batch_milliseconds, forget_peak, peak_mib, song_seconds
 from workloads import Workloads
 

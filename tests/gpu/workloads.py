@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from names import DEMO, DRUMSEP, HTDEMUCS, HTDEMUCS_FT, KIM, MDX23C, SCNET, SCNET_XL, SW, VIPERX
-from separation.catalogue import read_config
-from separation.checkpoints import load_model, random_weights
+from separation.checkpoints.catalogue import read_config
+from separation.checkpoints.load import load_model, random_weights
+from separation.engine.separator import SAMPLE_RATE, Separator
 from separation.models import SeparationModel
-from separation.separator import SAMPLE_RATE, Separator
 
 SONG = Path(__file__).parents[2] / "weights" / "demo" / "song.flac"
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from served_process import DEMO, Receiver, Server
+from helpers.served_process import DEMO, Receiver, Server
 
 
 @pytest.fixture(scope="module")

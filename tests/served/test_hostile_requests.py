@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 
-import served_process
-from conftest import PROJECT, SONG, needs_ffmpeg
-from served_process import Server, data_uri, wait_for
+from helpers import served_process
+from helpers.common import PROJECT, SONG, needs_ffmpeg
+from helpers.served_process import Server, data_uri, wait_for
 
 LIMIT_MIB = 2
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import read, song
-from served_process import SCHEMA, Receiver, Server, data_uri, decoded
+from helpers.common import read, song
+from helpers.served_process import SCHEMA, Receiver, Server, data_uri, decoded
 
 SHORT = {"chunk_size": 4, "overlap": 1}
 MOST_BYTES = 100 * 2**20  # of a request's body, by coglet

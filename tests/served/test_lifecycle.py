@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from conftest import GIVES_BACK, PROGRESS_LINE, song
-from served_process import ASYNC, COGLETS_FOLDERS, DEMO, Receiver, Server, data_uri, decoded, wait_for
+from helpers.common import GIVES_BACK, PROGRESS_LINE, song
+from helpers.served_process import ASYNC, COGLETS_FOLDERS, DEMO, Receiver, Server, data_uri, decoded, wait_for
 
 SHORT = {"chunk_size": 4, "overlap": 1}
 LONG = song(180, format="FLAC")  # 61 chunks of SHORT, some seconds of work

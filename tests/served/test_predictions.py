@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import METRICS, STEMS, read, song
-from served_process import ASYNC, DEMO, Receiver, Request, Server, data_uri, decoded, wait_for
+from helpers.common import METRICS, STEMS, read, song
+from helpers.served_process import ASYNC, DEMO, Receiver, Request, Server, data_uri, decoded, wait_for
 
 SHORT = {"chunk_size": 4, "overlap": 1}
 KINDS = {"wav": "audio/wav", "mp3": "audio/mpeg", "flac": "audio/flac"}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from cog._inspector import create_predictor
 
-from conftest import PROJECT
-from served_process import SCHEMA, Server
+from helpers.common import PROJECT
+from helpers.served_process import SCHEMA, Server
 
 HOW_TO_RENEW = (
     "the inputs are a published contract; if the change is meant, renew the file in the project's folder: "

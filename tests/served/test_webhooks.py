@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from conftest import METRICS, PROGRESS_LINE, quick_first, song
-from served_process import ASYNC, Receiver, Request, Server, data_uri, wait_for
+from helpers.common import METRICS, PROGRESS_LINE, quick_first, song
+from helpers.served_process import ASYNC, Receiver, Request, Server, data_uri, wait_for
 
 SHORT = {"chunk_size": 4, "overlap": 1}
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import needs_npm, song
-from served_process import Server
+from helpers.common import needs_npm, song
+from helpers.served_process import Server
 
 pytestmark = [pytest.mark.slow, needs_npm]
 

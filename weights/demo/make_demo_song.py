@@ -15,7 +15,7 @@ import torch
 from make_song import SAMPLE_RATE, STEMS, Audio, render
 from numpy.typing import NDArray
 
-from separation.metrics import level_dbfs, sdr
+from separation.evaluation.metrics import level_dbfs, sdr
 
 FOLDER = Path(__file__).parent
 SEED = 5002  # none of the seeds that the weights are trained or chosen on; 15 s at its tempo

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from separation.metrics import sdr
+from separation.evaluation.metrics import sdr
 from separation.models.attention import BACKENDS
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 

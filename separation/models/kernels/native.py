@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from separation.device import bfloat16_instructions, cpu_flags
-from separation.places import cache_folder
+from separation.system.places import cache_folder
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")

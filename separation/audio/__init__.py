@@ -1,0 +1,1 @@
+"""Songs on disk: decoded, checked, resampled, encoded."""

@@ -1,0 +1,194 @@
+"""Waveforms to audio files: WAV, FLAC and MP3, by libsndfile."""
+
+import contextlib
+import io
+import os
+import secrets
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from separation.audio.waveform import BLOCK_SAMPLES, TAGS, Waveform, output_error, write_all
+from separation.errors import InputError
+
+FORMATS = ("wav", "mp3", "flac")
+MP3_BITRATES = (128, 160, 192, 224, 256, 320)  # kbit/s
+MP3_SAMPLE_RATES = (32000, 44100, 48000)  # hertz: those of MPEG-1, which alone has these bitrates
+WAV_DEPTHS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}  # bits of integers, or of floats, and libsndfile's name
+FLAC_DEPTHS = {"16": "PCM_16", "24": "PCM_24"}
+MP3_BITRATE, WAV_DEPTH, FLAC_DEPTH = 320, "32f", "24"  # where none is asked for
+
+_WAV_LIMIT_BYTES = 2**32 - 2**20  # WAV sizes have 32 bits; leaves 1 MiB for the header and the tags
+_SAMPLE_BYTES = {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4}
+_INTEGER_BITS = {"PCM_16": 16, "PCM_24": 24}
+
+
+def check_output(
+    format: str, mp3_bitrate: int | None = None, wav_depth: str | None = None, flac_depth: str | None = None
+) -> None:
+    """Raise `InputError` unless `encode` knows the format and its bitrate (kbit/s) or depth, and no other is given."""
+    if format not in FORMATS:
+        raise InputError(f"The output format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
+    for owner, what, value in (
+        ("wav", "WAV depth", wav_depth),
+        ("flac", "FLAC depth", flac_depth),
+        ("mp3", "MP3 bitrate", mp3_bitrate),
+    ):
+        if value is not None and format != owner:
+            raise InputError(f"The {what} {value!r} means nothing for {format.upper()}; leave it out.")
+    if mp3_bitrate is not None and mp3_bitrate not in MP3_BITRATES:
+        raise InputError(f"MP3 cannot have {mp3_bitrate} kbit/s; choose one of {', '.join(map(str, MP3_BITRATES))}.")
+    if wav_depth is not None and wav_depth not in WAV_DEPTHS:
+        raise InputError(f"The WAV depth {wav_depth!r} is unknown; choose one of {', '.join(map(repr, WAV_DEPTHS))}.")
+    if flac_depth is not None and flac_depth not in FLAC_DEPTHS:
+        raise InputError(
+            f"The FLAC depth {flac_depth!r} is unknown; choose one of {', '.join(map(repr, FLAC_DEPTHS))}."
+        )
+
+
+def check_rate(format: str, sample_rate: int) -> None:
+    """Raise `InputError` unless the format can have this rate (hertz)."""
+    if format == "mp3" and sample_rate not in MP3_SAMPLE_RATES:
+        rates = ", ".join(map(str, MP3_SAMPLE_RATES))
+        raise InputError(f"MP3 cannot have {sample_rate} Hz, only {rates}; choose another sample rate or format.")
+    if format == "flac" and sample_rate > 65535 and sample_rate % 10:
+        raise InputError(f"FLAC cannot have {sample_rate} Hz, only tens above 65535; choose another rate or format.")
+
+
+def clips(format: str, wav_depth: str | None = None) -> bool:
+    """Whether files of that kind hold nothing beyond full scale: all but WAV of floats."""
+    return format != "wav" or (wav_depth or WAV_DEPTH) != "32f"
+
+
+def _subtype(format: str, wav_depth: str | None, flac_depth: str | None) -> str:
+    """libsndfile's name of what samples are in the file."""
+    if format == "mp3":
+        return "MPEG_LAYER_III"
+    return WAV_DEPTHS[wav_depth or WAV_DEPTH] if format == "wav" else FLAC_DEPTHS[flac_depth or FLAC_DEPTH]
+
+
+def encode(
+    waveform: Waveform,
+    path: Path,
+    *,
+    format: str,
+    gain: float | Callable[[], float] = 1.0,
+    mp3_bitrate: int | None = None,
+    wav_depth: str | None = None,
+    flac_depth: str | None = None,
+) -> None:
+    """Write `gain` times the waveform, with its tags: WAV or FLAC of that depth, or MP3 at `mp3_bitrate` kbit/s.
+
+    None is the format's default: floats, 24 bits, 320 kbit/s. Only float WAV can hold samples beyond full scale: others
+    are clipped, so give a gain that leaves none. Where `gain` is a function, it is asked once the samples of each block
+    have come; raise from it to stop. 16 bits are dithered, in the same way each time for the same name. WAV over 4 GB
+    becomes RF64. The file appears under its name when it is complete.
+
+    Raises `InputError` for an unknown format, bitrate, depth or rate, or one of another format, `OutputError` if the
+    folder is full or cannot be written to; no partial file stays behind.
+    """
+    check_output(format, mp3_bitrate, wav_depth, flac_depth)
+    check_rate(format, waveform.sample_rate)
+    subtype = _subtype(format, wav_depth, flac_depth)
+    bits = _INTEGER_BITS.get(subtype)
+    dither = np.random.default_rng(zlib.crc32(path.stem.encode())) if bits == 16 else None
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with _RecordingFile(partial, "x+") as file:
+            with soundfile.SoundFile(
+                file,
+                "w",
+                waveform.sample_rate,
+                waveform.channels,
+                subtype=subtype,
+                **_sound_file_options(waveform, format, mp3_bitrate or MP3_BITRATE, wav_depth),
+            ) as sound:
+                for tag in TAGS:
+                    # What libsndfile can take: an empty text, to it one that begins with NUL, is an error.
+                    if value := waveform.tags.get(tag, "").encode(errors="replace").partition(b"\0")[0]:
+                        setattr(sound, tag, value.decode())
+                for start in range(0, waveform.n_samples, BLOCK_SAMPLES):
+                    stop = min(start + BLOCK_SAMPLES, waveform.n_samples)
+                    block = waveform.interleaved(start, stop)
+                    factor = gain() if callable(gain) else gain
+                    if factor != 1.0:
+                        block *= np.float32(factor)
+                    if bits is not None:
+                        sound.write(_integers(block, bits, dither))
+                    else:
+                        sound.write(block.clip(-1, 1) if format == "mp3" else block)
+                    file.check()
+            file.check()  # closing writes too: the encoder's last frames and the header
+            if format == "wav":
+                _zero_time(file)
+                file.check()
+        os.replace(partial, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):  # it may not exist; the first error is the one to tell
+            partial.unlink()
+        if isinstance(e, OSError):
+            raise output_error(repr(path.name), path.parent, e) from e
+        raise
+
+
+def _zero_time(file: "_RecordingFile") -> None:
+    """Zero the time in the PEAK chunk of a WAV or RF64 of floats: the same samples shall give the same file."""
+    file.seek(12)  # behind RIFF, its size, WAVE
+    while len(head := file.read(8)) == 8 and head[:4] != b"data":
+        n_bytes = int.from_bytes(head[4:], "little")
+        if head[:4] == b"PEAK":
+            file.seek(4, os.SEEK_CUR)  # its version
+            file.write(bytes(4))
+            return
+        file.seek(n_bytes + n_bytes % 2, os.SEEK_CUR)
+
+
+def _integers(block: NDArray[np.float32], bits: int, dither: np.random.Generator | None) -> NDArray[np.int32]:
+    """Samples of full scale 1, rounded to so many bits and clipped: the upper bits of integers.
+
+    Dither is of triangular density, two steps wide (Lipshitz, Wannamaker and Vanderkooy 1992): it makes the rounding
+    error a steady noise that does not depend on the music. Zeros stay zeros, so silence stays silent.
+    """
+    scale = 2 ** (bits - 1)
+    samples = block * np.float64(scale)
+    if dither is not None:
+        samples += (dither.random(samples.shape) - dither.random(samples.shape)) * (samples != 0)
+    return np.rint(samples).clip(-scale, scale - 1).astype(np.int32) << (32 - bits)
+
+
+def is_rf64(waveform: Waveform, wav_depth: str | None = None) -> bool:
+    """Whether the waveform as WAV of that depth would have more than 4 GB, so that `encode` writes RF64."""
+    sample_bytes = _SAMPLE_BYTES[WAV_DEPTHS[wav_depth or WAV_DEPTH]]
+    return waveform.n_samples * waveform.channels * sample_bytes > _WAV_LIMIT_BYTES
+
+
+def _sound_file_options(
+    waveform: Waveform, format: str, mp3_bitrate: int, wav_depth: str | None
+) -> dict[str, str | float]:
+    if format == "mp3":
+        # libsndfile turns the level into 320 - 288 * level kbit/s, of which LAME takes the nearest that exists.
+        level = (320 - mp3_bitrate) / (320 - 32)
+        return {"format": "MP3", "compression_level": level, "bitrate_mode": "CONSTANT"}
+    return {"format": "RF64" if format == "wav" and is_rf64(waveform, wav_depth) else format.upper()}
+
+
+class _RecordingFile(io.FileIO):
+    """A file that keeps its first error for `check`, since one raised in libsndfile's callback would be lost."""
+
+    _error: OSError | None = None
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self._error is None:
+            try:
+                write_all(super().write, data)
+            except OSError as e:
+                self._error = e
+        return len(data)
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error

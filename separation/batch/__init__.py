@@ -1,0 +1,1 @@
+"""Many songs: found, separated, recorded, spread over a cluster."""

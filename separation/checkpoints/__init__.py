@@ -1,0 +1,1 @@
+"""Checkpoints: described, found, downloaded, read, loaded."""

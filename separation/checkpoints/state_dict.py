@@ -1,0 +1,284 @@
+"""What a file of weights holds, read without running any code that it may contain.
+
+PyTorch's files, those of Demucs with the classes that they name, and safetensors. pickles.py reads the pickles in them.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from separation.checkpoints.foreign import refuse_suffix
+from separation.checkpoints.pickles import Ignored, Name, check_plain
+from separation.checkpoints.torch_file import Storage, check_total, read_tensor, read_torch_file
+from separation.checkpoints.unwrap import state_dict_in
+from separation.documents import DocumentError, bare, first_line, read_json, read_safetensors_header, shown
+from separation.errors import CheckpointError, EstimateError
+from separation.models.base import Blueprint
+from separation.models.htdemucs import dequantised, description_of, network_of
+from separation.models.limits import Uninitialised
+from separation.system.memory import enough_memory
+from separation.system.places import size_bytes
+
+logger = logging.getLogger("separation")
+
+MOST_NAME = 500  # characters of a weight's name
+READERS = 4  # threads that read a file of weights: one does not fill a fast disk
+# What the header of a safetensors file calls the types that weights have.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@contextlib.contextmanager
+def building(path: Path, most_weights: int) -> Iterator[None]:
+    """Building a network as a file says: of no more weights than it can hold, and with one sentence if that fails."""
+    try:
+        with enough_memory(str(path)), Uninitialised(most_weights, "the file"):
+            yield
+    except EstimateError:
+        raise
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+    except Exception as e:  # arguments may be anything
+        raise CheckpointError(f"{path}: the network that it describes cannot be built: {first_line(e)}") from e
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds: for each name a function that reads the tensor, and what it says of its network."""
+
+    path: Path
+    tensors: dict[str, Callable[[], Tensor]]
+    blueprint: Blueprint | None
+
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """What it says of its network, in the form of a YAML's content; None if it says nothing.
+
+        Raises CheckpointError for a network that is not known.
+        """
+        if self.blueprint is None:
+            return None
+        with building(self.path, 0):
+            return description_of(self.blueprint)
+
+
+def open_weights(path: Path) -> Stored:
+    """The state dict in a file, taken out of what trainers wrap it in, and not read yet."""
+    with _damaged(path):
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
+        refuse_suffix(path)
+        saved, blueprint = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+        tensors, choices = state_dict_in(saved)
+        check_total(tensors, size_bytes(path))
+    if not tensors:
+        raise CheckpointError(f"{path} holds no state dict (names and tensors): it is not a checkpoint of a model")
+    if odd := next((name for name in tensors if len(name) > MOST_NAME or not name.isprintable()), None):
+        raise CheckpointError(
+            f"{path} names a weight {shown(odd)}, as no network does: it is not a checkpoint of a model"
+        )
+    for choice in choices:
+        _warn_of_choice(path, choice)
+    return Stored(path, tensors, blueprint)
+
+
+@functools.cache  # once, however often a file is opened
+def _warn_of_choice(path: Path, choice: str) -> None:
+    logger.warning(f"{path} {bare(choice, most=500)}")
+
+
+def read_weights(stored: Stored, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The state dict, in these types, others in the file's own.
+
+    The file is read and cast by several threads, tensor by tensor, so that its memory is needed once.
+    """
+
+    def read(value: Callable[[], Tensor], dtype: torch.dtype | None) -> Tensor:
+        tensor = value()
+        return tensor.to(dtype or tensor.dtype)
+
+    with _damaged(stored.path), ThreadPoolExecutor(READERS) as readers:
+        tensors = readers.map(read, stored.tensors.values(), map(dtypes.get, stored.tensors))
+        return dict(zip(stored.tensors, tensors, strict=True))
+
+
+@contextlib.contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Whatever fails within becomes one sentence about the file."""
+    try:
+        with enough_memory(str(path)):
+            yield
+    except (CheckpointError, EstimateError):
+        raise
+    except pickle.UnpicklingError as e:
+        if code := re.search(r"GLOBAL (\S+)", str(e)):
+            raise CheckpointError(
+                f"{path} is refused: loading it would run code ({code[1]}), which a file of weights must not need; "
+                "use a .safetensors file or one that holds a state dict alone"
+            ) from e
+        raise _unreadable(path, f" ({e})") from e
+    except DocumentError as e:
+        raise _unreadable(path, f" (it {e})") from e
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
+    except Exception as e:  # of a damaged file, PyTorch's readers raise almost any type
+        raise _unreadable(path) from e
+
+
+def _fraction(*parts: Any) -> Fraction:
+    """A fraction as a pickle spells it, `"39/5"` or `39, 5`; nothing that would take long to compute."""
+    text = "/".join(map(str, parts)) if all(isinstance(part, str | int) for part in parts) else ""
+    if not re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", text):
+        raise pickle.UnpicklingError("GLOBAL fractions.Fraction is called")
+    return Fraction(text)
+
+
+def _dictionary(*arguments: Any) -> dict[Any, Any]:
+    """An empty dictionary in place of one that makes its own values."""
+    return {}
+
+
+def _ignored(*arguments: Any) -> Ignored:
+    return Ignored()
+
+
+# What Demucs' own files refer to beside tensors. Each gets something harmless: the classes themselves stay unknown.
+STAND_INS = {
+    "demucs.demucs.Demucs": Name("demucs.demucs.Demucs"),
+    "demucs.hdemucs.HDemucs": Name("demucs.hdemucs.HDemucs"),
+    "demucs.wdemucs.WDemucs": Name("demucs.hdemucs.HDemucs"),  # its first name
+    "demucs.htdemucs.HTDemucs": Name("demucs.htdemucs.HTDemucs"),
+    "diffq.diffq.DiffQuantizer": Name("diffq.diffq.DiffQuantizer"),
+    "diffq.uniform.UniformQuantizer": Name("diffq.uniform.UniformQuantizer"),
+    "fractions.Fraction": Name("fractions.Fraction", _fraction),
+    "numpy.dtype": Name("numpy.dtype", _ignored),  # of its author's figures of quality
+    "numpy.core.multiarray.scalar": Name("numpy.core.multiarray.scalar", _ignored),
+    "numpy._core.multiarray.scalar": Name("numpy._core.multiarray.scalar", _ignored),
+    "_codecs.encode": Name("_codecs.encode", _ignored),  # bytes, in those
+}
+
+# What trainers save beside the weights: objects of these packages, which are not imported.
+BESIDE = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|torchmetrics|hydra|omegaconf|ml_collections|argparse|pathlib|typing"
+    r"|torch\.optim|collections)\..*"
+    r"|builtins\.(dict|list|int|float|str|bool|tuple|frozenset|set|bytearray|complex)|torch\.(device|Tensor)"
+)
+
+
+def _find(name: str) -> Name:
+    """What stands in for a class or a function that is not PyTorch's own."""
+    if name in STAND_INS:
+        return STAND_INS[name]
+    if name == "collections.defaultdict" or name.endswith(".AttributeDict"):
+        return Name(name, _dictionary)
+    if BESIDE.fullmatch(name):
+        return Name(name, _ignored)
+    raise pickle.UnpicklingError(f"GLOBAL {name}")
+
+
+def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
+    """What was saved, and what it says of its network."""
+    saved = read_torch_file(path, _find)
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("klass"), Name):
+        return saved, None
+    check_plain([saved["args"], saved["kwargs"]])
+    blueprint = Blueprint(saved["klass"].name, tuple(saved["args"]), dict(saved["kwargs"]))
+    state = saved["state"]
+    if "__quantized" not in state:
+        return state, blueprint
+    check_total(state, size_bytes(path))
+    with building(path, 8 * size_bytes(path)):  # a weight has a bit at least
+        network = network_of(blueprint)
+    try:
+        unpacked = dequantised(network, _read_within(state))
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+    return {name: partial(torch.clone, tensor) for name, tensor in unpacked.items()}, blueprint
+
+
+def _read_within(value: Any) -> Any:
+    """The same with its tensors read, and classes as their names."""
+    if isinstance(value, Mapping):
+        return {key: _read_within(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_read_within, value))
+    if isinstance(value, Name):
+        return value.name
+    return value() if isinstance(value, partial) else value
+
+
+def _blueprint_of(metadata: Mapping[str, str]) -> Blueprint | None:
+    """As demucs 4.1 keeps it in a safetensors file: the class's name, and its arguments in JSON."""
+    if "klass" not in metadata:
+        return None
+    args, kwargs = (read_json(metadata[key], hook=_fraction_of) for key in ("args", "kwargs"))
+    return Blueprint(metadata["klass"], tuple(args), kwargs)
+
+
+def _fraction_of(node: dict[str, Any]) -> Any:
+    return Fraction(node["numerator"], node["denominator"]) if node.get("_type") == "fraction" else node
+
+
+def metadata_of(blueprint: Blueprint) -> dict[str, str]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, Fraction):
+            return {"_type": "fraction", "numerator": value.numerator, "denominator": value.denominator}
+        return str(value)
+
+    args, kwargs = (json.dumps(value, default=plain) for value in (blueprint.args, blueprint.kwargs))
+    return {"klass": blueprint.class_name, "args": args, "kwargs": kwargs}
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Any], Blueprint | None]:
+    """For each name a function that reads its tensor."""
+    header, header_bytes = read_safetensors_header(path)
+    with safe_open(path, framework="pt"):  # checks the header, also against the size of the file
+        pass
+    metadata = header.pop("__metadata__", {})
+    if "structure" in metadata:
+        raise CheckpointError(f"{path} holds weights that demucs packed: use the publisher's .th file of them")
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: {bare(name)} has the type {entry['dtype']}: use one of {', '.join(DTYPES)}")
+    tensors = {name: _tensor_of(path, 8 + header_bytes, entry) for name, entry in header.items()}
+    return tensors, _blueprint_of(metadata)
+
+
+def _tensor_of(path: Path, data_start: int, entry: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """What reads a tensor of a safetensors file."""
+    dtype, shape, start = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0]
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return partial(read_tensor, path, Storage(dtype, math.prod(shape), data_start + start), 0, shape, strides)
+
+
+def _unreadable(path: Path, reason: str = "") -> CheckpointError:
+    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+    return CheckpointError(
+        f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or no {kind} checkpoint{reason}: "
+        "delete it and get it again"
+    )

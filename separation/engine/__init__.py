@@ -1,0 +1,1 @@
+"""A recipe and its models applied to a mixture."""

@@ -1,0 +1,1 @@
+"""Scores of stems and the speed of models."""

@@ -1,0 +1,486 @@
+"""How long the program takes: the loaded models alone, and the cold start.
+
+The cold start is split from a fresh process's start to the first stem's file. The fresh process calls what the
+container calls when it starts and for its first song: `load_model` for each model, `Separator.separate` on a little
+noise, `Separator.separate_file`. Cog's own server is not in it.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+import soundfile
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from separation.checkpoints.catalogue import fetch, files_for, read_config
+from separation.checkpoints.chunk_choice import Seconds
+from separation.checkpoints.load import load_model, random_weights
+from separation.device import choose, floats_of, peak_memory_bytes
+from separation.engine.recipes import load_recipe
+from separation.engine.separator import SAMPLE_RATE, ModelPool, Separator
+from separation.errors import CheckpointError, InputError, SeparationError
+from separation.evaluation.metrics import sdr
+from separation.models import SeparationModel
+from separation.system.places import PACKAGE, shipped
+
+SONG = shipped("weights") / "demo" / "song.flac"
+SONG_SECONDS = 4  # what of it is separated: one chunk of 8 s with its borders
+READS = 5  # of the files of weights; their median counts
+PRODUCTS = 5  # of each size, of which the fastest counts
+SHARE_OF_PRODUCTS = 0.9  # of the linear layers' operations: the sizes that make up so much stand for all
+
+# What the fresh process runs: its first act is to look at the clock, which has the same zero in every process.
+_CODE = (
+    "import time; here = time.monotonic(); from separation.evaluation.bench import _fresh_process; _fresh_process(here)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpeed:
+    """How fast loaded models separate a song in memory, and how well they do it in their precision."""
+
+    models: dict[str, str]  # name -> its attention backend
+    weights: Literal["own", "random"]
+    reason: str  # the device and the precision, and why
+    chunk_seconds: dict[str, float]  # a model may keep its own
+    overlap_seconds: dict[str, float]
+    batch_size: int | Literal["auto"]
+    audio_seconds: float
+    run_seconds: list[float]  # after the warm-up
+    chunks: int  # in a run, of all models
+    operations: int  # floating point, in a run
+    ceiling: float  # floating point operations a second of the models' own products, alone
+    peak_bytes: int  # of memory, while running
+    model_bytes: int  # of memory, once loaded
+    sdr_db: dict[str, float]  # of a chunk, against the same model in plain float32
+
+    @property
+    def median_seconds(self) -> float:
+        """Of the runs."""
+        return statistics.median(self.run_seconds)
+
+    @property
+    def times_realtime(self) -> float:
+        """Seconds of the song separated in a second."""
+        return self.audio_seconds / self.median_seconds
+
+    @property
+    def ceiling_share(self) -> float:
+        """The speed in operations a second as a share of the ceiling."""
+        return self.operations / self.median_seconds / self.ceiling
+
+    def as_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(
+            {
+                "models": self.models,
+                "weights": self.weights,
+                "device": self.reason,
+                "chunk_seconds": self.chunk_seconds,
+                "overlap_seconds": self.overlap_seconds,
+                "batch_size": self.batch_size,
+                "audio_seconds": self.audio_seconds,
+                "run_seconds": [round(seconds, 3) for seconds in self.run_seconds],
+                "mean_seconds": round(statistics.mean(self.run_seconds), 3),
+                "median_seconds": round(self.median_seconds, 3),
+                "times_realtime": round(self.times_realtime, 3),
+                "chunks": self.chunks,
+                "seconds_per_chunk": round(self.median_seconds / self.chunks, 4),
+                "gflop": round(self.operations / 1e9, 1),
+                "ceiling_gflop_per_second": round(self.ceiling / 1e9, 1),
+                "ceiling_share": round(self.ceiling_share, 3),
+                "peak_memory_mib": self.peak_bytes >> 20,
+                "memory_above_model_mib": (self.peak_bytes - self.model_bytes) >> 20,
+                "sdr_db": {name: round(value, 1) for name, value in self.sdr_db.items()},
+            }
+        )
+
+    def __str__(self) -> str:
+        chunk = ", ".join(
+            f"{seconds:.4g} s with {self.overlap_seconds[name]:.4g} s of overlap"
+            for name, seconds in self.chunk_seconds.items()
+        )
+        rows = {
+            "models": ", ".join(f"{name} (attention {attention})" for name, attention in self.models.items()),
+            "weights": self.weights,
+            "chunks": f"{chunk}, {self.batch_size} at once",
+            "runs": f"{', '.join(f'{seconds:.2f}' for seconds in self.run_seconds)} s for {self.audio_seconds:g} s of "
+            f"music: mean {statistics.mean(self.run_seconds):.2f} s, median {self.median_seconds:.2f} s",
+            "times real-time": f"{self.times_realtime:.2f}",
+            "seconds a chunk": f"{self.median_seconds / self.chunks:.3f} ({self.chunks} chunks, "
+            f"{self.operations / self.chunks / 1e12:.3g} TFLOP each)",
+            "of the ceiling": f"{self.ceiling_share:.0%} (the linear layers' own products, alone: "
+            f"{self.ceiling / 1e9:.0f} GFLOP/s)",
+            "peak memory": f"{self.peak_bytes >> 20} MiB, {(self.peak_bytes - self.model_bytes) >> 20} above the "
+            "loaded models",
+            "SDR to float32": ", ".join(f"{value:.1f} dB" for value in self.sdr_db.values()),
+        }
+        return "\n".join([*(f"{name:16} {value}" for name, value in rows.items()), self.reason])
+
+
+def engine_speed(
+    recipe: str = "standard",
+    stems: str = "vocals_instrumental",
+    *,
+    model_name: str | None = None,
+    model_path: Path | None = None,
+    random: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    attention: str = "auto",
+    batch_size: int | Literal["auto"] = "auto",
+    chunk_seconds: Seconds = "auto",
+    overlap_seconds: Seconds = "auto",
+    seconds: int = 30,
+    runs: int = 3,
+) -> EngineSpeed:
+    """Separate so many seconds of the demo song in memory, several times after a warm-up.
+
+    With `model_name` all stems of that one model, its weights from `model_path` if given, in place of the recipe; with
+    `random`, random weights in place of the models' own. The float32 reference and the ceiling come last, when time and
+    memory have been measured. Raises what `Separator` raises.
+    """
+    for name, value in (("seconds", seconds), ("runs", runs)):
+        if value < 1:
+            raise InputError(f"{name} {value} must be a whole number from 1 up")
+    if random and model_path is not None:
+        raise InputError(f"random weights and those in {model_path} exclude each other: leave one of them out")
+    choice = choose(device, precision)
+    floats = floats_of(choice.precision, choice.device)
+    wanted = {model_name: None} if model_name else load_recipe(recipe, stems).models
+    with contextlib.ExitStack() as stack:
+        paths = dict.fromkeys(wanted, model_path)
+        if random:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            for number, name in enumerate(wanted):
+                paths[name] = path = folder / f"{number}.safetensors"
+                save_file(random_weights(name), path)
+
+        def load(name: str, precision: torch.dtype, attention: str) -> SeparationModel:
+            return load_model(
+                name,
+                checkpoint=paths[name],
+                stems=wanted[name],
+                device=choice.device,
+                precision=precision,
+                attention=attention,
+            )
+
+        models = {name: load(name, choice.precision, attention) for name in wanted}
+        separator = _separator(
+            models,
+            None if model_name else (recipe, stems),
+            device,
+            precision,
+            batch_size=batch_size,
+            chunk_seconds=chunk_seconds,
+            overlap_seconds=overlap_seconds,
+        )
+        mixture = _song(seconds)
+        gc.collect()
+        model_bytes = _memory_bytes(choice.device)[0]
+        _forget_peak(choice.device)
+        separator.separate(mixture)
+        timed = [_seconds(lambda: separator.separate(mixture)) for _ in range(runs)]
+        peak_bytes = _memory_bytes(choice.device)[1]
+
+        total_chunks, operations, floor_seconds = 0, 0, 0.0
+        scores: dict[str, float] = {}
+        for name, model in models.items():
+            plan = separator.plans[model.name]
+            chunk = _song(-(-plan.chunk_samples // SAMPLE_RATE))[None, : model.channels, : plan.chunk_samples]
+            chunk = chunk.to(choice.device)
+            with torch.inference_mode():
+                estimates = model(chunk)
+            reference, flops, products = _reference(load(name, torch.float32, "itemwise"), chunk)
+            scores[model.name] = sdr(reference[0].flatten(0, 1), estimates[0].flatten(0, 1).cpu())
+            times = sum(run.model == model.name for run in separator.recipe.runs)
+            chunks = times * len(plan.starts(mixture.shape[1]))
+            total_chunks += chunks
+            operations += chunks * flops
+            floor_seconds += chunks * flops / _ceiling(products, floats, choice.device)
+    return EngineSpeed(
+        models={model.name: model.attention or "its own" for model in models.values()},
+        weights="random" if random else "own",
+        reason=choice.reason,
+        chunk_seconds={name: plan.chunk_samples / SAMPLE_RATE for name, plan in separator.plans.items()},
+        overlap_seconds={name: plan.overlap_samples / SAMPLE_RATE for name, plan in separator.plans.items()},
+        batch_size=separator.fixed_batch_size or "auto",
+        audio_seconds=seconds,
+        run_seconds=timed,
+        chunks=total_chunks,
+        operations=operations,
+        ceiling=operations / floor_seconds,
+        peak_bytes=peak_bytes,
+        model_bytes=model_bytes,
+        sdr_db=scores,
+    )
+
+
+class _LoadedPool(ModelPool):
+    """Models that were loaded one by one, to be timed."""
+
+    def __init__(self, models: dict[str, SeparationModel], device: str, precision: str) -> None:
+        super().__init__(device, precision)
+        self._models = models
+
+
+def _separator(
+    models: dict[str, SeparationModel], recipe: tuple[str, str] | None, device: str, precision: str, **options: Any
+) -> Separator:
+    """A separator of the loaded models of a recipe and choice of stems; without, of the only model."""
+    if recipe is None:
+        (model,) = models.values()
+        return Separator.from_model(model, **options)
+    return Separator(*recipe, pool=_LoadedPool(models, device, precision), **options)
+
+
+def _song(seconds: int) -> Tensor:
+    """So much of the demo song, repeated where it is too short, `[2, T]`."""
+    samples, _ = soundfile.read(SONG, dtype="float32")
+    return torch.from_numpy(np.resize(samples, (seconds * SAMPLE_RATE, 2)).T.copy())
+
+
+def _seconds(job: Callable[[], object]) -> float:
+    started = time.monotonic()
+    job()
+    return time.monotonic() - started
+
+
+@torch.no_grad()
+def _reference(model: SeparationModel, chunk: Tensor) -> tuple[Tensor, int, Mapping[tuple[int, int, int], int]]:
+    """The estimates of a chunk `[1, C, T]`, on the CPU; the floating point operations of matrix products, attention and
+    convolutions that they take; and the linear layers' products by (rows, columns in, columns out)."""
+    products: Counter[tuple[int, int, int]] = Counter()
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
+        assert isinstance(layer, nn.Linear)
+        products[inputs[0].numel() // layer.in_features, layer.in_features, layer.out_features] += 1
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(note)
+    with FlopCounterMode(display=False) as counter:
+        estimates = model(chunk)
+    return estimates.cpu(), counter.get_total_flops(), products
+
+
+def _ceiling(products: Mapping[tuple[int, int, int], int], precision: torch.dtype, device: torch.device) -> float:
+    """Operations a second of these products of `nn.functional.linear`, one after the other: the best of several."""
+    flops = {size: 2 * size[0] * size[1] * size[2] * count for size, count in products.items()}
+    counted = seconds = 0.0
+    for size in sorted(flops, key=lambda size: flops[size], reverse=True):
+        if counted >= SHARE_OF_PRODUCTS * sum(flops.values()):
+            break
+        rows, columns_in, columns_out = size
+        x = torch.randn(rows, columns_in, device=device).to(precision)
+        weight = torch.randn(columns_out, columns_in, device=device).to(precision)
+
+        def product(x: Tensor = x, weight: Tensor = weight) -> None:
+            nn.functional.linear(x, weight)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+
+        product()
+        seconds += products[size] * min(_seconds(product) for _ in range(PRODUCTS))
+        counted += flops[size]
+    return counted / seconds
+
+
+def _memory_bytes(device: torch.device) -> tuple[int, int]:
+    """What is in use and the most that was, since `_forget_peak`: tensors on a CUDA GPU, else all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), peak_memory_bytes(device)
+    if sys.platform != "linux":
+        return peak_memory_bytes(device), peak_memory_bytes(device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    now, peak = (int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):  # some sandboxes have no such file: loading then counts too
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStart:
+    """A cold start, in seconds."""
+
+    stages: dict[str, float]  # seconds from one stage's end to the next one's, in order; none is left out
+    weight_bytes: int  # of the files of weights
+    plain_read: float  # seconds that reading these bytes takes, as they lie in the page cache
+    reason: str  # the device and the precision, and why
+
+    def as_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(
+            {
+                "stages_seconds": {stage: round(seconds, 4) for stage, seconds in self.stages.items()},
+                "total_seconds": round(sum(self.stages.values()), 4),
+                "weight_bytes": self.weight_bytes,
+                "plain_read_seconds": round(self.plain_read, 4),
+                "read_weights_per_plain_read": round(self.stages["read weights"] / self.plain_read, 3),
+                "device": self.reason,
+            }
+        )
+
+    def __str__(self) -> str:
+        total = sum(self.stages.values())
+        lines = [f"{'stage':14} {'seconds':>8} {'share':>6}"]
+        lines += [f"{stage:14} {seconds:8.2f} {seconds / total:6.0%}" for stage, seconds in self.stages.items()]
+        return "\n".join(
+            [
+                *lines,
+                f"{'first stem by':14} {total:8.2f}",
+                "",
+                f"{self.weight_bytes / 1e6:.1f} MB of weights, in the page cache: just reading the files takes "
+                f"{self.plain_read:.3f} s, read weights {self.stages['read weights'] / self.plain_read:.2f} times that",
+                self.reason,
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What the fresh process is to do; all of it can be written as JSON."""
+
+    started: float  # the clock just before the process was started
+    song: str
+    folder: str
+    recipe: str
+    stems: str
+    model_name: str | None
+    model_path: str | None
+    device: str
+    precision: str
+
+
+def cold_start(
+    recipe: str = "standard",
+    stems: str = "vocals_instrumental",
+    *,
+    model_name: str | None = None,
+    model_path: Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> ColdStart:
+    """Start a fresh process that separates four seconds of the demo song, and say where its time goes.
+
+    With `model_name` all stems of that one model, its weights from `model_path` if given, in place of the recipe. The
+    weights are downloaded and read once before, so that they are in the page cache. Raises what `Separator` raises.
+    """
+    if model_path is not None and not model_path.is_file():
+        raise CheckpointError(f"there is no file {model_path}: give a checkpoint's path")
+    wanted = {model_name: None} if model_name else load_recipe(recipe, stems).models
+    paths = (
+        [model_path]
+        if model_path
+        else [fetch(file) for name, model_stems in wanted.items() for file in files_for(read_config(name), model_stems)]
+    )
+    reads = [_read(paths) for _ in range(READS)]
+    with TemporaryDirectory() as folder:
+        song = Path(folder) / "song.wav"
+        samples, rate = soundfile.read(SONG, dtype="float32", frames=SONG_SECONDS * SAMPLE_RATE)
+        soundfile.write(song, samples, rate, subtype="FLOAT")
+        job = _Job(
+            started=time.monotonic(),
+            song=str(song),
+            folder=folder,
+            recipe=recipe,
+            stems=stems,
+            model_name=model_name,
+            model_path=None if model_path is None else str(model_path),
+            device=device,
+            precision=precision,
+        )
+        path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+        ran = subprocess.run(
+            [sys.executable, "-c", _CODE, json.dumps(asdict(job))],
+            env=os.environ | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    answer = json.loads(ran.stdout)
+    if "error" in answer:
+        raise SeparationError(answer["error"])
+    return ColdStart(
+        stages=answer["stages"],
+        weight_bytes=sum(path.stat().st_size for path in paths),
+        plain_read=statistics.median(reads),
+        reason=answer["reason"],
+    )
+
+
+def _read(paths: list[Path]) -> float:
+    """How long it takes to read all bytes of these files, in seconds."""
+    started = time.monotonic()
+    for path in paths:
+        path.read_bytes()
+    return time.monotonic() - started
+
+
+def _fresh_process(here: float) -> None:
+    """What the process that `cold_start` starts does; `here` is the clock at its first statement. Prints JSON."""
+    stages: dict[str, float] = {}
+    job = _Job(**json.loads(sys.argv[1]))
+    last = job.started
+
+    def lap(stage: str, now: float | None = None) -> None:
+        nonlocal last
+        now = time.monotonic() if now is None else now
+        stages[stage] = stages.get(stage, 0.0) + now - last
+        last = now
+
+    lap("interpreter", here)
+    lap("imports")
+    try:
+        choice = choose(job.device, job.precision)
+        lap("to device")  # a GPU is initialised when it is first asked for
+        wanted = {job.model_name: None} if job.model_name else load_recipe(job.recipe, job.stems).models
+        attention = "auto" if choice.device.type == "cpu" else "sdpa"  # layers fused for the CPU cannot leave it
+        models = {
+            name: load_model(
+                name,
+                checkpoint=job.model_path,
+                stems=stems,
+                device="cpu",
+                precision=choice.precision,
+                attention=attention,
+            )
+            for name, stems in wanted.items()
+        }
+        lap("read weights")
+        for model in models.values():
+            model.to(choice.device)
+        lap("to device")
+        recipe = None if job.model_name else (job.recipe, job.stems)
+        separator = _separator(models, recipe, job.device, job.precision)
+        separator.warm_up()
+        lap("warm-up")
+        separator.separate_file(job.song, job.folder)
+        lap("first stem")
+    except SeparationError as e:
+        print(json.dumps({"error": str(e)}))
+        return
+    order = ["interpreter", "imports", "read weights", "to device", "warm-up", "first stem"]
+    print(json.dumps({"stages": {stage: stages[stage] for stage in order}, "reason": choice.reason}))

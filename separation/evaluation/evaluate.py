@@ -1,0 +1,338 @@
+"""Stems scored against their references, song by song; and what is left when one recording is taken from another.
+
+A song is a folder with an audio file a stem, as `separate` writes it and as MUSDB18-HQ has it on disk:
+`<song>/<stem>.wav`, `train|test/<song>/{mixture,vocals,drums,bass,other}.wav`.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from separation.audio.decode import decode
+from separation.audio.encode import encode
+from separation.audio.suffixes import AUDIO
+from separation.audio.waveform import Waveform
+from separation.engine.separator import Progress, Separator, part_of
+from separation.errors import AudioError, EstimateError, InputError
+from separation.evaluation.metrics import Read, Scores, has_museval, scores
+from separation.system.text import shown
+
+TOLERANCE_SECONDS = 0.1  # by which recordings of one song may differ in length
+SEPARATED = 0.9  # the share of a song's job, in the progress, that is done by then; the rest is scoring
+HINT = "SIR and SAR need museval: pip install museval"
+_MIXTURE = "mixture"
+_BLOCK_SAMPLES = 2**19  # per channel: what is compared at once
+
+Song = dict[str, Path]  # stem -> file
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores by song and stem."""
+
+    songs: dict[str, dict[str, Scores]]
+    hint: str  # what to install for scores that are missing
+    failed: dict[str, str]  # songs without scores, and what is wrong with each
+
+    @property
+    def median(self) -> dict[str, Scores]:
+        """Over the songs, by stem; scores that are undefined are left out."""
+        return self._over_songs(statistics.median)
+
+    @property
+    def mean(self) -> dict[str, Scores]:
+        """As `median`."""
+        return self._over_songs(statistics.fmean)
+
+    def _over_songs(self, average: Callable[[list[float]], float]) -> dict[str, Scores]:
+        averages = {}
+        for stem in next(iter(self.songs.values())):
+            columns = zip(*(astuple(stems[stem]) for stems in self.songs.values()), strict=True)
+            known = [[value for value in column if not math.isnan(value)] for column in columns]
+            averages[stem] = Scores(*(average(values) if values else math.nan for values in known))
+        return averages
+
+    def as_json(self) -> str:
+        """One JSON object. A score that is undefined or missing is null; infinite ones are the texts inf and -inf."""
+        songs = {song: _plain(stems) for song, stems in self.songs.items()}
+        averages = {"median": _plain(self.median), "mean": _plain(self.mean)}
+        return json.dumps({"songs": songs, **averages, "failed": self.failed})
+
+    def __str__(self) -> str:
+        songs = [*self.songs.items(), *([("median", self.median), ("mean", self.mean)] if len(self.songs) > 1 else [])]
+        rows: list[tuple[str, ...]] = [("song", "stem", "SDR MUSDB", "SDR MDX23", "SI-SDR", "SIR", "SAR")]
+        for song, stems in songs:
+            rows += [(shown(song), stem, *map(_decibel_text, astuple(score))) for stem, score in stems.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}"
+            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True))
+            for row in rows
+        ]
+        return "\n".join([*lines, self.hint] if self.hint else lines)
+
+
+def _decibel_text(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.2f}"
+
+
+def _plain(stems: Mapping[str, Scores]) -> dict[str, dict[str, float | str | None]]:
+    def plain(value: float) -> float | str | None:
+        return None if math.isnan(value) else str(value) if math.isinf(value) else round(value, 4)
+
+    return {stem: {name: plain(value) for name, value in asdict(score).items()} for stem, score in stems.items()}
+
+
+def find_songs(folder: Path) -> dict[str, Song]:
+    """The songs in or below a folder, which may be one itself, by their folders' names.
+
+    Raises InputError where there is none, or two have one name, or a song has two files of one stem.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is not a folder: give one that holds a folder of stems a song")
+    found: dict[Path, Song] = {}
+    for path, stem in _audio_files(folder):
+        song = found.setdefault(path.parent, {})
+        if stem in song:
+            raise InputError(f"{song[stem].name!r} and {path.name!r} in {str(path.parent)!r} are one stem: remove one")
+        song[stem] = path
+    songs: dict[str, Song] = {}
+    for path, song in found.items():
+        name = path.resolve().name
+        if name in songs:
+            raise InputError(f"{str(folder)!r} has more than one song {name!r}: give a folder with one of them")
+        songs[name] = song
+    if not songs:
+        raise InputError(f"{str(folder)!r} holds no audio: give a folder with an audio file a stem")
+    return songs
+
+
+def _audio_files(folder: Path) -> Iterable[tuple[Path, str]]:
+    """Each file below a folder and its stem, in order, hidden ones left out."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in AUDIO and not hidden and path.is_file():
+            yield path, path.stem
+
+
+def evaluate(
+    references: Mapping[str, Song], estimates: Mapping[str, Song] | Separator, *, progress: Progress | None = None
+) -> Report:
+    """Score the estimated stems of every song, or those that a separator makes of its mixture.
+
+    The mixture is the song's file of that name or, where there is none, the sum of its references. `instrumental` is
+    scored against the sum of the references but vocals, `no_STEM` against that of all but STEM, unless they have a
+    reference of their own. All is scored in stereo at 44100 Hz, whatever the files have; an estimate that is longer or
+    shorter than its reference by 0.1 s at most is cut or filled with silence. Temporary files go to the system's folder
+    for them: 8 bytes a sample and stem. A song that fails does not stop the others.
+
+    Raises:
+        InputError: a song or a stem without a counterpart or, if it is so with all songs, with one of another length.
+        AudioError: all songs have a file that cannot be read as audio.
+        And what else `Separator.separate_file` raises.
+    """
+    if isinstance(estimates, Separator):
+        wanted = {song: sorted(estimates.stems) for song in references}
+    else:
+        if len(references) == len(estimates) == 1:  # their folders need not have one name
+            estimates = dict(zip(references, estimates.values(), strict=True))
+        wanted = _estimated_stems(references, estimates)
+    parts = {song: {stem: _reference(song, stem, references[song]) for stem in wanted[song]} for song in references}
+    songs, failed = {}, {}
+    for index, (song, files) in enumerate(references.items()):
+        share = part_of(progress, index / len(references), (index + 1) / len(references))
+        try:
+            with TemporaryDirectory() as work:
+                if isinstance(estimates, Separator):
+                    separating = part_of(share, 0, SEPARATED)
+                    mixture = _mixture(files, Path(work))
+                    made: Song = estimates.separate_file(mixture, Path(work) / "stems", progress=separating)
+                else:
+                    made = estimates[song]
+                if share:
+                    share(SEPARATED, f"scoring {song}")
+                songs[song] = _score(song, parts[song], made, Path(work))
+        except (AudioError, EstimateError, InputError) as e:
+            failed[song] = str(e)
+            if len(failed) == len(references):
+                raise
+    if progress:
+        progress(1.0, "done")
+    return Report(songs, "" if has_museval() else HINT, failed)
+
+
+def _estimated_stems(references: Mapping[str, Song], estimates: Mapping[str, Song]) -> dict[str, list[str]]:
+    """The stems to score: those that are there, which have to be the same for every song."""
+    stems = {song: [stem for stem in estimates.get(song, {}) if stem != _MIXTURE] for song in references}
+    expected = sorted({stem for found in stems.values() for stem in found})
+    for song, found in stems.items():
+        if song not in estimates:
+            raise InputError(f"song {song!r} has no estimates: separate it, or leave it out of the references")
+        if missing := [stem for stem in expected if stem not in found]:
+            raise InputError(f"song {song!r} has no estimate of {missing[0]!r}, which others have: separate it again")
+    return stems
+
+
+def _reference(song: str, stem: str, files: Song) -> list[Path]:
+    """The files whose sum is the reference of a stem."""
+    if stem in files:
+        return [files[stem]]
+    left_out = _left_out(stem)
+    rest = [path for name, path in files.items() if name not in (_MIXTURE, left_out) and not _left_out(name)]
+    if left_out is None or not rest:
+        raise InputError(f"song {song!r} has no reference for the stem {stem!r}: leave its estimate out")
+    return rest
+
+
+def _left_out(stem: str) -> str | None:
+    """The stem that this one is the song without, if it is of that kind."""
+    if stem == "instrumental":
+        return "vocals"
+    return stem.removeprefix("no_") if stem.startswith("no_") else None
+
+
+def _mixture(files: Song, work: Path) -> Path:
+    if _MIXTURE in files:
+        return files[_MIXTURE]
+    with ExitStack() as stack:
+        waves = [stack.enter_context(decode(path, work)) for stem, path in files.items() if not _left_out(stem)]
+        mixture = stack.enter_context(Waveform(work))
+        for start in range(0, waves[0].n_samples, _BLOCK_SAMPLES):
+            mixture.append(_sum(waves, start, min(start + _BLOCK_SAMPLES, waves[0].n_samples)).float())
+        path = work / f"{_MIXTURE}.wav"
+        encode(mixture, path, format="wav")
+    return path
+
+
+def _score(song: str, references: Mapping[str, Sequence[Path]], estimates: Song, work: Path) -> dict[str, Scores]:
+    with ExitStack() as stack:
+        waves = {
+            path: stack.enter_context(decode(path, work))
+            for path in dict.fromkeys(
+                [part for parts in references.values() for part in parts] + [estimates[stem] for stem in references]
+            )
+        }
+        n_samples = waves[next(iter(references.values()))[0]].n_samples
+        for path, wave in waves.items():
+            _check_length(path, wave, n_samples, f"the first reference of {song!r}")
+        result: dict[str, Scores] = {}
+        for group in _groups(list(references)):
+            true = _read([[waves[path] for path in references[stem]] for stem in group])
+            estimated = _read([[waves[estimates[stem]]] for stem in group])
+            result |= zip(group, scores(true, estimated, n_samples), strict=True)
+    return {stem: result[stem] for stem in references}
+
+
+def _groups(stems: Sequence[str]) -> list[list[str]]:
+    """The stems that are scored together: no two that hold the same music. The later group counts."""
+    plain = [stem for stem in stems if not _left_out(stem)]
+    groups = [[part for part in plain if part == left_out] + [stem] for stem in stems if (left_out := _left_out(stem))]
+    if not any(set(plain) <= set(group) for group in groups):
+        groups.append(plain)
+    return groups
+
+
+def _read(stems: Sequence[Sequence[Waveform]]) -> Read:
+    """How to read stems `[S, 2, n]`, each the sum of some waveforms."""
+    return lambda start, stop: torch.stack([_sum(waves, start, stop) for waves in stems])
+
+
+def _sum(waves: Sequence[Waveform], start: int, stop: int) -> Tensor:
+    """Samples `[start, stop)` of the sum of waveforms in float64, each with silence after its end."""
+    parts = []
+    for wave in waves:
+        part = wave.read(min(start, wave.n_samples), min(stop, wave.n_samples)).double()
+        parts.append(pad(part, (0, stop - start - part.shape[1])))
+    return torch.stack(parts).sum(dim=0)
+
+
+def _check_length(path: Path, wave: Waveform, n_samples: int, of: str) -> None:
+    difference = (wave.n_samples - n_samples) / wave.sample_rate
+    if abs(difference) > TOLERANCE_SECONDS:
+        longer = "longer" if difference > 0 else "shorter"
+        raise InputError(
+            f"{str(path)!r} is {abs(difference):.1f} s {longer} than {of}: more than {TOLERANCE_SECONDS} s is another "
+            "recording; export both again from one song"
+        )
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What is left of a recording when another is taken from it, in dB against full scale (a constant 1)."""
+
+    name: str
+    peak_dbfs: float
+    rms_dbfs: float
+
+    def __str__(self) -> str:
+        if self.peak_dbfs == -math.inf:
+            return f"{self.name}: identical"
+        return f"{self.name}: peak {self.peak_dbfs:.1f} dBFS, RMS {self.rms_dbfs:.1f} dBFS"
+
+
+def null(first: Path, second: Path) -> list[Residual]:
+    """Subtract each recording in the second folder from its namesake in the first, whatever their formats.
+
+    Both may also be files, or the first a folder of stems and the second the file that these should sum to.
+    Files are compared in stereo and at their own sample rate. Raises InputError where a file has no counterpart, or one
+    of another rate or length.
+    """
+    if second.is_file():
+        if first.is_file():
+            return [_residual(second.name, [first], second)]
+        parts = [path for path, stem in _audio_files(first) if stem != _MIXTURE]
+        if not parts:
+            raise InputError(f"{str(first)!r} holds no audio: give a folder of stems")
+        return [_residual(f"sum of {', '.join(path.stem for path in parts)}", parts, second)]
+    if first.is_file():
+        raise InputError(f"{str(first)!r} is a file and {str(second)!r} is none: give two files, or the folder first")
+    ones, others = _by_name(first), _by_name(second)
+    for name in [*ones, *others]:
+        if name not in ones or name not in others:
+            folder = second if name in ones else first
+            raise InputError(f"{str(folder)!r} has no {name!r}, the other folder has: give two with the same files")
+    return [_residual(name, [path], others[name]) for name, path in ones.items()]
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path, _ in _audio_files(folder):
+        name = str(path.relative_to(folder).with_suffix(""))
+        if name in files:
+            raise InputError(f"{files[name].name!r} and {path.name!r} in {str(folder)!r} have one name: remove one")
+        files[name] = path
+    if not files:
+        raise InputError(f"{str(folder)!r} holds no audio: give a file or a folder with audio files")
+    return files
+
+
+def _residual(name: str, parts: Sequence[Path], whole: Path) -> Residual:
+    with TemporaryDirectory() as work, ExitStack() as stack:
+        waves = [stack.enter_context(decode(path, Path(work), sample_rate=None)) for path in [whole, *parts]]
+        sizes = [(wave.n_samples, wave.sample_rate) for wave in waves]
+        for path, size in zip(parts, sizes[1:], strict=True):
+            if size != sizes[0]:
+                raise InputError(
+                    f"{str(path)!r} has {size[0]} samples at {size[1]} Hz, {str(whole)!r} {sizes[0][0]} at "
+                    f"{sizes[0][1]} Hz: give recordings of one length and rate"
+                )
+        peak, energy = 0.0, 0.0
+        for start in range(0, waves[0].n_samples, _BLOCK_SAMPLES):
+            stop = min(start + _BLOCK_SAMPLES, waves[0].n_samples)
+            left = _sum(waves[1:], start, stop) - _sum(waves[:1], start, stop)
+            peak, energy = max(peak, float(left.abs().max())), energy + float(left.square().sum())
+        mean_square = energy / (waves[0].n_samples * waves[0].channels)
+        return Residual(name, _decibels(peak**2), _decibels(mean_square))
+
+
+def _decibels(power: float) -> float:
+    return 10 * math.log10(power) if power else -math.inf

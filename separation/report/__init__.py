@@ -1,0 +1,1 @@
+"""The listening page and its picture."""

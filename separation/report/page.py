@@ -1,0 +1,192 @@
+"""A page about a song and its stems that needs no other file: pictures, levels, scores, and a player with its sound.
+
+The page is report.html, which draws and plays what is put into it here. The sound is MP3, which every browser decodes,
+in segments: a phone's memory holds some seconds of each stem at a time, not the song.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+from separation.audio.decode import decode
+from separation.audio.waveform import SAMPLE_RATE, Waveform, read_padded
+from separation.engine.separator import Progress
+from separation.errors import AudioError, OutputError
+from separation.models.stft import make_window
+from separation.report.picture import (
+    COLUMNS,
+    N_FFT,
+    Floats,
+    band_filters,
+    colour_of,
+    level_text,
+    magnification,
+    spectrogram_base64,
+    time_ticks,
+)
+from separation.system.output import OutputFolder
+from separation.system.threads import Threads
+
+PAGE = Path(__file__).with_name("report.html")
+MAX_SECONDS = 20 * 60  # of a song: with six stems its page has some 160 MB
+SEGMENT_SAMPLES = 10 * SAMPLE_RATE  # that the player decodes at once
+LEAD_SAMPLES = SAMPLE_RATE // 10  # before and after them: a decoder's delay and the fade to the next segment fit in
+MP3_LEVEL = 0.5  # of 0, the best, to 1: variable bitrates of some 100 kbit/s
+MEASURED = 0.3  # the share of the job, in the progress, that is done when the sound's turn comes
+WAVE_HEIGHT = 96  # of the loudest sample, in the units of the page's waveforms, which are 100 above and below 0
+
+
+def write_report(
+    title: str,
+    mixture: Path,
+    stems: Mapping[str, Path],
+    target: Path,
+    scores: Mapping[str, float] | None = None,
+    *,
+    links: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the page about a song's file and its stems' files to `target`; `scores` are SDRs in dB by stem.
+
+    `links` are addresses, by their words, for the page's head: of a server that has the stems' files, for instance.
+    Memory does not grow with the song. A run that fails leaves no file behind.
+
+    Raises AudioError if a file cannot be read or lasts longer than MAX_SECONDS, OutputError if the page cannot be
+    written, or would replace a file that this program did not write; with `overwrite` it may.
+    """
+    say = progress or (lambda share, stage: None)
+    files = {"mixture": mixture, **stems}
+    with OutputFolder(target.parent, overwrite=overwrite) as output, ExitStack() as stack, Threads() as pool:
+        output.check_targets([target.name], mixture)
+        waves: list[Waveform] = []
+        for path in files.values():
+            say(MEASURED * len(waves) / len(files), f"reading {path.name}")
+            try:
+                waves.append(
+                    stack.enter_context(decode(path, output.work, max_seconds=MAX_SECONDS, accept_damaged=True))
+                )
+            except AudioError as e:
+                raise AudioError(f"there is no report of {title}: {e}") from e
+        n_samples = max(wave.n_samples for wave in waves)
+        peak = max(wave.peak for wave in waves) or 1.0
+        edges = np.linspace(0, n_samples, min(COLUMNS, n_samples) + 1).astype(int).tolist()
+        pictures = pool.map(lambda wave: _Picture.of(wave, edges), waves)
+        song = _song(title, n_samples, peak, dict(zip(files, pictures, strict=True)), scores or {})
+        song["links"] = dict(links or {})
+        head, tail = PAGE.read_text(encoding="utf-8").split("<!-- sound -->")
+        part = output.work / target.name
+        try:
+            with part.open("w", encoding="utf-8") as page:
+                page.write(head.replace("/* song */", json.dumps(song).replace("<", "\\u003c")))
+                for number, start in enumerate(range(0, n_samples, SEGMENT_SAMPLES)):
+                    say(MEASURED + (1 - MEASURED) * start / n_samples, "writing the report")
+                    stop = min(start + SEGMENT_SAMPLES, n_samples)
+                    encode = partial(_mp3_base64, start=start, stop=stop, gain=min(1.0, 1 / peak))
+                    for index, sound in enumerate(pool.map(encode, waves)):
+                        page.write(f'<script type="text/plain" id="sound-{index}-{number}">{sound}</script>\n')
+                page.write(tail)
+        except OSError as e:
+            raise OutputError(f"cannot write {str(target)!r}: {e.strerror}; choose another folder") from e
+        say(1.0, "done")
+        output.publish({"report": part})
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """What the pictures of a track show, column by column in time; both channels count."""
+
+    low: Floats  # the least sample, [columns]
+    high: Floats  # the greatest
+    rms: Floats
+    level: str
+    energy: Floats  # [bands, columns], low bands first
+
+    @classmethod
+    def of(cls, wave: Waveform, edges: list[int]) -> "_Picture":
+        """Of the columns between these samples, of which at least one lies between two."""
+        window = make_window("hann", N_FFT, torch.device("cpu"))
+        filters = torch.from_numpy(band_filters(wave.sample_rate)).float()
+        low, high, squares, energy = [], [], [], []
+        for start, stop in pairwise(edges):
+            around = read_padded(wave, start - N_FFT // 2, stop + N_FFT // 2)
+            samples = around[:, N_FFT // 2 : -(N_FFT // 2)]
+            low.append(float(samples.min()))
+            high.append(float(samples.max()))
+            squares.append(float(samples.square().mean()))
+            frames = around.unfold(1, N_FFT, N_FFT // 2) * window  # [2, N, N_FFT]
+            energy.append(filters @ torch.fft.rfft(frames).abs().square().mean(dim=(0, 1)))
+        mean_square = float(np.average(squares, weights=np.diff(edges)))
+        return cls(
+            low=np.array(low),
+            high=np.array(high),
+            rms=np.sqrt(squares),
+            level=level_text(10 * math.log10(mean_square) if mean_square else -math.inf),
+            energy=torch.stack(energy, dim=1).double().numpy(),
+        )
+
+    def drawn(self, peak: float, loudest: float) -> dict[str, Any]:
+        """As the page takes it, where `peak` fills a waveform's height and `loudest` has the brightest colour."""
+        magnified = magnification(max(float(self.high.max()), -float(self.low.min())), peak)
+        scale = WAVE_HEIGHT * magnified / peak
+        outlines = {"low": self.low, "high": self.high, "rms": self.rms}
+        return {
+            "magnified": magnified,
+            "spectrogram": spectrogram_base64(self.energy / loudest),
+            **{name: np.round(values * scale).astype(int).tolist() for name, values in outlines.items()},
+        }
+
+
+def _song(
+    title: str, n_samples: int, peak: float, pictures: Mapping[str, _Picture], scores: Mapping[str, float]
+) -> dict[str, Any]:
+    """What the page is told, but for the sound. `peak` is that of the loudest track; the first track is the mixture."""
+    loudest = max(float(picture.energy.max()) for picture in pictures.values()) or 1.0
+    sdrs = {name: f"SDR {sdr:.1f} dB".replace("-", "−") for name, sdr in scores.items()}
+    tracks = [
+        {
+            "name": name,
+            "mixture": index == 0,
+            "colour": colour_of(name, index),
+            "facts": [picture.level, *([sdrs[name]] if name in sdrs else [])],
+            **picture.drawn(peak, loudest),
+        }
+        for index, (name, picture) in enumerate(pictures.items())
+    ]
+    return {
+        "title": title,
+        "seconds": n_samples / SAMPLE_RATE,
+        "rate": SAMPLE_RATE,
+        "segment": SEGMENT_SAMPLES / SAMPLE_RATE,
+        "lead": LEAD_SAMPLES / SAMPLE_RATE,
+        "ticks": time_ticks(n_samples / SAMPLE_RATE),
+        "tracks": tracks,
+    }
+
+
+def _mp3_base64(wave: Waveform, start: int, stop: int, gain: float) -> str:
+    """Samples `[start, stop)` and LEAD_SAMPLES around them; `gain` keeps within full scale what MP3 would clip."""
+    samples = read_padded(wave, start - LEAD_SAMPLES, stop + LEAD_SAMPLES) * gain
+    file = io.BytesIO()
+    soundfile.write(
+        file,
+        samples.T.numpy(),
+        wave.sample_rate,
+        format="MP3",
+        subtype="MPEG_LAYER_III",
+        bitrate_mode="VARIABLE",
+        compression_level=MP3_LEVEL,
+    )
+    return base64.b64encode(file.getvalue()).decode()

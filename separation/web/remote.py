@@ -1,0 +1,246 @@
+"""Songs from the web, for a server that fetches the URLs of strangers.
+
+Such a URL must not lead to the server itself, nor to what only its network can reach. So a name is resolved here, all
+its addresses are checked, and the connection goes to one of just these: asked again, a hostile name server would give
+another. Redirects are checked the same way. Behind a proxy (http_proxy, https_proxy) the proxy connects, and decides
+what it reaches; a name that resolves here is checked nevertheless.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from requests import PreparedRequest, Response, Session, TooManyRedirects
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
+from separation.errors import InputError
+from separation.settings import switch
+from separation.web.public import tell_operator
+
+LOCAL, PRIVATE = "SEPARATION_LOCAL_URLS", "SEPARATION_PRIVATE_URLS"
+DOWNLOAD_SECONDS = 600.0  # for all of it
+SILENT_SECONDS = 10.0  # until a connection is made, and without a byte
+MAX_REDIRECTS = 10
+BLOCK_BYTES = 1 << 16
+
+Address = IPv4Address | IPv6Address
+THIS_NETWORK = ip_network("0.0.0.0/8")
+SITE_LOCAL = ip_network("fec0::/10")  # what IPv6 had for private networks before fc00::/7
+NAT64 = ip_network("64:ff9b::/96")
+ISATAP = (0x00005EFE, 0x02005EFE)  # in the third quarter of an address, before an IPv4 address
+# Where Alibaba, Amazon, Azure, Google and Oracle tell a machine its secrets, beside the link-local 169.254.169.254.
+METADATA = {
+    ip_address(text) for text in ("100.100.100.200", "fd00:ec2::254", "168.63.129.16", "fd20:ce::254", "192.0.0.192")
+}
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Where songs may be, beside public addresses."""
+
+    local: bool = False  # on this machine, its link and its cloud's services
+    private: bool = True  # in private networks: a hosting platform may keep its users' songs there
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Raises InputError if one of the variables is neither on nor off."""
+        return cls(switch(LOCAL, default=False), switch(PRIVATE, default=True))
+
+
+def blocks(url: str, name: str, allowed: Allowed) -> Generator[bytes, None, None]:
+    """The content of the file behind an http or https URL, as it comes. `name` is what errors call the song.
+
+    Raises InputError if the file is where this server does not fetch from, or cannot be fetched.
+    """
+    with _Guard(name, allowed) as guard, _session(guard) as session:
+        try:
+            response = session.get(url, stream=True, timeout=SILENT_SECONDS)
+            response.raise_for_status()
+            response.raw.decode_content = True
+            while block := response.raw.read1(BLOCK_BYTES):
+                yield block
+            guard.check_time()  # a connection that is cut at the deadline can look like one at its end
+        except InputError:
+            raise
+        except TooManyRedirects as e:
+            raise InputError(f"{name!r} is redirected more than {MAX_REDIRECTS} times: give the file's own URL") from e
+        except Exception as e:  # of the HTTP client or the socket
+            guard.check_time()
+            tell_operator()
+            status = getattr(getattr(e, "response", None), "status_code", None)
+            reason = f"the web server answers {status}" if status else type(e).__name__
+            raise InputError(f"{name!r} could not be downloaded ({reason}): check the URL") from e
+
+
+def kind_of_address(address: Address) -> str:
+    """Which kind of not public address this is, or the IPv4 address that it stands for; empty for a public one.
+
+    All kinds but `a private address` are local.
+    """
+    for inner in _inner(address):
+        kinds = {
+            "a loopback address": inner.is_loopback,
+            "an unspecified address": inner.is_unspecified or inner in THIS_NETWORK,
+            "a link-local address": inner.is_link_local,
+            "a multicast address": inner.is_multicast,
+            "a cloud's metadata address": inner in METADATA,
+            "a reserved address": inner.is_reserved,
+            "an address of this server": _is_own(inner),
+            "a private address": not inner.is_global or inner in SITE_LOCAL,
+        }
+        if kind := next((kind for kind, holds in kinds.items() if holds), ""):
+            return kind
+    return ""
+
+
+def _inner(address: Address) -> list[Address]:
+    """The IPv4 addresses that an IPv6 address leads to by translation or through a tunnel, else the address itself."""
+    if isinstance(address, IPv4Address):
+        return [address]
+    number = int(address)
+    found: list[Address | None] = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if address in NAT64 or (number >> 32) & 0xFFFFFFFF in ISATAP:
+        found.append(IPv4Address(number & 0xFFFFFFFF))
+    return [inner for inner in found if inner] or [address]
+
+
+def _is_own(address: Address) -> bool:
+    """Whether this machine has the address: to reach it, it would send from it. Nothing is sent."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:  # no route leads there
+        probe.connect((str(address), 9))
+        return ip_address(probe.getsockname()[0]) == address
+    return False
+
+
+class _Guard:
+    """What one download may connect to, and how long it may take."""
+
+    def __init__(self, name: str, allowed: Allowed) -> None:
+        self._name, self._allowed = name, allowed
+        self._sockets: list[socket.socket] = []
+        self._expired = threading.Event()
+        self._timer = threading.Timer(DOWNLOAD_SECONDS, self._expire)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._timer.join()
+        for connection in self._sockets:
+            connection.close()
+
+    def addresses(self, host: str, port: int | None) -> list[str]:
+        """Those of a name, after all of them were checked."""
+        found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        for address in found:
+            kind = kind_of_address(ip_address(address))
+            if kind == "a private address" and not self._allowed.private:
+                self._refuse(host, kind, PRIVATE)
+            if kind not in ("", "a private address") and not self._allowed.local:
+                self._refuse(host, kind, LOCAL)
+        return found
+
+    def watch(self, connection: socket.socket) -> None:
+        """Cut the connection when the time is over."""
+        self._sockets.append(connection.dup())  # TLS takes the socket itself
+        self.check_time()
+
+    def check_time(self) -> None:
+        if self._expired.is_set():
+            raise InputError(
+                f"{self._name!r} could not be downloaded within {DOWNLOAD_SECONDS:g} s: put it on a faster web server"
+            )
+
+    def _refuse(self, host: str, kind: str, variable: str) -> None:
+        raise InputError(
+            f"{self._name!r} is at {host!r:.100}, {kind}, where this server does not look for songs: "
+            f"give a public URL, or set {variable}=on on the server if its network is trusted"
+        )
+
+    def _expire(self) -> None:
+        self._expired.set()
+        for connection in list(self._sockets):
+            with suppress(OSError):  # it is closed already
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Connection(HTTPConnection):
+    """Connects to an address that the guard has checked."""
+
+    def __init__(self, guard: _Guard, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._guard = guard
+
+    def _new_conn(self) -> socket.socket:
+        name = self._dns_host
+        try:
+            *others, last = self._guard.addresses(name, self.port)
+            for address in others:
+                with suppress(ConnectTimeoutError, NewConnectionError):
+                    return self._connected(address)
+            return self._connected(last)
+        finally:
+            self._dns_host = name  # which the certificate and the Host header are about
+
+    def _connected(self, address: str) -> socket.socket:
+        self._guard.check_time()
+        self._dns_host = address
+        connection = super()._new_conn()
+        self._guard.watch(connection)
+        return connection
+
+
+class _TLSConnection(_Connection, HTTPSConnection):
+    """The same, over TLS."""
+
+
+class _Adapter(HTTPAdapter):
+    """Is asked for a connection at each redirect."""
+
+    def __init__(self, guard: _Guard) -> None:
+        super().__init__()
+        self._guard = guard
+
+    def get_connection_with_tls_context(
+        self, request: PreparedRequest, *args: Any, **options: Any
+    ) -> HTTPConnectionPool:
+        pool = super().get_connection_with_tls_context(request, *args, **options)
+        if pool.proxy:
+            with suppress(socket.gaierror, UnicodeError):  # a name that only the proxy knows
+                self._guard.addresses(urlsplit(str(request.url)).hostname or "", None)
+        else:
+            connection = _TLSConnection if pool.scheme == "https" else _Connection
+            pool.ConnectionCls = partial(connection, self._guard)  # type: ignore[assignment]
+        return pool
+
+
+def _session(guard: _Guard) -> Session:
+    session = Session()
+    session.max_redirects = MAX_REDIRECTS
+    session.adapters.clear()
+    session.mount("http://", _Adapter(guard))
+    session.mount("https://", _Adapter(guard))
+    session.hooks["response"].append(_without_body)
+    if agent := os.environ.get("COG_USER_AGENT"):  # as Cog's own downloads have it
+        session.headers["User-Agent"] = agent
+    return session
+
+
+def _without_body(response: Response, **_: Any) -> None:
+    """Requests would read all that comes with a redirect, however much it is."""
+    if response.is_redirect:
+        response.close()

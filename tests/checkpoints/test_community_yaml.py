@@ -1,0 +1,464 @@
+"""YAML files in the forms that the community publishes, with made-up values: they are read unchanged.
+
+The keys are those of Music-Source-Separation-Training (MSST), Ultimate Vocal Remover (UVR) and audio-separator.
+"""
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.common import SHARED, needs_shared
+from helpers.small_model import assert_same_model, small_model, write_weights
+from separation.checkpoints.about import model_facts
+from separation.checkpoints.catalogue import Checkpoint, read_config
+from separation.checkpoints.load import load_model, random_weights
+from separation.documents import read_yaml
+from separation.errors import CheckpointError
+
+MSST_ROFORMER = """
+audio:
+  chunk_size: 4096
+  dim_f: 32
+  dim_t: 257 # don't work (use in model)
+  hop_length: 16 # don't work (use in model)
+  n_fft: 64
+  num_channels: 2
+  sample_rate: 44100
+  min_mean_abs: 0.000
+
+model:
+  dim: 16
+  depth: 1
+  stereo: true
+  num_stems: 1
+  time_transformer_depth: 1
+  freq_transformer_depth: 1
+  linear_transformer_depth: 0
+  freqs_per_bands: !!python/tuple
+    - 3
+    - 3
+    - 3
+    - 3
+    - 3
+    - 3
+    - 3
+    - 3
+    - 3
+    - 3
+    - 3
+  dim_head: 8
+  heads: 2
+  attn_dropout: 0.1
+  ff_dropout: 0.1
+  flash_attn: true
+  dim_freqs_in: 33
+  stft_n_fft: 64
+  stft_hop_length: 16
+  stft_win_length: 64
+  stft_normalized: false
+  mask_estimator_depth: 2
+  multi_stft_resolution_loss_weight: 1.0
+  multi_stft_resolutions_window_sizes: !!python/tuple
+  - 64
+  - 32
+  multi_stft_hop_size: 7
+  multi_stft_normalized: False
+  use_torch_checkpoint: False # less memory
+  skip_connection: False
+
+training:
+  batch_size: 3
+  gradient_accumulation_steps: 1
+  grad_clip: 0
+  instruments: ['Vocals', 'other']
+  patience: 3
+  reduce_factor: 0.9
+  target_instrument: Vocals
+  num_epochs: 3
+  augmentation_type:
+  optimizer: adam
+  lr: 1.0e-5
+  use_amp: true
+
+augmentations:
+  enable: true
+  mixup_probs: !!python/tuple
+    - 0.3
+    - 0.03
+  all:
+    channel_shuffle: 0.5
+
+loss_multistft:
+  fft_sizes:
+  - 64
+  window: "hann_window"
+
+inference:
+  batch_size: 2
+  dim_t: 301
+  num_overlap: 3
+  normalize: false
+"""
+
+MSST_DEMUCS = """
+audio:
+  chunk_size: 44100 # samplerate * segment
+  min_mean_abs: 0.001
+  hop_length: 1024
+
+training:
+  batch_size: 3
+  segment: 1
+  shift: 1
+  samplerate: 44100
+  channels: 2
+  normalize: true
+  instruments: ['drums', 'bass']
+  target_instrument: null
+  use_amp: true
+
+augmentations:
+  enable: true
+
+inference:
+  num_overlap: 3
+  batch_size: 3
+
+model: htdemucs
+
+htdemucs:  # the arguments of the class
+  channels: 8
+  channels_time:
+  growth: 2
+  num_subbands: 1
+  nfft: 2048
+  wiener_residual: false
+  cac: true
+  depth: 4
+  multi_freqs: []
+  dconv_init: 1e-3
+  bottom_channels: 0
+  t_layers: 1
+  t_heads: 2
+  t_lr:
+"""
+
+UVR_MDX23C = """
+audio:
+  chunk_size: 8190
+  dim_f: 64
+  dim_t: 64
+  hop_length: 130
+  n_fft: 256
+  num_channels: 2
+  sample_rate: 44100
+  min_mean_abs: 0.01
+model:
+  act: gelu
+  bottleneck_factor: 2
+  growth: 8
+  norm: InstanceNorm
+  num_blocks_per_scale: 1
+  num_channels: 8
+  num_scales: 2
+  num_subbands: 2
+  scale:
+  - 2
+  - 2
+training:
+  batch_size: 3
+  coarse_loss_clip: true
+  grad_clip: null
+  instruments:
+  - Kick
+  - Snare
+  - Hh
+  lr: 9.0e-05
+  q: 0.4
+  target_instrument: null
+inference:
+  batch_size: 1
+  dim_t: 101
+  num_overlap: 8
+"""
+
+UVR_ROFORMER = """
+audio:
+  chunk_size: 4096
+  dim_f: 32
+  dim_t: 257
+  hop_length: 16
+  n_fft: 64
+  num_channels: 2
+  sample_rate: 44100
+  min_mean_abs: 000
+model:
+  dim: 16
+  depth: 1
+  stereo: true
+  num_stems: 1
+  num_bands: 11
+  sample_rate: 44100  # for the mel filters
+training:
+  instruments:
+  - No Reverb
+  - Reverb
+  target_instrument: No Reverb
+inference:
+  batch_size: 1
+  dim_t: 301
+  num_overlap: 1
+  chunk_size: 8192
+"""
+
+SCNET = """
+audio:
+  chunk_size: 44100 # a second
+  num_channels: 2
+  sample_rate: 44100
+  min_mean_abs: 0.000
+model:
+  sources:
+    - drums
+    - other
+  audio_channels: 2
+  dims:
+    - 4
+    - 8
+  nfft: 256
+  hop_size: 64
+  win_size: 256
+  normalized: True
+  band_SR:
+    - 0.2
+    - 0.8
+training:
+  instruments:
+    - Drums
+    - Other
+  target_instrument: null
+inference:
+  batch_size: 8
+  dim_t: 256
+  num_overlap: 4
+  normalize: true
+"""
+
+
+def write(folder: Path, text: str, *changes: tuple[str, str]) -> Path:
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = folder / "published.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(folder: Path, text: str, *changes: tuple[str, str]) -> Checkpoint:
+    return read_config(write(folder, text, *changes))
+
+
+def noise(samples: int) -> torch.Tensor:
+    return torch.randn(1, 2, samples, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "text, stems, chunk_samples",
+    [
+        (MSST_ROFORMER, ("vocals",), 4096),
+        (MSST_DEMUCS, ("drums", "bass"), 44100),
+        (UVR_MDX23C, ("kick", "snare", "hh"), 8190),
+        (UVR_ROFORMER, ("no reverb",), 8192),
+        (SCNET, ("drums", "other"), 44100),
+    ],
+)
+def test_stems_chunks_and_rate_are_those_it_was_trained_on(
+    tmp_path: Path, text: str, stems: tuple[str, ...], chunk_samples: int
+) -> None:
+    found = read(tmp_path, text)
+    assert (found.stems, found.chunk_samples, found.sample_rate) == (stems, chunk_samples, 44100)
+    assert found.files == () and found.ignored == ()
+    assert found.normalised == (text == SCNET)
+    assert (found.licence, found.quality) == ("not stated", "not stated")
+
+
+@pytest.mark.parametrize("architecture", ["", "architecture: bs_roformer\n"])
+def test_a_roformer_of_msst_loads_and_gives_what_its_weights_give(tmp_path: Path, architecture: str) -> None:
+    own = small_model(num_stems=1)
+    path = write(tmp_path, architecture + MSST_ROFORMER)
+    model = load_model(path, checkpoint=write_weights(own.state_dict(), tmp_path / "x.ckpt"))
+    assert_same_model(model, own, noise(256))
+    assert model.normalisation == "peak"
+
+
+@torch.no_grad()
+def test_a_demucs_of_msst_names_its_class_and_takes_arguments_from_training(tmp_path: Path) -> None:
+    path = write(tmp_path, MSST_DEMUCS)
+    found = read_config(path)
+    assert found.architecture == "htdemucs"
+    assert found.hyper_parameters["dconv_init"] == 1e-3
+    model = load_model(path, checkpoint=write_weights(random_weights(path), tmp_path / "x.ckpt"))
+    assert model(noise(44100)).shape == (1, 2, 2, 44100)
+
+
+def test_what_the_mixture_is_scaled_by_may_be_said_by_the_yaml(tmp_path: Path) -> None:
+    path = write(tmp_path, MSST_ROFORMER, ("normalize: false", "normalize: true"))
+    weights = write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt")
+    assert load_model(path, checkpoint=weights).normalisation == "standard"
+
+
+def test_without_a_chunk_size_it_follows_from_the_frames_of_the_stft(tmp_path: Path) -> None:
+    no_size = ("  chunk_size: 8190\n", "")
+    assert read(tmp_path, UVR_MDX23C, no_size).chunk_samples == 100 * 130
+    assert read(tmp_path, UVR_MDX23C, no_size, ("  dim_t: 101\n", "")).chunk_samples == 63 * 130
+    with pytest.raises(CheckpointError, match="chunk_size must be a whole number above 0, and is missing"):
+        read(tmp_path, UVR_MDX23C, no_size, ("  hop_length: 130\n", ""))
+    with pytest.raises(CheckpointError, match="dim_t must be a whole number above 0, not 0"):
+        read(tmp_path, UVR_MDX23C, no_size, ("  dim_t: 101\n", "  dim_t: 1\n"))
+
+
+def test_the_sample_rate_is_44100_unless_something_else_is_said(tmp_path: Path) -> None:
+    assert read(tmp_path, SCNET, ("  sample_rate: 44100\n", "")).sample_rate == 44100
+    assert read(tmp_path, SCNET, ("  sample_rate: 44100\n", "  sample_rate: 48000\n")).sample_rate == 48000
+    assert read(tmp_path, MSST_DEMUCS, ("  samplerate: 44100\n", "  samplerate: 48000\n")).sample_rate == 48000
+
+
+@pytest.mark.parametrize(
+    "changes, stems",
+    [
+        ([("num_stems: 1", "num_stems: 2")], ("vocals", "other")),  # one output a stem, whatever the target was
+        (
+            [("target_instrument: Vocals", "target_instrument: null"), ("num_stems: 1", "num_stems: 2")],
+            ("vocals", "other"),
+        ),
+        ([("target_instrument: Vocals", "target_instrument: other")], ("other",)),
+        ([("  num_stems: 1\n", "")], ("vocals",)),
+    ],
+)
+def test_a_target_is_the_only_stem_of_a_model_with_one_output(
+    tmp_path: Path, changes: list[tuple[str, str]], stems: tuple[str, ...]
+) -> None:
+    assert read(tmp_path, MSST_ROFORMER, *changes).stems == stems
+
+
+def test_sources_are_the_stems_where_training_names_none(tmp_path: Path) -> None:
+    found = read(tmp_path, SCNET, ("  instruments:\n    - Drums\n    - Other\n", ""))
+    assert found.stems == ("drums", "other")
+    with pytest.raises(CheckpointError, match="stems must be a list, and is missing"):
+        read(
+            tmp_path, UVR_ROFORMER, ("  instruments:\n  - No Reverb\n  - Reverb\n  target_instrument: No Reverb\n", "")
+        )
+
+
+def test_our_keys_go_before_those_of_training(tmp_path: Path) -> None:
+    found = read(tmp_path, "stems: [Singing]\narchitecture: own\n" + MSST_ROFORMER)
+    assert (found.stems, found.architecture) == (("singing",), "own")
+    named = read(tmp_path, MSST_ROFORMER, ("training:\n", "training:\n  model_type: bs_roformer\n"))
+    assert named.architecture == "bs_roformer"
+
+
+def test_a_models_name_and_type_are_no_hyper_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, MSST_ROFORMER, ("  dim: 16\n", "  name: my_roformer\n  type: bs_roformer\n  dim: 16\n"))
+    own = small_model(num_stems=1)
+    model = load_model(path, checkpoint=write_weights(own.state_dict(), tmp_path / "x.ckpt"))
+    assert_same_model(model, own, noise(256))
+    assert random_weights(path).keys() == own.state_dict().keys() and not caplog.messages
+
+
+@pytest.mark.slow
+@needs_shared
+def test_published_checkpoints_have_their_own_chunks_and_as_many_parameters_as_their_files(tmp_path: Path) -> None:
+    facts = json.loads((SHARED / "community" / "wanted.json").read_text(encoding="utf-8"))["models"]
+    published = [each for each in facts if each["loadable"] and each["validation"] and each["audio"]]
+    assert len(published) > 60
+    for each in published:
+        document = {key: each[key] for key in ("audio", "model", "training", "inference", "hdemucs") if each.get(key)}
+        if not (each["training"] or {}).get("instruments") or "<stem>" in each["stems"]:  # which are not known
+            document["stems"] = [stem.strip("<>") for stem in each["stems"]]
+        path = tmp_path / f"{each['name']}.yaml"
+        path.write_text(json.dumps(document), encoding="utf-8")
+        found = model_facts(path)
+        assert (found["architecture"], found["chunk_samples"]) == (
+            each["architecture"],
+            each["validation"]["product_chunk"],
+        )
+        assert found["parameters"] == pytest.approx(each["validation"]["parameters"], rel=1e-3)
+
+
+def test_keys_that_nothing_knows_are_named_once_in_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "is_roformer: true\nlora:\n  r: 8\n" + MSST_ROFORMER.replace("  num_channels: 2\n", "  surround: 2\n")
+    path = write(tmp_path, text)
+    weights = write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt")
+    with caplog.at_level(logging.WARNING):
+        load_model(path, checkpoint=weights)
+        load_model(path, checkpoint=weights)
+    (said,) = caplog.messages
+    assert said == f"{path}: ignored, since nothing here knows them: audio.surround, is_roformer, lora"
+
+
+@pytest.mark.parametrize("value", ["true", "3", "fast"])
+def test_a_hyper_parameter_that_may_change_the_stems_is_no_such_key(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path, MSST_ROFORMER, ("  skip_connection: False\n", f"  hyper_streams: {value}\n"))
+    weights = write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"published\.yaml: bs_roformer has no hyper-parameter hyper_streams"):
+        load_model(path, checkpoint=weights)
+
+
+@pytest.mark.parametrize("value", ["", "null", "0", "0.0", "false", "[]"])
+def test_a_hyper_parameter_that_is_off_may_be_unknown(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path, MSST_ROFORMER, ("  skip_connection: False\n", f"  hyper_streams: {value}\n"))
+    load_model(path, checkpoint=write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "text, change, message",
+    [
+        (MSST_DEMUCS, ("  samplerate: 44100\n", ""), "samplerate must be a whole number above 0, and is missing"),
+        (MSST_DEMUCS, ("\nhtdemucs:", "\ndemucs:"), "htdemucs must be a section, and is missing"),
+        (MSST_ROFORMER, ("training:\n", "training: 5\nold:\n"), "training must be a section, not 5"),
+        (UVR_MDX23C, ("  - Kick\n", "  - Snare\n"), "stems must name each stem once"),
+        (MSST_ROFORMER, ("['Vocals', 'other']", "Vocals"), "instruments must be a list, not 'Vocals'"),
+        (MSST_ROFORMER, ("target_instrument: Vocals", "target_instrument: {a: 1}"), "a stem must be a text, not {'a'"),
+    ],
+)
+def test_what_a_published_yaml_lacks_is_named(tmp_path: Path, text: str, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"published\.yaml: {message}"):
+        read(tmp_path, text, change)
+
+
+def test_a_section_that_is_empty_is_as_one_that_is_missing(tmp_path: Path) -> None:
+    text = "stems: [vocals]\n" + UVR_ROFORMER[: UVR_ROFORMER.index("training:")] + "training:\ninference:\n"
+    found: Any = read(tmp_path, text)
+    assert (found.stems, found.chunk_samples) == (("vocals",), 4096)
+
+
+ODD: list[Any] = [None, True, 0, 4, 1.5, "4", [4], [["a"]], {"a": 1}, {1: 2}]
+READ = {"audio", "chunk_size", "sample_rate", "hop_length", "dim_t", "model", "sources", "num_stems", "training"}
+READ |= {"instruments", "target_instrument", "segment", "samplerate", "channels", "htdemucs", "inference", "normalize"}
+
+
+@pytest.mark.parametrize("text", [MSST_DEMUCS, UVR_ROFORMER, SCNET])
+def test_a_value_of_another_type_is_read_or_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    published = read_yaml(path)
+    sections = {name: section for name, section in published.items() if isinstance(section, dict)}
+    places = [(name,) for name in published] + [(name, key) for name in sections for key in sections[name]]
+    refused = []
+    for place in (place for place in places if READ.issuperset(place)):
+        for odd in ODD:
+            document = copy.deepcopy(published)
+            (document if len(place) == 1 else document[place[0]])[place[-1]] = odd
+            path.write_text(json.dumps(document), encoding="utf-8")
+            try:
+                read_config(path)
+            except CheckpointError as e:
+                refused.append(str(e))
+    assert len(refused) > 30
+    assert all(said.startswith(f"{path}: ") and "\n" not in said for said in refused)

@@ -1,0 +1,125 @@
+"""What other programs run is refused by what it is, not with a wish for a YAML; its relatives by their names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.small_model import HYPER_PARAMETERS, small_model, write_weights, write_yaml
+from separation.checkpoints.catalogue import read_config
+from separation.checkpoints.load import load_model
+from separation.cli.main import main
+from separation.errors import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+END = "that architecture is not supported, use the program that it is made for"
+
+
+def vr_network() -> dict[str, torch.Tensor]:
+    """Names of weights as the VR networks of UVR 5 have them."""
+    names = ("enc1.conv1.conv.0", "enc1.conv2.conv.0", "dec4.conv.conv.0", "aspp.conv1.1.conv.0")
+    bands = ("stg1_low_band_net", "stg1_high_band_net", "stg2_low_band_net", "stg3_full_band_net")
+    return {f"{band}.{name}.weight": torch.zeros(2) for band in bands for name in names} | {
+        "out.weight": torch.zeros(2)
+    }
+
+
+@pytest.mark.parametrize("with_yaml", [False, True])
+def test_a_vr_network_is_told_by_its_weights(tmp_path: Path, with_yaml: bool) -> None:
+    weights = write_weights(vr_network(), tmp_path / "5_HP-Karaoke-UVR.pth")
+    if with_yaml:
+        write_yaml(tmp_path, drop=("files",)).rename(tmp_path / "other.yaml")
+    with pytest.raises(CheckpointError) as caught:
+        load_model(weights)
+    assert str(caught.value) == f"{weights} is a VR network of Ultimate Vocal Remover 5: {END}"
+
+
+@pytest.mark.parametrize("suffix, what", [(".onnx", "in ONNX form, as UVR's MDX-Net"), (".h5", "for TensorFlow")])
+def test_a_file_for_another_runtime_is_told_by_its_ending(
+    tmp_path: Path, suffix: str, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"UVR_MDXNET_1{suffix}"
+    path.write_bytes(b"\x08\x07\x12\x07pytorch")
+    given = [
+        ["--model-path", str(path)],
+        ["--model-name", str(path.with_suffix(""))],
+        ["--model-dir", str(tmp_path), "--model-name", path.stem],
+        ["--model-name", "demo", "--model-path", str(path)],
+    ]
+    (tmp_path / "song.wav").write_bytes(b"")
+    for options in given:
+        assert main(["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / "out"), *options]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{path} is a network" in said and what in said and said.endswith(f"{END}\n")
+    path.unlink()
+    assert main(["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / "out"), "--model-path", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: there is no file {path}: ")
+
+
+def test_a_damaged_file_is_damaged_and_wants_no_yaml(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(CheckpointError, match=r"x\.pth .* is damaged, incomplete or no PyTorch checkpoint"):
+        load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        (
+            {"architecture": "bs_roformer_experimental"},
+            "an experimental BS-RoFormer of Music-Source-Separation-Training",
+        ),
+        ({"training": {"model_type": "mel_band_roformer_experimental"}}, "an experimental MelBand-RoFormer"),
+        ({"architecture": "bs_roformer_hyperace"}, "a BS-RoFormer HyperACE"),
+        ({"model": HYPER_PARAMETERS | {"use_value_residual_learning": True}}, r"RoFormer of .* \(value residuals\)"),
+        ({"model": HYPER_PARAMETERS | {"num_residual_streams": 1}}, r"RoFormer of .* \(hyper-connections\)"),
+        ({"model": HYPER_PARAMETERS | {"fno": True}}, "a BS-RoFormer FNO"),
+        ({"model": {"sources": 4, "embed_dim": 512, "depth": 8, "in_channels": 2}}, "a Conformer"),
+        ({"model": HYPER_PARAMETERS | {"time_conformer_depth": 1}}, "a Conformer over bands"),
+        ({"training": {"model_type": "apollo"}}, "an Apollo, which restores and does not separate"),
+        ({"model": None, "cls": "Bandit", "kwargs": {"in_channels": 1}}, "a Bandit v2"),
+    ],
+)
+def test_a_yaml_of_a_relative_is_refused_by_its_name(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+    drop = ("files",) if "architecture" in changes else ("files", "architecture")
+    path = write_yaml(tmp_path, drop=drop, **changes)
+    with pytest.raises(CheckpointError, match=rf"small\.yaml is .*{what}.*: {END}$"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    "key, what",
+    [
+        ("layers.0.1.layers.0.0.to_value_residual_mix.0.weight", r"experimental RoFormer of .* \(value residuals\)"),
+        ("layers.0.1.layers.0.0.static_alpha", r"experimental RoFormer of .* \(hyper-connections\)"),
+        ("mask_estimators.0.segm.hyperace.conv.weight", "a BS-RoFormer HyperACE"),
+        ("mask_estimators.0.to_freqs.3.fno_blocks.convs.0.weight", "a BS-RoFormer FNO"),
+        ("mask_estimators.0.layers.0.0.to_qkv.weight", "a RoFormer whose mask estimators have other parts"),
+        ("layers.0.1.layers.0.conv.net.0.weight", "a Conformer over bands"),
+        ("separation_net.dp_modules.0.time_layer.norm.gamma", "an SCNet with transformers"),
+        ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
+        ("bsrnn.tf_model.seqband.0.0.norm.weight", "a Bandit"),
+        ("layers.0.1.layers.0.0.to_qkv.lora_A", "what LoRA adds to a model, without the model"),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["bs_roformer", None])
+def test_weights_of_a_relative_are_refused_by_its_name(
+    tmp_path: Path, key: str, what: str, architecture: str | None
+) -> None:
+    weights = write_weights(small_model().state_dict() | {key: torch.zeros(2)}, tmp_path / "x.ckpt")
+    path = write_yaml(tmp_path, drop=("files",) if architecture else ("files", "architecture"))
+    with pytest.raises(CheckpointError, match=rf"x\.ckpt is .*{what}.*: {END}$"):
+        load_model(path, checkpoint=weights)
+
+
+def test_a_relative_of_the_users_own_is_listed_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEPARATION_MODELS", str(tmp_path))
+    write_weights(vr_network(), tmp_path / "vr.pth")
+    assert main(["models", "list"]) == 2
+    captured = capsys.readouterr()
+    assert f"error: {tmp_path / 'vr.pth'} is a VR network of Ultimate Vocal Remover 5: {END}\n" in captured.out
+    assert "htdemucs_ft " in captured.out and "models cannot be used: vr\n" in captured.err

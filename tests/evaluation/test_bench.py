@@ -1,0 +1,206 @@
+"""The loaded models' speed is worked out of what was counted and timed; the cold start is measured in a process of its
+own, whole, and split without a gap."""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.common import PROJECT, slow
+from helpers.small_model import HYPER_PARAMETERS, chunks, small_model, write_yaml
+from separation.cli.main import main
+from separation.evaluation import bench as bench_module
+from separation.models.attention import itemwise_attention
+from separation.models.layers import Attention
+
+STAGES = ["interpreter", "imports", "read weights", "to device", "warm-up", "first stem"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More only wait for each other where tests run side by side."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def bench(*options: str) -> int:
+    return main(["bench", "--cold-start", "--device", "cpu", "--precision", "fp32", *options])
+
+
+def engine(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
+    """What `bench --json` says of the loaded models."""
+    assert main(["bench", "--device", "cpu", "--seconds", "5", "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_engines_figures_fit_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    chunks = ("--chunk-size", "4", "--overlap", "1")
+    found = engine(capsys, "--recipe", "demo", "--stems", "all_4", "--precision", "fp32", *chunks)
+    assert found["models"] == {"demo": "sdpa"} and found["weights"] == "own"
+    assert found["chunk_seconds"] == {"demo": 4} and found["overlap_seconds"] == {"demo": 1}
+    assert found["chunks"] == 2  # from -1 to 3 s and from 2 to 6 s: 5 s of music with 1 s of reflection at both ends
+    assert len(found["run_seconds"]) == 3
+    assert found["median_seconds"] == pytest.approx(statistics.median(found["run_seconds"]), abs=1e-3)
+    assert found["mean_seconds"] == pytest.approx(statistics.mean(found["run_seconds"]), abs=1e-3)
+    assert found["times_realtime"] == pytest.approx(5 / found["median_seconds"], rel=0.01)
+    assert found["seconds_per_chunk"] == pytest.approx(found["median_seconds"] / 2, rel=0.01)
+    speed = found["gflop"] / found["median_seconds"]
+    assert found["ceiling_share"] == pytest.approx(speed / found["ceiling_gflop_per_second"], rel=0.02, abs=1e-3)
+    # 0 after tests in this process that needed more, and whose memory is taken again.
+    assert 0 <= found["memory_above_model_mib"] < found["peak_memory_mib"]
+    assert found["sdr_db"]["demo"] > 90  # float32 against float32, by another attention
+    assert "device cpu (asked for), precision fp32" in found["device"]
+
+
+@pytest.mark.slow
+def test_attention_batch_and_precision_are_those_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--precision", "bf16", "--attention", "einsum", "--batch-size", "2")
+    found = engine(capsys, "--recipe", "demo", "--chunk-size", "4", "--overlap", "1", "--runs", "1", *options)
+    assert found["models"] == {"demo": "einsum"} and found["batch_size"] == 2
+    assert 25 < found["sdr_db"]["demo"] < 80
+    assert "precision bf16" in found["device"]
+
+
+def test_a_model_without_a_checkpoint_is_measured_with_random_weights_and_shown_as_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"freqs_per_bands": [25] * 41, "stft_n_fft": 2048, "stft_win_length": 2048, "stft_hop_length": 1024}
+    path = write_yaml(tmp_path, model=HYPER_PARAMETERS | sizes)
+    options = ["--random-weights", "--device", "cpu", "--precision", "fp32", "--seconds", "1", "--runs", "1"]
+    assert main(["bench", "--model-name", str(path), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines[:9]] == [
+        "models",
+        "weights",
+        "chunks",
+        "runs",
+        "times real-time",
+        "seconds a chunk",
+        "of the ceiling",
+        "peak memory",
+        "SDR to float32",
+    ]
+    assert (
+        "small (attention sdpa)" in lines[0]
+        and "random" in lines[1]
+        and "0.09288 s with 0.04644 s of overlap" in lines[2]
+    )
+
+
+def test_the_operations_are_those_of_the_products_and_of_attention() -> None:
+    model = small_model()
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = itemwise_attention  # of SDPA on the CPU, PyTorch counts nothing
+    _, operations, products = bench_module._reference(model, chunks(1024))
+    frames, bands, stems, dim, heads, dim_head, width = 1024 // 16 + 1, 11, 2, 16, 2, 8, 12
+    inner = heads * dim_head
+    layer = dim * 3 * inner + dim * heads + inner * dim + 2 * dim * 4 * dim
+    linear = 2 * frames * bands * layer  # along time and along bands
+    linear += frames * bands * (width * dim + stems * (dim * 4 * dim + 4 * dim * 2 * width))
+    assert sum(rows * size_in * size_out * count for (rows, size_in, size_out), count in products.items()) == linear
+    attention = heads * 2 * dim_head * (bands * frames**2 + frames * bands**2)
+    assert operations == 2 * (linear + attention)
+
+
+def test_the_ceiling_is_that_of_the_largest_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[int, ...]] = set()
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+        assert x.dtype == weight.dtype == torch.bfloat16
+        seen.add((*x.shape, weight.shape[0]))
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    products = {(100, 64, 64): 10, (100, 64, 32): 10, (10, 8, 8): 20}
+    assert bench_module._ceiling(products, torch.bfloat16, torch.device("cpu")) > 0
+    assert seen == {(100, 64, 64), (100, 64, 32)}  # the last is less than a tenth
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot forget its peak")
+def test_the_peak_of_memory_is_that_since_it_was_forgotten() -> None:
+    device, mib = torch.device("cpu"), 2**20
+    bench_module._forget_peak(device)
+    large = torch.ones(100, mib)  # 400 MiB
+    del large
+    now, peak = bench_module._memory_bytes(device)
+    assert peak - now > 350 * mib
+    bench_module._forget_peak(device)
+    now, peak = bench_module._memory_bytes(device)
+    assert 0 <= peak - now < 50 * mib
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--seconds", "0"), "seconds 0 must be a whole number from 1 up"),
+        (("--runs", "0"), "runs 0 must be a whole number from 1 up"),
+        (("--overlap", "8"), "must be smaller than the chunk of demo"),
+        (("--model-name", "demo", "--model-path", "x.ckpt", "--random-weights"), "exclude each other"),
+        (("--cold-start", "--runs", "2"), "--cold-start does not take --runs"),
+        (("--cold-start", "--attention", "einsum"), "--cold-start does not take --attention"),
+    ],
+)
+def test_a_measurement_that_cannot_be_is_one_line(
+    options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = [] if "--model-name" in options else ["--recipe", "demo"]
+    assert main(["bench", *recipe, "--device", "cpu", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ") and words in captured.err
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_cold_start_add_up_to_less_than_the_whole_measurement(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    started = time.monotonic()
+    assert bench("--recipe", "demo", "--json") == 0
+    elapsed = time.monotonic() - started
+    found = json.loads(capfd.readouterr().out)
+    stages = found["stages_seconds"]
+    assert list(stages) == STAGES
+    assert min(stages.values()) >= 0 and all(stages[stage] > 0 for stage in STAGES if stage != "to device")
+    assert found["total_seconds"] == pytest.approx(sum(stages.values()), abs=1e-3)
+    assert elapsed / 2 < found["total_seconds"] < elapsed
+    assert found["weight_bytes"] == (PROJECT / "weights" / "demo" / "demo.safetensors").stat().st_size
+    assert found["read_weights_per_plain_read"] > 1
+    assert "device cpu (asked for), precision fp32" in found["device"]
+
+
+@pytest.mark.slow
+def test_a_model_and_weights_of_ones_own_are_measured_and_shown_as_a_table(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "own.safetensors"
+    weights.symlink_to(PROJECT / "weights" / "demo" / "demo.safetensors")
+    assert bench("--model-name", "demo", "--model-path", str(weights)) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split() == ["stage", "seconds", "share"]
+    assert [line[:14].strip() for line in lines[1:8]] == [*STAGES, "first stem by"]
+    assert sum(int(line.split()[-1].removesuffix("%")) for line in lines[1:7]) in range(97, 104)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--model-path", "x.ckpt"), "there is no file x.ckpt"),
+        (("--model-name", "demo", "--model-path", "nothing.ckpt"), "there is no file nothing.ckpt"),
+        (("--model-name", "nonsense"), "unknown model 'nonsense'"),
+        (("--recipe", "nonsense"), "unknown recipe 'nonsense'"),
+        slow((("--recipe", "demo", "--device", "abacus"), "unknown device 'abacus'")),  # said by the fresh process
+    ],
+)
+def test_a_cold_start_that_cannot_be_is_one_line(
+    options: tuple[str, ...], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(*options) == 2
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ") and words in captured.err

@@ -1,0 +1,371 @@
+"""fused: the layers in C++ equal their plain twins in PyTorch, and are done without where they cannot be had."""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from separation import device
+from separation.checkpoints.load import load_model
+from separation.device import choose
+from separation.errors import InputError
+from separation.evaluation.metrics import sdr
+from separation.models import ARCHITECTURES
+from separation.models.attention import choose_attention, einsum_attention
+from separation.models.kernels import native
+from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
+from separation.models.kernels.native import NotFusedError
+from separation.models.layers import BandSplit, MaskEstimator, RMSNorm, RotaryEmbedding, Transformer
+from separation.models.roformer import RoFormer
+
+
+def _why_not() -> str:
+    try:
+        native.library()
+    except NotFusedError as e:
+        return str(e)
+    return ""
+
+
+needs_fused = pytest.mark.skipif(bool(_why_not()), reason=f"the fused layers are not to be had: {_why_not()}")
+
+
+def with_random_gains(module: nn.Module) -> nn.Module:
+    """Norm gains and biases of exactly one and zero would hide a mistake."""
+    generator = torch.Generator().manual_seed(1)
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if name in ("gamma", "bias"):
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module.eval().requires_grad_(False)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def make_transformer(dim: int, heads: int, dim_head: int, depth: int = 1, *, with_all: bool = False) -> Transformer:
+    """`with_all`: with the parts that only some checkpoints have, a norm of the output and biases of the attention."""
+    torch.manual_seed(0)
+    sizes = {"depth": depth, "heads": heads, "dim_head": dim_head}
+    rotary = RotaryEmbedding(dim_head)
+    transformer = Transformer(dim, **sizes, positions=rotary, backend="einsum", norm_output=with_all)
+    if with_all:
+        biases = nn.Parameter(torch.zeros(3 * heads * dim_head)), nn.Parameter(torch.zeros(dim))
+        for attention, _ in transformer.layers:
+            attention.add_biases(*biases)
+    with_random_gains(transformer)
+    return transformer
+
+
+@needs_fused
+@pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (30, 20), (2, 600), (5, 33)])
+@pytest.mark.parametrize("dim, heads, dim_head", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])
+@pytest.mark.parametrize("with_all", [False, True])
+def test_a_fused_transformer_equals_the_plain_one(
+    sequences: int, tokens: int, dim: int, heads: int, dim_head: int, with_all: bool
+) -> None:
+    transformer = make_transformer(dim, heads, dim_head, depth=2, with_all=with_all)
+    x = torch.randn(sequences, tokens, dim)
+    with torch.inference_mode():
+        expected = transformer(x) - x
+        got = FusedTransformer(transformer)(x.clone()) - x
+    assert relative_error(got, expected) < 0.01
+
+
+class InBytes(nn.Module):
+    """A linear layer whose operands are whole numbers up to 127, times a scale a column of weights and a row of x.
+
+    Behind a norm, with its gain in the weights; otherwise what it is given is in bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear, gain: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = rounded(linear.weight * (1 if gain is None else gain)), linear.bias
+        self.given = torch.bfloat16 if gain is None else torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(rounded(x.to(self.given).float()), self.weight, self.bias)
+
+
+def rounded(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (x / scale).round() * scale
+
+
+def in_bytes(transformer: Transformer) -> Transformer:
+    """The plain twin of the fused layers with int8."""
+    twin = copy.deepcopy(transformer)
+    for attention, feed_forward in twin.layers:
+        norm, up, _, _, down = feed_forward.net
+        attention.to_qkv = InBytes(attention.to_qkv, attention.norm.gamma)
+        attention.to_gates = InBytes(attention.to_gates, attention.norm.gamma)
+        attention.to_out[0] = InBytes(attention.to_out[0])
+        feed_forward.net[1], feed_forward.net[4] = InBytes(up, norm.gamma), InBytes(down)
+        attention.norm.gamma.fill_(1), norm.gamma.fill_(1)
+        attention.attend = lambda *qkv: einsum_attention(*(each.bfloat16().float() for each in qkv))
+    return twin
+
+
+@needs_fused
+@pytest.mark.parametrize("part, error", [("attention", 0.005), ("feed-forward", 0.001)])  # unrounded 0.01
+@pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (2, 600), (5, 33)])
+@pytest.mark.parametrize("dim, heads, dim_head", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])
+def test_a_fused_transformer_in_bytes_equals_the_plain_one_whose_operands_are_rounded(
+    part: str, error: float, sequences: int, tokens: int, dim: int, heads: int, dim_head: int
+) -> None:
+    transformer = make_transformer(dim, heads, dim_head, with_all=True)
+    attention, feed_forward = transformer.layers[0]
+    other = feed_forward.net[4] if part == "attention" else attention.to_out[0]
+    other.weight.zero_(), other.bias.zero_()  # or one's rounding would change what the other's hits
+    transformer.norm = nn.Identity()
+    levels = torch.tensor([1e-3, 0.1, 10.0])[torch.arange(tokens) % 3, None]
+    x = torch.randn(sequences, tokens, dim) * levels
+    with torch.inference_mode():
+        expected = in_bytes(transformer)(x) - x
+        got = FusedTransformer(transformer, int8=True)(x.clone()) - x
+    assert relative_error(got, expected) < error
+
+
+@needs_fused
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_fused_transformer_takes_either_axis_without_a_copy(int8: bool) -> None:
+    transformer = make_transformer(64, 2, 32)
+    x = torch.randn(40, 7, 64)
+    with torch.inference_mode():
+        expected = FusedTransformer(transformer, int8=int8)(x.transpose(0, 1).contiguous())
+        got = FusedTransformer(transformer, int8=int8)(x.transpose(0, 1))
+    assert torch.equal(got, expected)
+    assert got.data_ptr() == x.data_ptr()
+
+
+@needs_fused
+def test_fused_attention_holds_for_scores_far_apart() -> None:
+    transformer = make_transformer(64, 2, 32)
+    transformer.layers[0][0].to_qkv.weight *= 30
+    x = torch.randn(4, 70, 64)
+    with torch.inference_mode():
+        expected = transformer(x)
+        got = FusedTransformer(transformer)(x.clone())
+    assert torch.isfinite(got).all()
+    assert relative_error(got, expected) < 0.05  # a score of 900 in bfloat16 is off by up to 2
+
+
+@needs_fused
+@pytest.mark.parametrize("linear_layers", [1, 2, 3])
+def test_fused_bands_equal_the_plain_ones(linear_layers: int) -> None:
+    torch.manual_seed(0)
+    widths = (4,) * 5 + (516, 34, 130)
+    split = with_random_gains(BandSplit(72, widths))
+    norm = with_random_gains(RMSNorm(72))
+    estimator = with_random_gains(MaskEstimator(72, widths, linear_layers=linear_layers, expansion=4))
+    spectrum = torch.randn(2, 101, sum(widths))
+    with torch.inference_mode():
+        features = split(spectrum)
+        assert relative_error(FusedBandSplit(split)(spectrum), features) < 0.005
+        for each in (norm, nn.Identity()):
+            masks = estimator(each(features))
+            assert relative_error(FusedMaskEstimator(each, estimator)(features), masks) < 0.008
+
+
+def make_model(family: str, **hyper: int) -> RoFormer:
+    torch.manual_seed(0)
+    sizes = {"dim": 64, "depth": 2, "dim_head": 32, "heads": 2, "num_stems": 2}
+    architecture: Any = ARCHITECTURES[family]
+    return with_random_gains(architecture(architecture.Config(**(sizes | hyper), stereo=True)))
+
+
+FAMILIES = pytest.mark.parametrize(
+    "family, hyper",
+    [
+        ("bs_roformer", {}),
+        ("bs_roformer", {"use_shared_bias": True, "skip_connection": True, "depth": 3}),
+        ("mel_band_roformer", {}),
+        ("mel_band_roformer", {"mask_estimator_depth": 2, "time_transformer_depth": 2, "skip_connection": True}),
+    ],
+)
+
+
+PRECISIONS = pytest.mark.parametrize("precision", [torch.bfloat16, torch.int8])
+
+
+@needs_fused
+@FAMILIES
+@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 40), (torch.int8, 33)])
+def test_a_fused_model_is_near_float32(
+    family: str, hyper: dict[str, Any], precision: torch.dtype, decibels: float
+) -> None:
+    model = make_model(family, **hyper)
+    chunks = torch.randn(2, 2, 40_000) * 0.1
+    with torch.inference_mode():
+        exact = model(chunks)
+        model.prepare(precision, attention="fused")
+        assert sdr(exact, model(chunks)) > decibels
+
+
+@needs_fused
+@FAMILIES
+@PRECISIONS
+def test_a_fused_models_samples_depend_neither_on_the_batch_nor_on_the_threads(
+    family: str, hyper: dict[str, Any], precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(family, **hyper)
+    model.prepare(precision, attention="fused")
+    chunks = torch.randn(3, 2, 30_000) * 0.1
+    with torch.inference_mode():
+        together = model(chunks)
+        assert torch.equal(torch.cat([model(chunk[None]) for chunk in chunks]), together)
+        for threads in (1, 3, 8):
+            monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+            assert torch.equal(model(chunks), together)
+
+
+@needs_fused
+@pytest.mark.parametrize("int8", [False, True])
+def test_nan_is_not_lost_in_fused_layers(int8: bool) -> None:
+    transformer = make_transformer(64, 2, 32, with_all=True)
+    plain = with_random_gains(MaskEstimator(64, (8, 8), linear_layers=2, expansion=1))
+    x = torch.randn(1, 50, 2, 64)
+    x[0, 20, 1, 5] = torch.nan
+    with torch.inference_mode():
+        for norm in (RMSNorm(64), nn.Identity()):
+            masks = FusedMaskEstimator(norm, plain)(x)
+            assert masks[0, 20, 8:].isnan().all() and not masks[0, :20].isnan().any()
+        y = FusedTransformer(transformer, int8=int8)(x[0].transpose(0, 1).clone())
+    assert y[1].isnan().all()
+    assert not y[0].isnan().any()
+
+
+@needs_fused
+@pytest.mark.parametrize("family", ["bs_roformer", "mel_band_roformer"])
+@pytest.mark.parametrize(
+    "hyper, reason",
+    [
+        ({"dim_head": 16}, "it does not know 2 heads of 16 on 32 features"),
+        ({"dim_head": 32, "linear_transformer_depth": 1}, "it does not know linear attention"),
+        ({"dim_head": 32, "use_pope": True}, "it does not know polar positions"),
+    ],
+)
+def test_what_is_not_known_falls_back_and_the_reason_is_logged(
+    family: str, hyper: dict[str, int], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hyper = {"dim": 32, "depth": 1, "heads": 2, "stereo": True} | hyper
+    audio = {"sample_rate": 44100, "chunk_size": 4096}
+    path, weights = tmp_path / "small.yaml", tmp_path / "small.safetensors"
+    path.write_text(yaml.safe_dump({"architecture": family, "stems": ["vocals"], "audio": audio, "model": hyper}))
+    architecture: Any = ARCHITECTURES[family]
+    save_file(architecture(architecture.Config(**hyper)).state_dict(), weights)
+    with caplog.at_level(logging.INFO):
+        model = load_model(path, checkpoint=weights, precision="bf16")
+    assert f"attention itemwise (not fused: {reason}" in caplog.text
+    with torch.inference_mode():
+        assert torch.isfinite(model(torch.randn(1, 2, 4096))).all()
+    with pytest.raises(InputError, match=r"cannot use attention 'fused' .* use auto"):
+        load_model(path, checkpoint=weights, precision="bf16", attention="fused")
+
+
+@needs_fused
+def test_int8_is_the_precision_of_what_can_be_fused_and_only_if_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    chunk = torch.randn(1, 2, 40_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    with torch.inference_mode():
+        estimates = {name: load_model("demo", precision=name) for name in ("int8", "bf16", "fp32")}
+        got = {name: model(chunk)[0].flatten(0, 1) for name, model in estimates.items()}
+    precisions = {name: model.origin.precision for name, model in estimates.items() if model.origin}
+    assert precisions == {"int8": "int8", "bf16": "bfloat16", "fp32": "float32"}
+    assert 40 < sdr(got["fp32"], got["int8"]) < sdr(got["fp32"], got["bf16"])
+    assert caplog.text == ""
+    plain = load_model("demo", precision="int8", attention="einsum")
+    assert caplog.messages == ["demo is not computed in int8, but in floats (attention einsum: asked for)"]
+    assert plain.origin and plain.origin.precision == "bfloat16" and choose("cpu").precision == torch.bfloat16
+
+
+def test_int8_without_the_fused_layers_is_what_auto_is_and_says_why(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native, "bfloat16_instructions", lambda: "avx512_bf16")
+    monkeypatch.setattr(device, "bfloat16_instructions", lambda: "avx512_bf16")
+    model = load_model("demo", precision="int8")
+    assert model.attention == "itemwise" and model.origin and model.origin.precision == "bfloat16"
+    assert caplog.messages[0].startswith("demo is not computed in int8, but in floats (no C++ compiler")
+
+
+# The library
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The cache folder, still empty, of a program that has not loaded the library yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path / "cache" / "music-separation"
+    native.library.cache_clear()
+
+
+@needs_fused
+def test_the_library_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library()
+    (kept,) = fresh.iterdir()
+    assert kept.suffix == ".so"
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    native.library()
+
+
+@pytest.mark.slow
+@needs_fused
+def test_a_cache_folder_that_cannot_be_written_is_done_without(fresh: Path) -> None:
+    fresh.parent.write_text("a file in its place")
+    native.library()
+    assert len(list(fresh.parents[1].glob("music-separation-*/*.so"))) == 1
+
+
+@pytest.mark.slow
+@needs_fused
+def test_a_library_that_others_could_have_put_there_is_not_loaded(fresh: Path) -> None:
+    fresh.mkdir(parents=True)
+    fresh.chmod(0o777)
+    native.library()
+    assert list(fresh.iterdir()) == []
+    (elsewhere,) = fresh.parents[1].glob("music-separation-*")
+    assert elsewhere.stat().st_mode & 0o777 == 0o700 and list(elsewhere.glob("*.so"))
+
+
+@needs_fused
+def test_a_compiler_that_fails_is_named_with_what_it_says(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-std=c++1"))
+    with pytest.raises(NotFusedError, match=r"^c\+\+ cannot compile fused\.cpp \(.*error.*-std=c\+\+1"):
+        native.library()
+    assert list(fresh.iterdir()) == []
+
+
+def test_without_a_compiler_the_plain_layers_run_and_say_why(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native, "bfloat16_instructions", lambda: "avx512_bf16")
+    choice = choose_attention("auto", torch.device("cpu"), torch.bfloat16)
+    assert choice.name == "itemwise"
+    assert choice.reason.startswith("not fused: no C++ compiler (c++, g++ or clang++) is installed; ")
+
+
+@pytest.mark.parametrize(
+    "instructions, reason",
+    [("", "has no AVX-512 BF16"), ("amx_bf16", "has amx_bf16, which PyTorch's own")],
+)
+def test_without_the_instructions_the_plain_layers_run_and_say_why(
+    instructions: str, reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "bfloat16_instructions", lambda: instructions)
+    choice = choose_attention("auto", torch.device("cpu"), torch.bfloat16)
+    assert choice.name == "itemwise"
+    assert f"not fused: the CPU {reason}" in choice.reason

@@ -1,0 +1,112 @@
+"""The Demucs family: the demucs package's networks under this project's chunking give what its apply_model gives."""
+
+import pytest
+import torch
+from demucs.apply import BagOfModels
+
+from helpers.common import quick_first
+from helpers.small_demucs import (
+    CHUNK_SAMPLES,
+    KINDS,
+    LENGTHS,
+    SOURCES,
+    by_demucs,
+    model_of,
+    network,
+    relative_error,
+    run,
+    song,
+)
+from separation import ModelPool
+from separation.engine import separator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("overlap, lengths", [(0.25, LENGTHS), pytest.param(0.5, LENGTHS[-2:], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_equals_apply_model_without_shifts(kind: str, overlap: float, lengths: list[int]) -> None:
+    net = network(0, kind)
+    model = model_of([net], kind)
+    for length in lengths:
+        mixture = song(length)
+        expected = by_demucs(net, mixture, overlap)
+        error = relative_error(run(model, mixture, overlap), expected)
+        print(f"{kind}, overlap {overlap}, {length} samples: {error:.1e}")
+        assert error <= 1e-4
+
+
+def test_several_networks_equal_the_bag_that_averages_them() -> None:
+    nets = [network(seed, "hdemucs") for seed in range(2)]
+    model = model_of(nets, "hdemucs")
+    assert model.stems == SOURCES and model.only(("bass",)) is model
+    for length in (1, 40_000):
+        mixture = song(length)
+        error = relative_error(run(model, mixture, 0.25), by_demucs(BagOfModels(nets), mixture))
+        print(f"bag, {length} samples: {error:.1e}")
+        assert error <= 1e-4
+
+
+def test_specialists_equal_the_bag_and_only_those_asked_for_are_there() -> None:
+    nets = [network(seed) for seed in range(4)]
+    mixture = song(50_000)
+    bag = BagOfModels(nets, [[float(i == j) for j in range(4)] for i in range(4)])
+    model = model_of([nets[1], nets[0]], specialists=("bass", "drums"))
+    assert model.stems == ("bass", "drums")
+    assert sum(p.numel() for p in model.parameters()) == 2 * sum(p.numel() for p in nets[0].parameters())
+    assert relative_error(run(model, mixture, 0.25), by_demucs(bag, mixture)[[1, 0]]) <= 1e-4
+
+
+def test_of_loaded_specialists_only_those_asked_for_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of([network(seed) for seed in range(3)], specialists=("drums", "bass", "other"))
+    monkeypatch.setattr(separator, "load_model", lambda name, **options: model)
+    ran: list[str] = []
+    for stem, specialist in model.networks.items():
+        specialist.register_forward_hook(lambda *_, stem=stem: ran.append(stem))
+    pool = ModelPool("cpu", "fp32")
+    every = pool.get("htdemucs_ft", ("drums", "bass", "other"))
+    alone = pool.get("htdemucs_ft", ("bass",))
+    chunk = song(CHUNK_SAMPLES)[None]
+    with torch.no_grad():
+        estimates = alone(chunk)
+        assert ran == ["bass"] and alone.stems == ("bass",)
+        assert torch.equal(estimates[:, 0], every(chunk)[:, 1])
+    assert every.stems == ("drums", "bass", "other")
+    assert next(alone.parameters()) is next(every.parameters())
+
+
+def test_a_network_of_all_stems_is_itself_for_any_of_them() -> None:
+    model = model_of([network(0)])
+    assert model.only(("bass",)) is model
+    assert model.stems == SOURCES
+
+
+@pytest.mark.parametrize("precision, decibels", quick_first([(torch.bfloat16, 25), (torch.float16, 42)], 1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_stays_near_float32(kind: str, precision: torch.dtype, decibels: float) -> None:
+    model = model_of([network(0, kind)], kind)
+    mixture = song(30_000)
+    exact = run(model, mixture, 0.25)
+    model.prepare(precision, attention="sdpa")
+    error = run(model, mixture, 0.25) - exact
+    near = 10 * torch.log10(exact.square().sum() / error.square().sum())
+    print(f"{kind} in {precision}: {near:.1f} dB")
+    assert near > decibels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_input_gives_the_same_samples_and_other_chunks_of_a_batch_do_not_matter(kind: str) -> None:
+    model = model_of([network(0, kind)], kind)
+    mixture = song(60_000)
+    alone = run(model, mixture, 0.25)
+    assert torch.equal(run(model, mixture, 0.25), alone)
+    assert relative_error(run(model, mixture, 0.25, batch_size=3), alone) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_silence_gives_silence_and_near_silence_gives_numbers(kind: str) -> None:
+    model = model_of([network(0, kind)], kind)
+    assert not run(model, torch.zeros(2, 30_000), 0.25).any()
+    click = torch.zeros(2, 30_000)
+    click[:, 0] = 1e-30
+    assert run(model, click, 0.25).isfinite().all()

@@ -1,0 +1,285 @@
+"""Both RoFormers: the community's layouts key for key, and parity with an independent implementation."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import librosa
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from helpers.common import PROJECT
+from separation.checkpoints.load import load_model
+from separation.errors import CheckpointError
+from separation.models import ARCHITECTURES
+from separation.models.bs_roformer import BSRoFormerConfig
+from separation.models.layers import LinearAttention, RotaryEmbedding
+from separation.models.mel_band_roformer import MelBandRoFormerConfig, mel_bands
+from separation.models.roformer import RoFormer
+
+peer = pytest.importorskip("pymss_core.modules.bs_roformer", reason="needs pymss-core")
+PEERS = {"bs_roformer": peer.BSRoformer, "mel_band_roformer": peer.MelBandRoformer}
+PEER_DEFAULTS = {"time_transformer_depth": 1, "freq_transformer_depth": 1, "zero_dc": False}  # where they differ
+FAMILIES = pytest.mark.parametrize("family", PEERS)
+
+BANDS_1024 = (4,) * 32 + (8,) * 16 + (32,) * 8 + (1,)  # 513 bins
+SMALL: dict[str, Any] = {"dim": 32, "depth": 2, "dim_head": 16, "heads": 4}
+
+
+def make_model(family: str, **hyper: Any) -> RoFormer:
+    torch.manual_seed(0)
+    architecture: Any = ARCHITECTURES[family]
+    return architecture(architecture.Config(**({"stereo": True} | SMALL | hyper))).eval()
+
+
+def make_pair(family: str, **hyper: Any) -> tuple[RoFormer, torch.nn.Module]:
+    """This project's model and the peer's with the same random weights."""
+    torch.manual_seed(0)
+    if family == "mel_band_roformer":  # whose mask MLPs the peer builds as the community does only if told so
+        theirs_alone = {"match_input_audio_length": True, "mlp_hidden_layers": hyper.get("mask_estimator_depth", 1)}
+    else:
+        theirs_alone = {}
+    theirs = PEERS[family](**(PEER_DEFAULTS | hyper | theirs_alone)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:  # norm gains of exactly one would hide a mistake
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    architecture: Any = ARCHITECTURES[family]
+    with torch.device("meta"):
+        ours = architecture(architecture.Config(**hyper))
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    return ours.eval(), theirs
+
+
+def largest_relative_error(ours: RoFormer, theirs: torch.nn.Module, chunks: Tensor) -> float:
+    with torch.inference_mode():
+        got = ours(chunks)
+        expected = theirs(chunks).reshape(got.shape)
+    assert got.shape == (len(chunks), theirs.num_stems, *chunks.shape[1:])
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    "family, hyper",
+    [
+        ("bs_roformer", {"stereo": True, "stft_hop_length": 441}),
+        ("bs_roformer", {"stereo": False, "num_stems": 4}),
+        ("bs_roformer", {"stereo": True, "num_stems": 4, "stft_hop_length": 512, "mask_estimator_depth": 3}),
+        ("bs_roformer", {"stft_hop_length": 1024, "mask_estimator_depth": 1, "mlp_expansion_factor": 2}),
+        (
+            "bs_roformer",
+            {
+                "stereo": True,
+                "stft_n_fft": 1024,
+                "stft_win_length": 1024,
+                "stft_hop_length": 256,
+                "freqs_per_bands": BANDS_1024,
+            },
+        ),
+        ("bs_roformer", {"stereo": True, "time_transformer_depth": 2, "freq_transformer_depth": 2, "zero_dc": True}),
+        ("bs_roformer", {"stereo": True, "stft_normalized": True, "stft_win_length": 1024}),
+        ("bs_roformer", {"stereo": True, "depth": 4, "skip_connection": True}),
+        ("bs_roformer", {"stereo": True, "num_stems": 2, "use_shared_bias": True}),
+        ("bs_roformer", {"stereo": True, "use_pope": True, "mlp_expansion_factor": 2}),
+        ("mel_band_roformer", {"stereo": True, "stft_hop_length": 441, "mask_estimator_depth": 2}),
+        ("mel_band_roformer", {"stereo": False, "num_stems": 4}),
+        ("mel_band_roformer", {"stereo": True, "num_stems": 2, "mask_estimator_depth": 3, "mlp_expansion_factor": 2}),
+        ("mel_band_roformer", {"stft_n_fft": 1024, "stft_win_length": 1024, "stft_hop_length": 256, "num_bands": 40}),
+        (
+            "mel_band_roformer",
+            {"stereo": True, "time_transformer_depth": 2, "freq_transformer_depth": 2, "zero_dc": True},
+        ),
+        ("mel_band_roformer", {"stereo": True, "stft_normalized": True, "sample_rate": 22050}),
+        ("mel_band_roformer", {"stereo": True, "depth": 4, "skip_connection": True}),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items() if k[:5] != "freqs")
+    ),
+)
+def test_the_estimates_equal_the_independent_implementations(family: str, hyper: dict[str, Any]) -> None:
+    ours, theirs = make_pair(family, **(SMALL | hyper))
+    chunks = torch.randn(2, ours.channels, 12_000) * 0.1
+    assert largest_relative_error(ours, theirs, chunks) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, hyper, parameters",
+    [
+        ("bs_roformer", {"dim": 512, "depth": 12, "stft_hop_length": 441}, 159_758_092),
+        ("bs_roformer", {"dim": 256, "depth": 12, "num_stems": 6, "use_shared_bias": True}, 174_658_356),
+        ("mel_band_roformer", {"dim": 384, "depth": 6, "stft_hop_length": 441, "mask_estimator_depth": 2}, 228_202_852),
+    ],
+)
+def test_the_estimates_equal_the_independent_implementations_at_full_width(
+    family: str, hyper: dict[str, Any], parameters: int
+) -> None:
+    ours, theirs = make_pair(family, stereo=True, **hyper)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == parameters
+    assert largest_relative_error(ours, theirs, torch.randn(1, 2, 44_100) * 0.1) <= 1e-5
+
+
+@FAMILIES
+def test_keys_tell_the_architectures_apart(family: str) -> None:
+    for hyper in ({}, {"linear_transformer_depth": 1}, {"num_stems": 3, "time_transformer_depth": 2}):
+        keys = make_model(family, **hyper).state_dict().keys()
+        for name in PEERS:
+            patterns = ARCHITECTURES[name].KEY_PATTERNS
+            assert all(any(re.fullmatch(pattern, key) for key in keys) for pattern in patterns) == (name == family)
+
+
+def test_tables_that_a_file_holds_beside_the_weights_are_not_in_the_way(tmp_path: Path) -> None:
+    state = make_model("mel_band_roformer").state_dict()
+    tables = {"freq_indices": torch.arange(9), "num_bands_per_freq": torch.ones(1025)}
+    document = {
+        "architecture": "mel_band_roformer",
+        "stems": ["vocals"],
+        "audio": {"sample_rate": 44100, "chunk_size": 8192},
+        "model": SMALL | {"stereo": True, "match_input_audio_length": True, "sage_attention": False},
+    }
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(document))
+    torch.save(state | tables, tmp_path / "x.ckpt")
+    loaded = load_model(tmp_path / "x.yaml", checkpoint=tmp_path / "x.ckpt")
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    torch.save(state | {"freqs_per_person": torch.ones(1)}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"1 of its keys are unexpected \(freqs_per_person\)"):
+        load_model(tmp_path / "x.yaml", checkpoint=tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("num_bands, n_fft, sample_rate", [(60, 2048, 44100), (40, 1024, 44100), (48, 4096, 16000)])
+def test_mel_bands_lie_between_the_edges_of_slaneys_scale(num_bands: int, n_fft: int, sample_rate: int) -> None:
+    """It is linear up to 1 kHz, that is 15 mels, and has 27 mels for each factor of 6.4 above."""
+    highest = 15 + 27 * math.log(sample_rate / 2 / 1000, 6.4)
+    mels = [highest * i / (num_bands + 1) for i in range(num_bands + 2)]
+    hertz = [mel * 1000 / 15 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
+    edges = [frequency * n_fft / sample_rate for frequency in hertz]  # in bins
+    first = [0, *(math.floor(edge) + 1 for edge in edges[1:num_bands])]
+    stop = [*(math.ceil(edge) for edge in edges[2:-1]), n_fft // 2 + 1]
+    assert mel_bands(num_bands, n_fft, sample_rate) == tuple(map(range, first, stop))
+
+
+@pytest.mark.slow
+def test_mel_bands_need_no_folder_that_can_be_written_to_but_the_temporary_one(tmp_path: Path) -> None:
+    packages = Path(librosa.__file__).parents[1]
+    shut = "".join(
+        f"mount --bind {path} {path} && mount -o remount,bind,ro {path} && " for path in (packages, tmp_path)
+    )
+    unshare = ["unshare", "-rnm", "sh", "-c"]
+    if subprocess.run([*unshare, f"{shut} true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs unshare and mount without privileges")
+    code = "from separation.models.mel_band_roformer import mel_bands; print(len(mel_bands(60, 2048, 44100)))"
+    command = f"{shut} HOME={tmp_path} exec {sys.executable} -c '{code}'"
+    ran = subprocess.run([*unshare, command], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert ran.stdout == "60\n", ran.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_embedding_turns_each_pair_of_features_by_its_angle(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4, 300, 16).to(dtype)
+    rotary = RotaryEmbedding(16)
+    frequencies = torch.tensor([10_000 ** (-i / 16) for i in range(0, 16, 2)], dtype=torch.float64)
+    torch.testing.assert_close(rotary.freqs.double(), frequencies, rtol=1e-6, atol=0)
+    assert dict(rotary.named_buffers()) == {} and list(rotary.state_dict()) == ["freqs"]
+    turn = torch.polar(torch.ones(300, 8, dtype=torch.float64), torch.outer(torch.arange(300).double(), frequencies))
+    turned = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    assert rotary(x).dtype == dtype
+    # An angle of up to 300 radians is a float32, half a unit in whose last place is 1.5e-5.
+    tolerance = 2e-4 if dtype == torch.float32 else 2**-7
+    assert ((rotary(x).double() - turned).abs() / (1 + turned.abs())).max() <= tolerance
+
+
+def test_an_attention_head_too_small_for_positions_is_an_error() -> None:
+    with pytest.raises(ValueError, match="dim_head is too small"):
+        RotaryEmbedding(2)
+
+
+def test_linear_attention_equals_its_definition_head_by_head() -> None:
+    torch.manual_seed(0)
+    layer = LinearAttention(24, heads=3, dim_head=8).eval()
+    layer.norm.gamma.data += torch.randn(24) * 0.1
+    layer.temperature.data += torch.randn(3, 1, 1) * 0.1
+    x = torch.randn(1, 50, 24)
+    normed = layer.norm(x)[0]
+    heads = []
+    for head in range(3):
+        q, k, v = (layer.to_qkv[0].weight[part * 24 + head * 8 :][:8] @ normed.T for part in range(3))  # [8, tokens]
+        q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
+        heads.append(torch.softmax(8 * layer.temperature[head].exp() * q @ k.T, dim=1) @ v)
+    assert (layer(x)[0] - torch.cat(heads).T @ layer.to_out[1].weight.T).abs().max() <= 1e-6
+
+
+def test_linear_transformers_have_the_communitys_keys_and_come_first() -> None:
+    model = make_model("bs_roformer", depth=1, linear_transformer_depth=1)
+    assert len(model.layers[0]) == 3
+    assert sorted(key for key, _ in model.layers[0][0].named_parameters() if ".0.0." in f".{key}") == [
+        "layers.0.0.norm.gamma",
+        "layers.0.0.temperature",
+        "layers.0.0.to_out.1.weight",
+        "layers.0.0.to_qkv.0.weight",
+    ]
+    seen: list[tuple[int, ...]] = []
+    for transformer in model.layers[0]:
+        transformer.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    with torch.inference_mode():
+        model(torch.randn(2, 2, 5120))
+    assert seen == [(2, 11 * 62, 32), (2 * 62, 11, 32), (2 * 11, 62, 32)]  # all tokens, along time, along bands
+
+
+@FAMILIES
+@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 35), (torch.float16, 50)])
+def test_half_precision_stays_near_float32(family: str, precision: torch.dtype, decibels: float) -> None:
+    model = make_model(family, linear_transformer_depth=1)
+    chunks = torch.randn(1, 2, 12_000) * 0.1
+    with torch.inference_mode():
+        exact = model(chunks)
+        model.to_precision(precision)
+        error = model(chunks) - exact
+    assert {p.dtype for name, p in model.named_parameters() if "gamma" in name or "embed" in name} == {torch.float32}
+    assert 10 * torch.log10(exact.square().sum() / error.square().sum()) > decibels
+
+
+@FAMILIES
+def test_the_estimate_does_not_depend_on_the_chunks_beside_it(family: str) -> None:
+    model = make_model(family, num_stems=2, linear_transformer_depth=1)
+    chunks = torch.randn(3, 2, 20_000) * 0.1
+    with torch.inference_mode():
+        alone = torch.cat([model(chunk[None]) for chunk in chunks])
+        together = model(chunks)
+    assert (alone - together).abs().max() <= 1e-6
+
+
+@FAMILIES
+def test_fewer_stems_are_the_same_stems(family: str) -> None:
+    model = make_model(family, num_stems=3)
+    model.stems = ("drums", "bass", "vocals")
+    chunks = torch.randn(1, 2, 8_000)
+    with torch.inference_mode():
+        every = model(chunks)
+        fewer = model.only(("vocals", "drums"))
+        assert fewer.stems == ("vocals", "drums")
+        assert torch.equal(fewer(chunks), every[:, [2, 0]])
+        assert torch.equal(fewer.only(("drums",))(chunks), every[:, [0]])
+
+
+@FAMILIES
+def test_the_estimate_scales_with_the_input_and_silence_stays_silent(family: str) -> None:
+    model = make_model(family)
+    chunks = torch.randn(1, 2, 20_000) * 0.5
+    with torch.inference_mode():
+        assert (model(chunks * 1e-3) * 1e3 - model(chunks)).abs().max() <= 1e-5
+        assert torch.equal(model(torch.zeros(1, 2, 20_000)), torch.zeros(1, 1, 2, 20_000))
+
+
+def test_bands_that_do_not_fill_the_spectrum_are_an_error_with_both_counts() -> None:
+    with pytest.raises(ValueError, match=r"adds up to 10 bins.*1025"):
+        BSRoFormerConfig(dim=8, depth=1, freqs_per_bands=(5, 5))
+
+
+def test_more_mel_bands_than_bins_can_fill_are_an_error_with_both_counts() -> None:
+    with pytest.raises(ValueError, match=r"num_bands 500 is too many for stft_n_fft 2048"):
+        MelBandRoFormerConfig(dim=8, depth=1, num_bands=500)

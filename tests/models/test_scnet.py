@@ -1,0 +1,214 @@
+"""SCNet: the community's layout key for key, and parity with an independent implementation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from helpers.small_model import assert_chunks_are_alone, assert_half_precision_is_near, assert_near
+from helpers.small_unets import SMALL, SOURCES, XL_IHF, small_scnet
+from separation import CheckpointError, Separator, load_model
+from separation.checkpoints.catalogue import read_config
+from separation.checkpoints.load import _build
+from separation.evaluation.metrics import sdr
+from separation.models.kernels import scnet_gpu
+from separation.models.scnet import SCNet, SCNetConfig
+
+
+def make_pair(**hyper: Any) -> tuple[SCNet, torch.nn.Module]:
+    """This project's model and the reference with the same random weights."""
+    reference = pytest.importorskip("pymss_core.modules.scnet", reason="needs pymss-core")
+    torch.manual_seed(0)
+    theirs = reference.SCNet(**hyper).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)  # norm gains of exactly one would hide a mistake
+    with torch.device("meta"):
+        ours = SCNet(SCNetConfig(**hyper))
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    ours.stems = tuple(hyper["sources"])
+    return ours.eval(), theirs
+
+
+@pytest.mark.filterwarnings("ignore:A window was not provided")  # the reference's, which means ones
+@pytest.mark.parametrize(
+    "length, changes",
+    [
+        (12_800, {}),  # one frame more than hops; it must be even
+        (12_928, {}),
+        (12_927, {}),
+        (12_000, {**XL_IHF, "num_dplayer": 4}),
+        (12_000, {"sources": ("vocals", "other"), "normalized": False}),
+        (12_000, {"audio_channels": 1, "dims": (2, 8, 16), "compress": 2, "conv_kernel": 5, "expand": 2}),
+        (12_000, {"nfft": 4096, "hop_size": 1024, "win_size": 4096, "band_SR": (0.225, 0.372, 0.403)}),
+        (12_000, {"win_size": 400, "band_stride": (1, 2, 8), "band_kernel": (5, 4, 8), "conv_depths": (1, 2, 3)}),
+    ],
+)
+def test_output_equals_the_independent_implementation(length: int, changes: dict) -> None:
+    ours, theirs = make_pair(**SMALL | changes)
+    chunks = torch.randn(2, ours.channels, length) * 0.1
+    with torch.inference_mode():
+        got = ours(chunks)
+        expected = theirs(chunks)
+    assert got.shape == expected.shape == (2, len(ours.stems), ours.channels, length)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:A window was not provided")
+@pytest.mark.parametrize(
+    "changes", [{"num_dplayer": 8, "dims": (4, 64, 128, 256), **XL_IHF}, {}], ids=["XL IHF", "SCNet"]
+)
+def test_output_equals_the_independent_implementation_at_full_width(changes: dict) -> None:
+    ours, theirs = make_pair(sources=SOURCES, **changes)
+    chunks = torch.randn(1, 2, 44_100) * 0.1
+    with torch.inference_mode():
+        got = ours(chunks)
+        expected = theirs(chunks)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "name, parameters, normalised", [("scnet_xl_ihf", 53_466_800, False), ("scnet", 10_578_768, True)]
+)
+def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: int, normalised: bool) -> None:
+    description = read_config(name)
+    model = _build(description, ())
+    assert isinstance(model, SCNet) and model.config.sources == description.stems
+    assert description.normalised == normalised
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 30), (torch.float16, 45)])
+def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: float) -> None:
+    assert_half_precision_is_near(small_scnet(), precision, decibels)
+
+
+@pytest.mark.parametrize("largest", [0, 256], ids=["PyTorch's LSTM", "our LSTM"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {**XL_IHF, "num_dplayer": 4, "normalized": False},
+        {
+            "audio_channels": 1,
+            "dims": (2, 8, 16),
+            "compress": 2,
+            "conv_kernel": 5,
+            "expand": 2,
+            "conv_depths": (0, 1, 2),
+        },
+    ],
+    ids=str,
+)
+def test_the_layers_for_a_gpu_equal_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, largest: int, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(scnet_gpu, "LSTM_HIDDEN", largest)
+    model = small_scnet(**changes)
+    for value in model.state_dict().values():
+        if value.ndim == 1:  # norm gains of exactly one would hide a mistake
+            value.add_(torch.randn_like(value) * 0.1)
+    chunks = torch.randn(2, model.channels, 12_000) * torch.tensor([0.1, 0.01])[:, None, None]
+    fewer = model.only(("vocals", "bass"))
+    with torch.inference_mode():
+        expected = model(chunks)
+        model._fast = fewer._fast = model.fast_core()
+        got, some = model(chunks), fewer(chunks)
+        assert (got - expected).abs().amax((1, 2, 3)).le(1e-5 * expected.abs().amax((1, 2, 3))).all()
+        assert (some - expected[:, [3, 1]]).abs().max() <= 1e-5 * expected.abs().max()
+        model.prepare(torch.float16)
+        plain = model(chunks)
+        model._fast = model.fast_core()
+        fast = model(chunks)
+    exact, plain, fast = (estimates[0].flatten(0, 1) for estimates in (expected, plain, fast))
+    assert sdr(exact, fast) > max(45, sdr(exact, plain) - 1)
+
+
+def test_the_estimate_does_not_depend_on_the_chunks_beside_it() -> None:
+    assert_chunks_are_alone(small_scnet())
+
+
+def test_the_stems_that_were_asked_for_are_the_same_without_the_others() -> None:
+    model = small_scnet()
+    chunks = torch.randn(1, 2, 12_000) * 0.1
+    fewer = model.only(("bass", "other", "vocals")).only(("vocals", "bass"))
+    with torch.inference_mode():
+        expected, got = model(chunks), fewer(chunks)
+    assert fewer.stems == ("vocals", "bass") and model.stems == SOURCES
+    assert_near(got, expected[:, [3, 1]])
+
+
+def write_files(folder: Path, *, inference: dict | None = None, **model: Any) -> tuple[Path, Path]:
+    """A community YAML and its weights."""
+    hyper = {key: list(value) if isinstance(value, tuple) else value for key, value in (SMALL | model).items()}
+    document = {
+        "architecture": "scnet",
+        "audio": {"sample_rate": 44100, "chunk_size": 12_000, "num_channels": 2, "min_mean_abs": 0.0},
+        "model": hyper,
+        "training": {"instruments": list(SOURCES), "target_instrument": None},
+        "inference": inference or {},
+    }
+    path, weights = folder / "small.yaml", folder / "small.ckpt"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    torch.save(small_scnet().state_dict(), weights)
+    return path, weights
+
+
+def test_int8_is_what_auto_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, weights = write_files(tmp_path)
+    models = [load_model(path, checkpoint=weights, precision=precision) for precision in ("auto", "int8")]
+    chunks = torch.randn(1, 2, 12_000) * 0.1
+    with torch.inference_mode():
+        assert torch.equal(*(model(chunks) for model in models))
+    assert models[0].origin and models[1].origin and models[0].origin.precision == models[1].origin.precision
+    assert caplog.messages == ["small is not computed in int8, but in floats (int8 is for RoFormers)"]
+
+
+def test_a_song_is_separated_in_chunks(tmp_path: Path) -> None:
+    path, weights = write_files(tmp_path, hop_size=256)
+    separator = Separator.from_model(load_model(path, checkpoint=weights), chunk_seconds=4, overlap_seconds=1)
+    stems = separator.separate(torch.randn(2, 200_000) * 0.1)
+    assert list(stems) == list(SOURCES) and all(stem.shape == (2, 200_000) for stem in stems.values())
+    assert not any(stem.any() for stem in separator.separate(torch.zeros(2, 200_000)).values())
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_track_is_normalised_where_the_yaml_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool
+) -> None:
+    path, weights = write_files(tmp_path, inference={"normalize": normalize, "num_overlap": 4})
+    model = load_model(path, checkpoint=weights)
+    seen: list[torch.Tensor] = []
+
+    def identity(chunks: torch.Tensor) -> torch.Tensor:
+        seen.append(chunks)
+        return chunks[:, None].expand(-1, 4, -1, -1)
+
+    monkeypatch.setattr(model, "forward", identity)
+    mixture = torch.randn(2, 100_000) * 0.1 + 0.02
+    stems = Separator.from_model(model, chunk_seconds=8, overlap_seconds=4).separate(mixture)
+    mono = mixture.mean(0)
+    expected = (mixture - mono.mean()) / mono.std() if normalize else mixture
+    assert (seen[0][0, :, 4 * 44_100 :][:, :100_000] - expected).abs().max() <= 1e-5
+    assert all((stem - mixture).abs().max() <= 1e-5 for stem in stems.values())
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"dims": [8, 16]}, "dims must begin with .* 4, not 8"),
+        ({"band_stride": [1, 4]}, "band_stride must have a value for each of 3 bands, not 2"),
+        ({"num_dplayer": 3}, "num_dplayer must be even, .* not 3"),
+        ({"sources": ["vocals", "other"]}, "names 4 stems, num_stems is 2"),
+        ({"dims": [4, 8, 12, 20]}, r"small\.ckpt\) does not fit .*: model\.dims is \[4, 8, 12, 20\], the weights have"),
+    ],
+)
+def test_a_bad_configuration_is_one_clear_sentence(tmp_path: Path, model: dict, message: str) -> None:
+    path, weights = write_files(tmp_path, **model)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_model(path, checkpoint=weights)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,331 @@
+"""The page holds all that it shows and plays: what it says, and what is heard of it in a browser."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from helpers.browser import HOME, LEFT, RIGHT, SHIFT, Browser
+from helpers.common import needs_chromium
+from helpers.served_process import wait_for
+from separation.errors import AudioError, OutputError
+from separation.report import page as report
+from separation.report.page import write_report
+from separation.system.record import RECORD
+
+RATE = 44100
+SECONDS = 21  # three segments, the last of them short
+HERTZ = 441
+SILENT, SOUNDING = -90, -30  # dBFS
+TITLE = 'A song </script><b>"1" & 2</b> 歌'
+STEMS = ("vocals", "drums", "bass")  # keys 1, 2 and 3; the mixture is 0
+
+
+def write(path: Path, samples: np.ndarray) -> Path:
+    soundfile.write(path, np.stack([samples, samples], axis=1), RATE, subtype="FLOAT")
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vocals are a sine; drums and bass are a noise and its opposite, which cancel out if they are in step."""
+    folder = tmp_path_factory.mktemp("song")
+    sine = 0.25 * np.sin(2 * np.pi * HERTZ * np.arange(SECONDS * RATE) / RATE)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(SECONDS * RATE)
+    sounds = zip(STEMS, (sine, noise, -noise), strict=True)
+    stems = {name: write(folder / f"{name}.wav", samples) for name, samples in sounds}
+    mixture = write(folder / "mixture.wav", sine)
+    target = folder / "stems.html"
+    write_report(TITLE, mixture, stems, target, {"vocals": 8.25, "bass": -1.0})
+    written = {path.name for path in folder.iterdir()} - {*(f"{stem}.wav" for stem in STEMS), "mixture.wav"}
+    assert written == {"stems.html", RECORD}
+    return target
+
+
+def test_the_page_names_no_other_place(page: Path) -> None:
+    text = re.sub(r">[A-Za-z0-9+/=]{100,}<", "><", page.read_text(encoding="utf-8"))
+    assert "://" not in text
+    assert not re.search(r"@import|fetch\(|XMLHttpRequest|(?:src|href)=(?!\"data:)", text)
+
+
+def test_sound_costs_less_than_a_megabyte_a_minute_and_stem(page: Path) -> None:
+    assert page.stat().st_size < 1e6 * SECONDS / 60 * 4 + 5e5
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4410, 10 * RATE + 1])
+def test_a_song_of_any_length_has_a_page(tmp_path: Path, samples: int) -> None:
+    song = write(tmp_path / "song.wav", np.zeros(samples))
+    write_report("short", song, {"vocals": song}, tmp_path / "stems.html")
+    text = (tmp_path / "stems.html").read_text(encoding="utf-8")
+    assert '"silent"' in text
+    assert text.count('type="text/plain"') == 2 * math.ceil(samples / (10 * RATE))
+
+
+def test_a_song_that_is_too_long_or_missing_has_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    song = write(tmp_path / "song.wav", np.zeros(RATE + 1))
+    monkeypatch.setattr(report, "MAX_SECONDS", 1)
+    with pytest.raises(AudioError, match=r"no report of A: 'song.wav' is longer than 1 s"):
+        write_report("A", song, {"vocals": song}, tmp_path / "out" / "stems.html")
+    with pytest.raises(AudioError, match=r"no report of A: 'none.wav' does not exist"):
+        write_report("A", tmp_path / "none.wav", {"vocals": song}, tmp_path / "out" / "stems.html")
+    assert list(tmp_path.iterdir()) == [song]
+
+
+def test_a_page_that_cannot_be_written_is_an_output_error_and_leaves_nothing(tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", np.zeros(RATE))
+    (tmp_path / "stems.html").mkdir()
+    with pytest.raises(OutputError, match="a folder of that name is there"):
+        write_report("A", song, {"vocals": song}, tmp_path / "stems.html")
+    with pytest.raises(OutputError, match="cannot write into folder"):
+        write_report("A", song, {"vocals": song}, song / "stems.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["song.wav", "stems.html"]
+
+
+# --- in a browser
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium: Browser, page: Path) -> Iterator[Browser]:
+    """The page, just opened. Afterwards it has neither complained nor asked for anything but itself."""
+    chromium.console(), chromium.requests()
+    chromium.open(page)
+    yield chromium
+    assert chromium.console() == []
+    asked = {url for url in chromium.requests() if not url.startswith(("data:", "chrome:"))}  # chrome: its start page
+    assert asked == {page.resolve().as_uri()}
+
+
+def level(browser: Browser, name: str) -> float:
+    """What a track gives to the sum just now, in dBFS."""
+    script = """const track = player.tracks.find(track => track.name === arguments[0]);
+        return 20 * Math.log10(level(track, new Float32Array(2048)) + 1e-9)"""
+    return float(browser.run(script, name))
+
+
+def hear(browser: Browser, *sounding: str) -> None:
+    """Wait until these tracks are heard and no others."""
+
+    def heard() -> bool:
+        levels = {name: level(browser, name) for name in ("mixture", *STEMS)}
+        return all(dbfs > SOUNDING if name in sounding else dbfs < SILENT for name, dbfs in levels.items())
+
+    wait_for(heard, f"the sound of {sounding}", seconds=10)
+
+
+def position(browser: Browser) -> float:
+    return float(browser.run("return player.position"))
+
+
+def seek(browser: Browser, seconds: float) -> None:
+    browser.run("player.seek(arguments[0])", seconds)
+
+
+def recorded(browser: Browser, node: str, at: float) -> tuple[float, np.ndarray]:
+    """When the song has come to `at` seconds or a little further: its position and the 0.74 s just heard at a node."""
+    script = f"""const recorder = {node}, samples = new Float32Array(recorder.fftSize = 32768);
+        return new Promise(resolve => {{
+            const timer = setInterval(() => {{
+                if (player.position < {at}) return;
+                clearInterval(timer);
+                recorder.getFloatTimeDomainData(samples);
+                resolve([player.position, ...samples]);
+            }}, 5);
+        }})"""
+    position, *samples = browser.run(script)
+    return position, np.array(samples)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_click_plays_the_stems_and_the_next_one_stops_them(browser: Browser) -> None:
+    assert browser.label("#play") == "Play"
+    browser.click("#play")
+    hear(browser, *STEMS)
+    first = position(browser)
+    wait_for(lambda: position(browser) > first + 0.3, "the position's advance")
+    assert browser.label("#play") == "Pause"
+    browser.click("#play")
+    hear(browser)
+    stopped = position(browser)
+    assert position(browser) == stopped > first
+    assert browser.label("#play") == "Play"
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_mute_silences_its_stem_alone(browser: Browser) -> None:
+    browser.click("#play")
+    hear(browser, *STEMS)
+    browser.click("[aria-label='Mute drums']")
+    hear(browser, "vocals", "bass")
+    assert browser.run("return document.querySelector(\"[aria-label='Mute drums']\").ariaPressed") == "true"
+    browser.click("[aria-label='Mute drums']")
+    hear(browser, *STEMS)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_solo_leaves_only_the_solos_and_the_mixture_is_heard_as_one(browser: Browser) -> None:
+    browser.click("[aria-label='Solo bass']")
+    browser.click("#play")
+    hear(browser, "bass")
+    browser.click("[aria-label='Mute bass']")
+    hear(browser, "bass")  # a solo is heard, muted or not
+    browser.click("[aria-label='Solo vocals']")
+    hear(browser, "bass", "vocals")
+    browser.click("[aria-label='Solo vocals']")
+    browser.click("[aria-label='Solo bass']")
+    browser.click("[aria-label='Solo mixture']")
+    hear(browser, "mixture")
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_volume_makes_its_stem_quieter(browser: Browser) -> None:
+    browser.click("#play")
+    for amplitude in (0.25, 0.25 / 4):
+        dbfs = pytest.approx(20 * math.log10(amplitude / math.sqrt(2)), abs=1)
+        wait_for(lambda dbfs=dbfs: level(browser, "vocals") == dbfs, f"an amplitude of {amplitude}", seconds=10)
+        browser.click("[aria-label='Volume of vocals']", at=0.5)
+    assert level(browser, "bass") > SOUNDING
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_stems_are_in_step_to_the_sample_after_a_seek_and_over_segments(browser: Browser) -> None:
+    browser.click("#play")
+    hear(browser, *STEMS)
+    browser.click("[aria-label='Mute vocals']")
+    browser.run("player.recorder = player.context.createAnalyser(); player.output.connect(player.recorder)")
+    for start in (3.217, 9.5):
+        seek(browser, start)
+        assert np.abs(recorded(browser, "player.recorder", start + 1)[1]).max() < 1e-3
+        assert np.abs(recorded(browser, "player.tracks[3].analyser", start + 1.5)[1]).max() > 0.2
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_tone_goes_on_from_one_segment_to_the_next_without_a_click(browser: Browser) -> None:
+    browser.click("#play")
+    hear(browser, *STEMS)
+    browser.run("return Promise.all([player.decoded(0), player.decoded(1)]).then(() => true)")
+    checked = 0
+    for start in (9.2, 9.23):
+        seek(browser, start)
+        at, samples = recorded(browser, "player.tracks[1].analyser", 10.25)
+        if at >= 10.5:  # on a busy machine it may come too late: the next segment begins in the middle of the samples
+            continue
+        assert np.abs(samples).max() == pytest.approx(0.25, abs=0.02)
+        bend = np.abs(np.diff(samples, 2)).max()  # of the sine 0.001, where a sample is left out 0.016
+        assert bend < 0.002
+        turned = samples * np.exp(-2j * np.pi * HERTZ / RATE * np.arange(len(samples)))
+        assert np.angle(turned[-8000:].sum() / turned[:8000].sum()) == pytest.approx(0, abs=0.02)  # a sample is 0.06
+        checked += 1
+    assert checked, "the browser is too slow"
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("down", [0.25, 0.75])  # the waveform, the spectrogram
+def test_a_click_on_a_picture_seeks(browser: Browser, down: float) -> None:
+    browser.click(".track:nth-of-type(3) .lane", at=0.75, down=down)
+    assert position(browser) == pytest.approx(0.75 * SECONDS, abs=0.1)
+    assert browser.run("return document.querySelector('#clock b').textContent").startswith("0:15")
+    browser.click("#play")
+    hear(browser, *STEMS)
+    assert position(browser) > 0.75 * SECONDS - 0.1
+    browser.click(".track:nth-of-type(1) .lane", at=0.25, down=down)
+    hear(browser, *STEMS)
+    assert 0.25 * SECONDS - 0.1 < position(browser) < 0.25 * SECONDS + 5
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_at_its_end_the_song_stops_and_plays_again_from_its_start(browser: Browser) -> None:
+    seek(browser, SECONDS - 0.3)
+    browser.click("#play")
+    wait_for(lambda: browser.run("return !player.playing"), "the end", seconds=10)
+    assert position(browser) == SECONDS
+    browser.click("#play")
+    hear(browser, *STEMS)
+    assert position(browser) < SECONDS / 2
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_keys_play_seek_mute_and_solo(browser: Browser) -> None:
+    browser.press(" ")
+    hear(browser, *STEMS)
+    browser.press("2")
+    hear(browser, "vocals", "bass")
+    browser.press(SHIFT, "1")
+    hear(browser, "vocals")
+    browser.press(SHIFT, "1")
+    browser.press("2")
+    browser.press("0")
+    hear(browser, "mixture")
+    browser.press("0")
+    browser.click("[aria-label='Mute bass']")
+    browser.press(" ")  # not the button that was clicked last
+    hear(browser)
+    assert browser.run("return player.tracks[3].muted")
+    browser.press(HOME)
+    before = position(browser)
+    browser.press(RIGHT)
+    browser.press(RIGHT)
+    assert position(browser) == pytest.approx(before + 10, abs=0.001)
+    browser.press(LEFT)
+    assert position(browser) == pytest.approx(before + 5, abs=0.001)
+    browser.press(HOME)
+    assert position(browser) == 0
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_every_control_has_a_name_and_can_be_reached_by_tab(browser: Browser) -> None:
+    names = ["Play", "Position", "Solo mixture", "Volume of mixture"]
+    names += [f"{control} {stem}" for stem in STEMS for control in ("Mute", "Solo", "Volume of")]
+    controls = "return [...document.querySelectorAll('body button, body input')].map((each, i) => each.dataset.i = i)"
+    assert [browser.label(f"[data-i='{index}']") for index in browser.run(controls)] == names
+    for index in range(len(names)):
+        browser.press("\ue004")
+        focus = "const at = document.activeElement; return [at.dataset.i, getComputedStyle(at).outlineStyle]"
+        assert browser.run(focus) == [str(index), "solid"]
+    browser.press(" ")  # on a range: plays
+    hear(browser, *STEMS)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_what_the_page_says_is_text_and_figures(browser: Browser) -> None:
+    assert browser.run("return [document.title, document.querySelector('h1').textContent]") == [TITLE, TITLE]
+    facts = browser.run("return [...document.querySelectorAll('.facts')].map(each => each.textContent)")
+    assert facts == ["−15.1 dBFS", "−15.1 dBFS · SDR 8.2 dB", "−20.0 dBFS", "−20.0 dBFS · SDR −1.0 dB"]
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_the_page_fits_a_phone_where_a_tap_plays(browser: Browser, width: int) -> None:
+    metrics: dict[str, Any] = {"width": width, "height": 740, "deviceScaleFactor": 2, "mobile": width < 1000}
+    browser.developer("Emulation.setDeviceMetricsOverride", **metrics)
+    browser.developer("Emulation.setTouchEmulationEnabled", enabled=width < 1000)
+    try:
+        browser.open(Path(browser.run("return decodeURI(location.pathname)")))
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+        browser.click("#play", pointer="touch" if width < 1000 else "mouse")
+        hear(browser, *STEMS)
+    finally:
+        browser.developer("Emulation.clearDeviceMetricsOverride")
+        browser.developer("Emulation.setTouchEmulationEnabled", enabled=False)

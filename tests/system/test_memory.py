@@ -1,0 +1,121 @@
+"""Memory that is not enough is one sentence, and the other songs go on."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import common
+from helpers.common import PROJECT
+from separation import EstimateError, Separator
+from separation.cli.main import main
+from separation.errors import AudioError
+from separation.models.bs_roformer import BSRoFormer
+from separation.system.memory import enough_memory, lacks_memory
+
+HUGE = 2**60
+
+
+def primitive() -> None:
+    raise RuntimeError("could not create a primitive")
+
+
+SHORTAGES: dict[str, Callable[[], Any]] = {
+    "PyTorch": lambda: torch.empty(HUGE, dtype=torch.uint8),
+    "numpy": lambda: np.empty(HUGE, dtype=np.uint8),
+    "Python": lambda: bytes(HUGE),
+    "oneDNN": primitive,
+}
+
+
+@pytest.mark.parametrize("kind", SHORTAGES)
+def test_what_libraries_say_of_memory_that_is_not_there_is_known(kind: str) -> None:
+    with (
+        pytest.raises(EstimateError, match=r"^'song\.wav' needs more memory than") as raised,
+        enough_memory("'song.wav'"),
+    ):
+        SHORTAGES[kind]()
+    assert str(raised.value).isprintable() and lacks_memory(raised.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 3875040 bytes."),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("bad allocation"),
+    ],
+)
+def test_words_of_other_systems_and_moments_are_known(error: Exception) -> None:
+    assert lacks_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        OSError(28, "No space left on device"),
+        AudioError("'can't allocate memory.wav' does not exist: check the path"),
+    ],
+)
+def test_what_is_no_lack_of_this_computers_memory_passes_through(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, enough_memory("'song.wav'"):
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("kind", ["PyTorch", "oneDNN"])
+def test_a_song_that_is_too_much_for_the_memory_does_not_stop_the_others(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("1.wav", "2.wav", "3.wav"):
+        (tmp_path / name).write_bytes(common.song(0.3))
+    forward, calls = BSRoFormer.forward, []
+
+    def short(model: BSRoFormer, chunks: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 3:  # the second song, for each has two chunks
+            SHORTAGES[kind]()
+        return forward(model, chunks)
+
+    monkeypatch.setattr(BSRoFormer, "forward", short)
+    songs = [str(tmp_path / name) for name in ("1.wav", "2.wav", "3.wav")]
+    assert main(["separate", *songs, "-o", str(tmp_path / "out"), "--recipe", "demo", "--json"]) == 2
+    captured = capsys.readouterr()
+    outcomes = {Path(line["song"]).name: line for line in map(json.loads, captured.out.splitlines())}
+    assert [outcomes[f"{n}.wav"]["status"] for n in (1, 2, 3)] == ["done", "failed", "done"]
+    assert outcomes["2.wav"]["error"].startswith("'2.wav' needs more memory than this computer has free (")
+    assert len(captured.err.splitlines()) == 2 and not (tmp_path / "out" / "2").exists()
+
+
+def test_a_song_in_memory_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    separator = Separator("demo", device="cpu")
+    monkeypatch.setattr(BSRoFormer, "forward", lambda *_: SHORTAGES["PyTorch"]())
+    with pytest.raises(EstimateError, match="the mixture needs more memory"):
+        separator.separate(torch.ones(2, 1000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of a process's memory that counts libraries")
+def test_too_little_memory_to_import_pytorch_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "song.wav").write_bytes(common.song(0.3))
+    command = [sys.executable, "-m", "separation", "separate", tmp_path / "song.wav", "-o", tmp_path / "out"]
+    run = subprocess.run(
+        ["bash", "-c", 'ulimit -v 300000; exec "$@"', "bash", *command, "--recipe", "demo"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: the program needs more memory than this computer has free (")
+    assert len(run.stderr.splitlines()) == 1

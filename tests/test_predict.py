@@ -1,0 +1,657 @@
+"""cog.yaml, predict.py as Cog's static parser sees it, and the Predictor called from Python."""
+
+import ast
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from cog import CancelationException
+from cog.types import URLPath
+from safetensors import safe_open
+from torch import Tensor
+
+import predict
+from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
+from helpers.small_model import assert_same_model, chunks, small_model, write_yaml
+from separation.checkpoints.catalogue import fetch, files_for, read_config
+from separation.checkpoints.load import convert, load_model
+from separation.engine import separator
+from separation.engine.cache import chosen_cache
+from separation.engine.recipes import load_recipe
+from separation.errors import AudioError, InputError, RecipeError
+from separation.models.base import SeparationModel
+
+SCHEMA = SHARED / "schema" / "cog_config_schema_v1.0.json"
+# The published contract: (name, type, keywords of Input). The first six never change.
+INPUTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("audio", "Path", {"description": "Audio file to separate (WAV, MP3, FLAC, OGG, etc.)"}),
+    (
+        "stems",
+        "str",
+        {
+            "description": "Which stems to extract",
+            "default": "vocals_instrumental",
+            "choices": ["vocals_instrumental", "all_4", "all_6", "drum_kit"],
+        },
+    ),
+    (
+        "output_format",
+        "str",
+        {"description": "Output audio format", "default": "wav", "choices": ["wav", "mp3", "flac"]},
+    ),
+    ("chunk_size", "int", {"description": "Processing chunk size in seconds", "default": 8, "ge": 4, "le": 30}),
+    ("overlap", "int", {"description": "Overlap between chunks in seconds", "default": 4, "ge": 1, "le": 8}),
+    ("sample_rate", "int", {"description": "Output sample rate", "default": 44100, "choices": [44100, 48000]}),
+    (
+        "mp3_bitrate",
+        "int",
+        {
+            "description": "Bitrate in kbit/s if the output format is mp3",
+            "default": 320,
+            "choices": [128, 192, 320],
+        },
+    ),
+    (
+        "two_stems",
+        "str",
+        {
+            "description": "Give only this stem and the song minus it (no_vocals), made as for stems if that has it",
+            "default": "none",
+            "choices": ["none", "vocals", "drums", "bass", "other", "guitar", "piano"],
+        },
+    ),
+    (
+        "recipe",
+        "str",
+        {
+            "description": "Models: standard or sw for quality, demo for a rough try, default leaves it to the server",
+            "default": "default",
+            "choices": ["default", "standard", "sw", "demo"],
+        },
+    ),
+]
+
+
+# cog.yaml
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return yaml.safe_load((PROJECT / "cog.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(not SCHEMA.exists(), reason="needs Cog's schema in the shared folder beside the checkout")
+def test_cog_yaml_is_valid_against_cogs_schema(config: dict[str, Any]) -> None:
+    jsonschema.Draft7Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(config)
+
+
+def test_the_image_has_what_the_project_needs(config: dict[str, Any]) -> None:
+    build = config["build"]
+    assert build["gpu"] is True
+    assert build["cuda"] == "13.0"
+    assert build["python_version"] == "3.11"
+    assert build["python_requirements"] == "requirements.txt"
+    assert "python_packages" not in build
+    assert {"ffmpeg", "gcc"} <= set(build["system_packages"])
+    assert config["predict"] == "predict.py:Predictor"
+    pins = (PROJECT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert f"cog=={build['sdk_version']}" in pins
+
+
+def test_kernels_that_were_compiled_before_go_into_the_image(config: dict[str, Any]) -> None:
+    folder = dict(entry.split("=", 1) for entry in config["environment"])["SEPARATION_KERNELS"]
+    copied = (PROJECT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert folder == "/src/weights/kernels" and copied.index("!weights/kernels") > copied.index("weights/*")
+
+
+def test_exactly_the_weights_of_recipe_standard_without_its_drum_kit_are_baked_each_with_its_sha256(
+    config: dict[str, Any],
+) -> None:
+    folder = dict(entry.split("=", 1) for entry in config["environment"])["SEPARATION_WEIGHTS"]
+    files = {
+        file
+        for choice in STEMS
+        for name, stems in load_recipe("standard", choice).models.items()
+        for file in files_for(read_config(name), stems)
+    }
+    needed = {(file.url, file.sha256, f"{folder}/{file.name}") for file in files}
+    baked = []
+    for run in config["build"]["run"]:
+        assert "\n" not in run["command"].strip()  # Cog refuses it
+        curl, check, *rest = run["command"].split(" && ")
+        downloaded = re.fullmatch(r"curl .*--fail .*--output (\S+) (\S+)", curl)
+        checked = re.fullmatch(r'echo "([0-9a-f]{64})  (\S+)" \| sha256sum -c', check)
+        assert downloaded and checked
+        path, sha256 = checked[2], checked[1]
+        assert downloaded[1] == path
+        baked.append((downloaded[2], sha256, path))
+        if path.endswith(".safetensors"):
+            (size_bytes,) = (file.bytes for file in files if file.sha256 == sha256)
+            assert rest == [f"touch -d @0 {path}", f'echo "{sha256} {size_bytes} 0" > {path}.verified']
+        else:
+            written, *rest = rest
+            assert written.endswith(f'" {path} {path.removesuffix(".ckpt")}.safetensors {sha256}')
+            assert rest == [f"chmod 644 {path.removesuffix('.ckpt')}.safetensors", f"rm {path}"]
+    assert set(baked) == needed
+    assert len(baked) == len(needed)
+
+
+def run_in_build(command: str, folder: Path, content: bytes) -> subprocess.CompletedProcess[str]:
+    """Run one of the image's build commands in `folder` in place of /weights, with a curl that brings this content."""
+    (folder / "content").write_bytes(content)
+    curl = folder / "curl"
+    curl.write_text(f"""#!/bin/sh
+while [ "$1" != --output ]; do shift; done
+mkdir -p "$(dirname "$2")" && cp '{folder}/content' "$2"
+""")
+    curl.chmod(0o755)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["sh", "-c", command.replace("/weights/", f"{folder}/weights/")],
+        env=os.environ | {"PATH": path, "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_altered_download_fails_the_build(config: dict[str, Any], tmp_path: Path) -> None:
+    for run in config["build"]["run"]:
+        ran = run_in_build(run["command"], tmp_path, b"altered")
+        assert ran.returncode != 0
+        assert "FAILED" in ran.stdout
+    assert not [path for path in (tmp_path / "weights").rglob("*") if path.suffix == ".verified"]
+
+
+@pytest.mark.parametrize("nesting", [None, "state_dict"])
+def test_the_images_converted_checkpoint_loads_without_its_source_and_without_a_checksum(
+    config: dict[str, Any], weights: Path, tmp_path: Path, nesting: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = small_model().state_dict()
+    angles = [key for key in state if key.endswith("rotary_embed.freqs")]
+    state |= dict.fromkeys(angles, state[angles[0]])  # shared, which safetensors refuses
+    saved = tmp_path / "saved.ckpt"
+    torch.save({nesting: state} if nesting else state, saved)
+    sha256 = hashlib.sha256(saved.read_bytes()).hexdigest()
+    (file,) = read_config("bs_roformer_viperx_1297").files
+    (command,) = (run["command"] for run in config["build"]["run"] if f"{file.sha256}  " in run["command"])
+    ran = run_in_build(command.replace(str(file.sha256), sha256), tmp_path, saved.read_bytes())
+    assert ran.returncode == 0, ran.stderr
+    name = Path(file.name).with_suffix(".safetensors").name
+    assert [path.name for path in weights.iterdir()] == [name]
+    assert (weights / name).stat().st_mode & 0o777 == 0o644
+    convert(saved, tmp_path / "by_command.safetensors")
+    with (
+        safe_open(weights / name, framework="pt") as by_image,
+        safe_open(tmp_path / "by_command.safetensors", framework="pt") as by_command,
+    ):
+        assert by_image.metadata() == by_command.metadata() | {"source_name": file.name}
+        assert set(by_image.keys()) == set(by_command.keys())
+    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    model = load_model(write_yaml(tmp_path, files=[{"name": file.name, "sha256": sha256}]))
+    assert_same_model(model, small_model(), chunks())
+
+
+def test_the_images_other_weights_are_not_hashed_again(
+    config: dict[str, Any], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"weights" * 1000
+    sha256 = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    for file in read_config("htdemucs_ft").files[:3]:
+        (command,) = (run["command"] for run in config["build"]["run"] if f"{file.sha256}  " in run["command"])
+        command = command.replace(str(file.sha256), sha256).replace(str(file.bytes), str(len(content)))
+        ran = run_in_build(command, tmp_path, content)
+        assert ran.returncode == 0, ran.stderr
+        baked = dataclasses.replace(file, bytes=len(content), sha256=sha256)
+        assert fetch(baked) == weights / file.name
+        os.utime(weights / file.name)  # changed: now it would be hashed
+        with pytest.raises(TypeError):
+            fetch(baked)
+
+
+# predict.py as Cog's static parser sees it
+
+
+def methods() -> dict[str, ast.FunctionDef]:
+    tree = ast.parse((PROJECT / "predict.py").read_text(encoding="utf-8"))
+    (predictor,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Predictor")
+    assert [ast.unparse(base) for base in predictor.bases] == ["BasePredictor"]
+    return {node.name: node for node in predictor.body if isinstance(node, ast.FunctionDef)}  # no async ones
+
+
+def inputs() -> list[tuple[ast.arg, ast.Call]]:
+    arguments = methods()["predict"].args
+    assert not (arguments.posonlyargs or arguments.kwonlyargs or arguments.vararg or arguments.kwarg)
+    calls = []
+    for call in arguments.defaults:
+        assert isinstance(call, ast.Call) and ast.unparse(call.func) == "Input" and not call.args
+        calls.append(call)
+    return list(zip(arguments.args[1:], calls, strict=True))
+
+
+def plain_literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.List):
+        return [plain_literal(item) for item in node.elts]
+    assert isinstance(node, ast.Constant), f"{ast.unparse(node)} in line {node.lineno} is not a plain literal"
+    return node.value
+
+
+def test_the_signature_is_the_contract_in_plain_literals() -> None:
+    found = [
+        (
+            argument.arg,
+            ast.unparse(argument.annotation),
+            {word.arg: plain_literal(word.value) for word in call.keywords},
+        )
+        for argument, call in inputs()
+        if argument.annotation is not None
+    ]
+    assert found == INPUTS
+    returned = methods()["predict"].returns
+    assert returned is not None and ast.unparse(returned) == "List[Path]"
+
+
+def test_no_comment_and_no_joined_strings_stand_in_an_input() -> None:
+    with (PROJECT / "predict.py").open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type != tokenize.NL]
+    for _, call in inputs():
+        assert call.end_lineno is not None and call.end_col_offset is not None
+        start, end = (call.lineno, call.col_offset), (call.end_lineno, call.end_col_offset)
+        kinds = [token.type for token in tokens if start <= token.start < end]
+        assert set(kinds) <= {tokenize.NAME, tokenize.OP, tokenize.STRING, tokenize.NUMBER}
+        assert (tokenize.STRING, tokenize.STRING) not in list(itertools.pairwise(kinds))
+
+
+def test_setup_and_predict_are_plain_methods() -> None:
+    for name in ("setup", "predict"):
+        method = methods()[name]
+        assert not method.decorator_list
+        assert not any(isinstance(node, ast.Yield | ast.YieldFrom | ast.Await) for node in ast.walk(method))
+
+
+# The Predictor called from Python
+
+
+def stem_folders(temporary: Path) -> list[Path]:
+    return list(temporary.glob("stems-*"))
+
+
+def song_folders(temporary: Path) -> list[Path]:
+    return list(temporary.glob("song-*"))
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that temporary files go to."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def predictor(temporary: Path) -> predict.Predictor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEPARATION_RECIPE", "demo")
+        predictor = predict.Predictor()
+        predictor.setup()
+    return predictor
+
+
+@pytest.fixture
+def audio(tmp_path: Path) -> Path:
+    path = tmp_path / "song.wav"
+    path.write_bytes(song(1))
+    return path
+
+
+@pytest.mark.parametrize("stems, format, rate", [("vocals_instrumental", "wav", 44100), ("all_4", "flac", 48000.0)])
+def test_floats_for_ints_are_taken(
+    predictor: predict.Predictor, audio: Path, stems: str, format: str, rate: float
+) -> None:
+    files = predictor.predict(audio, stems, format, 8.0, 1.0, rate, 192.0, "none", "default")
+    assert [file.name for file in files] == [f"{stem}.{format}" for stem in STEMS[stems]]
+    assert {soundfile.info(file).frames for file in files} == {int(rate)}
+
+
+@pytest.mark.parametrize("stems", STEMS)
+@pytest.mark.parametrize("format", ["wav", "mp3", "flac"])
+def test_every_choice_gives_files_that_decode_in_the_contracts_order(
+    predictor: predict.Predictor, audio: Path, stems: str, format: str
+) -> None:
+    files = predictor.predict(audio, **QUICK | {"stems": stems, "output_format": format})
+    assert [file.name for file in files] == [f"{stem}.{format}" for stem in STEMS[stems]]
+    assert {read(file).shape for file in files} == {(44100, 2)}
+
+
+def test_estimates_are_kept_only_if_the_environment_says_so(
+    predictor: predict.Predictor, audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert predictor.cache is None
+    monkeypatch.setenv("SEPARATION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(predictor, "cache", chosen_cache(default=False))
+    first = [file.read_bytes() for file in predictor.predict(audio, **QUICK | {"output_format": "flac"})]
+    kept = sorted((tmp_path / "cache").glob("*.*"))
+    assert len(kept) == 2
+    assert [file.read_bytes() for file in predictor.predict(audio, **QUICK | {"output_format": "flac"})] == first
+    assert sorted((tmp_path / "cache").glob("*.*")) == kept
+
+
+@pytest.mark.parametrize("bitrate", [128, 192, 320.0])
+def test_mp3_files_have_the_asked_bitrate(predictor: predict.Predictor, tmp_path: Path, bitrate: float) -> None:
+    audio = tmp_path / "song.wav"
+    audio.write_bytes(song(4))
+    files = predictor.predict(audio, **QUICK | {"output_format": "mp3", "mp3_bitrate": bitrate})
+    for file in files:
+        assert file.stat().st_size * 8 / 4000 == pytest.approx(bitrate, rel=0.05)
+
+
+@pytest.mark.parametrize("stem", ["vocals", "drums", "bass", "other", "guitar", "piano"])
+def test_two_stems_are_that_stem_and_the_song_without_it_whatever_stems_says(
+    predictor: predict.Predictor, audio: Path, stem: str
+) -> None:
+    files = predictor.predict(audio, **QUICK | {"two_stems": stem, "stems": "all_4"})
+    assert [file.name for file in files] == [f"{stem}.wav", f"no_{stem}.wav"]
+    assert np.abs(read(files[0]) + read(files[1]) - read(audio)).max() <= 1e-6
+
+
+def test_the_figures_of_a_prediction_are_recorded_with_their_units(
+    predictor: predict.Predictor, audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: dict[str, Any] = {}
+    monkeypatch.setattr(predictor, "record_metric", figures.__setitem__)
+    monkeypatch.setattr(predictor.pool, "load_seconds", {"demo": 1.25, "not used": 100.0})
+    monkeypatch.setattr(predict, "peak_memory_bytes", lambda device: 3 * 2**20)
+    predictor.predict(audio, **QUICK)
+    assert list(figures) == METRICS
+    assert 0.01 < figures.pop("times_realtime") < 1000
+    assert figures == {
+        "audio_seconds": 1.0,
+        "model_load_seconds": 1.25,
+        "device": str(predictor.pool.choice.device),
+        "peak_memory_mib": 3.0,
+    }
+
+
+def test_each_predictions_folder_goes_when_the_next_begins(
+    predictor: predict.Predictor, audio: Path, temporary: Path
+) -> None:
+    first = predictor.predict(audio, **QUICK)
+    assert stem_folders(temporary) == [first[0].parent]
+    second = predictor.predict(audio, **QUICK)
+    assert stem_folders(temporary) == [second[0].parent]
+    assert not first[0].parent.exists()
+
+
+@pytest.mark.parametrize(
+    "content, changes, error, sentence",
+    [
+        (b"words, words, words\n" * 100, {}, AudioError, r"'song\.wav' is not audio"),
+        (b"", {}, AudioError, r"'song\.wav' is empty"),
+        (None, {"overlap": 4}, InputError, r"overlap \(4 s\) must be smaller than the chunk size \(4 s\)"),
+        (None, {"stems": "all_5"}, RecipeError, "'all_5'"),
+        (None, {"stems": "drum_kit"}, RecipeError, "'demo' has no stems 'drum_kit': choose one of all_4, all_6, v"),
+        (None, {"output_format": "ogg"}, InputError, "'ogg'"),
+    ],
+)
+def test_a_failed_prediction_says_why_leaves_no_folder_and_the_next_is_right(
+    predictor: predict.Predictor,
+    audio: Path,
+    temporary: Path,
+    content: bytes | None,
+    changes: dict[str, Any],
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    mixture = read(audio)
+    if content is not None:
+        audio.write_bytes(content)
+    with pytest.raises(error, match=sentence) as caught:
+        predictor.predict(audio, **QUICK | changes)
+    assert "\n" not in str(caught.value)
+    assert str(audio.parent) not in str(caught.value)
+    assert stem_folders(temporary) == []
+    audio.write_bytes(song(1))
+    vocals, instrumental = (read(file) for file in predictor.predict(audio, **QUICK))
+    assert np.abs(vocals + instrumental - mixture).max() <= 1e-6
+
+
+def test_a_cancelled_prediction_leaves_no_folder(
+    predictor: predict.Predictor, audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancel(log: object, share: float, stage: str) -> None:
+        assert stem_folders(temporary) != []
+        if share > 0:
+            raise CancelationException
+
+    monkeypatch.setattr(predict._ProgressLog, "__call__", cancel)
+    with pytest.raises(CancelationException):
+        predictor.predict(audio, **QUICK)
+    assert stem_folders(temporary) == []
+
+
+def test_the_log_is_progress_that_npm_replicate_reads_and_names_no_path(
+    predictor: predict.Predictor, tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio = tmp_path / "song.wav"
+    audio.write_bytes(song(10))
+    predictor.predict(audio, **QUICK)
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.endswith("\n")
+    assert str(temporary) not in shown.out and str(tmp_path) not in shown.out
+    lines = shown.out.splitlines()
+    stages = [line for line in lines if not PROGRESS_LINE.match(line)]
+    assert stages == ["decoding", "demo", "writing vocals", "writing instrumental", "done"]
+    assert lines[0] == "decoding"
+    matches = [match for line in lines if (match := PROGRESS_LINE.match(line))]
+    percents = [int(match[1]) for match in matches]
+    assert percents[0] == 0 and percents[-1] == 100
+    assert percents == sorted(set(percents)) and len(percents) > 4
+    assert all(int(match[1]) == 100 * int(match[2]) // int(match[3]) for match in matches)
+
+
+@pytest.mark.parametrize(
+    "audio", ["/etc/passwd", str(SONG), "file:///etc/passwd", b"/etc/passwd", 3, None, "x" * 10**6]
+)
+def test_what_is_not_a_path_is_refused_in_a_sentence_that_names_it(
+    predictor: predict.Predictor, temporary: Path, audio: object
+) -> None:
+    with pytest.raises(InputError, match=r"^audio is .*: give a URL .*or a file$") as caught:
+        predictor.predict(audio, **QUICK)  # type: ignore[arg-type]
+    assert repr(audio)[:100] in str(caught.value) and len(str(caught.value)) < 200
+    assert stem_folders(temporary) == song_folders(temporary) == []
+
+
+@pytest.fixture
+def upload(predictor: predict.Predictor) -> Callable[[bytes], URLPath]:
+    """What Cog hands over for a file sent as a data URI."""
+    return lambda content: URLPath(source="data:", filename="song.wav", fileobj=io.BytesIO(content))
+
+
+def test_an_upload_is_read_once_under_its_name_and_does_not_stay(
+    predictor: predict.Predictor, temporary: Path, upload: Callable[[bytes], URLPath]
+) -> None:
+    audio = upload(song(1))
+    assert audio.convert() is audio  # Cog's part: it is left unread
+    files = predictor.predict(audio, **QUICK)
+    assert np.abs(read(files[0]) + read(files[1]) - read(song(1))).max() <= 1e-6
+    assert stem_folders(temporary) == [files[0].parent] and song_folders(temporary) == []
+
+
+def test_an_upload_over_the_limit_in_mebibytes_is_refused_and_one_of_just_so_much_is_taken(
+    temporary: Path, upload: Callable[[bytes], URLPath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEPARATION_RECIPE", "demo")
+    monkeypatch.setenv("SEPARATION_MAX_MIB", "0.5")
+    predictor = predict.Predictor()
+    predictor.setup()
+    content = song(1).ljust(2**19, b"\0")
+    assert len(predictor.predict(upload(content), **QUICK)) == 2
+    with pytest.raises(AudioError, match=r"^'song\.wav' has more than 0\.5 MiB, the limit here: send a smaller file$"):
+        predictor.predict(upload(content + b"\0"), **QUICK)
+    assert song_folders(temporary) == []
+
+
+class EvenModel(SeparationModel):
+    """Gives each of its stems an equal share of the mixture."""
+
+    def __init__(self, name: str, stems: tuple[str, ...]) -> None:
+        super().__init__()
+        self.name, self.stems, self.sample_rate, self.chunk_samples, self.channels = name, stems, 44100, 200_000, 2
+        self.runs, self.length = 0, 0
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        self.runs, self.length = self.runs + 1, chunks.shape[-1]
+        return torch.stack([chunks / len(self.stems)] * len(self.stems), dim=1)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
+    """The models that the engine loads from here on, in order; each is an EvenModel of that name."""
+    models: list[EvenModel] = []
+
+    def load_model(name: str, *, stems: tuple[str, ...], **_: Any) -> EvenModel:
+        models.append(EvenModel(name, stems))
+        return models[-1]
+
+    monkeypatch.setattr(separator, "load_model", load_model)
+    return models
+
+
+@pytest.mark.parametrize("name", ["SEPARATION_MAX_SECONDS", "SEPARATION_MAX_MIB"])
+def test_a_limit_that_is_no_number_ends_setup_with_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "3h")
+    with pytest.raises(InputError, match=f"^{name} is '3h': set it to a number above 0, or leave it out$"):
+        predict.Predictor().setup()
+
+
+@pytest.mark.parametrize("name", ["SEPARATION_LOCAL_URLS", "SEPARATION_PRIVATE_URLS"])
+def test_a_switch_that_is_neither_on_nor_off_ends_setup_with_one_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(InputError, match=f"^{name} is 'yes': set it to on or off, or leave it out$"):
+        predict.Predictor().setup()
+
+
+@pytest.fixture
+def with_standard(temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch) -> predict.Predictor:
+    """A server as it is without environment variables."""
+    monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
+    predictor = predict.Predictor()
+    predictor.setup()
+    return predictor
+
+
+def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own_once(
+    audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
+) -> None:
+    expected = [("bs_roformer_viperx_1297", ("vocals",)), ("htdemucs_ft", ("drums", "bass", "other"))]
+    assert [(model.name, model.stems) for model in loaded] == expected
+    assert [model.runs for model in loaded] == [1, 1]
+    for stems in ("vocals_instrumental", "all_4", "all_6", "all_6"):
+        with_standard.predict(audio, **QUICK | {"stems": stems})
+    expected.append(("htdemucs_6s", ("drums", "bass", "guitar", "piano", "other")))
+    assert [(model.name, model.stems) for model in loaded] == expected
+
+
+@pytest.fixture
+def with_viperx(
+    temporary: Path, loaded: list[EvenModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> predict.Predictor:
+    """A server of the demo recipe, on which of the standard one only BS-RoFormer's weights are."""
+    monkeypatch.setenv("SEPARATION_RECIPE", "demo")
+    monkeypatch.setenv("SEPARATION_WEIGHTS", str(tmp_path))
+    (tmp_path / read_config("bs_roformer_viperx_1297").files[0].name).touch()
+    predictor = predict.Predictor()
+    predictor.setup()
+    return predictor
+
+
+def test_a_prediction_may_choose_another_recipe_for_itself_alone(
+    audio: Path, with_viperx: predict.Predictor, loaded: list[EvenModel]
+) -> None:
+    for recipe in ("standard", "default", "demo"):
+        with_viperx.predict(audio, **QUICK | {"recipe": recipe})
+    assert [model.name for model in loaded] == ["demo", "bs_roformer_viperx_1297"]
+    assert [model.runs for model in loaded] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stems": "all_4"}, {"stems": "all_6"}, {"stems": "drum_kit"}, {"two_stems": "drums"}, {"two_stems": "guitar"}],
+)
+def test_a_recipe_of_which_weights_are_missing_is_refused_unless_it_is_the_servers_own(
+    audio: Path,
+    with_viperx: predict.Predictor,
+    loaded: list[EvenModel],
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sentence = "^recipe 'standard' is not on this server, which runs 'demo': leave recipe at 'default'$"
+    with pytest.raises(RecipeError, match=sentence):
+        with_viperx.predict(audio, **QUICK | changes | {"recipe": "standard"})
+    assert [model.name for model in loaded] == ["demo"]
+    monkeypatch.setenv("SEPARATION_RECIPE", "standard")
+    with_viperx.setup()
+    assert "downloading" not in capsys.readouterr().out
+    with_viperx.predict(audio, **QUICK | changes | {"recipe": "standard"})
+    assert len(loaded) > 2
+    assert "\ndownloading the weights of " in "\n" + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "chunk_size, overlap, samples", [(8, 4, 200_000), (8, 3, 8 * 44100), (9, 4, 9 * 44100), (4, 1, 4 * 44100)]
+)
+def test_a_model_runs_on_its_own_chunks_by_default_and_on_what_is_asked_for_else(
+    audio: Path,
+    with_standard: predict.Predictor,
+    loaded: list[EvenModel],
+    chunk_size: int,
+    overlap: int,
+    samples: int,
+) -> None:
+    assert [model.length for model in loaded] == [200_000, 200_000]  # by setup
+    with_standard.predict(audio, **QUICK | {"chunk_size": chunk_size, "overlap": overlap})
+    assert loaded[0].length == samples
+
+
+def test_two_stems_run_no_model_that_they_do_not_need(
+    audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
+) -> None:
+    with_standard.predict(audio, **QUICK | {"two_stems": "drums"})
+    assert [(model.name, model.runs) for model in loaded] == [("bs_roformer_viperx_1297", 1), ("htdemucs_ft", 2)]
+    with_standard.predict(audio, **QUICK | {"two_stems": "vocals"})
+    assert [model.runs for model in loaded] == [2, 2]
+    with_standard.predict(audio, **QUICK | {"two_stems": "drums", "stems": "all_6"})
+    assert [(model.name, model.stems, model.runs) for model in loaded[2:]] == [("htdemucs_6s", ("drums",), 1)]
+
+
+def test_the_drum_kit_is_made_of_the_drums_by_a_model_that_is_loaded_when_first_asked_for(
+    audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
+) -> None:
+    files = with_standard.predict(audio, **QUICK | {"stems": "drum_kit"})
+    kit = ("kick", "snare", "toms", "hihat", "cymbals")
+    assert [file.name for file in files] == [f"{stem}.wav" for stem in kit]
+    assert [(model.name, model.stems, model.runs) for model in loaded[2:]] == [("drumsep", kit, 1)]
+    for file in files:
+        assert np.abs(read(file) - read(audio) / 15).max() <= 1e-6  # a third of the song, and a fifth of that
