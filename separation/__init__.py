@@ -25,7 +25,7 @@ from separation.errors import (
     SeparationError,
 )
 
-__version__ = "0.1.0"  # pyproject.toml takes it from here
+__version__ = "0.2.0"  # pyproject.toml takes it from here
 
 if TYPE_CHECKING:
     from separation.checkpoints.load import load_model

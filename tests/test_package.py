@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,13 @@ def test_the_version_is_written_once(project: dict[str, Any]) -> None:
     assert "version" in project["project"]["dynamic"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "separation.__version__"}
     assert Version(separation.__version__) > Version("0")
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    text = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (\S+) - \d{4}-\d{2}-\d{2}$", text, re.MULTILINE)
+    assert versions[0] == separation.__version__
+    assert versions == sorted(versions, key=Version, reverse=True)
 
 
 def test_all_packages_are_in_the_wheel_by_name(project: dict[str, Any]) -> None:
