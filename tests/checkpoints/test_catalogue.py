@@ -4,6 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
+import time
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,36 @@ def test_a_connection_that_breaks_every_time_is_given_up(server: Server, weights
     with pytest.raises(DownloadError, match="the connection broke after 0 of 1,048,576 bytes"):
         fetch(weight_file(server.url), quiet=True)
     assert len(server.ranges) == 1 + len(catalogue.RETRY_SECONDS)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the client's thread would have slept, in order; the server's own sleeps are left alone."""
+    waited: list[float] = []
+    client, sleep = threading.current_thread(), time.sleep
+
+    def record(seconds: float) -> None:
+        if threading.current_thread() is client:
+            waited.append(seconds)
+        else:
+            sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", record)
+    monkeypatch.setattr(catalogue, "RETRY_SECONDS", (0.5, 1.0, 2.0))
+    return waited
+
+
+def test_each_attempt_in_vain_is_followed_by_a_longer_wait(server: Server, weights: Path, waits: list[float]) -> None:
+    server.break_after = [0] * 20
+    with pytest.raises(DownloadError):
+        fetch(weight_file(server.url), quiet=True)
+    assert waits == [0.5, 1.0, 2.0]
+
+
+def test_progress_resets_the_wait(server: Server, weights: Path, waits: list[float]) -> None:
+    server.break_after = [0, 0, 1000, 0, 0]
+    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
+    assert waits == [0.5, 1.0, 0.5, 0.5, 1.0]
 
 
 def test_a_busy_server_is_asked_again_and_a_missing_page_is_not(server: Server, weights: Path) -> None:

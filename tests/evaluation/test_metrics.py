@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from separation.errors import InputError
-from separation.evaluation.metrics import level_dbfs, sdr, si_sdr
+from separation.evaluation.metrics import FRAME_SAMPLES, level_dbfs, scores, sdr, si_sdr
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
@@ -65,6 +65,33 @@ def test_a_score_that_would_mean_nothing_is_an_input_error(metric) -> None:  # t
         metric(audio, audio[:1])
     with pytest.raises(InputError, match="estimate holds NaN"):
         metric(audio, audio / 0 * 0)
+
+
+def musdb_sdr(*frames_db: float, tail: int = 0) -> float:
+    """Of a stem whose estimate has these SDRs in its whole seconds, and an SDR of 0 dB in `tail` more samples."""
+    reference = torch.ones(1, 2, len(frames_db) * FRAME_SAMPLES + tail)
+    estimate = 2 * reference
+    for frame, decibels in enumerate(frames_db):
+        estimate[..., frame * FRAME_SAMPLES : (frame + 1) * FRAME_SAMPLES] = 1 + 10 ** (-decibels / 20)
+    (score,) = scores(
+        lambda start, stop: reference[..., start:stop],
+        lambda start, stop: estimate[..., start:stop],
+        reference.shape[-1],
+    )
+    return score.sdr_musdb_db
+
+
+def test_the_median_of_an_even_number_of_frames_is_the_mean_of_the_middle_two() -> None:
+    assert musdb_sdr(50, 10, 30) == pytest.approx(30, abs=1e-4)
+    assert musdb_sdr(50, 10, 30, 20) == pytest.approx(25, abs=1e-4)
+
+
+def test_what_is_left_after_the_last_whole_second_is_not_in_the_median() -> None:
+    assert musdb_sdr(50, 10, 30, tail=FRAME_SAMPLES - 1) == pytest.approx(30, abs=1e-4)
+
+
+def test_a_song_of_less_than_a_second_is_one_frame() -> None:
+    assert musdb_sdr(tail=FRAME_SAMPLES - 1) == pytest.approx(0, abs=1e-4)
 
 
 def test_level_is_rms_against_full_scale() -> None:

@@ -74,6 +74,17 @@ def test_a_link_of_the_gpus_chain_that_fails_gives_way_to_the_next(
     assert choice.reason.startswith(f"not {link}: {reason}; the fastest that works here")
 
 
+@pytest.mark.parametrize("gain, is_taken", [(1.04, True), (0.96, True), (1.06, False), (0.94, False)])
+def test_a_backend_may_differ_from_the_definition_by_less_than_5_percent(
+    gain: float, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_chain", lambda device, dtype: ("sage", "sdpa"))
+    monkeypatch.setitem(BACKENDS, "sage", lambda q, k, v: gain * einsum_attention(q, k, v))
+    choice = choose_attention("auto", CPU, torch.float32)
+    assert choice.name == ("sage" if is_taken else "sdpa")
+    assert is_taken or choice.reason.startswith("not sage: it is wrong by 6%")
+
+
 @pytest.mark.parametrize("failing, reason", [(broken, "no kernel image is available"), (wrong, "it is wrong by 100%")])
 def test_the_last_link_of_the_cpus_chain_in_bfloat16_is_the_plain_definition(
     failing: object, reason: str, monkeypatch: pytest.MonkeyPatch

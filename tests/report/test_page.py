@@ -1,5 +1,7 @@
 """The page holds all that it shows and plays: what it says, and what is heard of it in a browser."""
 
+import base64
+import io
 import math
 import re
 from collections.abc import Iterator
@@ -64,6 +66,26 @@ def test_a_song_of_any_length_has_a_page(tmp_path: Path, samples: int) -> None:
     text = (tmp_path / "stems.html").read_text(encoding="utf-8")
     assert '"silent"' in text
     assert text.count('type="text/plain"') == 2 * math.ceil(samples / (10 * RATE))
+
+
+def sounds(page: Path) -> list[np.ndarray]:
+    """Every piece of sound in a page, decoded, `[n, channels]`."""
+    pieces = re.findall(r'<script type="text/plain" id="sound-[^"]*">([^<]*)<', page.read_text(encoding="utf-8"))
+    return [soundfile.read(io.BytesIO(base64.b64decode(piece)))[0] for piece in pieces]
+
+
+@pytest.mark.parametrize("peak, played", [(4.0, 1.0), (0.25, 0.25)])
+def test_a_song_beyond_full_scale_is_played_at_full_scale_and_a_quiet_one_as_it_is(
+    peak: float, played: float, tmp_path: Path
+) -> None:
+    sine = np.sin(2 * np.pi * HERTZ * np.arange(RATE) / RATE)
+    mixture = write(tmp_path / "mixture.wav", peak * sine)
+    vocals = write(tmp_path / "vocals.wav", 0.5 * peak * sine)
+    write_report("loud", mixture, {"vocals": vocals}, tmp_path / "stems.html")
+    for sound, share in zip(sounds(tmp_path / "stems.html"), (1.0, 0.5), strict=True):
+        middle = sound[len(sound) // 4 : -len(sound) // 4]
+        assert np.abs(middle).max() == pytest.approx(share * played, rel=0.1)
+        assert np.sqrt(np.square(middle).mean()) == pytest.approx(share * played / np.sqrt(2), rel=0.02)  # not clipped
 
 
 def test_a_song_that_is_too_long_or_missing_has_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from separation.errors import InputError, OutputError
-from separation.report.picture import BANDS, COLUMNS, SHADES, STEM_COLOURS, Row, draw
+from separation.report.picture import BANDS, COLUMNS, SHADES, STEM_COLOURS, Row, draw, time_ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 SAMPLE_RATE = 44100
@@ -104,6 +104,23 @@ def test_any_text_gives_valid_xml_and_long_text_is_cut(tmp_path: Path) -> None:
     shown = texts(drawn(tmp_path / "picture.svg", [row], odd))
     assert shown[0] == '<b> & "it\'s"     🎵'
     assert "a note that is far t…" in shown
+
+
+@pytest.mark.parametrize(
+    "seconds, ticks",
+    [
+        (10.1, [0, 2, 4, 6, 8]),  # a tick at 10 s would be 99 % of the way
+        (10.2, [0, 2, 4, 6, 8, 10]),  # 98 %
+        (8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (8.01, [0, 2, 4, 6]),
+        (240, [0, 30, 60, 90, 120, 150, 180, 210]),
+        (0.5, [0, 0.1, 0.2, 0.3, 0.4]),
+        (4.9, [0, 1, 2, 3, 4]),
+        (40 * 3600, [0, 18000, 36000, 54000, 72000, 90000, 108000, 126000]),
+    ],
+)
+def test_ticks_are_round_times_that_keep_clear_of_the_end(seconds: float, ticks: list[float]) -> None:
+    assert time_ticks(seconds) == pytest.approx(ticks)
 
 
 def test_nothing_to_draw_is_an_input_error(tmp_path: Path) -> None:

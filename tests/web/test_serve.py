@@ -338,6 +338,23 @@ def test_slow_uploads_make_way_for_another_song_the_slowest_first(
         assert not (tmp_path / ids[slowest]).exists()
 
 
+@pytest.mark.parametrize(
+    "state, seconds",
+    [("announced", 60), ("receiving", None), ("waiting", None), ("separating", None), ("done", 3600), ("failed", 3600)],
+)
+def test_a_song_is_forgotten_when_it_was_never_sent_or_has_been_over_for_long_enough(
+    state: str, seconds: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    songs = Songs(tmp_path, ModelPool("cpu"), keep_seconds=3600)
+    id = songs.announce({"name": "song.wav", "bytes": 1} | QUICK)
+    songs._songs[id].state = state
+    touched = songs._songs[id].touched
+    for later in (seconds or 10**9, (seconds or 10**9) + 1):
+        monkeypatch.setattr(serve.time, "monotonic", lambda now=touched + later: now)
+        songs.sweep()
+        assert (id in songs._songs) == (seconds is None or later <= seconds)
+
+
 @pytest.mark.slow
 def test_what_is_over_is_removed_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with idle_server(tmp_path, keep_seconds=3) as (client, songs, _):
