@@ -5,15 +5,16 @@ import io
 import os
 import secrets
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from separation.audio.waveform import BLOCK_SAMPLES, TAGS, Waveform, output_error, write_all
+from separation.audio.waveform import BLOCK_SAMPLES, TAGS, Waveform, write_all
 from separation.errors import InputError
+from separation.system.os_errors import output_errors
 
 FORMATS = ("wav", "mp3", "flac")
 MP3_BITRATES = (128, 160, 192, 224, 256, 320)  # kbit/s
@@ -97,7 +98,7 @@ def encode(
     bits = _INTEGER_BITS.get(subtype)
     dither = np.random.default_rng(zlib.crc32(path.stem.encode())) if bits == 16 else None
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
-    try:
+    with output_errors(path), _removed_on_error(partial):
         with _RecordingFile(partial, "x+") as file:
             with soundfile.SoundFile(
                 file,
@@ -127,11 +128,15 @@ def encode(
                 _zero_time(file)
                 file.check()
         os.replace(partial, path)
-    except BaseException as e:
+
+
+@contextlib.contextmanager
+def _removed_on_error(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
         with contextlib.suppress(OSError):  # it may not exist; the first error is the one to tell
             partial.unlink()
-        if isinstance(e, OSError):
-            raise output_error(repr(path.name), path.parent, e) from e
         raise
 
 

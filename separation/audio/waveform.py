@@ -1,6 +1,5 @@
 """A waveform on disk: samples that one thread appends and others read. Memory does not grow with the song."""
 
-import errno
 import io
 import math
 import tempfile
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from separation.errors import OutputError
+from separation.system.os_errors import output_errors
 
 SAMPLE_RATE = 44100  # hertz, of the models and of a Waveform after decode
 TAGS = ("title", "artist", "album")
@@ -95,10 +95,8 @@ class Waveform(Growing):
         self.mean = 0.0
         self.tags: dict[str, str] = {}  # title, artist, album
         self._squares = 0.0  # sum of squared deviations from the mean
-        try:
+        with output_errors(Path(folder)):
             descriptor, name = tempfile.mkstemp(prefix="waveform-", suffix=".f32", dir=folder)
-        except OSError as e:
-            raise output_error("a temporary file", Path(folder), e) from e
         self._path, self._is_temporary = Path(name), True
         self._file = io.FileIO(descriptor, "r+")
 
@@ -120,12 +118,9 @@ class Waveform(Growing):
             interleaved = np.empty((n, self.channels), dtype=np.float32)
             for channel, of_channel in enumerate(samples):  # several times faster than a copy of the whole
                 interleaved[:, channel] = of_channel
-        try:
-            with self._changed:
-                self._file.seek(self._there * self.channels * 4)
-                write_all(self._file.write, interleaved.data.cast("B"))
-        except OSError as e:
-            raise output_error("a temporary file", self._path.parent, e) from e
+        with output_errors(self._path.parent), self._changed:
+            self._file.seek(self._there * self.channels * 4)
+            write_all(self._file.write, interleaved.data.cast("B"))
         self.peak = max(self.peak, float(samples.max()), -float(samples.min()))
         # Two sets' means and squared deviations merge without cancellation (Chan, Golub and LeVeque 1979). In numpy,
         # for sums in torch depend on the number of threads.
@@ -228,11 +223,3 @@ def write_all(write: Callable[[memoryview], int], data: bytes | memoryview) -> N
     rest = memoryview(data)
     while rest:  # a disk that fills up takes a part of the data first and gives the error next
         rest = rest[write(rest) :]
-
-
-def output_error(what: str, folder: Path, error: OSError) -> OutputError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    action = "free some space there or choose another folder" if full else "choose a folder that you may write to"
-    if folder.name.startswith("."):  # the temporary one in the user's, which goes
-        folder = folder.parent
-    return OutputError(f"cannot write {what} in {str(folder)!r} ({error.strerror}): {action}")

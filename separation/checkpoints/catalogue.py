@@ -50,9 +50,10 @@ from separation.documents import (
     read_yaml,
     shown,
 )
-from separation.errors import CheckpointError, DownloadError, OutputError, RecipeError
+from separation.errors import CheckpointError, DownloadError, RecipeError
 from separation.system.locks import lock
 from separation.system.memory import enough_memory
+from separation.system.os_errors import output_errors
 from separation.system.output import not_through_links
 from separation.system.places import program, shipped, size_bytes, weights_folder
 
@@ -769,14 +770,8 @@ def _stamp(path: Path, file: WeightFile) -> None:
         stream.write(text)
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise OutputError(
-            f"{path} cannot be written ({e.strerror or e}): free space, or set SEPARATION_WEIGHTS to another folder"
-        ) from e
+def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    return output_errors(path, elsewhere="set SEPARATION_WEIGHTS to another folder")
 
 
 @contextlib.contextmanager

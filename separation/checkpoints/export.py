@@ -24,9 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from separation.checkpoints.load import load_model, random_weights
 from separation.documents import first_line
-from separation.errors import EstimateError, InputError, OutputError
+from separation.errors import EstimateError, InputError
 from separation.models.base import SeparationModel, Transform
 from separation.models.stft import make_window
+from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 
 OPSET = 20  # of ONNX, of 2023: the first with GELU; newer ones have nothing that is used here
@@ -88,7 +89,7 @@ def export(
         part = folder.work / target.name
         if random:
             checkpoint = folder.work / "random.safetensors"
-            with _written(target):
+            with output_errors(target, SafetensorError):
                 save_file(random_weights(name_or_path), checkpoint)
         model = load_model(name_or_path, checkpoint=checkpoint, attention="sdpa")
         if (n_bytes := sum(tensor.nbytes for tensor in model.state_dict().values())) > MOST_BYTES:
@@ -104,7 +105,7 @@ def export(
         facts = _facts(model, length, transform, list(inputs))
         program.model.doc_string = f"{model.name}: one chunk of a mixture to its stems; see the key `separation`"
         program.model.metadata_props["separation"] = json.dumps(facts)
-        with _written(target):
+        with output_errors(target, SafetensorError):
             program.save(part, external_data=False)
         ends = program.model.graph.inputs, program.model.graph.outputs
         shapes = [{str(value.name): list(value.shape.numpy()) for value in end if value.shape} for end in ends]
@@ -213,14 +214,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@contextlib.contextmanager
-def _written(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        raise OutputError(f"{target} cannot be written ({first_line(e)}): free space, or name another place") from e
 
 
 def _facts(model: SeparationModel, length: int, transform: Transform | None, inputs: list[str]) -> dict[str, Any]:

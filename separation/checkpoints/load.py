@@ -41,7 +41,7 @@ from separation.checkpoints.catalogue import (
 from separation.checkpoints.state_dict import Stored, building, metadata_of, open_weights, read_weights
 from separation.device import choose_device, choose_precision, floats_of
 from separation.documents import bare, first_line, shown
-from separation.errors import CheckpointError, EstimateError, InputError, OutputError
+from separation.errors import CheckpointError, EstimateError, InputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import LAYERS, AttentionChoice, choose_attention
 from separation.models.base import Origin, SeparationModel, precision_name
@@ -49,6 +49,7 @@ from separation.models.kernels.native import NotFusedError, library
 from separation.models.limits import Uninitialised, check_arguments, check_frames
 from separation.models.shapes import Shapes
 from separation.system.memory import enough_memory
+from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 from separation.system.places import size_bytes
 from separation.system.record import check_targets
@@ -398,11 +399,9 @@ def convert(checkpoint: Path, target: Path, *, overwrite: bool = False) -> None:
         metadata |= metadata_of(stored.blueprint)
     with OutputFolder(target.parent, overwrite=overwrite, recorded=False) as folder:
         part = folder.work / target.name
-        try:
+        with output_errors(target, SafetensorError):
             safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata)
             shutil.copymode(checkpoint, part)  # the library lets no one else read what it writes
-        except (OSError, SafetensorError) as e:
-            raise OutputError(f"{target} cannot be written ({first_line(e)}): free space, or name another place") from e
         folder.publish({"weights": part})
 
 

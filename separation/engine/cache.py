@@ -26,9 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from separation.errors import OutputError
 from separation.settings import positive
 from separation.system.locks import lock
+from separation.system.os_errors import output_errors
 from separation.system.places import cache_folder, size_bytes
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Cache:
     def entries(self) -> list[Entry]:
         """What is there, last used first. Raises OutputError for a folder that cannot be read."""
         found = []
-        with self._reporting():
+        with self._reporting("read the cache in"):
             for description in self.folder.glob(f"{'[0-9a-f]' * 64}.json"):
                 with contextlib.suppress(FileNotFoundError, *DAMAGED):  # removed meanwhile, or damaged
                     text = json.loads(description.read_bytes())
@@ -221,7 +221,7 @@ class Cache:
 
     def clear(self) -> None:
         """Remove all entries, and nothing else that lies in the folder. Raises OutputError if that cannot be done."""
-        with self._reporting(), contextlib.suppress(FileNotFoundError), self._locked():
+        with self._reporting("clear the cache in"), contextlib.suppress(FileNotFoundError), self._locked():
             self._sweep()
             for suffix in ("json", "f32"):
                 for path in self.folder.glob(f"{'[0-9a-f]' * 64}.{suffix}"):
@@ -247,15 +247,8 @@ class Cache:
             logger.warning(f"the cache in {self.folder} is not used ({error.strerror or error})")
         self._has_warned = True
 
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            raise OutputError(
-                f"the cache in {str(self.folder)!r} cannot be used ({e.strerror or e}): set SEPARATION_CACHE to "
-                "another folder"
-            ) from e
+    def _reporting(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return output_errors(self.folder, doing=doing, elsewhere="set SEPARATION_CACHE to another folder")
 
 
 def default_folder() -> Path:

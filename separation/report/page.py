@@ -23,7 +23,7 @@ import torch
 from separation.audio.decode import decode
 from separation.audio.waveform import SAMPLE_RATE, Waveform, read_padded
 from separation.engine.separator import Progress
-from separation.errors import AudioError, OutputError
+from separation.errors import AudioError
 from separation.models.stft import make_window
 from separation.report.picture import (
     COLUMNS,
@@ -36,6 +36,7 @@ from separation.report.picture import (
     spectrogram_base64,
     time_ticks,
 )
+from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 from separation.system.threads import Threads
 
@@ -88,18 +89,15 @@ def write_report(
         song["links"] = dict(links or {})
         head, tail = PAGE.read_text(encoding="utf-8").split("<!-- sound -->")
         part = output.work / target.name
-        try:
-            with part.open("w", encoding="utf-8") as page:
-                page.write(head.replace("/* song */", json.dumps(song).replace("<", "\\u003c")))
-                for number, start in enumerate(range(0, n_samples, SEGMENT_SAMPLES)):
-                    say(MEASURED + (1 - MEASURED) * start / n_samples, "writing the report")
-                    stop = min(start + SEGMENT_SAMPLES, n_samples)
-                    encode = partial(_mp3_base64, start=start, stop=stop, gain=min(1.0, 1 / peak))
-                    for index, sound in enumerate(pool.map(encode, waves)):
-                        page.write(f'<script type="text/plain" id="sound-{index}-{number}">{sound}</script>\n')
-                page.write(tail)
-        except OSError as e:
-            raise OutputError(f"cannot write {str(target)!r}: {e.strerror}; choose another folder") from e
+        with output_errors(target), part.open("w", encoding="utf-8") as page:
+            page.write(head.replace("/* song */", json.dumps(song).replace("<", "\\u003c")))
+            for number, start in enumerate(range(0, n_samples, SEGMENT_SAMPLES)):
+                say(MEASURED + (1 - MEASURED) * start / n_samples, "writing the report")
+                stop = min(start + SEGMENT_SAMPLES, n_samples)
+                encode = partial(_mp3_base64, start=start, stop=stop, gain=min(1.0, 1 / peak))
+                for index, sound in enumerate(pool.map(encode, waves)):
+                    page.write(f'<script type="text/plain" id="sound-{index}-{number}">{sound}</script>\n')
+            page.write(tail)
         say(1.0, "done")
         output.publish({"report": part})
 

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from separation.errors import InputError, OutputError
+from separation.errors import InputError
 from separation.evaluation.metrics import level_dbfs
 from separation.models.stft import stft
+from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 
 Floats = NDArray[np.float64]
@@ -119,10 +120,8 @@ def draw(path: Path, rows: Sequence[Row], *, title: str, overwrite: bool = False
     with OutputFolder(path.parent, overwrite=overwrite) as folder:
         folder.check_targets([path.name])
         part = folder.work / path.name
-        try:
+        with output_errors(path):
             part.write_text(document, encoding="utf-8")
-        except OSError as e:
-            raise OutputError(f"the picture {path} cannot be written ({e.strerror}): choose another place") from e
         folder.publish({"picture": part})
 
 

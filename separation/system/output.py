@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from separation.errors import OutputError
 from separation.system.locks import lock
+from separation.system.os_errors import WORK_PREFIX, output_errors
 from separation.system.record import RECORD, Record, check_targets
 from separation.system.signals import uninterrupted
 
@@ -48,17 +48,16 @@ class OutputFolder:
         self._cleaning = ExitStack()
 
     def __enter__(self) -> Self:
-        try:
+        with output_errors(self.folder), ExitStack() as on_error:
+            on_error.callback(self._cleaning.close)
             for parent in reversed((self.folder, *self.folder.parents)):
                 if not parent.exists():
                     parent.mkdir(parents=True, exist_ok=True)  # another song may just have removed the one above
                     self._cleaning.callback(_remove_if_empty, parent)
-            for left in self.folder.glob(".separating-*"):
+            for left in self.folder.glob(f"{WORK_PREFIX}*"):
                 _remove_if_left(left)
             self.work = self._make_work()
-        except OSError as e:
-            self._cleaning.close()
-            raise OutputError(f"cannot write into folder {str(self.folder)!r}: {e.strerror}: choose another") from e
+            on_error.pop_all()
         return self
 
     def __exit__(
@@ -68,7 +67,7 @@ class OutputFolder:
 
     def _make_work(self) -> Path:
         while True:
-            work = Path(tempfile.mkdtemp(prefix=".separating-", dir=self.folder))
+            work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=self.folder))
             held = lock(work / _LOCK)
             try:
                 held.acquire()
@@ -95,7 +94,7 @@ class OutputFolder:
         with uninterrupted(), ExitStack() as undo:
             for stem, part in parts.items():
                 published[stem] = target = self.folder / part.name
-                try:
+                with output_errors(target):
                     if os.path.lexists(target):
                         older = self.work / f"older-{part.name}"
                         os.replace(target, older)
@@ -103,8 +102,6 @@ class OutputFolder:
                     else:
                         undo.callback(target.unlink, missing_ok=True)
                     os.replace(part, target)
-                except OSError as e:
-                    raise OutputError(f"cannot write {str(target)!r}: {e.strerror}: choose another folder") from e
             undo.pop_all()
         if self.recorded and not all(map(record.vouches_for, published.values())):
             # On some network drives a file that is renamed has another time.
@@ -114,11 +111,9 @@ class OutputFolder:
     def write(self, record: Record) -> None:
         """Put a record in the place of the folder's."""
         part, target = self.work / RECORD, self.folder / RECORD
-        try:
+        with output_errors(target):
             part.write_text(record.text(), encoding="utf-8")
             os.replace(part, target)
-        except OSError as e:
-            raise OutputError(f"cannot write {str(target)!r}: {e.strerror}: choose another folder") from e
 
 
 def _remove_if_empty(folder: Path) -> None:

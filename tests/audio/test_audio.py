@@ -150,7 +150,7 @@ def test_closing_deletes_the_file_and_twice_is_harmless(tmp_path: Path) -> None:
 def test_waveform_on_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
     with Waveform(tmp_path) as waveform:
         waveform.append(noise(1000))
-        with disk_full_after(10_000), pytest.raises(OutputError, match="free some space") as caught:
+        with disk_full_after(10_000), pytest.raises(OutputError, match="free space there") as caught:
             waveform.append(noise(1000))
         assert str(tmp_path) in str(caught.value)
         assert waveform.n_samples == 1000
@@ -183,7 +183,7 @@ def test_closing_ends_the_wait_for_samples(tmp_path: Path) -> None:
 
 
 def test_waveform_in_a_missing_folder_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="choose a folder"):
+    with pytest.raises(OutputError, match="choose another folder"):
         Waveform(tmp_path / "missing")
 
 
@@ -274,7 +274,7 @@ def test_resampling_does_not_depend_on_the_number_of_threads(old: int, tmp_path:
 
 def test_resampling_on_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
     with waveform_of(noise(20_000), tmp_path, 22050) as waveform:
-        with disk_full_after(200_000), pytest.raises(OutputError, match="free some space"):
+        with disk_full_after(200_000), pytest.raises(OutputError, match="free space there"):
             resample(waveform, 44100, tmp_path)
         assert len(list(tmp_path.iterdir())) == 1
 
@@ -1184,7 +1184,7 @@ def test_on_a_full_disk_no_file_stays_and_the_old_one_is_untouched(format: str, 
         encode(waveform, tmp_path / "whole", format=format)  # type: ignore[arg-type]
         size = (tmp_path / "whole").stat().st_size
         for n_bytes in (0, 10, size // 2, size - 1):  # at the header, in the middle, and only when it is closed
-            with disk_full_after(n_bytes), pytest.raises(OutputError, match="free some space") as caught:
+            with disk_full_after(n_bytes), pytest.raises(OutputError, match="free space there") as caught:
                 encode(waveform, target, format=format)  # type: ignore[arg-type]
             assert str(tmp_path) in str(caught.value)
     assert target.read_bytes() == b"old"
@@ -1198,7 +1198,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(folder: str, tmp_path: Pa
     if folder == "read_only" and os.access(tmp_path / folder, os.W_OK):
         pytest.skip("this user may write everywhere")
     with waveform_of(noise(10), tmp_path) as waveform:
-        with pytest.raises(OutputError, match="choose a folder") as caught:
+        with pytest.raises(OutputError, match="choose another folder") as caught:
             encode(waveform, tmp_path / folder / "song.wav", format="wav")
         assert str(tmp_path / folder) in str(caught.value)
 

@@ -228,7 +228,7 @@ def test_a_full_disk_is_an_output_error(server: Server, weights: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OutputError, match=r"full\.bin\.part cannot be written \(File too large\)"):
+        with pytest.raises(OutputError, match=r"cannot write to '.*full\.bin\.part' \(File too large\)"):
             fetch(weight_file(server.url, name="full.bin"), quiet=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -328,7 +328,7 @@ def test_neither_the_stamp_nor_the_checksums_are_written_through_a_link(server: 
     assert fetch(weight_file(server.url, name="x.bin"), quiet=True).read_bytes() == CONTENT
     assert fetch(weight_file(server.url, name="x.bin"), quiet=True).exists()  # hashed, for lack of a stamp
     (weights / "checksums.lock.part").symlink_to("mine.txt")
-    with pytest.raises(OutputError, match=r"checksums\.lock cannot be written \(a symbolic link of that name"):
+    with pytest.raises(OutputError, match=r"cannot write to '.*checksums\.lock' \(a symbolic link of that name"):
         fetch(unstated(server.url), quiet=True)
     assert (weights / "mine.txt").read_text() == "mine"
 
@@ -439,7 +439,7 @@ def test_a_damaged_line_is_named_by_its_number(weights: Path, line: str) -> None
 
 def test_a_lock_file_that_cannot_be_written_or_read_is_one_sentence(server: Server, weights: Path) -> None:
     (weights / "checksums.lock.part").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"checksums\.lock cannot be written"):
+    with pytest.raises(OutputError, match=r"cannot write to '.*checksums\.lock'"):
         fetch(unstated(server.url), quiet=True)
     (weights / "checksums.lock").mkdir()
     with pytest.raises(CheckpointError, match=r"checksums\.lock cannot be read .*: delete it"):

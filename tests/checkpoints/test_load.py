@@ -477,7 +477,7 @@ def test_a_converted_file_that_cannot_be_written_is_one_sentence(tmp_path: Path,
     (tmp_path / "taken.safetensors" / "inside").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"cannot write '.*taken\.safetensors': a folder of that name is there"):
         convert(tmp_path / "x.ckpt", tmp_path / "taken.safetensors")
-    with pytest.raises(OutputError, match=r"cannot write into folder '.*x\.ckpt'"):
+    with pytest.raises(OutputError, match=r"cannot write to '.*x\.ckpt'"):
         convert(tmp_path / "x.ckpt", tmp_path / "x.ckpt" / "x.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken.safetensors", "x.ckpt"]
 
@@ -489,7 +489,7 @@ def test_a_full_disk_while_converting_is_one_sentence_and_leaves_nothing(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes; to write more fails as on a full disk
     try:
-        with pytest.raises(OutputError, match=r"x\.safetensors cannot be written \(.*too large") as caught:
+        with pytest.raises(OutputError, match=r"cannot write to '.*x\.safetensors' \(.*too large") as caught:
             convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

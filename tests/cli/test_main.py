@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
     (tmp_path / "file").write_text("no folder")
     out = tmp_path / "file" / "out"
     with_file = separate(song, out)
-    assert_refused(with_file, capsys, tmp_path / "never", "cannot write into folder", "file")
+    assert_refused(with_file, capsys, tmp_path / "never", "cannot write to", "file")
 
 
 @pytest.mark.skipif(

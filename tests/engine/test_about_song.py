@@ -178,7 +178,7 @@ def separator() -> Separator:
 
 SAMPLES_BYTES = 4410 * 2 * 4  # of the song below, as samples in a temporary file or a stem without its header
 FULL: dict[str, tuple[int, str, Any]] = {
-    "a temporary file": (SAMPLES_BYTES - 1, "cannot write a temporary file in ", []),
+    "a temporary file": (SAMPLES_BYTES - 1, "cannot write to ", []),
     "a stem": (SAMPLES_BYTES, "cannot write ", []),
     "the record": (SAMPLES_BYTES + 10_000, "cannot write ", [RECORD]),
     "the page": (SAMPLES_BYTES + 10_000, "stems.html", [RECORD, "instrumental.wav", "vocals.wav"]),

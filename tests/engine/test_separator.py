@@ -974,7 +974,7 @@ def test_a_folder_that_another_user_may_not_see_is_an_error(pool: ModelPool, cli
     tmp_path.chmod(0o700)
     os.seteuid(65534)
     try:
-        with pytest.raises(OutputError, match=r"cannot write into folder .*Permission denied"):
+        with pytest.raises(OutputError, match=r"cannot write to .*Permission denied"):
             separator.separate_file(song, tmp_path / "a" / "out")
     finally:
         os.seteuid(0)
@@ -983,7 +983,7 @@ def test_a_folder_that_another_user_may_not_see_is_an_error(pool: ModelPool, cli
 def test_an_unwritable_folder_is_an_error_that_names_it(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
     song = write(tmp_path / "song.wav", clip[:, :1000])
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OutputError, match=r"cannot write into folder .*file"):
+    with pytest.raises(OutputError, match=r"cannot write to .*file"):
         Separator("demo", "all_4", pool=pool, **QUICK).separate_file(song, tmp_path / "file" / "out")
 
 

@@ -487,6 +487,6 @@ def test_a_disk_that_is_full_for_the_record_is_one_sentence_and_nothing_is_publi
         part = output.work / "a.wav"
         write_text(part)
         monkeypatch.setattr(Path, "write_text", full)
-        with pytest.raises(OutputError, match=rf"cannot write '.*{RECORD}': No space left on device"):
+        with pytest.raises(OutputError, match=rf"{RECORD}. \(No space left on device\): free space there, or choose"):
             output.publish({"a": part})
     assert not (tmp_path / "out").exists()

@@ -25,9 +25,10 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 from triton.runtime.cache import FileCacheManager, get_cache_manager
 
-from separation.errors import InputError, OutputError
+from separation.errors import InputError
 from separation.models.base import SeparationModel
 from separation.models.kernels.operations import PROBE, kernel_of, start_probe
+from separation.system.os_errors import output_errors
 
 BATCH_SIZES = (1, 2, 4, 8)  # that the engine takes on a GPU
 
@@ -52,14 +53,12 @@ def compile_for(models: Sequence[SeparationModel], capabilities: Sequence[int], 
         knobs.cache.manager_class = FileCacheManager  # what other folders have does not count
         knobs.compilation.store_binary_only = True
         knobs.compilation.listener = note
-        try:
+        with output_errors(folder):
             launchers = _Launchers()
             for capability in capabilities:
                 with standing_in(capability, launchers):
                     for model in models:
                         start_kernels(model)
-        except OSError as e:
-            raise OutputError(f"cannot write into folder {str(folder)!r}: {e.strerror}: choose another") from e
     return compiled
 
 

@@ -1,0 +1,32 @@
+"""The one place where a failed write becomes an `OutputError`."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from separation.documents import first_line
+from separation.errors import OutputError
+
+WORK_PREFIX = ".separating-"  # of the hidden folders in which files are written before they are published
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def output_errors(
+    target: Path, *also: type[Exception], doing: str = "write to", elsewhere: str = "choose another folder"
+) -> Iterator[None]:
+    """Raises `OutputError` in place of an `OSError`, or of an error of the other kinds in `also`.
+
+    The message names `target`, a file or a folder, without any hidden work folder in its path. `elsewhere` tells the
+    user how to use another place; if the disk is full, the message first asks for free space.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, *also)
+    try:
+        yield
+    except kinds as e:
+        reason = getattr(e, "strerror", None) or first_line(e)
+        visible = Path(*(part for part in target.parts if not part.startswith(WORK_PREFIX)))
+        action = f"free space there, or {elsewhere}" if getattr(e, "errno", None) in _DISK_FULL else elsewhere
+        raise OutputError(f"cannot {doing} {str(visible)!r} ({reason}): {action}") from e
