@@ -1,4 +1,4 @@
-"""Split a song into stems. See README.md for the command line, the container and recipes.
+"""Split a song into stems. README.md and docs/ describe the command line, the container and recipes.
 
 >>> from separation import Separator
 >>> stems = Separator(recipe="demo", stems="all_4").separate(mixture)  # [2, T] at 44100 Hz -> {"vocals": [2, T], ...}

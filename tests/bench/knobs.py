@@ -4,7 +4,7 @@
 
 SONGS is a folder with a folder a song: mixture.wav and its true stems, as weights/demo/make_song.py writes them. They
 are separated as one long mixture, so that times are those of a whole song, and scored one by one. With the genuine
-htdemucs (README, "Quality") it is measured too, and the real clip of the package stempeg, if that is installed.
+htdemucs (docs/evaluation.md) it is measured too, and the real clip of the package stempeg, if that is installed.
 """
 
 import argparse

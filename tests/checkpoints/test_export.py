@@ -1,4 +1,4 @@
-"""ONNX files: ONNX Runtime gives what PyTorch gives, with the README's lines around it."""
+"""ONNX files: ONNX Runtime gives what PyTorch gives, with the documented lines around it."""
 
 import json
 import logging
@@ -71,7 +71,9 @@ MODELS: dict[str, tuple[list[str], int, dict[str, Any], dict[str, Any]]] = {
     ),
     "demucs": (SOURCES, 4410, DEMUCS | {"lstm_layers": 1}, {}),
 }
-CODE = re.search(r"```python\n(import json\n.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+CODE = re.search(
+    r"```python\n(import json\n.*?)```", (PROJECT / "docs" / "onnx.md").read_text(encoding="utf-8"), re.DOTALL
+)
 
 
 def write_model(architecture: str, folder: Path, **changes: Any) -> tuple[Path, Path]:
@@ -92,7 +94,7 @@ def noise(channels: int, samples: int) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", MODELS)
-def test_the_lines_of_the_readme_give_what_pytorch_gives(
+def test_the_documented_lines_give_what_pytorch_gives(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, weights = write_model(architecture, tmp_path)

@@ -1,4 +1,4 @@
-"""A checkpoint of the user's own is found by its weights, its folder or its name; the README's steps add one."""
+"""A checkpoint of the user's own is found by its weights, its folder or its name; the steps in the documents add one."""
 
 import hashlib
 import json
@@ -385,10 +385,10 @@ def test_a_cold_start_takes_a_name_in_a_folder(tmp_path: Path, capfd: pytest.Cap
     assert json.loads(capfd.readouterr().out)["weight_bytes"] == (tmp_path / "x.ckpt").stat().st_size
 
 
-# The README
+# The documents
 
 
-def test_the_readmes_steps_add_a_checkpoint(
+def test_the_documented_steps_add_a_checkpoint(
     tmp_path: Path,
     models: Path,
     weights: Path,
@@ -398,11 +398,11 @@ def test_the_readmes_steps_add_a_checkpoint(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("\n## Add a checkpoint\n")[2].partition("\n## ")[0].replace("NAME", "made_up")
+    document = (PROJECT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    section = document.partition("\n## Add a checkpoint\n")[2].partition("\n## ")[0].replace("NAME", "made_up")
     steps = re.split(r"^\d\. ", section, flags=re.MULTILINE)[1:]
     assert len(steps) <= 7 and ".py" not in section
-    commands = [shlex.split(line) for line in re.findall(r"`python -m separation (.*?)`", "".join(steps))]
+    commands = [shlex.split(line) for line in re.findall(r"`separation (.*?)`", "".join(steps))]
 
     published = tmp_path / "published.ckpt"
     server.content = write_weights(own_model().state_dict(), published).read_bytes()

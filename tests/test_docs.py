@@ -1,0 +1,446 @@
+"""The documents: their samples run, their links lead somewhere, and they name all that a user can set, choose or read.
+
+A sample runs if the line before it is the comment `<!-- run -->`, which readers do not see. `<!-- run slow -->` makes it a
+slow test. `<!-- run on the demo model -->` replaces the recipes and models that it names by the demo's, which ships.
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import soundfile
+import yaml
+
+from helpers.common import PROJECT, SONG
+from separation.checkpoints import catalogue
+from separation.cli.main import build_parser, main
+from separation.engine import recipes
+
+DOCUMENTS = sorted(
+    [*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md"), PROJECT / "weights" / "demo" / "README.md"]
+)
+README, COMMAND_LINE = PROJECT / "README.md", PROJECT / "docs" / "command-line.md"
+MOST_LINES = 200  # of the README
+SECONDS = 5  # of the songs that samples separate
+
+FENCE = re.compile(r"^ *```(\w*)$")
+MARKER = re.compile(r"<!-- run( slow)?( on the demo model)? -->")
+HEADING = re.compile(r"^(#{1,6}) (.+)$", re.MULTILINE)
+LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]*)\)")
+ROW = re.compile(r"^\| *(`[^|]*?) *\| *([^|]*?) *\|", re.MULTILINE)  # of a table: its first two cells
+
+# What stands in for the models that a sample names.
+ON_DEMO: list[tuple[str, str]] = [
+    (r"separation separate (?!.*--(recipe|model-name))", "separation separate --recipe demo "),
+    (r"--recipe \w+", "--recipe demo"),
+    (r"--model-name \w+", "--model-name demo"),
+    (r'"standard"|"bs_roformer_viperx_1297"', '"demo"'),
+    (r'device="cuda", precision="fp16"', 'device="cpu", precision="fp32"'),
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A block of code in a document."""
+
+    document: Path
+    line: int
+    language: str
+    text: str
+    marker: re.Match[str] | None
+
+    @property
+    def place(self) -> str:
+        return f"{self.document.relative_to(PROJECT)}:{self.line}"
+
+    @property
+    def code(self) -> str:
+        text = self.text
+        for pattern, replacement in ON_DEMO if self.marker and self.marker[2] else []:
+            text = re.sub(pattern, replacement, text)
+        return text
+
+
+@cache
+def text_of(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
+
+
+@cache
+def samples(document: Path) -> list[Sample]:
+    found: list[Sample] = []
+    lines = text_of(document).splitlines()
+    number = 0
+    while number < len(lines):
+        if fence := FENCE.match(lines[number]):
+            end = next(i for i in range(number + 1, len(lines)) if lines[i].strip() == "```")
+            marker = MARKER.fullmatch(lines[number - 1].strip())
+            text = "\n".join(lines[number + 1 : end])
+            found.append(Sample(document, number + 1, fence[1], text, marker))
+            number = end
+        number += 1
+    return found
+
+
+def prose(document: Path) -> str:
+    """A document without its code."""
+    text = re.sub(r"^ *```.*?^ *```$", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def section(document: Path, title: str) -> str:
+    """The text below a heading, up to the next one of its level or above."""
+    text = text_of(document)
+    match = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
+    assert match, f"{document.name} has no heading {title!r}"
+    rest = text[match.end() :]
+    end = re.search(rf"^#{{1,{len(match[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def marked(language: str) -> list[Any]:
+    found = [sample for document in DOCUMENTS for sample in samples(document) if sample.marker]
+    return [
+        pytest.param(sample, id=sample.place, marks=[pytest.mark.slow] if sample.marker and sample.marker[1] else [])
+        for sample in found
+        if sample.language == language
+    ]
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the samples want it: songs, a folder of songs, and the true stems of one."""
+    folder = tmp_path_factory.mktemp("songs")
+    audio, rate = soundfile.read(SONG, frames=SECONDS * 44100)
+    for name in ("song.flac", "song.mp3", "music/first.flac", "music/album/second.flac"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, audio, rate)
+    (folder / "true" / "song").mkdir(parents=True)
+    for stem in SONG.with_name("stems").glob("*.ogg"):
+        audio, rate = soundfile.read(stem, frames=SECONDS * 44100)
+        soundfile.write(folder / "true" / "song" / f"{stem.stem}.flac", audio, rate)
+    return folder
+
+
+@pytest.fixture
+def desk(songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, which is the current one, with the command `separation` and a cache of its own."""
+    folder = tmp_path / "desk"
+    for path in songs.rglob("*.*"):
+        target = folder / path.relative_to(songs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, target)
+    program = tmp_path / "bin" / "separation"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m separation "$@"\n')
+    program.chmod(0o755)
+    paths = [str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(paths))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    monkeypatch.setenv("SEPARATION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_every_mark_stands_before_a_sample_that_can_be_run() -> None:
+    for document in DOCUMENTS:
+        runnable = [sample for sample in samples(document) if sample.marker]
+        assert len(re.findall("<!--", text_of(document))) == len(runnable), document
+        assert {sample.language for sample in runnable} <= {"sh", "python"}
+    assert len(marked("sh")) > 5 and len(marked("python")) > 5
+
+
+@pytest.mark.parametrize("sample", marked("sh"))
+def test_a_shell_sample_runs(sample: Sample, desk: Path) -> None:
+    ran = subprocess.run(["sh", "-eu", "-c", sample.code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, f"{sample.place}\n{sample.code}\n{ran.stderr}"
+
+
+@pytest.mark.parametrize("sample", marked("python"))
+def test_a_python_sample_runs(sample: Sample, desk: Path) -> None:
+    exec(compile(sample.code, sample.place, "exec"), {"__name__": "sample"})
+
+
+def written_commands() -> Iterator[tuple[str, str]]:
+    """Every call of the program in a document, with its place, also of those samples that are not run."""
+    for document in DOCUMENTS:
+        for sample in samples(document):
+            for line in sample.text.replace("\\\n", " ").splitlines():
+                if match := re.search(r"(?:^|&& |exec |\$ )(?:python -m )?separation (.*)", line):
+                    yield sample.place, match[1]
+        for match in re.finditer(r"`(?:python -m )?separation (-?[a-z][^`]*)`", text_of(document)):
+            yield str(document.relative_to(PROJECT)), match[1]
+
+
+@pytest.mark.parametrize("place, command", list(written_commands()))
+def test_a_command_in_a_document_is_one(place: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        build_parser().parse_args(shlex.split(command, comments=True))
+    except SystemExit as e:
+        if e.code:
+            pytest.fail(f"{place}: {command}\n{capsys.readouterr().err}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    code_free = re.sub(r"^ *```.*?^ *```$", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
+    titles = (re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in HEADING.findall(code_free))
+    return set(titles)
+
+
+def links(document: Path) -> list[str]:
+    return LINK.findall(prose(document).replace("\n", " "))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for link in links(document):
+        target, _, anchor = link.partition("#")
+        if "://" in link:
+            parts = urlsplit(link)
+            assert parts.scheme == "https" and "." in parts.netloc, f"{document.name}: {link}"
+            continue
+        path = (document.parent / target).resolve() if target else document
+        assert path.is_file() and path.is_relative_to(PROJECT), f"{document.name}: {link} is no file"
+        assert not anchor or anchor in anchors(path), f"{document.name}: {link} is no heading"
+
+
+def test_every_document_can_be_reached_from_the_readme() -> None:
+    reached: set[Path] = set()
+    left = [README]
+    while left:
+        document = left.pop()
+        if document not in reached and document.is_file():
+            reached.add(document)
+            targets = (link.partition("#")[0] for link in links(document) if "://" not in link)
+            left += [(document.parent / target).resolve() for target in targets if target.endswith(".md")]
+    assert {path for path in DOCUMENTS if path.is_relative_to(PROJECT / "docs")} <= reached
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def commands(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:
+    """The parsers of all commands by their names, such as `models list`."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        return {name: parser}
+    return {
+        command: found
+        for action in below
+        for word, child in action.choices.items()
+        for command, found in commands(child, f"{name} {word}".strip()).items()
+    }
+
+
+COMMANDS = commands(build_parser())
+SHARED = ("Device options", "Model options")
+
+
+def options(command: str) -> list[argparse.Action]:
+    return [action for action in COMMANDS[command]._actions if action.option_strings and action.dest != "help"]
+
+
+def option_tables(command: str) -> list[str]:
+    """The text about a command: its own section, and those about the options that it shares with others."""
+    shared = [section(COMMAND_LINE, title) for title in SHARED]
+    return [section(COMMAND_LINE, command), *(text for text in shared if f"`{command}`" in text.split("\n\n")[1])]
+
+
+def rows(text: str) -> dict[str, str]:
+    """The default, as a table has it, by option."""
+    return {option: default for cell, default in ROW.findall(text) for option in re.findall(r"`(-[\w-]+)`", cell)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_documented_with_its_default_and_choices(command: str) -> None:
+    texts = option_tables(command)
+    documented = {option: default for text in texts for option, default in rows(text).items()}
+    for action in options(command):
+        name = action.option_strings[-1]
+        assert set(action.option_strings) <= set(documented), f"{command} {name} is in no table"
+        default = "required" if action.required else action.default
+        if default not in (None, False):
+            assert str(default) in documented[name], f"{command} {name}: the default is {default}"
+        for choice in action.choices or ():
+            assert any(re.search(rf"(?<!\w){choice}(?!\w)", text) for text in texts), f"{command} {name} {choice}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_documented_option_is_one(command: str) -> None:
+    known = {name for action in options(command) for name in action.option_strings}
+    for text in option_tables(command):
+        assert set(rows(text)) <= known
+
+
+def test_every_command_has_an_entry_and_the_programs_own_options_are_named() -> None:
+    entries = section(COMMAND_LINE, "Command line")
+    assert {command.split()[0] for command in COMMANDS} == set(re.findall(r"^\| \[`(\w+)`\]", entries, re.MULTILINE))
+    own = {name for action in build_parser()._actions for name in action.option_strings if name.startswith("--")}
+    assert all(f"{name}`" in entries for name in own)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment variables, recipes, models
+
+
+def variables() -> set[str]:
+    """The environment variables that the code reads or sets, and those of the container."""
+    found: set[str] = set()
+    for path in (PROJECT / "predict.py", *(PROJECT / "separation").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= set(re.findall(r"SEPARATION_[A-Z_]+[A-Z]", node.value))
+            for name in _of_environment(node):
+                found |= {name.value} if isinstance(name, ast.Constant) and isinstance(name.value, str) else set()
+    for path in (PROJECT / "separation").rglob("*.cpp"):
+        found |= set(re.findall(r'getenv\("(\w+)"\)', path.read_text(encoding="utf-8")))
+    container = yaml.safe_load((PROJECT / "cog.yaml").read_text(encoding="utf-8"))
+    return found | {entry.partition("=")[0] for entry in container["environment"]}
+
+
+def _of_environment(node: ast.AST) -> list[ast.expr]:
+    """The names in `os.environ[NAME]`, `os.environ.get(NAME)`, `NAME in os.environ` and the like."""
+
+    def is_environment(expression: ast.expr) -> bool:
+        return ast.unparse(expression) == "os.environ"
+
+    if isinstance(node, ast.Subscript) and is_environment(node.value):
+        return [node.slice]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_environment(node.func.value):
+        return node.args[:1]
+    if isinstance(node, ast.Compare) and is_environment(node.comparators[-1]):
+        return [node.left]
+    if isinstance(node, ast.BinOp) and is_environment(node.left) and isinstance(node.right, ast.Dict):
+        return [key for key in node.right.keys if key is not None]
+    return []
+
+
+def test_every_environment_variable_is_documented_and_every_documented_one_is_read() -> None:
+    text = text_of(PROJECT / "docs" / "environment.md")
+    documented = {name for cell, _ in ROW.findall(text) for name in re.findall(r"`(\w+)`", cell)}
+    assert variables() - documented == set()
+    assert {name for name in documented if name.startswith("SEPARATION_")} <= variables()
+
+
+def test_every_recipe_choice_of_stems_and_model_is_documented() -> None:
+    about_recipes = section(PROJECT / "docs" / "recipes.md", "Recipes")
+    for name in recipes.names():
+        assert f"| `{name}` |" in about_recipes
+        assert all(f"| `{choice}` |" in about_recipes for choice in recipes.choices(name))
+    about_models = section(PROJECT / "docs" / "checkpoints.md", "Checkpoints")
+    shipped = {path.stem for path in catalogue.CONFIGS.glob("*.yaml")}
+    assert shipped == set(re.findall(r"^\| `(\w+)` \|", about_models.split("## Licences")[0], re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in catalogue.CONFIGS.glob("*.yaml")))
+def test_a_models_stems_and_quality_are_documented_as_its_yaml_has_them(name: str) -> None:
+    model = catalogue.read_config(name)
+    text = text_of(PROJECT / "docs" / "checkpoints.md")
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+    assert f"| {', '.join(model.stems)} |" in row
+    if name != "demo":  # which has a document of its own
+        assert set(re.findall(r"\d+\.\d+", model.quality)) <= set(re.findall(r"\d+\.\d+", row))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields of --json
+
+Objects = Callable[..., list[dict[str, Any]]]
+NO_DESCENT = {"hyper_parameters"}  # each model has its own
+
+
+@pytest.fixture
+def objects(desk: Path, capfd: pytest.CaptureFixture[str]) -> Objects:
+    """Runs the command with --json; returns the objects that it prints."""
+
+    def run(*arguments: str) -> list[dict[str, Any]]:
+        capfd.readouterr()
+        assert main([*arguments, "--json"]) in (0, 2)
+        return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+
+    return run
+
+
+def field_names(value: Any, data: set[str]) -> set[str]:
+    """The keys of an object and all below it, without those that are data: names of stems, models and songs."""
+    if isinstance(value, list):
+        return set().union(*(field_names(item, data) for item in value))
+    if not isinstance(value, dict):
+        return set()
+    inner = [field_names(item, data) for key, item in value.items() if key not in NO_DESCENT]
+    return (set(value) - data).union(*inner)
+
+
+def check_fields(command: str, found: list[dict[str, Any]]) -> None:
+    text = section(COMMAND_LINE, f"`{command} --json`")
+    stems = {stem for name in catalogue.available() for stem in catalogue.read_config(name).stems}
+    names = field_names(found, stems | {"instrumental", "demo", "song"} - set(found[0]))
+    assert names <= set(re.findall(r"`([\w -]+)`", text))
+    columns = {name for cell, _ in ROW.findall(text) for name in re.findall(r"`(\w+)`", cell)}
+    assert columns <= names, "documented, but not there"
+
+
+def test_the_fields_of_separate_are_documented(objects: Objects, desk: Path) -> None:
+    Path("broken.flac").write_bytes(Path("song.flac").read_bytes()[:9000])
+    found = objects("separate", "song.flac", "broken.flac", "-o", "out", "--recipe", "demo", "--report")
+    check_fields("separate", sorted(found, key=lambda line: line["status"]))
+    check_fields("cache list", objects("cache", "list"))
+
+
+def test_the_fields_about_models_are_documented(
+    objects: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "broken.yaml").write_text("audio: 3")
+    monkeypatch.setenv("SEPARATION_MODELS", str(tmp_path / "models"))
+    found = objects("models", "list")
+    assert any("error" in line for line in found)
+    monkeypatch.delenv("SEPARATION_MODELS")
+    check_fields("models list", found)
+    check_fields("models show", objects("models", "show", "htdemucs_ft"))
+
+
+@pytest.mark.slow
+def test_the_fields_of_what_measures_are_documented(objects: Objects, desk: Path) -> None:
+    check_fields("bench", objects("bench", "--recipe", "demo", "--seconds", "1", "--runs", "1"))
+    check_fields("bench --cold-start", objects("bench", "--recipe", "demo", "--cold-start"))
+    check_fields("evaluate", objects("evaluate", "--references", "true", "--estimates", "true"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text_of(README).splitlines()) <= MOST_LINES
+
+
+def test_ci_runs_the_two_commands_of_the_readme() -> None:
+    (sample,) = (s for s in samples(README) if s.text in section(README, "Try it on a fresh machine"))
+    said = [command for line in sample.text.splitlines() for command in line.split(" && ")]
+    run = (PROJECT / ".ci" / "run").read_text(encoding="utf-8").replace("pip install --quiet", "pip install")
+    lines = [line.removeprefix("$without_network ") for line in run.splitlines()]
+    assert len(said) == 4
+    assert all(any(line.startswith(command) for line in lines) for command in said)
