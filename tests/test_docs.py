@@ -1,7 +1,7 @@
 """The documents: their samples run, their links lead somewhere, and they name all that a user can set, choose or read.
 
-A sample runs if the line before it is the comment `<!-- run -->`, which readers do not see. `<!-- run slow -->` makes it a
-slow test. `<!-- run on the demo model -->` replaces the recipes and models that it names by the demo's, which ships.
+A sample runs if the line before it is the comment `<!-- run -->`, which readers do not see. `<!-- run slow -->` makes
+it a slow test. `<!-- run on the demo model -->` replaces the recipes and models in it by the demo's, which ships.
 """
 
 import argparse

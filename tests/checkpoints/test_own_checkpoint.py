@@ -1,4 +1,4 @@
-"""A checkpoint of the user's own is found by its weights, its folder or its name; the steps in the documents add one."""
+"""A checkpoint of the user's own is found by its weights, its folder or its name; the documented steps add one."""
 
 import hashlib
 import json
