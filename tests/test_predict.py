@@ -29,7 +29,7 @@ from torch import Tensor
 
 import predict
 from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
-from helpers.small_model import assert_same_model, chunks, small_model, write_yaml
+from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
 from separation.checkpoints.catalogue import fetch, files_for, read_config
 from separation.checkpoints.load import convert, load_model
 from separation.engine import separator
@@ -513,9 +513,10 @@ def test_an_upload_over_the_limit_in_mebibytes_is_refused_and_one_of_just_so_muc
 class EvenModel(SeparationModel):
     """Gives each of its stems an equal share of the mixture."""
 
+    channels = 2
+
     def __init__(self, name: str, stems: tuple[str, ...]) -> None:
-        super().__init__()
-        self.name, self.stems, self.sample_rate, self.chunk_samples, self.channels = name, stems, 44100, 200_000, 2
+        super().__init__(identity(stems, name=name, chunk_samples=200_000))
         self.runs, self.length = 0, 0
 
     def forward(self, chunks: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from separation.documents import bare, first_line, shown
 from separation.errors import CheckpointError, EstimateError, InputError
 from separation.models import ARCHITECTURES
 from separation.models.attention import LAYERS, AttentionChoice, choose_attention
-from separation.models.base import Origin, SeparationModel, precision_name
+from separation.models.base import Identity, Origin, SeparationModel
 from separation.models.kernels.native import NotFusedError, library
 from separation.models.limits import Uninitialised, check_arguments, check_frames
 from separation.models.shapes import Shapes
@@ -114,8 +114,7 @@ def load_model(
         description = replace(description, architecture=_architecture(description, keys, paths[0]))
     model = _build(description, specialists)
     choice = choose_attention(attention, device, dtype, model.head_size) if model.head_size else None
-    if choice is None or choice.name not in LAYERS:  # these take the weights as the file has them, and round last
-        model.prepare(dtype)  # still without weights: it now says in which type each is wanted
+    needs_weights = choice is not None and choice.name in LAYERS
 
     paths = paths or _weight_paths(description, files, checkpoint)
     checksums = _checksums(files, paths, given=checkpoint is not None)
@@ -124,34 +123,24 @@ def load_model(
         if what := foreign.by_names(file.tensors):
             raise foreign.refusal(file.path, what)
     _follow(model, stored)
+    if not needs_weights:
+        _prepare(model, asked, dtype, choice, attention)
     dtypes = {key: value.dtype for key, value in model.state_dict().items()}
     weights: dict[str, Tensor] = {}
     for part, file in stored.items():
         prefix = type(model).key_prefix(part)
         wanted = {key.removeprefix(prefix): dtype for key, dtype in dtypes.items() if key.startswith(prefix)}
         weights |= {prefix + key: value for key, value in read_weights(file, wanted).items()}
-    _assign(model, weights, description, stored)
-
-    model.name = description.name
-    model.stems = specialists or description.stems
-    model.sample_rate = description.sample_rate
-    model.chunk_samples = description.chunk_samples
-    if description.normalised:
-        model.normalisation = "standard"
-    model.eval().requires_grad_(False)
-    computed = _prepare(model, asked, dtype, choice, attention)
-    assert description.architecture is not None
-    hyper_parameters = _hyper_parameters(ARCHITECTURES[description.architecture], description)
-    model.origin = Origin(
-        description.architecture,
-        {name: repr(value) for name, value in hyper_parameters.items()}
-        | ({"shares": repr(description.shares)} if description.shares else {}),
-        description.stems,
-        dict(zip(parts, checksums, strict=True)),
-        precision_name(computed),
-    )
+    weights = {key: value for key, value in weights.items() if not re.fullmatch(model.UNUSED_KEYS, key)}
+    _check_fit(model, weights, description, stored)
+    model.load(weights, _origin(description, dict(zip(parts, checksums, strict=True))))
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    stranded = [name for name, tensor in tensors if tensor.is_meta]
+    assert not stranded, f"not in the state dict, so nothing fills them: {stranded}"
+    if needs_weights:
+        _prepare(model, asked, dtype, choice, attention)
     model = model.to(device)
-    if computed == torch.float16 and not model.fits(computed):
+    if model.is_half and not model.fits(torch.float16):
         logger.info(f"{model.name}: computed in bfloat16, for its weights exceed the range of float16")
         del model
         return load_model(
@@ -332,10 +321,7 @@ def model_for_gpu(name_or_path: str | Path, dtype: torch.dtype) -> SeparationMod
     if description.architecture is None:
         description = replace(description, architecture=_architecture(description, None, None))
     specialists = tuple(file.stem for file in description.files if file.stem is not None)[:1]
-    model = _build(description, specialists)
-    model.name, model.stems = description.name, specialists or description.stems
-    model.sample_rate, model.chunk_samples = description.sample_rate, description.chunk_samples
-    model.eval().requires_grad_(False)
+    model = _build(description, specialists).eval().requires_grad_(False)
     try:
         with torch.device("meta"):
             model.fuse_for_gpu(dtype)
@@ -344,12 +330,25 @@ def model_for_gpu(name_or_path: str | Path, dtype: torch.dtype) -> SeparationMod
     return model
 
 
+def _origin(description: Checkpoint, checksums: Mapping[str, Callable[[], str]]) -> Origin:
+    assert description.architecture is not None
+    hyper_parameters = _hyper_parameters(ARCHITECTURES[description.architecture], description)
+    if description.shares:
+        hyper_parameters["shares"] = description.shares
+    return Origin(
+        architecture=description.architecture,
+        hyper_parameters={name: repr(value) for name, value in hyper_parameters.items()},
+        stems=description.stems,
+        weights=checksums,
+    )
+
+
 def _prepare(
     model: SeparationModel, asked: torch.dtype, floats: torch.dtype, choice: AttentionChoice | None, attention: str
-) -> torch.dtype:
-    """Make the weights ready for the precision that was asked for or, where that is int8 and cannot be, for floats.
+) -> None:
+    """Prepare the model for the precision that was asked for or, where it cannot compute in int8, for floats.
 
-    `attention` is the backend that was asked for. Returns the precision.
+    `attention` is the backend that was asked for.
     """
     dtype = asked if model.has_int8 and choice is not None and choice.name == "fused" else floats
     if choice is None:
@@ -363,11 +362,9 @@ def _prepare(
             plain = "itemwise" if choice.name == "fused" else "sdpa"
             choice, dtype = AttentionChoice(plain, f"not {choice.name}: {e}"), floats
             model.prepare(dtype, attention=choice.name)
-        model.attention = choice.name
         logger.info(f"{model.name}: attention {choice.name} ({choice.reason})")
     if dtype != asked:
         logger.warning(f"{model.name} is not computed in int8, but in floats ({_why_not_int8(model, choice)})")
-    return dtype
 
 
 def _why_not_int8(model: SeparationModel, choice: AttentionChoice | None) -> str:
@@ -426,6 +423,13 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
         )
     # Files without a stem of their own are as many networks, whose estimates are averaged.
     members = [file for file in description.files if file.stem is None]
+    identity = Identity(
+        name=description.name,
+        stems=specialists or description.stems,
+        sample_rate=description.sample_rate,
+        chunk_samples=description.chunk_samples,
+        standardised=description.normalised,
+    )
     several: dict[str, Any] = {"specialists": specialists} if specialists else {}
     if len(members) > 1:
         several = {"members": len(members), "shares": description.shares}
@@ -441,8 +445,8 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
         # Built where PyTorch computes and then emptied: operations on the meta device itself would import its
         # compiler, most of a second. Until it is written to, memory on the CPU costs nothing either.
         with enough_memory(description.name), Uninitialised():
-            model = architecture(config, **several)
-        model = architecture(config, **several) if initialised else model.to("meta")
+            model = architecture(config, identity, **several)
+        model = architecture(config, identity, **several) if initialised else model.to("meta")
     except (CheckpointError, EstimateError):
         raise
     except Exception as e:  # arguments may be anything
@@ -455,11 +459,10 @@ def _build(description: Checkpoint, specialists: tuple[str, ...], *, initialised
     return model
 
 
-def _assign(
-    model: SeparationModel, weights: dict[str, Tensor], description: Checkpoint, stored: Mapping[str, Stored]
+def _check_fit(
+    model: SeparationModel, weights: Mapping[str, Tensor], description: Checkpoint, stored: Mapping[str, Stored]
 ) -> None:
-    """Make these tensors, of those files, the model's own; every key and shape must match."""
-    weights = {key: value for key, value in weights.items() if not re.fullmatch(model.UNUSED_KEYS, key)}
+    """Raise CheckpointError unless these tensors, of those files, have every key and shape of the model's."""
     expected = model.state_dict()
     faults = {
         "missing": [key for key in expected if key not in weights],
@@ -492,7 +495,3 @@ def _assign(
                     "that the weights were published with"
                 )
         raise CheckpointError(f"{source} seems to be of another architecture or size: {found}")
-    model.load_state_dict(weights, strict=True, assign=True)
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    stranded = [name for name, tensor in tensors if tensor.is_meta]
-    assert not stranded, f"not in the state dict, so nothing fills them: {stranded}"

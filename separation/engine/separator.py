@@ -693,7 +693,7 @@ class Separator:
             # Which stems are computed beside this one changes nothing: of specialists, the others do not matter.
             "weights": [weights[stem]] if stem in weights else list(weights.values()),
             "normalisation": model.normalisation,
-            "precision": model.origin.precision,
+            "precision": str(model.precision).removeprefix("torch."),
             "attention": model.attention,
             "device": identity(self.device),
             "batch_size": self.fixed_batch_size or "auto",  # by the rounding of matrix products

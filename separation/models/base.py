@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -22,15 +22,25 @@ class Blueprint:
     kwargs: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """A model's name, and the audio that it was trained on."""
+
+    name: str
+    stems: tuple[str, ...]  # S names, in the order of the estimates
+    sample_rate: int  # hertz
+    chunk_samples: int
+    standardised: bool = False  # trained on tracks of zero mean and unit variance, whatever the architecture's default
+
+
+@dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a model was loaded from, as far as its estimates depend on it."""
+    """The checkpoint that a model was loaded from. Two models of the same origin have the same layers and weights."""
 
     architecture: str
     hyper_parameters: Mapping[str, str]
-    stems: tuple[str, ...]  # all that the checkpoint gives, in its order
-    weights: Mapping[str, Callable[[], str]]  # by stem of specialists, else by number: the sha256 of a file
-    precision: str
+    stems: tuple[str, ...]  # of the whole checkpoint, in its order
+    weights: Mapping[str, Callable[[], str]]  # a specialist's stem, else a number, to a function: the file's sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +76,11 @@ class Transform:
         return cls(n_fft=n_fft, scale=scale, bins=bins or half + 1, padding=(half, half), crop=half, **values)
 
 
-def precision_name(dtype: torch.dtype) -> str:
-    """The name in an Origin of what a model computes in."""
-    return str(dtype).removeprefix("torch.")
-
-
 class SeparationModel(nn.Module):
     """Chunks of waveform `[B, C, T]` in float32 to estimates `[B, S, C, T]` in float32.
 
-    An architecture sets the class attributes; `checkpoints.load_model` sets the rest from the checkpoint's YAML.
+    A model is constructed without weights, from a Config and an Identity. `load` gives it weights, `prepare` the
+    precision and the attention backend.
     """
 
     # A frozen dataclass of hyper-parameters under the community's names, and names that only training reads.
@@ -97,18 +103,28 @@ class SeparationModel(nn.Module):
     core_takes_waveform: ClassVar[bool] = False
     # Whether chunks must have exactly `chunk_samples`; if not, the caller chooses.
     fixed_chunk: ClassVar[bool] = False
-    name: str
-    stems: tuple[str, ...]  # S names, in the order of the estimates
-    sample_rate: int  # hertz
-    chunk_samples: int  # the length the checkpoint was trained with
     channels: int  # C: 1 or 2
     least_samples: int = 1  # a shorter chunk cannot be extended by its own reflection
     has_int8: ClassVar[bool] = False  # whether `prepare` knows torch.int8, with the attention backend `fused`
-    head_size: int | None = None  # features a head, of a model that is told an attention backend by `prepare`
-    attention: str | None = None  # the attention backend's name, if it has one
-    origin: Origin | None = None  # of a model that `load_model` made
+    head_size: int | None = None  # features a head; None: the model has no attention that takes a backend
+    precision: torch.dtype = torch.float32  # that it computes in
+    attention: str | None = None  # the name of its attention backend
+    origin: Origin | None = None  # None: the weights come from no checkpoint
     # Which of the network's outputs are computed, in the order of the estimates; none where it gives all or nothing.
     _outputs: tuple[int, ...] = ()
+
+    def __init__(self, identity: Identity) -> None:
+        super().__init__()
+        self.name, self.stems = identity.name, identity.stems
+        self.sample_rate, self.chunk_samples = identity.sample_rate, identity.chunk_samples
+        if identity.standardised:
+            self.normalisation = "standard"
+
+    def load(self, weights: Mapping[str, Tensor], origin: Origin | None = None) -> None:
+        """Take these tensors, one for each key of the state dict, as they are; from then on for inference alone."""
+        self.load_state_dict(weights, strict=True, assign=True)
+        self.eval().requires_grad_(False)
+        self.origin = origin
 
     @classmethod
     def key_prefix(cls, part: str) -> str:
@@ -162,9 +178,15 @@ class SeparationModel(nn.Module):
         return InputError(f"{self.name} cannot be exported: its architecture has no part without a Fourier transform")
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
-        """Make the loaded weights ready to compute in a precision, with an attention backend."""
+        """Compute in this precision, with this attention backend.
+
+        The backends of `separation.models.attention.LAYERS` replace layers by others that are made of the weights: for
+        them, `load` comes first. For others `prepare` comes first, so that weights are read in the types of the state
+        dict. Raises NotFusedError for layers that a backend of `LAYERS` does not know; the model is then as before.
+        """
         if dtype != torch.float32:
             self.to_precision(dtype)
+        self.attention = attention
 
     def fuse_for_gpu(self, dtype: torch.dtype) -> None:
         """Take the layers for a CUDA GPU in 16 bits, if the architecture has such, wherever the weights are.
@@ -175,6 +197,7 @@ class SeparationModel(nn.Module):
 
     def to_precision(self, dtype: torch.dtype) -> None:
         """Cast the linear layers or `CAST_LAYERS`; norms, rotary angles, STFT and the mask product stay in float32."""
+        self.precision = dtype
         for module in self.modules():
             if isinstance(module, self.CAST_LAYERS):
                 module.to(dtype)
@@ -182,15 +205,12 @@ class SeparationModel(nn.Module):
     @property
     def is_half(self) -> bool:
         """Whether it computes in float16, whose largest number is 65504."""
-        if self.origin is not None:
-            return self.origin.precision == precision_name(torch.float16)
-        return any(weight.dtype == torch.float16 for weight in self.parameters())
+        return self.precision == torch.float16
 
     def in_precision(self, dtype: torch.dtype) -> Self:
         """A copy of the model, with weights of its own, that computes in another of the 16-bit precisions."""
         other = copy.deepcopy(self)
         other.to_precision(dtype)
-        other.origin = None if self.origin is None else replace(self.origin, precision=precision_name(dtype))
         return other
 
     def fits(self, dtype: torch.dtype) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from separation.models.base import Identity
 from separation.models.layers import Attention
 from separation.models.roformer import RoFormer, RoFormerConfig, band_widths, mask_layers_in
 from separation.models.shapes import Shapes
@@ -42,9 +43,10 @@ class BSRoFormer(RoFormer):
         r"final_norm\.gamma",
     )
 
-    def __init__(self, config: BSRoFormerConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: BSRoFormerConfig, identity: Identity, *, attention: str = "sdpa") -> None:
         super().__init__(
             config,
+            identity,
             config.freqs_per_bands,
             mask_layers=config.mask_estimator_depth,
             norm_output=False,

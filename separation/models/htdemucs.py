@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from separation.documents import bare
 from separation.errors import CheckpointError, InputError
 from separation.models.attention import BACKENDS
-from separation.models.base import Blueprint, SeparationModel, Transform
+from separation.models.base import Blueprint, Identity, SeparationModel, Transform
 from separation.models.kernels.hybrid_gpu import HybridNetwork, Inputs
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.operations import run
@@ -131,22 +131,21 @@ class DemucsModel(SeparationModel):
     def __init__(
         self,
         config: Any,
+        identity: Identity,
         *,
         specialists: Sequence[str] = (),
         members: int = 1,
         shares: Sequence[Sequence[float]] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(identity)
         arguments = asdict(config) | {"sources": list(config.sources), "segment": Fraction(config.segment)}
         parts = specialists or [str(number) for number in range(members)]
         self.networks = nn.ModuleDict({part: self.Network(**arguments) for part in parts})
-        self.stems = tuple(specialists or config.sources)
         self._sources = tuple(config.sources)
         self._specialised = bool(specialists)
         self._shares = shares  # for each member, of each source; without, they are alike
         plain = (module for module in self.modules() if isinstance(module, nn.MultiheadAttention))
         self.head_size = next((module.head_dim for module in plain), None)
-        self._precision = torch.float32
 
     @classmethod
     def key_prefix(cls, part: str) -> str:
@@ -173,7 +172,7 @@ class DemucsModel(SeparationModel):
         return fewer
 
     def to_precision(self, dtype: torch.dtype) -> None:
-        self._precision = dtype
+        self.precision = dtype
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         if attention is not None:
@@ -181,11 +180,11 @@ class DemucsModel(SeparationModel):
                 for name, child in module.named_children():
                     if isinstance(child, nn.MultiheadAttention):
                         setattr(module, name, MultiheadAttention(child, attention))
-        super().prepare(dtype)
+        super().prepare(dtype, attention=attention)
 
     def forward(self, chunks: Tensor) -> Tensor:
         # Weights stay in float32 and are cast in passing: norms, STFT and residual sums choose their own precision.
-        with torch.autocast(chunks.device.type, self._precision, enabled=self._precision != torch.float32):
+        with torch.autocast(chunks.device.type, self.precision, enabled=self.precision != torch.float32):
             return self._joined(lambda network: _for_device(network, chunks.device)(chunks))
 
     def _joined(self, estimate: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -221,7 +220,7 @@ class HybridDemucs(DemucsModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # all ways to another device come through here
-        if next(self.parameters()).is_cuda and self._precision != torch.float32:
+        if next(self.parameters()).is_cuda and self.precision != torch.float32:
             self.fuse()
         return self
 
@@ -259,7 +258,7 @@ class HybridDemucs(DemucsModel):
             fused = self.transform(0)
             replaced = {
                 part: HybridNetwork(
-                    network, self._precision, source=self._sources.index(part) if self._specialised else None
+                    network, self.precision, source=self._sources.index(part) if self._specialised else None
                 )
                 for part, network in self.networks.items()
             }

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Transform
+from separation.models.base import Identity, Transform
 from separation.models.kernels.mdx23c_gpu import GpuMDX23C
 from separation.models.layers import GroupNorm
 from separation.models.shapes import Shapes, quotient
@@ -73,8 +73,8 @@ class MDX23C(TwinnedModel):
     normalisation = "none"  # its residual path is linear: it knows tracks at the level that they were mixed at
     fixed_chunk = True  # its norms are over a chunk
 
-    def __init__(self, config: MDX23CConfig) -> None:
-        super().__init__()
+    def __init__(self, config: MDX23CConfig, identity: Identity) -> None:
+        super().__init__(identity)
         self.config = config
         self.channels = config.audio_channels
         self.least_samples = config.n_fft // 2 + 1

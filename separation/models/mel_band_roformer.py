@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from separation.models.base import Identity
 from separation.models.roformer import RoFormer, RoFormerConfig, band_widths, mask_layers_in
 from separation.models.shapes import Shapes
 
@@ -89,10 +90,11 @@ class MelBandRoFormer(RoFormer):
     )
     UNUSED_KEYS = "freq_indices|freqs_per_band|num_freqs_per_band|num_bands_per_freq"  # tables of the mel bands
 
-    def __init__(self, config: MelBandRoFormerConfig, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: MelBandRoFormerConfig, identity: Identity, *, attention: str = "sdpa") -> None:
         scale = config.num_bands, config.stft_n_fft, config.sample_rate
         super().__init__(
             config,
+            identity,
             [len(band) for band in mel_bands(*scale)],
             mask_layers=config.mask_estimator_depth + 1,
             norm_output=True,

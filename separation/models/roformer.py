@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
-from separation.models.base import SeparationModel, Transform
+from separation.models.base import Identity, SeparationModel, Transform
 from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.roformer_gpu import GpuBandSplit, GpuLayer, GpuMaskEstimator, GpuNorm, GpuTransformer
@@ -87,13 +87,14 @@ class RoFormer(SeparationModel):
     def __init__(
         self,
         config: RoFormerConfig,
+        identity: Identity,
         band_bins: Iterable[int],
         *,
         mask_layers: int,
         norm_output: bool,
         attention: str,
     ) -> None:
-        super().__init__()
+        super().__init__(identity)
         self.channels = 2 if config.stereo else 1
         self.head_size = config.dim_head
         self.least_samples = config.stft_n_fft // 2 + 1
@@ -169,15 +170,17 @@ class RoFormer(SeparationModel):
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         if attention == "fused":
             self.fuse(int8=dtype == torch.int8)
+            self.precision, self.attention = dtype, attention
             return
         if attention == "triton":
             self.fuse_for_gpu(dtype)
+            self.attention = attention
             return
         if attention is not None:
             for module in self.modules():
                 if isinstance(module, Attention):
                     module.attend = BACKENDS[attention]
-        super().prepare(dtype)
+        super().prepare(dtype, attention=attention)
 
     def fuse(self, *, int8: bool = False) -> None:
         """Replace the layers by their fused twins, which compute in bfloat16 and, if asked, in bytes on the CPU.
@@ -217,6 +220,7 @@ class RoFormer(SeparationModel):
         self.mask_estimators = nn.ModuleList(
             GpuMaskEstimator(each, dtype) for each in cast(Iterable[MaskEstimator], self.mask_estimators)
         )
+        self.precision = dtype
 
     def to_precision(self, dtype: torch.dtype) -> None:
         super().to_precision(dtype)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Transform
+from separation.models.base import Identity, Transform
 from separation.models.kernels.scnet_gpu import GpuSCNet
 from separation.models.layers import GroupNorm, make_one_piece
 from separation.models.shapes import Shapes, quotient
@@ -70,8 +70,8 @@ class SCNet(TwinnedModel):
     oldest_gpu = (8, 0)
     normalisation = "none"  # no norm comes before its first layer: it knows tracks at the level that they were mixed at
 
-    def __init__(self, config: SCNetConfig) -> None:
-        super().__init__()
+    def __init__(self, config: SCNetConfig, identity: Identity) -> None:
+        super().__init__(identity)
         self.config = config
         self.channels = config.audio_channels
         self.least_samples = config.nfft // 2 + 1

@@ -8,6 +8,7 @@ import yaml
 from torch import Tensor
 
 import recipes
+from helpers.small_model import identity
 from separation import ModelPool
 from separation.engine.recipes import resolve
 from separation.models.base import SeparationModel
@@ -16,7 +17,7 @@ from separation.models.base import SeparationModel
 class Shares(SeparationModel):
     """Gives each stem its share of the mixture."""
 
-    channels, name, stems, sample_rate, chunk_samples = 2, "htdemucs", recipes.STEMS, 44100, 352_800
+    channels = 2
 
     def forward(self, chunks: Tensor) -> Tensor:
         return torch.stack([chunks * share for share in (0.5, 0.45, 0.25, 0.25)], dim=1)
@@ -24,7 +25,7 @@ class Shares(SeparationModel):
 
 def test_each_source_is_scored_by_the_true_stem_over_the_songs() -> None:
     pool = ModelPool("cpu", "fp32")
-    pool._models = {"htdemucs": Shares()}
+    pool._models = {"htdemucs": Shares(identity(recipes.STEMS, name="htdemucs", chunk_samples=352_800))}
     mixture = torch.randn(2, 1000) * 0.1
     parts = {"vocals": 0.5 / 0.99, "drums": 0.5, "bass": 0.5, "guitar": 0.1, "piano": 0.1, "other": 0.3}
     song = ("song", mixture, {stem: mixture * part for stem, part in parts.items()})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import knobs
 from helpers.common import PROJECT
+from helpers.small_model import identity
 from separation import Separator
 from separation.models.base import SeparationModel
 
@@ -18,10 +19,10 @@ DEMO = PROJECT / "weights" / "demo"
 class Half(SeparationModel):
     """Each of two stems is half of the mixture, whatever its place in time."""
 
-    channels, name, stems, sample_rate, chunk_samples = 2, "half", ("vocals", "other"), 44100, 352_800
+    channels = 2
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(identity(["vocals", "other"], name="half", chunk_samples=352_800))
         self.gain = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, chunks: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers.common import PROJECT
+from helpers.small_model import identity
 from separation.checkpoints.load import load_model, random_weights
 from separation.cli.main import main
 from separation.errors import EstimateError, InputError, OutputError
@@ -185,8 +186,8 @@ def test_a_network_of_another_kind_cannot_be_exported(part: dict[str, Any], tmp_
 
 
 def test_networks_that_want_different_spectrograms_cannot_share_a_file() -> None:
-    model = HDemucs(HDemucs.Config(sources=["a"], channels=4, depth=1, nfft=512), members=2)
-    model.name = "two"
+    config = HDemucs.Config(sources=["a"], channels=4, depth=1, nfft=512)
+    model = HDemucs(config, identity(["a"], name="two"), members=2)
     assert model.transform(1000) is not None
     other: Any = model.networks["1"]
     other.hybrid_old = True
@@ -195,8 +196,7 @@ def test_networks_that_want_different_spectrograms_cannot_share_a_file() -> None
 
 
 def test_an_architecture_without_a_core_cannot_be_exported() -> None:
-    model = SeparationModel()
-    model.name = "new"
+    model = SeparationModel(identity(name="new"))
     with pytest.raises(InputError, match="new cannot be exported: its architecture"):
         model.transform(1000)
 

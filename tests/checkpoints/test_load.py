@@ -22,6 +22,7 @@ from helpers.small_model import (
     assert_near,
     assert_same_model,
     chunks,
+    identity,
     small_model,
     write_weights,
     write_yaml,
@@ -173,20 +174,22 @@ def test_device_and_precision_may_be_auto_and_must_be_known(tmp_path: Path, stat
         load_model(config, checkpoint=path, device="abacus")
 
 
-@pytest.mark.parametrize("largest, computed", [(60_000.0, "float16"), (70_000.0, "bfloat16"), (torch.nan, "bfloat16")])
+@pytest.mark.parametrize(
+    "largest, computed", [(60_000.0, torch.float16), (70_000.0, torch.bfloat16), (torch.nan, torch.bfloat16)]
+)
 def test_weights_beyond_float16_are_computed_in_bfloat16(
-    largest: float, computed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    largest: float, computed: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = small_model().state_dict()
     key = next(key for key, value in state.items() if "to_out" in key and value.ndim == 2)
     state[key][0, 0] = largest
     with caplog.at_level(logging.INFO):
         model = load_model(write_yaml(tmp_path), checkpoint=write_weights(state, tmp_path / "x.ckpt"), precision="fp16")
-    assert model.origin is not None and model.origin.precision == computed
-    assert model.is_half == (computed == "float16")
+    assert model.precision == computed
+    assert model.is_half == (computed == torch.float16)
     said = [record.getMessage() for record in caplog.records if "exceed" in record.getMessage()]
     sentence = "small: computed in bfloat16, for its weights exceed the range of float16"
-    assert said == [sentence] * (computed == "bfloat16")
+    assert said == [sentence] * (computed == torch.bfloat16)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".th", ".safetensors"])
@@ -308,7 +311,7 @@ def write_specialists(tmp_path: Path, weights: Path) -> tuple[Path, dict[str, Se
     weights.mkdir()
     for seed, stem in enumerate(("drums", "bass")):
         torch.manual_seed(seed)
-        networks[stem] = architecture(config).eval()
+        networks[stem] = architecture(config, identity(config.sources, chunk_samples=11025)).eval()
         save_file(networks[stem].networks["0"].state_dict(), weights / f"{stem}.safetensors")
     files = [{"name": f"{stem}.safetensors", "stem": stem} for stem in networks]
     path = write_yaml(

@@ -382,7 +382,6 @@ def test_weights_that_changed_after_they_were_loaded_are_an_error(tmp_path: Path
 
 def test_a_model_that_was_not_loaded_from_a_file_needs_to_do_without(cache: Cache) -> None:
     model = small_model()
-    model.name, model.stems, model.sample_rate, model.chunk_samples = "mine", ("vocals", "drums"), RATE, 4096
     with pytest.raises(CheckpointError, match="do without a cache"):
         Separator.from_model(model, cache=cache)
 

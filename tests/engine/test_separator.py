@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from helpers.common import GIVES_BACK, PROJECT, quick_first
+from helpers.small_model import identity
 from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, RecipeError, Separator
 from separation.audio.encode import encode
 from separation.audio.resample import resample
@@ -347,14 +348,12 @@ def test_options_that_cannot_be_used_are_one_clear_sentence(options: dict, words
         Separator("demo", "all_4", **options)
 
 
-def random_model(stems: tuple[str, ...], *, stereo: bool = True, seed: int = 0) -> BSRoFormer:
+def random_model(stems: tuple[str, ...], *, name: str = "random", stereo: bool = True, seed: int = 0) -> BSRoFormer:
     torch.manual_seed(seed)
     config = BSRoFormerConfig(
         dim=16, depth=1, dim_head=8, heads=2, stereo=stereo, num_stems=len(stems), stft_hop_length=1024
     )
-    model = BSRoFormer(config).eval()
-    model.name, model.stems, model.sample_rate, model.chunk_samples = "random", stems, 44100, 352_800
-    return model
+    return BSRoFormer(config, identity(stems, name=name, chunk_samples=352_800)).eval()
 
 
 def test_one_model_separates_a_song_without_a_recipe(clip: Tensor) -> None:
@@ -576,11 +575,10 @@ def test_newer_stems_take_the_place_of_older_ones(pool: ModelPool, clip: Tensor,
 class Recorder(SeparationModel):
     """Keeps what it is given; estimates each stem as its input."""
 
-    channels, sample_rate = 2, 44100
+    channels = 2
 
-    def __init__(self, name: str, stems: tuple[str, ...], chunk_samples: int) -> None:
-        super().__init__()
-        self.name, self.stems, self.chunk_samples = name, stems, chunk_samples
+    def __init__(self, name: str, stems: tuple[str, ...], chunk_samples: int, *, sample_rate: int = 44100) -> None:
+        super().__init__(identity(stems, name=name, sample_rate=sample_rate, chunk_samples=chunk_samples))
         self.gain = torch.nn.Parameter(torch.ones(1))
         self.seen: list[Tensor] = []
 
@@ -818,8 +816,7 @@ def two_models() -> dict[str, BSRoFormer]:
     """Two small networks of unlike normalisation; their stems are neither silent nor the mixture."""
     models = {}
     for seed, name in enumerate(("a", "b")):
-        models[name] = model = random_model(("vocals", "drums", "bass"), seed=seed)
-        model.name = name
+        models[name] = random_model(("vocals", "drums", "bass"), name=name, seed=seed)
     models["b"].normalisation = "standard"
     return models
 
@@ -962,8 +959,7 @@ def test_a_pool_keeps_the_specialists_it_has_when_others_are_asked_for(monkeypat
 
 
 def test_a_model_of_another_sample_rate_is_refused() -> None:
-    model = Recorder("wide", ("vocals",), 1000)
-    model.sample_rate = 48000
+    model = Recorder("wide", ("vocals",), 1000, sample_rate=48000)
     with pytest.raises(InputError, match=r"'wide' works at 48000 Hz"):
         Separator.from_model(model)
 
@@ -992,15 +988,15 @@ import re, sys
 from pathlib import Path
 import torch
 from separation import ModelPool, Separator
-from separation.models.base import SeparationModel
+from separation.models.base import Identity, SeparationModel
 from separation.engine.recipes import resolve
 from separation.engine.separator import GpuModels
 
 class Half(SeparationModel):
-    channels, name, stems, sample_rate, chunk_samples = 2, "half", ("song", "again"), 44100, 352800
+    channels = 2
 
     def __init__(self):
-        super().__init__()
+        super().__init__(Identity(name="half", stems=("song", "again"), sample_rate=44100, chunk_samples=352800))
         self.gain = torch.nn.Parameter(torch.full((1,), 0.5))
 
     def forward(self, chunks):

@@ -7,6 +7,7 @@ import torch
 from demucs.apply import apply_model
 from torch import Tensor, nn
 
+from helpers.small_model import identity
 from separation.engine.chunking import ChunkPlan, separate
 from separation.models.htdemucs import Demucs, DemucsModel, HDemucs, HTDemucs
 
@@ -33,7 +34,12 @@ def network(seed: int, kind: str = "htdemucs") -> Any:
 def model_of(networks: list[nn.Module], kind: str = "htdemucs", specialists: tuple[str, ...] = ()) -> DemucsModel:
     architecture, arguments = KINDS[kind]
     with torch.device("meta"):
-        model = architecture(architecture.Config(**arguments), specialists=specialists, members=len(networks))
+        model = architecture(
+            architecture.Config(**arguments),
+            identity(specialists or SOURCES, chunk_samples=CHUNK_SAMPLES),
+            specialists=specialists,
+            members=len(networks),
+        )
     parts = specialists or [str(number) for number in range(len(networks))]
     state = {
         architecture.key_prefix(part) + key: value
@@ -41,7 +47,6 @@ def model_of(networks: list[nn.Module], kind: str = "htdemucs", specialists: tup
         for key, value in network.state_dict().items()
     }
     model.load_state_dict(state, strict=True, assign=True)
-    model.chunk_samples = CHUNK_SAMPLES
     return model.eval()
 
 

@@ -1,5 +1,6 @@
 """A BS-RoFormer of a few thousand weights, its YAML and its checkpoint."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from separation.evaluation.metrics import sdr
-from separation.models.base import SeparationModel
+from separation.models.base import Identity, SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 
 HYPER_PARAMETERS: dict[str, Any] = {
@@ -40,10 +41,21 @@ def write_yaml(folder: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> P
     return path
 
 
+def identity(
+    stems: Iterable[str] = ("vocals", "drums"),
+    *,
+    name: str = "small",
+    sample_rate: int = 44100,
+    chunk_samples: int = 4096,
+) -> Identity:
+    """What a model that a test builds is called, gives and takes."""
+    return Identity(name=name, stems=tuple(stems), sample_rate=sample_rate, chunk_samples=chunk_samples)
+
+
 def small_model(**changes: Any) -> BSRoFormer:
     torch.manual_seed(0)
     hyper_parameters = HYPER_PARAMETERS | {"freqs_per_bands": tuple(HYPER_PARAMETERS["freqs_per_bands"])} | changes
-    return BSRoFormer(BSRoFormerConfig(**hyper_parameters)).eval()
+    return BSRoFormer(BSRoFormerConfig(**hyper_parameters), identity()).eval()
 
 
 def chunks(samples: int = 256) -> Tensor:
@@ -95,6 +107,5 @@ def quick_model() -> BSRoFormer:
     """A random network of one stem that separates hours in minutes: few bands, and frames of 2048 samples."""
     torch.manual_seed(0)
     changes = {"num_stems": 1, "freqs_per_bands": (205,) * 5, "stft_n_fft": 2048, "stft_win_length": 2048}
-    model = BSRoFormer(BSRoFormerConfig(**HYPER_PARAMETERS | changes | {"stft_hop_length": 1024})).eval()
-    model.name, model.stems, model.sample_rate, model.chunk_samples = "quick", ("vocals",), 44100, 352_800
-    return model
+    config = BSRoFormerConfig(**HYPER_PARAMETERS | changes | {"stft_hop_length": 1024})
+    return BSRoFormer(config, identity(["vocals"], name="quick", chunk_samples=352_800)).eval()

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from helpers.small_model import identity
 from separation.models.mdx23c import MDX23C, MDX23CConfig
 from separation.models.scnet import SCNet, SCNetConfig
 
@@ -31,9 +32,8 @@ def config_of(stems: int, **changes: Any) -> MDX23CConfig:
 
 def small_mdx23c(stems: int = 5, **changes: Any) -> MDX23C:
     torch.manual_seed(0)
-    model = MDX23C(config_of(stems, **changes)).eval()
-    model.stems, model.chunk_samples = STEMS[:stems], model.config.chunk_size
-    return model
+    config = config_of(stems, **changes)
+    return MDX23C(config, identity(STEMS[:stems], chunk_samples=config.chunk_size)).eval()
 
 
 SOURCES = ("drums", "bass", "other", "vocals")
@@ -50,6 +50,5 @@ XL_IHF = {"band_SR": (0.23, 0.37, 0.4), "band_stride": (1, 4, 4), "band_kernel":
 
 def small_scnet(**changes: Any) -> SCNet:
     torch.manual_seed(0)
-    model = SCNet(SCNetConfig(**SMALL | changes)).eval()
-    model.stems, model.chunk_samples = model.config.sources, 12_000
-    return model
+    config = SCNetConfig(**SMALL | changes)
+    return SCNet(config, identity(config.sources, chunk_samples=12_000)).eval()

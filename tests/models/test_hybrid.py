@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.small_demucs import CHUNK_SAMPLES, KINDS, SOURCES, model_of, network, relative_error, song
+from helpers.small_model import identity
 from separation.models.htdemucs import DemucsModel, HybridDemucs
 
 HYBRIDS = ("htdemucs", "hdemucs")
@@ -21,7 +22,6 @@ def fused(model: DemucsModel, dtype: torch.dtype = torch.float32) -> HybridDemuc
     """A copy with the layers for a GPU, in that precision."""
     other = copy.deepcopy(model)
     assert isinstance(other, HybridDemucs)
-    other.name = "x"
     other.to_precision(dtype)
     other.fuse()
     assert all(type(each).__name__ == "HybridNetwork" for each in other.networks.values())
@@ -119,9 +119,9 @@ def test_networks_of_another_structure_stay_the_packages(
 ) -> None:
     architecture, arguments = KINDS[kind]
     torch.manual_seed(0)
-    model = architecture(architecture.Config(**(arguments | changes))).eval()
+    model = architecture(architecture.Config(**(arguments | changes)), identity(SOURCES, name="odd")).eval()
     assert isinstance(model, HybridDemucs)
-    model.name, model.stems, before = "odd", SOURCES, model.networks["0"]
+    before = model.networks["0"]
     model.to_precision(torch.float16)
     with caplog.at_level("INFO", logger="separation"):
         model.fuse()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from separation.evaluation.metrics import sdr
 from separation.models.attention import BACKENDS
+from separation.models.base import Identity
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
 
 SAMPLE_RATE = 44100
@@ -141,10 +142,14 @@ def main() -> None:
     stems: list[str] = document["stems"]
     hyper = document["model"] | {"freqs_per_bands": tuple(document["model"]["freqs_per_bands"])}
     BACKENDS["float32"] = float32_attention
-    model = BSRoFormer(BSRoFormerConfig(**hyper), attention="float32")
+    audio = document["audio"]
+    identity = Identity(
+        name="demo", stems=tuple(stems), sample_rate=audio["sample_rate"], chunk_samples=audio["chunk_size"]
+    )
+    model = BSRoFormer(BSRoFormerConfig(**hyper), identity, attention="float32")
     if options.resume:
         model.load_state_dict({k: v.float() for k, v in load_file(options.resume).items()})
-    average = BSRoFormer(BSRoFormerConfig(**hyper)).eval()
+    average = BSRoFormer(BSRoFormerConfig(**hyper), identity).eval()
     average.load_state_dict(model.state_dict())
     for layer in model.layers:
         for transformer in layer.children():

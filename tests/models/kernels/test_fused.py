@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from helpers.small_model import identity
 from separation import device
 from separation.checkpoints.load import load_model
 from separation.device import choose
@@ -180,7 +181,7 @@ def make_model(family: str, **hyper: int) -> RoFormer:
     torch.manual_seed(0)
     sizes = {"dim": 64, "depth": 2, "dim_head": 32, "heads": 2, "num_stems": 2}
     architecture: Any = ARCHITECTURES[family]
-    return with_random_gains(architecture(architecture.Config(**(sizes | hyper), stereo=True)))
+    return with_random_gains(architecture(architecture.Config(**(sizes | hyper), stereo=True), identity()))
 
 
 FAMILIES = pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_what_is_not_known_falls_back_and_the_reason_is_logged(
     path, weights = tmp_path / "small.yaml", tmp_path / "small.safetensors"
     path.write_text(yaml.safe_dump({"architecture": family, "stems": ["vocals"], "audio": audio, "model": hyper}))
     architecture: Any = ARCHITECTURES[family]
-    save_file(architecture(architecture.Config(**hyper)).state_dict(), weights)
+    save_file(architecture(architecture.Config(**hyper), identity(["vocals"])).state_dict(), weights)
     with caplog.at_level(logging.INFO):
         model = load_model(path, checkpoint=weights, precision="bf16")
     assert f"attention itemwise (not fused: {reason}" in caplog.text
@@ -278,13 +279,13 @@ def test_int8_is_the_precision_of_what_can_be_fused_and_only_if_asked_for(caplog
     with torch.inference_mode():
         estimates = {name: load_model("demo", precision=name) for name in ("int8", "bf16", "fp32")}
         got = {name: model(chunk)[0].flatten(0, 1) for name, model in estimates.items()}
-    precisions = {name: model.origin.precision for name, model in estimates.items() if model.origin}
-    assert precisions == {"int8": "int8", "bf16": "bfloat16", "fp32": "float32"}
+    precisions = {name: model.precision for name, model in estimates.items()}
+    assert precisions == {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
     assert 40 < sdr(got["fp32"], got["int8"]) < sdr(got["fp32"], got["bf16"])
     assert caplog.text == ""
     plain = load_model("demo", precision="int8", attention="einsum")
     assert caplog.messages == ["demo is not computed in int8, but in floats (attention einsum: asked for)"]
-    assert plain.origin and plain.origin.precision == "bfloat16" and choose("cpu").precision == torch.bfloat16
+    assert plain.precision == torch.bfloat16 and choose("cpu").precision == torch.bfloat16
 
 
 def test_int8_without_the_fused_layers_is_what_auto_is_and_says_why(
@@ -294,7 +295,7 @@ def test_int8_without_the_fused_layers_is_what_auto_is_and_says_why(
     monkeypatch.setattr(native, "bfloat16_instructions", lambda: "avx512_bf16")
     monkeypatch.setattr(device, "bfloat16_instructions", lambda: "avx512_bf16")
     model = load_model("demo", precision="int8")
-    assert model.attention == "itemwise" and model.origin and model.origin.precision == "bfloat16"
+    assert model.attention == "itemwise" and model.precision == torch.bfloat16
     assert caplog.messages[0].startswith("demo is not computed in int8, but in floats (no C++ compiler")
 
 

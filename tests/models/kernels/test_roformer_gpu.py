@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers import triton_cases
 from helpers.common import PROJECT, quick_first
-from helpers.small_model import small_model
+from helpers.small_model import identity, small_model
 from separation.checkpoints.load import load_model
 from separation.evaluation.metrics import sdr
 from separation.models.base import SeparationModel
@@ -102,7 +102,7 @@ def mel_model() -> MelBandRoFormer:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"dim": 16, "depth": 2, "dim_head": 16, "heads": 2, "num_bands": 6, "stft_n_fft": 128}
     config = MelBandRoFormerConfig(**sizes, stft_hop_length=32, stft_win_length=128, stereo=True, num_stems=2)
-    return MelBandRoFormer(config).eval()
+    return MelBandRoFormer(config, identity()).eval()
 
 
 def varied(model: SeparationModel) -> SeparationModel:
