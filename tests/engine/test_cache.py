@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from helpers.common import PROJECT, quick_first
 from helpers.common import SONG as DEMO_SONG
+from helpers.house import imports, modules
 from helpers.small_model import small_model
 from separation import Cache, CheckpointError, InputError, ModelPool, OutputError, Separator, load_model
 from separation.audio.waveform import Waveform
 from separation.cli.main import build_parser, main
 from separation.engine import cache as cache_module
 from separation.engine import recipes
-from separation.engine.cache import LIMIT_GIB, LOCK, chosen_cache, default_folder, engine_version
+from separation.engine.cache import ENGINE, LIMIT_GIB, LOCK, chosen_cache, default_folder, engine_version
 from separation.engine.recipes import Recipe, resolve
 from separation.system.locks import lock
 
@@ -352,20 +353,38 @@ def test_the_key_has_the_device_the_code_and_all_that_a_yaml_says_of_a_model(
     assert {key for key, value in one._settings(estimate, {}).items() if value != here[key]} == {"device", "batch_size"}
 
 
-def test_the_engine_is_known_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = Path(shutil.copytree(PROJECT / "separation", tmp_path / "separation"))
+def test_the_engines_version_changes_with_each_file_of_the_folders_that_compute_and_with_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(
+        shutil.copytree(PROJECT / "separation", tmp_path / "separation", ignore=shutil.ignore_patterns("__pycache__"))
+    )
     monkeypatch.setattr(cache_module, "__file__", str(package / "engine" / "cache.py"))
-    versions = {engine_version.__wrapped__()}
-    assert versions == {engine_version()}
-    for number, name in enumerate(
-        ("engine/chunking.py", "models/kernels/fused.cpp", "models/stft.py", "device.py"), start=2
-    ):
-        (package / name).write_text((package / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
-        versions.add(engine_version.__wrapped__())
-        assert len(versions) == number
-    (package / "models" / "new.py").write_text("", encoding="utf-8")
-    (package / "evaluation" / "bench.py").write_text("", encoding="utf-8")
-    assert engine_version.__wrapped__() in versions
+    version = engine_version.__wrapped__()
+    assert version == engine_version()
+    for path in [path for path in package.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n")
+        place = path.relative_to(package)
+        computes = place.parts[0] in ENGINE or (len(place.parts) == 1 and place.suffix == ".py")
+        assert (engine_version.__wrapped__() != version) == computes, place
+        path.write_bytes(content)
+    (package / "models" / "new.py").write_text("x = 1\n", encoding="utf-8")
+    assert engine_version.__wrapped__() != version
+
+
+def test_whatever_the_separator_imports_is_in_the_engines_version() -> None:
+    reached, waiting = set(), ["separation.engine.separator"]
+    while waiting:
+        module = waiting.pop()
+        if module in modules() and module not in reached:
+            reached.add(module)
+            waiting += imports(modules()[module])
+    folders = {module.split(".")[1] for module in reached if module.count(".") > 1}
+    assert folders == {*ENGINE, "system"}  # which writes files and computes nothing
+
+
+def test_the_engines_version_names_the_packages_that_compute() -> None:
     assert "torch 2" in engine_version() and "demucs 4" in engine_version()
 
 
