@@ -20,6 +20,7 @@ from helpers.common import PROJECT, needs_ffmpeg, slow
 from helpers.damaged_songs import FORMATS, RATE, SECONDS, Answer, decode_all, make, survival, table
 from separation import AudioError
 from separation.audio.chatter import Chatter
+from separation.audio.damage import Damage
 from separation.audio.decode import decode
 from separation.cli.main import main
 
@@ -185,6 +186,23 @@ def test_the_command_line_separates_what_is_there_with_accept_damaged(
     report = json.loads(capsys.readouterr().out)
     assert report["duration_seconds"] == pytest.approx(1.5, abs=0.01)
     assert "'song.wav' is cut short" in report["warnings"][0]
+
+
+@pytest.mark.parametrize("missing, is_refused", [(1.0, False), (1.1, False), (1.12, True)])
+@pytest.mark.parametrize("where", ["end", "middle"])
+def test_the_tenth_that_may_be_missing_is_of_the_whole_song(
+    where: str, missing: float, is_refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage = Damage("'song.mp3'")
+    if where == "end":
+        damage.cut(missing)
+        n_seconds = 10.0  # decoded; with what is cut off, 11.1 s or so
+    else:
+        damage.hole(5.0, missing)
+        n_seconds = 10.0 + missing  # holes are silence in it
+    with pytest.raises(AudioError) if is_refused else contextlib.nullcontext():
+        damage.judge(n_seconds)
+    assert len(caplog.messages) == (0 if is_refused else 1)
 
 
 def test_a_twentieth_missing_at_the_end_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ from separation.device import choose
 from separation.errors import InputError
 from separation.evaluation.metrics import sdr
 from separation.models import ARCHITECTURES
-from separation.models.attention import choose_attention, einsum_attention
+from separation.models.attention import choose_attention, einsum_attention, fused_attention
 from separation.models.kernels import native
 from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.kernels.native import NotFusedError
@@ -146,6 +146,24 @@ def test_a_fused_transformer_takes_either_axis_without_a_copy(int8: bool) -> Non
         got = FusedTransformer(transformer, int8=int8)(x.transpose(0, 1))
     assert torch.equal(got, expected)
     assert got.data_ptr() == x.data_ptr()
+
+
+@needs_fused
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
+def test_fused_attention_takes_tensors_in_any_order_in_memory(order: tuple[int, ...]) -> None:
+    """`order` is that of batch, heads, tokens and features in memory."""
+    shape = (3, 4, 37, 64)
+    back = [order.index(axis) for axis in range(4)]
+
+    def tensor(seed: int) -> Tensor:
+        numbers = torch.randn([shape[axis] for axis in order], generator=torch.Generator().manual_seed(seed))
+        return numbers.bfloat16().permute(back)
+
+    q, k, v = (tensor(seed) for seed in range(3))
+    assert q.shape == shape
+    expected = einsum_attention(*(each.float() for each in (q, k, v)))
+    assert relative_error(fused_attention(q, k, v), expected) < 0.01
+    assert relative_error(fused_attention(q, tensor(1).contiguous(), v), expected) < 0.01
 
 
 @needs_fused
