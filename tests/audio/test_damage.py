@@ -7,6 +7,7 @@ import os
 import random
 import re
 import struct
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from separation import AudioError
 from separation.audio.chatter import Chatter
 from separation.audio.damage import Damage
 from separation.audio.decode import decode
+from separation.audio.frames import MPEG
 from separation.cli.main import main
 
 N_MUTATIONS = 1500
@@ -142,6 +144,21 @@ def test_bytes_inserted_into_an_mp3_take_nothing_of_it(tmp_path: Path, caplog: p
     assert "500 bytes at 1.4" in caplog.text
 
 
+@needs_ffmpeg
+def test_mp3_frames_that_need_nothing_from_before_a_gap_stay_as_they_are(tmp_path: Path) -> None:
+    songs(tmp_path, "WAV")
+    command = ["ffmpeg", "-v", "error", "-i", str(tmp_path / "source.WAV"), "-b:a", "128k", "-reservoir", "0"]
+    subprocess.run([*command, "-id3v2_version", "0", str(tmp_path / "whole.mp3")], check=True)
+    content = (tmp_path / "whole.mp3").read_bytes()
+    at = 0
+    while at < len(content) // 2:
+        frame = MPEG.parse(content[at : at + 4])
+        assert frame is not None
+        at += frame.n_bytes
+    damaged = content[:at] + bytes(500) + content[at:]
+    np.testing.assert_array_equal(decoded(damaged, tmp_path), decoded(content, tmp_path))
+
+
 @pytest.mark.parametrize("format", ["FLAC", "OGG", "MP3"])
 def test_a_song_appended_to_itself_is_read_whole(format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = songs(tmp_path, format)
@@ -203,6 +220,16 @@ def test_the_tenth_that_may_be_missing_is_of_the_whole_song(
     with pytest.raises(AudioError) if is_refused else contextlib.nullcontext():
         damage.judge(n_seconds)
     assert len(caplog.messages) == (0 if is_refused else 1)
+
+
+def test_holes_that_touch_are_one_and_others_are_not() -> None:
+    damage = Damage("'song.mp3'")
+    for at, seconds in ((1.0, 0.5), (1.5, 0.25), (1.76, 0.1)):
+        damage.hole(at, seconds)
+    assert damage.holes == [(1.0, 0.75), (1.76, 0.1)]
+    damage.offset = 1.86  # of the song's next part
+    damage.hole(0.0, 1.0)
+    assert damage.holes == [(1.0, 0.75), (1.76, 1.1)]
 
 
 def test_a_twentieth_missing_at_the_end_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from helpers.common import PROJECT
 from separation.cli.main import main
+from separation.errors import InputError
 from separation.evaluation.evaluate import Report, evaluate, find_songs, null
 from separation.evaluation.metrics import Scores, scores, sdr, si_sdr
 
@@ -266,6 +267,26 @@ def test_a_little_too_short_is_filled_and_a_little_too_long_is_cut(
     assert report(tmp_path / "true", tmp_path / "long").songs["true"]["bass"].sdr_mdx23_db == math.inf
     write(tmp_path / "short", cut(stems, 0, 1.91))
     assert 0 < report(tmp_path / "true", tmp_path / "short").songs["true"]["bass"].sdr_mdx23_db < 20
+
+
+@pytest.mark.parametrize("seconds", [1.89, 2.11])
+def test_more_than_a_tenth_of_a_second_too_short_or_too_long_is_another_recording(
+    seconds: float, tmp_path: Path, stems: dict[str, np.ndarray]
+) -> None:
+    write(tmp_path / "true", cut(stems, 0, 2))
+    write(tmp_path / "estimated", cut(stems, 0, seconds))
+    with pytest.raises(InputError, match=r"is 0\.1 s (longer|shorter) than"):
+        report(tmp_path / "true", tmp_path / "estimated")
+
+
+def test_a_reference_that_is_the_song_without_a_stem_is_no_part_of_anothers(
+    tmp_path: Path, stems: dict[str, np.ndarray]
+) -> None:
+    short = cut(stems, 0, 2)
+    without = {f"no_{left_out}": sum(short[stem] for stem in short if stem != left_out) for left_out in short}
+    write(tmp_path / "true", short | {"no_drums": without["no_drums"]})
+    write(tmp_path / "estimated", {"no_bass": without["no_bass"]})
+    assert report(tmp_path / "true", tmp_path / "estimated").songs["true"]["no_bass"].sdr_mdx23_db > 100
 
 
 def test_an_undefined_score_is_shown_as_such_and_left_out_of_the_median(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -68,10 +69,25 @@ def test_a_song_of_any_length_has_a_page(tmp_path: Path, samples: int) -> None:
     assert text.count('type="text/plain"') == 2 * math.ceil(samples / (10 * RATE))
 
 
+def test_the_page_says_each_tracks_level_and_score(page: Path) -> None:
+    facts = re.findall(r'"facts": (\[[^]]*\])', page.read_text(encoding="utf-8"))
+    assert [json.loads(text) for text in facts] == [
+        ["−15.1 dBFS"],  # a sine of 0.25
+        ["−15.1 dBFS", "SDR 8.2 dB"],
+        ["−20.0 dBFS"],  # noise of 0.1
+        ["−20.0 dBFS", "SDR −1.0 dB"],
+    ]
+
+
 def sounds(page: Path) -> list[np.ndarray]:
     """Every piece of sound in a page, decoded, `[n, channels]`."""
     pieces = re.findall(r'<script type="text/plain" id="sound-[^"]*">([^<]*)<', page.read_text(encoding="utf-8"))
     return [soundfile.read(io.BytesIO(base64.b64decode(piece)))[0] for piece in pieces]
+
+
+def test_each_segment_of_sound_begins_and_ends_a_tenth_of_a_second_beyond_its_own(page: Path) -> None:
+    seconds = [len(sound) / RATE for sound in sounds(page)]
+    assert seconds == [10.2] * 4 + [10.2] * 4 + [1.2] * 4  # of the mixture and three stems
 
 
 @pytest.mark.parametrize("peak, played", [(4.0, 1.0), (0.25, 0.25)])

@@ -93,6 +93,11 @@ def test_short_audio_is_drawn(tmp_path: Path, samples: int) -> None:
     assert "silent" in texts(root)
 
 
+def test_the_spectrogram_of_audio_shorter_than_a_frame_goes_on_to_its_end(tmp_path: Path) -> None:
+    (image,) = pixels(drawn(tmp_path / "picture.svg", [Row("mixture", noise(0.02), SAMPLE_RATE)]))
+    assert image[:, -1].max() > SHADES // 2
+
+
 def test_a_quiet_waveform_says_by_how_much_it_is_magnified(tmp_path: Path) -> None:
     rows = [Row("mixture", noise(1.0), SAMPLE_RATE), Row("vocals", noise(1.0, 0.04), SAMPLE_RATE)]
     assert [text for text in texts(drawn(tmp_path / "picture.svg", rows)) if text.startswith("×")] == ["×2"]
