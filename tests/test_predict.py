@@ -496,6 +496,16 @@ def test_an_upload_is_read_once_under_its_name_and_does_not_stay(
     assert stem_folders(temporary) == [files[0].parent] and song_folders(temporary) == []
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "....wav"])
+def test_an_upload_without_a_name_or_with_one_of_dots_is_separated(
+    predictor: predict.Predictor, temporary: Path, name: str
+) -> None:
+    audio = URLPath(source="data:", filename=name, fileobj=io.BytesIO(song(0.3)))
+    files = predictor.predict(audio, **QUICK)
+    assert [path.name for path in files] == ["vocals.wav", "instrumental.wav"]
+    assert song_folders(temporary) == []
+
+
 def test_an_upload_over_the_limit_in_mebibytes_is_refused_and_one_of_just_so_much_is_taken(
     temporary: Path, upload: Callable[[bytes], URLPath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
