@@ -97,7 +97,7 @@ def samples(document: Path) -> list[Sample]:
 def prose(document: Path) -> str:
     """A document without its code."""
     text = re.sub(r"^ *```.*?^ *```$", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"`[^`\n]*`", "", text)
+    return re.sub(r"`[^`]+`", "", text)
 
 
 def section(document: Path, title: str) -> str:
