@@ -23,7 +23,8 @@ import pytest
 import soundfile
 import yaml
 
-from helpers.common import PROJECT, SONG
+import separation
+from helpers.common import METRICS, PROJECT, SONG
 from separation.checkpoints import catalogue
 from separation.cli.main import build_parser, main
 from separation.engine import recipes
@@ -31,7 +32,8 @@ from separation.engine import recipes
 DOCUMENTS = sorted(
     [*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md"), PROJECT / "weights" / "demo" / "README.md"]
 )
-README, COMMAND_LINE = PROJECT / "README.md", PROJECT / "docs" / "command-line.md"
+README = PROJECT / "README.md"
+COMMAND_LINE, PYTHON = PROJECT / "docs" / "command-line.md", PROJECT / "docs" / "python.md"
 MOST_LINES = 200  # of the README
 SECONDS = 5  # of the songs that samples separate
 
@@ -427,6 +429,28 @@ def test_the_fields_of_what_measures_are_documented(objects: Objects, desk: Path
     check_fields("bench", objects("bench", "--recipe", "demo", "--seconds", "1", "--runs", "1"))
     check_fields("bench --cold-start", objects("bench", "--recipe", "demo", "--cold-start"))
     check_fields("evaluate", objects("evaluate", "--references", "true", "--estimates", "true"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Python and the container
+
+
+def test_every_public_name_is_documented() -> None:
+    names = re.findall(r"\w+", " ".join(re.findall(r"```python\n.*?```|`[^`]+`", text_of(PYTHON), re.DOTALL)))
+    assert set(separation.__all__) <= set(names)
+
+
+def test_the_containers_inputs_and_metrics_are_documented_with_defaults_and_choices() -> None:
+    text = section(PROJECT / "docs" / "deploy.md", "Deploy")
+    schemas = json.loads((PROJECT / "tests" / "served" / "openapi.json").read_text(encoding="utf-8"))
+    schemas = schemas["components"]["schemas"]
+    for name, about in schemas["Input"]["properties"].items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        choices = schemas[name]["enum"] if name in schemas else []
+        choices += [about["default"]] if "default" in about else []
+        choices += [int(about[key]) for key in ("minimum", "maximum") if key in about]
+        assert {str(choice) for choice in choices} <= set(re.findall(r"\w+", row)), name
+    assert all(f"| `{metric}` |" in text for metric in METRICS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
