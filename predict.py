@@ -15,7 +15,7 @@ from typing import List  # noqa: UP035  # Cog's static reader knows this spellin
 from cog import BasePredictor, Input, Path
 from cog.types import URLPath
 
-from separation import ModelPool, Separator
+from separation import EngineOptions, ModelPool, OutputOptions, Separator
 from separation.checkpoints.catalogue import is_here
 from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.device import peak_memory_bytes
@@ -80,20 +80,17 @@ class Predictor(BasePredictor):
             )
             self._check_weights(chosen)
             chunks = ChunkChoice.of_container(int(chunk_size), int(overlap))
-            separator = Separator(
-                chosen,
-                chunk_seconds=chunks.chunk_seconds,
-                overlap_seconds=chunks.overlap_seconds,
-                pool=self.pool,
-                cache=self.cache,
-            )
+            options = EngineOptions(chunk_seconds=chunks.chunk_seconds, overlap_seconds=chunks.overlap_seconds)
+            separator = Separator(chosen, options=options, pool=self.pool, cache=self.cache)
             song = _received(audio, folder, self.max_mib, self.allowed)
             files = separator.separate_file(
                 song,
                 self.folder,
-                format=output_format,
-                sample_rate=int(sample_rate),
-                mp3_bitrate=int(mp3_bitrate) if output_format == "mp3" else None,
+                OutputOptions(
+                    output_format,
+                    sample_rate=int(sample_rate),
+                    mp3_bitrate=int(mp3_bitrate) if output_format == "mp3" else None,
+                ),
                 max_seconds=self.max_seconds,
                 progress=_ProgressLog(),
             )

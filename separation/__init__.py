@@ -28,19 +28,24 @@ from separation.errors import (
 __version__ = "0.2.0"  # pyproject.toml takes it from here
 
 if TYPE_CHECKING:
+    from separation.audio.options import OutputOptions
     from separation.checkpoints.load import load_model
     from separation.engine.cache import Cache
-    from separation.engine.separator import ModelPool, Separator
+    from separation.engine.options import EngineOptions
+    from separation.engine.pool import ModelPool
+    from separation.engine.separator import Separator
 
 __all__ = [
     "AudioError",
     "Cache",
     "CheckpointError",
     "DownloadError",
+    "EngineOptions",
     "EstimateError",
     "InputError",
     "ModelPool",
     "OutputError",
+    "OutputOptions",
     "RecipeError",
     "SeparationError",
     "Separator",
@@ -50,7 +55,9 @@ __all__ = [
 # Imported when first asked for: PyTorch takes a second, which `python -m separation --help` has no use for.
 _MODULES = {
     "Cache": "separation.engine.cache",
-    "ModelPool": "separation.engine.separator",
+    "EngineOptions": "separation.engine.options",
+    "ModelPool": "separation.engine.pool",
+    "OutputOptions": "separation.audio.options",
     "Separator": "separation.engine.separator",
     "load_model": "separation.checkpoints.load",
 }

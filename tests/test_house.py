@@ -11,9 +11,7 @@ import separation
 from helpers.common import PROJECT
 from helpers.house import imports, modules
 from separation import device
-from separation.audio import encode
 from separation.cli import main as __main__
-from separation.engine import separator
 from separation.models import attention
 
 # A package or module imports from lower floors only. Inside a package, no two modules import each other, however
@@ -35,6 +33,7 @@ FLOORS = {
     "separation.device": 1,
     "separation.documents": 1,
     "separation.settings": 1,
+    "separation.progress": 0,
     "separation.errors": 0,
 }
 
@@ -184,13 +183,6 @@ checkpoints._build(catalogue.read_config("htdemucs_6s"), ())
 
 
 def test_the_command_line_offers_what_the_engine_does() -> None:
-    assert __main__.FORMATS == encode.FORMATS
-    assert __main__.SAMPLE_RATES == separator.SAMPLE_RATES
-    assert tuple(encode.WAV_DEPTHS) == __main__.WAV_DEPTHS
-    assert tuple(encode.FLAC_DEPTHS) == __main__.FLAC_DEPTHS
-    defaults = {"wav_depth": encode.WAV_DEPTH, "flac_depth": encode.FLAC_DEPTH, "mp3_bitrate": encode.MP3_BITRATE}
-    assert {name: default for name, (_, default) in __main__._ENCODINGS.items()} == defaults
-    assert __main__.MP3_BITRATES == encode.MP3_BITRATES
     assert tuple(device.PRECISIONS) == __main__.PRECISIONS
     assert attention.NAMES == __main__.ATTENTIONS
 
@@ -204,10 +196,12 @@ def test_the_public_names_are_pinned_and_there() -> None:
         "Cache",
         "CheckpointError",
         "DownloadError",
+        "EngineOptions",
         "EstimateError",
         "InputError",
         "ModelPool",
         "OutputError",
+        "OutputOptions",
         "RecipeError",
         "SeparationError",
         "Separator",

@@ -32,7 +32,7 @@ from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG,
 from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
 from separation.checkpoints.catalogue import fetch, files_for, read_config
 from separation.checkpoints.load import convert, load_model
-from separation.engine import separator
+from separation.engine import pool
 from separation.engine.cache import chosen_cache
 from separation.engine.recipes import load_recipe
 from separation.errors import AudioError, InputError, RecipeError
@@ -543,7 +543,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
         models.append(EvenModel(name, stems))
         return models[-1]
 
-    monkeypatch.setattr(separator, "load_model", load_model)
+    monkeypatch.setattr(pool, "load_model", load_model)
     return models
 
 

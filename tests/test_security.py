@@ -31,7 +31,8 @@ import torch
 import predict
 from helpers.common import PROJECT, needs_ffmpeg, quick_first
 from separation.audio.decode import decode
-from separation.audio.encode import FORMATS, encode
+from separation.audio.encode import encode
+from separation.audio.options import FORMATS, OutputOptions
 from separation.audio.waveform import Waveform
 from separation.checkpoints.load import load_model
 from separation.errors import AudioError, CheckpointError
@@ -447,7 +448,7 @@ def test_no_tag_leads_out_of_the_folder_or_spoils_the_file(kind: str, format: st
     with Waveform(folder) as waveform:
         waveform.append(torch.full((2, 5000), 0.25))
         waveform.tags = dict.fromkeys(("title", "artist", "album"), ODD_TAGS[kind])
-        encode(waveform, folder / "song", format=format)
+        encode(waveform, folder / "song", OutputOptions(format=format))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [folder / "song"]
     with decode(folder / "song", folder) as waveform:
         assert waveform.n_samples == 5000
@@ -464,7 +465,7 @@ def test_odd_tags_go_from_file_to_file(suffix: str, tmp_path: Path) -> None:
     with decode(tmp_path / f"song.{suffix}", tmp_path) as waveform:
         assert waveform.tags["title"].startswith("../../evil")
         for format in FORMATS:
-            encode(waveform, tmp_path / f"out.{format}", format=format)
+            encode(waveform, tmp_path / f"out.{format}", OutputOptions(format=format))
     assert {path.name for path in set(tmp_path.iterdir()) - before} == {f"out.{format}" for format in FORMATS}
 
 
@@ -572,7 +573,7 @@ for path in paths:
     signal.alarm(10)  # ends this process even while a library hangs
     started, shares = time.monotonic(), []
     try:
-        with decode(path, folder, progress=shares.append) as waveform:
+        with decode(path, folder, progress=Progress(lambda share, stage: shares.append(share))) as waveform:
             answer = f"{waveform.n_samples} samples, peak {waveform.peak}"
         assert min(shares) >= 0 and max(shares) <= 1, shares
     except AudioError as e:

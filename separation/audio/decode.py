@@ -30,6 +30,7 @@ from separation.audio.source import Blocks, BrokenError, Job, Source
 from separation.audio.waveform import BLOCK_SAMPLES, MAX_SAMPLE, SAMPLE_RATE, TAGS, Waveform, sample_fault, silent
 from separation.audio.wavpack import find_blocks
 from separation.errors import AudioError
+from separation.progress import Progress
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8000, 192000  # hertz, of the input
 
@@ -44,7 +45,7 @@ def decode(
     *,
     sample_rate: int | None = SAMPLE_RATE,
     max_seconds: float | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = Progress(),
     accept_damaged: bool = False,
 ) -> Waveform:
     """The song in a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
@@ -64,8 +65,7 @@ def decode(
     """
     path = Path(path)
     name = repr(path.name)
-    if progress:
-        progress(0.0)
+    progress(0.0)
     _check_is_file(path, name)
     job = Job(path, max_seconds, Damage(name, accept=accept_damaged))
     with contextlib.ExitStack() as on_error:
@@ -76,12 +76,7 @@ def decode(
             native = on_error.enter_context(_read(job, folder, sample_rate, progress, _open_again))
         decoded = native
         if sample_rate is not None and native.sample_rate != sample_rate:
-
-            def resampling(share: float) -> None:
-                if progress:
-                    progress(0.5 + 0.5 * share)
-
-            decoded = resample(native, sample_rate, folder, progress=resampling)
+            decoded = resample(native, sample_rate, folder, progress=progress.part(0.5, 1))
             native.close()
         decoded.source_rate, decoded.source_samples = native.sample_rate, native.n_samples
         on_error.pop_all()
@@ -92,7 +87,7 @@ def _read(
     job: Job,
     folder: Path,
     sample_rate: int | None,
-    progress: Callable[[float], None] | None,
+    progress: Progress,
     open_: Callable[[Job, contextlib.ExitStack], list[Source]],
 ) -> Waveform:
     """The file's sources one after the other, in stereo at the first one's rate.
@@ -107,8 +102,7 @@ def _read(
         expected = sum(source.expected_samples / source.sample_rate for source in (first, *others))
 
         def reading() -> None:
-            if progress:
-                progress(share * min(native.n_samples / (expected * native.sample_rate or math.inf), 1.0))
+            progress(share * min(native.n_samples / (expected * native.sample_rate or math.inf), 1.0))
 
         _append(job, first, native, reading)
         for source in others:

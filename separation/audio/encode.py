@@ -12,43 +12,17 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from separation.audio.options import MP3_BITRATE, OutputOptions
 from separation.audio.waveform import BLOCK_SAMPLES, TAGS, Waveform, write_all
 from separation.errors import InputError
 from separation.system.os_errors import output_errors
 
-FORMATS = ("wav", "mp3", "flac")
-MP3_BITRATES = (128, 160, 192, 224, 256, 320)  # kbit/s
 MP3_SAMPLE_RATES = (32000, 44100, 48000)  # hertz: those of MPEG-1, which alone has these bitrates
-WAV_DEPTHS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}  # bits of integers, or of floats, and libsndfile's name
-FLAC_DEPTHS = {"16": "PCM_16", "24": "PCM_24"}
-MP3_BITRATE, WAV_DEPTH, FLAC_DEPTH = 320, "32f", "24"  # where none is asked for
+_SUBTYPES = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}  # by depth, libsndfile's names
 
 _WAV_LIMIT_BYTES = 2**32 - 2**20  # WAV sizes have 32 bits; leaves 1 MiB for the header and the tags
 _SAMPLE_BYTES = {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4}
 _INTEGER_BITS = {"PCM_16": 16, "PCM_24": 24}
-
-
-def check_output(
-    format: str, mp3_bitrate: int | None = None, wav_depth: str | None = None, flac_depth: str | None = None
-) -> None:
-    """Raise `InputError` unless `encode` knows the format and its bitrate (kbit/s) or depth, and no other is given."""
-    if format not in FORMATS:
-        raise InputError(f"The output format {format!r} is unknown; choose one of {', '.join(FORMATS)}.")
-    for owner, what, value in (
-        ("wav", "WAV depth", wav_depth),
-        ("flac", "FLAC depth", flac_depth),
-        ("mp3", "MP3 bitrate", mp3_bitrate),
-    ):
-        if value is not None and format != owner:
-            raise InputError(f"The {what} {value!r} means nothing for {format.upper()}; leave it out.")
-    if mp3_bitrate is not None and mp3_bitrate not in MP3_BITRATES:
-        raise InputError(f"MP3 cannot have {mp3_bitrate} kbit/s; choose one of {', '.join(map(str, MP3_BITRATES))}.")
-    if wav_depth is not None and wav_depth not in WAV_DEPTHS:
-        raise InputError(f"The WAV depth {wav_depth!r} is unknown; choose one of {', '.join(map(repr, WAV_DEPTHS))}.")
-    if flac_depth is not None and flac_depth not in FLAC_DEPTHS:
-        raise InputError(
-            f"The FLAC depth {flac_depth!r} is unknown; choose one of {', '.join(map(repr, FLAC_DEPTHS))}."
-        )
 
 
 def check_rate(format: str, sample_rate: int) -> None:
@@ -60,41 +34,27 @@ def check_rate(format: str, sample_rate: int) -> None:
         raise InputError(f"FLAC cannot have {sample_rate} Hz, only tens above 65535; choose another rate or format.")
 
 
-def clips(format: str, wav_depth: str | None = None) -> bool:
-    """Whether files of that kind hold nothing beyond full scale: all but WAV of floats."""
-    return format != "wav" or (wav_depth or WAV_DEPTH) != "32f"
-
-
-def _subtype(format: str, wav_depth: str | None, flac_depth: str | None) -> str:
-    """libsndfile's name of what samples are in the file."""
-    if format == "mp3":
+def _subtype(options: OutputOptions) -> str:
+    """libsndfile's name of the kind of samples in the file."""
+    if options.format == "mp3":
         return "MPEG_LAYER_III"
-    return WAV_DEPTHS[wav_depth or WAV_DEPTH] if format == "wav" else FLAC_DEPTHS[flac_depth or FLAC_DEPTH]
+    (depth,) = options.encoding.values()
+    return _SUBTYPES[str(depth)]
 
 
-def encode(
-    waveform: Waveform,
-    path: Path,
-    *,
-    format: str,
-    gain: float | Callable[[], float] = 1.0,
-    mp3_bitrate: int | None = None,
-    wav_depth: str | None = None,
-    flac_depth: str | None = None,
-) -> None:
-    """Write `gain` times the waveform, with its tags: WAV or FLAC of that depth, or MP3 at `mp3_bitrate` kbit/s.
+def encode(waveform: Waveform, path: Path, options: OutputOptions, *, gain: float | Callable[[], float] = 1.0) -> None:
+    """Write `gain` times the waveform, with its tags, in its own sample rate.
 
-    None is the format's default: floats, 24 bits, 320 kbit/s. Only float WAV can hold samples beyond full scale: others
-    are clipped, so give a gain that leaves none. Where `gain` is a function, it is asked once the samples of each block
-    have come; raise from it to stop. 16 bits are dithered, in the same way each time for the same name. WAV over 4 GB
-    becomes RF64. The file appears under its name when it is complete.
+    Only float WAV can hold samples beyond full scale: others are clipped, so give a gain that leaves none. Where `gain`
+    is a function, it is asked once the samples of each block have come; raise from it to stop. 16 bits are dithered, in
+    the same way each time for the same name. WAV over 4 GB becomes RF64. The file appears under its name when it is
+    complete.
 
-    Raises `InputError` for an unknown format, bitrate, depth or rate, or one of another format, `OutputError` if the
-    folder is full or cannot be written to; no partial file stays behind.
+    Raises InputError if the format cannot have the waveform's rate, and OutputError if the folder is full or cannot be
+    written to; no partial file stays behind.
     """
-    check_output(format, mp3_bitrate, wav_depth, flac_depth)
-    check_rate(format, waveform.sample_rate)
-    subtype = _subtype(format, wav_depth, flac_depth)
+    check_rate(options.format, waveform.sample_rate)
+    subtype = _subtype(options)
     bits = _INTEGER_BITS.get(subtype)
     dither = np.random.default_rng(zlib.crc32(path.stem.encode())) if bits == 16 else None
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
@@ -106,7 +66,7 @@ def encode(
                 waveform.sample_rate,
                 waveform.channels,
                 subtype=subtype,
-                **_sound_file_options(waveform, format, mp3_bitrate or MP3_BITRATE, wav_depth),
+                **_sound_file_options(waveform, options),
             ) as sound:
                 for tag in TAGS:
                     # What libsndfile can take: an empty text, to it one that begins with NUL, is an error.
@@ -121,10 +81,10 @@ def encode(
                     if bits is not None:
                         sound.write(_integers(block, bits, dither))
                     else:
-                        sound.write(block.clip(-1, 1) if format == "mp3" else block)
+                        sound.write(block.clip(-1, 1) if options.format == "mp3" else block)
                     file.check()
             file.check()  # closing writes too: the encoder's last frames and the header
-            if format == "wav":
+            if options.format == "wav":
                 _zero_time(file)
                 file.check()
         os.replace(partial, path)
@@ -165,20 +125,19 @@ def _integers(block: NDArray[np.float32], bits: int, dither: np.random.Generator
     return np.rint(samples).clip(-scale, scale - 1).astype(np.int32) << (32 - bits)
 
 
-def is_rf64(waveform: Waveform, wav_depth: str | None = None) -> bool:
-    """Whether the waveform as WAV of that depth would have more than 4 GB, so that `encode` writes RF64."""
-    sample_bytes = _SAMPLE_BYTES[WAV_DEPTHS[wav_depth or WAV_DEPTH]]
+def is_rf64(waveform: Waveform, options: OutputOptions) -> bool:
+    """Whether the waveform as WAV would have more than 4 GB, so that `encode` writes RF64."""
+    sample_bytes = _SAMPLE_BYTES[_subtype(options)]
     return waveform.n_samples * waveform.channels * sample_bytes > _WAV_LIMIT_BYTES
 
 
-def _sound_file_options(
-    waveform: Waveform, format: str, mp3_bitrate: int, wav_depth: str | None
-) -> dict[str, str | float]:
-    if format == "mp3":
+def _sound_file_options(waveform: Waveform, options: OutputOptions) -> dict[str, str | float]:
+    if options.format == "mp3":
         # libsndfile turns the level into 320 - 288 * level kbit/s, of which LAME takes the nearest that exists.
-        level = (320 - mp3_bitrate) / (320 - 32)
+        level = (320 - (options.mp3_bitrate or MP3_BITRATE)) / (320 - 32)
         return {"format": "MP3", "compression_level": level, "bitrate_mode": "CONSTANT"}
-    return {"format": "RF64" if format == "wav" and is_rf64(waveform, wav_depth) else format.upper()}
+    is_large = options.format == "wav" and is_rf64(waveform, options)
+    return {"format": "RF64" if is_large else options.format.upper()}
 
 
 class _RecordingFile(io.FileIO):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchaudio.transforms import Resample
 
 from separation.audio.waveform import BLOCK_SAMPLES, Readable, Waveform, read_padded
+from separation.progress import Progress
 
 _LOWPASS_ZEROS = 64  # zero crossings of the sinc on either side
 _ROLLOFF = 0.9475937167399596  # of the lower Nyquist frequency
@@ -23,7 +24,7 @@ def resample(
     folder: Path,
     *,
     max_samples: int | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = Progress(),
 ) -> Waveform:
     """The waveform at `sample_rate`, in a temporary file in `folder`; see `resampled` for its samples.
 
@@ -41,8 +42,7 @@ def resample(
         for block in resampled(waveform, waveform.sample_rate, sample_rate, n_samples):
             output.append(block)
             done += block.shape[1]
-            if progress:
-                progress(done / n_samples)
+            progress(done / n_samples)
         on_error.pop_all()
     return output
 

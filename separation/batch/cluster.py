@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from separation.batch.songs import Job, Outcome, Song, separate_song, until
 from separation.errors import InputError, SeparationError
+from separation.progress import Progress
 
 if TYPE_CHECKING:
     from separation.engine.separator import Separator
@@ -54,7 +55,7 @@ class Worker:
             host = socket.gethostname()
             error = f"{song.path.name!r} is not there on {host}: --ray needs a file system that all machines share"
             return Outcome(song.path, "failed", error)
-        progress = until(self._stopped, lambda share, stage: None)
+        progress = until(self._stopped, Progress())
         return separate_song(song, job, self._separator, progress)
 
     def stop(self) -> None:

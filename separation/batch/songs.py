@@ -17,8 +17,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from separation.audio.options import OutputOptions
 from separation.engine.about_song import about_song
 from separation.errors import OutputError, SeparationError
+from separation.progress import Progress
 from separation.system.output import OutputFolder
 from separation.system.record import PAGE, RECORD, Record, check_targets, stem_files
 from separation.system.signals import uninterrupted
@@ -26,7 +28,7 @@ from separation.system.threads import Threads
 
 # What imports PyTorch is imported where a song is separated: to see that all are done takes a moment without it.
 if TYPE_CHECKING:
-    from separation.engine.separator import Progress, Separator
+    from separation.engine.separator import Separator
 
 SEPARATED = 0.7  # the share of a song's job, in the progress, that is done by then if a page is wanted too
 
@@ -44,10 +46,10 @@ class Job:
     """What is wanted of every song."""
 
     settings: dict[str, Any]  # all that decides what the stems' files hold, as JSON has it
-    writing: dict[str, Any]  # the arguments of `Separator.separate_file`: format, sample rate, …
-    report: bool  # whether a page to listen to them is wanted beside the stems
+    output: OutputOptions = OutputOptions()
+    accept_damaged: bool = False
+    report: bool = False  # whether to write a listening page beside the stems
     stems: tuple[str, ...] = ()  # that will be written, as far as is known before a model is loaded
-    overwrite: bool = False  # whether files may be replaced that are not this song's stems
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,10 @@ def _entry(song: Song, job: Job) -> dict[str, Any] | None:
 
 def _check(song: Song, job: Job, entry: dict[str, Any] | None) -> None:
     """Raise if what is to be written would replace another song's stems, or what this program did not write."""
-    names = [] if entry else [f"{stem}.{job.writing['format']}" for stem in job.stems]
+    names = [] if entry else [f"{stem}.{job.output.format}" for stem in job.stems]
     names += [PAGE] if _needs_page(song, job, entry or {}) else []
-    check_targets(song.folder, [*names, RECORD], overwrite=job.overwrite, song=song.path)
-    if job.overwrite:
+    check_targets(song.folder, [*names, RECORD], overwrite=job.output.overwrite, song=song.path)
+    if job.output.overwrite:
         return
     file = _File(song)
     for run in Record.read(song.folder).runs:
@@ -213,7 +215,7 @@ def run(
     separators: Sequence["Separator"],
     *,
     workers: int,
-    bar: Callable[[str], AbstractContextManager["Progress"]],
+    bar: Callable[[str], AbstractContextManager[Progress]],
 ) -> Iterator[Outcome]:
     """Do the songs, in so many threads for each separator; yields each when it is over.
 
@@ -253,7 +255,7 @@ class _StoppedError(Exception):
     """Raised in a worker when the run is over."""
 
 
-def until(stopped: threading.Event, progress: "Progress") -> "Progress":
+def until(stopped: threading.Event, progress: Progress) -> Progress:
     """A progress that cancels its song once the run is over."""
 
     def checked(share: float, stage: str) -> None:
@@ -261,10 +263,10 @@ def until(stopped: threading.Event, progress: "Progress") -> "Progress":
             raise _StoppedError
         progress(share, stage)
 
-    return checked
+    return Progress(checked)
 
 
-def separate_song(song: Song, job: Job, separator: "Separator", progress: "Progress") -> Outcome:
+def separate_song(song: Song, job: Job, separator: "Separator", progress: Progress) -> Outcome:
     """Do what a song needs: its stems unless they are finished by now, then its page."""
     entry, status = _entry(song, job), "skipped"
     warnings: list[str] = []
@@ -284,9 +286,7 @@ def separate_song(song: Song, job: Job, separator: "Separator", progress: "Progr
     return _outcome(song, status, entry)
 
 
-def _separated(
-    song: Song, job: Job, separator: "Separator", progress: "Progress", warnings: list[str]
-) -> dict[str, Any]:
+def _separated(song: Song, job: Job, separator: "Separator", progress: Progress, warnings: list[str]) -> dict[str, Any]:
     """Separate a song; returns its run in the record."""
     source = _File(song).source()
     share_of_job = SEPARATED if job.report else 1.0
@@ -298,7 +298,7 @@ def _separated(
                 finishing.enter_context(uninterrupted())
 
         files = separator.separate_file(
-            song.path, song.folder, **job.writing, overwrite=job.overwrite, progress=separating
+            song.path, song.folder, job.output, accept_damaged=job.accept_damaged, progress=separating
         )
         entry = {
             "source": source,
@@ -314,14 +314,13 @@ def _separated(
     return entry
 
 
-def _with_page(song: Song, job: Job, entry: dict[str, Any], progress: "Progress", done: float) -> dict[str, Any]:
+def _with_page(song: Song, job: Job, entry: dict[str, Any], progress: Progress, done: float) -> dict[str, Any]:
     """Write a song's page, of whose job that share is done before; returns its run in the record."""
-    from separation.engine.separator import part_of
-    from separation.report.page import write_report
+    from separation.report.page import Report, write_report
 
     page, stems = song.folder / PAGE, _outcome(song, "done", entry).stems
-    progress_of_page = part_of(progress, done, 1)
-    write_report(song.path.name, song.path, stems, page, overwrite=job.overwrite, progress=progress_of_page)
+    report = Report(song.path.name, song.path, stems)
+    write_report(report, page, overwrite=job.output.overwrite, progress=progress.part(done, 1))
     entry = {**entry, "page_bytes": page.stat().st_size}
     _add(song.folder, entry)
     return entry

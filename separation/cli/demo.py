@@ -7,11 +7,15 @@ from tempfile import TemporaryDirectory
 import torch
 
 from separation.audio.decode import decode
+from separation.audio.options import OutputOptions
 from separation.audio.waveform import SAMPLE_RATE
+from separation.engine.options import EngineOptions
+from separation.engine.pool import ModelPool
 from separation.engine.recipes import load_recipe
-from separation.engine.separator import ModelPool, Progress, Separator, part_of
+from separation.engine.separator import Separator
 from separation.evaluation.metrics import level_dbfs, sdr
-from separation.report.page import write_report
+from separation.progress import Progress
+from separation.report.page import Report, write_report
 from separation.report.picture import Row, draw
 from separation.system.places import shipped
 from separation.system.record import RECORD, check_targets
@@ -25,10 +29,9 @@ SEPARATED = 0.7  # the share of the job, in the progress, that is done by then; 
 def run_demo(
     folder: Path,
     *,
-    device: str = "auto",
-    precision: str = "auto",
+    options: EngineOptions = EngineOptions(),
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = Progress(),
 ) -> str:
     """Separate the demo song into `folder/vocals_instrumental` and `folder/all_6` and draw `folder/stems.svg`
     and `folder/stems.html`.
@@ -43,15 +46,15 @@ def run_demo(
         check_targets(folder / choice, [*stems, RECORD], overwrite=overwrite)
     picture, page = folder / "stems.svg", folder / "stems.html"
     check_targets(folder, [picture.name, page.name, RECORD], overwrite=overwrite)
-    pool = ModelPool(device, precision)
+    pool = ModelPool(options)
     lines = [f"{'stems':20} {'stem':13} {'SDR dB':>7} {'level dBFS':>11}  file"]
     rows: list[Row] = []
     scores: dict[str, float] = {}
     separating, duration = 0.0, 0.0
     for index, choice in enumerate(CHOICES):
         separator = Separator("demo", choice, pool=pool)
-        share = part_of(progress, SEPARATED * index / len(CHOICES), SEPARATED * (index + 1) / len(CHOICES))
-        files = separator.separate_file(SONG, folder / choice, overwrite=overwrite, progress=share)
+        share = progress.part(SEPARATED * index / len(CHOICES), SEPARATED * (index + 1) / len(CHOICES))
+        files = separator.separate_file(SONG, folder / choice, OutputOptions(overwrite=overwrite), progress=share)
         separating += files.elapsed_seconds
         duration += files.duration_seconds
         for stem, path in files.items():
@@ -62,8 +65,8 @@ def run_demo(
                 rows.append(Row(stem, estimate, SAMPLE_RATE, f"SDR {scores[stem]:.1f} dB"))
     mixture = _read(SONG)
     draw(picture, [Row("mixture", mixture, SAMPLE_RATE), *rows], title="The demo song", overwrite=overwrite)
-    share = part_of(progress, SEPARATED, 1)
-    write_report("The demo song", SONG, files, page, scores, overwrite=overwrite, progress=share)
+    report = Report("The demo song", SONG, files, scores)
+    write_report(report, page, overwrite=overwrite, progress=progress.part(SEPARATED, 1))
     total = time.monotonic() - started
     lines += [
         "",

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -16,13 +17,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from tqdm import tqdm
 
 from separation import __version__
+from separation.audio.options import FLAC_DEPTHS, FORMATS, MP3_BITRATES, SAMPLE_RATES, WAV_DEPTHS, OutputOptions
 from separation.batch import songs
 from separation.batch.find import find
 from separation.checkpoints import about, catalogue
 from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.engine.cache import Cache, chosen_cache
+from separation.engine.options import EngineOptions
 from separation.engine.recipes import choices, load_recipe, names, one_model
 from separation.errors import InputError, SeparationError
+from separation.progress import Progress
 from separation.system import signals
 from separation.system.memory import enough_memory
 from separation.system.places import program
@@ -34,11 +38,6 @@ if TYPE_CHECKING:
     from separation.engine.separator import Separator
 
 RECIPE, STEMS = "standard", "vocals_instrumental"  # where neither these nor a model is named
-FORMATS = ("wav", "mp3", "flac")
-SAMPLE_RATES = (44100, 48000, "source")
-WAV_DEPTHS = ("16", "24", "32f")
-FLAC_DEPTHS = ("16", "24")
-MP3_BITRATES = (128, 160, 192, 224, 256, 320)
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 ATTENTIONS = ("auto", "fused", "triton", "sage", "sdpa", "itemwise", "einsum")
 _ONE = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # the bar of a song
@@ -336,8 +335,7 @@ def _demo(options: argparse.Namespace) -> int:
     with _bar("demo") as progress:
         report = run_demo(
             options.output,
-            device=options.device,
-            precision=options.precision,
+            options=_engine_options(options),
             overwrite=options.overwrite,
             progress=progress,
         )
@@ -353,15 +351,10 @@ def _separate(options: argparse.Namespace) -> int:
         logging.getLogger("separation").warning(note)
     job = songs.Job(
         settings=_settings(options) if found else {},
-        writing={
-            "format": options.format,
-            "sample_rate": options.sample_rate,
-            "accept_damaged": options.accept_damaged,
-            **_encoding(options),
-        },
+        output=_output_options(options),
+        accept_damaged=options.accept_damaged,
         report=options.report,
         stems=_stems(options) if found else (),
-        overwrite=options.overwrite,
     )
     if options.ray:
         _refuse(options, ["separate", ".", "-o", "."], "--ray", ["workers"])
@@ -427,25 +420,18 @@ INDIFFERENT = {
 INDIFFERENT |= {"device", "batch_size", "workers", "ray"}
 
 
-# The format that each is for, and its value where none is given.
-_ENCODINGS: dict[str, tuple[str, str | int]] = {
-    "wav_depth": ("wav", "32f"),
-    "flac_depth": ("flac", "24"),
-    "mp3_bitrate": ("mp3", 320),
-}
+# Of which each format has one at most.
+ENCODINGS = ("wav_depth", "flac_depth", "mp3_bitrate")
 
 
 def _encoding(options: argparse.Namespace) -> dict[str, Any]:
     """The format's own option. Raises InputError if that of another is given."""
-    for name, (format, _) in _ENCODINGS.items():
-        if format != options.format and getattr(options, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} means nothing for --format {options.format}: leave it out, or choose {format}")
-    return {
-        name: getattr(options, name) or default
-        for name, (format, default) in _ENCODINGS.items()
-        if format == options.format
-    }
+    encoding = OutputOptions(options.format).encoding
+    for name in ENCODINGS:
+        if getattr(options, name) is not None and name not in encoding:
+            option, owner = f"--{name.replace('_', '-')}", name.split("_")[0]
+            raise InputError(f"{option} means nothing for --format {options.format}: leave it out, or choose {owner}")
+    return {name: getattr(options, name) or default for name, default in encoding.items()}
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -453,7 +439,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {
         name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        if name not in INDIFFERENT | {"recipe", "stems", "chunk_size", "overlap", *_ENCODINGS}
+        if name not in INDIFFERENT | {"recipe", "stems", "chunk_size", "overlap", *ENCODINGS}
     } | _encoding(options)
     if name := _model_name(options):
         models: dict[str, Any] = {name: None if options.two_stems is None else [options.two_stems]}
@@ -488,14 +474,13 @@ def _separator(options: argparse.Namespace) -> "Separator":
     from separation.engine.separator import ModelPool, Separator
 
     model_name = _model_name(options)
+    engine = _engine_options(options)
     shared: dict[str, Any] = {
         "two_stems": options.two_stems,
-        "batch_size": options.batch_size,
-        "chunk_seconds": options.chunk_size,
-        "overlap_seconds": options.overlap,
+        "options": replace(engine, device="auto", precision="auto", attention="auto"),  # these are the pool's
         "cache": chosen_cache(default=True, refresh=options.force_refresh),
     }
-    pool = ModelPool(options.device, options.precision, options.attention)
+    pool = ModelPool(engine)
     logging.getLogger("separation").info(pool.choice.reason)
     if model_name:
         model = load_model(
@@ -508,6 +493,25 @@ def _separator(options: argparse.Namespace) -> "Separator":
         )
         return Separator.from_model(model, **shared)
     return Separator(*_recipe(options), pool=pool, **shared)
+
+
+def _engine_options(options: argparse.Namespace) -> EngineOptions:
+    """The options that the command has; the others have their defaults."""
+    given = vars(options)
+    return EngineOptions(
+        device=options.device,
+        precision=options.precision,
+        attention=given.get("attention", "auto"),
+        batch_size=given.get("batch_size", "auto"),
+        chunk_seconds=given.get("chunk_size", "auto"),
+        overlap_seconds=given.get("overlap", "auto"),
+    )
+
+
+def _output_options(options: argparse.Namespace) -> OutputOptions:
+    return OutputOptions(
+        options.format, sample_rate=options.sample_rate, overwrite=options.overwrite, **_encoding(options)
+    )
 
 
 def _recipe(options: argparse.Namespace) -> tuple[str, str]:
@@ -620,7 +624,7 @@ def _serve(options: argparse.Namespace) -> int:
             webbrowser.open(url)
 
     with contextlib.suppress(KeyboardInterrupt):
-        serve(options.host, options.port, device=options.device, precision=options.precision, ready=ready)
+        serve(options.host, options.port, options=_engine_options(options), ready=ready)
     return 0
 
 
@@ -743,14 +747,9 @@ def _bench(options: argparse.Namespace) -> int:
     shared: dict[str, Any] = {
         "model_name": _model_name(options),
         "model_path": options.model_path,
-        "device": options.device,
-        "precision": options.precision,
     }
     engine: dict[str, Any] = {
-        "attention": options.attention,
-        "batch_size": options.batch_size,
-        "chunk_seconds": options.chunk_size,
-        "overlap_seconds": options.overlap,
+        "options": _engine_options(options),
         "random": options.random_weights,
         "seconds": options.seconds,
         "runs": options.runs,
@@ -760,7 +759,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.cold_start:
         unused = ("attention", "batch_size", "chunk_size", "overlap", "random_weights", "seconds", "runs")
         _refuse(options, ["bench"], "--cold-start", unused)
-        result = cold_start(recipe, stems, **shared)
+        result = cold_start(recipe, stems, **shared, device=options.device, precision=options.precision)
     else:
         _refuse_unused(options, _models(options))
         result = engine_speed(recipe, stems, **shared, **engine)
@@ -804,13 +803,13 @@ def _refuse(options: argparse.Namespace, command: list[str], flag: str, names: S
 
 
 @contextlib.contextmanager
-def _bar(name: str, *, leave: bool = True) -> Iterator[Callable[[float, str], None]]:
+def _bar(name: str, *, leave: bool = True) -> Iterator[Progress]:
     """A progress bar on stderr; nothing where stderr is not a terminal."""
     with tqdm(total=100, desc=shown(name), disable=None, leave=leave, bar_format=_ONE) as bar:
 
-        def progress(share: float, stage: str) -> None:
+        def show(share: float, stage: str) -> None:
             signals.check()
             bar.set_description_str(shown(f"{name}: {stage}"), refresh=False)
             bar.update(share * 100 - bar.n)
 
-        yield progress
+        yield Progress(show)

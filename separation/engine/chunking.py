@@ -30,6 +30,7 @@ from torch import Tensor
 from separation.device import is_out_of_memory, memory_limit_bytes, needed_memory_bytes
 from separation.engine.gpu import ComputeThread, Model, compute_thread
 from separation.errors import EstimateError, InputError
+from separation.progress import Progress
 from separation.system.threads import Threads
 
 MAX_BATCH_SIZE = 8  # chunks; of a large model far fewer fill a GPU
@@ -42,7 +43,6 @@ T = TypeVar("T")
 
 # A Model takes chunks [B, C, chunk_samples] to estimates [B, S, C, chunk_samples].
 Read = Callable[[int, int], Tensor]  # (start, stop) -> mixture[:, start:stop], [C, stop - start] float32 on the CPU
-Progress = Callable[[int, int], None]  # (chunks done, chunks in all); an exception that it raises cancels
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def separate(
     offset: float = 0.0,
     scale: float = 1.0,
     spare: Callable[[], Model] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = Progress(),
 ) -> Iterator[Tensor]:
     """Run `model` over a song; yields finished estimates `[S, C, n]`, float32 on the CPU, in order, to the song's end.
 
@@ -221,14 +221,12 @@ def separate(
         closing(_prefetched(reading) if ahead else reading) as batches,
         closing(_ahead(make, batches, compute_thread(device)) if ahead else _in_turn(make, batches)) as finished,
     ):
-        if progress:
-            progress(0, len(parts))
+        progress(0)
         for batch, block in zip(planned, finished, strict=True):
             if block.shape[-1]:
                 yield block
             done += len(batch.parts)
-            if progress:
-                progress(done, len(parts))
+            progress(done / len(parts))
 
 
 def _is_asynchronous(device: torch.device) -> bool:

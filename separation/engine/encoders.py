@@ -5,10 +5,12 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from separation.audio.encode import encode
+from separation.audio.options import OutputOptions
 from separation.audio.waveform import Waveform
+from separation.progress import Progress
 from separation.system.threads import Threads
 
 
@@ -20,14 +22,11 @@ class Encoders:
     exception inside the `with` block closes the stems, so that encoders that still run end at their next block.
 
     Args:
-        clips: the format holds nothing beyond full scale, so that a loud stem may make a gain necessary.
-        options: depths and bitrate as for `encode`.
+        options: as for `encode`; if the format clips, a loud stem may make a gain necessary.
     """
 
-    def __init__(
-        self, stems: Mapping[str, Waveform], parts: Mapping[str, Path], *, clips: bool, **options: Any
-    ) -> None:
-        self._stems, self._parts, self._clips, self._options = stems, parts, clips, options
+    def __init__(self, stems: Mapping[str, Waveform], parts: Mapping[str, Path], options: OutputOptions) -> None:
+        self._stems, self._parts, self._options = stems, parts, options
         self._threads = Threads(max_workers=len(stems))
         self._jobs: dict[str, Future[None]] = {}
 
@@ -49,22 +48,21 @@ class Encoders:
             if job.done():
                 job.result()
 
-    def finish(self, gain: float, progress: Callable[[int, str], None]) -> None:
+    def finish(self, gain: float, progress: Progress) -> None:
         """Wait for the parts, whose samples have all come; with a gain other than 1 they are encoded again, scaled.
 
-        `progress` is called with the number of stems done and the name of the next, and again while that is waited for:
-        raise from it to cancel.
+        `progress` is called before each stem and again and again while it is waited for: raise from it to cancel.
         """
         if gain != 1.0:
-            self._wait(lambda _, stem: progress(0, next(iter(self._stems))))  # they give up at their next block
+            self._wait(progress.part(0, 0))  # they give up at their next block
             self._start(gain)
         self._wait(progress)
 
-    def _wait(self, progress: Callable[[int, str], None]) -> None:
+    def _wait(self, progress: Progress) -> None:
         for done, (stem, job) in enumerate(self._jobs.items()):
-            progress(done, stem)
+            progress(done / len(self._jobs), f"writing {stem}")
             while wait([job], timeout=0.2).not_done:
-                progress(done, stem)
+                progress(done / len(self._jobs), f"writing {stem}")
             job.result()
 
     def _start(self, gain: float | Callable[[], float]) -> None:
@@ -73,11 +71,11 @@ class Encoders:
     def _encode(self, stem: str, gain: float | Callable[[], float]) -> None:
         part = self._parts[stem]
         with suppress(_LoudError):
-            encode(self._stems[stem], part, format=part.suffix[1:], gain=gain, **self._options)
+            encode(self._stems[stem], part, self._options, gain=gain)
 
     def _gain_so_far(self) -> float:
         """1 until a stem is known to exceed full scale: from then on nothing that is encoded without a gain is used."""
-        if self._clips and any(wave.peak > 1.0 for wave in self._stems.values()):
+        if self._options.clips and any(wave.peak > 1.0 for wave in self._stems.values()):
             raise _LoudError
         return 1.0
 

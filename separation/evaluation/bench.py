@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -27,12 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from separation.audio.waveform import SAMPLE_RATE
 from separation.checkpoints.catalogue import fetch, files_for, read_config
-from separation.checkpoints.chunk_choice import Seconds
 from separation.checkpoints.load import load_model, random_weights
 from separation.device import choose, floats_of, peak_memory_bytes
+from separation.engine.options import EngineOptions
+from separation.engine.pool import LoadedModels
 from separation.engine.recipes import load_recipe
-from separation.engine.separator import SAMPLE_RATE, ModelPool, Separator
+from separation.engine.separator import Separator
 from separation.errors import CheckpointError, InputError, SeparationError
 from separation.evaluation.metrics import sdr
 from separation.models import SeparationModel
@@ -140,12 +142,7 @@ def engine_speed(
     model_name: str | None = None,
     model_path: Path | None = None,
     random: bool = False,
-    device: str = "auto",
-    precision: str = "auto",
-    attention: str = "auto",
-    batch_size: int | Literal["auto"] = "auto",
-    chunk_seconds: Seconds = "auto",
-    overlap_seconds: Seconds = "auto",
+    options: EngineOptions = EngineOptions(),
     seconds: int = 30,
     runs: int = 3,
 ) -> EngineSpeed:
@@ -160,7 +157,7 @@ def engine_speed(
             raise InputError(f"{name} {value} must be a whole number from 1 up")
     if random and model_path is not None:
         raise InputError(f"random weights and those in {model_path} exclude each other: leave one of them out")
-    choice = choose(device, precision)
+    choice = choose(options.device, options.precision)
     floats = floats_of(choice.precision, choice.device)
     wanted = {model_name: None} if model_name else load_recipe(recipe, stems).models
     with contextlib.ExitStack() as stack:
@@ -181,15 +178,15 @@ def engine_speed(
                 attention=attention,
             )
 
-        models = {name: load(name, choice.precision, attention) for name in wanted}
+        models = {name: load(name, choice.precision, options.attention) for name in wanted}
         separator = _separator(
             models,
             None if model_name else (recipe, stems),
-            device,
-            precision,
-            batch_size=batch_size,
-            chunk_seconds=chunk_seconds,
-            overlap_seconds=overlap_seconds,
+            EngineOptions(
+                batch_size=options.batch_size,
+                chunk_seconds=options.chunk_seconds,
+                overlap_seconds=options.overlap_seconds,
+            ),
         )
         mixture = _song(seconds)
         gc.collect()
@@ -232,22 +229,14 @@ def engine_speed(
     )
 
 
-class _LoadedPool(ModelPool):
-    """Models that were loaded one by one, to be timed."""
-
-    def __init__(self, models: dict[str, SeparationModel], device: str, precision: str) -> None:
-        super().__init__(device, precision)
-        self._models = models
-
-
 def _separator(
-    models: dict[str, SeparationModel], recipe: tuple[str, str] | None, device: str, precision: str, **options: Any
+    models: dict[str, SeparationModel], recipe: tuple[str, str] | None, options: EngineOptions = EngineOptions()
 ) -> Separator:
     """A separator of the loaded models of a recipe and choice of stems; without, of the only model."""
     if recipe is None:
         (model,) = models.values()
-        return Separator.from_model(model, **options)
-    return Separator(*recipe, pool=_LoadedPool(models, device, precision), **options)
+        return Separator.from_model(model, options=options)
+    return Separator(*recipe, pool=LoadedModels(models), options=options)
 
 
 def _song(seconds: int) -> Tensor:
@@ -474,7 +463,7 @@ def _fresh_process(here: float) -> None:
             model.to(choice.device)
         lap("to device")
         recipe = None if job.model_name else (job.recipe, job.stems)
-        separator = _separator(models, recipe, job.device, job.precision)
+        separator = _separator(models, recipe)
         separator.warm_up()
         lap("warm-up")
         separator.separate_file(job.song, job.folder)

@@ -19,11 +19,13 @@ from torch.nn.functional import pad
 
 from separation.audio.decode import decode
 from separation.audio.encode import encode
+from separation.audio.options import OutputOptions
 from separation.audio.suffixes import AUDIO
 from separation.audio.waveform import Waveform
-from separation.engine.separator import Progress, Separator, part_of
+from separation.engine.separator import Separator
 from separation.errors import AudioError, EstimateError, InputError
 from separation.evaluation.metrics import Read, Scores, has_museval, scores
+from separation.progress import Progress
 from separation.system.text import shown
 
 TOLERANCE_SECONDS = 0.1  # by which recordings of one song may differ in length
@@ -125,7 +127,7 @@ def _audio_files(folder: Path) -> Iterable[tuple[Path, str]]:
 
 
 def evaluate(
-    references: Mapping[str, Song], estimates: Mapping[str, Song] | Separator, *, progress: Progress | None = None
+    references: Mapping[str, Song], estimates: Mapping[str, Song] | Separator, *, progress: Progress = Progress()
 ) -> Report:
     """Score the estimated stems of every song, or those that a separator makes of its mixture.
 
@@ -149,24 +151,22 @@ def evaluate(
     parts = {song: {stem: _reference(song, stem, references[song]) for stem in wanted[song]} for song in references}
     songs, failed = {}, {}
     for index, (song, files) in enumerate(references.items()):
-        share = part_of(progress, index / len(references), (index + 1) / len(references))
+        share = progress.part(index / len(references), (index + 1) / len(references))
         try:
             with TemporaryDirectory() as work:
                 if isinstance(estimates, Separator):
-                    separating = part_of(share, 0, SEPARATED)
+                    separating = share.part(0, SEPARATED)
                     mixture = _mixture(files, Path(work))
                     made: Song = estimates.separate_file(mixture, Path(work) / "stems", progress=separating)
                 else:
                     made = estimates[song]
-                if share:
-                    share(SEPARATED, f"scoring {song}")
+                share(SEPARATED, f"scoring {song}")
                 songs[song] = _score(song, parts[song], made, Path(work))
         except (AudioError, EstimateError, InputError) as e:
             failed[song] = str(e)
             if len(failed) == len(references):
                 raise
-    if progress:
-        progress(1.0, "done")
+    progress(1.0, "done")
     return Report(songs, "" if has_museval() else HINT, failed)
 
 
@@ -209,7 +209,7 @@ def _mixture(files: Song, work: Path) -> Path:
         for start in range(0, waves[0].n_samples, _BLOCK_SAMPLES):
             mixture.append(_sum(waves, start, min(start + _BLOCK_SAMPLES, waves[0].n_samples)).float())
         path = work / f"{_MIXTURE}.wav"
-        encode(mixture, path, format="wav")
+        encode(mixture, path, OutputOptions())
     return path
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +22,9 @@ import torch
 
 from separation.audio.decode import decode
 from separation.audio.waveform import SAMPLE_RATE, Waveform, read_padded
-from separation.engine.separator import Progress
 from separation.errors import AudioError
 from separation.models.stft import make_window
+from separation.progress import Progress
 from separation.report.picture import (
     COLUMNS,
     N_FFT,
@@ -49,56 +49,61 @@ MEASURED = 0.3  # the share of the job, in the progress, that is done when the s
 WAVE_HEIGHT = 96  # of the loudest sample, in the units of the page's waveforms, which are 100 above and below 0
 
 
-def write_report(
-    title: str,
-    mixture: Path,
-    stems: Mapping[str, Path],
-    target: Path,
-    scores: Mapping[str, float] | None = None,
-    *,
-    links: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Write the page about a song's file and its stems' files to `target`; `scores` are SDRs in dB by stem.
+@dataclass(frozen=True)
+class Report:
+    """What the page is about.
 
-    `links` are addresses, by their words, for the page's head: of a server that has the stems' files, for instance.
-    Memory does not grow with the song. A run that fails leaves no file behind.
+    Attributes:
+        title: the page's title.
+        mixture: the song's file.
+        stems: the stems' files, by stem.
+        scores: SDRs in dB, by stem.
+        links: addresses for the head of the page, by the words to show for them.
+    """
+
+    title: str
+    mixture: Path
+    stems: Mapping[str, Path]
+    scores: Mapping[str, float] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_report(report: Report, target: Path, *, overwrite: bool = False, progress: Progress = Progress()) -> None:
+    """Write the page to `target`. Memory does not grow with the song. A run that fails leaves no file behind.
 
     Raises AudioError if a file cannot be read or lasts longer than MAX_SECONDS, OutputError if the page cannot be
     written, or would replace a file that this program did not write; with `overwrite` it may.
     """
-    say = progress or (lambda share, stage: None)
-    files = {"mixture": mixture, **stems}
+    files = {"mixture": report.mixture, **report.stems}
     with OutputFolder(target.parent, overwrite=overwrite) as output, ExitStack() as stack, Threads() as pool:
-        output.check_targets([target.name], mixture)
+        output.check_targets([target.name], report.mixture)
         waves: list[Waveform] = []
         for path in files.values():
-            say(MEASURED * len(waves) / len(files), f"reading {path.name}")
+            progress(MEASURED * len(waves) / len(files), f"reading {path.name}")
             try:
                 waves.append(
                     stack.enter_context(decode(path, output.work, max_seconds=MAX_SECONDS, accept_damaged=True))
                 )
             except AudioError as e:
-                raise AudioError(f"there is no report of {title}: {e}") from e
+                raise AudioError(f"there is no report of {report.title}: {e}") from e
         n_samples = max(wave.n_samples for wave in waves)
         peak = max(wave.peak for wave in waves) or 1.0
         edges = np.linspace(0, n_samples, min(COLUMNS, n_samples) + 1).astype(int).tolist()
         pictures = pool.map(lambda wave: _Picture.of(wave, edges), waves)
-        song = _song(title, n_samples, peak, dict(zip(files, pictures, strict=True)), scores or {})
-        song["links"] = dict(links or {})
+        song = _song(report.title, n_samples, peak, dict(zip(files, pictures, strict=True)), report.scores)
+        song["links"] = dict(report.links)
         head, tail = PAGE.read_text(encoding="utf-8").split("<!-- sound -->")
         part = output.work / target.name
         with output_errors(target), part.open("w", encoding="utf-8") as page:
             page.write(head.replace("/* song */", json.dumps(song).replace("<", "\\u003c")))
             for number, start in enumerate(range(0, n_samples, SEGMENT_SAMPLES)):
-                say(MEASURED + (1 - MEASURED) * start / n_samples, "writing the report")
+                progress(MEASURED + (1 - MEASURED) * start / n_samples, "writing the report")
                 stop = min(start + SEGMENT_SAMPLES, n_samples)
                 encode = partial(_mp3_base64, start=start, stop=stop, gain=min(1.0, 1 / peak))
                 for index, sound in enumerate(pool.map(encode, waves)):
                     page.write(f'<script type="text/plain" id="sound-{index}-{number}">{sound}</script>\n')
             page.write(tail)
-        say(1.0, "done")
+        progress(1.0, "done")
         output.publish({"report": part})
 
 

@@ -44,13 +44,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from separation.audio.encode import FORMATS, check_output
+from separation.audio.options import FORMATS, OutputOptions
 from separation.checkpoints.catalogue import missing
 from separation.engine.about_song import about_song
+from separation.engine.options import EngineOptions
+from separation.engine.pool import ModelPool
 from separation.engine.recipes import choices, load_recipe, names
-from separation.engine.separator import ModelPool, Separator, part_of
+from separation.engine.separator import Separator
 from separation.errors import AudioError, InputError, SeparationError
-from separation.report.page import write_report
+from separation.progress import Progress
+from separation.report.page import Report, write_report
 from separation.system.places import size_bytes
 from separation.web.connections import Connections, Incoming, Limits, linger
 from separation.web.public import errors_without_paths, max_mib, max_seconds
@@ -79,9 +82,7 @@ HEADERS = {
 logger = logging.getLogger("separation")
 
 
-def serve(
-    host: str, port: int, *, device: str = "auto", precision: str = "auto", ready: Callable[[str], None]
-) -> NoReturn:
+def serve(host: str, port: int, *, options: EngineOptions = EngineOptions(), ready: Callable[[str], None]) -> NoReturn:
     """Serve the page on `host:port`, 0 for any free port, until an exception such as Ctrl-C's ends it.
 
     Songs are separated in this thread, where Ctrl-C arrives. `ready` is called with the page's address. Nothing stays
@@ -89,7 +90,7 @@ def serve(
 
     Raises InputError if there is no such address or the port is taken.
     """
-    pool = ModelPool(device, precision)
+    pool = ModelPool(options)
     logger.info(pool.choice.reason)
     with TemporaryDirectory(prefix="separation-", ignore_cleanup_errors=True) as folder:
         songs = Songs(Path(folder), pool)
@@ -174,7 +175,7 @@ class Songs:
             case _:
                 raise InputError("a song is announced by its name, recipe, stems, format and bytes: give all five")
         load_recipe(recipe, stems)
-        check_output(format)
+        OutputOptions(format)
         if not 0 <= n <= self.max_mib * 2**20:
             limit = f"{name!r} has more than {self.max_mib:,g} MiB, the limit here: choose a smaller file"
             raise _RefusalError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit)
@@ -240,18 +241,19 @@ class Songs:
                 self._leave(song, "done", song.problem)
 
     def _separate(self, song: _Song) -> None:
-        def progress(share: float, stage: str) -> None:
+        def report(share: float, stage: str) -> None:
             song.share, song.stage = share, stage
             self._check_wanted(song)
 
+        progress = Progress(report)
         progress(0.0, "loading the models")
         separator = Separator(song.recipe, song.stems, pool=self._pool)
         stems = separator.separate_file(
             song.path,
             song.folder / "stems",
-            format=song.format,
+            OutputOptions(song.format),
             max_seconds=self._max_seconds,
-            progress=part_of(progress, 0, SEPARATED),
+            progress=progress.part(0, SEPARATED),
         )
         files = {path.name: path for path in stems.values()}
         song.files = files
@@ -259,7 +261,8 @@ class Songs:
         downloads = {f"↓ {stem}": path.name for stem, path in stems.items()}
         links = {"← all songs": "/", **downloads, "↓ all as zip": ZIP}
         try:
-            write_report(song.name, song.path, stems, page, links=links, progress=part_of(progress, SEPARATED, 1))
+            report_page = Report(song.name, song.path, stems, links=links)
+            write_report(report_page, page, progress=progress.part(SEPARATED, 1))
             song.files = {**files, LISTEN: page}
         except AudioError as e:  # it is too long for a page
             song.problem = str(e)

@@ -16,7 +16,9 @@ from torchaudio.functional import resample
 from helpers.common import SONG, quick_first
 from separation import AudioError, InputError, ModelPool, Separator
 from separation.audio.decode import decode
+from separation.audio.options import OutputOptions
 from separation.cli.main import main
+from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import level_dbfs, sdr
 
 RATE = 44100
@@ -85,11 +87,11 @@ def read(path: Path) -> Tensor:
 
 @pytest.fixture(scope="module")
 def pool() -> ModelPool:
-    return ModelPool("cpu", "fp32")
+    return ModelPool(EngineOptions(device="cpu", precision="fp32"))
 
 
 def separator(pool: ModelPool) -> Separator:
-    return Separator("demo", "all_4", pool=pool, chunk_seconds=4, overlap_seconds=1)
+    return Separator("demo", "all_4", options=EngineOptions(chunk_seconds=4, overlap_seconds=1), pool=pool)
 
 
 @pytest.mark.parametrize("kind", quick_first(KINDS, 8))
@@ -155,7 +157,7 @@ def separated(samples: Samples, pool: ModelPool, folder: Path) -> dict[str, Tens
 
 @pytest.mark.parametrize("precision, least", [("fp32", 80), ("bf16", 40)])
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(precision: str, least: float, tmp_path: Path) -> None:
-    pool = ModelPool("cpu", precision)
+    pool = ModelPool(EngineOptions(device="cpu", precision=precision))
     loud, quiet = (separated(music() * np.float32(gain), pool, tmp_path) for gain in (1, 1e-3))
     for stem in loud:
         assert sdr(loud[stem], quiet[stem] * 1e3) > least
@@ -210,7 +212,7 @@ def test_mp3_at_a_rate_that_it_cannot_have_is_one_line_before_any_work(
 @pytest.mark.parametrize("rate", [22050, "nearest", None])
 def test_a_rate_that_is_not_offered_is_refused(rate: object, pool: ModelPool, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"sample rate {rate} is not offered: choose 44100 or 48000 or source"):
-        separator(pool).separate_file("song.wav", tmp_path, sample_rate=rate)
+        separator(pool).separate_file("song.wav", tmp_path, OutputOptions(sample_rate=rate))
 
 
 @pytest.mark.parametrize("depth, gain", [("16", 0.5), ("24", 0.5), ("32f", 1)])
@@ -219,7 +221,7 @@ def test_loud_stems_are_scaled_by_one_gain_in_integers_only(
 ) -> None:
     loud = music() / np.abs(music()).max()
     soundfile.write(tmp_path / "song.wav", loud * 4, RATE, subtype="FLOAT")
-    files = separator(pool).separate_file(tmp_path / "song.wav", tmp_path / "out", wav_depth=depth)
+    files = separator(pool).separate_file(tmp_path / "song.wav", tmp_path / "out", OutputOptions(wav_depth=depth))
     stems = [read(path) for path in files.values()]
     assert (files.gain < gain) if depth != "32f" else files.gain == 1
     assert caplog.text.count("scaled by") == (depth != "32f")
@@ -234,7 +236,7 @@ def test_stems_over_the_limit_of_wav_are_rf64_which_is_said_once(
     for limit, depth, format in ((4410 * 4, "32f", "RF64"), (4410 * 4, "16", "WAV"), (4410 * 4 - 1, "16", "RF64")):
         monkeypatch.setattr("separation.audio.encode._WAV_LIMIT_BYTES", limit)
         caplog.clear()
-        files = separator(pool).separate_file(song, tmp_path / "out", wav_depth=depth)
+        files = separator(pool).separate_file(song, tmp_path / "out", OutputOptions(wav_depth=depth))
         assert {soundfile.info(path).format for path in files.values()} == {format}
         assert caplog.text.count("RF64") == (format == "RF64")
         assert (sum(read(path) for path in files.values()) - mixture).abs().max() <= 2.0**-12

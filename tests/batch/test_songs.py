@@ -27,13 +27,16 @@ import torch
 
 from helpers import common
 from helpers.common import PROJECT, below, read, started
+from separation.audio.options import OutputOptions
 from separation.batch import songs
 from separation.batch.find import find
 from separation.batch.songs import Job, Outcome, Song
 from separation.cli import main as __main__
 from separation.cli.main import INDIFFERENT, build_parser, main
 from separation.engine import chunking
+from separation.engine.options import EngineOptions
 from separation.engine.separator import Separator
+from separation.progress import Progress
 from separation.system.record import RECORD
 
 DEMO = ("--recipe", "demo", "--device", "cpu")
@@ -156,7 +159,7 @@ def separated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_song_is_not_done_any_more_when_this_changed(change: str, separated: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(separated, tmp_path / "copy"))
-    job = Job(__main__._settings(build_parser().parse_args(["separate", "x", "-o", "y", *DEMO])), {}, report=False)
+    job = Job(__main__._settings(build_parser().parse_args(["separate", "x", "-o", "y", *DEMO])))
     song = Song(copy / "1.wav", copy / "out" / "1")
     assert songs.unfinished([song], job)[0] == []
     CHANGES[change](song.path, song.folder)
@@ -167,7 +170,7 @@ def test_a_folder_that_cannot_be_written_fails_its_song_alone(
     separated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Path(shutil.copytree(separated, tmp_path / "copy"))
-    job = Job(__main__._settings(build_parser().parse_args(["separate", "x", "-o", "y", *DEMO])), {}, report=False)
+    job = Job(__main__._settings(build_parser().parse_args(["separate", "x", "-o", "y", *DEMO])))
     bad, good = Song(copy / "1.wav", copy / "out" / "1"), Song(copy / "1.wav", copy / "out" / "2")
 
     def refuse(prefix: str, dir: Path) -> str:  # root may write everywhere
@@ -276,12 +279,12 @@ def test_a_page_is_made_for_stems_that_are_done(tmp_path: Path, capsys: pytest.C
 
 
 @contextmanager
-def no_bar(name: str) -> Iterator[Callable[[float, str], None]]:
-    yield lambda share, stage: None
+def no_bar(name: str) -> Iterator[Progress]:
+    yield Progress()
 
 
 def job(format: str = "wav") -> Job:
-    return Job(settings={}, writing={"format": format}, report=False)
+    return Job(settings={}, output=OutputOptions(format))
 
 
 def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
@@ -289,7 +292,7 @@ def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
 ) -> None:
     names = [f"{n}.wav" for n in range(5)]
     write_songs(tmp_path / "music", *names, seconds=2)
-    separator = Separator("demo", device="cpu", chunk_seconds=4, overlap_seconds=1)
+    separator = Separator("demo", options=EngineOptions(device="cpu", chunk_seconds=4, overlap_seconds=1))
     alone, found = {}, find([str(tmp_path / "music")], tmp_path / "alone").songs
     for outcome in songs.run(found, job(), [separator], workers=1, bar=no_bar):
         alone[outcome.path.name] = read(outcome.stems["vocals"])
@@ -356,7 +359,7 @@ def test_a_separator_is_made_for_each_gpu_that_has_a_song(
 @pytest.mark.parametrize("format", ["wav", "mp3"])
 def test_when_the_iterator_is_closed_workers_stop_and_remove_what_is_not_finished(format: str, tmp_path: Path) -> None:
     write_songs(tmp_path / "music", *(f"{n}.wav" for n in range(6)), seconds=10)
-    separator = Separator("demo", device="cpu")
+    separator = Separator("demo", options=EngineOptions(device="cpu"))
     found = find([str(tmp_path / "music")], tmp_path / "out").songs
     running = songs.run(found, job(format), [separator], workers=3, bar=no_bar)
     next(running)

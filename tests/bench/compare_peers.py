@@ -231,7 +231,7 @@ def _others_seconds() -> float:
 
 def _load_ours(job: Job) -> tuple[Any, Callable[[], None]]:
     sys.path.insert(0, str(PROJECT))
-    from separation import Separator, load_model
+    from separation import EngineOptions, Separator, load_model
     from separation.device import choose
 
     options = {"precision": "auto", "attention": "auto"} | job.options
@@ -242,7 +242,9 @@ def _load_ours(job: Job) -> tuple[Any, Callable[[], None]]:
         precision=choose("cpu", options["precision"]).precision,
         attention=options["attention"],
     )
-    separator = Separator.from_model(model, chunk_seconds=CHUNK_SECONDS, overlap_seconds=OVERLAP_SECONDS[job.model])
+    separator = Separator.from_model(
+        model, options=EngineOptions(chunk_seconds=CHUNK_SECONDS, overlap_seconds=OVERLAP_SECONDS[job.model])
+    )
     return model, lambda: _no_result(separator.separate_file(job.song, job.output))
 
 
@@ -300,7 +302,7 @@ def _load_demucs(job: Job) -> tuple[Any, Callable[[], None]]:
         arguments = job.network | {"segment": Fraction(job.network["segment"])}
         package_of_weights = {"klass": network, "args": (), "kwargs": arguments, "state": load_file(job.weights)}
         torch.save(package_of_weights, file)
-    separator = api.Separator(model=file.stem, repo=repository, device="cpu", shifts=0, overlap=0.25)
+    separator = api.Separator(device="cpu", model=file.stem, repo=repository, shifts=0, overlap=0.25)
 
     def separate() -> None:
         _, stems = separator.separate_audio_file(Path(job.song))

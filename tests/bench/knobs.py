@@ -17,6 +17,7 @@ from torch import Tensor
 from separation import ModelPool, Separator, load_model
 from separation.audio.decode import decode
 from separation.audio.waveform import SAMPLE_RATE
+from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models.base import SeparationModel
 
@@ -110,7 +111,7 @@ def main() -> None:
     songs = read_songs(options.songs)
 
     def models(precision: str) -> list[tuple[SeparationModel, list[Song], tuple[tuple[int, int], ...]]]:
-        pool = ModelPool(precision=precision)
+        pool = ModelPool(EngineOptions(precision=precision))
         chosen = {"device": pool.choice.device, "precision": pool.choice.precision}
         found = [(load_model("demo", **chosen), songs, DEMO_CHUNKS)]
         if options.htdemucs:
@@ -119,7 +120,9 @@ def main() -> None:
         return found
 
     def separator(model: SeparationModel, chunk_seconds: int, overlap_seconds: int) -> Separator:
-        return Separator.from_model(model, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+        return Separator.from_model(
+            model, options=EngineOptions(chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+        )
 
     if "chunks" in options.tables:
         for model, measured, chunks in models("auto"):

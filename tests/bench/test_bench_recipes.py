@@ -10,6 +10,7 @@ from torch import Tensor
 import recipes
 from helpers.small_model import identity
 from separation import ModelPool
+from separation.engine.options import EngineOptions
 from separation.engine.recipes import resolve
 from separation.models.base import SeparationModel
 
@@ -24,7 +25,7 @@ class Shares(SeparationModel):
 
 
 def test_each_source_is_scored_by_the_true_stem_over_the_songs() -> None:
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool._models = {"htdemucs": Shares(identity(recipes.STEMS, name="htdemucs", chunk_samples=352_800))}
     mixture = torch.randn(2, 1000) * 0.1
     parts = {"vocals": 0.5 / 0.99, "drums": 0.5, "bass": 0.5, "guitar": 0.1, "piano": 0.1, "other": 0.3}

@@ -14,6 +14,7 @@ from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.checkpoints.load import _build, load_model
 from separation.cli import main as __main__
 from separation.cli.main import build_parser
+from separation.engine.options import EngineOptions
 from separation.errors import CheckpointError, InputError
 from separation.models import ARCHITECTURES
 
@@ -71,7 +72,7 @@ def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None
     model = load_model(path, checkpoint=write_weights(small_model().state_dict(), tmp_path / "x.ckpt"))
     plan = Separator.from_model(model).plans["small"]
     assert (plan.chunk_samples, plan.overlap_samples) == (5000, 2500)
-    plan = Separator.from_model(model, chunk_seconds=5, overlap_seconds=2).plans["small"]
+    plan = Separator.from_model(model, options=EngineOptions(chunk_seconds=5, overlap_seconds=2)).plans["small"]
     assert (plan.chunk_samples, plan.overlap_samples) == (220_500, 88_200)
 
 
@@ -97,7 +98,8 @@ def test_equal_chunks_spelt_differently_are_one_estimate_in_the_cache(tmp_path: 
     cache, model = Cache(tmp_path / "cache"), load_model(path, checkpoint=weights)
     choices: list[Any] = [{}, {"chunk_seconds": 8, "overlap_seconds": 4}, {"overlap_seconds": 4}, {"chunk_seconds": 9}]
     for choice in choices:
-        Separator.from_model(model, cache=cache, **choice).separate_file(tmp_path / "song.wav", tmp_path / "out")
+        separator = Separator.from_model(model, cache=cache, options=EngineOptions(**choice))
+        separator.separate_file(tmp_path / "song.wav", tmp_path / "out")
     chunks = [(entry.settings["chunk_samples"], entry.settings["overlap_samples"]) for entry in cache.entries()]
     assert sorted(chunks) == [(352_800, 176_400)] * 2 + [(396_900, 198_450)] * 2  # of two stems
 

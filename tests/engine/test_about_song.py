@@ -25,6 +25,8 @@ from separation.batch.songs import Job, Song, separate_song
 from separation.cli.main import main
 from separation.engine.about_song import about_song
 from separation.engine.cache import Cache
+from separation.engine.options import EngineOptions
+from separation.progress import Progress
 from separation.system.record import RECORD
 from separation.system.threads import Threads
 
@@ -173,7 +175,7 @@ def largest_file(n_bytes: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def separator() -> Separator:
-    return Separator("demo", device="cpu")
+    return Separator("demo", options=EngineOptions(device="cpu"))
 
 
 SAMPLES_BYTES = 4410 * 2 * 4  # of the song below, as samples in a temporary file or a stem without its header
@@ -191,14 +193,14 @@ def test_a_full_disk_is_a_sentence_with_the_song_and_the_folder(
 ) -> None:
     n_bytes, words, left = FULL[what]
     (tmp_path / "song.wav").write_bytes(common.song(0.1))
-    song, job = Song(tmp_path / "song.wav", tmp_path / "out"), Job({}, {"format": "wav"}, report=what == "the page")
+    song, job = Song(tmp_path / "song.wav", tmp_path / "out"), Job({}, report=what == "the page")
     if what == "the record":  # a large one
         song.folder.mkdir()
         run = {"source": {}, "settings": {"x": "x" * n_bytes}, "stems": {}, "duration_seconds": 1}
         run |= {"elapsed_seconds": 1, "gain": 1}
         (song.folder / RECORD).write_text(json.dumps({"version": 1, "runs": [run], "files": []}))
     with largest_file(n_bytes):
-        outcome = separate_song(song, job, separator, lambda share, stage: None)
+        outcome = separate_song(song, job, separator, Progress())
     assert outcome.status == "failed"
     assert outcome.error.startswith("'song.wav': ") and words in outcome.error and str(song.folder) in outcome.error
     assert os.strerror(errno.EFBIG) in outcome.error and outcome.error.isprintable()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,25 @@ from helpers.common import SONG as DEMO_SONG
 from helpers.house import imports, modules
 from helpers.small_model import small_model
 from separation import Cache, CheckpointError, InputError, ModelPool, OutputError, Separator, load_model
+from separation.audio.options import OutputOptions
 from separation.audio.waveform import Waveform
 from separation.cli.main import build_parser, main
 from separation.engine import cache as cache_module
 from separation.engine import recipes
 from separation.engine.cache import ENGINE, LIMIT_GIB, LOCK, chosen_cache, default_folder, engine_version
+from separation.engine.options import EngineOptions
 from separation.engine.recipes import Recipe, resolve
 from separation.system.locks import lock
 
 RATE = 44100
-SHORT = {"chunk_seconds": 4, "overlap_seconds": 1}
+SHORT = EngineOptions(chunk_seconds=4, overlap_seconds=1)
 SETTINGS = {"stem": "vocals", "chunk_samples": 4}
 FACTS = {"song": "a.wav", "seconds": 1.0, "model": "m", "statistics": [0.1, 0.2, 0.3]}
 
 
 @pytest.fixture(scope="module")
 def pool() -> ModelPool:
-    return ModelPool("cpu", "fp32")
+    return ModelPool(EngineOptions(device="cpu", precision="fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,8 @@ def cache(tmp_path: Path) -> Cache:
 def separator(
     pool: ModelPool, cache: Cache | None, recipe: str | Recipe = "demo", stems: str = "all_4", **options: Any
 ):
-    if isinstance(recipe, str):
-        options["stems"] = stems
-    return Separator(recipe, pool=pool, cache=cache, **SHORT | options)
+    chosen = {"two_stems": options.pop("two_stems", None)} | ({"stems": stems} if isinstance(recipe, str) else {})
+    return Separator(recipe, pool=pool, cache=cache, options=replace(SHORT, **options), **chosen)
 
 
 def contents(files: dict[str, Path]) -> dict[str, bytes]:
@@ -75,7 +77,9 @@ def contents(files: dict[str, Path]) -> dict[str, bytes]:
 def runs(separator: Separator, song: Path, out: Path, **options: Any) -> tuple[dict[str, bytes], set[str]]:
     """What the files hold, and the models that ran, by the stages of the progress."""
     stages: set[str] = set()
-    files = separator.separate_file(song, out, progress=lambda share, stage: stages.add(stage), **options)
+    files = separator.separate_file(
+        song, out, OutputOptions(**options), progress=lambda share, stage: stages.add(stage)
+    )
     return contents(files), stages & set(separator.models)
 
 
@@ -292,29 +296,19 @@ def write_recipes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "FOLDER", folder)
 
 
-# Of what Python offers beyond that: nothing more than what is named here.
+# Whatever else Python offers: a new option must be named here, or be part of the key.
 OFFERED = {
-    Separator.__init__: {"device", "pool", "precision", "recipe", "stems", "attention"},
+    Separator.__init__: {"recipe", "stems", "pool"},
     Separator.from_model: {"model"},
-    Separator.separate_file: {
-        "path",
-        "folder",
-        "format",
-        "sample_rate",
-        "wav_depth",
-        "flac_depth",
-        "mp3_bitrate",
-        "max_seconds",
-        "overwrite",
-        "accept_damaged",
-        "progress",
-    },
+    Separator.separate_file: {"path", "folder", "max_seconds", "accept_damaged", "progress"},
+    EngineOptions: {"device", "precision", "attention"},
+    OutputOptions: {"format", "sample_rate", "wav_depth", "flac_depth", "mp3_bitrate", "overwrite"},
 }
 
 
 @pytest.mark.parametrize("function", OFFERED, ids=lambda function: function.__qualname__)
 def test_python_offers_nothing_that_the_key_does_not_know_of(function: Callable[..., Any]) -> None:
-    decided = {"self", "cache", "two_stems", "batch_size", "chunk_seconds", "overlap_seconds"}
+    decided = {"self", "cache", "two_stems", "options", "batch_size", "chunk_seconds", "overlap_seconds"}
     assert set(inspect.signature(function).parameters) - decided == OFFERED[function]
 
 
@@ -327,7 +321,7 @@ def test_the_key_has_the_device_the_code_and_all_that_a_yaml_says_of_a_model(
     def made_anew() -> bool:
         before = state(cache)
         model = load_model(folder, device="cpu")
-        Separator.from_model(model, cache=cache, two_stems="vocals", **SHORT).separate_file(song, tmp_path)
+        Separator.from_model(model, cache=cache, two_stems="vocals", options=SHORT).separate_file(song, tmp_path)
         return state(cache) != before
 
     assert made_anew() and not made_anew()
@@ -401,7 +395,7 @@ def test_weights_that_changed_after_they_were_loaded_are_an_error(tmp_path: Path
 
 def test_a_model_that_was_not_loaded_from_a_file_needs_to_do_without(cache: Cache) -> None:
     model = small_model()
-    with pytest.raises(CheckpointError, match="do without a cache"):
+    with pytest.raises(CheckpointError, match="turn the cache off"):
         Separator.from_model(model, cache=cache)
 
 

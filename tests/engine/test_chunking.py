@@ -24,6 +24,7 @@ from separation.engine.chunking import (
     separate,
 )
 from separation.errors import EstimateError, InputError
+from separation.progress import Progress
 
 
 def identity(batch: Tensor) -> Tensor:
@@ -204,21 +205,22 @@ def test_memory_does_not_grow_with_the_song() -> None:
     assert largest <= plan.chunk_samples
 
 
-def test_progress_rises_to_the_number_of_chunks_and_raising_from_it_cancels() -> None:
-    calls: list[tuple[int, int]] = []
-    run(torch.ones(1, 1000), ChunkPlan(100, 50), batch_size=4, progress=lambda done, total: calls.append((done, total)))
-    assert calls[0][0] == 0 and calls[-1][0] == calls[-1][1]
-    assert calls == sorted(calls)
+def test_progress_rises_to_1_and_raising_from_it_cancels() -> None:
+    shares: list[float] = []
+    progress = Progress(lambda share, stage: shares.append(share))
+    run(torch.ones(1, 1000), ChunkPlan(100, 50), batch_size=4, progress=progress)
+    assert shares[0] == 0.0 and shares[-1] == 1.0 and len(shares) > 3
+    assert shares == sorted(shares)
 
     class StopError(Exception):
         pass
 
-    def cancel(done: int, total: int) -> None:
-        if done:
+    def cancel(share: float, stage: str) -> None:
+        if share:
             raise StopError
 
     with pytest.raises(StopError):
-        run(torch.ones(1, 1000), ChunkPlan(100, 50), progress=cancel)
+        run(torch.ones(1, 1000), ChunkPlan(100, 50), progress=Progress(cancel))
 
 
 def test_the_border_is_reflected_and_beyond_it_lies_silence() -> None:
@@ -405,9 +407,8 @@ def test_an_error_anywhere_comes_through_as_it_is_and_leaves_no_thread(where: st
         return batch.unsqueeze(1)
 
     threads = OtherThreads()
-    blocks = separate(
-        model, read, 1000, ChunkPlan(100, 50), n_stems=1, progress=lambda done, total: may_stop("progress")
-    )
+    progress = Progress(lambda share, stage: may_stop("progress"))
+    blocks = separate(model, read, 1000, ChunkPlan(100, 50), n_stems=1, progress=progress)
 
     def use_all() -> None:
         for _ in blocks:

@@ -4,7 +4,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import soundfile
@@ -16,8 +16,9 @@ from helpers.common import SONG
 from helpers.small_model import quick_model
 from separation import EstimateError, Separator
 from separation.engine import gpu
-from separation.engine import separator as separator_module
+from separation.engine import pool as pool_module
 from separation.engine.gpu import Graphed, captured, compute_thread
+from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 
 pytestmark = [
@@ -27,7 +28,7 @@ pytestmark = [
 
 GPU = torch.device("cuda", 0)
 SHAPE = (4, 2, 100)
-QUICK: dict[str, Any] = {"chunk_seconds": 4, "overlap_seconds": 3}
+QUICK = EngineOptions(chunk_seconds=4, overlap_seconds=3)
 
 
 @pytest.fixture(autouse=True)
@@ -237,11 +238,11 @@ def clip() -> Tensor:
 
 def test_a_song_by_graphs_is_the_song_without(clip: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     def separated() -> Tensor:
-        separator = Separator.from_model(quick_model().to(GPU), batch_size=4, **QUICK)
+        separator = Separator.from_model(quick_model().to(GPU), options=replace(QUICK, batch_size=4))
         return separator.separate(clip)["vocals"]
 
     by_graphs = separated()
-    monkeypatch.setattr(separator_module, "captured", lambda name, model, shape, device: model)
+    monkeypatch.setattr(pool_module, "captured", lambda name, model, shape, device: model)
     assert torch.equal(separated(), by_graphs)
 
 
@@ -257,10 +258,12 @@ def test_a_song_that_overflows_in_float16_is_computed_in_bfloat16_and_so_is_the_
         return made
 
     with torch.inference_mode():
-        expected = Separator.from_model(model(torch.float32), chunk_seconds=4, overlap_seconds=3).separate(clip)[
-            "vocals"
-        ]
-        separator = Separator.from_model(model(torch.float16).to(GPU), chunk_seconds=4, overlap_seconds=3)
+        expected = Separator.from_model(
+            model(torch.float32), options=EngineOptions(chunk_seconds=4, overlap_seconds=3)
+        ).separate(clip)["vocals"]
+        separator = Separator.from_model(
+            model(torch.float16).to(GPU), options=EngineOptions(chunk_seconds=4, overlap_seconds=3)
+        )
     got = [separator.separate(clip)["vocals"] for _ in range(2)]
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warned == ["quick: NaN or Inf in float16: the rest of this song is computed in bfloat16"] * 2
@@ -268,6 +271,6 @@ def test_a_song_that_overflows_in_float16_is_computed_in_bfloat16_and_so_is_the_
     assert sdr(expected, got[0]) > 20
     with torch.inference_mode():
         next(separator.models["quick"].parameters()).fill_(torch.nan)
-    fresh = Separator.from_model(separator.models["quick"], **QUICK)
+    fresh = Separator.from_model(separator.models["quick"], options=QUICK)
     with pytest.raises(EstimateError, match="NaN or Inf between samples 0 and"):
         fresh.separate(clip)

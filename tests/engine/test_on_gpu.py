@@ -15,9 +15,10 @@ from helpers.common import SONG
 from helpers.small_model import quick_model
 from separation import EstimateError, ModelPool, Separator
 from separation.engine import chunking, gpu
-from separation.engine import separator as separator_module
+from separation.engine import pool as pool_module
 from separation.engine.chunking import ChunkPlan, separate
 from separation.engine.gpu import Graphed, Model, captured, compute_thread
+from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models.attention import BACKENDS, choose_attention, einsum_attention
 from separation.models.base import SeparationModel
@@ -39,8 +40,9 @@ def clip() -> Tensor:
 
 
 def stems(clip: Tensor, device: torch.device, precision: str, **options: int) -> dict[str, Tensor]:
-    pool = ModelPool(str(device), precision)
-    return Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2, **options).separate(clip)
+    pool = ModelPool(EngineOptions(device=str(device), precision=precision))
+    engine = EngineOptions(chunk_seconds=4, overlap_seconds=2, **options)
+    return Separator("demo", "all_6", options=engine, pool=pool).separate(clip)
 
 
 def two_stems(batch: Tensor) -> Tensor:
@@ -116,21 +118,23 @@ def without_graphs(name: str, model: Model, shape: tuple[int, ...], device: torc
 def test_a_song_by_graphs_has_the_samples_of_the_song_without(
     clip: Tensor, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = ModelPool("cuda", precision)
-    options = {"pool": pool, "chunk_seconds": 4, "overlap_seconds": 3}
+    pool = ModelPool(EngineOptions(device="cuda", precision=precision))
+    options = {"pool": pool, "options": EngineOptions(chunk_seconds=4, overlap_seconds=3)}
     by_graphs = Separator("demo", "all_6", **options).separate(clip)
     assert all(isinstance(ready.model, Graphed) for ready in pool.on_gpu.ready.values())
     again = Separator("demo", "all_6", **options).separate(clip)
     pool.on_gpu.ready.clear()
-    monkeypatch.setattr(separator_module, "captured", without_graphs)
+    monkeypatch.setattr(pool_module, "captured", without_graphs)
     plain = Separator("demo", "all_6", **options).separate(clip)
     for stem, expected in plain.items():
         assert torch.equal(by_graphs[stem], expected) and torch.equal(again[stem], expected)
 
 
 def test_two_graphs_that_share_their_memory_do_not_disturb_each_other(clip: Tensor) -> None:
-    pool = ModelPool("cuda")
-    separators = [Separator("demo", "all_6", pool=pool, chunk_seconds=n, overlap_seconds=2) for n in (4, 5)]
+    pool = ModelPool(EngineOptions(device="cuda"))
+    separators = [
+        Separator("demo", "all_6", options=EngineOptions(chunk_seconds=n, overlap_seconds=2), pool=pool) for n in (4, 5)
+    ]
     alone = [separator.separate(clip) for separator in separators]
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda separator: separator.separate(clip), separators * 2))
@@ -172,15 +176,15 @@ def test_a_model_that_cannot_be_captured_runs_as_before_and_memory_is_still_give
 
 
 def test_the_batch_does_not_follow_from_what_others_have_of_the_memory(clip: Tensor) -> None:
-    options = {"chunk_seconds": 4, "overlap_seconds": 2}
-    expected = Separator("demo", "all_6", pool=ModelPool("cuda"), **options).separate(clip)
+    options = {"options": EngineOptions(chunk_seconds=4, overlap_seconds=2)}
+    expected = Separator("demo", "all_6", pool=ModelPool(EngineOptions(device="cuda")), **options).separate(clip)
     forget_earlier_tests()
     free, _ = torch.cuda.mem_get_info(GPU)
     if free < 5 * 2**30:
         pytest.skip("needs 5 GiB of free memory on the GPU")
     others = torch.empty(free - 4 * 2**30, dtype=torch.uint8, device=GPU)
     try:
-        got = Separator("demo", "all_6", pool=ModelPool("cuda"), **options).separate(clip)
+        got = Separator("demo", "all_6", pool=ModelPool(EngineOptions(device="cuda")), **options).separate(clip)
     finally:
         del others  # else, if this fails, the tests that follow have no memory
         torch.cuda.empty_cache()
@@ -192,8 +196,8 @@ def test_a_batch_for_a_cap_fits_without_being_halved(clip: Tensor, caplog: pytes
     cap = torch.cuda.memory_reserved(GPU) + 2**30
     torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(GPU).total_memory)
     try:
-        pool = ModelPool("cuda")
-        Separator("demo", "all_6", pool=pool, chunk_seconds=8, overlap_seconds=4).separate(clip)
+        pool = ModelPool(EngineOptions(device="cuda"))
+        Separator("demo", "all_6", options=EngineOptions(chunk_seconds=8, overlap_seconds=4), pool=pool).separate(clip)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     (ready,) = pool.on_gpu.ready.values()
@@ -210,7 +214,7 @@ def test_what_overflows_in_float16_is_computed_in_bfloat16(clip: Tensor, caplog:
         made.to_precision(precision)
         return made
 
-    options = {"chunk_seconds": 4, "overlap_seconds": 3}
+    options = {"options": EngineOptions(chunk_seconds=4, overlap_seconds=3)}
     expected = Separator.from_model(model(torch.float32), **options).separate(clip)["vocals"]
     separator = Separator.from_model(model(torch.float16).to(GPU), **options)
     got = [separator.separate(clip)["vocals"] for _ in range(2)]
@@ -266,16 +270,18 @@ def test_a_batch_for_which_the_memory_is_missing_is_halved(monkeypatch: pytest.M
 
 
 def test_a_batch_needs_the_memory_that_was_reckoned(clip: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(separator_module, "captured", without_graphs)
-    pool = ModelPool("cuda", "auto")
-    options = {"pool": pool, "chunk_seconds": 4, "overlap_seconds": 3}
+    monkeypatch.setattr(pool_module, "captured", without_graphs)
+    pool = ModelPool(EngineOptions(device="cuda", precision="auto"))
+    options = {"pool": pool, "options": EngineOptions(chunk_seconds=4, overlap_seconds=3)}
     Separator("demo", "all_6", **options).separate(clip)
     (ready,) = pool.on_gpu.ready.values()
     need = ready.chunk_bytes
     forget_earlier_tests()
     before = torch.cuda.memory_allocated(GPU)
     torch.cuda.reset_peak_memory_stats(GPU)
-    Separator("demo", "all_6", **options, batch_size=8).separate(clip)
+    Separator(
+        "demo", "all_6", pool=pool, options=EngineOptions(chunk_seconds=4, overlap_seconds=3, batch_size=8)
+    ).separate(clip)
     estimates = 8 * 6 * 2 * 4 * 44100 * 4  # bytes of a batch: those of two are kept while a third is computed
     assert 0 < torch.cuda.max_memory_allocated(GPU) - before <= 1.25 * 8 * need + 2 * estimates
 
@@ -289,7 +295,13 @@ def test_a_songs_memory_is_given_back(clip: Tensor, tmp_path: Path, end: str) ->
         if end == "given up" and share > 0.5:
             raise StopError
 
-    separator = Separator("demo", "all_6", pool=ModelPool("cuda", "fp32"), chunk_seconds=4, overlap_seconds=2)
+    separator = Separator(
+        "demo",
+        "all_6",
+        pool=ModelPool(EngineOptions(device="cuda", precision="fp32")),
+        chunk_seconds=4,
+        overlap_seconds=2,
+    )
     song = tmp_path / "song.wav"
     soundfile.write(song, clip.T.numpy(), 44100, subtype="FLOAT")
     separator.separate_file(song, tmp_path)  # windows and workspaces are made once

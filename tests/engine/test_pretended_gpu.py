@@ -31,6 +31,7 @@ from separation.checkpoints import load as checkpoints
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import load_model, random_weights
 from separation.engine.chunking import ChunkPlan, separate
+from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models import ARCHITECTURES
 
@@ -435,7 +436,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Separator]:
 
     def make(name: str, **options: Any) -> Separator:
         model = load_model(path, checkpoint=folder / "weights.safetensors", device=name)
-        return Separator.from_model(model, chunk_seconds=4, overlap_seconds=3, **options)
+        return Separator.from_model(model, options=EngineOptions(chunk_seconds=4, overlap_seconds=3, **options))
 
     return make
 
@@ -466,12 +467,9 @@ def test_the_demo_gives_the_cpus_stems(gpu: PretendedGPU, clip: Tensor, precisio
         name: Separator(
             "demo",
             "all_6",
-            device=name,
-            precision=asked,
-            attention="sdpa",
-            batch_size=2,
-            chunk_seconds=4,
-            overlap_seconds=1,
+            options=EngineOptions(
+                device=name, precision=asked, attention="sdpa", batch_size=2, chunk_seconds=4, overlap_seconds=1
+            ),
         ).separate(clip)
         for name, asked in (("cpu", "fp32"), ("cuda", precision))
     }

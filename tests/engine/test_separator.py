@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from helpers.common import GIVES_BACK, PROJECT, quick_first
 from helpers.small_model import identity
 from separation import AudioError, EstimateError, InputError, ModelPool, OutputError, RecipeError, Separator
 from separation.audio.encode import encode
+from separation.audio.options import OutputOptions
 from separation.audio.resample import resample
 from separation.audio.waveform import Waveform
 from separation.engine import chunking, encoders
+from separation.engine import pool as pool_module
 from separation.engine import separator as separator_module
+from separation.engine import song as song_module
+from separation.engine.options import EngineOptions
+from separation.engine.pool import GpuModels
 from separation.engine.recipes import resolve
-from separation.engine.separator import GpuModels
 from separation.evaluation.metrics import sdr
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
@@ -37,12 +42,12 @@ from separation.system.record import RECORD
 SONG = PROJECT / "weights" / "demo" / "song.flac"
 
 
-QUICK: dict[str, Any] = {"chunk_seconds": 4, "overlap_seconds": 1}  # in place of 8 and 4
+QUICK = EngineOptions(chunk_seconds=4, overlap_seconds=1)
 
 
 @pytest.fixture(scope="module")
 def pool() -> ModelPool:
-    return ModelPool("cpu", "fp32")
+    return ModelPool(EngineOptions(device="cpu", precision="fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +67,14 @@ def read(path: Path) -> Tensor:
 
 
 def test_vocals_plus_instrumental_is_the_mixture(pool: ModelPool, clip: Tensor) -> None:
-    stems = Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate(clip)
+    stems = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK).separate(clip)
     assert list(stems) == ["vocals", "instrumental"]
     assert (stems["vocals"] + stems["instrumental"] - clip).abs().max() <= 2e-7
     assert sdr(clip, stems["vocals"]) < 10  # the vocals are not the mixture
 
 
 def test_all_4_sums_to_the_mixture_where_other_is_the_residual(pool: ModelPool, clip: Tensor) -> None:
-    stems = Separator("demo", "all_4", pool=pool, **QUICK).separate(clip)
+    stems = Separator("demo", "all_4", pool=pool, options=QUICK).separate(clip)
     assert (torch.stack(list(stems.values())).sum(0) - clip).abs().max() <= 1e-6
 
 
@@ -79,8 +84,8 @@ def test_all_4_sums_to_the_mixture_where_other_is_the_residual(pool: ModelPool, 
 def test_two_stems_are_the_stem_of_all_4_and_the_mixture_minus_it(
     pool: ModelPool, clip: Tensor, tmp_path: Path, stem: str
 ) -> None:
-    expected = Separator("demo", "all_4", pool=pool, **QUICK).separate(clip)[stem]
-    separator = Separator("demo", two_stems=stem, pool=pool, **QUICK)
+    expected = Separator("demo", "all_4", pool=pool, options=QUICK).separate(clip)[stem]
+    separator = Separator("demo", two_stems=stem, pool=pool, options=QUICK)
     assert separator.stems == (stem, f"no_{stem}")
     stems = separator.separate(clip)
     assert list(stems) == [stem, f"no_{stem}"]
@@ -127,9 +132,9 @@ def test_two_stems_load_and_run_only_what_the_one_needs(
         loaded.append(Recorder(name, stems, 100_000))
         return loaded[-1]
 
-    monkeypatch.setattr(separator_module, "load_model", load)
-    pool = ModelPool("cpu", "fp32")
-    Separator("standard", two_stems=stem, pool=pool, **QUICK).separate(clip[:, :1000])
+    monkeypatch.setattr(pool_module, "load_model", load)
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
+    Separator("standard", two_stems=stem, pool=pool, options=QUICK).separate(clip[:, :1000])
     assert [(model.name, model.stems) for model in loaded] == [expected]
     assert list(pool.load_seconds) == [expected[0]]
     assert 0 <= pool.load_seconds[expected[0]] < 10
@@ -139,12 +144,14 @@ def test_a_stem_that_no_file_is_made_of_does_not_scale_the_others(clip: Tensor, 
     models = {name: Recorder(name, (name,), 100_000) for name in ("louder", "inverted")}
     for name, gain in (("louder", 3.0), ("inverted", -3.0)):
         models[name].gain.data.fill_(gain)
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool._models = dict(models)
     recipe = resolve("test", "test", {"louder": "louder", "inverted": "inverted", "rest": "residual"})
     mixture = clip[:, :100_000] * 0.8 / clip[:, :100_000].abs().max()
     song = write(tmp_path / "song.wav", mixture)
-    files = Separator(recipe, two_stems="rest", pool=pool, **QUICK).separate_file(song, tmp_path / "out", format="flac")
+    files = Separator(recipe, two_stems="rest", pool=pool, options=QUICK).separate_file(
+        song, tmp_path / "out", OutputOptions(format="flac")
+    )
     assert files.gain == 1
     assert (read(files["rest"]) - mixture).abs().max() <= 1e-5
     assert read(files["no_rest"]).abs().max() <= 1e-5
@@ -152,10 +159,10 @@ def test_a_stem_that_no_file_is_made_of_does_not_scale_the_others(clip: Tensor, 
 
 def test_the_attention_backend_asked_for_is_the_models() -> None:
     for name in ("einsum", "itemwise"):
-        separator = Separator("demo", "all_4", device="cpu", precision="fp32", attention=name)
+        separator = Separator("demo", "all_4", options=EngineOptions(device="cpu", precision="fp32", attention=name))
         assert separator.models["demo"].attention == name
     with pytest.raises(InputError, match="unknown attention backend 'abacus'"):
-        Separator("demo", "all_4", device="cpu", attention="abacus")
+        Separator("demo", "all_4", options=EngineOptions(device="cpu", attention="abacus"))
 
 
 def test_one_model_for_two_choices_is_loaded_once(pool: ModelPool) -> None:
@@ -165,7 +172,7 @@ def test_one_model_for_two_choices_is_loaded_once(pool: ModelPool) -> None:
 
 
 def test_the_same_input_gives_the_same_samples_whatever_ran_before(pool: ModelPool, clip: Tensor) -> None:
-    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
     first = separator.separate(clip)["vocals"]
     separator.separate(torch.randn(2, 30_000))
     assert torch.equal(separator.separate(clip)["vocals"], first)
@@ -173,13 +180,19 @@ def test_the_same_input_gives_the_same_samples_whatever_ran_before(pool: ModelPo
 
 def test_batch_size_and_thread_count_do_not_change_the_stems(pool: ModelPool, clip: Tensor) -> None:
     short = clip[:, :120_000]
-    expected = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2).separate(short)
-    batched = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2, batch_size=3).separate(short)
+    expected = Separator(
+        "demo", "all_6", options=EngineOptions(chunk_seconds=4, overlap_seconds=2), pool=pool
+    ).separate(short)
+    batched = Separator(
+        "demo", "all_6", options=EngineOptions(chunk_seconds=4, overlap_seconds=2, batch_size=3), pool=pool
+    ).separate(short)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            alone = Separator("demo", "all_6", pool=pool, chunk_seconds=4, overlap_seconds=2).separate(short)
+            alone = Separator(
+                "demo", "all_6", options=EngineOptions(chunk_seconds=4, overlap_seconds=2), pool=pool
+            ).separate(short)
             for stem in expected:
                 assert (batched[stem] - expected[stem]).abs().max() <= 1e-5
                 assert (alone[stem] - expected[stem]).abs().max() <= 1e-5
@@ -188,16 +201,16 @@ def test_batch_size_and_thread_count_do_not_change_the_stems(pool: ModelPool, cl
 
 
 def test_batch_size_in_bfloat16_changes_the_stems_by_no_more_than_its_rounding(clip: Tensor) -> None:
-    half = ModelPool("cpu", "bf16")
-    options = {"pool": half, "chunk_seconds": 4, "overlap_seconds": 2}
-    one = Separator("demo", "vocals_instrumental", **options).separate(clip[:, :200_000])
-    three = Separator("demo", "vocals_instrumental", batch_size=3, **options).separate(clip[:, :200_000])
+    half = ModelPool(EngineOptions(device="cpu", precision="bf16"))
+    options = EngineOptions(chunk_seconds=4, overlap_seconds=2)
+    one = Separator("demo", pool=half, options=options).separate(clip[:, :200_000])
+    three = Separator("demo", pool=half, options=replace(options, batch_size=3)).separate(clip[:, :200_000])
     assert sdr(one["vocals"], three["vocals"]) > 40
 
 
 def test_chunks_at_once_are_one_on_a_cpu_unless_asked_for(pool: ModelPool) -> None:
     for options, expected in (({}, 1), ({"batch_size": 5}, 5)):
-        separator = Separator("demo", "all_4", pool=pool, **QUICK, **options)
+        separator = Separator("demo", "all_4", pool=pool, options=replace(QUICK, **options))
         ready = separator._ready(separator.models["demo"], separator.plans["demo"])
         assert (ready.model, ready.batch_size) == (separator.models["demo"], expected)
 
@@ -209,9 +222,9 @@ class Gpu:
         self.room = 99
         self.measured: list[tuple[int, int]] = []
         self.captured: list[tuple[str, tuple[int, ...]]] = []
-        monkeypatch.setattr(separator_module, "chunk_memory_bytes", self._measure)
-        monkeypatch.setattr(separator_module, "fitting_batch_size", lambda n_bytes, gpu: fitting)
-        monkeypatch.setattr(separator_module, "captured", self._capture)
+        monkeypatch.setattr(pool_module, "chunk_memory_bytes", self._measure)
+        monkeypatch.setattr(pool_module, "fitting_batch_size", lambda n_bytes, gpu: fitting)
+        monkeypatch.setattr(pool_module, "captured", self._capture)
 
     def _measure(self, model: object, channels: int, samples: int, device: torch.device) -> int:
         self.measured.append((channels, samples))
@@ -260,7 +273,7 @@ def test_on_a_gpu_that_others_use_a_batch_is_halved_for_this_song_alone(
 
 def test_on_a_gpu_the_least_recently_used_models_do_not_stay_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpu(monkeypatch, 8)
-    monkeypatch.setattr(separator_module, "MAX_READY", 2)
+    monkeypatch.setattr(pool_module, "MAX_READY", 2)
     models, model = GpuModels(), random_model(("left",))
     for samples in (1000, 2000, 1000, 3000):
         models.get(model, samples, "auto", torch.device("cuda"))
@@ -297,28 +310,28 @@ def test_a_spare_for_which_the_memory_is_missing_is_an_error_that_says_what_to_d
 
 
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
-    separator = Separator("demo", "all_4", pool=pool, **QUICK)
+    separator = Separator("demo", "all_4", pool=pool, options=QUICK)
     loud, quiet = separator.separate(clip[:, :150_000]), separator.separate(clip[:, :150_000] * 1e-3)
     for stem in loud:
         assert sdr(loud[stem], quiet[stem] * 1e3) > 60
 
 
 def test_silence_in_is_silence_out(pool: ModelPool) -> None:
-    for stem in Separator("demo", "all_6", pool=pool, **QUICK).separate(torch.zeros(2, 100_000)).values():
+    for stem in Separator("demo", "all_6", pool=pool, options=QUICK).separate(torch.zeros(2, 100_000)).values():
         assert stem.shape == (2, 100_000)
         assert not stem.any()
 
 
 @pytest.mark.parametrize("length", [1, 2, 1000, 4410, 44_100])
 def test_a_short_song_keeps_its_length(pool: ModelPool, clip: Tensor, length: int) -> None:
-    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
     for stem in separator.separate(clip[:, 50_000 : 50_000 + length]).values():
         assert stem.shape == (2, length)
         assert torch.isfinite(stem).all()
 
 
 def test_bad_mixtures_are_errors_that_say_where(pool: ModelPool) -> None:
-    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
     mixture = torch.zeros(2, 1000)
     mixture[1, 321] = float("nan")
     with pytest.raises(AudioError, match="sample 321"):
@@ -345,7 +358,7 @@ def test_bad_mixtures_are_errors_that_say_where(pool: ModelPool) -> None:
 )
 def test_options_that_cannot_be_used_are_one_clear_sentence(options: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        Separator("demo", "all_4", **options)
+        Separator("demo", "all_4", options=EngineOptions(**options))
 
 
 def random_model(stems: tuple[str, ...], *, name: str = "random", stereo: bool = True, seed: int = 0) -> BSRoFormer:
@@ -357,14 +370,16 @@ def random_model(stems: tuple[str, ...], *, name: str = "random", stereo: bool =
 
 
 def test_one_model_separates_a_song_without_a_recipe(clip: Tensor) -> None:
-    stems = Separator.from_model(random_model(("left", "right")), chunk_seconds=4, overlap_seconds=1).separate(clip)
+    stems = Separator.from_model(
+        random_model(("left", "right")), options=EngineOptions(chunk_seconds=4, overlap_seconds=1)
+    ).separate(clip)
     assert list(stems) == ["left", "right"]
     assert stems["left"].shape == clip.shape
 
 
 def test_a_mono_model_works_on_each_channel(clip: Tensor) -> None:
     model = random_model(("vocals", "other"), stereo=False)
-    separator = Separator.from_model(model, chunk_seconds=4, overlap_seconds=1)
+    separator = Separator.from_model(model, options=EngineOptions(chunk_seconds=4, overlap_seconds=1))
     stems = separator.separate(clip[:, :60_000])
     for channel in (0, 1):
         doubled = clip[channel : channel + 1, :60_000].expand(2, -1)
@@ -384,7 +399,7 @@ def test_nan_from_a_model_is_an_error_and_leaves_no_file(clip: Tensor, tmp_path:
 
 
 def test_a_file_gives_the_stems_that_memory_gives(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
-    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
     files = separator.separate_file(write(tmp_path / "song.wav", clip), tmp_path / "out")
     expected = separator.separate(clip)
     assert [path.name for path in files.values()] == ["vocals.wav", "instrumental.wav"]
@@ -401,8 +416,8 @@ def test_every_format_and_rate_has_the_songs_length_and_sums_to_the_mixture(
     pool: ModelPool, clip: Tensor, tmp_path: Path, format: str, tolerance: float, sample_rate: int
 ) -> None:
     song = write(tmp_path / "song.wav", clip[:, :100_000])
-    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
-    files = separator.separate_file(song, tmp_path / "out", format=format, sample_rate=sample_rate)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
+    files = separator.separate_file(song, tmp_path / "out", OutputOptions(format=format, sample_rate=sample_rate))
     stems = [read(path) for path in files.values()]
     expected = -(-100_000 * sample_rate // 44100)
     assert {stem.shape[1] for stem in stems} == {expected}
@@ -414,11 +429,11 @@ def test_loud_stems_are_scaled_by_one_gain_in_flac_and_kept_in_wav(
     pool: ModelPool, clip: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     song = write(tmp_path / "song.wav", clip[:, :100_000] * 4)
-    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
     wav = separator.separate_file(song, tmp_path / "wav")
     assert wav.gain == 1
     assert max(read(path).abs().max() for path in wav.values()) > 1
-    flac = separator.separate_file(song, tmp_path / "flac", format="flac")
+    flac = separator.separate_file(song, tmp_path / "flac", OutputOptions(format="flac"))
     assert flac.gain < 1
     assert "scaled by" in caplog.text
     for stem, path in flac.items():
@@ -435,7 +450,7 @@ def test_a_cancelled_run_leaves_no_file_and_the_next_is_right(pool: ModelPool, c
             raise CancelError
 
     song = write(tmp_path / "song.wav", clip)
-    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
     with pytest.raises(CancelError):
         separator.separate_file(song, tmp_path / "a" / "b", progress=cancel)
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
@@ -449,7 +464,9 @@ def test_progress_goes_over_the_whole_job_and_names_each_stage_once(
     pool: ModelPool, clip: Tensor, tmp_path: Path
 ) -> None:
     song = write(tmp_path / "song.wav", clip)
-    separator = Separator("demo", "vocals_instrumental", pool=pool, chunk_seconds=4, overlap_seconds=1)
+    separator = Separator(
+        "demo", "vocals_instrumental", options=EngineOptions(chunk_seconds=4, overlap_seconds=1), pool=pool
+    )
     calls: list[tuple[float, str]] = []
     files = separator.separate_file(song, tmp_path / "out", progress=lambda *call: calls.append(call))
     shares = [share for share, _ in calls]
@@ -475,7 +492,7 @@ def test_a_song_can_be_cancelled_while_it_is_decoded(pool: ModelPool, clip: Tens
 
     song = write(tmp_path / "song.wav", clip)
     with pytest.raises(CancelError):
-        Separator("demo", pool=pool, **QUICK).separate_file(song, tmp_path / "out", progress=cancel)
+        Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out", progress=cancel)
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
@@ -496,8 +513,8 @@ def test_an_interrupt_while_stems_are_written_is_not_lost_and_leaves_no_file(
     before = signal.signal(signal.SIGALRM, cancel)
     try:
         with pytest.raises(CancelError):
-            Separator("demo", "all_6", pool=pool, **QUICK).separate_file(
-                song, tmp_path / "out", format="mp3", progress=soon
+            Separator("demo", "all_6", pool=pool, options=QUICK).separate_file(
+                song, tmp_path / "out", OutputOptions(format="mp3"), progress=soon
             )
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -522,7 +539,7 @@ def test_a_song_can_be_cancelled_while_a_stem_is_encoded(
     monkeypatch.setattr(encoders, "encode", lambda *_, **__: cancelled.wait(20))
     song = write(tmp_path / "song.wav", clip[:, :10_000])
     with pytest.raises(CancelError):
-        Separator("demo", pool=pool, **QUICK).separate_file(song, tmp_path / "out", progress=cancel)
+        Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out", progress=cancel)
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
@@ -530,7 +547,7 @@ def test_stems_take_their_place_together_or_not_at_all(pool: ModelPool, clip: Te
     song = write(tmp_path / "song.wav", clip[:, :10_000])
     (tmp_path / "out" / "instrumental.wav" / "in the way").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"instrumental\.wav.*a folder of that name"):
-        Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate_file(song, tmp_path / "out")
+        Separator("demo", "vocals_instrumental", pool=pool, options=QUICK).separate_file(song, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["instrumental.wav"]
 
 
@@ -546,8 +563,8 @@ def test_stems_are_encoded_side_by_side(
 
     monkeypatch.setattr(encoders, "encode", met)
     song = write(tmp_path / "song.wav", clip[:, :20_000])
-    files = Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate_file(
-        song, tmp_path / "out", format="mp3"
+    files = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK).separate_file(
+        song, tmp_path / "out", OutputOptions(format="mp3")
     )
     assert [path.name for path in files.values()] == ["vocals.mp3", "instrumental.mp3"]
 
@@ -564,7 +581,7 @@ def test_a_move_that_fails_puts_the_older_stems_back(tmp_path: Path) -> None:
 
 def test_newer_stems_take_the_place_of_older_ones(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
     song = write(tmp_path / "song.wav", clip[:, :10_000])
-    separator = Separator("demo", "vocals_instrumental", pool=pool, **QUICK)
+    separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
     for level in (1.0, 0.5):
         write(song, clip[:, :10_000] * level)
         files = separator.separate_file(song, tmp_path / "out")
@@ -596,7 +613,7 @@ class StandardRecorder(Recorder):
 
 
 def recording(model: Recorder) -> ModelPool:
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool._models = {model.name: model}
     return pool
 
@@ -619,9 +636,9 @@ def test_the_files_are_those_of_encoding_the_whole_stems_afterwards(
     recipe = resolve("test", "test", {"vocals": "first", "drums": "first of vocals", "instrumental": "residual"})
     model = Recorder("first", ("vocals", "drums"), 100_000)
     model.gain.data.fill_(0.7)
-    separator = Separator(recipe, pool=recording(model), **QUICK)
+    separator = Separator(recipe, pool=recording(model), options=QUICK)
     mixture = clip[:, :200_001] * level / clip[:, :200_001].abs().max()
-    files = separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out", **options)
+    files = separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out", OutputOptions(**options))
     assert (files.gain < 1) == (level > 1 and options != {"format": "wav"})
     rate = options.get("sample_rate", 44100)
     depths = {name: value for name, value in options.items() if name.endswith("_depth")}
@@ -631,7 +648,7 @@ def test_the_files_are_those_of_encoding_the_whole_stems_afterwards(
             wave.append(samples)
             wave.tags = {"title": f"song ({stem})"}
             with resample(wave, rate, tmp_path) if rate != 44100 else wave as at_rate:
-                encode(at_rate, expected, gain=files.gain, format=expected.suffix[1:], **depths)
+                encode(at_rate, expected, OutputOptions(options["format"], **depths), gain=files.gain)
         assert files[stem].read_bytes() == expected.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"song.wav", "out", *(path.name for path in files.values())}
 
@@ -642,16 +659,17 @@ def test_the_files_are_those_of_encoding_the_whole_stems_afterwards(
         ({"pool": True, "device": "cpu"}, "device 'cpu' means nothing beside a pool"),
         ({"pool": True, "precision": "fp32"}, "precision 'fp32' means nothing beside a pool"),
         ({"pool": True, "attention": "sdpa"}, "attention 'sdpa' means nothing beside a pool"),
-        ({"stems": "all_4"}, "stems 'all_4' mean nothing beside a recipe"),
+        ({"stems": "all_4"}, "stems 'all_4' mean nothing beside a loaded recipe"),
     ],
 )
 def test_an_argument_that_another_makes_meaningless_is_refused(
     options: dict[str, Any], words: str, pool: ModelPool
 ) -> None:
     recipe = resolve("test", "test", {"vocals": "demo"}) if "stems" in options else "demo"
-    given = options | ({"pool": pool} if "pool" in options else {})
+    engine = EngineOptions(**{name: value for name, value in options.items() if name not in ("pool", "stems")})
+    given = {"pool": pool} if "pool" in options else {"stems": options["stems"]}
     with pytest.raises(InputError, match=words):
-        Separator(recipe, **given)
+        Separator(recipe, options=engine, **given)
 
 
 @pytest.mark.parametrize("sample_rate", [44100, 48000])
@@ -660,12 +678,12 @@ def test_every_stem_is_encoded_while_the_model_still_works(
 ) -> None:
     encode, begun = encoders.encode, {"vocals": threading.Event(), "instrumental": threading.Event()}
 
-    def watched(wave: Waveform, path: Path, *, gain: Callable[[], float], **options: Any) -> None:
+    def watched(wave: Waveform, path: Path, options: OutputOptions, *, gain: Callable[[], float]) -> None:
         def watched_gain() -> float:
             begun[path.stem].set()
             return gain()
 
-        encode(wave, path, gain=watched_gain, **options)
+        encode(wave, path, options, gain=watched_gain)
 
     class Waiting(Recorder):
         def forward(self, chunks: Tensor) -> Tensor:
@@ -676,9 +694,9 @@ def test_every_stem_is_encoded_while_the_model_still_works(
     monkeypatch.setattr(encoders, "encode", watched)
     model = Waiting("first", ("vocals",), 100_000)
     recipe = resolve("test", "test", {"vocals": "first", "instrumental": "residual"})
-    separator = Separator(recipe, pool=recording(model), **QUICK)
+    separator = Separator(recipe, pool=recording(model), options=QUICK)
     song = write(tmp_path / "song.wav", clip)
-    separator.separate_file(song, tmp_path / "out", format="flac", sample_rate=sample_rate)
+    separator.separate_file(song, tmp_path / "out", OutputOptions(format="flac", sample_rate=sample_rate))
     assert len(model.seen) == 3
 
 
@@ -706,13 +724,13 @@ def test_what_fails_beside_the_model_ends_the_run_with_its_error(
     if where == "an encoder":
         monkeypatch.setattr(encoders, "encode", fail)
     else:
-        monkeypatch.setattr(separator_module._Sum, "blocks", fail_at_the_end if "end" in where else fail)
+        monkeypatch.setattr(song_module._Sum, "blocks", fail_at_the_end if "end" in where else fail)
     lines = {"vocals": "first", "drums": "first after vocals"}
     if "input" not in where:
         lines = {"vocals": "first", "instrumental": "residual"}
     model = Slow("first", ("vocals", "drums"), 100_000)
     recipe = resolve("test", "test", lines)
-    separator = Separator(recipe, pool=recording(model), **QUICK)
+    separator = Separator(recipe, pool=recording(model), options=QUICK)
     if where != "an encoder":  # a sum is begun when it is asked for
         failed.set()
     song = write(tmp_path / "song.wav", clip.repeat(1, 8))
@@ -728,29 +746,31 @@ def test_once_a_stem_is_too_loud_nothing_more_is_encoded_before_the_gain_is_know
 ) -> None:
     encode, gains = encoders.encode, []
 
-    def watched(wave: Waveform, path: Path, *, gain: Callable[[], float] | float, **options: Any) -> None:
+    def watched(wave: Waveform, path: Path, options: OutputOptions, *, gain: Callable[[], float] | float) -> None:
         def watched_gain() -> float:
             gains.append(gain() if callable(gain) else gain)
             return gains[-1]
 
-        encode(wave, path, gain=watched_gain, **options)
+        encode(wave, path, options, gain=watched_gain)
 
     monkeypatch.setattr(encoders, "encode", watched)
     recipe = resolve("test", "test", {"vocals": "first", "instrumental": "residual"})
-    separator = Separator(recipe, pool=recording(Recorder("first", ("vocals",), 100_000)), **QUICK)
+    separator = Separator(recipe, pool=recording(Recorder("first", ("vocals",), 100_000)), options=QUICK)
     mixture = clip * 0.1
     mixture[:, 0] = 2.0
-    files = separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out", format="flac")
+    files = separator.separate_file(
+        write(tmp_path / "song.wav", mixture), tmp_path / "out", OutputOptions(format="flac")
+    )
     assert files.gain == pytest.approx(0.5)
     assert gains == [files.gain] * 2 * -(-mixture.shape[1] // 65536)
 
 
 def test_each_model_of_a_recipe_gets_its_own_normalisation_and_chunks(clip: Tensor, tmp_path: Path) -> None:
     first, second = Recorder("first", ("vocals",), 100_000), StandardRecorder("second", ("bass", "drums"), 78_000)
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool._models = {"first": first, "second": second}
     recipe = resolve("test", "test", {"drums": "second", "vocals": "first", "bass": "second"})
-    separator = Separator(recipe, pool=pool, chunk_seconds=4, overlap_seconds=1)
+    separator = Separator(recipe, options=EngineOptions(chunk_seconds=4, overlap_seconds=1), pool=pool)
     mixture = clip * 0.3 + 0.05
     shares: list[float] = []
     stems = separator.separate(mixture, progress=lambda share, stage: shares.append(share))
@@ -783,11 +803,11 @@ def test_the_models_of_a_recipe_share_the_mixture_which_is_decoded_once(
         return decode(path, *arguments, **options)
 
     monkeypatch.setattr(separator_module, "decode", recorded)
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool._models = {name: Recorder(name, (name,), 100_000) for name in ("vocals", "bass", "drums")}
     recipe = resolve("test", "test", {name: name for name in pool._models})
     song = write(tmp_path / "song.wav", clip[:, :100_000])
-    files = Separator(recipe, pool=pool, **QUICK).separate_file(song, tmp_path / "out")
+    files = Separator(recipe, pool=pool, options=QUICK).separate_file(song, tmp_path / "out")
     assert decoded == [song]
     assert all((read(path) - clip[:, :100_000]).abs().max() <= 1e-6 for path in files.values())
 
@@ -860,12 +880,16 @@ def test_each_construct_of_a_recipe_is_the_plain_computation_in_memory_and_in_fi
     text: str, clip: Tensor, tmp_path: Path
 ) -> None:
     models, mixture = two_models(), clip[:, :120_000] * 0.5 + 0.02
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool._models = dict(models)
     expected = CONSTRUCTS[text](
         lambda song: plain(models["a"], song), lambda song: plain(models["b"], song), mixture.numpy()
     )
-    separator = Separator(resolve("mine", "test", yaml.safe_load(text)), pool=pool, chunk_seconds=4, overlap_seconds=1)
+    separator = Separator(
+        resolve("mine", "test", yaml.safe_load(text)),
+        options=EngineOptions(chunk_seconds=4, overlap_seconds=1),
+        pool=pool,
+    )
     stems = separator.separate(mixture)
     files = separator.separate_file(write(tmp_path / "song.wav", mixture), tmp_path / "out")
     assert list(stems) == list(files) == list(separator.stems)
@@ -874,7 +898,9 @@ def test_each_construct_of_a_recipe_is_the_plain_computation_in_memory_and_in_fi
         assert sdr(torch.from_numpy(right), mixture) < 30 and np.abs(right).max() > 0.001
         assert np.abs(stems[stem].numpy() - right).max() <= 1e-6
         assert np.abs(read(files[stem]).numpy() - right).max() <= 1e-6
-    two = Separator(separator.recipe, two_stems=stem, pool=pool, chunk_seconds=4, overlap_seconds=1)
+    two = Separator(
+        separator.recipe, options=EngineOptions(chunk_seconds=4, overlap_seconds=1), two_stems=stem, pool=pool
+    )
     alone, rest = two.separate(mixture).values()
     assert np.abs(alone.numpy() - right).max() <= 1e-6
     assert np.abs(rest.numpy() - (mixture.numpy() - right)).max() <= 1e-6
@@ -897,10 +923,12 @@ def test_no_chunk_is_computed_twice_and_none_that_is_not_needed(
 ) -> None:
     model, calls = two_models()["a"], []
     model.register_forward_hook(lambda *_: calls.append(1))
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool._models = {"a": model}
     recipe = resolve("mine", "test", yaml.safe_load(text))
-    separator = Separator(recipe, two_stems=two_stems, pool=pool, chunk_seconds=4, overlap_seconds=1)
+    separator = Separator(
+        recipe, options=EngineOptions(chunk_seconds=4, overlap_seconds=1), two_stems=two_stems, pool=pool
+    )
     separator.separate(clip[:, :200_000])
     chunks = len(separator.plans["a"].starts(200_000))
     assert chunks == 2 and len(calls) == runs * chunks
@@ -910,11 +938,11 @@ def test_no_chunk_is_computed_twice_and_none_that_is_not_needed(
 
 def test_the_progress_of_a_recipe_goes_over_all_its_runs(clip: Tensor) -> None:
     models = two_models()
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool._models = dict(models)
     recipe = resolve("mine", "test", {"vocals": "a", "drums": "b after vocals", "bass": "a after drums"})
     calls: list[tuple[float, str]] = []
-    separator = Separator(recipe, pool=pool, chunk_seconds=4, overlap_seconds=1)
+    separator = Separator(recipe, options=EngineOptions(chunk_seconds=4, overlap_seconds=1), pool=pool)
     separator.separate(clip[:, :200_000], progress=lambda *call: calls.append(call))
     sixths = [(0, "a"), (1, "a"), (2, "a"), (2, "b"), (3, "b"), (4, "b"), (4, "a"), (5, "a"), (6, "a"), (6, "done")]
     assert calls == [(pytest.approx(share / 6), stage) for share, stage in sixths]
@@ -927,13 +955,13 @@ def test_of_a_network_with_a_mask_estimator_a_stem_only_those_asked_for_run(pool
         estimator.register_forward_hook(lambda *_, index=index: ran.append(index))
         for index, estimator in enumerate(model.mask_estimators)
     ]
-    every = Separator("demo", "all_6", pool=pool, **QUICK).separate(clip[:, :50_000])
+    every = Separator("demo", "all_6", pool=pool, options=QUICK).separate(clip[:, :50_000])
     assert sorted(set(ran)) == list(range(6))
     for separator, expected in (
-        (Separator("demo", "vocals_instrumental", pool=pool, **QUICK), {0}),
-        (Separator("demo", "all_4", pool=pool, **QUICK), {0, 1, 2}),
-        (Separator("demo", two_stems="bass", pool=pool, **QUICK), {2}),
-        (Separator.from_model(model, two_stems="piano", **QUICK), {4}),
+        (Separator("demo", "vocals_instrumental", pool=pool, options=QUICK), {0}),
+        (Separator("demo", "all_4", pool=pool, options=QUICK), {0, 1, 2}),
+        (Separator("demo", two_stems="bass", pool=pool, options=QUICK), {2}),
+        (Separator.from_model(model, two_stems="piano", options=QUICK), {4}),
     ):
         ran.clear()
         stems = separator.separate(clip[:, :50_000])
@@ -950,8 +978,8 @@ def test_a_pool_keeps_the_specialists_it_has_when_others_are_asked_for(monkeypat
         loaded.append(stems)
         return Recorder(name, stems, 1000)
 
-    monkeypatch.setattr(separator_module, "load_model", load)
-    pool = ModelPool("cpu", "fp32")
+    monkeypatch.setattr(pool_module, "load_model", load)
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     pool.get("bag", ("drums", "bass"))
     assert pool.get("bag", ("bass",)) is pool.get("bag", ("drums",))
     assert pool.get("bag", ("vocals", "bass")).stems == ("drums", "bass", "vocals")
@@ -966,7 +994,7 @@ def test_a_model_of_another_sample_rate_is_refused() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to stop being root")
 def test_a_folder_that_another_user_may_not_see_is_an_error(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
-    separator, song = Separator("demo", "all_4", pool=pool, **QUICK), write(tmp_path / "song.wav", clip[:, :1000])
+    separator, song = Separator("demo", "all_4", pool=pool, options=QUICK), write(tmp_path / "song.wav", clip[:, :1000])
     tmp_path.chmod(0o700)
     os.seteuid(65534)
     try:
@@ -980,7 +1008,7 @@ def test_an_unwritable_folder_is_an_error_that_names_it(pool: ModelPool, clip: T
     song = write(tmp_path / "song.wav", clip[:, :1000])
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=r"cannot write to .*file"):
-        Separator("demo", "all_4", pool=pool, **QUICK).separate_file(song, tmp_path / "file" / "out")
+        Separator("demo", "all_4", pool=pool, options=QUICK).separate_file(song, tmp_path / "file" / "out")
 
 
 MEASURE = """
@@ -990,7 +1018,7 @@ import torch
 from separation import ModelPool, Separator
 from separation.models.base import Identity, SeparationModel
 from separation.engine.recipes import resolve
-from separation.engine.separator import GpuModels
+from separation.engine.pool import GpuModels
 
 class Half(SeparationModel):
     channels = 2
@@ -1002,7 +1030,7 @@ class Half(SeparationModel):
     def forward(self, chunks):
         return (chunks * self.gain).unsqueeze(1).expand(-1, 2, -1, -1)
 
-pool = ModelPool("cpu", "fp32")
+pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
 pool._models = {"half": Half()}
 recipe = resolve("test", "test", {"(song)": "half", "again": "half after song", "other": "residual"})
 Separator(recipe, pool=pool).separate_file(sys.argv[1], sys.argv[2], format="flac", sample_rate=48000)
@@ -1037,8 +1065,8 @@ def test_tags_go_over_into_the_stems_whose_titles_tell_them_apart(
             file.title = title
         file.write(clip[:, :44_100].T.numpy())
     for format in ("wav", "flac", "mp3"):
-        files = Separator("demo", "vocals_instrumental", pool=pool, **QUICK).separate_file(
-            song, tmp_path / format, format=format
+        files = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK).separate_file(
+            song, tmp_path / format, OutputOptions(format=format)
         )
         for stem, path in files.items():
             with soundfile.SoundFile(path) as file:

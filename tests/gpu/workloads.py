@@ -19,6 +19,7 @@ from torch import Tensor
 from names import DEMO, DRUMSEP, HTDEMUCS, HTDEMUCS_FT, KIM, MDX23C, SCNET, SCNET_XL, SW, VIPERX
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import load_model, random_weights
+from separation.engine.options import EngineOptions
 from separation.engine.separator import SAMPLE_RATE, Separator
 from separation.models import SeparationModel
 
@@ -103,7 +104,9 @@ class Workloads:
 
     def separator(self, model: SeparationModel, chunk_seconds: int, overlap_seconds: int) -> Separator:
         """The engine around a loaded model, with the batch size that it chooses."""
-        return Separator.from_model(model, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+        return Separator.from_model(
+            model, options=EngineOptions(chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+        )
 
     def chunk_seconds(self, model: SeparationModel) -> int:
         """The length that the model was trained with, in whole seconds; in a dry run the least that is offered."""

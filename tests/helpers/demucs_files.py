@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from helpers.small_model import write_yaml
 from separation import Separator
+from separation.engine.options import EngineOptions
 
 SOURCES = ["drums", "bass"]
 CHUNK_SAMPLES = 11024  # of which a quarter is a whole number
@@ -85,6 +86,6 @@ def by_demucs(net: nn.Module, mixture: Tensor) -> Tensor:
 
 def assert_separates_as(model: Any, net: nn.Module) -> None:
     mixture = song()
-    got = Separator.from_model(model, chunk_seconds=8, overlap_seconds=2).separate(mixture)
+    got = Separator.from_model(model, options=EngineOptions(chunk_seconds=8, overlap_seconds=2)).separate(mixture)
     expected = by_demucs(net, mixture)
     assert (torch.stack(list(got.values())) - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -18,7 +18,8 @@ from helpers.small_demucs import (
     song,
 )
 from separation import ModelPool
-from separation.engine import separator
+from separation.engine import pool as pool_module
+from separation.engine.options import EngineOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,11 +60,11 @@ def test_specialists_equal_the_bag_and_only_those_asked_for_are_there() -> None:
 
 def test_of_loaded_specialists_only_those_asked_for_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of([network(seed) for seed in range(3)], specialists=("drums", "bass", "other"))
-    monkeypatch.setattr(separator, "load_model", lambda name, **options: model)
+    monkeypatch.setattr(pool_module, "load_model", lambda name, **options: model)
     ran: list[str] = []
     for stem, specialist in model.networks.items():
         specialist.register_forward_hook(lambda *_, stem=stem: ran.append(stem))
-    pool = ModelPool("cpu", "fp32")
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
     every = pool.get("htdemucs_ft", ("drums", "bass", "other"))
     alone = pool.get("htdemucs_ft", ("bass",))
     chunk = song(CHUNK_SAMPLES)[None]

@@ -13,6 +13,7 @@ from helpers.small_unets import AUDIO, MODEL, STEMS, config_of, small_mdx23c
 from separation import CheckpointError, Separator, load_model
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import _build
+from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models.kernels import mdx23c_gpu
 from separation.models.mdx23c import MDX23C
@@ -167,13 +168,13 @@ def test_a_song_is_separated_in_chunks_of_the_models_own_length(tmp_path: Path, 
     lengths: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[-1]))
     mixture = torch.randn(2, 7000) * 0.1
-    stems = Separator.from_model(model, batch_size=batch_size).separate(mixture)
+    stems = Separator.from_model(model, options=EngineOptions(batch_size=batch_size)).separate(mixture)
     assert list(stems) == list(STEMS) and all(stem.shape == (2, 7000) for stem in stems.values())
     assert set(lengths) == {AUDIO["chunk_size"]}
     silence = Separator.from_model(model).separate(torch.zeros(2, 5000))
     assert not any(stem.any() for stem in silence.values())
     if batch_size > 1:
-        one: dict[str, Tensor] = Separator.from_model(model, batch_size=1).separate(mixture)
+        one: dict[str, Tensor] = Separator.from_model(model, options=EngineOptions(batch_size=1)).separate(mixture)
         assert all((stems[stem] - one[stem]).abs().max() <= 1e-6 for stem in STEMS)
 
 

@@ -12,6 +12,7 @@ from helpers.small_unets import SMALL, SOURCES, XL_IHF, small_scnet
 from separation import CheckpointError, Separator, load_model
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import _build
+from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models.kernels import scnet_gpu
 from separation.models.scnet import SCNet, SCNetConfig
@@ -169,7 +170,9 @@ def test_int8_is_what_auto_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 def test_a_song_is_separated_in_chunks(tmp_path: Path) -> None:
     path, weights = write_files(tmp_path, hop_size=256)
-    separator = Separator.from_model(load_model(path, checkpoint=weights), chunk_seconds=4, overlap_seconds=1)
+    separator = Separator.from_model(
+        load_model(path, checkpoint=weights), options=EngineOptions(chunk_seconds=4, overlap_seconds=1)
+    )
     stems = separator.separate(torch.randn(2, 200_000) * 0.1)
     assert list(stems) == list(SOURCES) and all(stem.shape == (2, 200_000) for stem in stems.values())
     assert not any(stem.any() for stem in separator.separate(torch.zeros(2, 200_000)).values())
@@ -189,7 +192,7 @@ def test_the_track_is_normalised_where_the_yaml_says_so(
 
     monkeypatch.setattr(model, "forward", identity)
     mixture = torch.randn(2, 100_000) * 0.1 + 0.02
-    stems = Separator.from_model(model, chunk_seconds=8, overlap_seconds=4).separate(mixture)
+    stems = Separator.from_model(model, options=EngineOptions(chunk_seconds=8, overlap_seconds=4)).separate(mixture)
     mono = mixture.mean(0)
     expected = (mixture - mono.mean()) / mono.std() if normalize else mixture
     assert (seen[0][0, :, 4 * 44_100 :][:, :100_000] - expected).abs().max() <= 1e-5

@@ -18,7 +18,7 @@ from helpers.common import needs_chromium
 from helpers.served_process import wait_for
 from separation.errors import AudioError, OutputError
 from separation.report import page as report
-from separation.report.page import write_report
+from separation.report.page import Report, write_report
 from separation.system.record import RECORD
 
 RATE = 44100
@@ -44,7 +44,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stems = {name: write(folder / f"{name}.wav", samples) for name, samples in sounds}
     mixture = write(folder / "mixture.wav", sine)
     target = folder / "stems.html"
-    write_report(TITLE, mixture, stems, target, {"vocals": 8.25, "bass": -1.0})
+    write_report(Report(TITLE, mixture, stems, {"vocals": 8.25, "bass": -1.0}), target)
     written = {path.name for path in folder.iterdir()} - {*(f"{stem}.wav" for stem in STEMS), "mixture.wav"}
     assert written == {"stems.html", RECORD}
     return target
@@ -63,7 +63,7 @@ def test_sound_costs_less_than_a_megabyte_a_minute_and_stem(page: Path) -> None:
 @pytest.mark.parametrize("samples", [1, 2, 4410, 10 * RATE + 1])
 def test_a_song_of_any_length_has_a_page(tmp_path: Path, samples: int) -> None:
     song = write(tmp_path / "song.wav", np.zeros(samples))
-    write_report("short", song, {"vocals": song}, tmp_path / "stems.html")
+    write_report(Report("short", song, {"vocals": song}), tmp_path / "stems.html")
     text = (tmp_path / "stems.html").read_text(encoding="utf-8")
     assert '"silent"' in text
     assert text.count('type="text/plain"') == 2 * math.ceil(samples / (10 * RATE))
@@ -97,7 +97,7 @@ def test_a_song_beyond_full_scale_is_played_at_full_scale_and_a_quiet_one_as_it_
     sine = np.sin(2 * np.pi * HERTZ * np.arange(RATE) / RATE)
     mixture = write(tmp_path / "mixture.wav", peak * sine)
     vocals = write(tmp_path / "vocals.wav", 0.5 * peak * sine)
-    write_report("loud", mixture, {"vocals": vocals}, tmp_path / "stems.html")
+    write_report(Report("loud", mixture, {"vocals": vocals}), tmp_path / "stems.html")
     for sound, share in zip(sounds(tmp_path / "stems.html"), (1.0, 0.5), strict=True):
         middle = sound[len(sound) // 4 : -len(sound) // 4]
         assert np.abs(middle).max() == pytest.approx(share * played, rel=0.1)
@@ -108,9 +108,9 @@ def test_a_song_that_is_too_long_or_missing_has_no_page(tmp_path: Path, monkeypa
     song = write(tmp_path / "song.wav", np.zeros(RATE + 1))
     monkeypatch.setattr(report, "MAX_SECONDS", 1)
     with pytest.raises(AudioError, match=r"no report of A: 'song.wav' is longer than 1 s"):
-        write_report("A", song, {"vocals": song}, tmp_path / "out" / "stems.html")
+        write_report(Report("A", song, {"vocals": song}), tmp_path / "out" / "stems.html")
     with pytest.raises(AudioError, match=r"no report of A: 'none.wav' does not exist"):
-        write_report("A", tmp_path / "none.wav", {"vocals": song}, tmp_path / "out" / "stems.html")
+        write_report(Report("A", tmp_path / "none.wav", {"vocals": song}), tmp_path / "out" / "stems.html")
     assert list(tmp_path.iterdir()) == [song]
 
 
@@ -118,9 +118,9 @@ def test_a_page_that_cannot_be_written_is_an_output_error_and_leaves_nothing(tmp
     song = write(tmp_path / "song.wav", np.zeros(RATE))
     (tmp_path / "stems.html").mkdir()
     with pytest.raises(OutputError, match="a folder of that name is there"):
-        write_report("A", song, {"vocals": song}, tmp_path / "stems.html")
+        write_report(Report("A", song, {"vocals": song}), tmp_path / "stems.html")
     with pytest.raises(OutputError, match="cannot write to"):
-        write_report("A", song, {"vocals": song}, song / "stems.html")
+        write_report(Report("A", song, {"vocals": song}), song / "stems.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["song.wav", "stems.html"]
 
 

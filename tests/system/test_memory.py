@@ -15,6 +15,7 @@ from helpers import common
 from helpers.common import PROJECT
 from separation import EstimateError, Separator
 from separation.cli.main import main
+from separation.engine.options import EngineOptions
 from separation.errors import AudioError
 from separation.models.bs_roformer import BSRoFormer
 from separation.system.memory import enough_memory, lacks_memory
@@ -100,7 +101,7 @@ def test_a_song_that_is_too_much_for_the_memory_does_not_stop_the_others(
 
 
 def test_a_song_in_memory_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    separator = Separator("demo", device="cpu")
+    separator = Separator("demo", options=EngineOptions(device="cpu"))
     monkeypatch.setattr(BSRoFormer, "forward", lambda *_: SHORTAGES["PyTorch"]())
     with pytest.raises(EstimateError, match="the mixture needs more memory"):
         separator.separate(torch.ones(2, 1000))

@@ -15,21 +15,23 @@ import torch
 
 from helpers import common
 from helpers.common import PROJECT, read
+from separation.audio.options import OutputOptions
 from separation.batch.songs import Job, Song, unfinished
 from separation.checkpoints.load import convert
 from separation.cli import main as __main__
 from separation.cli.demo import run_demo
 from separation.cli.main import main
 from separation.engine import separator
+from separation.engine.options import EngineOptions
 from separation.engine.separator import ModelPool, Separator
 from separation.errors import OutputError
-from separation.report.page import write_report
+from separation.report.page import Report, write_report
 from separation.report.picture import Row, draw
 from separation.system.output import OutputFolder
 from separation.system.record import RECORD, Record, Written, check_targets
 
 DEMO = ("--recipe", "demo", "--device", "cpu", "--chunk-size", "4", "--overlap", "1")
-QUICK: dict[str, Any] = {"chunk_seconds": 4, "overlap_seconds": 1}
+QUICK = EngineOptions(chunk_seconds=4, overlap_seconds=1)
 
 
 def write_song(path: Path, *, gain: float = 1.0) -> Path:
@@ -51,7 +53,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> ModelPool:
-    return ModelPool("cpu")
+    return ModelPool(EngineOptions(device="cpu"))
 
 
 def linked(path: Path) -> None:
@@ -279,20 +281,22 @@ def test_another_songs_record_without_its_stems_is_in_nobodys_way(copy: Path) ->
 
 def test_separate_file_replaces_its_own_and_refuses_other_files(pool: ModelPool, tmp_path: Path) -> None:
     song, other = write_song(tmp_path / "1.wav"), write_song(tmp_path / "2.wav", gain=0.5)
-    demo = Separator("demo", pool=pool, **QUICK)
+    demo = Separator("demo", pool=pool, options=QUICK)
     first = read(demo.separate_file(song, tmp_path / "out")["vocals"])
     assert not np.array_equal(read(demo.separate_file(other, tmp_path / "out")["vocals"]), first)
     write_text(tmp_path / "out" / "vocals.wav")
     with pytest.raises(OutputError, match=r"vocals\.wav' already exists, .*overwrite=True"):
         demo.separate_file(song, tmp_path / "out")
-    assert np.array_equal(read(demo.separate_file(song, tmp_path / "out", overwrite=True)["vocals"]), first)
+    assert np.array_equal(
+        read(demo.separate_file(song, tmp_path / "out", OutputOptions(overwrite=True))["vocals"]), first
+    )
 
 
 def test_what_python_replaces_is_not_taken_for_the_other_songs(
     copy: Path, pool: ModelPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The new stems are of the same sizes as those that the record knew."""
-    Separator("demo", pool=pool, **QUICK).separate_file(copy / "b" / "01.wav", copy / "out" / "01")
+    Separator("demo", pool=pool, options=QUICK).separate_file(copy / "b" / "01.wav", copy / "out" / "01")
     assert separate(copy / "a" / "01.wav", "-o", copy / "out") == 0
     assert "done already" not in capsys.readouterr().out
 
@@ -308,7 +312,7 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(
 
     monkeypatch.setattr(separator.Separator, "_run", running)
     with pytest.raises(OutputError, match="already exists"):
-        Separator("demo", pool=pool, **QUICK).separate_file(song, tmp_path / "out")
+        Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out")
     assert state(tmp_path / "out") == {"vocals.wav": b"mine"}
 
 
@@ -323,7 +327,7 @@ def write_picture(path: Path, **options: bool) -> None:
 
 def write_page(path: Path, **options: bool) -> None:
     song = write_song(path.with_name("1.wav"))
-    write_report("A", song, {"a": song}, path, **options)
+    write_report(Report("A", song, {"a": song}), path, **options)
 
 
 WRITERS: dict[str, Callable[..., None]] = {
@@ -439,7 +443,7 @@ RUN: dict[str, Any] = {
 @pytest.mark.parametrize("value", [7, [7], "x", {"x": [7]}, None, -1.0, 0])
 def test_a_run_of_wrong_values_is_no_crash(key: str, value: object, copy: Path) -> None:
     folder, song = copy / "out" / "01", Song(copy / "a" / "01.wav", copy / "out" / "01")
-    job = Job(RUN["settings"], {"format": "wav"}, report=True, stems=("vocals",))
+    job = Job(RUN["settings"], report=True, stems=("vocals",))
     text = Record([{**RUN, key: value}], Record.read(folder).files).text()
     (folder / RECORD).write_text(text, encoding="utf-8")
     left, done = unfinished([song], job)

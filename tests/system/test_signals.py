@@ -11,7 +11,9 @@ import pytest
 from helpers import common
 from helpers.common import below
 from separation.batch.songs import RECORD, Job, Song, separate_song, unfinished
+from separation.engine.options import EngineOptions
 from separation.engine.separator import Separator
+from separation.progress import Progress
 from separation.system import signals
 from separation.system.output import OutputFolder
 from separation.system.signals import Stopping, uninterrupted
@@ -79,7 +81,7 @@ def test_a_signal_while_a_song_takes_its_place_leaves_it_finished_and_recorded(
     step: str, stopping: Stopping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "song.wav").write_bytes(common.song(0.3))
-    song, job = Song(tmp_path / "song.wav", tmp_path / "out"), Job({}, {"format": "wav"}, report=False)
+    song, job = Song(tmp_path / "song.wav", tmp_path / "out"), Job({})
     undisturbed = getattr(OutputFolder, step)
 
     def interrupted(folder: OutputFolder, written: Any) -> Any:
@@ -88,7 +90,7 @@ def test_a_signal_while_a_song_takes_its_place_leaves_it_finished_and_recorded(
 
     monkeypatch.setattr(OutputFolder, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        separate_song(song, job, Separator("demo", device="cpu"), lambda share, stage: None)
+        separate_song(song, job, Separator("demo", options=EngineOptions(device="cpu")), Progress())
     assert unfinished([song], job)[0] == []
     assert sorted(path.name for path in song.folder.iterdir()) == [RECORD, "instrumental.wav", "vocals.wav"]
     assert not below(tmp_path, ".separating-*")

@@ -26,7 +26,9 @@ from helpers.browser import Browser
 from helpers.common import PROJECT, SONG, STEMS, needs_chromium, read, song
 from helpers.served_process import wait_for
 from separation import Separator
+from separation.audio.options import OutputOptions
 from separation.cli.main import main
+from separation.engine.options import EngineOptions
 from separation.engine.separator import ModelPool
 from separation.errors import InputError
 from separation.web import serve
@@ -140,7 +142,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 @contextmanager
 def idle_server(folder: Path, limits: Limits | None = None, **options: Any) -> Iterator[tuple[Client, Songs, Server]]:
     """A server in this process that takes songs and separates none of them."""
-    songs = Songs(folder, ModelPool("cpu"), **options)
+    songs = Songs(folder, ModelPool(EngineOptions(device="cpu")), **options)
     with Server("127.0.0.1", 0, songs, limits) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.02,))
         thread.start()
@@ -171,8 +173,8 @@ def test_stems_and_the_archive_are_those_of_separate_file(server: Process, short
     status = server.over(id)
     assert (status["state"], status["problem"], status["share"]) == ("done", "", 1)
     (tmp_path / "song.wav").write_bytes(short)
-    separator = Separator(QUICK["recipe"], QUICK["stems"], device="cpu")
-    files = separator.separate_file(tmp_path / "song.wav", tmp_path / "out", format="flac")
+    separator = Separator(QUICK["recipe"], QUICK["stems"], options=EngineOptions(device="cpu"))
+    files = separator.separate_file(tmp_path / "song.wav", tmp_path / "out", OutputOptions(format="flac"))
     assert list(status["files"]) == [*(path.name for path in files.values()), "stems.html"]
     archive = zipfile.ZipFile(io.BytesIO(server.ask("GET", f"/songs/{id}/stems.zip")[1]))
     assert archive.testzip() is None
@@ -345,7 +347,7 @@ def test_slow_uploads_make_way_for_another_song_the_slowest_first(
 def test_a_song_is_forgotten_when_it_was_never_sent_or_has_been_over_for_long_enough(
     state: str, seconds: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    songs = Songs(tmp_path, ModelPool("cpu"), keep_seconds=3600)
+    songs = Songs(tmp_path, ModelPool(EngineOptions(device="cpu")), keep_seconds=3600)
     id = songs.announce({"name": "song.wav", "bytes": 1} | QUICK)
     songs._songs[id].state = state
     touched = songs._songs[id].touched
@@ -469,7 +471,7 @@ def test_no_path_leads_to_another_file(idle: Client, short: bytes, path: str) ->
         ({"name": "song.wav"}, "give all five"),
         ({"recipe": "../standard"}, "unknown recipe '../standard': choose one of demo, "),
         ({"stems": "all_7"}, "recipe 'demo' has no stems 'all_7'"),
-        ({"format": "exe"}, "output format 'exe' is unknown"),
+        ({"format": "exe"}, "output format 'exe' is not offered"),
         ({"bytes": -1}, "more than"),
         ({"bytes": "1"}, "give all five"),
         ({"bytes": 10**400}, "more than"),
@@ -501,7 +503,7 @@ def test_a_port_that_is_taken_is_one_line(idle: Client, capsys: pytest.CaptureFi
         f"error: cannot serve on 127.0.0.1 port {port} (Address already in use): choose another --port or --host\n"
     )
     with pytest.raises(InputError, match="port 70000"):
-        Server("127.0.0.1", 70000, Songs(Path(), ModelPool("cpu")))
+        Server("127.0.0.1", 70000, Songs(Path(), ModelPool(EngineOptions(device="cpu"))))
 
 
 # --- HTTP
@@ -699,7 +701,7 @@ def test_where_descriptors_run_out_the_server_waits_and_goes_on(
 ) -> None:
     resource = pytest.importorskip("resource")
     waited: list[float] = []
-    with Server("127.0.0.1", 0, Songs(tmp_path, ModelPool("cpu"))) as server:
+    with Server("127.0.0.1", 0, Songs(tmp_path, ModelPool(EngineOptions(device="cpu")))) as server:
         monkeypatch.setattr(serve.time, "sleep", waited.append)
         with Client(server.url).connect() as connection:
             before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -772,7 +774,9 @@ def test_a_song_from_choosing_it_to_hearing_and_keeping_its_stems(
     wait_for(done, "the end of the song")
     assert len(seen) > 2
     assert browser.run("return document.querySelector('#said').textContent") == "song.flac: Done"
-    files = Separator("demo", "all_6", device="cpu").separate_file(SONG, tmp_path / "out", format="flac")
+    files = Separator("demo", "all_6", options=EngineOptions(device="cpu")).separate_file(
+        SONG, tmp_path / "out", OutputOptions(format="flac")
+    )
     browser.click("[aria-label='Download drums: song.flac']")
     np.testing.assert_array_equal(read(downloaded(tmp_path / "song - drums.flac")), read(files["drums"]))
     browser.click("[aria-label='Download all as zip: song.flac']")
@@ -871,7 +875,9 @@ def test_a_server_that_stopped_is_said_and_noticed_when_it_is_back(chromium: Bro
     assert server.stop(signal.SIGINT) == (0, "")
     wait_for(lambda: chromium.run("return !document.querySelector('#lost').hidden"), "the page's notice", seconds=20)
     assert "does not answer" in chromium.run("return document.querySelector('#lost').textContent")
-    with Server("127.0.0.1", int(server.host.split(":")[1]), Songs(tmp_path / "work", ModelPool("cpu"))) as again:
+    with Server(
+        "127.0.0.1", int(server.host.split(":")[1]), Songs(tmp_path / "work", ModelPool(EngineOptions(device="cpu")))
+    ) as again:
         threading.Thread(target=again.serve_forever, args=(0.02,)).start()
         try:
             wait_for(lambda: "no longer on the server" in card(chromium), "the notice that it is gone", seconds=20)

@@ -1,0 +1,43 @@
+"""What models run on and how. Importing it is cheap: PyTorch is not needed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from separation.checkpoints.chunk_choice import ChunkChoice, Seconds
+from separation.errors import InputError
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What models run on, in which precision, and how a song is cut into chunks.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `auto`, `fp32`, `bf16`, `fp16`, or `int8` for RoFormers on a CPU.
+        attention: `auto` or a name in `separation.models.attention.NAMES`.
+        batch_size: chunks computed at once, or `auto`: 1 on a CPU, 4 on an Apple GPU, and on a CUDA GPU at most 8 and
+            what fits into a third of its memory, however much of that is in use.
+        chunk_seconds: 4 to 30, or `auto` for the length that each model was trained on. A model that takes only
+            chunks of its own length (Demucs, MDX23C) keeps it.
+        overlap_seconds: 1 to 8 and shorter than a chunk, or `auto` for half a chunk. If `chunk_seconds` is a number, a
+            model that keeps its own length overlaps its chunks by the same share.
+
+    Raises:
+        InputError: a value is not offered. Device, precision and attention are checked when models are loaded.
+    """
+
+    device: str = "auto"
+    precision: str = "auto"
+    attention: str = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+    chunk_seconds: Seconds = "auto"
+    overlap_seconds: Seconds = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise InputError(f"batch size {self.batch_size!r} is not offered: choose auto or a whole number from 1 up")
+        self.chunks  # noqa: B018  # checks both lengths
+
+    @property
+    def chunks(self) -> ChunkChoice:
+        return ChunkChoice(self.chunk_seconds, self.overlap_seconds)
