@@ -54,7 +54,7 @@ def refusal(path: Path, folder: Path, **options: Any) -> str:
     assert set(folder.rglob("*")) == before
     sentence = str(caught.value)
     assert repr(path.name) in sentence and str(folder) not in sentence
-    assert sentence.endswith(".") and "\n" not in sentence
+    assert ": " in sentence and not sentence.endswith(".") and "\n" not in sentence
     return sentence
 
 
@@ -274,7 +274,7 @@ def test_an_ffmpeg_that_cannot_run_is_named_and_the_song_not_blamed(
     with pytest.raises(AudioError) as error:
         decode(tmp_path / "song", tmp_path)
     assert str(error.value).startswith(f"{programs / broken} cannot run ({why}")
-    assert str(error.value).endswith("so 'song' was not read; install ffmpeg again.")
+    assert str(error.value).endswith("so 'song' was not read: install ffmpeg again")
 
 
 @pytest.mark.parametrize("silent", ["ffprobe", "ffmpeg"])
@@ -613,7 +613,7 @@ def check_damaged(numbers: range, whole_files: dict[str, bytes], folder: Path) -
     refused = {name: answer.removeprefix("refused: ") for name, answer in answers.items() if "refused: " in answer}
     for name, sentence in refused.items():
         assert repr(name) in sentence and str(folder) not in sentence
-        assert sentence.endswith(".") and "\n" not in sentence
+        assert ": " in sentence and not sentence.endswith(".") and "\n" not in sentence
     for name in set(answers) - set(refused):
         assert math.isfinite(float(answers[name].split()[-1]))
     assert len(damaged) / 10 < len(refused) < len(damaged) * 9 / 10

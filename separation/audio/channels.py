@@ -1,27 +1,30 @@
-"""Which loudspeaker each channel of a file is meant for, and what it gives to the two of stereo.
+"""Which loudspeaker each channel of a file is meant for, and how the channels are mixed down to stereo.
 
-A file's own word counts: the mask of WAV, RF64, W64 and FLAC, the layout of CAF, AIFF and MOV, the order of Ogg, and
-what ffmpeg says of any other.
+The file's own information counts: the mask of WAV, RF64, W64 and FLAC, the layout of CAF, AIFF and MOV, the order of
+Ogg, and what ffmpeg tells about other formats.
 """
 
-import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from separation.audio.integrity import after_id3v2, chunks
+from separation.audio.integrity import chunks
+from separation.audio.reader import ByteRange, ByteReader
+from separation.audio.tags import after_id3v2
 from separation.errors import AudioError
 
-_MAX_CHUNKS = 10_000  # a file made to keep this module busy can hold millions
+_MAX_CHUNKS = 10_000  # a hostile file can hold millions
+_MAX_LAYOUT_BYTES = 4096
+_MAX_START_BYTES = 2**16
 
-# ffmpeg's names of loudspeakers, the first 18 by the bits of a WAV's mask from the lowest up, and those that are used
-# here: C(entre), s(ide), b(ack), S(urround, the one at the back), t(op) f(ront), b(ottom) f(ront), s(urround) d(irect).
+# ffmpeg's names of loudspeakers, and the names in this module. The first 18 are the bits of a WAV's mask, from the
+# lowest up. C(entre), s(ide), b(ack), S(urround, the single one at the back), t(op) f(ront), b(ottom) f(ront),
+# s(urround) d(irect), w(ide), t(otal, of a downmix).
 _FFMPEG = {
     **{"FL": "L", "FR": "R", "FC": "C", "LFE": "LFE", "BL": "Lb", "BR": "Rb", "FLC": "Lc", "FRC": "Rc", "BC": "S"},
     **{"SL": "Ls", "SR": "Rs", "TC": "Tc", "TFL": "Ltf", "TFC": "Ctf", "TFR": "Rtf", "TBL": "Ltb", "TBC": "Ctb"},
@@ -31,23 +34,24 @@ _FFMPEG = {
 FFMPEG_CHANNELS = tuple(_FFMPEG)  # in the order of ffmpeg's layouts
 _MASK = list(_FFMPEG.values())[:18]
 _UNKNOWN = "?"
-MASK_COMMENT = "waveformatextensible_channel_mask"  # of FLAC, in lower case
+MASK_COMMENT = "waveformatextensible_channel_mask"  # the tag that holds a FLAC's mask, in lower case
 
-# What each gives to the left output, mirrored for the right (ITU-R BS.775, annex 4, which has no more than L R C LFE
-# Ls Rs S; the others by whether they are in front, and by their side). LFE is left out.
-_TO_LEFT = {
+# The gain of each loudspeaker in the left output; the right output mirrors it. ITU-R BS.775, annex 4, gives the gains
+# of L R C LFE Ls Rs S; the others follow by their side and by whether they are in front. LFE is left out.
+_TO_LEFT: dict[str, float] = {
     **dict.fromkeys(("L", "Lc", "Lw", "Lbf", "Lt"), 1.0),
     **dict.fromkeys(("C", "Cbf", "Ls", "Lb", "Lsd", "Ltf", "Ltb", "Lts"), 0.5**0.5),
     **dict.fromkeys(("S", "Tc", "Ctf", "Ctb", _UNKNOWN), 0.5),
     # Not loudspeakers: ambisonics, of which two cardioids to the sides are taken, and mid and side.
     **{"W": 1.0, "W-3dB": 2**0.5, "Y": 1.0, "Mid": 1.0, "Side": 1.0},
 }
-_INVERTED = ("Y", "Side")  # to the right output
+_INVERTED = ("Y", "Side")  # in the right output
+_MIRROR = str.maketrans("LR", "RL")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The loudspeaker of each channel, in the order of a file; `is_guessed` where the file does not tell them."""
+    """The loudspeaker of each channel, in the order of the file. `is_guessed` if the file does not tell."""
 
     speakers: tuple[str, ...]
     is_guessed: bool = False
@@ -56,17 +60,18 @@ class Layout:
         return " ".join(self.speakers)
 
     def to_stereo(self) -> NDArray[np.float32]:
-        """`[C, 2]` float32. One channel alone goes to both sides, whatever it is.
+        """`[C, 2]` gains. A single channel goes to both sides.
 
-        No output's coefficients sum to more than 1, as ffmpeg has it, so that none exceeds full scale.
+        The gains of each side add up to at most 1, as in ffmpeg, so that the sum does not exceed full scale.
         """
         if len(self.speakers) == 1:
             return np.ones((1, 2), np.float32)
         speakers = list(self.speakers)
-        if {"L", "R", "Lt", "Rt"} <= set(speakers):  # the last two are a mix of all others
+        if {"L", "R", "Lt", "Rt"} <= set(speakers):  # Lt and Rt are a downmix of the other channels
             speakers = [speaker if speaker not in ("Lt", "Rt") else "" for speaker in speakers]
         matrix = np.array([[_to_left(speaker), _to_right(speaker)] for speaker in speakers])
-        return (matrix / np.abs(matrix).sum(axis=0).max()).astype(np.float32)
+        gains: NDArray[np.float32] = (matrix / np.abs(matrix).sum(axis=0).max()).astype(np.float32)
+        return gains
 
 
 def _to_left(speaker: str) -> float:
@@ -77,11 +82,7 @@ def _to_right(speaker: str) -> float:
     return -_to_left(speaker) if speaker in _INVERTED else _to_left(speaker.translate(_MIRROR))
 
 
-_MIRROR = str.maketrans("LR", "RL")
-
-
-# With so many channels, where the file does not tell more. As WAV, FLAC and AIFF order them, and ffmpeg.
-_USUAL = {
+_USUAL = {  # by the number of channels, if the file does not tell; the order of WAV, FLAC, AIFF and ffmpeg
     1: "C",
     2: "L R",
     3: "L R C",
@@ -91,7 +92,7 @@ _USUAL = {
     7: "L R C LFE S Ls Rs",
     8: "L R C LFE Lb Rb Ls Rs",
 }
-_VORBIS = {  # Vorbis I specification, 4.3.9; Opus has the same
+_VORBIS = {  # by the number of channels: Vorbis I specification, 4.3.9; Opus has the same
     1: "C",
     2: "L R",
     3: "L C R",
@@ -102,7 +103,7 @@ _VORBIS = {  # Vorbis I specification, 4.3.9; Opus has the same
     8: "L C R Ls Rs Lb Rb LFE",
 }
 _AMBISONIC = {4: "W Y Z X", 6: "W Y Z X L R"}  # RFC 8486, section 3.1
-FFMPEG_LAYOUTS = {  # ffmpeg's names; others it spells out
+FFMPEG_LAYOUTS = {  # by ffmpeg's name; ffmpeg spells out other layouts
     "mono": "FC",
     "stereo": "FL+FR",
     "2.1": "FL+FR+LFE",
@@ -138,31 +139,31 @@ FFMPEG_LAYOUTS = {  # ffmpeg's names; others it spells out
 }
 
 
-def usual(channels: int, name: str) -> Layout:
-    """The layout of so many channels of the file of that name, which does not tell it. More than 8 are an error."""
+def usual_layout(channels: int, name: str) -> Layout:
+    """The layout of a file that does not tell its own. Raises `AudioError` for more than 8 channels."""
     if channels not in _USUAL:
-        raise AudioError(f"{name} has {channels} channels; mix it down to 8 or fewer.")
+        raise AudioError(f"{name} has {channels} channels: mix it down to 8 or fewer")
     return Layout(tuple(_USUAL[channels].split()), is_guessed=channels > 2)
 
 
-def layout_of_file(file: IO[bytes], channels: int, name: str) -> Layout:
-    """What the file of that name tells of its channels, else the usual layout. For files that libsndfile reads."""
-    guess = usual(channels, name)
-    return _checked(_told(file, channels) if channels > 1 else None, channels) or guess
+def layout_of_file(reader: ByteReader, channels: int, name: str) -> Layout:
+    """The layout of a file that libsndfile reads; the usual one if the file does not tell."""
+    guess = usual_layout(channels, name)
+    return _checked(_speakers(reader, channels) if channels > 1 else None, channels) or guess
 
 
-def layout_of_mov(file: IO[bytes], track_id: int, channels: int) -> Layout | None:
-    """What a MOV tells of a track whose samples are plain numbers; of those, old versions of ffmpeg tell another order.
+def layout_of_mov(reader: ByteReader, track_id: int, channels: int) -> Layout | None:
+    """The layout of a PCM track in a MOV; None if the file does not tell.
 
-    An encoded track's decoder has an order of its own.
+    Older versions of ffmpeg get the order of PCM tracks wrong. In encoded tracks, the decoder gives the order.
     """
-    content = _mov_layout(file, track_id)
-    return _checked(_told_by_core_audio(content) if content else None, channels)
+    content = _mov_layout(reader, track_id)
+    return _checked(_core_audio_speakers(content) if content else None, channels)
 
 
 def layout_by_ffmpeg(text: str, channels: int, name: str) -> Layout:
-    """The layout that ffmpeg calls by that text, which may be empty; else the usual one."""
-    guess = usual(channels, name)
+    """The layout that ffmpeg describes by `text`; the usual one if the text is empty or unknown."""
+    guess = usual_layout(channels, name)
     if ambisonic := re.fullmatch(r"ambisonic 1(\+stereo)?", text):
         return Layout(tuple(_AMBISONIC[6 if ambisonic[1] else 4].split()))
     listed = re.search(r"[A-Z0-9]+(\+[A-Z0-9]+)+(?=\)?$)", FFMPEG_LAYOUTS.get(text, text))
@@ -171,47 +172,46 @@ def layout_by_ffmpeg(text: str, channels: int, name: str) -> Layout:
     return _checked([_FFMPEG.get(channel, _UNKNOWN) for channel in listed[0].split("+")], channels) or guess
 
 
+def layout_by_mask(text: str, channels: int) -> Layout | None:
+    """The layout by the mask in a FLAC's comment; None if it does not fit the number of channels."""
+    return _checked(_comment_speakers(text), channels)
+
+
 def _checked(speakers: Sequence[str] | None, channels: int) -> Layout | None:
-    """None where the file tells nothing of use, or of another number of channels than it has, as ffmpeg has it too."""
+    """None if the file tells nothing useful, or a layout with another number of channels, which ffmpeg ignores too."""
     if speakers is None or len(speakers) != channels:
         return None
-    is_of_use = any(speaker != _UNKNOWN and (_to_left(speaker) or _to_right(speaker)) for speaker in speakers)
-    return Layout(tuple(speakers)) if is_of_use else None
+    is_useful = any(speaker != _UNKNOWN and (_to_left(speaker) or _to_right(speaker)) for speaker in speakers)
+    return Layout(tuple(speakers)) if is_useful else None
 
 
-def layout_by_mask(text: str, channels: int) -> Layout | None:
-    """The layout of a mask as a FLAC's comment has it, if it is one for so many channels."""
-    return _checked(_of_comment(text), channels)
+def _comment_speakers(text: str) -> list[str] | None:
+    return _mask_speakers(int(text, 0)) if re.fullmatch(r"0[xX][0-9a-fA-F]{1,8}|[1-9]\d{0,9}", text) else None
 
 
-def _of_comment(text: str) -> list[str] | None:
-    return _of_mask(int(text, 0)) if re.fullmatch(r"0[xX][0-9a-fA-F]{1,8}|[1-9]\d{0,9}", text) else None
-
-
-def _of_mask(mask: int) -> list[str]:
+def _mask_speakers(mask: int) -> list[str]:
     bits = (bit for bit in range(32) if mask >> bit & 1)
     return [_MASK[bit] if bit < len(_MASK) else _UNKNOWN for bit in bits]
 
 
-# --- what files tell
+# What files tell about their channels
 
 
-def _told(file: IO[bytes], channels: int) -> Sequence[str] | None:
+def _speakers(reader: ByteReader, channels: int) -> Sequence[str] | None:
     """The loudspeakers that a file tells, in the order of its channels, or None."""
-    file.seek(0)
-    top = file.read(4)
+    top = reader.get(0, 4)
     if top in _LAYOUT_CHUNKS:
-        return _told_in_chunks(file, top)
+        return _chunk_speakers(reader, top)
     if top == b"OggS":
-        return _told_by_ogg(file, channels)
-    file.seek(after_id3v2(file))
-    if file.read(4) != b"fLaC":
+        return _ogg_speakers(reader, channels)
+    start = after_id3v2(reader)
+    if reader.get(start, 4) != b"fLaC":
         return None
-    # By its specification a FLAC without a mask has the usual layout.
-    return _told_by_flac(file) or _USUAL[channels].split()
+    # A FLAC without a mask has the usual layout, by its specification.
+    return _flac_speakers(reader, start + 4) or _USUAL[channels].split()
 
 
-_LAYOUT_CHUNKS = {  # the kind that tells the layout, by a file's first four bytes
+_LAYOUT_CHUNKS = {  # the chunk that tells the layout, by a file's first four bytes
     **dict.fromkeys((b"RIFF", b"RF64", b"BW64", b"RIFX"), b"fmt "),
     b"riff": b"fmt " + bytes.fromhex("f3acd3118cd100c04f8edb8a"),
     b"FORM": b"CHAN",  # AIFF
@@ -219,31 +219,30 @@ _LAYOUT_CHUNKS = {  # the kind that tells the layout, by a file's first four byt
 }
 
 
-def _told_in_chunks(file: IO[bytes], top: bytes) -> Sequence[str] | None:
-    size = file.seek(0, os.SEEK_END)
-    for kind, _, n_bytes in chunks(file, top):
-        if kind == _LAYOUT_CHUNKS[top] and 0 <= n_bytes <= size:
-            content = file.read(min(n_bytes, 4096))
+def _chunk_speakers(reader: ByteReader, top: bytes) -> Sequence[str] | None:
+    for kind, start, n_bytes in chunks(reader):
+        if kind == _LAYOUT_CHUNKS[top] and 0 <= n_bytes <= reader.size:
+            content = reader.get(start, min(n_bytes, _MAX_LAYOUT_BYTES))
             if kind in (b"CHAN", b"chan"):
-                return _told_by_core_audio(content)
-            return _told_by_wave_format(content, "<" if top != b"RIFX" else ">")
+                return _core_audio_speakers(content)
+            return _wave_format_speakers(content, ">" if top == b"RIFX" else "<")
     return None
 
 
 _EXTENSIBLE = 0xFFFE  # the format that has a mask
-_B_FORMAT = bytes.fromhex("00002107d3118644c8c1ca000000")  # the end of ambisonics' identity in its place
+_B_FORMAT = bytes.fromhex("00002107d3118644c8c1ca000000")  # the end of the subformat's GUID for ambisonics
 
 
-def _told_by_wave_format(content: bytes, order: str) -> Sequence[str] | None:
-    """Of a `fmt ` chunk (Microsoft's WAVEFORMATEXTENSIBLE)."""
+def _wave_format_speakers(content: bytes, order: str) -> Sequence[str] | None:
+    """By a `fmt ` chunk with Microsoft's WAVEFORMATEXTENSIBLE."""
     if len(content) < 40 or struct.unpack_from(order + "H", content)[0] != _EXTENSIBLE:
         return None
     if content[26:40] == _B_FORMAT:
         return ["W-3dB", "X", "Y", "Z"]
-    return _of_mask(struct.unpack_from(order + "I", content, 20)[0]) or None
+    return _mask_speakers(struct.unpack_from(order + "I", content, 20)[0]) or None
 
 
-# Apple's channel layout tags by their number, without the channel count in the lower 16 bits (CoreAudioBaseTypes.h).
+# Apple's channel layout tags, without the channel count in the lower 16 bits (CoreAudioBaseTypes.h).
 _CORE_AUDIO = {
     101: "L R",
     102: "L R",
@@ -346,7 +345,8 @@ _CORE_AUDIO = {
     219: "L R Lb Rb Ls Rs C LFE",
 }
 _DESCRIPTIONS, _BITMAP = 0, 1  # in place of a tag: a label for each channel, or a mask like a WAV's
-# Apple's labels, of which the first 18 follow the mask. Not 42, mono: of several, none is in the middle.
+_DESCRIPTION_BYTES = 20
+# Apple's labels. The first 18 follow the mask. 42, mono, is left out: one of several channels is not in the centre.
 _LABELS = {
     **dict(enumerate(_MASK, 1)),
     **{33: "Lb", 34: "Rb", 35: "Lw", 36: "Rw", 37: "LFE2", 38: "Lt", 39: "Rt", 44: "S", 49: "Lts", 51: "Rts"},
@@ -356,92 +356,93 @@ _LABELS = {
 }
 
 
-def _told_by_core_audio(content: bytes) -> Sequence[str] | None:
-    """Of a `chan` chunk: a tag, a bitmap, the number of descriptions, and these, 20 bytes each."""
+def _core_audio_speakers(content: bytes) -> Sequence[str] | None:
+    """By a `chan` chunk: a tag, a mask, and descriptions of the channels."""
     if len(content) < 12:
         return None
-    tag, bitmap, n_descriptions = struct.unpack_from(">III", content)
+    tag, mask, n_descriptions = struct.unpack_from(">III", content)
     if tag >> 16 == _DESCRIPTIONS:
-        labels = content[12 : 12 + 20 * n_descriptions]
-        labels = labels[: len(labels) // 20 * 20]
-        return [_LABELS.get(label[0], _UNKNOWN) for label in struct.iter_unpack(">I16x", labels)]
+        descriptions = content[12 : 12 + _DESCRIPTION_BYTES * n_descriptions]
+        descriptions = descriptions[: len(descriptions) // _DESCRIPTION_BYTES * _DESCRIPTION_BYTES]
+        return [_LABELS.get(label, _UNKNOWN) for (label,) in struct.iter_unpack(">I16x", descriptions)]
     if tag >> 16 == _BITMAP:
-        return _of_mask(bitmap)
+        return _mask_speakers(mask)
     return _CORE_AUDIO.get(tag >> 16, "").split() or None
 
 
-def _mov_layout(file: IO[bytes], track_id: int) -> bytes | None:
-    """The content of the `chan` atom in the sample description of a track (QuickTime File Format)."""
-    for track in _atoms(file, (0, file.seek(0, os.SEEK_END)), b"moov", b"trak"):
-        for start, _ in _atoms(file, track, b"tkhd"):
-            file.seek(start)
-            header = file.read(24)
-            at = 20 if header[:1] == b"\1" else 12  # behind two times of 64 or 32 bits
-            if int.from_bytes(header[at : at + 4], "big") != track_id:
-                break
-        else:
-            for start, stop in _atoms(file, track, b"mdia", b"minf", b"stbl", b"stsd"):
-                file.seek(start)
-                description = file.read(min(stop - start, 2**16))
-                at = description.find(b"chan")
-                return description[at + 8 :] if at > 0 else None  # behind its version
+def _mov_layout(reader: ByteReader, track_id: int) -> bytes | None:
+    """The content of the `chan` atom in a track's sample description (QuickTime File Format)."""
+    for track in _atoms(reader, (0, reader.size), b"moov", b"trak"):
+        if _has_other_id(reader, track, track_id):
+            continue
+        for start, stop in _atoms(reader, track, b"mdia", b"minf", b"stbl", b"stsd"):
+            description = reader.get(start, min(stop - start, _MAX_START_BYTES))
+            at = description.find(b"chan")
+            return description[at + 8 :] if at > 0 else None  # behind the atom's kind and version
     return None
 
 
-def _atoms(file: IO[bytes], within: tuple[int, int], kind: bytes, *inner: bytes) -> Iterator[tuple[int, int]]:
-    """Where the contents of the atoms of a kind are, or of those of the `inner` kinds one in the other inside them."""
+def _has_other_id(reader: ByteReader, track: ByteRange, track_id: int) -> bool:
+    for start, _ in _atoms(reader, track, b"tkhd"):
+        header = reader.get(start, 24)
+        at = 20 if header[:1] == b"\1" else 12  # behind two times, of 64 or 32 bits by the version
+        if int.from_bytes(header[at : at + 4], "big") != track_id:
+            return True
+    return False
+
+
+def _atoms(reader: ByteReader, within: ByteRange, kind: bytes, *inner: bytes) -> Iterator[ByteRange]:
+    """The contents of all atoms of a kind; with `inner` kinds, those of the atoms inside, one kind inside the other."""
     position, stop = within
     for _ in range(_MAX_CHUNKS):
-        file.seek(position)
-        header = file.read(16)
+        header = reader.get(position, 16)
         n_bytes, start = int.from_bytes(header[:4], "big"), position + 8
-        if n_bytes == 1:  # the size has 64 bits
+        if n_bytes == 1:  # a 64-bit size follows
             n_bytes, start = int.from_bytes(header[8:], "big"), position + 16
         end = position + n_bytes if n_bytes else stop
         if len(header) < 8 or not start <= end <= stop:
             return
         if header[4:8] == kind:
             if inner:
-                yield from _atoms(file, (start, end), *inner)
+                yield from _atoms(reader, (start, end), *inner)
             else:
                 yield start, end
         position = end
 
 
-def _told_by_ogg(file: IO[bytes], channels: int) -> Sequence[str] | None:
-    file.seek(0)
-    start = file.read(2**16)
+def _ogg_speakers(reader: ByteReader, channels: int) -> Sequence[str] | None:
+    start = reader.get(0, _MAX_START_BYTES)
     opus = start.find(b"OpusHead")
-    family = start[opus + 18] if 0 <= opus < len(start) - 18 else 1
-    if family == 2:
+    mapping_family = start[opus + 18] if 0 <= opus < len(start) - 18 else 1
+    if mapping_family == 2:
         return _AMBISONIC.get(channels, "").split()
-    return _VORBIS.get(channels, "").split() if family < 2 else None
+    return _VORBIS.get(channels, "").split() if mapping_family < 2 else None
 
 
-_COMMENT_BLOCK = 4
+_COMMENT_BLOCK = 4  # the kind of FLAC's metadata block with comments
 
 
-def _told_by_flac(file: IO[bytes]) -> Sequence[str] | None:
-    """Of a FLAC's comments; `file` stands behind the mark."""
+def _flac_speakers(reader: ByteReader, position: int) -> Sequence[str] | None:
+    """By the comments of a FLAC, whose metadata begin at `position`."""
     for _ in range(_MAX_CHUNKS):
-        header = file.read(4)
+        header = reader.get(position, 4)
         if len(header) < 4:
             return None
-        n_bytes = int.from_bytes(header[1:], "big")
-        if header[0] & 127 == _COMMENT_BLOCK:
-            for comment in islice(_comments(file.read(n_bytes)), _MAX_CHUNKS):
+        n_bytes, is_last = int.from_bytes(header[1:], "big"), bool(header[0] & 0x80)
+        if header[0] & 0x7F == _COMMENT_BLOCK:
+            for comment in islice(_comments(reader.get(position + 4, n_bytes)), _MAX_CHUNKS):
                 key, _, value = comment.decode("latin-1").partition("=")
                 if key.lower() == MASK_COMMENT:
-                    return _of_comment(value)
+                    return _comment_speakers(value)
             return None
-        if header[0] & 128:  # the last block
+        if is_last:
             return None
-        file.seek(n_bytes, os.SEEK_CUR)
+        position += 4 + n_bytes
     return None
 
 
 def _comments(content: bytes) -> Iterator[bytes]:
-    """Of a Vorbis comment header: the vendor's name, the number of comments, and these, each after its length."""
+    """The comments of a Vorbis comment header. It holds the vendor's name, a count and the comments, with lengths."""
     position = 4 + int.from_bytes(content[:4], "little") + 4
     while position + 4 <= len(content):
         start = position + 4

@@ -1,4 +1,4 @@
-"""What libraries print to stderr themselves, which a user could not assign to a song: caught, and told in one place."""
+"""Catches what libraries print to stderr, where a user could not tell which song it is about."""
 
 import contextlib
 import os
@@ -8,48 +8,50 @@ import threading
 from collections.abc import Iterator
 
 _STDERR = 2  # the descriptor
-_OF_LIBRARY = re.compile(rb"^.*libmpg123.*(?:\n|$)|^(?:Note|Warning): .*(?:\n|$)", re.MULTILINE)
+_BY_LIBRARY = re.compile(rb"^.*libmpg123.*(?:\n|$)|^(?:Note|Warning): .*(?:\n|$)", re.MULTILINE)
+_MAX_LINES = 10  # that are kept
 
-# The descriptor is the whole program's: one at a time may turn it aside.
-_turned_aside = threading.Lock()
+# All threads share the descriptor, so only one of them may redirect it at a time.
+_redirecting = threading.Lock()
 
 
 class Chatter:
-    """Lines of libmpg123 while `caught` was active, of one song."""
+    """The lines that libmpg123 printed about one song."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self.lines: list[str] = []  # the first ones
         self.n_lines = 0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Within, the descriptor of stderr leads to a file; what others wrote there goes on to stderr afterwards.
+        """Redirect stderr to a file. Afterwards, the lines that others wrote meanwhile are written to stderr.
 
-        For as short as can be, a call into the library, since threads that do the same wait for each other.
+        Keep the block as short as one call into the library, because other threads wait for it.
         """
-        with _turned_aside, contextlib.ExitStack() as stack:
+        with _redirecting, contextlib.ExitStack() as stack:
             try:
-                before = os.dup(_STDERR)
-            except OSError:  # stderr is closed: nothing is printed
+                stderr = os.dup(_STDERR)
+            except OSError:  # stderr is closed, so nothing is printed
                 yield
                 return
-            stack.callback(os.close, before)
+            stack.callback(os.close, stderr)
             file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
             try:
                 os.dup2(file.fileno(), _STDERR)
                 yield
             finally:
-                os.dup2(before, _STDERR)
+                os.dup2(stderr, _STDERR)
                 if file.seek(0, os.SEEK_END):
                     file.seek(0)
-                    self._take(file.read(), before)
+                    self._sort_out(file.read(), stderr)
 
-    def _take(self, written: bytes, stderr: int) -> None:
-        for found in _OF_LIBRARY.findall(written):
-            if found.startswith(b"Warning: "):  # of what is odd and does no harm
+    def _sort_out(self, written: bytes, stderr: int) -> None:
+        """Keep the library's lines, and write the others to `stderr`."""
+        for line in _BY_LIBRARY.findall(written):
+            if line.startswith(b"Warning: "):  # about harmless oddities
                 continue
             self.n_lines += 1
-            if len(self.lines) < 10:
-                self.lines.append(found.decode(errors="replace").strip())
-        with contextlib.suppress(OSError):
-            os.write(stderr, _OF_LIBRARY.sub(b"", written))
+            if len(self.lines) < _MAX_LINES:
+                self.lines.append(line.decode(errors="replace").strip())
+        with contextlib.suppress(OSError):  # stderr leads nowhere
+            os.write(stderr, _BY_LIBRARY.sub(b"", written))

@@ -1,95 +1,125 @@
-"""What of a song is missing or in doubt, gathered while it is decoded, and the line between going on and refusing."""
+"""What is missing from a song or in doubt, collected while it is decoded; and when that is too much to go on."""
 
 import logging
 
 from separation.errors import AudioError
 
-MAX_MISSING_SHARE = 0.1  # of a song; with more missing it is refused
-MIN_MISSING_SECONDS = 0.05  # less is never told
+MAX_MISSING_SHARE = 0.1  # of a song; if more is missing, the song is refused
+MIN_MISSING_SECONDS = 0.05  # less is never reported
 
-_MAX_PLACES = 4  # named in a message
+_MAX_LISTED = 4  # places, or faults, that a message lists
 
 logger = logging.getLogger("separation")
 
 
 class Damage:
-    """Findings on one song. `judge` turns them into one warning, or into an error where too much is missing.
+    """The findings on one song. In the end, `judge` turns them into one warning, or refuses the song.
 
-    All times are in seconds from the song's start. With `accept` nothing is refused.
+    All times are in seconds from the start of the song.
+
+    Args:
+        name: the song's name in quotes, for messages.
+        accept: never refuse the song.
     """
 
     def __init__(self, name: str, *, accept: bool = False) -> None:
         self.name = name
         self.accept = accept
-        self.offset = 0.0  # seconds before the part of the song that is read now
-        self.holes: list[tuple[float, float]] = []  # where, and how long: silence is in their place
+        self.holes: list[tuple[float, float]] = []  # start and length; filled with silence
         self.cut_seconds = 0.0  # missing at the end
+        self._part_start = 0.0  # of the part of the song that is being decoded
         self._notes: list[str] = []
         self._doubts: list[str] = []
+        self._unknown_cuts: list[str] = []
 
     def __bool__(self) -> bool:
-        return bool(self.holes or self.cut_seconds or self._notes or self._doubts)
+        return bool(self.missing_seconds or self._notes or self._doubts or self._unknown_cuts)
 
     @property
     def missing_seconds(self) -> float:
         return sum(seconds for _, seconds in self.holes) + self.cut_seconds
 
-    def hole(self, at: float, seconds: float) -> None:
-        """So much is missing there, and silent now. Holes that touch are one."""
-        at += self.offset
-        if self.holes and at <= sum(self.holes[-1]) + 1e-3:
-            start, before = self.holes.pop()
-            self.holes.append((start, before + seconds))
-        else:
-            self.holes.append((at, seconds))
+    def start_part(self, start: float) -> None:
+        """From now on, times that are passed to the other methods count from `start`."""
+        self._part_start = start
 
-    def cut(self, seconds: float) -> None:
-        """So much is missing at the end."""
+    def time_in_song(self, time_in_part: float) -> float:
+        return self._part_start + time_in_part
+
+    def add_hole(self, start: float, seconds: float) -> None:
+        """Samples are missing there, and silence takes their place. Adjoining holes are merged."""
+        start = self.time_in_song(start)
+        if self.holes and start <= sum(self.holes[-1]) + 1e-3:
+            last_start, last_seconds = self.holes.pop()
+            self.holes.append((last_start, last_seconds + seconds))
+        else:
+            self.holes.append((start, seconds))
+
+    def add_cut(self, seconds: float) -> None:
+        """Samples are missing at the end."""
         self.cut_seconds += seconds
 
-    def note(self, fault: str) -> None:
-        """A fault by which nothing is missing, as far as can be told."""
+    def add_unknown_cut(self, fault: str) -> None:
+        """An unknown number of samples is missing at the end."""
+        self._unknown_cuts.append(f"{fault}, and how much is missing is unknown")
+
+    def add_note(self, fault: str) -> None:
+        """There is a fault, but as far as is known no samples are missing."""
         self._notes.append(fault)
 
-    def doubt(self, fault: str) -> None:
-        """A fault by which nobody knows how much is missing."""
+    def add_doubt(self, fault: str) -> None:
+        """There is a fault, and an unknown number of samples is missing."""
         self._doubts.append(fault)
 
-    def judge(self, seconds: float) -> None:
-        """Warn of a song of which `seconds` were decoded, holes included, or raise `AudioError` that refuses it."""
-        whole = seconds + self.cut_seconds
-        refused = bool(self._doubts) or self.missing_seconds > MAX_MISSING_SHARE * whole
-        if refused and not self.accept:
+    def judge(self, decoded_seconds: float) -> None:
+        """Log a warning if anything is wrong. Raises `AudioError` if too much is missing, or an unknown amount.
+
+        `decoded_seconds` include the silence in the holes.
+        """
+        whole = decoded_seconds + self.cut_seconds
+        is_refused = bool(self._doubts or self._unknown_cuts) or self.missing_seconds > MAX_MISSING_SHARE * whole
+        if is_refused and not self.accept:
             raise AudioError(
-                f"{self.name} {self._faults(whole)}; get the file again, or take what is there with --accept-damaged "
-                "(in Python accept_damaged=True)."
+                f"{self._description(whole)}: get the file again, or use what is there with --accept-damaged "
+                "(in Python accept_damaged=True)"
             )
         if self:
-            logger.warning("%s %s", self.name, self._faults(whole))
+            logger.warning("%s", self._description(whole))
 
-    def _faults(self, whole: float) -> str:
-        """The end of a sentence that begins with the song, which lasts `whole` seconds with all that is missing."""
-        parts, damages = [], [*self._doubts, *self._notes]
-        if self.cut_seconds:
-            at = whole - self.cut_seconds
-            missing = f"the last {_seconds(self.cut_seconds)} of {whole:.2f} s are missing, from {at:.2f} s on"
-            parts.append(f"is cut short: {missing}")
-        if len(damages) > _MAX_PLACES:
-            damages[_MAX_PLACES:] = [f"{len(damages) - _MAX_PLACES} other faults"]
-        if self.holes:
-            total = sum(seconds for _, seconds in self.holes)
-            places = [f"{_seconds(length)} at {at:.2f} s" for at, length in self.holes[:_MAX_PLACES]]
-            more = f" and {len(self.holes) - _MAX_PLACES} more" if len(self.holes) > _MAX_PLACES else ""
-            where = f"{', '.join(places)}{more}"
-            damages.insert(0, f"{_seconds(total)} of {whole:.2f} s are missing and silent instead ({where})")
-        if damages:
-            parts.append(f"is damaged: {', '.join(damages)}")
-        return ", and ".join(parts)
+    def _description(self, whole: float) -> str:
+        """What is wrong with the song, which would last `whole` seconds if nothing were missing."""
+        cuts, faults = self._cuts(whole), self._faults(whole)
+        parts = [f"is cut short ({'; '.join(cuts)})"] if cuts else []
+        if faults:
+            parts.append(f"is damaged ({'; '.join(faults)})")
+        return f"{self.name} {' and '.join(parts)}"
+
+    def _cuts(self, whole: float) -> list[str]:
+        if not self.cut_seconds:
+            return self._unknown_cuts
+        missing = f"the last {_seconds(self.cut_seconds)} of {whole:.2f} s are missing"
+        return [f"{missing}, from {whole - self.cut_seconds:.2f} s on", *self._unknown_cuts]
+
+    def _faults(self, whole: float) -> list[str]:
+        faults = [*self._doubts, *self._notes]
+        if len(faults) > _MAX_LISTED:
+            faults[_MAX_LISTED:] = [f"{len(faults) - _MAX_LISTED} other faults"]
+        return [self._missing(whole), *faults] if self.holes else faults
+
+    def _missing(self, whole: float) -> str:
+        """The holes, in words."""
+        missing = f"{_seconds(sum(seconds for _, seconds in self.holes))} of {whole:.2f} s are missing"
+        if len(self.holes) == 1:
+            return f"{missing} at {self.holes[0][0]:.2f} s and replaced by silence"
+        places = [f"{_seconds(seconds)} at {start:.2f} s" for start, seconds in self.holes[:_MAX_LISTED]]
+        if len(self.holes) > _MAX_LISTED:
+            places.append(f"{len(self.holes) - _MAX_LISTED} more")
+        return f"{missing} and replaced by silence: {', '.join(places)}"
 
 
-def number(n: int, what: str) -> str:
+def counted(n: int, noun: str) -> str:
     """`1 page`, `2 pages`."""
-    return f"{n:,} {what}" + ("s" if n != 1 else "")
+    return f"{n:,} {noun}" + ("s" if n != 1 else "")
 
 
 def _seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The frames of FLAC (RFC 9639): which are whole, by their checksums, and at which sample each stands."""
+"""The frames of FLAC (RFC 9639): which are intact, by their checksums, and which sample each one starts at."""
 
 import re
 from collections.abc import Iterator
@@ -10,216 +10,224 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from separation.audio.integrity import after_id3v2
-from separation.audio.pieces import Piece, Window
+from separation.audio.pieces import Piece
+from separation.audio.reader import ByteRange, ByteReader, append_range
+from separation.audio.tags import after_id3v2
 from separation.errors import AudioError
 
 _SYNC = re.compile(rb"\xff[\xf8\xf9]")
-_START = b"fLaC\0\0\0\x22"  # with the header of STREAMINFO, which comes first
-_HEADER_BYTES = 16  # at most
-_TAIL_BYTES = 2**17
-_MAX_FALSE_HEADERS = 100_000  # a file made to keep this busy can hold millions
+_STREAM_MARK = b"fLaC"
+_INFO_HEADER = b"\0\0\0\x22"  # of STREAMINFO, the first metadata block
+_LAST_INFO_HEADER = b"\x80\0\0\x22"  # of STREAMINFO where no other metadata follows
+_INFO_BYTES = 34
+_MAX_METADATA_BLOCKS = 100_000
+_MAX_HEADER_BYTES = 16  # of a frame
+_MAX_TAIL_BYTES = 2**17  # in which the last frame and the tags behind it are looked for
+_SCAN_BYTES = 2**18
+_MAX_FALSE_HEADERS = 100_000  # a hostile file can hold millions
 _MAX_RUNS = 2000
-_MAX_TRIES = 4  # headers within a frame that are none
-_CHUNK_BYTES = 4096
+_MAX_FALSE_ENDS = 4  # sync codes inside a frame that look like the header of the next one
+_CHECKSUM_BYTES = 4096  # checked at once
 _BITS = (0, 8, 12, 0, 16, 20, 24, 32)
 _HZ = (0, 88200, 176400, 192000, 8000, 16000, 22050, 24000, 32000, 44100, 48000, 96000)
 
 
-class Frame(NamedTuple):
+class _Frame(NamedTuple):
     start: int  # byte
-    sample: int  # per channel: where it belongs
-    n_samples: int
+    sample: int  # per channel: the number of its first sample
+    n_samples: int  # per channel; 0 for a mark of where the last frame may end
 
 
-@dataclass
-class Song:
+@dataclass(frozen=True)
+class FlacSong:
     """One FLAC stream in a file."""
 
-    start: int  # byte of its mark
-    audio: int  # byte of its first frame
+    start: int  # byte of the stream's mark
+    first_frame: int  # byte, by the lengths of the metadata blocks
     end: int
-    sample_rate: int
-    channels: int
-    bits: int
-    block_samples: int  # of a stream with blocks of one size
-    total_samples: int  # per channel; 0 if it does not say
-    info: bytes = b""
+    info: bytes  # the STREAMINFO block
+
+    @property
+    def sample_rate(self) -> int:
+        return self._packed >> 44
+
+    @property
+    def channels(self) -> int:
+        return (self._packed >> 41 & 7) + 1
+
+    @property
+    def bits(self) -> int:
+        return (self._packed >> 36 & 31) + 1
+
+    @property
+    def total_samples(self) -> int:
+        """Per channel, as announced; 0 if unknown."""
+        return self._packed & 2**36 - 1
+
+    @property
+    def block_samples(self) -> int:
+        """Per channel, of a stream whose blocks have one size; else 0."""
+        smallest, largest = int.from_bytes(self.info[:2], "big"), int.from_bytes(self.info[2:4], "big")
+        return largest if smallest == largest else 0
+
+    @property
+    def _packed(self) -> int:
+        """Rate, channels, bits and samples."""
+        return int.from_bytes(self.info[10:18], "big")
 
 
 @dataclass
-class Run:
-    """Whole frames that follow each other."""
+class FrameRun:
+    """Intact frames that follow each other."""
 
-    sample: int  # of the first one
-    n_samples: int = 0
-    pieces: list[tuple[int, int]] = field(default_factory=list)  # bytes
+    sample: int  # per channel: the number of the first one's first sample
+    n_samples: int = 0  # per channel
+    ranges: list[ByteRange] = field(default_factory=list)
 
 
-def find_songs(path: Path) -> list[Song]:
-    """The FLAC streams of a file, one after the other; none if it is not FLAC."""
-    songs: list[Song] = []
-    with path.open("rb", buffering=0) as file:
-        start = after_id3v2(file)
-        window = Window(file)
-        while (song := _song(window, start)) is not None:
-            if songs:
-                songs[-1].end = start
-            songs.append(song)
-            if (start := _find(window, _START, song.audio)) < 0:
-                break
+def find_songs(path: Path) -> list[FlacSong]:
+    """The FLAC streams of a file, in their order; empty if the file is not FLAC."""
+    songs: list[FlacSong] = []
+    with ByteReader.open(path) as reader:
+        start = after_id3v2(reader)
+        while _starts_stream(reader, start):
+            first_frame = _after_metadata(reader, start + len(_STREAM_MARK))
+            following = reader.find(_STREAM_MARK + _INFO_HEADER, first_frame)
+            end = following if _starts_stream(reader, following) else reader.size
+            songs.append(FlacSong(start, first_frame, end, reader.get(start + 8, _INFO_BYTES)))
+            start = following
     return songs
 
 
-def _find(window: Window, mark: bytes, position: int) -> int:
-    while position < window.size:
-        data = window.get(position, 2**20)
-        if (at := data.find(mark)) >= 0:
-            return position + at
-        position += max(1, len(data) - len(mark) + 1)
-    return -1
+def _starts_stream(reader: ByteReader, position: int) -> bool:
+    head = reader.get(position, 8 + _INFO_BYTES)
+    marks = (_STREAM_MARK + _INFO_HEADER, _STREAM_MARK + _LAST_INFO_HEADER)
+    return head.startswith(marks) and len(head) == 8 + _INFO_BYTES
 
 
-def _song(window: Window, start: int) -> Song | None:
-    head = window.get(start, 8 + 34)
-    if head[:8] not in (_START, b"fLaC\x80\0\0\x22") or len(head) < 42:
-        return None
-    info = head[8:]
-    packed = int.from_bytes(info[10:18], "big")
-    position, is_last = start + 4, False
-    for _ in range(100_000):
-        block = window.get(position, 4)
-        if is_last or len(block) < 4:
+def _after_metadata(reader: ByteReader, position: int) -> int:
+    """The first byte behind the metadata blocks that begin at a position."""
+    for _ in range(_MAX_METADATA_BLOCKS):
+        header = reader.get(position, 4)
+        if len(header) < 4:
             break
-        is_last = block[0] >= 128
-        position += 4 + int.from_bytes(block[1:], "big")
-    smallest, largest = int.from_bytes(info[:2], "big"), int.from_bytes(info[2:4], "big")
-    return Song(
-        start=start,
-        audio=position,
-        end=window.size,
-        sample_rate=packed >> 44,
-        channels=(packed >> 41 & 7) + 1,
-        bits=(packed >> 36 & 31) + 1,
-        block_samples=largest if smallest == largest else 0,
-        total_samples=packed & 2**36 - 1,
-        info=info,
-    )
+        position += 4 + int.from_bytes(header[1:], "big")
+        if header[0] & 0x80:  # the last block
+            break
+    return position
 
 
-def ends_as_announced(path: Path, song: Song) -> bool:
-    """Whether the last frame ends with the sample that the song announces, if it does."""
-    with path.open("rb", buffering=0) as file:
-        window = Window(file)
-        start = max(song.audio, song.end - _TAIL_BYTES)
-        data = window.get(start, song.end - start)
-        last = None
-        for match in _SYNC.finditer(data):
-            last = _frame(data[match.start() : match.start() + _HEADER_BYTES], match.start(), song) or last
+def ends_as_announced(path: Path, song: FlacSong) -> bool:
+    """Whether the last frame ends with the last sample of the song, if the song announces its length."""
+    with ByteReader.open(path) as reader:
+        start = max(song.first_frame, song.end - _MAX_TAIL_BYTES)
+        data = reader.get(start, song.end - start)
+    last = None
+    for match in _SYNC.finditer(data):
+        last = _frame(data[match.start() : match.start() + _MAX_HEADER_BYTES], match.start(), song) or last
     return last is None or song.total_samples in (0, last.sample + last.n_samples)
 
 
-def find_runs(path: Path, song: Song, name: str) -> list[Run]:
-    """The runs of whole frames, in the order of their samples. Raises `AudioError` if there are too many."""
-    runs: list[Run] = []
+def find_runs(path: Path, song: FlacSong, name: str) -> list[FrameRun]:
+    """The runs of intact frames, in the order of their samples. Raises `AudioError` if there are too many."""
+    runs: list[FrameRun] = []
     due = 0  # the sample after the last frame
-    for frame, stop in _whole_frames(path, song):
-        if frame.sample < due:
-            continue  # once more
+    for frame, stop in _intact_frames(path, song):
+        if frame.sample < due:  # a duplicate
+            continue
         if not runs or frame.sample > due:
-            runs.append(Run(frame.sample))
+            runs.append(FrameRun(frame.sample))
         run = runs[-1]
-        if run.pieces and run.pieces[-1][1] == frame.start:
-            run.pieces[-1] = (run.pieces[-1][0], stop)
-        else:
-            run.pieces.append((frame.start, stop))
+        append_range(run.ranges, frame.start, stop)
         run.n_samples += frame.n_samples
         due = frame.sample + frame.n_samples
         if len(runs) > _MAX_RUNS:
-            raise AudioError(f"{name} is damaged: most of its FLAC frames are missing; get the file again.")
+            raise AudioError(f"{name} is damaged (most of its FLAC frames are missing): get the file again")
     return runs
 
 
-def pieces(song: Song, run: Run) -> list[Piece]:
-    """A file of this run alone."""
+def file_of(song: FlacSong, run: FrameRun) -> list[Piece]:
+    """A file with this run alone."""
     info = bytearray(song.info)
-    info[4:10] = bytes(6)  # the frames' sizes
-    # The sample behind the last one, at which decoders stop: what follows would be an error to them.
+    info[4:10] = bytes(6)  # the smallest and the largest frame are unknown
+    # Decoders stop after the announced number of samples, counted from the start of the song.
     packed = int.from_bytes(info[10:18], "big") >> 36 << 36 | run.sample + run.n_samples
     info[10:18] = packed.to_bytes(8, "big")
-    info[18:] = bytes(16)  # the samples' checksum
-    return [b"fLaC\x80\0\0\x22" + bytes(info), *run.pieces]
+    info[18:] = bytes(16)  # no checksum of the samples
+    return [_STREAM_MARK + _LAST_INFO_HEADER + bytes(info), *run.ranges]
 
 
-def n_extra_bytes(path: Path, song: Song, runs: list[Run]) -> int:
-    """Bytes behind the last frame that are no tag."""
-    end = runs[-1].pieces[-1][1] if runs else song.audio
-    with path.open("rb", buffering=0) as file:
-        return next(stop.start for stop in _ends(Window(file), song) if stop.start >= end) - end
+def n_extra_bytes(path: Path, song: FlacSong, runs: list[FrameRun]) -> int:
+    """How many bytes behind the last intact frame do not belong to a tag."""
+    end = runs[-1].ranges[-1][1] if runs else song.first_frame
+    with ByteReader.open(path) as reader:
+        return next(mark.start for mark in _possible_ends(reader, song) if mark.start >= end) - end
 
 
-def _whole_frames(path: Path, song: Song) -> Iterator[tuple[Frame, int]]:
+def _intact_frames(path: Path, song: FlacSong) -> Iterator[tuple[_Frame, int]]:
     """Frames whose checksum is right, each with the byte after it."""
-    with path.open("rb", buffering=0) as file:
-        window = Window(file)
-        waiting: list[Frame] = []
-        for frame in _headers(window, song):
+    with ByteReader.open(path) as reader:
+        waiting: list[_Frame] = []
+        for frame in _frame_headers(reader, song):
             waiting.append(frame)
-            while len(waiting) > _MAX_TRIES:
-                yield from _take_first(window, waiting)
-        waiting += _ends(window, song)
+            while len(waiting) > _MAX_FALSE_ENDS:
+                yield from _take_first(reader, waiting)
+        waiting += _possible_ends(reader, song)
         while waiting[0].n_samples:
-            yield from _take_first(window, waiting)
+            yield from _take_first(reader, waiting)
 
 
-def _take_first(window: Window, waiting: list[Frame]) -> Iterator[tuple[Frame, int]]:
-    """Take the first frame off, with those that stand within it if it is whole."""
-    stop = _stop(window, waiting)
+def _take_first(reader: ByteReader, waiting: list[_Frame]) -> Iterator[tuple[_Frame, int]]:
+    """Take the first frame off the list. If it is intact, the headers inside it were false: take them off too."""
+    stop = _end_of_first(reader, waiting)
     if stop is not None:
         yield waiting[0], stop
     waiting[:] = [later for later in waiting[1:] if stop is None or later.start >= stop]
 
 
-def _stop(window: Window, waiting: list[Frame]) -> int | None:
-    """Where the first of these frames ends: at one of the others, where its checksum comes out right."""
-    position = waiting[0].start
+def _end_of_first(reader: ByteReader, frames: list[_Frame]) -> int | None:
+    """The start of the frame before which the first one ends with a right checksum; None if the first is damaged."""
+    position = frames[0].start
     checksum = 0
-    for later in waiting[1:]:
-        checksum = _checksum(window, position, later.start, checksum)
+    for later in frames[1:]:
+        checksum = _checksum16(reader, position, later.start, checksum)
         position = later.start
-        if checksum == 0:  # which it is over a frame with its checksum
+        if checksum == 0:  # the checksum of a frame together with its own checksum
             return position
     return None
 
 
-def _headers(window: Window, song: Song) -> Iterator[Frame]:
-    position, n_false = song.start + 42, 0  # not from `audio`, since the lengths before it may be wrong
+def _frame_headers(reader: ByteReader, song: FlacSong) -> Iterator[_Frame]:
+    """Everything that looks like the header of a frame."""
+    # The search begins behind STREAMINFO, since the lengths of the other metadata blocks may be wrong.
+    position, n_false = song.start + 8 + _INFO_BYTES, 0
     while position < song.end:
-        data = window.get(position, 2**18)[: song.end - position]
+        data = reader.get(position, _SCAN_BYTES)[: song.end - position]
+        is_end = position + len(data) >= song.end
         for match in _SYNC.finditer(data):
             at = match.start()
-            if at + _HEADER_BYTES > len(data) and position + len(data) < song.end:
+            if at + _MAX_HEADER_BYTES > len(data) and not is_end:
                 break
-            frame = _frame(data[at : at + _HEADER_BYTES], position + at, song)
+            frame = _frame(data[at : at + _MAX_HEADER_BYTES], position + at, song)
             if frame is not None:
                 yield frame
             else:
                 n_false += 1
                 if n_false > _MAX_FALSE_HEADERS + song.end // 2**14:
                     return
-        position += max(1, len(data) - _HEADER_BYTES) if position + len(data) < song.end else len(data)
+        position += len(data) if is_end else max(1, len(data) - _MAX_HEADER_BYTES)
 
 
-def _ends(window: Window, song: Song) -> list[Frame]:
-    """Where the last frame may end: at a tag, or with the song."""
-    start = max(song.audio, song.end - _TAIL_BYTES)
-    tail = window.get(start, song.end - start)
-    ends = {start + at for mark in (b"TAG", b"APETAGEX", b"ID3") if (at := tail.rfind(mark)) >= 0}
-    return [Frame(end, 0, 0) for end in [*sorted(end for end in ends if end < song.end), song.end]]
+def _possible_ends(reader: ByteReader, song: FlacSong) -> list[_Frame]:
+    """Where the last frame may end: at a tag, or at the end of the song."""
+    start = max(song.first_frame, song.end - _MAX_TAIL_BYTES)
+    tail = reader.get(start, song.end - start)
+    tags = {start + at for mark in (b"TAG", b"APETAGEX", b"ID3") if (at := tail.rfind(mark)) >= 0}
+    return [_Frame(end, 0, 0) for end in [*sorted(end for end in tags if end < song.end), song.end]]
 
 
-def _frame(data: bytes, start: int, song: Song) -> Frame | None:
-    """The frame whose header stands there, if its checksum is right and it is of this song."""
+def _frame(data: bytes, start: int, song: FlacSong) -> _Frame | None:
+    """The frame whose header `data` begins with, if the header's checksum is right and it fits the song."""
     if len(data) < 6 or data[2] >> 4 == 0 or data[2] & 15 == 15 or data[3] & 1 or data[3] >> 4 > 10:
         return None
     assignment, bits = data[3] >> 4, _BITS[data[3] >> 1 & 7]
@@ -238,11 +246,12 @@ def _frame(data: bytes, start: int, song: Song) -> Frame | None:
         return None
     if rate_code < 12 and _HZ[rate_code] not in (0, song.sample_rate):
         return None
-    return Frame(start, number if data[1] & 1 else number * (song.block_samples or n_samples), n_samples)
+    is_sample_number = bool(data[1] & 1)  # else the number counts frames
+    return _Frame(start, number if is_sample_number else number * (song.block_samples or n_samples), n_samples)
 
 
 def _coded_number(data: bytes) -> tuple[int, int]:
-    """A number coded as in UTF-8, and how many bytes it takes; 0 of them if it is none."""
+    """A number in the coding of UTF-8, and how many bytes it takes; 0 bytes if it is invalid."""
     first = data[0]
     if first < 0x80:
         return first, 1
@@ -264,6 +273,7 @@ def _checksum8(data: bytes) -> int:
 
 @cache
 def _table8() -> bytes:
+    """By byte: its checksum with the polynomial x^8 + x^2 + x + 1."""
     table = bytearray()
     for byte in range(256):
         for _ in range(8):
@@ -274,33 +284,33 @@ def _table8() -> bytes:
 
 @cache
 def _tables16() -> NDArray[np.uint16]:
-    """`[k, byte]`: the checksum of a byte with k zeros behind it, by the polynomial x^16 + x^15 + x^2 + 1."""
+    """`[k, byte]`: the checksum of a byte followed by k zeros, with the polynomial x^16 + x^15 + x^2 + 1."""
     first = np.zeros(256, np.uint32)
     for byte in range(256):
         value = byte << 8
         for _ in range(8):
             value = value << 1 ^ (0x18005 if value & 0x8000 else 0)
         first[byte] = value
-    tables = np.empty((_CHUNK_BYTES, 256), np.uint16)
+    tables = np.empty((_CHECKSUM_BYTES, 256), np.uint16)
     tables[0] = first
-    for k in range(1, _CHUNK_BYTES):
+    for k in range(1, _CHECKSUM_BYTES):
         before = tables[k - 1].astype(np.uint32)
         tables[k] = (before << 8 & 0xFFFF) ^ first[before >> 8]
     return tables
 
 
-def _checksum(window: Window, start: int, stop: int, checksum: int) -> int:
-    """The checksum of bytes, going on from that of those before them."""
+def _checksum16(reader: ByteReader, start: int, stop: int, checksum: int) -> int:
+    """The checksum of the bytes from `start` to `stop`, given the checksum of the bytes before them."""
     tables = _tables16()
     while start < stop:
-        data = np.frombuffer(window.get(start, min(stop - start, _CHUNK_BYTES)), np.uint8).copy()
+        data = np.frombuffer(reader.get(start, min(stop - start, _CHECKSUM_BYTES)), np.uint8).copy()
         if len(data) == 0:
             break
         start += len(data)
         data[0] ^= checksum >> 8
-        rest = checksum << 8 & 0xFF00 if len(data) == 1 else 0
+        carried = checksum << 8 & 0xFF00 if len(data) == 1 else 0
         if len(data) > 1:
             data[1] ^= checksum & 0xFF
-        places = np.arange(len(data) - 1, -1, -1)
-        checksum = int(np.bitwise_xor.reduce(tables[places, data])) ^ rest
+        n_following = np.arange(len(data) - 1, -1, -1)
+        checksum = int(np.bitwise_xor.reduce(tables[n_following, data])) ^ carried
     return checksum

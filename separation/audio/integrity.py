@@ -1,22 +1,19 @@
-"""What the chunks of WAV, AIFF and their kin, and the boxes of MP4, say of a file: how much audio it should hold."""
+"""How much audio a file should hold, by the chunks of WAV, AIFF and related formats and by the boxes of MP4."""
 
-import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import IO
 
+from separation.audio.reader import ByteReader
 from separation.errors import AudioError
 
-# A file made to keep these checks busy can hold millions of each; beyond these numbers the decoders alone judge it.
-_MAX_CHUNKS = 10_000
-_MAX_ID3V2_TAGS = 100
+_MAX_CHUNKS = 10_000  # a hostile file can hold millions; beyond this, the decoders alone judge the file
 
 
 @dataclass(frozen=True)
 class _Container:
-    """Where the chunks of a container stand, how each begins, and which one holds the audio."""
+    """How the chunks of a container are laid out, and which one holds the audio."""
 
     first: int  # byte of the first chunk
     header: struct.Struct  # a chunk's kind and its size in bytes
@@ -38,15 +35,15 @@ _CONTAINERS = {  # by a file's first four bytes
     b"riff": _Container(40, struct.Struct("<16sq"), _W64_AUDIO, 8, counts_header=True),
     b"0&\xb2u": _Container(0, struct.Struct("<16sq"), _WMA_AUDIO, counts_header=True),
 }
-_EBML, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"  # the header of Matroska, and what holds all else
-_UNKNOWN_BYTES = (range(2**31 - 2**12, 2**31 + 1), range(2**32 - 2**12, 2**32))  # what streaming programs write
-_SIZE_LIMIT = 2**32  # bytes, of a WAV with sizes of 32 bits
-_MAX_BYTES_AFTER_AUDIO = 2**24  # of a WAV beyond that: its tags
+_EBML, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"  # the header of Matroska, and the element that holds the rest
+_UNKNOWN_BYTES = (range(2**31 - 2**12, 2**31 + 1), range(2**32 - 2**12, 2**32))  # sizes that streaming programs write
+_SIZE_LIMIT = 2**32  # bytes, of a WAV with 32-bit sizes
+_MAX_BYTES_AFTER_AUDIO = 2**24  # the most that the tags of a larger WAV may take
 
 
 @dataclass(frozen=True)
 class Audio:
-    """The bytes of a file's audio by its header, and by its size."""
+    """How many bytes of audio a file's header announces, and how many the file holds."""
 
     start: int  # the first byte
     n_announced: int | None  # None if the header does not say
@@ -55,50 +52,48 @@ class Audio:
 
     @property
     def missing_share(self) -> float:
-        """How much of the announced audio is missing, as a share of what is there."""
+        """The missing part of the announced audio, as a share of what is there."""
         return max(0.0, ((self.n_announced or 0) - self.n_there) / max(self.n_there, 1))
 
 
-def find_audio(file: IO[bytes], name: str) -> Audio | None:
-    """Where the audio of WAV, RF64, W64, AIFF, CAF, AU, WMA, Matroska and WebM files is; None for others.
+def find_audio(reader: ByteReader, name: str) -> Audio | None:
+    """Find the audio of a WAV, RF64, W64, AIFF, CAF, AU, WMA, Matroska or WebM file; None for other formats.
 
-    The header does not say how much it is if the program that wrote it could not go back to fill that in, or if that
+    A header does not announce a size if the program that wrote it could not go back to fill the size in, or if the size
     needs more than 32 bits. Raises `AudioError` if a WAV over 4 GB ends within its audio.
     """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    top = file.read(24)
+    top = reader.get(0, 24)
     if top[:4] == _EBML:
-        return _matroska(file, size)
+        return _matroska_audio(reader)
     if top[:4] == b".snd" and len(top) == 24:
         start, n_bytes = struct.unpack(">II", top[4:12])
-        return Audio(start, None if n_bytes == 2**32 - 1 else n_bytes, max(0, size - start), False)
+        return Audio(start, None if n_bytes == 2**32 - 1 else n_bytes, max(0, reader.size - start), False)
     container = _CONTAINERS.get(top[:4])
     if container is None:
         return None
-    long_bytes = 0
-    for kind, start, n_bytes in chunks(file, top):
+    n_bytes_in_ds64 = 0
+    for kind, start, n_bytes in chunks(reader):
         if kind == container.audio:
             if top[:4] in (b"RF64", b"BW64") and n_bytes == 2**32 - 1:
-                n_bytes = long_bytes
+                n_bytes = n_bytes_in_ds64
             elif any(n_bytes in unknown for unknown in _UNKNOWN_BYTES):
                 n_bytes = -1
-            return _audio(file, container, Audio(start, n_bytes, size - start, top[8:12] == b"WAVE"), top, name)
-        if kind == b"ds64" and len(sizes := file.read(16)) == 16:
-            long_bytes = struct.unpack("<q", sizes[8:])[0]
+            audio = Audio(start, n_bytes, reader.size - start, top[8:12] == b"WAVE")
+            return _trusted(reader, container, audio, name)
+        if kind == b"ds64" and len(sizes := reader.get(start, 16)) == 16:
+            n_bytes_in_ds64 = struct.unpack("<q", sizes[8:])[0]
     return None
 
 
-def chunks(file: IO[bytes], top: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Each chunk's kind, first byte and size by its header, of a container that begins with `top`.
+def chunks(reader: ByteReader) -> Iterator[tuple[bytes, int, int]]:
+    """The kind, first byte and announced size of each chunk in a container of `_CONTAINERS`.
 
-    Ends behind a chunk whose size cannot be right. At each, the file stands at the first byte.
+    Stops behind a chunk whose size is impossible.
     """
-    container, size = _CONTAINERS[top[:4]], file.seek(0, os.SEEK_END)
+    container = _CONTAINERS[reader.get(0, 4)]
     position = container.first
     for _ in range(_MAX_CHUNKS):
-        file.seek(position)
-        header = file.read(container.header.size)
+        header = reader.get(position, container.header.size)
         if len(header) < container.header.size:
             return
         kind, n_bytes = container.header.unpack(header)
@@ -106,77 +101,75 @@ def chunks(file: IO[bytes], top: bytes) -> Iterator[tuple[bytes, int, int]]:
             n_bytes -= len(header)
         start = position + len(header)
         yield kind, start, n_bytes
-        if not 0 <= n_bytes <= size:
+        if not 0 <= n_bytes <= reader.size:
             return
         position = start + n_bytes + -n_bytes % container.alignment
 
 
-def _audio(file: IO[bytes], container: _Container, audio: Audio, top: bytes, name: str) -> Audio:
-    """The audio, of which the header's word is given, with what of that word holds."""
-    n_bytes, rest = audio.n_announced or 0, audio.n_there
+def _trusted(reader: ByteReader, container: _Container, audio: Audio, name: str) -> Audio:
+    """The audio with those sizes corrected that the header must have wrong."""
+    n_bytes, n_left = audio.n_announced or 0, audio.n_there
     if not 0 <= n_bytes < 2**62:
         return replace(audio, n_announced=None)
-    if top[:4] in (b"RIFF", b"RIFX") and rest > _SIZE_LIMIT:  # its upper bits are lost
-        n_bytes += (rest - n_bytes) // _SIZE_LIMIT * _SIZE_LIMIT
-        if rest - n_bytes <= _MAX_BYTES_AFTER_AUDIO:
+    if reader.get(0, 4) in (b"RIFF", b"RIFX") and n_left > _SIZE_LIMIT:  # the size's upper bits are lost
+        n_bytes += (n_left - n_bytes) // _SIZE_LIMIT * _SIZE_LIMIT
+        if n_left - n_bytes <= _MAX_BYTES_AFTER_AUDIO:
             return replace(audio, n_announced=None, n_there=n_bytes)
-        raise _cut_short(name)
-    if n_bytes > rest or not _chunks_follow(file, container, audio.start + n_bytes):
+        raise AudioError(f"{name} is cut short (it ends within its audio): get the file again")
+    if n_bytes > n_left or not _chunks_follow(reader, container, audio.start + n_bytes):
         return replace(audio, n_announced=n_bytes or None)
     return replace(audio, n_there=n_bytes)
 
 
-def _chunks_follow(file: IO[bytes], container: _Container, position: int) -> bool:
-    """Whether what is left from a position on are chunks, or tags or padding as some programs append them."""
-    size = file.seek(0, os.SEEK_END)
+def _chunks_follow(reader: ByteReader, container: _Container, position: int) -> bool:
+    """Whether the file goes on with chunks, or with the tags or padding that some programs append."""
     for _ in range(_MAX_CHUNKS):
         position += -(position - container.first) % container.alignment
-        file.seek(position)
-        header = file.read(container.header.size)
+        header = reader.get(position, container.header.size)
         if len(header) < 8 or header[:8] == bytes(8) or header.startswith((b"TAG", b"ID3", b"APETAGEX")):
             return True
         if len(header) < container.header.size or not all(32 <= byte < 127 for byte in header[:4]):
             return False
         n_bytes = container.header.unpack(header)[1]
-        if not 0 <= n_bytes <= size - position:
+        if not 0 <= n_bytes <= reader.size - position:
             return False
         position += n_bytes + (0 if container.counts_header else len(header))
     return True
 
 
-def _matroska(file: IO[bytes], size: int) -> Audio | None:
+def _matroska_audio(reader: ByteReader) -> Audio | None:
     """The segment of a Matroska or WebM file (RFC 8794, RFC 9559)."""
     position = 0
     for kind in (_EBML, _SEGMENT):
-        file.seek(position)
-        header = file.read(12)
+        header = reader.get(position, 12)
         if len(header) < 12 or header[:4] != kind or not header[4]:
             return None
-        width = 9 - header[4].bit_length()  # bytes of the size; the bit that tells it is not part of the number
+        width = 9 - header[4].bit_length()  # of the size, in bytes; the bit that marks the width is not part of it
         n_bytes = int.from_bytes(header[4 : 4 + width], "big") - (1 << 7 * width)
         start = position + 4 + width
         position = start + n_bytes
     is_known = n_bytes < (1 << 7 * width) - 1  # all ones: the writer did not know
-    return Audio(start, n_bytes if is_known else None, size - start, False)
+    return Audio(start, n_bytes if is_known else None, reader.size - start, False)
 
 
-_TS_BYTES, _TS_SYNC = (188, 192, 204), 0x47  # of a packet, plain, with a time, with checksums
+_TS_BYTES, _TS_SYNC = (188, 192, 204), 0x47  # of a packet: plain, with a timestamp, with checksums
 _PS_PACKET = re.compile(rb"\0\0\x01[\xbc-\xef]")
 
 
-def ends_within_packet(file: IO[bytes], container: Sequence[str]) -> bool:
-    """Whether an MPEG transport or program stream, which does not tell its length, ends within a packet."""
-    size = file.seek(0, os.SEEK_END)
+def ends_within_packet(reader: ByteReader, container: Sequence[str]) -> bool:
+    """Whether an MPEG transport or program stream, which does not announce its length, ends within a packet.
+
+    `container` holds ffmpeg's names of the format.
+    """
     if "mpegts" in container:
-        file.seek(0)
-        head = file.read(4 * max(_TS_BYTES))
+        head = reader.get(0, 4 * max(_TS_BYTES))
         for n_bytes in _TS_BYTES:
             start = 4 if n_bytes == 192 else 0
             if len(head) > start + n_bytes and head[start] == head[start + n_bytes] == _TS_SYNC:
-                return size % n_bytes != 0
+                return reader.size % n_bytes != 0
     if "mpeg" in container:
-        file.seek(max(0, size - 2**17))
-        tail = file.read()
+        tail_start = max(0, reader.size - 2**17)
+        tail = reader.get(tail_start, reader.size - tail_start)
         *_, last = [None, *_PS_PACKET.finditer(tail)]
         if last is not None:
             n_bytes = int.from_bytes(tail[last.start() + 4 : last.start() + 6], "big")
@@ -184,13 +177,11 @@ def ends_within_packet(file: IO[bytes], container: Sequence[str]) -> bool:
     return False
 
 
-def check_mp4(file: IO[bytes], name: str) -> None:
-    """Raise `AudioError` if an MP4 file ends before the index, without which nothing of it can be read."""
-    size = file.seek(0, os.SEEK_END)
+def check_mp4(reader: ByteReader, name: str) -> None:
+    """Raise `AudioError` if an MP4 file ends before its index, without which nothing in it can be read."""
     position, is_mp4 = 0, False
     for _ in range(_MAX_CHUNKS):
-        file.seek(position)
-        header = file.read(16)
+        header = reader.get(position, 16)
         if len(header) < 8:
             break
         n_bytes, kind = struct.unpack(">I4s", header[:8])
@@ -200,31 +191,13 @@ def check_mp4(file: IO[bytes], name: str) -> None:
         if n_bytes == 1 and len(header) == 16:
             n_bytes = struct.unpack(">Q", header[8:])[0]
         if n_bytes < 8:
-            n_bytes = size  # to the end
+            n_bytes = reader.size  # the box reaches to the end
         position += n_bytes
     if is_mp4:
-        raise AudioError(
-            f"{name} is cut short: the index (moov) that an MP4 needs is missing; get the whole file again."
-        )
-
-
-def after_id3v2(file: IO[bytes]) -> int:
-    position = 0
-    for _ in range(_MAX_ID3V2_TAGS):
-        file.seek(position)
-        header = file.read(10)
-        if len(header) < 10 or header[:3] != b"ID3":
-            break
-        n_bytes = sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=True))
-        position += 10 + n_bytes + (10 if header[5] & 16 else 0)  # the flag says that a footer follows
-    return position
+        raise AudioError(f"{name} is cut short (its index, the moov box, is missing): get the file again")
 
 
 def check_length(n_samples: int, sample_rate: int, max_seconds: float | None, name: str) -> None:
-    """Raise `AudioError` if so many samples per channel last longer than `max_seconds`."""
+    """Raise `AudioError` if `n_samples` per channel last longer than `max_seconds`."""
     if max_seconds is not None and n_samples > max_seconds * sample_rate:
-        raise AudioError(f"{name} is longer than {max_seconds:,g} s, the limit here; cut it into shorter parts.")
-
-
-def _cut_short(name: str) -> AudioError:
-    return AudioError(f"{name} is cut short: it ends before the audio that it announces; get the whole file again.")
+        raise AudioError(f"{name} is longer than {max_seconds:,g} s, the limit here: cut it into shorter parts")

@@ -1,9 +1,9 @@
-"""The pages of Ogg (RFC 3533): which are whole, which are missing, and the songs that stand one after the other.
+"""The pages of Ogg (RFC 3533): which are intact, which are missing, and which songs they make up.
 
-A page has a checksum, a number, and as its granule position the samples that are complete when it ends.
+Each page has a checksum, a number and a granule position, which counts the samples that are complete at its end. A file
+with several songs one after the other is a *chain* of *links*.
 """
 
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from separation.audio.pieces import Piece, Window
+from separation.audio.pieces import Piece
+from separation.audio.reader import ByteRange, ByteReader, append_range
 from separation.errors import AudioError
 
-_MARK = re.compile(b"OggS\0")
+_MARK = b"OggS\0"
 _HEADER = struct.Struct("<4sBBqIIIB")
+_HEADER_BYTES = 27  # without the table of segments
+_MAX_SEGMENTS = 255
 _CONTINUED, _FIRST, _LAST = 1, 2, 4  # flags of a page
-_MAX_FALSE_PAGES = 1000  # a file made to keep this busy can hold millions
-_MAX_PAGE_BYTES = 27 + 255 + 255 * 255
+_MAX_BAD_PAGES = 1000  # a hostile file can hold millions
 _MAX_RUNS = 2000
-_MAX_HEADER_BYTES = 2**26
+_MAX_HEADER_PAGES = 1000
 _CODECS = {b"\x01vorbis": "vorbis", b"OpusHead": "opus", b"\x7fFLAC": "flac", b"Speex   ": "speex"}
 
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -28,7 +30,7 @@ _NO_CHECKSUM = bytes(4)
 
 
 def _checksum(page: bytes) -> int:
-    """Ogg's checksum of a page whose checksum is 0: zlib's of the bits in the reverse order, which C computes."""
+    """Ogg's checksum of a page whose checksum field is 0. It equals zlib's CRC over bits in reverse order."""
     reverse = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{reverse:032b}"[::-1], 2)
 
@@ -37,35 +39,39 @@ class _Page(NamedTuple):
     start: int
     n_bytes: int
     flags: int
-    granule: int  # -1: no packet ends in it
+    granule: int  # -1 if no packet ends in the page
     serial: int
     number: int
-    is_whole: bool  # its checksum is right
+    is_intact: bool  # the checksum is right
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.n_bytes
 
 
 @dataclass
-class Run:
-    """Pages that stand side by side by their numbers."""
+class PageRun:
+    """Pages with consecutive numbers."""
 
     first: int  # the number of its first page
-    pieces: list[tuple[int, int]]  # bytes
-    granule: int = -1  # of its last page that has one
+    ranges: list[ByteRange] = field(default_factory=list)
+    granule: int = -1  # of the last page that has one
     n_pages: int = 0
 
 
 @dataclass
 class Link:
-    """One song: its header pages and the runs of those with audio."""
+    """One song: its header pages, and the runs of its audio pages."""
 
     codec: str
     serial: int
     sample_rate: int
-    pre_skip: int  # samples at 48 kHz, of Opus
-    headers: list[tuple[int, int]] = field(default_factory=list)  # bytes
+    pre_skip: int  # samples at 48 kHz that Opus decoders drop
+    headers: list[ByteRange] = field(default_factory=list)
     header_numbers: list[int] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    is_ended: bool = False  # its last page says that it is the last
-    end_granule: int = -1  # of a page at the end that is not whole; `is_ended` is of it then too
+    runs: list[PageRun] = field(default_factory=list)
+    is_ended: bool = False  # its last page is marked as the last
+    end_granule: int = -1  # of a damaged page behind the last intact one; `is_ended` is then about that page
     n_bad_pages: int = 0
 
     @property
@@ -73,44 +79,44 @@ class Link:
         return len(self.runs) == 1 and not self.n_bad_pages and self.starts_whole and self.end_granule < 0
 
     @property
-    def are_headers_whole(self) -> bool:
-        """Whether the header pages, and the first audio page behind them, are numbered without a gap."""
+    def has_all_headers(self) -> bool:
+        """Whether no number is missing among the header pages."""
         numbers = [*self.header_numbers, *(run.first for run in self.runs[:1])]
         return numbers[:1] == [0] and self.header_numbers == list(range(len(self.header_numbers)))
 
     @property
     def starts_whole(self) -> bool:
-        return self.are_headers_whole and bool(self.runs) and self.runs[0].first == len(self.header_numbers)
+        """Whether no page is missing before the first audio page."""
+        return self.has_all_headers and bool(self.runs) and self.runs[0].first == len(self.header_numbers)
 
-    def pieces(self, run: Run, path: Path) -> list[Piece]:
-        """A file of this run alone: the header pages, numbered anew so that the run follows them."""
+    def file_of(self, run: PageRun, path: Path) -> list[Piece]:
+        """A file with this run alone. Its header pages get new numbers, so that the run follows them."""
         pieces: list[Piece] = []
-        with path.open("rb") as file:
+        with ByteReader.open(path) as reader:
             for i, (start, stop) in enumerate(self.headers):
-                file.seek(start)
-                page = bytearray(file.read(stop - start))
+                page = bytearray(reader.get(start, stop - start))
                 page[18:22] = (run.first - len(self.headers) + i & 0xFFFFFFFF).to_bytes(4, "little")
                 page[22:26] = _NO_CHECKSUM
                 page[22:26] = _checksum(bytes(page)).to_bytes(4, "little")
                 pieces.append(bytes(page))
-        return [*pieces, *run.pieces]
+        return [*pieces, *run.ranges]
 
-    def all_pieces(self) -> list[tuple[int, int]]:
-        """The bytes of all its whole pages."""
-        return self.headers + [piece for run in self.runs for piece in run.pieces]
+    def intact_ranges(self) -> list[ByteRange]:
+        """The bytes of all intact pages."""
+        return self.headers + [part for run in self.runs for part in run.ranges]
 
-    def samples(self, granule: int) -> int:
-        """Samples of the song, at its own rate, up to a granule position."""
+    def n_samples(self, granule: int) -> int:
+        """The samples per channel up to a granule position."""
         return granule - self.pre_skip
 
 
 @dataclass
 class Chain:
-    """The songs of a file, one after the other, and bytes at its end that are no whole page."""
+    """The songs of a file, and what is wrong with the file as a whole."""
 
     links: list[Link] = field(default_factory=list)
-    n_extra: int = 0
-    is_cut: bool = False  # it ends within a page
+    n_extra: int = 0  # bytes at the end that are not an intact page
+    is_cut: bool = False  # the file ends within a page
     n_bad_pages: int = 0  # of any stream
 
     @property
@@ -118,58 +124,51 @@ class Chain:
         return len(self.links) == 1 and self.links[0].is_whole and not self.is_cut
 
 
-def find_links(path: Path, name: str) -> Chain:
-    """The songs in an Ogg file. Raises `AudioError` if it is full of what looks like pages and is none."""
+def read_chain(path: Path, name: str) -> Chain:
+    """The songs of an Ogg file. Raises `AudioError` if the file has so many bad pages that it must be hostile."""
     chain, link = Chain(), None
-    with path.open("rb", buffering=0) as file:
-        window = Window(file)
-        for page in _pages(window, name, chain):
-            if not page.is_whole:
+    with ByteReader.open(path) as reader:
+        for page in _pages(reader, name, chain):
+            if not page.is_intact:
                 chain.n_bad_pages += 1
                 if link is not None and page.serial == link.serial:
-                    link.n_bad_pages += 1
-                    last = link.runs[-1].granule if link.runs else 0
-                    if last < page.granule < last + 60 * link.sample_rate:
-                        link.end_granule = page.granule
-                        link.is_ended = bool(page.flags & _LAST)
-                continue
-            if page.flags & _FIRST:
-                new = _new_link(window, page)
+                    _add_bad_page(link, page)
+            elif page.flags & _FIRST:
+                new = _new_link(reader, page)
                 if new is not None and (link is None or link.runs):
                     link = new
                     chain.links.append(link)
                     _add_header(link, page)
-                continue
-            if link is None or page.serial != link.serial:
-                continue
-            is_header = not link.runs and page.granule <= 0 and len(link.headers) < 1000
-            if is_header and (page.granule == 0 or page.flags & _CONTINUED or link.codec != "opus"):
-                _add_header(link, page)
-            else:
-                _add_audio(link, page)
-            if len(link.runs) > _MAX_RUNS:
-                raise AudioError(f"{name} is damaged: most of its Ogg pages are missing; get the file again.")
+            elif link is not None and page.serial == link.serial:
+                if _is_header(link, page):
+                    _add_header(link, page)
+                else:
+                    _add_audio(link, page)
+                if len(link.runs) > _MAX_RUNS:
+                    raise AudioError(f"{name} is damaged (most of its Ogg pages are missing): get the file again")
     return chain
 
 
+def _is_header(link: Link, page: _Page) -> bool:
+    if link.runs or page.granule > 0 or len(link.headers) >= _MAX_HEADER_PAGES:
+        return False
+    return page.granule == 0 or bool(page.flags & _CONTINUED) or link.codec != "opus"
+
+
 def _add_header(link: Link, page: _Page) -> None:
-    link.headers.append((page.start, page.start + page.n_bytes))
+    link.headers.append((page.start, page.stop))
     link.header_numbers.append(page.number)
 
 
 def _add_audio(link: Link, page: _Page) -> None:
-    start, stop = page.start, page.start + page.n_bytes
     run = link.runs[-1] if link.runs else None
     if run is not None and page.number < run.first + run.n_pages and not page.flags & _LAST:
-        link.n_bad_pages += 1  # once more, or out of order
+        link.n_bad_pages += 1  # a duplicate, or out of order
         return
     if run is None or page.number != run.first + run.n_pages:
-        run = Run(page.number, [])
+        run = PageRun(page.number)
         link.runs.append(run)
-    if run.pieces and run.pieces[-1][1] == start:
-        run.pieces[-1] = (run.pieces[-1][0], stop)
-    else:
-        run.pieces.append((start, stop))
+    append_range(run.ranges, page.start, page.stop)
     run.n_pages += 1
     if page.granule >= 0:
         run.granule = page.granule
@@ -177,56 +176,55 @@ def _add_audio(link: Link, page: _Page) -> None:
     link.end_granule = -1
 
 
-def _pages(window: Window, name: str, chain: Chain) -> Iterator[_Page]:
-    """All pages in order, those with a wrong checksum too, but none within another."""
-    position, n_false = 0, 0
-    while position < window.size:
-        header = window.get(position, 27 + 255)
-        if header[:5] != b"OggS\0" or len(header) < 27 or len(header) < 27 + header[26]:
-            n_false += header[:4] == b"OggS"
-            found = _next_mark(window, position + 1)
-            chain.n_extra = window.size - position
-            position = found
+def _add_bad_page(link: Link, page: _Page) -> None:
+    link.n_bad_pages += 1
+    last = link.runs[-1].granule if link.runs else 0
+    if last < page.granule < last + 60 * link.sample_rate:  # else the granule itself is probably damaged
+        link.end_granule = page.granule
+        link.is_ended = bool(page.flags & _LAST)
+
+
+def _pages(reader: ByteReader, name: str, chain: Chain) -> Iterator[_Page]:
+    """All pages in order, including damaged ones, but none inside another. Notes in `chain` how the file ends."""
+    position, n_bad = 0, 0
+    while position < reader.size:
+        header = reader.get(position, _HEADER_BYTES + _MAX_SEGMENTS)
+        if not header.startswith(_MARK) or len(header) < _HEADER_BYTES or len(header) < _HEADER_BYTES + header[26]:
+            chain.n_extra = reader.size - position
+            position = reader.find(_MARK, position + 1)
             continue
-        _, _, flags, granule, serial, number, checksum, n_segments = _HEADER.unpack(header[:27])
-        n_bytes = 27 + n_segments + sum(header[27 : 27 + n_segments])
-        data = window.get(position, n_bytes)
+        _, _, flags, granule, serial, number, checksum, n_segments = _HEADER.unpack(header[:_HEADER_BYTES])
+        content = _HEADER_BYTES + n_segments
+        n_bytes = content + sum(header[_HEADER_BYTES:content])
+        data = reader.get(position, n_bytes)
         is_cut = len(data) < n_bytes
-        is_whole = not is_cut and _checksum(data[:22] + _NO_CHECKSUM + data[26:]) == checksum
-        yield _Page(position, n_bytes, flags, granule, serial, number, is_whole)
-        chain.is_cut, chain.n_extra = is_cut, 0 if is_whole else window.size - position
-        if is_whole:
+        is_intact = not is_cut and _checksum(data[:22] + _NO_CHECKSUM + data[26:]) == checksum
+        yield _Page(position, n_bytes, flags, granule, serial, number, is_intact)
+        chain.is_cut, chain.n_extra = is_cut, 0 if is_intact else reader.size - position
+        if is_intact:
             position += n_bytes
             continue
-        n_false += 1
-        if n_false > _MAX_FALSE_PAGES:
-            raise AudioError(f"{name} is damaged: it is full of false Ogg pages; get the file again.")
-        position = _next_mark(window, position + 1)
-        if position < window.size:
+        n_bad += 1
+        if n_bad > _MAX_BAD_PAGES:
+            raise AudioError(f"{name} is damaged (most of its Ogg pages are broken): get the file again")
+        position = reader.find(_MARK, position + 1)
+        if position < reader.size:
             chain.is_cut = False
 
 
-def _next_mark(window: Window, position: int) -> int:
-    while position < window.size:
-        data = window.get(position, 2**16)
-        if found := _MARK.search(data):
-            return position + found.start()
-        position += max(1, len(data) - 4)
-    return window.size
-
-
-def _new_link(window: Window, page: _Page) -> Link | None:
-    """The song that a first page begins; None if it is not audio that is known."""
-    data = window.get(page.start, page.n_bytes)
-    packet = data[27 + data[26] :]
+def _new_link(reader: ByteReader, page: _Page) -> Link | None:
+    """The song that a first page begins; None if it is not audio in a known codec."""
+    data = reader.get(page.start, page.n_bytes)
+    packet = data[_HEADER_BYTES + data[26] :]
     codec = next((codec for mark, codec in _CODECS.items() if packet.startswith(mark)), None)
-    if codec is None:
-        return None
-    if codec == "opus":
-        return Link(codec, page.serial, 48000, int.from_bytes(packet[10:12], "little"))
-    if codec == "flac":
-        rate = int.from_bytes(packet[27:30], "big") >> 4
-    else:
-        at = 12 if codec == "vorbis" else 36
-        rate = int.from_bytes(packet[at : at + 4], "little")
-    return Link(codec, page.serial, rate, 0)
+    match codec:
+        case None:
+            return None
+        case "opus":
+            return Link(codec, page.serial, 48000, pre_skip=int.from_bytes(packet[10:12], "little"))
+        case "flac":
+            sample_rate = int.from_bytes(packet[27:30], "big") >> 4
+        case _:
+            at = 12 if codec == "vorbis" else 36
+            sample_rate = int.from_bytes(packet[at : at + 4], "little")
+    return Link(codec, page.serial, sample_rate, pre_skip=0)

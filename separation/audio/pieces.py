@@ -1,24 +1,25 @@
-"""A file made of pieces: byte ranges of another file, and bytes of our own. And a file read in windows."""
+"""A file put together from ranges of another file's bytes and from bytes in memory."""
 
 import io
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
-Piece = bytes | tuple[int, int]  # or the first byte and the one after the last
+from separation.audio.reader import ByteRange
 
-_WINDOW_BYTES = 2**20
+Piece = bytes | ByteRange
+
+_BLOCK_BYTES = 2**20
 
 
 class Pieces(io.RawIOBase):
-    """The pieces one after the other, as a file to read."""
+    """The pieces, one after the other, as a file to read. Ranges are of the file at `path`."""
 
     def __init__(self, path: Path, pieces: Iterable[Piece]) -> None:
         super().__init__()
         self._file = path.open("rb", buffering=0)
         self._pieces: list[Piece] = []
-        self._starts: list[int] = []  # of each piece
+        self._starts: list[int] = []  # the position of each piece's first byte
         self.size = self._position = 0
         for piece in pieces:
             n_bytes = len(piece) if isinstance(piece, bytes) else piece[1] - piece[0]
@@ -44,14 +45,14 @@ class Pieces(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")
         done = 0
-        while done < len(view) and (data := self._part(len(view) - done)):
+        while done < len(view) and (data := self._read_within_piece(len(view) - done)):
             view[done : done + len(data)] = data
             done += len(data)
             self._position += len(data)
         return done
 
-    def _part(self, n_bytes: int) -> bytes:
-        """Up to so many bytes of the piece at the position."""
+    def _read_within_piece(self, n_bytes: int) -> bytes:
+        """At most `n_bytes` from the current position, all of one piece; empty at the end."""
         if self._position >= self.size:
             return b""
         i = bisect_right(self._starts, self._position) - 1
@@ -62,26 +63,10 @@ class Pieces(io.RawIOBase):
         return self._file.read(min(n_bytes, piece[1] - piece[0] - offset)) or b""
 
     def blocks(self) -> Iterator[bytes]:
-        while data := self.read(_WINDOW_BYTES):
+        """The rest of the file, block by block."""
+        while data := self.read(_BLOCK_BYTES):
             yield data
 
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-class Window:
-    """A file of which any few bytes can be had at once: a part of it is kept."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._start, self._data = 0, b""
-        self.size = file.seek(0, io.SEEK_END)
-
-    def get(self, position: int, n_bytes: int) -> bytes:
-        """Bytes from a position on, fewer at the end of the file; up to 1 MB."""
-        offset = position - self._start
-        if offset < 0 or offset + n_bytes > len(self._data):
-            self._file.seek(position)
-            self._start, self._data, offset = position, self._file.read(_WINDOW_BYTES), 0
-        return self._data[offset : offset + n_bytes]

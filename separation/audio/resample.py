@@ -15,6 +15,7 @@ from separation.progress import Progress
 _LOWPASS_ZEROS = 64  # zero crossings of the sinc on either side
 _ROLLOFF = 0.9475937167399596  # of the lower Nyquist frequency
 _KAISER_BETA = 14.769656459379492
+_PART_SAMPLES = 4096  # that are convolved at once by phases
 _KERNEL_LIMIT = 2**22  # taps of torchaudio's kernel: 16 MiB; the usual rates need at most a fifth of a million
 
 
@@ -105,7 +106,8 @@ def _by_phases(old: int, new: int, width: int) -> Callable[[Readable, int, int],
 
     def convert(source: Readable, start: int, stop: int) -> Tensor:
         parts = []
-        for part in torch.arange(start, stop).split(4096):
+        for first_sample in range(start, stop, _PART_SAMPLES):
+            part = torch.arange(first_sample, min(first_sample + _PART_SAMPLES, stop))
             before = part * old // new  # the input sample at or before each output sample
             first, last = int(before[0]), int(before[-1])
             samples = read_padded(source, first - width, last + width + 2)

@@ -1,4 +1,4 @@
-"""libsndfile: WAV, FLAC, Ogg, MP3 and others in process, as they are or with their damage mended."""
+"""The songs of a file that libsndfile decodes (WAV, FLAC, Ogg, MP3, …): as the file is, or with its damage mended."""
 
 import contextlib
 import io
@@ -11,28 +11,31 @@ import soundfile
 from separation.audio import flac, ogg
 from separation.audio.channels import Layout, layout_of_file
 from separation.audio.chatter import Chatter
-from separation.audio.damage import MIN_MISSING_SECONDS, number
+from separation.audio.damage import MIN_MISSING_SECONDS, counted
 from separation.audio.frames import EXTRA_SAMPLES, MPEG, Part, find_parts
-from separation.audio.integrity import Audio, after_id3v2, check_length, find_audio
-from separation.audio.mend import clean, find_holes, spliced
+from separation.audio.integrity import Audio, check_length, find_audio
+from separation.audio.mend import find_holes, whole_frames, with_silence
 from separation.audio.pieces import Pieces
-from separation.audio.source import Blocks, BrokenError, Job, Source
+from separation.audio.reader import ByteReader
+from separation.audio.source import Blocks, DecoderError, Job, Source
+from separation.audio.tags import after_id3v2
 from separation.audio.waveform import BLOCK_SAMPLES, TAGS, silent
 
 _SAMPLE_BYTES = {"PCM_S8": 1, "PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4}
 _SAMPLE_BYTES |= {"FLOAT": 4, "DOUBLE": 8}
-_UNKNOWN_SAMPLES = 2**62  # or more is how libsndfile says that a file does not tell its length
+_UNKNOWN_SAMPLES = 2**62  # libsndfile gives this number or a larger one for a file of unknown length
+_MAX_HOLE_SECONDS = 24 * 3600
 
 
 class _Sound(soundfile.SoundFile):
-    """Without the seek after each read, which is inexact in some MP3 files and fails in FLAC of unknown length."""
+    """A SoundFile that does not seek after each read. Seeking is inexact in some MP3s, and fails in some FLACs."""
 
     def seekable(self) -> bool:
         return False
 
 
 class _FileFrom(io.FileIO):
-    """A file as if it began at byte `start`."""
+    """A file that seems to begin at byte `start`."""
 
     def __init__(self, path: Path, start: int) -> None:
         super().__init__(path)
@@ -47,139 +50,151 @@ class _FileFrom(io.FileIO):
 
 
 def _open(file: int | IO[bytes] | Pieces, chatter: Chatter) -> _Sound | None:
-    """None if libsndfile cannot read it. A descriptor stays open."""
+    """None if libsndfile cannot read the file. A file that is given as a descriptor stays open.
+
+    A path would not do: libsndfile guesses the format of some files without a header from their names.
+    """
     with chatter.caught():
         try:
-            # By descriptor or object, for libsndfile guesses from the names of some headerless formats.
             return _Sound(file, closefd=False)
         except soundfile.LibsndfileError:
             return None
 
 
 def _read(sound: _Sound, limit: int, chatter: Chatter | None = None) -> Blocks:
-    """Blocks up to so many samples. Raises `BrokenError` where libsndfile cannot go on."""
+    """Blocks of at most `limit` samples in all. Raises `DecoderError` where libsndfile cannot go on."""
     n_samples = 0
     while n_samples < limit:
         with chatter.caught() if chatter else contextlib.nullcontext():
             try:
                 block = sound.read(min(BLOCK_SAMPLES, limit - n_samples), dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as e:
-                raise BrokenError(str(e)) from e
+                raise DecoderError(str(e)) from e
         if not len(block):
             return
         n_samples += len(block)
         yield block
 
 
+def _tags(sound: _Sound) -> dict[str, str]:
+    return {tag: value for tag in TAGS if (value := getattr(sound, tag))}
+
+
+def _layout(job: Job, channels: int) -> Layout:
+    with ByteReader.open(job.path) as reader:
+        return layout_of_file(reader, channels, job.name)
+
+
 def open_whole(job: Job, stack: contextlib.ExitStack) -> list[Source]:
-    """The file as it is, or as several songs joined; empty if libsndfile cannot read it, or not all of it."""
-    file = stack.enter_context(job.path.open("rb", buffering=0))  # libsndfile starts at the descriptor's offset
-    audio = find_audio(file, job.name)
-    file.seek(after_id3v2(file))
-    if file.read(3) == b"ID3":
-        return []  # so many tags that libsndfile, which nothing can interrupt, would be busy with them
-    file.seek(0)
+    """The file as it is, or as several songs joined. Empty if libsndfile cannot read all of it."""
+    file = stack.enter_context(job.path.open("rb", buffering=0))
+    reader = ByteReader(file)
+    audio = find_audio(reader, job.name)
+    if reader.get(after_id3v2(reader), 3) == b"ID3":
+        return []  # libsndfile cannot be interrupted, and so many tags would keep it busy
+    file.seek(0)  # libsndfile starts at the descriptor's position
     chatter = Chatter()
     sound = _open(file.fileno(), chatter)
     if sound is None:
         return []
     stack.enter_context(sound)
-    tags = {tag: value for tag in TAGS if (value := getattr(sound, tag))}
+    tags = _tags(sound)
     if sound.format == "MP3":
-        return _mpeg(job, sound, tags, chatter)
+        return _open_mp3(job, sound, tags, chatter)
     limit = sound.frames
-    if audio is not None:
-        reread = _judge_audio(job, sound, audio)
-        if reread:
-            if sound.subtype not in _SAMPLE_BYTES:
-                return []
-            # libsndfile takes the header at its word, which here is wrong: the same samples again, without a header.
-            limit = audio.n_there // (_SAMPLE_BYTES[sound.subtype] * sound.channels)
-            sound = stack.enter_context(
-                _Sound(
-                    stack.enter_context(_FileFrom(job.path, audio.start)),
-                    samplerate=sound.samplerate,
-                    channels=sound.channels,
-                    subtype=sound.subtype,
-                    endian=sound.endian,
-                    format="RAW",
-                )
+    if audio is not None and _must_ignore_header(job, sound, audio):
+        if sound.subtype not in _SAMPLE_BYTES:
+            return []
+        limit = audio.n_there // (_SAMPLE_BYTES[sound.subtype] * sound.channels)
+        sound = stack.enter_context(
+            _Sound(
+                stack.enter_context(_FileFrom(job.path, audio.start)),
+                samplerate=sound.samplerate,
+                channels=sound.channels,
+                subtype=sound.subtype,
+                endian=sound.endian,
+                format="RAW",
             )
-    return [Source(sound.samplerate, _layout(job, sound), tags, limit, _whole(job, sound, limit))]
+        )
+    return [Source(sound.samplerate, _layout(job, sound.channels), limit, _all_blocks(job, sound, limit), tags)]
 
 
-def _whole(job: Job, sound: _Sound, limit: int) -> Blocks:
+def _all_blocks(job: Job, sound: _Sound, limit: int) -> Blocks:
     n_samples = 0
-    if limit < _UNKNOWN_SAMPLES:  # the disk need not fill up for what is too long
+    if limit < _UNKNOWN_SAMPLES:  # refuse a song that is too long before it is written to disk
         check_length(limit, sound.samplerate, job.max_seconds, job.name)
     for block in _read(sound, limit):
         n_samples += len(block)
         yield block
     if sound.format == "FLAC" and n_samples < sound.frames < _UNKNOWN_SAMPLES:
-        raise BrokenError
+        raise DecoderError(f"{n_samples} of {sound.frames} samples")
 
 
-def _layout(job: Job, sound: _Sound) -> Layout:
-    with job.path.open("rb") as head:  # not the file whose place is libsndfile's
-        return layout_of_file(head, sound.channels, job.name)
-
-
-def _judge_audio(job: Job, sound: _Sound, audio: Audio) -> bool:
-    """Tell what of the announced samples is not there; whether the header must not be taken at its word."""
+def _must_ignore_header(job: Job, sound: _Sound, audio: Audio) -> bool:
+    """Whether the header announces a wrong length. Reports the announced samples that are missing."""
     frame_bytes = _SAMPLE_BYTES.get(sound.subtype, 0) * sound.channels
     missing = 0 if audio.n_announced is None else audio.n_announced - audio.n_there
     if frame_bytes:
         seconds = abs(missing) / frame_bytes / sound.samplerate
         if missing > frame_bytes:
-            job.damage.cut(seconds)
+            job.damage.add_cut(seconds)
         if missing < 0 and seconds > MIN_MISSING_SECONDS:
-            excess = f"its header announces {seconds:.2f} s less than there is"
-            (job.damage.note if audio.is_wave else job.damage.doubt)(excess)
+            fault = f"its header announces {seconds:.2f} s less than there is"
+            if audio.is_wave:
+                job.damage.add_note(fault)
+            else:
+                job.damage.add_doubt(fault)
         elif missing < 0:
-            job.damage.note(f"{-missing} bytes behind its audio are none that belongs there")
+            job.damage.add_note(f"{-missing} bytes behind its audio do not belong there")
             return False
     elif missing > 0:
-        job.damage.doubt("it is cut short: it ends before the audio that it announces")
+        job.damage.add_unknown_cut("it ends within its audio")
     return audio.is_wave and (audio.n_announced is None or missing != 0)
 
 
 # MPEG audio
 
 
-def _mpeg(job: Job, sound: _Sound, tags: dict[str, str], chatter: Chatter) -> list[Source]:
+def _open_mp3(job: Job, sound: _Sound, tags: dict[str, str], chatter: Chatter) -> list[Source]:
     parts = find_mpeg_parts(job)
     if not parts:
         return []
-    part = parts[0]
-    if len(parts) > 1 or not part.is_plain:
+    if len(parts) > 1 or not parts[0].has_no_gaps:
         if not all(part.is_layer_iii for part in parts):
             return []
-        layouts = [Layout(("C",)) if part.is_mono else Layout(("L", "R")) for part in parts]
         return [
-            Source(part.header.sample_rate, layout, tags, part.n_samples, mended_mp3(job, part))
-            for part, layout in zip(parts, layouts, strict=True)
+            Source(part.header.sample_rate, _mp3_layout(part), part.n_samples, _mended_mp3(job, part), tags)
+            for part in parts
         ]
+    (part,) = parts
+    # Padding behind the last frame would be an error to libsndfile, so reading stops at the last frame.
     limit = part.n_samples if part.is_layer_iii else sound.frames
-    # Without a header that counts the samples, libsndfile guesses them from the bitrate and stops there. It leaves out
-    # what the encoder adds.
+    # If no header counts the samples, libsndfile guesses their number from the bitrate, and stops there. Its number
+    # leaves out the samples that the encoder added.
     if not 0 < limit <= sound.frames + EXTRA_SAMPLES:
         return []
+    blocks = _all_mp3_blocks(job, part, _read(sound, limit, chatter), chatter)
+    return [Source(sound.samplerate, _layout(job, sound.channels), limit, blocks, tags)]
 
-    def blocks() -> Blocks:
-        find_holes(part, job.damage)
-        n_samples = 0
-        for block in _read(sound, limit, chatter):
-            n_samples += len(block)
-            yield block
-        if part.is_layer_iii and n_samples < part.least_samples:
-            raise BrokenError
-        _tell(job, chatter)
 
-    # Not beyond the last frame: some padding there is an error to libsndfile.
-    return [Source(sound.samplerate, _layout(job, sound), tags, limit, blocks())]
+def _all_mp3_blocks(job: Job, part: Part, blocks: Blocks, chatter: Chatter) -> Blocks:
+    find_holes(part, job.damage)
+    n_samples = 0
+    for block in blocks:
+        n_samples += len(block)
+        yield block
+    if part.is_layer_iii and n_samples < part.least_samples:
+        raise DecoderError(f"{n_samples} of {part.least_samples} samples")
+    _report(job, chatter)
+
+
+def _mp3_layout(part: Part) -> Layout:
+    return Layout(("C",)) if part.is_mono else Layout(("L", "R"))
 
 
 def find_mpeg_parts(job: Job) -> list[Part]:
+    """The parts of an MPEG audio file. Raises `AudioError` if it is too long."""
+
     def check(part: Part) -> None:
         n_samples = part.n_samples - EXTRA_SAMPLES
         check_length(n_samples, part.header.sample_rate, job.max_seconds, job.name)
@@ -187,77 +202,75 @@ def find_mpeg_parts(job: Job) -> list[Part]:
     return find_parts(job.path, MPEG, check)
 
 
-def mended_mp3(job: Job, part: Part) -> Blocks:
-    """A part of MP3 with silence in its holes."""
+def _mended_mp3(job: Job, part: Part) -> Blocks:
+    """A part of an MP3 with silence in its holes."""
     holes, chatter = find_holes(part, job.damage), Chatter()
+    rate, n_samples = part.header.sample_rate, 0
+
+    def counted_blocks(sound: _Sound) -> Blocks:
+        nonlocal n_samples
+        for block in _read(sound, part.n_samples, chatter):
+            n_samples += len(block)
+            yield block
+
     with contextlib.ExitStack() as stack:
-        sound = _open(stack.enter_context(clean(part, job.path, MPEG)), chatter)
+        sound = _open(stack.enter_context(whole_frames(part, job.path)), chatter)
         if sound is None:
-            raise BrokenError
+            raise DecoderError("libsndfile cannot read the whole frames")
         stack.enter_context(sound)
-        rate, n_samples = part.header.sample_rate, 0
-
-        def blocks() -> Blocks:
-            nonlocal n_samples
-            for block in _read(sound, part.n_samples, chatter):
-                n_samples += len(block)
-                yield block
-
-        yield from spliced(blocks(), part, holes, rate, job.damage)
-        if n_samples < part.least_samples:
-            job.damage.cut((part.least_samples - n_samples) / rate)
-        _tell(job, chatter)
+        yield from with_silence(counted_blocks(sound), part, holes, rate, job.damage)
+    if n_samples < part.least_samples:
+        job.damage.add_cut((part.least_samples - n_samples) / rate)
+    _report(job, chatter)
 
 
-def _tell(job: Job, chatter: Chatter) -> None:
+def _report(job: Job, chatter: Chatter) -> None:
     if chatter.n_lines:
         times = f", {chatter.n_lines} times" if chatter.n_lines > 1 else ""
-        job.damage.note(f'libmpg123 says "{chatter.lines[0]}"{times}')
+        job.damage.add_note(f'libmpg123 reports "{chatter.lines[0]}"{times}')
 
 
 # FLAC
 
 
-def open_flac(job: Job, songs: list[flac.Song], stack: contextlib.ExitStack) -> list[Source]:
-    """FLAC songs, one after the other, of which only the whole frames are taken, each where it belongs."""
+def open_flac(job: Job, songs: list[flac.FlacSong], stack: contextlib.ExitStack) -> list[Source]:
+    """The songs of a FLAC file with their intact frames alone, each at its place."""
     first = open_whole(job, stack)
     tags = first[0].tags if first else {}
-    with job.path.open("rb") as head:
-        layouts = [layout_of_file(head, song.channels, job.name) for song in songs]
     return [
-        Source(song.sample_rate, layout, tags, song.total_samples, _mended_flac(job, song))
-        for song, layout in zip(songs, layouts, strict=True)
+        Source(song.sample_rate, _layout(job, song.channels), song.total_samples, _mended_flac(job, song), tags)
+        for song in songs
     ]
 
 
-def _mended_flac(job: Job, song: flac.Song) -> Blocks:
+def _mended_flac(job: Job, song: flac.FlacSong) -> Blocks:
     rate, n_samples = song.sample_rate, 0
     runs = flac.find_runs(job.path, song, job.name)
     for run in runs:
         yield from _hole(job, n_samples, run.sample, rate, song.channels)
-        n_samples = run.sample
-        yield from _exactly(job, Pieces(job.path, flac.pieces(song, run)), run.n_samples, song.channels)
-        n_samples += run.n_samples
+        yield from _exactly(job, Pieces(job.path, flac.file_of(song, run)), run.n_samples, song.channels)
+        n_samples = run.sample + run.n_samples
     if song.total_samples > n_samples:
-        job.damage.cut((song.total_samples - n_samples) / rate)
+        job.damage.add_cut((song.total_samples - n_samples) / rate)
     n_extra = flac.n_extra_bytes(job.path, song, runs)
     if n_extra and not song.total_samples:
-        job.damage.doubt(f"{n_extra} bytes at its end are no audio, and nothing tells how much is missing")
+        job.damage.add_doubt(f"{n_extra} bytes at its end are not audio, and how much is missing is unknown")
 
 
 def _hole(job: Job, n_samples: int, due: int, rate: int, channels: int) -> Blocks:
-    """Silence up to the sample that is due."""
+    """Silence from sample `n_samples` up to the sample that is due, reported as a hole."""
     if due > n_samples:
-        if (due - n_samples) / rate > 3600 * 24:
-            raise BrokenError
-        job.damage.hole(n_samples / rate, (due - n_samples) / rate)
+        seconds = (due - n_samples) / rate
+        if seconds > _MAX_HOLE_SECONDS:
+            raise DecoderError(f"a hole of {seconds:.0f} s")
+        job.damage.add_hole(n_samples / rate, seconds)
         yield from silent(due - n_samples, channels)
 
 
 def _exactly(job: Job, pieces: Pieces, n_samples: int, channels: int) -> Blocks:
-    """So many samples of a file made of pieces, the last ones silent where libsndfile gives fewer."""
+    """`n_samples` samples of a file, with silence at the end if libsndfile gives fewer."""
     done = 0
-    with pieces, contextlib.suppress(BrokenError):
+    with pieces, contextlib.suppress(DecoderError):
         sound = _open(pieces, Chatter())
         if sound is not None:
             with sound:
@@ -265,7 +278,7 @@ def _exactly(job: Job, pieces: Pieces, n_samples: int, channels: int) -> Blocks:
                     done += len(block)
                     yield block
     if done < n_samples:
-        job.damage.note("libsndfile does not read all of its frames")
+        job.damage.add_note("libsndfile cannot read all of its frames")
         yield from silent(n_samples - done, channels)
 
 
@@ -273,57 +286,59 @@ def _exactly(job: Job, pieces: Pieces, n_samples: int, channels: int) -> Blocks:
 
 
 def open_ogg(job: Job, chain: ogg.Chain) -> list[Source]:
-    """The songs of an Ogg file, whose whole pages are taken, each where it belongs; empty if libsndfile cannot."""
+    """The songs of an Ogg file with their intact pages alone, each at its place. Empty if one cannot be read."""
     sources = []
     for link in chain.links:
-        if not (link.runs and link.are_headers_whole):
+        if not (link.runs and link.has_all_headers):
             return []
-        with Pieces(job.path, link.pieces(link.runs[0], job.path)) as pieces:
+        with Pieces(job.path, link.file_of(link.runs[0], job.path)) as pieces:
             sound = _open(pieces, Chatter())
             if sound is None:
                 return []
-            with sound, job.path.open("rb") as head:
-                layout = layout_of_file(head, sound.channels, job.name)
-                tags = {tag: value for tag in TAGS if (value := getattr(sound, tag))}
-                sources.append(
-                    Source(sound.samplerate, layout, tags, 0, _mended_ogg(job, chain, link, sound.samplerate))
-                )
+            with sound:
+                layout, rate, tags = _layout(job, sound.channels), sound.samplerate, _tags(sound)
+        sources.append(Source(rate, layout, 0, _mended_ogg(job, chain, link, rate), tags))
     return sources
 
 
 def _mended_ogg(job: Job, chain: ogg.Chain, link: ogg.Link, rate: int) -> Blocks:
     scale = rate / link.sample_rate
-    origin, n_samples = 0, 0  # of the samples' numbers; samples per channel so far
+    origin = 0  # the number of the song's first sample, by the granule positions
+    n_samples = 0  # per channel, so far
     for i, run in enumerate(link.runs):
+        is_start = i == 0 and link.starts_whole
         start = n_samples
-        n_run = 0
-        if i or not link.starts_whole:
-            n_run = sum(map(len, _of_pieces(job, link, run)))
-            start = max(n_samples, round((link.samples(run.granule) - origin) * scale) - n_run)
-        channels = 0
-        for block in _of_pieces(job, link, run):
-            if not channels:
-                channels = block.shape[1]
-                yield from _hole(job, n_samples, start, rate, channels)
-                n_samples = start
+        if not is_start:  # the granule position tells where the run ends, so count its samples first
+            n_in_run = sum(map(len, _ogg_blocks(job, link, run)))
+            start = max(n_samples, round((link.n_samples(run.granule) - origin) * scale) - n_in_run)
+        is_first_block = True
+        for block in _ogg_blocks(job, link, run):
+            if is_first_block:
+                yield from _hole(job, n_samples, start, rate, block.shape[1])
+                n_samples, is_first_block = start, False
             n_samples += len(block)
             yield block
-        if not i and link.starts_whole and len(link.runs) > 1:
-            origin = link.samples(run.granule) - round(n_samples / scale)
+        if is_start and len(link.runs) > 1:
+            origin = link.n_samples(run.granule) - round(n_samples / scale)
+    _report_end(job, chain, link)
+    if link.n_bad_pages:
+        job.damage.add_note(counted(link.n_bad_pages, "broken Ogg page"))
+
+
+def _report_end(job: Job, chain: ogg.Chain, link: ogg.Link) -> None:
+    """Report what may be missing at the end of an Ogg song."""
     if link.end_granule >= 0:
-        job.damage.cut((link.end_granule - link.runs[-1].granule) / link.sample_rate)
+        job.damage.add_cut((link.end_granule - link.runs[-1].granule) / link.sample_rate)
     if not link.is_ended:
         is_last = link is chain.links[-1]
         if is_last and (chain.is_cut or chain.n_extra):
-            job.damage.doubt("it is cut short within a page, and nothing tells how much is missing")
+            job.damage.add_unknown_cut("it ends within a page")
         else:
-            job.damage.note("its last page is not marked as the last one, so its end may be missing")
-    if link.n_bad_pages:
-        job.damage.note(number(link.n_bad_pages, "broken Ogg page"))
+            job.damage.add_note("its last page is not marked as the last one, so its end may be missing")
 
 
-def _of_pieces(job: Job, link: ogg.Link, run: ogg.Run) -> Blocks:
-    with Pieces(job.path, link.pieces(run, job.path)) as pieces:
+def _ogg_blocks(job: Job, link: ogg.Link, run: ogg.PageRun) -> Blocks:
+    with Pieces(job.path, link.file_of(run, job.path)) as pieces:
         sound = _open(pieces, Chatter())
         if sound is not None:
             with sound:

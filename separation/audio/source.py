@@ -1,7 +1,7 @@
-"""What a decoder gives: a song's samples in blocks, with what is known of them before they are read."""
+"""What every decoder gives: the songs of a file as streams of samples."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,17 @@ from numpy.typing import NDArray
 from separation.audio.channels import Layout
 from separation.audio.damage import Damage
 
-Blocks = Iterator[NDArray[np.float32]]
+Blocks = Iterator[NDArray[np.float32]]  # of `[n, C]` samples
 
 
 @dataclass(frozen=True)
 class Job:
-    """A file to decode, the longest that it may be, and what is found to be wrong with it."""
+    """A file to decode.
+
+    Args:
+        max_seconds: a longer file is refused.
+        damage: collects what the decoder finds to be wrong with the file.
+    """
 
     path: Path
     max_seconds: float | None
@@ -23,19 +28,26 @@ class Job:
 
     @property
     def name(self) -> str:
+        """The song's name in quotes."""
         return self.damage.name
 
 
 @dataclass(frozen=True)
 class Source:
-    """An open file: blocks `[n, C]` of float32 at `sample_rate`, the C channels in the order of `layout`."""
+    """A song that is ready to be decoded: reading `blocks` decodes it.
+
+    Args:
+        sample_rate: hertz.
+        layout: of the channels in `blocks`.
+        expected_samples: per channel; an estimate for the progress, 0 if unknown.
+    """
 
     sample_rate: int
     layout: Layout
-    tags: dict[str, str]
-    expected_samples: float  # per channel; an estimate, and 0 where the file tells nothing
+    expected_samples: float
     blocks: Blocks
+    tags: dict[str, str] = field(default_factory=dict)
 
 
-class BrokenError(Exception):
-    """A decoder stopped within the song, or gave less than the file holds: another way may read more."""
+class DecoderError(Exception):
+    """A decoder stopped within a song, or gave fewer samples than the file holds. Another decoder may read more."""

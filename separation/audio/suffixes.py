@@ -1,6 +1,6 @@
-"""The suffixes of audio and video. Of a folder only such files are taken; a file that is named itself is always tried.
+"""The suffixes of audio and video files. In a folder, only these files are tried; a file that is named is always tried.
 
-To try every file in a folder would start ffmpeg for each picture and each text, and call them failures.
+Without the list, every picture and text in a folder would be handed to ffmpeg and count as a failure.
 """
 
 _LOSSLESS = ".wav .wave .bwf .w64 .rf64 .flac .aif .aiff .aifc .caf .au .snd .ape .wv .tta .tak .alac .dsf .dff .voc"
@@ -13,4 +13,4 @@ _VIDEO = (
     ".3g2 .ogv .ogx .mxf .rm .rmvb .nut .dv .wtv"
 )
 AUDIO = frozenset(f"{_LOSSLESS} {_LOSSY}".split())
-SUFFIXES = AUDIO | frozenset(_VIDEO.split())
+AUDIO_OR_VIDEO = AUDIO | frozenset(_VIDEO.split())

@@ -27,10 +27,10 @@ _RAW_BYTES = 2**20
 
 
 def sample_fault(value: float) -> str:
-    """What to say of a sample that is not within MAX_SAMPLE."""
+    """Describes a sample whose magnitude is not at most `MAX_SAMPLE`."""
     if not math.isfinite(value):
         return "NaN or Inf"
-    return f"a sample of {value:.2g}, far beyond full scale, which is 1,"
+    return f"a sample of {value:.2g} (full scale is 1)"
 
 
 class Growing:

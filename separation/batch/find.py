@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
-from separation.audio.suffixes import SUFFIXES
+from separation.audio.suffixes import AUDIO_OR_VIDEO
 from separation.batch.songs import Outcome, Song
 from separation.errors import InputError
 from separation.system.record import PAGE, Record, stem_files
@@ -101,7 +101,7 @@ class _Search:
             for path in self._files(place, skipped):
                 if path.name in self._stems_in(path.parent):
                     stems |= path.name != PAGE
-                elif path.suffix.lower() in SUFFIXES:
+                elif path.suffix.lower() in AUDIO_OR_VIDEO:
                     sources.append(path)
                 else:
                     self._found.passed_over.add(path)

@@ -1,361 +1,98 @@
-"""Damaged songs: what is missing is told, what follows stays in time, and what plays elsewhere is read."""
-
 import contextlib
-import json
-import logging
-import os
-import random
-import re
-import struct
-import subprocess
-import threading
-from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
-from helpers import damaged_songs
-from helpers.common import PROJECT, needs_ffmpeg, slow
-from helpers.damaged_songs import FORMATS, RATE, SECONDS, Answer, decode_all, make, survival, table
-from separation import AudioError
-from separation.audio.chatter import Chatter
-from separation.audio.damage import Damage
-from separation.audio.decode import decode
-from separation.audio.frames import MPEG
-from separation.cli.main import main
-
-N_MUTATIONS = 1500
+from separation.audio.damage import Damage, counted
+from separation.errors import AudioError
 
 
-def songs(folder: Path, format: str, **options: object) -> bytes:
-    """The known song, written by libsndfile."""
-    path = folder / f"source.{format}"
-    soundfile.write(path, damaged_songs.song(), RATE, format=format, **options)  # type: ignore[arg-type]
-    return path.read_bytes()
-
-
-def decoded(content: bytes, folder: Path, **options: bool) -> np.ndarray:
-    """The left samples of a file with this content."""
-    (folder / "song").write_bytes(content)
-    with decode(folder / "song", folder, **options) as wave:
-        result: np.ndarray = wave.read(0, wave.n_samples)[0].numpy()
-        return result
-
-
-def flipped(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
-
-
-# Seeded damage to songs in all formats
-
-
-def check(answers: list[Answer], n_jobs: int) -> None:
-    assert len(answers) == n_jobs
-    assert not [answer for answer in answers if answer.left], "files stayed behind"
-    for answer in answers:
-        if answer.refusal:
-            assert repr(f"{answer.number}-{answer.name}") in answer.refusal
-            assert answer.refusal.endswith(".") and "\n" not in answer.refusal
-        for warning in answer.warning.split(" | "):
-            assert not warning or warning.startswith(repr(f"{answer.number}-{answer.name}"))
-    lost = [answer for answer in answers if answer.is_silent_loss]
-    assert not lost, f"{lost}\n{table(answers)}"
-
-
-@needs_ffmpeg
-@pytest.mark.parametrize("every", [6, slow(1)])
-def test_some_damaged_songs_of_many_formats_lose_nothing_without_a_word(every: int, tmp_path: Path) -> None:
-    whole = make(tmp_path, list(FORMATS)[::every])
-    jobs = [(name, number) for number, name in enumerate(whole)]
-    check(decode_all(jobs, whole, tmp_path, PROJECT), len(jobs))
-
-
-@needs_ffmpeg
-@pytest.mark.slow
-def test_of_1500_damaged_songs_none_loses_more_than_50_ms_without_a_word(tmp_path: Path) -> None:
-    whole = make(tmp_path)
-    names = list(whole)
-    jobs = [(names[number % len(names)], number) for number in range(N_MUTATIONS)]
-    answers = decode_all(jobs, whole, tmp_path, PROJECT)
-    check(answers, N_MUTATIONS)
-    assert sum(bool(answer.refusal) for answer in answers) < N_MUTATIONS / 2
-
-
-def test_the_measure_tells_what_is_in_time_moved_lost_and_altered() -> None:
-    whole = damaged_songs.song()[:, 0]
-    part = RATE // 2
-    assert survival(whole, whole).right == pytest.approx(SECONDS)
-    silenced = np.concatenate([whole[:part], np.zeros(part, np.float32), whole[2 * part :]])
-    assert survival(whole, silenced).lost == pytest.approx(0.5, abs=0.05)
-    assert survival(whole, whole[:-part]).lost == pytest.approx(0.5, abs=0.05)
-    shorter = np.concatenate([whole[:part], whole[2 * part :]])
-    assert survival(whole, shorter).moved == pytest.approx(SECONDS - 1, abs=0.05)
-    noise = np.concatenate([whole[:part], -whole[part : 2 * part][::-1], whole[2 * part :]])
-    assert survival(whole, noise).altered == pytest.approx(0.5, abs=0.05)
-
-
-# Holes
-
-
-def ogg_with_a_flipped_bit(folder: Path) -> bytes:
-    content = songs(folder, "OGG")
-    return flipped(content, len(content) // 2)
-
-
-def flac_with_a_flipped_bit(folder: Path) -> bytes:
-    content = songs(folder, "FLAC")
-    return flipped(content, len(content) // 2)
-
-
-def flac_without_some_frames(folder: Path) -> bytes:
-    content = songs(folder, "FLAC")
-    return content[: len(content) // 2] + content[len(content) // 2 + 20_000 :]
-
-
-def mp3_with_overwritten_frames(folder: Path) -> bytes:
-    content = songs(folder, "MP3", bitrate_mode="CONSTANT")
-    at = len(content) // 2
-    return content[:at] + random.Random(1).randbytes(1500) + content[at + 1500 :]
-
-
-@pytest.mark.parametrize(
-    "damaged", [ogg_with_a_flipped_bit, flac_with_a_flipped_bit, flac_without_some_frames, mp3_with_overwritten_frames]
-)
-def test_a_hole_is_silent_and_what_follows_stays_in_time_and_a_warning_names_song_place_and_seconds(
-    damaged: Callable[[Path], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    samples = decoded(damaged(tmp_path), tmp_path, accept_damaged=True)
-    lived = survival(damaged_songs.song()[:, 0], samples)
-    assert len(samples) == pytest.approx(SECONDS * RATE, abs=1)
-    assert lived.moved <= 0.04 and lived.right > 0.85 * SECONDS
-    (record,) = caplog.records
-    told = re.match(r"'song' is damaged: (0\.\d\d) s of 3.\d\d s are missing and silent instead", record.getMessage())
-    assert told and float(told[1]) == pytest.approx(lived.lost + lived.altered, abs=0.1)
-
-
-def test_bytes_inserted_into_an_mp3_take_nothing_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    content = songs(tmp_path, "MP3", bitrate_mode="CONSTANT")
-    at = len(content) // 2
-    samples = decoded(content[:at] + random.Random(1).randbytes(500) + content[at:], tmp_path)
-    assert len(samples) == SECONDS * RATE
-    assert survival(damaged_songs.song()[:, 0], samples).right > SECONDS - 0.15
-    assert "500 bytes at 1.4" in caplog.text
-
-
-@needs_ffmpeg
-def test_mp3_frames_that_need_nothing_from_before_a_gap_stay_as_they_are(tmp_path: Path) -> None:
-    songs(tmp_path, "WAV")
-    command = ["ffmpeg", "-v", "error", "-i", str(tmp_path / "source.WAV"), "-b:a", "128k", "-reservoir", "0"]
-    subprocess.run([*command, "-id3v2_version", "0", str(tmp_path / "whole.mp3")], check=True)
-    content = (tmp_path / "whole.mp3").read_bytes()
-    at = 0
-    while at < len(content) // 2:
-        frame = MPEG.parse(content[at : at + 4])
-        assert frame is not None
-        at += frame.n_bytes
-    damaged = content[:at] + bytes(500) + content[at:]
-    np.testing.assert_array_equal(decoded(damaged, tmp_path), decoded(content, tmp_path))
-
-
-@pytest.mark.parametrize("format", ["FLAC", "OGG", "MP3"])
-def test_a_song_appended_to_itself_is_read_whole(format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    content = songs(tmp_path, format)
-    samples = decoded(content + content, tmp_path)
-    assert len(samples) == 2 * SECONDS * RATE
-    assert np.array_equal(samples[: SECONDS * RATE], samples[SECONDS * RATE :])
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("format", ["FLAC", "MP3"])
-def test_songs_of_other_rates_and_channels_joined_are_both_read_at_the_first_ones_rate(
-    format: str, tmp_path: Path
-) -> None:
-    content = songs(tmp_path, format)
-    other = tmp_path / "other"
-    soundfile.write(other, damaged_songs.song()[:96_000, 0], 48000, format=format)
-    assert len(decoded(content + other.read_bytes(), tmp_path)) == (SECONDS + 2) * RATE
-
-
-# What is refused, and what --accept-damaged does
-
-
-def test_with_half_of_it_missing_a_song_is_refused_unless_damage_is_accepted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    content = songs(tmp_path, "WAV")
-    with pytest.raises(AudioError, match=r"'song' is cut short: the last 1\.50 s of 3\.00 s are missing.*--accept"):
-        decoded(content[: len(content) // 2], tmp_path)
-    assert len(decoded(content[: len(content) // 2], tmp_path, accept_damaged=True)) == pytest.approx(66_150, abs=20)
-    assert "'song' is cut short: the last 1.50 s of 3.00 s are missing, from 1.50 s on" in caplog.text
-
-
-def test_the_command_line_separates_what_is_there_with_accept_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    content = songs(tmp_path, "WAV")
-    (tmp_path / "song.wav").write_bytes(content[: len(content) // 2])
-    command = ["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / "out"), "--recipe", "demo", "--json"]
-    assert main([*command, "--device", "cpu"]) == 2
-    assert "--accept-damaged" in capsys.readouterr().err
-    assert main([*command, "--device", "cpu", "--accept-damaged"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["duration_seconds"] == pytest.approx(1.5, abs=0.01)
-    assert "'song.wav' is cut short" in report["warnings"][0]
+@pytest.fixture
+def damage() -> Damage:
+    return Damage("'song.mp3'")
 
 
 @pytest.mark.parametrize("missing, is_refused", [(1.0, False), (1.1, False), (1.12, True)])
 @pytest.mark.parametrize("where", ["end", "middle"])
-def test_the_tenth_that_may_be_missing_is_of_the_whole_song(
-    where: str, missing: float, is_refused: bool, caplog: pytest.LogCaptureFixture
+def test_a_tenth_of_the_whole_song_may_be_missing(
+    where: str, missing: float, is_refused: bool, damage: Damage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    damage = Damage("'song.mp3'")
     if where == "end":
-        damage.cut(missing)
-        n_seconds = 10.0  # decoded; with what is cut off, 11.1 s or so
+        damage.add_cut(missing)
+        decoded_seconds = 10.0  # the whole song lasts about 11.1 s
     else:
-        damage.hole(5.0, missing)
-        n_seconds = 10.0 + missing  # holes are silence in it
+        damage.add_hole(5.0, missing)
+        decoded_seconds = 10.0 + missing  # which includes the silence in the hole
     with pytest.raises(AudioError) if is_refused else contextlib.nullcontext():
-        damage.judge(n_seconds)
+        damage.judge(decoded_seconds)
     assert len(caplog.messages) == (0 if is_refused else 1)
 
 
-def test_holes_that_touch_are_one_and_others_are_not() -> None:
-    damage = Damage("'song.mp3'")
-    for at, seconds in ((1.0, 0.5), (1.5, 0.25), (1.76, 0.1)):
-        damage.hole(at, seconds)
+def test_adjoining_holes_are_merged_and_others_are_not(damage: Damage) -> None:
+    for start, seconds in ((1.0, 0.5), (1.5, 0.25), (1.76, 0.1)):
+        damage.add_hole(start, seconds)
     assert damage.holes == [(1.0, 0.75), (1.76, 0.1)]
-    damage.offset = 1.86  # of the song's next part
-    damage.hole(0.0, 1.0)
+    damage.start_part(1.86)
+    damage.add_hole(0.0, 1.0)
     assert damage.holes == [(1.0, 0.75), (1.76, 1.1)]
 
 
-def test_a_twentieth_missing_at_the_end_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for format in ("WAV", "W64", "RF64", "AIFF", "AU", "FLAC", "MP3"):
-        caplog.clear()
-        content = songs(tmp_path, format)
-        samples = decoded(content[: len(content) * 19 // 20], tmp_path)
-        assert len(samples) == pytest.approx(SECONDS * RATE * 19 / 20, abs=8000), format
-        assert "'song' is cut short: the last 0." in caplog.text, format
+def test_times_in_a_part_count_from_its_start(damage: Damage) -> None:
+    damage.start_part(10.0)
+    damage.add_hole(1.0, 0.5)
+    assert damage.holes == [(11.0, 0.5)]
+    assert damage.time_in_song(2.0) == 12.0
 
 
-# What is tolerated
+def test_without_findings_nothing_is_said(damage: Damage, caplog: pytest.LogCaptureFixture) -> None:
+    damage.judge(10.0)
+    assert not damage and not caplog.records
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda content: content[:40] + struct.pack("<I", len(content) - 44 + 1) + content[44:],
-        lambda content: content[:40] + bytes(4) + content[44:],
-        lambda content: content[:4] + bytes(4) + content[8:],
-        lambda content: content[:4] + b"\xff\xff\xff\x7f" + content[8:],
-        lambda content: content + b"\0",
-        lambda content: content + b"TAG" + bytes(125),
-    ],
-    ids=["a byte too many", "no size", "RIFF 0", "RIFF too large", "padding", "ID3v1"],
-)
-def test_a_wav_that_plays_elsewhere_is_read_whole_and_without_a_word(
-    spoil: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    content = songs(tmp_path, "WAV")
-    assert content[36:40] == b"data"
-    assert np.array_equal(decoded(spoil(content), tmp_path), decoded(content, tmp_path))
-    assert not caplog.records
+def test_a_warning_lists_holes_and_faults(damage: Damage, caplog: pytest.LogCaptureFixture) -> None:
+    damage.add_hole(1.0, 0.005)
+    damage.add_hole(2.0, 0.25)
+    damage.add_note("2 broken pages")
+    damage.judge(10.0)
+    assert caplog.messages == [
+        "'song.mp3' is damaged (0.26 s of 10.00 s are missing and replaced by silence: 5.0 ms at 1.00 s, "
+        "0.25 s at 2.00 s; 2 broken pages)"
+    ]
 
 
-@pytest.mark.parametrize(
-    "tail", [b"TAG" + bytes(125), b"APETAGEX" + struct.pack("<IIII8x", 2000, 32, 0, 0), b"LYRICSBEGIN" + bytes(50)]
-)
-def test_an_mp3_with_tags_behind_it_or_without_the_end_of_its_last_frame_is_no_fault(
-    tail: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    content = songs(tmp_path, "MP3", bitrate_mode="CONSTANT")
-    assert len(decoded(content + tail, tmp_path)) == SECONDS * RATE
-    assert len(decoded(content[:-100], tmp_path)) >= SECONDS * RATE - 2 * 1152
-    assert not caplog.records
+def test_many_holes_and_faults_are_counted(damage: Damage, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(7):
+        damage.add_hole(float(i), 0.1)
+        damage.add_note(f"fault {i}")
+    damage.judge(10.0)
+    (message,) = caplog.messages
+    assert "0.10 s at 3.00 s, 3 more; fault 0;" in message
+    assert message.endswith("fault 3; 3 other faults)")
 
 
-@needs_ffmpeg
-def test_an_mp4_without_its_index_is_called_cut_short(tmp_path: Path) -> None:
-    whole = make(tmp_path, ["aac.m4a"])["aac.m4a"]
-    assert whole.index(b"mdat") < whole.index(b"moov")
-    with pytest.raises(AudioError, match="'song' is cut short: the index"):
-        decoded(whole[: whole.index(b"moov") - 100], tmp_path)
+def test_a_song_that_misses_its_end_is_cut_short(damage: Damage, caplog: pytest.LogCaptureFixture) -> None:
+    damage.add_cut(0.5)
+    damage.judge(9.5)
+    assert caplog.messages == ["'song.mp3' is cut short (the last 0.50 s of 10.00 s are missing, from 9.50 s on)"]
 
 
-# What libmpg123 prints
+def test_an_unknown_loss_refuses_the_song(damage: Damage) -> None:
+    damage.add_doubt("100 bytes are not audio")
+    damage.add_unknown_cut("it ends within a page")
+    with pytest.raises(AudioError) as caught:
+        damage.judge(10.0)
+    assert str(caught.value) == (
+        "'song.mp3' is cut short (it ends within a page, and how much is missing is unknown) and is damaged (100 bytes "
+        "are not audio): get the file again, or use what is there with --accept-damaged (in Python accept_damaged=True)"
+    )
 
 
-def mp3_with_spoilt_frames(folder: Path) -> bytes:
-    """Of some frames all but the header and the last bytes is noise."""
-    content = bytearray(songs(folder, "MP3", bitrate_mode="CONSTANT"))
-    at = len(content) // 2
-    for _ in range(10):
-        at = content.index(content[:3], at + 400)
-        content[at + 6 : at + 300] = random.Random(at).randbytes(294).replace(b"\xff", b"\xfe")
-    return bytes(content)
+def test_accepted_damage_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    damage = Damage("'song.mp3'", accept=True)
+    damage.add_doubt("100 bytes are not audio")
+    damage.add_cut(9.0)
+    damage.judge(1.0)
+    assert len(caplog.messages) == 1
 
 
-def test_what_libmpg123_prints_becomes_one_warning_with_the_songs_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    decoded(mp3_with_spoilt_frames(tmp_path), tmp_path)
-    assert capfd.readouterr().err == ""
-    (record,) = caplog.records
-    assert record.getMessage().startswith("'song' is damaged: ") and "libmpg123 says" in record.getMessage()
-
-
-def test_while_several_threads_decode_what_others_print_arrives_and_stderr_is_itself_again(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    content = mp3_with_spoilt_frames(tmp_path)
-    done, n_lines = threading.Event(), 0
-
-    def decode_some(number: int) -> None:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for _ in range(3):
-            decoded(content, folder)
-
-    def print_lines() -> None:
-        nonlocal n_lines
-        while not done.wait(0.002):
-            os.write(2, f"line {n_lines}\n".encode())
-            n_lines += 1
-
-    before = os.fstat(2)
-    printing = threading.Thread(target=print_lines)
-    printing.start()
-    threads = [threading.Thread(target=decode_some, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    printing.join()
-    after = os.fstat(2)
-    assert (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino)
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("line ")]
-    assert sorted(lines, key=lambda line: int(line.split()[1])) == [f"line {i}" for i in range(n_lines)]
-
-
-def test_without_a_stderr_nothing_is_caught_and_nothing_fails() -> None:
-    kept = os.dup(2)
-    os.close(2)
-    try:
-        chatter = Chatter()
-        with chatter.caught(), contextlib.suppress(OSError):
-            os.write(2, b"lost")
-        assert chatter.n_lines == 0
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def test_healthy_songs_of_every_format_have_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
-    for format in ("WAV", "W64", "RF64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3"):
-        assert len(decoded(songs(tmp_path, format), tmp_path)) == SECONDS * RATE
-    assert not caplog.records
+def test_nouns_are_counted() -> None:
+    assert [counted(n, "page") for n in (0, 1, 1234)] == ["0 pages", "1 page", "1,234 pages"]

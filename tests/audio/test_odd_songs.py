@@ -191,7 +191,7 @@ def test_surround_is_said_to_be_mixed_down(tmp_path: Path, caplog: pytest.LogCap
         assert waveform.n_samples == mixture.shape[1]
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "'song.wav' has 6 channels (taken as L R C LFE Ls Rs, since it does not say): mixed down to stereo"
+        "'song.wav' has 6 channels (not named in the file, taken as L R C LFE Ls Rs), which are mixed down to stereo"
     )
 
 
@@ -270,7 +270,7 @@ def test_a_sample_that_no_computation_holds_is_one_sentence_and_the_others_go_on
     assert main(["separate", *songs, "-o", str(tmp_path / "out"), "--recipe", "demo"]) == 2
     captured = capsys.readouterr()
     error = captured.err.splitlines()[0]
-    assert "'bad.wav' holds a sample of " in error and "far beyond full scale" in error
+    assert "'bad.wav' holds a sample of " in error and "full scale is 1" in error
     assert f" at {480 / rate:.3f} s" in error
     assert ("good.wav: " in captured.out) == (spike == "3.4e38")
     assert not (tmp_path / "out" / "bad").exists()
@@ -279,5 +279,5 @@ def test_a_sample_that_no_computation_holds_is_one_sentence_and_the_others_go_on
 def test_a_sample_that_no_computation_holds_is_an_error_in_memory_too(pool: ModelPool) -> None:
     mixture = torch.zeros(2, 100)
     mixture[1, 7] = -3.4e38
-    with pytest.raises(AudioError, match=r"^the mixture holds a sample of -3\.4e\+38, .* at sample 7$"):
+    with pytest.raises(AudioError, match=r"^the mixture holds a sample of -3\.4e\+38 .* at sample 7"):
         separator(pool).separate(mixture)

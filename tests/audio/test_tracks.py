@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers.common import quick_first
 from separation.audio.decode import decode
-from separation.audio.tracks import Sound, sound_of
+from separation.audio.tracks import Sound, find_sound
 
 RATE = 48000
 TONE_SECONDS = 1.0
@@ -93,7 +93,7 @@ def test_the_default_track_is_decoded_and_named_in_a_warning(
     assert heard(path) == [[1], [1]]
     (warning,) = warnings(caplog)
     tags = {".mkv": " (deu, Konzert)", ".mp4": " (deu)", ".mov": ""}[suffix]  # what ffmpeg writes of them
-    assert warning == f"'film{suffix}' has 3 audio tracks: number 2{tags}, its default, is taken"
+    assert warning == f"'film{suffix}' has 3 audio tracks: number 2{tags}, the default, is taken"
 
 
 @needs_ffmpeg
@@ -161,7 +161,7 @@ def test_of_more_mono_tracks_without_names_the_first_two_are_left_and_right(
 ) -> None:
     path = video(made, tmp_path / "broadcast.mxf", 4, *MPEG2, "-c:a", "pcm_s16le")
     assert heard(path) == [[0], [1]]
-    assert warnings(caplog)[0].endswith("are taken as left and right, the others are left out")
+    assert warnings(caplog)[0].endswith("are taken as left and right, and the others are left out")
 
 
 @needs_ffmpeg
@@ -228,8 +228,8 @@ def mono(index: int, **facts: Any) -> dict[str, Any]:
     ids=str,
 )
 def test_only_tracks_of_one_kind_are_a_pair(other: dict[str, Any]) -> None:
-    assert sound_of([mono(0), mono(1)], ["mxf"], "'film.mxf'").channels == ("FL", "FR")
-    assert sound_of([mono(0), mono(1, **other)], ["mxf"], "'film.mxf'").channels == ()
+    assert find_sound([mono(0), mono(1)], ["mxf"], "'film.mxf'").channels == ("FL", "FR")
+    assert find_sound([mono(0), mono(1, **other)], ["mxf"], "'film.mxf'").channels == ()
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_tracks_that_name_left_and_right_are_a_pair_in_any_container(
     layouts: tuple[str, str], channels: tuple[int, ...]
 ) -> None:
     streams = [mono(index, channel_layout=layout) for index, layout in enumerate(layouts)]
-    sound = sound_of(streams, ["matroska", "webm"], "'film.mkv'")
+    sound = find_sound(streams, ["matroska", "webm"], "'film.mkv'")
     assert tuple(track["index"] for track in sound.tracks) == channels
 
 
@@ -294,8 +294,8 @@ def test_sound_that_begins_after_the_picture_keeps_its_offset_as_silence(
         pytest.skip(f"this ffmpeg writes no {kind}")
     assert start_seconds(path) == pytest.approx(0.7, abs=2e-3)  # containers' times are rounded to 1 ms
     (warning,) = warnings(caplog)
-    assert warning.startswith(f"'{path.name}': its sound begins 0.")
-    assert warning.endswith("s after its picture: silence is put before the stems")
+    assert warning.startswith(f"'{path.name}': the sound begins 0.")
+    assert warning.endswith("s after the picture, so the stems begin with that much silence")
 
 
 @needs_ffmpeg
@@ -353,9 +353,9 @@ def test_an_absurd_start_is_not_taken_as_true(caplog: pytest.LogCaptureFixture) 
         {"index": 0, "codec_type": "video", "start_time": "0.0"},
         {"index": 1, "codec_type": "audio", "channels": 2, "sample_rate": "44100", "start_time": "90000.0"},
     ]
-    sound = sound_of(streams, ["mov"], "'film.mov'")
+    sound = find_sound(streams, ["mov"], "'film.mov'")
     assert sound.lead_seconds(90000.0, "'film.mov'") == 0
-    assert "not taken as true" in caplog.text
+    assert "which is ignored" in caplog.text
 
 
 def test_a_start_of_rounding_or_none_at_all_is_no_lead() -> None:

@@ -10,7 +10,7 @@ import pytest
 from helpers import common
 from helpers.common import needs_ffmpeg
 from separation.audio.decode import decode
-from separation.audio.suffixes import SUFFIXES
+from separation.audio.suffixes import AUDIO_OR_VIDEO
 from separation.batch.find import Found, find
 from separation.batch.songs import Song
 from separation.cli.main import main
@@ -253,6 +253,8 @@ def test_what_works_when_named_is_taken_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_suffixes_are_small_letters_behind_a_dot_and_none_of_pictures() -> None:
-    assert {".wav", ".mp3", ".flac", ".m4a", ".mkv", *VIDEO} < SUFFIXES
-    assert all(suffix == suffix.lower() and suffix.startswith(".") and suffix.count(".") == 1 for suffix in SUFFIXES)
-    assert not {".jpg", ".png", ".txt", ".html", ".json", ".cue", ".m3u", ".log", ".pdf", ".lrc"} & SUFFIXES
+    assert {".wav", ".mp3", ".flac", ".m4a", ".mkv", *VIDEO} < AUDIO_OR_VIDEO
+    assert all(
+        suffix == suffix.lower() and suffix.startswith(".") and suffix.count(".") == 1 for suffix in AUDIO_OR_VIDEO
+    )
+    assert not {".jpg", ".png", ".txt", ".html", ".json", ".cue", ".m3u", ".log", ".pdf", ".lrc"} & AUDIO_OR_VIDEO
