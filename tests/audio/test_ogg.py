@@ -1,0 +1,68 @@
+"""The pages of Ogg: which are whole, and files of those that are."""
+
+import io
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from separation.audio.decode import decode
+from separation.audio.ogg import find_links
+
+RATE = 44100
+
+
+@pytest.fixture(scope="module")
+def pages() -> list[bytes]:
+    """An Ogg Vorbis file of six seconds of noise, page by page."""
+    file = io.BytesIO()
+    noise = 0.1 * np.random.default_rng(0).standard_normal((6 * RATE, 2))
+    soundfile.write(file, noise, RATE, format="OGG")
+    starts = [*(at for at in range(len(file.getvalue())) if file.getvalue()[at : at + 5] == b"OggS\0"), None]
+    return [file.getvalue()[start:stop] for start, stop in pairwise(starts)]
+
+
+def number(page: bytes) -> int:
+    return int.from_bytes(page[18:22], "little")
+
+
+def decoded(pages: list[bytes], folder: Path, **options: bool) -> np.ndarray:
+    (folder / "song.ogg").write_bytes(b"".join(pages))
+    with decode(folder / "song.ogg", folder, **options) as wave:
+        return wave.read(0, wave.n_samples).numpy()
+
+
+def test_a_page_that_is_there_twice_is_heard_once(pages: list[bytes], tmp_path: Path) -> None:
+    middle = len(pages) // 2
+    twice = [*pages[: middle + 1], *pages[middle:]]
+    np.testing.assert_array_equal(decoded(twice, tmp_path), decoded(pages, tmp_path))
+
+
+def test_the_headers_of_a_run_are_numbered_up_to_its_first_page(pages: list[bytes], tmp_path: Path) -> None:
+    middle = len(pages) // 2
+    path = tmp_path / "song.ogg"
+    path.write_bytes(b"".join([*pages[:middle], *pages[middle + 1 :]]))
+    (link,) = find_links(path, "song").links
+    assert len(link.headers) > 1 and [run.first for run in link.runs] == [len(link.headers), middle + 1]
+    (tmp_path / "run.ogg").write_bytes(
+        b"".join(
+            piece if isinstance(piece, bytes) else path.read_bytes()[slice(*piece)]
+            for piece in link.pieces(link.runs[1], path)
+        )
+    )
+    (again,) = find_links(tmp_path / "run.ogg", "run").links
+    assert again.header_numbers == [middle + 1 - len(link.headers) + i for i in range(len(link.headers))]
+    assert [run.first for run in again.runs] == [middle + 1] and not again.n_bad_pages
+
+
+@pytest.mark.parametrize("byte", range(6, 14))
+def test_a_damaged_last_page_makes_no_song_of_years(byte: int, pages: list[bytes], tmp_path: Path) -> None:
+    last = bytearray(pages[-1])
+    last[byte] ^= 0x40  # of the samples that are complete when it ends
+    samples = decoded([*pages[:-1], bytes(last)], tmp_path, accept_damaged=True)
+    whole = decoded(pages, tmp_path)
+    heard = 5 * RATE
+    assert heard < samples.shape[1] < 66 * RATE
+    np.testing.assert_array_equal(samples[:, :heard], whole[:, :heard])
