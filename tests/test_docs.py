@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import yaml
 
 import separation
 from helpers.common import METRICS, PROJECT, SONG
+from separation import EngineOptions, OutputOptions
 from separation.checkpoints import catalogue
 from separation.cli.main import build_parser, main
 from separation.engine import recipes
@@ -438,6 +439,16 @@ def test_the_fields_of_what_measures_are_documented(objects: Objects, desk: Path
 def test_every_public_name_is_documented() -> None:
     names = re.findall(r"\w+", " ".join(re.findall(r"```python\n.*?```|`[^`]+`", text_of(PYTHON), re.DOTALL)))
     assert set(separation.__all__) <= set(names)
+
+
+@pytest.mark.parametrize("options", [EngineOptions, OutputOptions])
+def test_every_field_of_the_options_is_documented_with_its_default(options: Any) -> None:
+    table = text_of(PYTHON).partition(f"| `{options.__name__}` |")[2].partition("\n\n")[0]
+    documented = {name: default for cell, default in ROW.findall(table) for name in re.findall(r"`(\w+)`", cell)}
+    assert {field.name for field in fields(options)} == set(documented)
+    for field in fields(options):
+        default = repr(field.default).replace("'", '"')
+        assert field.default is None or default in documented[field.name], field.name
 
 
 def test_the_containers_inputs_and_metrics_are_documented_with_defaults_and_choices() -> None:
