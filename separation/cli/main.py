@@ -25,6 +25,7 @@ from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.engine.cache import Cache, chosen_cache
 from separation.engine.options import EngineOptions
 from separation.engine.recipes import choices, load_recipe, names, one_model
+from separation.engine.selection import Selection
 from separation.errors import InputError, SeparationError
 from separation.progress import Progress
 from separation.system import signals
@@ -744,25 +745,22 @@ def _export(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from separation.evaluation.bench import cold_start, engine_speed
 
-    shared: dict[str, Any] = {
-        "model_name": _model_name(options),
-        "model_path": options.model_path,
-    }
-    engine: dict[str, Any] = {
-        "options": _engine_options(options),
-        "random": options.random_weights,
-        "seconds": options.seconds,
-        "runs": options.runs,
-    }
     recipe, stems = _recipe(options)
+    selection = Selection(recipe, stems, model_name=_model_name(options), model_path=options.model_path)
     result: Any
     if options.cold_start:
         unused = ("attention", "batch_size", "chunk_size", "overlap", "random_weights", "seconds", "runs")
         _refuse(options, ["bench"], "--cold-start", unused)
-        result = cold_start(recipe, stems, **shared, device=options.device, precision=options.precision)
+        result = cold_start(selection, device=options.device, precision=options.precision)
     else:
         _refuse_unused(options, _models(options))
-        result = engine_speed(recipe, stems, **shared, **engine)
+        result = engine_speed(
+            selection,
+            _engine_options(options),
+            random=options.random_weights,
+            seconds=options.seconds,
+            runs=options.runs,
+        )
     _say_json(result.as_json()) if options.json else _say_table(result)
     return 0
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import soundfile
@@ -33,7 +33,7 @@ from separation.checkpoints.load import load_model, random_weights
 from separation.device import choose, floats_of, peak_memory_bytes
 from separation.engine.options import EngineOptions
 from separation.engine.pool import LoadedModels
-from separation.engine.recipes import load_recipe
+from separation.engine.selection import Selection
 from separation.engine.separator import Separator
 from separation.errors import CheckpointError, InputError, SeparationError
 from separation.evaluation.metrics import sdr
@@ -136,32 +136,32 @@ class EngineSpeed:
 
 
 def engine_speed(
-    recipe: str = "standard",
-    stems: str = "vocals_instrumental",
-    *,
-    model_name: str | None = None,
-    model_path: Path | None = None,
-    random: bool = False,
+    selection: Selection = Selection(),
     options: EngineOptions = EngineOptions(),
+    *,
+    random: bool = False,
     seconds: int = 30,
     runs: int = 3,
 ) -> EngineSpeed:
-    """Separate so many seconds of the demo song in memory, several times after a warm-up.
+    """Separate `seconds` of the demo song in memory `runs` times, after a warm-up run.
 
-    With `model_name` all stems of that one model, its weights from `model_path` if given, in place of the recipe; with
-    `random`, random weights in place of the models' own. The float32 reference and the ceiling come last, when time and
-    memory have been measured. Raises what `Separator` raises.
+    With `random`, the models get random weights instead of their own. The ceiling and the float32 reference are
+    measured last, so that they do not count towards time and memory.
+
+    Raises:
+        InputError: `seconds` or `runs` is less than 1, or `random` is given along with weights.
+        SeparationError: as `Separator`.
     """
     for name, value in (("seconds", seconds), ("runs", runs)):
         if value < 1:
-            raise InputError(f"{name} {value} must be a whole number from 1 up")
-    if random and model_path is not None:
-        raise InputError(f"random weights and those in {model_path} exclude each other: leave one of them out")
+            raise InputError(f"{name} {value} is not offered: choose a whole number from 1 up")
+    if random and selection.model_path is not None:
+        raise InputError(f"random weights and those in {selection.model_path} exclude each other: leave one out")
     choice = choose(options.device, options.precision)
     floats = floats_of(choice.precision, choice.device)
-    wanted = {model_name: None} if model_name else load_recipe(recipe, stems).models
+    wanted = selection.models()
     with contextlib.ExitStack() as stack:
-        paths = dict.fromkeys(wanted, model_path)
+        paths = dict.fromkeys(wanted, selection.model_path)
         if random:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             for number, name in enumerate(wanted):
@@ -181,7 +181,7 @@ def engine_speed(
         models = {name: load(name, choice.precision, options.attention) for name in wanted}
         separator = _separator(
             models,
-            None if model_name else (recipe, stems),
+            selection,
             EngineOptions(
                 batch_size=options.batch_size,
                 chunk_seconds=options.chunk_seconds,
@@ -230,13 +230,13 @@ def engine_speed(
 
 
 def _separator(
-    models: dict[str, SeparationModel], recipe: tuple[str, str] | None, options: EngineOptions = EngineOptions()
+    models: dict[str, SeparationModel], selection: Selection, options: EngineOptions = EngineOptions()
 ) -> Separator:
-    """A separator of the loaded models of a recipe and choice of stems; without, of the only model."""
-    if recipe is None:
-        (model,) = models.values()
-        return Separator.from_model(model, options=options)
-    return Separator(*recipe, pool=LoadedModels(models), options=options)
+    """A separator that uses the selection's models, already loaded."""
+    if selection.model_name is None:
+        return Separator(selection.load(), pool=LoadedModels(models), options=options)
+    (model,) = models.values()
+    return Separator.from_model(model, two_stems=selection.two_stems, options=options)
 
 
 def _song(seconds: int) -> Tensor:
@@ -350,61 +350,62 @@ class ColdStart:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What the fresh process is to do; all of it can be written as JSON."""
+    """What the fresh process has to do."""
 
-    started: float  # the clock just before the process was started
-    song: str
-    folder: str
-    recipe: str
-    stems: str
-    model_name: str | None
-    model_path: str | None
+    started: float  # the clock just before the process starts
+    song: Path
+    folder: Path
+    selection: Selection
     device: str
     precision: str
 
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), default=str)
 
-def cold_start(
-    recipe: str = "standard",
-    stems: str = "vocals_instrumental",
-    *,
-    model_name: str | None = None,
-    model_path: Path | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-) -> ColdStart:
-    """Start a fresh process that separates four seconds of the demo song, and say where its time goes.
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        fields = json.loads(text)
+        selection = fields["selection"]
+        if selection["model_path"] is not None:
+            selection["model_path"] = Path(selection["model_path"])
+        paths = {name: Path(fields[name]) for name in ("song", "folder")}
+        return cls(**fields | paths | {"selection": Selection(**selection)})
 
-    With `model_name` all stems of that one model, its weights from `model_path` if given, in place of the recipe. The
-    weights are downloaded and read once before, so that they are in the page cache. Raises what `Separator` raises.
+
+def cold_start(selection: Selection = Selection(), *, device: str = "auto", precision: str = "auto") -> ColdStart:
+    """Start a fresh process that separates four seconds of the demo song, and measure each of its stages.
+
+    The weights are downloaded and read beforehand, so that they are in the page cache.
+
+    Raises:
+        CheckpointError: the file `selection.model_path` is missing.
+        SeparationError: as `Separator`.
     """
-    if model_path is not None and not model_path.is_file():
-        raise CheckpointError(f"there is no file {model_path}: give a checkpoint's path")
-    wanted = {model_name: None} if model_name else load_recipe(recipe, stems).models
+    weights = selection.model_path
+    if weights is not None and not weights.is_file():
+        raise CheckpointError(f"there is no file {str(weights)!r}: give a checkpoint's path")
     paths = (
-        [model_path]
-        if model_path
-        else [fetch(file) for name, model_stems in wanted.items() for file in files_for(read_config(name), model_stems)]
+        [weights]
+        if weights
+        else [fetch(file) for name, stems in selection.models().items() for file in files_for(read_config(name), stems)]
     )
-    reads = [_read(paths) for _ in range(READS)]
+    reads = [_read_seconds(paths) for _ in range(READS)]
     with TemporaryDirectory() as folder:
-        song = Path(folder) / "song.wav"
+        song = Path(folder, "song.wav")
         samples, rate = soundfile.read(SONG, dtype="float32", frames=SONG_SECONDS * SAMPLE_RATE)
         soundfile.write(song, samples, rate, subtype="FLOAT")
+        search_path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         job = _Job(
             started=time.monotonic(),
-            song=str(song),
-            folder=folder,
-            recipe=recipe,
-            stems=stems,
-            model_name=model_name,
-            model_path=None if model_path is None else str(model_path),
+            song=song,
+            folder=Path(folder),
+            selection=selection,
             device=device,
             precision=precision,
         )
-        path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         ran = subprocess.run(
-            [sys.executable, "-c", _CODE, json.dumps(asdict(job))],
-            env=os.environ | {"PYTHONPATH": path},
+            [sys.executable, "-c", _CODE, job.as_json()],
+            env=os.environ | {"PYTHONPATH": search_path},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -420,8 +421,8 @@ def cold_start(
     )
 
 
-def _read(paths: list[Path]) -> float:
-    """How long it takes to read all bytes of these files, in seconds."""
+def _read_seconds(paths: list[Path]) -> float:
+    """How many seconds it takes to read these files."""
     started = time.monotonic()
     for path in paths:
         path.read_bytes()
@@ -431,7 +432,7 @@ def _read(paths: list[Path]) -> float:
 def _fresh_process(here: float) -> None:
     """What the process that `cold_start` starts does; `here` is the clock at its first statement. Prints JSON."""
     stages: dict[str, float] = {}
-    job = _Job(**json.loads(sys.argv[1]))
+    job = _Job.from_json(sys.argv[1])
     last = job.started
 
     def lap(stage: str, now: float | None = None) -> None:
@@ -445,25 +446,23 @@ def _fresh_process(here: float) -> None:
     try:
         choice = choose(job.device, job.precision)
         lap("to device")  # a GPU is initialised when it is first asked for
-        wanted = {job.model_name: None} if job.model_name else load_recipe(job.recipe, job.stems).models
         attention = "auto" if choice.device.type == "cpu" else "sdpa"  # layers fused for the CPU cannot leave it
         models = {
             name: load_model(
                 name,
-                checkpoint=job.model_path,
+                checkpoint=job.selection.model_path,
                 stems=stems,
                 device="cpu",
                 precision=choice.precision,
                 attention=attention,
             )
-            for name, stems in wanted.items()
+            for name, stems in job.selection.models().items()
         }
         lap("read weights")
         for model in models.values():
             model.to(choice.device)
         lap("to device")
-        recipe = None if job.model_name else (job.recipe, job.stems)
-        separator = _separator(models, recipe)
+        separator = _separator(models, job.selection)
         separator.warm_up()
         lap("warm-up")
         separator.separate_file(job.song, job.folder)

@@ -138,8 +138,8 @@ def test_the_peak_of_memory_is_that_since_it_was_forgotten() -> None:
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--seconds", "0"), "seconds 0 must be a whole number from 1 up"),
-        (("--runs", "0"), "runs 0 must be a whole number from 1 up"),
+        (("--seconds", "0"), "seconds 0 is not offered: choose a whole number from 1 up"),
+        (("--runs", "0"), "runs 0 is not offered: choose a whole number from 1 up"),
         (("--overlap", "8"), "must be smaller than the chunk of demo"),
         (("--model-name", "demo", "--model-path", "x.ckpt", "--random-weights"), "exclude each other"),
         (("--cold-start", "--runs", "2"), "--cold-start does not take --runs"),
@@ -190,8 +190,8 @@ def test_a_model_and_weights_of_ones_own_are_measured_and_shown_as_a_table(
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--model-path", "x.ckpt"), "there is no file x.ckpt"),
-        (("--model-name", "demo", "--model-path", "nothing.ckpt"), "there is no file nothing.ckpt"),
+        (("--model-path", "x.ckpt"), "there is no file 'x.ckpt'"),
+        (("--model-name", "demo", "--model-path", "nothing.ckpt"), "there is no file 'nothing.ckpt'"),
         (("--model-name", "nonsense"), "unknown model 'nonsense'"),
         (("--recipe", "nonsense"), "unknown recipe 'nonsense'"),
         slow((("--recipe", "demo", "--device", "abacus"), "unknown device 'abacus'")),  # said by the fresh process

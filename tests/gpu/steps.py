@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import peers
 from names import DEMO, DRUMSEP, HTDEMUCS, HTDEMUCS_FT, KIM, MDX23C, SCNET, SCNET_XL, SW, UNBLEND_BATCH_SIZES, VIPERX
 from results import ENGINE, Results
+from separation.engine.selection import Selection
 from separation.engine.separator import SAMPLE_RATE, Separator
 from separation.evaluation.bench import cold_start
 from separation.evaluation.metrics import sdr
@@ -514,12 +515,8 @@ def kernel_profile(bench: Bench) -> None:
 
 def cold(bench: Bench) -> None:
     """From the start of a process to the first stem's file, beside the time to read the weights."""
-    started = cold_start(
-        model_name=str(bench.work.config_path(VIPERX)),
-        model_path=bench.work.weights_path(VIPERX),
-        device=str(bench.device),
-        precision=bench.how,
-    )
+    selection = Selection(model_name=str(bench.work.config_path(VIPERX)), model_path=bench.work.weights_path(VIPERX))
+    started = cold_start(selection, device=str(bench.device), precision=bench.how)
     total = sum(started.stages.values())
     bench.results.add(
         "cold_start",
