@@ -1,4 +1,4 @@
-"""The house stays in order: imports only go down, and each outside thing has one door."""
+"""The layers of the package: imports only go down, and each library is imported in one place."""
 
 import re
 import subprocess
@@ -14,8 +14,7 @@ from separation import device
 from separation.cli import main as __main__
 from separation.models import attention
 
-# A package or module imports from lower floors only. Inside a package, no two modules import each other, however
-# indirectly.
+# A package or module imports only from lower floors. There are no import cycles.
 FLOORS = {
     "separation": 10,  # the public names
     "separation.__main__": 10,
@@ -100,7 +99,7 @@ def test_only_the_container_fetches_songs() -> None:
 
 
 def test_what_is_printed_goes_through_one_function_for_people_and_one_for_json() -> None:
-    """The others: a fresh process's JSON, a server's log, and what is said when the command line is over."""
+    """The others: a child process's JSON, a server's log, and messages after the command line has ended."""
     printing = {
         name: len(re.findall(r"\bprint\(", path.read_text(encoding="utf-8"))) for name, path in modules().items()
     }
@@ -122,7 +121,7 @@ def test_only_the_command_line_imports_what_measures_and_exports(module: str) ->
 
 
 def modules_after(code: str) -> set[str]:
-    """What a fresh Python has imported when it has run the code."""
+    """The modules that a fresh Python has imported after running the code."""
     code += "\nimport sys; print(*sys.modules, file=sys.stderr)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     return set(ran.stderr.split())

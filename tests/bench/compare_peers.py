@@ -5,10 +5,9 @@
 
 The BS-RoFormer is the full-size viperx layout with random weights, in chunks of 8 s with 4 s of overlap; with
 `--htdemucs FILE.safetensors`, its genuine weights, that model is measured too, in its chunks of 7.8 s with a quarter of
-overlap. Each program runs in a process of its own, through its public API, from a file to files; a round runs all of
-them in turn. Every call of a model is timed; a first call on a little noise is not counted. What was measured is
-appended to DIR/results.jsonl, and the tables are of all that is in there, but for runs while other processes were busy.
-Linux only.
+overlap. Each program runs in its own process, through its public API, from a file to files; a round runs each of
+them once. Every call of a model is timed, after a warm-up on a little noise. Results are appended to DIR/results.jsonl.
+The tables summarise the whole file, except runs during which other processes were busy. Linux only.
 """
 
 import argparse
@@ -31,8 +30,8 @@ PROJECT = Path(__file__).parents[2]
 SAMPLE_RATE = 44100
 ROFORMER, DEMUCS = "bs_roformer_viperx_1297", "htdemucs"
 CHUNK_SECONDS, OVERLAP_SECONDS = 8, {ROFORMER: 4, DEMUCS: 2}  # Demucs' own default is a quarter of the chunk
-CKPT = "model_bs_roformer_ep_317_sdr_12.9755.ckpt"  # the name under which audio-separator knows the layout
-PEAK = 0.85  # of the song: below what audio-separator scales down
+CKPT = "model_bs_roformer_ep_317_sdr_12.9755.ckpt"  # audio-separator's name for the layout
+PEAK = 0.85  # of the song: audio-separator scales louder ones down
 PACKAGES = {
     "audio-separator": "audio-separator[cpu]==0.47.1",
     "pymss": "pymss==2.1.12",
@@ -40,7 +39,7 @@ PACKAGES = {
     "demucs-infer": "demucs-infer==4.4.0",
 }
 TORCH = "torch==2.11.0"  # the same for all
-DISTURBED = 0.2  # cores that others had, on average, while a program ran: such a run does not count
+DISTURBED = 0.2  # cores in use by other processes, on average: a run with more does not count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ CONTENDERS = [
         autocast=True,
     ),
 ]
-FLOAT32 = ("audio-separator", "pymss", "demucs", "demucs-infer")  # those that must give what our float32 gives
+FLOAT32 = ("audio-separator", "pymss", "demucs", "demucs-infer")  # contenders whose output must equal our float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,12 +123,12 @@ FLOAT32 = ("audio-separator", "pymss", "demucs", "demucs-infer")  # those that m
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a program's process is to do; all of it can be written as JSON."""
+    """The task of a program's process, as JSON values."""
 
     program: str
-    folder: str  # where the weights and configurations lie
+    folder: str  # weights and configurations
     song: str
-    output: str  # for the stems, and what is noted
+    output: str  # for the stems and the log
     warm_up_samples: int
     autocast: bool
     options: dict[str, Any]
@@ -139,7 +138,7 @@ class Job:
 
 
 class Calls:
-    """Notes when a model is called, and with what."""
+    """Records when a model is called, and with what."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -160,7 +159,7 @@ class Calls:
             self.first_output = output.detach().cpu().float().numpy()
 
     def hops(self) -> list[int | None]:
-        """By how many samples each chunk starts after the one before it; None where they share none."""
+        """Samples between the starts of neighbouring chunks; None if they do not overlap."""
         import numpy as np
 
         hops: list[int | None] = []
@@ -173,7 +172,7 @@ class Calls:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Load a program's model, separate the song, and say what it took."""
+    """Load a program's model, separate the song and record time and memory."""
     started = time.monotonic()
     import torch
 
@@ -215,13 +214,13 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def _peak_mib() -> int:
-    """The most memory that this process has had. What `getrusage` says begins with what its parent had."""
+    """The peak memory of this process; `getrusage` would start at its parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) >> 10
 
 
 def _others_seconds() -> float:
-    """The processors' seconds since the start of the machine that others than this process had."""
+    """CPU seconds that other processes have used since the machine started."""
     user, nice, system, _idle, _wait, *interrupts_and_stolen = map(
         int, Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
     )
@@ -256,7 +255,7 @@ def _load_audio_separator(job: Job) -> tuple[Any, Callable[[], None]]:
         model_file_dir=job.folder,
         output_dir=job.output,
         mdxc_params={
-            "segment_size": 801,  # frames of 441 samples, as its YAML says; read for songs below 10 s
+            "segment_size": 801,  # frames of 441 samples, from its YAML; used for songs below 10 s
             "override_model_segment_size": False,
             "batch_size": 1,
             "overlap": 2,  # it is a divisor of the chunk
@@ -282,13 +281,13 @@ def _load_pymss(job: Job) -> tuple[Any, Callable[[], None]]:
 
     def separate() -> None:
         if not separator.process_folder(job.song):
-            raise RuntimeError("pymss separated nothing: its log says why")
+            raise RuntimeError("pymss separated nothing: see its log")
 
     return separator.model, separate
 
 
 def _load_demucs(job: Job) -> tuple[Any, Callable[[], None]]:
-    """Both packages have one API. Their own format names the class of the network, so each gets a file of its own."""
+    """Both packages have the same API. Their files name the network's class, so each package gets its own file."""
     import torch
     from safetensors.torch import load_file
 
@@ -363,7 +362,7 @@ def main() -> None:
 
 
 def install(folder: Path) -> None:
-    """A venv for each program, with the same PyTorch."""
+    """Create a venv for each program, with the same PyTorch."""
     for program, requirement in PACKAGES.items():
         venv = folder / "venvs" / program
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
@@ -372,8 +371,10 @@ def install(folder: Path) -> None:
 
 
 def prepare(folder: Path, seconds: int) -> None:
-    """The random checkpoint, its YAML as the community writes them, the list of files that audio-separator looks for,
-    and the song; what is there already stays."""
+    """Write the random checkpoint, its YAML in the community's form, audio-separator's list of files, and the song.
+
+    Existing files stay.
+    """
     import numpy as np
     import soundfile
     import torch
@@ -403,7 +404,7 @@ def prepare(folder: Path, seconds: int) -> None:
 
 
 def song_path(folder: Path, seconds: int) -> Path:
-    """Where the song of that length lies."""
+    """The path of the song of that length."""
     return folder / f"song_{seconds}s.wav"
 
 
@@ -417,7 +418,7 @@ def measure(contender: Contender, folder: Path, seconds: int, htdemucs: Path | N
         raise SystemExit(f"{contender.program} is not installed in {folder}: run this with --install first")
     output = folder / "stems" / contender.name
     output.mkdir(parents=True, exist_ok=True)
-    whole_chunk = contender.model == DEMUCS or contender.options.get("use_torch_compile")  # it compiles for a length
+    whole_chunk = contender.model == DEMUCS or contender.options.get("use_torch_compile")  # it compiles for one length
     job = Job(
         program=contender.program,
         folder=str(folder),
@@ -442,7 +443,7 @@ def measure(contender: Contender, folder: Path, seconds: int, htdemucs: Path | N
 
 
 def check(contender: Contender, folder: Path, htdemucs: Path | None) -> dict[str, Any]:
-    """The SDR of a program's first chunk against what our float32 gives for the same chunk."""
+    """The SDR of a program's first chunk against our float32 output for the same chunk."""
     import numpy as np
     import torch
 
@@ -459,13 +460,13 @@ def check(contender: Contender, folder: Path, htdemucs: Path | None) -> dict[str
 
 
 def note(folder: Path, result: dict[str, Any]) -> None:
-    """Append to what was measured."""
+    """Append to the results."""
     with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
 
 
 def summary(result: dict[str, Any]) -> str:
-    """One run in a line."""
+    """A run in one line."""
     calls = result["call_seconds"]
     return (
         f"{result['separate_seconds']:.1f} s, of which {len(calls)} chunks of {statistics.median(calls):.2f} s "
@@ -475,7 +476,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def tables(folder: Path) -> Iterator[str]:
-    """For each model and length of song a table of medians."""
+    """A table of medians for each model and song length."""
     file = folder / "results.jsonl"
     results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     scores = {result["name"]: result["sdr_db"] for result in results if "sdr_db" in result}
@@ -514,12 +515,12 @@ def tables(folder: Path) -> Iterator[str]:
 
 
 def _chunk_seconds(runs: list[dict[str, Any]]) -> float:
-    """Of the calls of a model: the median of each run's median."""
+    """The time of a model's call: the median of each run's median."""
     return statistics.median(statistics.median(run["call_seconds"]) for run in runs)
 
 
 def _song_seconds(runs: list[dict[str, Any]]) -> float:
-    """From the song's file to the stems' files, with the model loaded."""
+    """The time from the song's file to the stems' files, with the model loaded."""
     return statistics.median(run["separate_seconds"] for run in runs)
 
 

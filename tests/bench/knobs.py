@@ -1,10 +1,10 @@
-"""What the knobs give and cost: SDR and speed against overlap, chunk size, precision and time shifts, as Markdown.
+"""What the settings cost and bring: SDR and speed by overlap, chunk size, precision and time shifts, as Markdown.
 
     PYTHONPATH=. python tests/bench/knobs.py SONGS [--htdemucs FILE] [--tables chunks precision shifts]
 
-SONGS is a folder with a folder a song: mixture.wav and its true stems, as weights/demo/make_song.py writes them. They
-are separated as one long mixture, so that times are those of a whole song, and scored one by one. With the genuine
-htdemucs (docs/evaluation.md) it is measured too, and the real clip of the package stempeg, if that is installed.
+SONGS holds one folder per song with mixture.wav and the true stems, as weights/demo/make_song.py writes them. The songs
+are separated as one long mixture, to get the speed on a long song, and scored one by one. --htdemucs also measures the
+genuine htdemucs (docs/evaluation.md). If the package stempeg is installed, its clip of real music is measured too.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from separation.models.base import SeparationModel
 Song = tuple[str, Tensor, dict[str, Tensor]]  # name, mixture [2, T], true stems [2, T]
 DEFAULT = (8, 4)  # seconds of chunk and of overlap
 DEMO_CHUNKS = ((4, 1), (4, 2), (8, 1), (8, 2), (8, 4), (8, 6), (15, 1), (15, 4), (15, 8), (30, 1), (30, 4), (30, 8))
-HTDEMUCS_CHUNKS = ((8, 1), (8, 2), (8, 4), (8, 6))  # its chunks have 7.8 s: only the share of the overlap counts
-SHIFT_SECONDS = 0.5  # the shifts are spread over so much, as in demucs
+HTDEMUCS_CHUNKS = ((8, 1), (8, 2), (8, 4), (8, 6))  # its chunks are 7.8 s: only the ratio of overlap to chunk counts
+SHIFT_SECONDS = 0.5  # the range of the shifts, as in demucs
 SHIFTS = (1, 2, 4)
 
 
@@ -38,7 +38,7 @@ def read_songs(folder: Path) -> list[Song]:
 
 
 def real_clip() -> list[Song]:
-    """Six seconds of a real song with four true stems, if stempeg and ffmpeg are installed."""
+    """Six seconds of real music with four true stems, if stempeg and ffmpeg are installed."""
     try:
         import stempeg
     except ImportError:
@@ -69,7 +69,7 @@ def scores(songs: list[Song], estimates: dict[str, Tensor]) -> dict[str, float]:
 
 
 def separate_shifted(separator: Separator, mixture: Tensor, shifts: int) -> dict[str, Tensor]:
-    """The mean of the stems over so many delays of the mixture, evenly spread."""
+    """The mean of the stems over several delays of the mixture, evenly spaced."""
     total: dict[str, Tensor] = {}
     for index in range(shifts):
         delay = round(index * SHIFT_SECONDS / shifts * SAMPLE_RATE)
@@ -79,7 +79,7 @@ def separate_shifted(separator: Separator, mixture: Tensor, shifts: int) -> dict
 
 
 class Table:
-    """Rows are printed as they are measured; SDR is that of the synthetic songs and, if there is one, the clip."""
+    """Prints each row once it is measured; SDR is for the synthetic songs and, if there is one, the clip."""
 
     def __init__(self, title: str, knobs: str, songs: list[Song]) -> None:
         self.songs = songs

@@ -1,10 +1,10 @@
-"""How large a model's ONNX file is, and how long a chunk takes in ONNX Runtime and here; prints a table.
+"""Print the size of models' ONNX files, and the time for a chunk in ONNX Runtime and here.
 
 PYTHONPATH=. python tests/bench/onnx_speed.py FOLDER MODEL... [--model-path FILE] [--rounds 3] [--cpu-time]
 
-Random weights, unless --model-path gives the model's own. The files are written to FOLDER if they are not there. Each
-round runs each program once, in turn; a chunk's time is the median. With --cpu-time it is the processor time of all
-threads: for a machine that does other things too.
+Weights are random unless --model-path names real ones. Missing files are written to FOLDER. Each round runs each
+program once; the time is the median over the rounds. On a busy machine, use --cpu-time: it counts the CPU time of all
+threads.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def row(name: str, folder: Path, checkpoint: Path | None, rounds: int, clock: Ca
         print(export(name, path, checkpoint=checkpoint))
     threads = onnxruntime.SessionOptions()
     threads.intra_op_num_threads = torch.get_num_threads()
-    threads.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting is no work
+    threads.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not spin
     session = onnxruntime.InferenceSession(path, threads, providers=["CPUExecutionProvider"])
     models = {dtype: load_model(name, checkpoint=checkpoint, precision=dtype) for dtype in ("fp32", "bf16")}
     model = models["fp32"]

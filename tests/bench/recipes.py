@@ -1,8 +1,8 @@
-"""What the sources of a recipe give: the SDR of each stem by a model alone, in turn, with another, and by the rest.
+"""The SDR of each stem by each kind of recipe source: one model, one after another, an average, the residual.
 
     PYTHONPATH=. python tests/bench/recipes.py SONGS --htdemucs FILE
 
-SONGS and FILE are those of knobs.py; the real clip is measured too, if the package stempeg is installed.
+SONGS and FILE are as for knobs.py. If the package stempeg is installed, its clip of real music is measured too.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from separation.evaluation.metrics import sdr
 
 STEMS = ("vocals", "drums", "bass", "other")
 THREE = STEMS[:3]
-# A source, as a line of a recipe has it, and the stems that it is measured for; all other lines are `htdemucs`.
+# Sources, as a recipe writes them, and the stems they are measured for. All other stems come from `htdemucs`.
 SOURCES: dict[str, tuple[str, ...]] = {
     "htdemucs": STEMS,
     "residual": ("other",),
@@ -36,9 +36,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
 
 
 def measure(sources: dict[str, tuple[str, ...]], songs: list[Song], pool: ModelPool) -> dict[tuple[str, str], float]:
-    """The mean SDR over the songs, in dB, of each of its stems by each source.
+    """The mean SDR over the songs, in dB, of each stem by each source.
 
-    All of them are separated as one recipe, so that what several of them run is run once.
+    One recipe holds all of them, so that a run that several share happens once.
     """
     alone = dict.fromkeys(STEMS, "htdemucs")
     recipes = {
@@ -56,7 +56,7 @@ def measure(sources: dict[str, tuple[str, ...]], songs: list[Song], pool: ModelP
 
 
 def stem_score(true_stems: dict[str, Tensor], stem: str, estimate: Tensor) -> float:
-    """The SDR in dB of one of four stems; a song's guitar and piano count as other."""
+    """The SDR in dB of one of four stems; guitar and piano count as other."""
     parts = ("other", "guitar", "piano") if stem == "other" else (stem,)
     return sdr(torch.stack([true_stems[part] for part in parts if part in true_stems]).sum(dim=0), estimate)
 

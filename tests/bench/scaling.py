@@ -1,11 +1,11 @@
-"""How time and memory grow with a song, and whether two songs at once hinder each other, as Markdown. Linux only.
+"""How time and memory grow with a song's length, and how two songs at once slow each other, as Markdown. Linux only.
 
     python tests/bench/scaling.py [--seconds 30 240 1200 10800] [--stems vocals_instrumental] [--folder DIR]
     python tests/bench/scaling.py --tiny --rate 48000 --format wav --pairs 0 --seconds 180 11520    # over 4 GB a file
 
-The song is the demo's, over and over, in the stems' format; every figure is of a fresh process, with the demo weights
-or, `--tiny`, with a network that is random and quick. Memory is what the system counts as resident (RSS), the temporary
-files' cache not included. The folder needs 32 bytes a sample for two stems: 15 GB for three hours at 44100 Hz.
+The song is the demo song repeated, in the stems' format. Every figure comes from a fresh process with the demo weights,
+or with a small random network (`--tiny`). Memory is the resident set size (RSS), without the page cache of temporary
+files. For two stems the folder needs 32 bytes a sample: 15 GB for three hours at 44100 Hz.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import soundfile
 
 PROJECT = Path(__file__).parents[2]
 SONG = PROJECT / "weights" / "demo" / "song.flac"
-PAIR_SECONDS = 240  # the length of the songs that two processes separate
+PAIR_SECONDS = 240  # the length of the songs for two processes
 
 WORKER = """
 import json, os, sys
@@ -48,7 +48,7 @@ print(json.dumps({"seconds": files.elapsed_seconds, "loaded": loaded, "peak": re
 
 
 def write_song(path: Path, seconds: float, rate: int = 44100) -> Path:
-    """The demo song over and over, streamed to a file of that length: FLAC or, for `.wav`, RF64 of 32-bit floats."""
+    """Write the demo song, repeated to that length: as FLAC or, for `.wav`, as RF64 with 32-bit floats."""
     audio, _ = soundfile.read(SONG, dtype="int16")
     format, subtype = ("RF64", "FLOAT") if path.suffix == ".wav" else ("FLAC", "PCM_16")
     with soundfile.SoundFile(path, "w", rate, audio.shape[1], format=format, subtype=subtype) as file:
@@ -62,7 +62,7 @@ def write_song(path: Path, seconds: float, rate: int = 44100) -> Path:
 def start(
     song: Path, stems: str, *, tiny: bool = False, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """A process that separates the song into files of its format and rate, and says how it went."""
+    """Start a process that separates the song into files of its format and rate, and reports on it."""
     run = [sys.executable, "-c", WORKER, song, song.with_suffix(""), stems, song.suffix[1:], "tiny" if tiny else ""]
     return subprocess.Popen(run, cwd=PROJECT, env=os.environ | (environment or {}), stdout=subprocess.PIPE, text=True)
 
@@ -76,7 +76,7 @@ def command(song: Path, stems: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """What the process has printed when it has ended."""
+    """Wait for the process; returns its output."""
     output, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"the separation failed with exit code {process.returncode}: see its message above")
@@ -84,7 +84,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Seconds, MiB of the loaded process and its peak since, of a process of `start`."""
+    """Seconds, memory in MiB once the models are loaded, and the peak after that, of a process from `start`."""
     return json.loads(finish(process))
 
 

@@ -1,4 +1,4 @@
-"""recipes: what it measures is what it says."""
+"""recipes.py measures what it says."""
 
 import math
 
@@ -16,7 +16,7 @@ from separation.models.base import SeparationModel
 
 
 class Shares(SeparationModel):
-    """Gives each stem its share of the mixture."""
+    """Estimates each stem as a fixed share of the mixture."""
 
     channels = 2
 

@@ -1,4 +1,4 @@
-"""What the comparison with other programs makes of what it measured; the programs themselves are not run here."""
+"""The tables of the comparison with other programs; the programs themselves do not run here."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_the_hops_are_found_in_what_the_model_was_called_with() -> None:
     song = np.random.default_rng(0).normal(size=(1, 2, 3000)).astype(np.float32)
     calls = Calls()
     calls.inputs = [song[..., start : start + 1000] for start in (0, 400, 1000, 2000)]
-    assert calls.hops() == [400, 600, None]  # the last two share nothing
+    assert calls.hops() == [400, 600, None]  # the last two do not overlap
 
 
 def test_the_table_is_of_medians_and_of_ratios_to_this_engine(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""knobs: what it measures is what it says."""
+"""knobs.py measures what it says."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ DEMO = PROJECT / "weights" / "demo"
 
 
 class Half(SeparationModel):
-    """Each of two stems is half of the mixture, whatever its place in time."""
+    """Each of two stems is half of the mixture, at every position."""
 
     channels = 2
 

@@ -1,4 +1,4 @@
-"""scaling: its figures, of which memory is one that must stay true."""
+"""scaling.py reports figures, and memory does not grow with the song."""
 
 import shutil
 import sys
@@ -26,7 +26,7 @@ def test_six_stems_of_any_song_need_less_than_300_mib_above_the_loaded_model(tmp
         run = scaling.result(scaling.start(song, "all_6", environment=GIVES_BACK))
         above.append(run["peak"] - run["loaded"])
     assert max(above) < 300, above
-    assert above[1] - above[0] < 50, above  # MiB; the longer song's stems alone have 970 MiB
+    assert above[1] - above[0] < 50, above  # MiB; the stems of the longer song alone take 970 MiB
 
 
 @pytest.mark.slow
@@ -44,4 +44,4 @@ def test_three_hours_at_48_khz_need_no_more_memory_than_three_minutes(tmp_path: 
             ("vocals.flac", seconds * 48000, 48000),
             ("no_vocals.flac", seconds * 48000, 48000),
         }
-    assert peaks[1] - peaks[0] < 50, peaks  # MiB; a stem of the longer song has 3955 MiB
+    assert peaks[1] - peaks[0] < 50, peaks  # MiB; one stem of the longer song takes 3955 MiB

@@ -1,17 +1,16 @@
-"""What a GPU says of this engine, beside its peers, in one run: `python tests/gpu/measure.py --seconds 300`.
+"""Measure this engine and its peers on a GPU, in one run: `python tests/gpu/measure.py --seconds 300`.
 
 It runs tests/engine/test_on_gpu.py, then measures, the most valuable rows first: correctness in fp16, BS-RoFormer
 viperx, Demucs, other RoFormers, MDX23C and SCNet, a card of 6 GiB, the largest kernels, the cold start, and more peers.
-Every row is in RUN/results.jsonl as soon as it is known; at the end come Markdown tables for docs/benchmarks, also in
-RUN/tables.md.
-Models have random weights, the same for all programs. A program that is not installed is a row that says so.
+Each row is appended to RUN/results.jsonl at once. The Markdown tables for docs/benchmarks come last, also in
+RUN/tables.md. Models have random weights, the same for all programs. A missing program gives a row that says so.
 
     python tests/gpu/measure.py --tiny --device cpu    # a dry run: every step that a CPU can do, with small models
     python tests/gpu/measure.py --only viperx,cold     # some steps
     python tests/gpu/measure.py --tables results.jsonl # the tables of an earlier run
 
-A machine with Python 3.12, PyTorch 2.11, Triton, NumPy, einops, PyYAML, safetensors and pytest, but without a network,
-needs a few wheels. Where there is a network, in the project's root:
+A machine without a network, but with Python 3.12, PyTorch 2.11, Triton, NumPy, einops, PyYAML, safetensors and pytest,
+needs a few more wheels. Download them elsewhere, in the project's root:
 
     printf '/.whl/\\n/.site/\\n' >> .git/info/exclude
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
@@ -20,14 +19,14 @@ needs a few wheels. Where there is a network, in the project's root:
         pymss-core==0.1.14 unblend==1.0.0 audio-separator==0.47.1 bs-roformer-infer==0.1.5 \\
         rotary-embedding-torch==0.9.1 beartype==0.23.1
 
-and on the machine, with .whl beside the checkout:
+Then, on the machine, with .whl in the checkout:
 
     python -m pip install --no-index --no-deps --no-compile --target .site .whl/*.whl
     PYTHONPATH=$PWD/.site python tests/gpu/measure.py --seconds 300
 
-The first line of wheels is this engine's, with rotary-embedding-torch of the last; for MelBand-RoFormer, librosa and
-what it imports come to these. The networks of pymss-core and Unblend need PyTorch, NumPy and PyYAML alone; those of
-audio-separator and bs-roformer-infer (MSST's) also the last line's.
+The engine needs the first line of wheels and rotary-embedding-torch. MelBand-RoFormer also needs librosa and its
+dependencies. The networks of pymss-core and Unblend need only PyTorch, NumPy and PyYAML; those of audio-separator and
+bs-roformer-infer (MSST's) also need the last line.
 """
 
 import argparse
@@ -53,8 +52,8 @@ from results import Results, read, tables  # noqa: E402
 
 MOST_MAKERS = 6  # processes that make random weights
 TESTS_SECONDS = 120
-SILENT_SECONDS = 90  # without a new row, after which a step is taken to hang
-GRACE_SECONDS = 15  # for what is under way when the time is up
+SILENT_SECONDS = 90  # without a new row, after which a step counts as hung
+GRACE_SECONDS = 15  # for whatever is running when the time is up
 POLL_SECONDS = 0.2
 RESTARTS = 3
 TIME_UP = "the time was up"
@@ -68,23 +67,23 @@ class Run:
     tiny: bool
     folder: Path  # results, logs and signals
     weights: Path
-    started: float  # the monotonic clock, which all processes of a machine share
-    until: float  # when no more is begun
-    only: tuple[str, ...]  # steps; empty: all
+    started: float  # on the monotonic clock, which all processes share
+    until: float  # no step starts after this
+    only: tuple[str, ...]  # empty: all
 
     def results(self) -> Results:
-        """The file of results; each row names the device."""
+        """The results file; each row names the device."""
         name = device_name(self.device)
         return Results(self.folder / "results.jsonl", device=name, started=self.started, clock=time.monotonic)
 
     def arguments(self) -> list[str]:
-        """By which another process gets the same run."""
+        """The arguments that give another process the same run."""
         values = ["--device", self.device, "--run", self.folder, "--weights", self.weights, "--started", self.started]
         values += ["--until", self.until]
         return [*map(str, values), *(["--tiny"] if self.tiny else [])]
 
     def start(self, script: str, *arguments: str, log: str | None = None) -> subprocess.Popen[bytes]:
-        """Start a script of this folder as a group of processes of its own; its output goes to a log, else to ours."""
+        """Start a script of this folder in its own process group; its output goes to the log, if there is one."""
         command = [sys.executable, str(HERE / script), *self.arguments(), *arguments]
         with contextlib.ExitStack() as stack:
             output = stack.enter_context((self.folder / log).open("wb")) if log else None
@@ -94,7 +93,7 @@ class Run:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name as the driver gives it, without a context on it; else the processor's."""
+    """The GPU's name from the driver, without creating a context; without a GPU, the CPU's."""
     if not device.startswith("cuda"):
         return platform.processor() or platform.machine()
     index = device.partition(":")[2] or "0"
@@ -105,22 +104,22 @@ def device_name(device: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of the processes that are started: this project first, then what the caller has on PYTHONPATH."""
+    """The environment for child processes: PYTHONPATH is this project, then the caller's."""
     path = os.pathsep.join(filter(None, [str(PROJECT), str(HERE), os.environ.get("PYTHONPATH")]))
     own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "SEPARATION_CACHE": "off", "OMP_WAIT_POLICY": "passive"}
     return os.environ | own
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that we started, and those that it started."""
+    """End a process and its children."""
     if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself since
+        with contextlib.suppress(ProcessLookupError):  # it may have ended on its own
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def main() -> None:
-    """Parse the command line, and do what it says."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     temporary = Path(tempfile.gettempdir())
     parser.add_argument("--seconds", type=float, default=420, help="no step begins later (default: 420)")
@@ -157,7 +156,7 @@ def main() -> None:
 
 
 def make(run: Run, names: list[str]) -> None:
-    """In a process of its own: write random weights."""
+    """Write random weights; runs in its own process."""
     import torch
 
     from workloads import Workloads
@@ -167,7 +166,7 @@ def make(run: Run, names: list[str]) -> None:
 
 
 def measure(run: Run, names: list[str]) -> None:
-    """In a process of its own: run these steps."""
+    """Run these steps; runs in its own process."""
     import torch
 
     from steps import Bench, run_steps
@@ -180,7 +179,7 @@ def measure(run: Run, names: list[str]) -> None:
 
 
 def orchestrate(run: Run) -> int:
-    """Tests beside the making of weights, then the steps, then the tables. Returns 0 if nothing failed."""
+    """Run the tests while weights are made, then the steps, then print the tables. Returns 0 if nothing failed."""
     run.folder.mkdir(parents=True, exist_ok=True)
     for path in (run.folder / "results.jsonl", run.folder / "begun", *run.folder.glob("unblend_*.*")):
         path.unlink(missing_ok=True)
@@ -207,7 +206,7 @@ def orchestrate(run: Run) -> int:
 
 
 def start_makers(run: Run) -> list[subprocess.Popen[bytes]]:
-    """Processes that make the weights, each its share of the models."""
+    """Start processes that make the weights, each for its share of the models."""
     from names import MODELS
 
     count = min(MOST_MAKERS, os.cpu_count() or 1)
@@ -216,7 +215,7 @@ def start_makers(run: Run) -> list[subprocess.Popen[bytes]]:
 
 
 def start_unblend(run: Run) -> list[subprocess.Popen[bytes]]:
-    """Unblend's processes, which compile while the tests run."""
+    """Start Unblend's processes, which compile while the tests run."""
     from names import UNBLEND_BATCH_SIZES
 
     processes = []
@@ -229,7 +228,7 @@ def start_unblend(run: Run) -> list[subprocess.Popen[bytes]]:
 
 
 def run_tests(run: Run, results: Results) -> None:
-    """tests/engine/test_on_gpu.py; the row counts what passed, failed and was skipped."""
+    """tests/engine/test_on_gpu.py; the row counts passed, failed and skipped tests."""
     report, log = run.folder / "tests.xml", run.folder / "tests.txt"
     command = [
         sys.executable,
@@ -242,7 +241,7 @@ def run_tests(run: Run, results: Results) -> None:
         "-o",
         "required_plugins=",
         "-o",
-        "addopts=-m 'not slow'",  # in one process, and without plugins
+        "addopts=-m 'not slow'",  # in one process, without plugins
         f"--junitxml={report}",
     ]
     report.unlink(missing_ok=True)
@@ -273,7 +272,7 @@ def run_tests(run: Run, results: Results) -> None:
 
 
 def supervise(run: Run, results: Results, processes: list[subprocess.Popen[bytes]]) -> None:
-    """Run the steps in a process; where one takes it down or hangs, go on behind it in another process."""
+    """Run the steps in a process. If a step crashes it or hangs, go on with the next step in another process."""
     from names import STEPS
 
     left = [name for name in STEPS if not run.only or name in run.only]
@@ -295,7 +294,7 @@ def supervise(run: Run, results: Results, processes: list[subprocess.Popen[bytes
 
 
 def watch(run: Run, process: subprocess.Popen[bytes], results: Path) -> str | None:
-    """Wait for the steps' process. Returns why it did not come to its end, None if it did."""
+    """Wait for the steps' process. Returns why it failed, or None."""
     size, changed = -1, time.monotonic()
     while process.poll() is None:
         now = time.monotonic()

@@ -1,8 +1,8 @@
 """The networks of other programs, with the same weights as ours.
 
-Each is imported from what pip installed, without the rest of its program: some packages import far more than their
-networks need, so their `__init__` is left out. pymss's and Unblend's networks need PyTorch, NumPy and PyYAML alone;
-those of MSST and audio-separator einops, beartype and rotary-embedding-torch too.
+Each network is imported from the installed package without running the package's `__init__`, which often imports far
+more than the network needs. The networks of pymss and Unblend need only PyTorch, NumPy and PyYAML; those of MSST and
+audio-separator also need einops, beartype and rotary-embedding-torch.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from separation.checkpoints.catalogue import Checkpoint, read_config
 from separation.models.limits import Uninitialised
 from workloads import Workloads
 
-# The name in the table -> the distribution that holds it.
+# The name in the tables -> the distribution.
 DISTRIBUTIONS = {
     "pymss": "pymss-core",
     "unblend": "unblend",
@@ -35,11 +35,11 @@ MSST_ROFORMERS = {"pymss": "pymss_core.modules.bs_roformer", "msst": "bs_roforme
 
 
 class MissingPeerError(Exception):
-    """A program that is not installed."""
+    """A program is not installed."""
 
 
 def label(program: str) -> str:
-    """The program with its version, as pip knows it. Raises MissingPeerError if it is not installed."""
+    """The program's name and installed version. Raises MissingPeerError if it is not installed."""
     distribution = DISTRIBUTIONS[program]
     try:
         return f"{distribution} {importlib.metadata.version(distribution)}"
@@ -48,7 +48,7 @@ def label(program: str) -> str:
 
 
 class Autocast(nn.Module):
-    """A network in a precision as PyTorch's autocast makes it: chunks `[B, C, T]` to estimates in float32."""
+    """A network under PyTorch's autocast: chunks `[B, C, T]` to estimates in float32."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Autocast(nn.Module):
 def build(program: str, name: str, work: Workloads) -> nn.Module:
     """The program's network for one of our models, with its weights, on the device in float32.
 
-    Chunks `[B, C, T]` to `[B, S, C, T]`, or to `[B, C, T]` where there is one stem. Raises MissingPeerError.
+    It maps chunks `[B, C, T]` to `[B, S, C, T]`, or to `[B, C, T]` for a single stem. Raises MissingPeerError.
     """
     label(program)
     description = read_config(work.config_path(name))
@@ -91,15 +91,18 @@ def _roformer(program: str, architecture: str, description: Checkpoint) -> nn.Mo
     arguments = {
         key: tuple(value) if isinstance(value, list) else value for key, value in description.hyper_parameters.items()
     }
-    arguments |= {"num_stems": len(description.stems), "zero_dc": False}  # as ours: the lowest bin stays
-    if (program, architecture) == ("pymss", "mel_band_roformer"):  # else it counts hidden layers as BS-RoFormer does
+    arguments |= {"num_stems": len(description.stems), "zero_dc": False}  # as in ours, the lowest bin stays
+    if (program, architecture) == (
+        "pymss",
+        "mel_band_roformer",
+    ):  # otherwise it counts hidden layers as BS-RoFormer does
         arguments["mlp_hidden_layers"] = arguments["mask_estimator_depth"]
     known = inspect.signature(network.__init__).parameters
     return network(**{key: value for key, value in arguments.items() if key in known})
 
 
 def unblend_apply() -> Callable[..., list[Tensor]]:
-    """Unblend's own way to separate several songs `[2, T]` with one network: its `apply_model_multi`."""
+    """Separate several songs `[2, T]` with one network by Unblend's own `apply_model_multi`."""
     label("unblend")
     _bare_packages("unblend")
     return importlib.import_module("unblend.apply").apply_model_multi
@@ -143,7 +146,7 @@ _BUILDERS: dict[tuple[str, str], Callable[[Checkpoint], Any]] = {
 
 
 def _bare_packages(*names: str) -> None:
-    """Make packages importable without running their `__init__`, the outer ones first."""
+    """Make packages importable without running their `__init__`, outer packages first."""
     for name in names:
         if name in sys.modules:
             continue

@@ -1,7 +1,7 @@
-"""Results as JSON lines, and the Markdown tables that are made of them.
+"""Results as JSON lines, and the Markdown tables made from them.
 
-Each line is an object with `step`, `at` (seconds since the start) and `device`. One that has `error` or `missing` says
-why a figure is not there; one that has `skipped` says so of a step.
+Each line is an object with `step`, `at` (seconds since the start) and `device`. `error` or `missing` says why a figure
+is absent; `skipped` says why a step did not run.
 """
 
 import json
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
-Column = tuple[str, Callable[[Row], str]]  # a head, and a row's cell
+Column = tuple[str, Callable[[Row], str]]  # a column's head, and its cell for a row
 
 ENGINE = "this engine"
-REASONS = ("error", "missing", "skipped")  # why a row has no figure
-SIGNIFICANT = 4  # digits that are kept
+REASONS = ("error", "missing", "skipped")  # reasons for a row without a figure
+SIGNIFICANT = 4  # significant digits
 
 
 class Results:
-    """A file of results that grows by a line whenever something is known. Several processes may append to it."""
+    """A results file. Several processes may append to it."""
 
     def __init__(self, path: Path, *, device: str, started: float, clock: Callable[[], float]) -> None:
         self.path = path
@@ -34,24 +34,24 @@ class Results:
         row = {"step": step, "at": round(self._clock() - self._started, 1), "device": self._device}
         row |= {key: _rounded(value) for key, value in values.items() if value is not None}
         line = json.dumps(row)
-        with self.path.open("ab", buffering=0) as file:  # one write: what other processes append stays whole
+        with self.path.open("ab", buffering=0) as file:  # a single write, so that lines of several processes do not mix
             file.write(f"{line}\n".encode())
         print(line, flush=True)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All that is known so far."""
+        """All rows so far."""
         return read(self.path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of results; a last line that a killed process left incomplete is dropped."""
+    """Read a results file, without an incomplete last line from a killed process."""
     lines = path.read_text(encoding="utf-8").split(os.linesep) if path.exists() else []
     return [json.loads(line) for line in lines[:-1]]
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no such number
+        return str(value)  # JSON has no NaN or infinity
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT}g}")
     if isinstance(value, list):
@@ -64,7 +64,7 @@ def _rounded(value: Any) -> Any:
 
 
 def number(key: str, digits: int = 1, unit: str = "") -> Callable[[Row], str]:
-    """The cell of a number, empty where a row has none."""
+    """The cell for a number; empty if the row has none."""
 
     def cell(row: Row) -> str:
         value = row.get(key)
@@ -76,7 +76,7 @@ def number(key: str, digits: int = 1, unit: str = "") -> Callable[[Row], str]:
 
 
 def text(key: str) -> Callable[[Row], str]:
-    """The cell of a text, a list with commas, or a truth."""
+    """The cell for a text, a list or a boolean."""
 
     def cell(row: Row) -> str:
         value = row.get(key)

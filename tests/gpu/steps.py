@@ -1,6 +1,6 @@
-"""What is measured on the device, the most valuable first. Each step is a function of a `Bench`.
+"""The measurements on the device, the most valuable first. Each step is a function of a `Bench`.
 
-A step that fails costs its own rows only. Within a step each model and each peer is an attempt of its own.
+A step that fails loses only its own rows. Within a step, each model and each peer fails alone.
 """
 
 import statistics
@@ -48,19 +48,19 @@ SMALL_CARD = 6 << 30  # bytes
 BATCH_SIZES_OF_PEERS = (8, 1)
 SETTLE_SECONDS = 40
 MESSAGE_CHARACTERS = 400
-# SDR in dB that fp16 must have to the same network in float32.
+# The lowest SDR in dB of fp16 against the same network in float32.
 WANTED_SDR = {VIPERX: 60, HTDEMUCS: 60, MDX23C: 40, KIM: 60, SW: 60}
 CORRECT = (VIPERX, HTDEMUCS, MDX23C, KIM, SW, SCNET_XL, SCNET, DRUMSEP, DEMO)
 
 
 @dataclass
 class Bench:
-    """What a step needs: the models, where results go, and how long there is."""
+    """What a step needs: the models, the results file and the time limit."""
 
     work: Workloads
     results: Results
     run_folder: Path
-    until: float  # the monotonic clock when no more is begun
+    until: float  # on the monotonic clock; nothing starts after this
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +72,7 @@ class Bench:
 
     @property
     def precision(self) -> torch.dtype:
-        """What is measured: fp16; in a dry run on a CPU, which has no fast one, float32."""
+        """fp16, or float32 in a dry run on a CPU, where fp16 is slow."""
         return torch.float16 if self.on_gpu else torch.float32
 
     @property
@@ -82,7 +82,7 @@ class Bench:
 
     @property
     def runs(self) -> int:
-        """How often a song or a batch is measured."""
+        """How often a song or a batch is timed."""
         return 1 if self.work.tiny else 3
 
     def seconds_left(self) -> float:
@@ -90,20 +90,20 @@ class Bench:
 
     @contextmanager
     def attempt(self, step: str, what: str) -> Iterator[None]:
-        """Whatever fails within is a row of its own, and what follows goes on. Frees the GPU's memory before."""
+        """Turn a failure in the block into a row, and go on. Frees the GPU's memory first."""
         clean_memory(self.device)
         try:
             yield
         except peers.MissingPeerError as e:
             self.results.add(step, what=what, missing=str(e))
-        except Exception as e:  # any peer, kernel or driver may fail in any way: that is what the row is for
+        except Exception as e:  # any peer, kernel or driver may fail in any way; the row records it
             traceback.print_exc()
             self.results.add(step, what=what, error=f"{type(e).__name__}: {e}"[:MESSAGE_CHARACTERS])
             if self.on_gpu:
                 torch.cuda.synchronize(self.device)  # raises again if the GPU can no longer be used
 
     def has_time(self, step: str, what: str) -> bool:
-        """Whether there is time to begin; says so if not."""
+        """Whether there is time to start; adds a row if not."""
         if self.seconds_left() > 0:
             return True
         self.results.add(step, what=what, skipped="the time was up")
@@ -112,7 +112,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Song:
-    """What the engine made of songs in turn."""
+    """What the engine measured on songs, one after another."""
 
     seconds: list[float]
     chunks: int  # in each
@@ -121,7 +121,7 @@ class Song:
 
     @property
     def chunk_ms(self) -> float:
-        """All that a song takes, shared among its chunks."""
+        """The time for a song, divided by its chunks."""
         return statistics.median(self.seconds) * 1e3 / self.chunks
 
 
@@ -130,7 +130,7 @@ class Song:
 
 
 class BatchSizes:
-    """Notes how many chunks a model is given at once."""
+    """Records how many chunks a model gets at once."""
 
     def __init__(self, model: nn.Module) -> None:
         self._counts: Counter[int] = Counter()
@@ -140,16 +140,16 @@ class BatchSizes:
         self._counts[len(inputs[0])] += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BatchSizes":
-        return self  # a copy of the model is noted here too
+        return self  # copies of the model are recorded too
 
     def usual(self) -> int:
-        """The size that came most often, the larger of two; and stops noting."""
+        """Stop recording; returns the most frequent size, on a tie the larger."""
         self._hook.remove()
         return max(self._counts, key=lambda size: (self._counts[size], size))
 
 
 def engine_song(bench: Bench, separator: Separator, name: str, song: Tensor, **more: Any) -> Song:
-    """Songs through the engine, from memory to memory, in turn after a warm-up."""
+    """Time songs through the engine, from memory to memory, one after another after a warm-up."""
     model = next(iter(separator.models.values()))
     plan = separator.plans[model.name]
     sizes = BatchSizes(model)
@@ -179,7 +179,7 @@ def engine_song(bench: Bench, separator: Separator, name: str, song: Tensor, **m
 def network_time(
     bench: Bench, network: Callable[[Tensor], Tensor], chunks: Tensor, *, reference: Tensor | None = None, **row: Any
 ) -> float:
-    """Milliseconds a chunk of a batch, noted with memory and the SDR of the first chunk's estimates to a reference."""
+    """Milliseconds per chunk of a batch; the row also gets memory and the first chunk's SDR against a reference."""
     clean_memory(bench.device)
     before = memory_mib(bench.device)
     with torch.inference_mode():
@@ -188,7 +188,7 @@ def network_time(
     size = len(chunks)
     score = None
     if reference is not None:
-        # Some programs give no more than whole STFT hops.
+        # Some programs return only whole STFT hops.
         got = estimates[0].float().cpu().reshape(*reference.shape[:-1], -1).flatten(0, -2)
         score = sdr(reference.flatten(0, -2)[:, : got.shape[-1]], got)
     bench.results.add(
@@ -211,7 +211,7 @@ def float32_estimates(bench: Bench, name: str, chunk: Tensor) -> Tensor:
 
 
 def peer_network_ms(bench: Bench, program: str, name: str, chunks: Tensor) -> tuple[str, float]:
-    """The peer in fp16 autocast at several batch sizes: its label, and the best of its milliseconds a chunk."""
+    """Time the peer in fp16 autocast at several batch sizes; returns its label and its best milliseconds per chunk."""
     reference = float32_estimates(bench, name, chunks[:1])
     network = peers.Autocast(peers.build(program, name, bench.work), bench.precision)
     label = peers.label(program)
@@ -223,14 +223,14 @@ def peer_network_ms(bench: Bench, program: str, name: str, chunks: Tensor) -> tu
 
 
 def bar(bench: Bench, work: str, ours: float, wanted: float, unit: str, *, at_most: bool = False) -> None:
-    """Whether a figure of ours is what is wanted."""
+    """Add a row that says whether our figure reaches the target."""
     met = ours <= wanted if at_most else ours >= wanted
     text = f"{'at most' if at_most else 'at least'} {wanted:g}"
     bench.results.add("bar", work=work, ours=ours, unit=unit, bar=text, met=met)
 
 
 def ratio_bar(bench: Bench, work: str, ours: float, peer: tuple[str, float], wanted: float) -> None:
-    """How many times as fast as a peer we are, both in milliseconds a chunk."""
+    """Add a row with our speed relative to a peer, both in milliseconds per chunk."""
     label, theirs = peer
     ratio = theirs / ours
     text = f"at least {wanted:g} times"
@@ -244,7 +244,7 @@ def ratio_bar(bench: Bench, work: str, ours: float, peer: tuple[str, float], wan
 
 
 def environment(bench: Bench) -> None:
-    """The card, the programs, and two ceilings: bytes copied and operations of a product."""
+    """The card, the programs, and two ceilings: copy bandwidth and matrix product throughput."""
     size, n_bytes = (256, 1 << 20) if bench.work.tiny else (8192, 1 << 30)
     source, target = (torch.empty(n_bytes, dtype=torch.uint8, device=bench.device) for _ in range(2))
     copy = batch_milliseconds(lambda: target.copy_(source), bench.device)
@@ -265,14 +265,14 @@ def environment(bench: Bench) -> None:
 
 
 def _driver() -> str:
-    """The version of the kernel's NVIDIA driver."""
+    """The version of the NVIDIA kernel driver."""
     path = Path("/proc/driver/nvidia/version")
     words = path.read_text(encoding="utf-8").split() if path.exists() else []
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
 
 
 def correctness(bench: Bench) -> None:
-    """Each family in fp16 to its own float32; whether a batch or a second run changes it; what waits for the GPU."""
+    """Each family in fp16 against float32; whether a batch or a second run changes it; what waits for the GPU."""
     for name in CORRECT:
         if not bench.has_time("correctness", name):
             return
@@ -299,13 +299,13 @@ def correctness(bench: Bench) -> None:
 
 
 def _samples(bench: Bench, model: SeparationModel) -> int:
-    """The chunk that a model was trained with; in a dry run less, where it may be."""
+    """The chunk that a model was trained on; in a dry run shorter, if the model allows it."""
     whole = model.chunk_samples
     return whole if model.fixed_chunk or not bench.work.tiny else min(whole, 2 * SAMPLE_RATE)
 
 
 def _host_waits(model: SeparationModel, chunks: Tensor) -> list[str]:
-    """Where a forward waits for the GPU, as PyTorch warns of it: files and lines."""
+    """The files and lines where a forward waits for the GPU, from PyTorch's warnings."""
     with warnings.catch_warnings(record=True) as seen, torch.inference_mode():
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -318,7 +318,7 @@ def _host_waits(model: SeparationModel, chunks: Tensor) -> list[str]:
 
 
 def settle(bench: Bench) -> None:
-    """Wait for Unblend's compiler, which would disturb what is timed; not for long, since it may hang."""
+    """Wait a while for Unblend's compiler, which would disturb the timings; it may hang."""
     began = time.monotonic()
     until = min(bench.until, began + SETTLE_SECONDS)
     here = [signals for size in UNBLEND_BATCH_SIZES if (signals := Signals(bench.run_folder, size)).started.exists()]
@@ -327,7 +327,7 @@ def settle(bench: Bench) -> None:
 
 
 def viperx(bench: Bench) -> None:
-    """The model of the container's default, in its default chunks, beside pymss."""
+    """The container's default model in its default chunks, against pymss."""
     model = bench.work.load(VIPERX, bench.precision)
     separator = bench.work.separator(model, *((4, 2) if bench.work.tiny else (8, 4)))
     song = bench.work.song(LONG_SONG)
@@ -380,7 +380,7 @@ def _busy(bench: Bench, separator: Separator, name: str) -> None:
 
 
 def demucs(bench: Bench) -> None:
-    """htdemucs and htdemucs_ft beside Unblend's, a quarter of the chunk overlapped in both."""
+    """htdemucs and htdemucs_ft against Unblend's, both with an overlap of a quarter of the chunk."""
     with bench.attempt("song", HTDEMUCS):
         model = bench.work.load(HTDEMUCS, bench.precision)
         separator = bench.work.separator(model, 8, 2)
@@ -405,7 +405,7 @@ def demucs(bench: Bench) -> None:
 
 
 def _songs_at_once(bench: Bench, separator: Separator) -> None:
-    """Songs that as many threads ask for at once."""
+    """Separate several songs at once, a thread each."""
     song, n_songs = bench.work.song(MANY_SONGS), bench.work.many_songs
     forget_peak(bench.device)
 
@@ -420,7 +420,7 @@ def _songs_at_once(bench: Bench, separator: Separator) -> None:
 
 
 def _beside_unblend(bench: Bench) -> None:
-    """Bars of x real-time, Unblend's at the better of its batch sizes."""
+    """Compare times real-time; Unblend gets the better of its batch sizes."""
     songs = [row for row in bench.results.rows() if row["step"] == "song" and "times_realtime" in row]
     for name, n_songs in ((HTDEMUCS, 1), (HTDEMUCS, bench.work.many_songs), (HTDEMUCS_FT, 1)):
         alike = [row for row in songs if (row["model"], row.get("songs")) == (name, n_songs) and "seconds" in row]
@@ -436,13 +436,13 @@ def _beside_unblend(bench: Bench) -> None:
 
 
 def roformers(bench: Bench) -> None:
-    """BS-RoFormer-SW and Kim's MelBand-RoFormer in chunks of the length that they were trained with, beside pymss."""
+    """BS-RoFormer-SW and Kim's MelBand-RoFormer in chunks of their training length, against pymss."""
     for name in (SW, KIM):
         _beside_pymss(bench, name, 1.5)
 
 
 def convolutions(bench: Bench) -> None:
-    """MDX23C and SCNet XL beside pymss."""
+    """MDX23C and SCNet XL against pymss."""
     for name in (MDX23C, SCNET_XL):
         _beside_pymss(bench, name, 1.2)
 
@@ -464,7 +464,7 @@ def _beside_pymss(bench: Bench, name: str, wanted: float) -> None:
 
 
 def small_memory(bench: Bench) -> None:
-    """A minute of song on a card of 6 GiB, in short and in long chunks, with the batch that the engine chooses."""
+    """A minute of music on a card of 6 GiB, in short and long chunks, with the engine's own batch size."""
     if not bench.on_gpu:
         bench.results.add("small_memory", what="6 GiB", skipped="needs a CUDA GPU")
         return
@@ -491,13 +491,13 @@ def small_memory(bench: Bench) -> None:
 
 
 def kernel_profile(bench: Bench) -> None:
-    """What viperx runs on the GPU for a batch."""
+    """The kernels that viperx runs for a batch."""
     if not bench.on_gpu:
         bench.results.add("kernels", what="profile", skipped="needs a CUDA GPU")
         return
     model = bench.work.load(VIPERX, bench.precision)
     songs = [row for row in bench.results.rows() if row["step"] == "song" and row.get("model") == VIPERX]
-    batch_size = next((row["batch_size"] for row in songs if "batch_size" in row), 8)  # what the engine chose
+    batch_size = next((row["batch_size"] for row in songs if "batch_size" in row), 8)  # the engine's own choice
     chunks = bench.work.chunks(2, 8 * SAMPLE_RATE, batch_size)
     with torch.inference_mode():
         found = kernels(lambda: model(chunks), bench.device)
@@ -514,7 +514,7 @@ def kernel_profile(bench: Bench) -> None:
 
 
 def cold(bench: Bench) -> None:
-    """From the start of a process to the first stem's file, beside the time to read the weights."""
+    """The time from a process's start to the first stem's file, and the time to read the weights."""
     selection = Selection(model_name=str(bench.work.config_path(VIPERX)), model_path=bench.work.weights_path(VIPERX))
     started = cold_start(selection, device=str(bench.device), precision=bench.how)
     total = sum(started.stages.values())
@@ -529,7 +529,7 @@ def cold(bench: Bench) -> None:
 
 
 def other_programs(bench: Bench) -> None:
-    """The networks of audio-separator and MSST, in fp16 autocast."""
+    """The networks of audio-separator and MSST in fp16 autocast."""
     chunks = bench.work.chunks(2, (2 if bench.work.tiny else 8) * SAMPLE_RATE, 8)
     for program in ("audio-separator", "msst"):
         if bench.has_time("network", program):
@@ -553,15 +553,15 @@ STEPS: dict[str, Callable[[Bench], None]] = {
         other_programs,
     )
 }
-NEEDS_SECONDS = {"cold": 15.0, "settle": 0.0, "environment": 0.0}  # that must be left to begin; else a few
+NEEDS_SECONDS = {"cold": 15.0, "settle": 0.0, "environment": 0.0}  # that must remain to start a step; a few by default
 USUAL_SECONDS = 8.0
 
 
 def run_steps(bench: Bench, names: list[str]) -> None:
-    """Run these steps in order, as far as the time goes.
+    """Run these steps in order until the time is up.
 
-    Each step's beginning is noted in the run's folder, so that another process can go on after one that takes the
-    process down. Raises what `torch.cuda.synchronize` raises when the GPU can no longer be used.
+    The start of each step is recorded in the run's folder, so that after a crash another process can go on with the
+    next step. Raises what `torch.cuda.synchronize` raises once the GPU cannot be used any more.
     """
     for name in names:
         step = STEPS[name]

@@ -1,4 +1,4 @@
-"""The command that measures a GPU: a dry run on the CPU, what it does when a step dies, and its tables."""
+"""The command that measures a GPU: a dry run on the CPU, a step that crashes, and the tables."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def test_a_dry_run_gives_a_row_for_every_step_and_no_error(tmp_path: Path) -> No
     assert ours == {names.VIPERX, names.HTDEMUCS, names.HTDEMUCS_FT, names.SW, names.KIM, names.MDX23C, names.SCNET_XL}
     for row in measured:
         if row["step"] == "network" and row["program"].startswith(("pymss", "bs-roformer-infer")):
-            assert float(row["sdr_db"]) > 100  # the same weights give the same estimates
+            assert float(row["sdr_db"]) > 100  # same weights, same estimates
     missing = {row["what"] for row in rows if "missing" in row}
     peers_seen = {row["program"].split()[0] for row in measured if row["step"] in ("song", "network")}
     for distribution, what in (

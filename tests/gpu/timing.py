@@ -1,4 +1,4 @@
-"""Clocks: of the device by CUDA events, of songs by the host's clock; and what a profiler says of the device."""
+"""Timing by CUDA events for batches and by the host's clock for songs, and profiles of the device."""
 
 import gc
 import statistics
@@ -21,7 +21,7 @@ NAME_CHARACTERS = 60  # of a kernel's name
 
 @dataclass(frozen=True)
 class Milliseconds:
-    """Medians for a job: until the device is done with it, and until the host has issued it."""
+    """Median times of a job: until the device has finished it, and until the host has launched it."""
 
     device: float
     host: float
@@ -29,7 +29,7 @@ class Milliseconds:
 
 @dataclass(frozen=True)
 class Kernel:
-    """All launches of one kernel."""
+    """All launches of a kernel."""
 
     name: str
     launches: int
@@ -37,13 +37,13 @@ class Kernel:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was asked for."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def batch_milliseconds(job: Callable[[], object], device: torch.device, runs: int = RUNS) -> Milliseconds:
-    """The time of a job that computes a batch, after warm-ups (none for a single run); each job is waited for."""
+    """Time a job that computes a batch, after warm-ups (none for a single run); waits for each run."""
     for _ in range(WARM_UPS if runs > 1 else 0):
         job()
     synchronise(device)
@@ -67,7 +67,7 @@ def batch_milliseconds(job: Callable[[], object], device: torch.device, runs: in
 
 
 def song_seconds(job: Callable[[], object], device: torch.device, runs: int) -> list[float]:
-    """How long a job takes that begins and ends on the host, each time."""
+    """The time of each run of a job that starts and ends on the host."""
     times = []
     for _ in range(runs):
         synchronise(device)
@@ -79,33 +79,33 @@ def song_seconds(job: Callable[[], object], device: torch.device, runs: int) -> 
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_mib` begin anew."""
+    """Reset `peak_mib`."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def clean_memory(device: torch.device) -> None:
-    """Give back what PyTorch holds in reserve, and forget the peak."""
+    """Release PyTorch's cached memory and reset the peak."""
     forget_peak(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def memory_mib(device: torch.device) -> int:
-    """The tensors on a CUDA GPU; 0 elsewhere."""
+    """The memory of tensors on a CUDA GPU; 0 elsewhere."""
     return torch.cuda.memory_allocated(device) >> 20 if device.type == "cuda" else 0
 
 
 def peak_mib(device: torch.device) -> int:
-    """The most memory that was used at once: tensors on a CUDA GPU since `forget_peak`; else all of the process."""
+    """The peak memory: of tensors on a CUDA GPU since `forget_peak`, elsewhere of the whole process."""
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes(device)
     return peak >> 20
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Float32 as it is written: without TF32, which a reference must not have."""
+    """Compute in true float32, without TF32, for a reference."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
@@ -119,7 +119,7 @@ def exact_float32() -> Iterator[None]:
 
 @contextmanager
 def card_of(total_bytes: int, device: torch.device) -> Iterator[None]:
-    """A GPU that has no more memory than this, by PyTorch's limit and by what the driver is said to report."""
+    """Make the GPU look as if it had no more memory than this, to PyTorch's allocator and in the driver's report."""
     clean_memory(device)
     real_bytes = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(total_bytes / real_bytes, device)
@@ -136,9 +136,9 @@ def card_of(total_bytes: int, device: torch.device) -> Iterator[None]:
 
 
 def busy_share(job: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """The share of a job's time in which the GPU computes or copies, and how many kernels and copies it has.
+    """The share of a job's time in which the GPU is busy, and the number of its kernels and copies.
 
-    Overlapping spans count once. The profiler itself slows the host down, so the true share is no smaller.
+    Overlapping spans count once. The profiler slows the host down, so the true share is at least as large.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         (wall,) = song_seconds(job, device, 1)
@@ -155,7 +155,7 @@ def busy_share(job: Callable[[], object], device: torch.device) -> tuple[float, 
 
 
 def kernels(job: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """What a job runs on the GPU, the largest first."""
+    """The kernels that a job runs, the slowest first."""
     job()
     synchronise(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

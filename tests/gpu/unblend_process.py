@@ -1,8 +1,8 @@
-"""Unblend's htdemucs in a process of its own: it compiles while others work, and measures when it is told to.
+"""Unblend's htdemucs in its own process: it compiles while others work, and measures when told to.
 
-Its compiler takes a minute and would disturb what is timed; and what it keeps on the GPU goes with its process. It
-makes a file `ready` when it could begin, waits for a file `go`, appends rows to the results, and makes a file `done`.
-`measure.py` starts one for each batch size, since it compiles for one.
+Its compiler takes a minute and would disturb the timings, and its GPU memory is freed with the process. The process
+creates the file `ready` once it has compiled, waits for the file `go`, appends rows to the results, and creates the
+file `done`. `measure.py` starts one per batch size, since Unblend compiles for one.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from separation.engine.separator import SAMPLE_RATE
 from timing import batch_milliseconds, forget_peak, peak_mib, song_seconds
 from workloads import Workloads
 
-OVERLAP = 0.25  # of a chunk: its default, and that of Demucs
+OVERLAP = 0.25  # of a chunk: the default of Unblend and Demucs
 FINE_TUNED = 4  # networks of htdemucs_ft
 POLL_SECONDS = 0.05
 
 
 class Signals:
-    """The files by which this process and the one that measures find each other."""
+    """The files that coordinate this process and the one that measures."""
 
     def __init__(self, folder: Path, batch_size: int) -> None:
         words = ("started", "ready", "go", "done")
@@ -36,7 +36,7 @@ class Signals:
 
 
 def wait_for(path: Path, until: float) -> bool:
-    """Wait until a file is there; whether it is."""
+    """Wait for a file; returns whether it appeared."""
     while not path.exists():
         if time.monotonic() > until:
             return False
@@ -45,7 +45,7 @@ def wait_for(path: Path, until: float) -> bool:
 
 
 class Compiled:
-    """The network in fp16 and its program's own way to apply it, for chunks of one batch size."""
+    """The network in fp16, applied by its own program, for one batch size."""
 
     def __init__(self, work: Workloads, batch_size: int) -> None:
         self.work = work
@@ -58,10 +58,10 @@ class Compiled:
             torch.set_float32_matmul_precision("high")
             self.network.enable_compiled_core()
         self.separate([work.song(60)])
-        self.separate([work.song(60)])  # the first call warms up, the second one captures
+        self.separate([work.song(60)])  # the first call warms up, the second captures
 
     def separate(self, songs: list[Tensor]) -> list[Tensor]:
-        """Songs on the host to estimates there."""
+        """Separate songs, from host memory to host memory."""
         songs = [song.to(self.work.device) for song in songs]
         estimates = self.apply(
             self.network, songs, device=self.work.device, overlap=OVERLAP, chunk_batch_size=self.batch_size
@@ -70,7 +70,7 @@ class Compiled:
 
 
 def measure(compiled: Compiled, results: Results) -> None:
-    """One song, one song by four networks as in htdemucs_ft, several songs; and the network alone."""
+    """Time one song, one song with four networks as in htdemucs_ft, several songs, and the network alone."""
     work, device = compiled.work, compiled.work.device
     how = "fp16, compiled" if device.type == "cuda" else "fp32"
     segment = compiled.network.max_allowed_segment  # seconds
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # of a program that is not ours
+    warnings.simplefilter("ignore")  # of another program
     results = Results(options.run / "results.jsonl", device=options.name, started=options.started, clock=time.monotonic)
     work = Workloads(options.weights, torch.device(options.device), tiny=options.tiny)
     signals, what = Signals(options.run, options.batch_size), f"unblend, {options.batch_size} chunks at once"
@@ -125,11 +125,11 @@ def main() -> None:
         results.add("unblend", batch_size=options.batch_size, seconds_to_compile=time.monotonic() - began)
         signals.ready.touch()
         if not wait_for(signals.go, options.until):
-            raise TimeoutError("nobody asked for its figures in time")
+            raise TimeoutError("the file `go` did not appear in time")
         measure(compiled, results)
     except peers.MissingPeerError as e:
         results.add("song", what=what, missing=str(e))
-    except Exception as e:  # whatever a compiler or a GPU raises: the row says what it was, and the others go on
+    except Exception as e:  # a compiler or GPU may raise anything: the row says what, and the others go on
         results.add("song", what=what, error=f"{type(e).__name__}: {e}"[:400])
         raise
     finally:

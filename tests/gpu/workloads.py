@@ -1,6 +1,6 @@
-"""What is measured: the models, each with random weights in a folder, and the song.
+"""The models to measure, with random weights in a folder, and the song.
 
-A model is a YAML file and its weights beside it, as a user's own model is. `tiny` models have the same architectures
+A model is a YAML file with its weights beside it, like a user's own model. `tiny` models have the same architectures
 with few features, for a dry run on a CPU.
 """
 
@@ -47,7 +47,7 @@ class Workloads:
     """Models and songs, for one device.
 
     Args:
-        folder: where the models lie. It becomes this process's weights folder.
+        folder: where the models are; it becomes this process's weights folder.
         tiny: whether models and songs are small.
     """
 
@@ -62,12 +62,12 @@ class Workloads:
         return self.folder / f"{name}.yaml"
 
     def weights_path(self, name: str) -> Path:
-        """The model's file of weights; of specialists the first one's."""
+        """The model's weights file; with specialists, the first one's."""
         description = read_config(self.config_path(name))
         return self.folder / (description.files[0].name if description.files else f"{name}.safetensors")
 
     def make(self, names: Iterable[str]) -> None:
-        """Write the models that are missing. The YAML comes last: where it is, the model is complete."""
+        """Write the missing models. The YAML comes last: a model that has one is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             if not self.config_path(name).exists():
@@ -94,40 +94,40 @@ class Workloads:
         draft.rename(self.config_path(name))
 
     def _smaller_chunk(self, name: str) -> dict[str, int]:
-        """Of a model that keeps its own chunk."""
+        """Hyper-parameters for a smaller chunk of a model that keeps its own chunk."""
         return {"chunk_size": _TINY_CHUNK_SAMPLES[name]} if self.tiny and name in _TINY_CHUNK_SAMPLES else {}
 
     def load(self, name: str, precision: torch.dtype) -> SeparationModel:
-        """The model on the device, in the precision that is asked for where it can."""
+        """Load the model on the device, in the given precision if it supports that."""
         path = DEMO if name == DEMO else self.config_path(name)
         return load_model(path, device=self.device, precision=precision)
 
     def separator(self, model: SeparationModel, chunk_seconds: int, overlap_seconds: int) -> Separator:
-        """The engine around a loaded model, with the batch size that it chooses."""
+        """The engine around a loaded model, with its own choice of batch size."""
         return Separator.from_model(
             model, options=EngineOptions(chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
         )
 
     def chunk_seconds(self, model: SeparationModel) -> int:
-        """The length that the model was trained with, in whole seconds; in a dry run the least that is offered."""
+        """The model's training length in whole seconds; in a dry run the shortest chunk on offer."""
         return 4 if self.tiny else round(model.chunk_samples / model.sample_rate)
 
     def song_seconds(self, seconds: int) -> int:
-        """How long a song is in place of one of so many seconds: in a dry run a few."""
+        """The length of a song that stands for one of so many seconds: a few seconds in a dry run."""
         return min(seconds, 4) if self.tiny else seconds
 
     @property
     def many_songs(self) -> int:
-        """How many songs are asked for at once."""
+        """How many songs to separate at once."""
         return 2 if self.tiny else 8
 
     def song(self, seconds: int) -> Tensor:
-        """So much of the demo song, repeated where it is too short, `[2, T]`."""
+        """The demo song, cut or repeated to that length, `[2, T]`."""
         samples, _ = soundfile.read(SONG, dtype="float32")
         return torch.from_numpy(np.resize(samples, (self.song_seconds(seconds) * SAMPLE_RATE, 2)).T.copy())
 
     def chunks(self, channels: int, chunk_samples: int, batch_size: int) -> Tensor:
-        """Different chunks of the song on the device, `[B, C, T]`."""
+        """Chunks of the song on the device, `[B, C, T]`."""
         shift = 100  # samples from one chunk to the next
         samples, _ = soundfile.read(SONG, dtype="float32")
         song = torch.from_numpy(np.resize(samples, (chunk_samples + shift * batch_size, 2)).T.copy())[:channels]
