@@ -228,6 +228,19 @@ def test_every_link_leads_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{document.name}: {link} is no heading"
 
 
+FILE = re.compile(r"`(?:PYTHONPATH=\. )?(?:python |pytest (?:-m slow )?)?((?:[a-z_.]+/)+[a-z_.*]*)[ `]")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_file_of_the_project_that_is_named_is_there(document: Path) -> None:
+    rooms = {path.name for path in (PROJECT / "separation").iterdir() if path.is_dir()}
+    for name in FILE.findall(text_of(document)):
+        first = name.split("/")[0]
+        if first in rooms | {".ci", ".github", "configs", "separation", "tests", "weights"}:
+            found = [path for folder in (PROJECT, PROJECT / "separation") for path in folder.glob(name)]
+            assert found, f"{document.name}: {name} is no file"
+
+
 def test_every_document_can_be_reached_from_the_readme() -> None:
     reached: set[Path] = set()
     left = [README]
