@@ -1,4 +1,4 @@
-"""Split a song into stems. README.md and docs/ describe the command line, the container and recipes.
+"""Splits songs into stems. README.md and docs/ describe the command line, the container and recipes.
 
 >>> from separation import Separator
 >>> stems = Separator(recipe="demo", stems="all_4").separate(mixture)  # [2, T] at 44100 Hz -> {"vocals": [2, T], ...}
@@ -7,7 +7,7 @@
 import os
 import sys
 
-# The command line is what starts: for `python -m separation` Python compiles it next, and both import for a while.
+# The command line starts. Handle Ctrl-C before the slow imports below.
 if os.path.basename(sys.argv[0] if sys.argv else "") in ("-m", "separation", "separation.exe"):
     import separation.cli.start  # noqa: F401
 
@@ -25,7 +25,7 @@ from separation.errors import (
     SeparationError,
 )
 
-__version__ = "0.2.0"  # pyproject.toml takes it from here
+__version__ = "0.2.0"  # pyproject.toml reads it
 
 if TYPE_CHECKING:
     from separation.audio.options import OutputOptions
@@ -52,7 +52,7 @@ __all__ = [
     "load_model",
 ]
 
-# Imported when first asked for: PyTorch takes a second, which `python -m separation --help` has no use for.
+# Imported on first use: PyTorch takes a second to import, and `separation --help` does not need it.
 _MODULES = {
     "Cache": "separation.engine.cache",
     "EngineOptions": "separation.engine.options",

@@ -1,4 +1,4 @@
-"""`python -m separation`: the command line."""
+"""Makes `python -m separation` the same command as `separation`."""
 
 from separation.cli.start import run
 

@@ -1,46 +1,46 @@
-"""The exceptions that a user may meet, each with one sentence that says what is wrong and what to do.
+"""The errors that this package raises on purpose. Each message says what is wrong and what to do, in one sentence.
 
-    SeparationError
-    ├── InputError          an option or a value that cannot be used: overlap >= chunk size, an unknown format
-    │   ├── AudioError      a file that is not audio, is damaged, empty, or holds NaN
-    │   └── RecipeError     an unknown recipe, choice of stems or model, or a YAML file that does not make sense
-    ├── CheckpointError     weights that are missing, incomplete, altered, or of another architecture
-    │   └── DownloadError   weights that could not be fetched
-    ├── EstimateError       a model that gave NaN or Inf, or that needs more memory than there is
-    └── OutputError         stems that could not be written: a full disk, an unwritable folder
+    SeparationError         the base of them all; catch it to catch any of them
+    ├── InputError          an option or value is not usable, such as an overlap longer than the chunk
+    │   ├── AudioError      a song is not audio, is empty or too damaged, or holds NaN or Inf
+    │   └── RecipeError     a recipe, choice of stems or model is unknown, or its YAML file is wrong
+    ├── CheckpointError     weights are missing, incomplete, altered, or for another architecture
+    │   └── DownloadError   weights cannot be downloaded
+    ├── EstimateError       a model outputs NaN or Inf, or needs more memory than there is
+    └── OutputError         files cannot be written: the disk is full, or a file is not ours to replace
 
-Nothing else is raised on purpose. To cancel a running separation, raise any exception of your own from the progress
-callback: it passes through unchanged and no partial file stays behind.
+To cancel a separation, raise an exception of your own from the progress callback. It passes through unchanged, and no
+partial file stays behind.
 """
 
 
 class SeparationError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """The base of all errors that this package raises on purpose."""
 
 
 class InputError(SeparationError):
-    """An option or a value that cannot be used."""
+    """An option or value is not usable."""
 
 
 class AudioError(InputError):
-    """A file that is not audio, is damaged or empty, or holds NaN or Inf."""
+    """A song is not audio, is empty or too damaged, or holds NaN or Inf."""
 
 
 class RecipeError(InputError):
-    """An unknown recipe, choice of stems or model, or a YAML file that does not make sense."""
+    """A recipe, choice of stems or model is unknown, or its YAML file is wrong."""
 
 
 class CheckpointError(SeparationError):
-    """Weights that are missing, incomplete, altered, or of another architecture."""
+    """Weights are missing, incomplete, altered, or for another architecture."""
 
 
 class DownloadError(CheckpointError):
-    """Weights that could not be fetched."""
+    """Weights cannot be downloaded."""
 
 
 class EstimateError(SeparationError):
-    """A model that gave NaN or Inf, or that needs more memory than there is."""
+    """A model outputs NaN or Inf, or needs more memory than there is."""
 
 
 class OutputError(SeparationError):
-    """Stems that could not be written."""
+    """Files cannot be written."""

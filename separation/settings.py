@@ -1,4 +1,4 @@
-"""What environment variables hold."""
+"""Reads environment variables."""
 
 import math
 import os
@@ -7,9 +7,9 @@ from separation.errors import InputError
 
 
 def positive(name: str, default: float, *, otherwise: str = "leave it out") -> float:
-    """The number in that environment variable, or the default where it is not set or empty.
+    """The number in an environment variable, or the default if the variable is empty or not set.
 
-    Raises InputError where it is not a finite number above 0, with what else there is to do.
+    Raises InputError for anything but a finite number above 0. `otherwise` ends its message: what else the user can do.
     """
     text = os.environ.get(name) or str(default)
     try:
@@ -22,9 +22,9 @@ def positive(name: str, default: float, *, otherwise: str = "leave it out") -> f
 
 
 def switch(name: str, *, default: bool) -> bool:
-    """Whether that environment variable is `on`; the default where it is not set or empty.
+    """Whether an environment variable is `on`, or the default if the variable is empty or not set.
 
-    Raises InputError where it is anything but `on` and `off`.
+    Raises InputError for anything but `on` and `off`.
     """
     text = os.environ.get(name) or ("on" if default else "off")
     if text not in ("on", "off"):

@@ -1,1 +1,1 @@
-"""What the operating system gives, and files written without loss."""
+"""The operating system: signals, threads, locks and memory, and output files that are never lost or half written."""

@@ -1,4 +1,4 @@
-"""Locks between processes, on every system: the system itself gives up what a killed process held."""
+"""Locks between processes, on every operating system. The system releases the lock of a process that is killed."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,12 +8,14 @@ if TYPE_CHECKING:
 
 
 def lock(path: Path, *, wait: bool = True) -> "BaseFileLock":
-    """What one process, and one thread in it, holds at a time: enter it. The file is made if need be, and may stay.
+    """A lock on a file, for a `with` statement. One thread of one process holds it at a time.
 
-    Whoever removes the file does so while holding it; the next one then makes another.
+    The file is created if it is missing, and may remain. Hold the lock to remove the file; the next process then
+    creates a new one.
 
-    Entering raises TimeoutError where another has it and `wait` is false, and OSError where the file cannot be had.
+    Entering the lock raises TimeoutError if another holds it and `wait` is false, and OSError if the file cannot be
+    opened.
     """
-    from filelock import FileLock  # takes longer to import than `--help` to run
+    from filelock import FileLock  # importing it takes longer than `--help` takes to run
 
     return FileLock(path, timeout=-1 if wait else 0, thread_local=False, poll_interval=0.01)

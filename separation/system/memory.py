@@ -1,4 +1,4 @@
-"""Memory that runs out, in the words of Python, PyTorch, oneDNN, C++ and the loader of libraries."""
+"""Recognises out-of-memory errors of Python, PyTorch, oneDNN, C++ and the dynamic linker."""
 
 import errno
 import re
@@ -7,31 +7,31 @@ from contextlib import contextmanager
 
 from separation.errors import EstimateError, SeparationError
 
-# A GPU's memory is another matter (`separation.device`).
-_WORDS = re.compile(
+# For a GPU's memory see `separation.device`.
+_MESSAGE = re.compile(
     r"could not create a (primitive|memory)|can(no|')t allocate memory|bad_alloc|bad allocation|failed to map segment"
     r"|can't start new thread|not enough memory|insufficient memory|Unable to allocate"
-    r"|error return without exception set",  # by an import that broke off
+    r"|error return without exception set",  # an import that was cut short
     re.IGNORECASE,
 )
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether the error says that this computer's memory was not enough."""
+    """Whether the error means that this computer ran out of memory."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return not isinstance(error, SeparationError) and bool(_WORDS.search(str(error)))  # ours may hold a song's name
+    return not isinstance(error, SeparationError) and bool(_MESSAGE.search(str(error)))  # ours may quote a song's name
 
 
 @contextmanager
 def enough_memory(what: str) -> Iterator[None]:
-    """Raises EstimateError, a sentence about `what`, where memory runs out in the block."""
+    """Raise EstimateError, with `what` as its subject, if memory runs out in the block."""
     try:
         yield
     except Exception as e:
         if not lacks_memory(e):
             raise
-        found = _WORDS.search(str(e))
+        found = _MESSAGE.search(str(e))
         reason = found[0] if found else type(e).__name__
         raise EstimateError(
             f"{what} needs more memory than this computer has free ({reason}): close other programs, or choose a "

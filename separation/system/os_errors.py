@@ -17,7 +17,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def output_errors(
     target: Path, *also: type[Exception], doing: str = "write to", elsewhere: str = "choose another folder"
 ) -> Iterator[None]:
-    """Raises `OutputError` in place of an `OSError`, or of an error of the other kinds in `also`.
+    """Raise `OutputError` in place of an `OSError`, or of an error of the other kinds in `also`.
 
     The message names `target`, a file or a folder, without any hidden work folder in its path. `elsewhere` tells the
     user how to use another place; if the disk is full, the message first asks for free space.

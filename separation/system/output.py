@@ -1,4 +1,4 @@
-"""How files get to their places: complete or not at all, and never over or through one that is somebody else's."""
+"""Output files: they appear complete or not at all, and never replace or write through somebody else's files."""
 
 import errno
 import os
@@ -15,28 +15,33 @@ from separation.system.os_errors import WORK_PREFIX, output_errors
 from separation.system.record import RECORD, Record, check_targets
 from separation.system.signals import uninterrupted
 
-_LOCK = "lock"  # in a temporary folder, locked as long as its process lives
+_LOCK = "lock"  # in a temporary folder; locked while the process that made it runs
 
 
 def not_through_links(path: str, flags: int) -> int:
-    """An opener, for `open`, that raises OSError where a symbolic link stands in the place of the file."""
+    """An opener for `open` that raises OSError if the path is a symbolic link."""
     try:
         return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as e:
         if e.errno == errno.ELOOP:
-            raise OSError(e.errno, "a symbolic link of that name is there: remove it", path) from e
+            raise OSError(e.errno, "it is a symbolic link, and links are not followed", path) from e
         raise
 
 
 class OutputFolder:
-    """Makes the folder and, hidden inside it and so on the same file system, a temporary one to `work` in.
+    """A folder to write files to. Files are written in `work`, a hidden folder inside it, and then published.
 
-    On leaving, the temporary folder goes and, if nothing came of the run, every folder that was made for it. What
-    processes left that were killed goes when the folder is used again. Raises OutputError where that cannot be written.
+    `work` is on the same file system, so that publishing a file only renames it. Entering the context creates both
+    folders and removes what killed processes left behind. Leaving it removes `work` and, if nothing was published,
+    every folder that was created.
 
     Args:
-        overwrite: files may be replaced that this program did not write.
-        recorded: what is published is entered into the folder's record.
+        folder: where files are published.
+        overwrite: also replace files that this program did not write.
+        recorded: list published files in the folder's record.
+
+    Raises:
+        OutputError: the folder cannot be written to.
     """
 
     work: Path
@@ -52,10 +57,10 @@ class OutputFolder:
             on_error.callback(self._cleaning.close)
             for parent in reversed((self.folder, *self.folder.parents)):
                 if not parent.exists():
-                    parent.mkdir(parents=True, exist_ok=True)  # another song may just have removed the one above
+                    parent.mkdir(parents=True, exist_ok=True)  # another song may have removed its parent
                     self._cleaning.callback(_remove_if_empty, parent)
             for left in self.folder.glob(f"{WORK_PREFIX}*"):
-                _remove_if_left(left)
+                _remove_if_abandoned(left)
             self.work = self._make_work()
             on_error.pop_all()
         return self
@@ -71,23 +76,23 @@ class OutputFolder:
             held = lock(work / _LOCK)
             try:
                 held.acquire()
-            except FileNotFoundError:  # before it was locked, another process took it for a dead one's
+            except FileNotFoundError:  # another process removed the folder before it was locked
                 continue
-            except OSError:  # a file system without locks: then nobody dares to remove it
+            except OSError:  # a file system without locks, where no process removes the folder of another
                 pass
             self._cleaning.callback(shutil.rmtree, work, ignore_errors=True)
             self._cleaning.callback(held.release)
             return work
 
     def check_targets(self, names: Sequence[str], song: Path | None = None) -> None:
-        """Raise before any work is done if one of these names cannot be published, or would replace the song."""
+        """Check that files with these names may be published; see `record.check_targets` for the errors."""
         record = [RECORD] if self.recorded else []
         check_targets(self.folder, [*names, *record], overwrite=self.overwrite, song=song)
 
     def publish(self, parts: Mapping[str, Path]) -> dict[str, Path]:
-        """Move finished files out of `work` to their place, over older ones; where one cannot be, none is."""
-        self.check_targets([part.name for part in parts.values()])  # again, for the run took its time
-        if self.recorded:  # first, so that no file of ours is ever there unrecorded, wherever we are killed
+        """Move finished files from `work` into the folder, over older ones. If one cannot be moved, none is."""
+        self.check_targets([part.name for part in parts.values()])  # files may have appeared during the run
+        if self.recorded:  # first, so that a killed process never leaves an unrecorded file
             record = Record.read(self.folder).with_files(self.folder, parts.values())
             self.write(record)
         published = {}
@@ -104,12 +109,12 @@ class OutputFolder:
                     os.replace(part, target)
             undo.pop_all()
         if self.recorded and not all(map(record.vouches_for, published.values())):
-            # On some network drives a file that is renamed has another time.
+            # Some network drives change a file's time when it is renamed.
             self.write(record.with_files(self.folder, published.values()))
         return published
 
     def write(self, record: Record) -> None:
-        """Put a record in the place of the folder's."""
+        """Replace the folder's record."""
         part, target = self.work / RECORD, self.folder / RECORD
         with output_errors(target):
             part.write_text(record.text(), encoding="utf-8")
@@ -117,13 +122,13 @@ class OutputFolder:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):  # it is not empty, or another song's that failed has removed it
+    with suppress(OSError):  # not empty, or removed already by another song that failed
         folder.rmdir()
 
 
-def _remove_if_left(folder: Path) -> None:
-    """Remove a temporary folder whose process lives no more."""
-    with suppress(OSError):  # its process is just making or removing it, or holds the lock
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove a temporary folder whose process has ended."""
+    with suppress(OSError):  # its process holds the lock, or is creating or removing the folder
         with lock(folder / _LOCK, wait=False):
             shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)  # what Windows keeps while it is open: the lock
+        shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the lock file while it is open

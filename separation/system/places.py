@@ -1,6 +1,6 @@
-"""Where files lie: what ships with the program, in a checkout or an installed package, and what it keeps for its user.
+"""Where files are: those that ship with the program, and the user's weights and caches.
 
-Does without PyTorch, for what answers at once.
+Importing this is cheap: PyTorch is not needed.
 """
 
 import os
@@ -14,35 +14,35 @@ NAME = "music-separation"
 
 
 def shipped(folder: str) -> Path:
-    """`configs` or `weights` as they ship: a wheel holds them in the package, a checkout has them beside it."""
+    """The folder `configs` or `weights` as shipped: inside the package in a wheel, beside it in a checkout."""
     installed = PACKAGE / folder
     return installed if installed.is_dir() else PACKAGE.parent / folder
 
 
 def is_installed() -> bool:
-    """Whether this is an installed package, not a checkout."""
+    """Whether this is an installed package rather than a checkout."""
     return (PACKAGE / "configs").is_dir()
 
 
 def weights_folder() -> Path:
-    """Where downloads go: SEPARATION_WEIGHTS, else `weights` in a checkout or in the user's folder of data."""
+    """Where downloads go: SEPARATION_WEIGHTS, else `weights` in the checkout or in the user's data folder."""
     if chosen := os.environ.get("SEPARATION_WEIGHTS"):
         return Path(chosen)
     return _user_folders().user_data_path / "weights" if is_installed() else shipped("weights")
 
 
 def size_bytes(path: Path) -> int:
-    """The size of a file, 0 if it is not there."""
+    """The size of a file, or 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def cache_folder() -> Path:
-    """The program's folder in the user's caches."""
+    """The program's folder among the user's caches."""
     return _user_folders().user_cache_path
 
 
 def program() -> str:
-    """How the user calls the command line: `separation` where that is what runs, else by Python's `-m`."""
+    """How the user started the program: `separation`, or `python -m separation`."""
     return "separation" if Path(sys.argv[0]).stem == "separation" else "python -m separation"
 
 

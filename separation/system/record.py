@@ -1,8 +1,8 @@
-"""The record in a folder, `.separation.json`: which files this program wrote there, and of which song.
+"""The record in an output folder, `.separation.json`: the files that this program wrote there, and from which song.
 
-`files` has the name, size and time of change of each file as it was written: a file that still is as the record says
-may be replaced, any other belongs to somebody else. `runs` has, for each run whose stems are there, the song's file,
-the settings and the stems. A run is added last: stems that none names are not finished.
+`files` lists the name, size and modification time of each file as written. A file that still matches may be replaced;
+any other file belongs to somebody else. `runs` lists the runs whose stems are in the folder, each with its song,
+settings and stems. A run is added last, so stems without a run are unfinished.
 """
 
 import json
@@ -17,10 +17,10 @@ from separation.errors import InputError, OutputError
 
 RECORD = ".separation.json"
 PAGE = "stems.html"
-SAME_TIME_NS = 2 * 10**9  # two times of change: FAT, and many a network drive and sync service, keep 2 seconds at best
+SAME_TIME_NS = 2 * 10**9  # FAT, many network drives and sync services keep times to 2 seconds at best
 
 _VERSION = 1
-_MOST_BYTES = 2**24  # of a record: thousands of runs
+_MAX_BYTES = 2**24  # enough for thousands of runs
 _SOURCE = {"name": str, "path": str, "bytes": int, "mtime_ns": int, "sha256": str}
 
 
@@ -30,7 +30,7 @@ class Written:
 
     name: str
     n_bytes: int
-    mtime_ns: int | None  # None: in records of an earlier version, which did not keep it
+    mtime_ns: int | None  # None in records of earlier versions, which did not keep it
 
     @classmethod
     def of(cls, path: Path) -> "Written":
@@ -38,7 +38,7 @@ class Written:
         return cls(path.name, facts.st_size, facts.st_mtime_ns)
 
     def is_still_in(self, folder: Path) -> bool:
-        """Whether the file has not been changed, replaced or removed since."""
+        """Whether the file is unchanged: neither edited, replaced nor removed."""
         try:
             facts = (folder / self.name).lstat()
         except OSError:
@@ -49,14 +49,14 @@ class Written:
 
 @dataclass(frozen=True)
 class Record:
-    """What a record says. Runs are as JSON has them, but for the name and size of a stem's file, which are a pair."""
+    """The content of a record. A run is a JSON object, except that a stem's file is a tuple of name and size."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     files: list[Written] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        """Empty if the folder has none, or one that is damaged or of a later version."""
+        """The folder's record; empty if it has none, or one that is damaged or from a later version."""
         content = _content(folder / RECORD)
         if content.get("version") != _VERSION:
             return cls()
@@ -79,13 +79,13 @@ class Record:
         return Record([run for run in self.runs if run["settings"] != settings], self.files)
 
     def with_run(self, run: dict[str, Any]) -> "Record":
-        """With this run in place of one with the same settings."""
+        """This record with a run added; it replaces the run with the same settings."""
         return Record([*self.without_run(run["settings"]).runs, run], self.files)
 
     def with_files(self, folder: Path, parts: Iterable[Path]) -> "Record":
-        """Before these files take their places in the folder: with them, and without the runs whose stems they replace.
+        """This record with files that are about to be moved into the folder, without the runs whose stems they replace.
 
-        What was written there before is still vouched for, in case that the move does not come about.
+        It still vouches for the files that are there now, in case the move fails.
         """
         new = [Written.of(part) for part in parts]
         names = {file.name for file in new}
@@ -95,15 +95,15 @@ class Record:
         return Record(runs, [*(file for file in self.files if file.is_still_in(folder)), *new])
 
     def vouches_for(self, path: Path) -> bool:
-        """Whether a file is there just as this program wrote it."""
+        """Whether the file exists exactly as this program wrote it."""
         return any(file.name == path.name and file.is_still_in(path.parent) for file in self.files)
 
 
 def _checked(run: dict[str, Any]) -> dict[str, Any]:
-    """A run out of a record, with values of the right kinds; raises one of several exceptions for anything else."""
+    """A run of a record with its values converted; raises ValueError, TypeError, LookupError or AttributeError."""
     numbers = {key: float(run[key]) for key in ("duration_seconds", "elapsed_seconds", "gain")}
     if min(numbers.values()) <= 0:
-        raise ValueError("a duration or a gain of nothing")
+        raise ValueError("a duration or gain is not positive")
     return {
         **run,
         **numbers,
@@ -115,38 +115,41 @@ def _checked(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def stem_files(run: dict[str, Any]) -> set[str]:
-    """The names of a run's stems' files."""
+    """The file names of a run's stems."""
     return {name for name, _ in run["stems"].values()}
 
 
 def check_targets(folder: Path, names: Sequence[str], *, overwrite: bool = False, song: Path | None = None) -> None:
-    """Raise OutputError if a name cannot be given to a file in the folder, InputError if that is the song.
+    """Check that files with these names may be written to the folder.
 
-    It cannot where a folder is, or, unless `overwrite`, a file or a link that this program did not write.
+    Raises:
+        OutputError: a name belongs to a folder or, unless `overwrite`, to a file or link that this program did not
+            write.
+        InputError: a name belongs to the song itself.
     """
     record = Record.read(folder)
     for target in (folder / name for name in names):
         if os.path.isdir(target):
-            raise OutputError(f"cannot write {str(target)!r}: a folder of that name is there: choose another place")
+            raise OutputError(f"{str(target)!r} is a folder: remove it, or choose another place")
         if song is not None and os.path.exists(target) and os.path.exists(song) and target.samefile(song):
-            raise InputError(f"a stem would take the place of the song {song.name!r}: choose another output folder")
+            raise InputError(f"a stem would overwrite the song {song.name!r}: choose another output folder")
         if os.path.lexists(target) and not (overwrite or record.vouches_for(target) or is_record(target)):
             raise OutputError(
-                f"{str(target)!r} already exists, and no record says that this program wrote it: choose another place, "
-                "or replace it with --overwrite (overwrite=True in Python)"
+                f"{str(target)!r} already exists and is not a file that this program wrote: choose another place, or "
+                "replace it with --overwrite (overwrite=True in Python)"
             )
 
 
 def is_record(path: Path) -> bool:
-    """Whether a file is a record, of whatever version."""
+    """Whether a file is a record, of any version."""
     return path.name == RECORD and bool(_content(path))
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What a record holds; nothing if it is none, or damaged."""
+    """The JSON object in a record; empty if the file is damaged or not a record."""
     try:
         facts = path.stat()
-        is_plausible = stat.S_ISREG(facts.st_mode) and facts.st_size <= _MOST_BYTES
+        is_plausible = stat.S_ISREG(facts.st_mode) and facts.st_size <= _MAX_BYTES
         content = json.loads(path.read_text(encoding="utf-8")) if is_plausible else None
     except (OSError, ValueError, RecursionError):
         return {}

@@ -1,8 +1,9 @@
-"""Signals that end the program: Ctrl-C (SIGINT), SIGTERM and SIGHUP.
+"""Signals that end the program: Ctrl-C (SIGINT), SIGTERM, SIGHUP, and SIGBREAK on Windows.
 
-Python raises an exception in the main thread wherever that is. That is right almost everywhere: what is half done is
-undone on the way out. It is wrong in an import, whose C code may turn the exception into another, while a finished
-song is put in its place, and once the program is over.
+A signal raises an exception in the main thread, wherever that thread is; unfinished work is undone on the way out.
+There are three exceptions to this rule. During an import the signal is tried again later, because C code may turn
+its exception into another. While a finished song is moved into place, the signal waits. Once the program has finished,
+the signal no longer changes the exit code.
 """
 
 import _thread
@@ -15,23 +16,23 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-AGAIN_SECONDS = 0.05  # after which a signal that came at a bad moment is tried again
-PATIENCE_SECONDS = 1.0  # in which a second signal is an echo of the first: some programs pass on what we get too
+RETRY_SECONDS = 0.05  # after which a signal that came during an import is raised again
+ECHO_SECONDS = 1.0  # in which a second signal is an echo of the first: some programs forward signals that we also get
 
 
 class Stopping:
-    """What signals do to this process, from the time that it is made until it ends.
+    """Handles the signals that this process gets, from its construction on.
 
-    Until `began` is set a signal ends the process at once. From then on SIGINT raises KeyboardInterrupt, and the others
-    SystemExit(128 + number); a later one ends the process at once, for whoever does not want to wait for the tidying
-    up. Signals that the caller of the program had ignored stay so: `nohup`, and a shell's background jobs.
+    Until `began` is set, a signal ends the process at once. After that, SIGINT raises KeyboardInterrupt and the others
+    raise SystemExit(128 + number). A later signal ends the process without waiting for it to clean up. Signals that the
+    parent process ignores stay ignored, as `nohup` and a shell's background jobs need.
     """
 
     def __init__(self) -> None:
         self.began = False
-        self.code: int | None = None  # of a program that is over, which a signal no longer changes
-        self._came = 0.0  # when the first signal did
-        self._number = 0
+        self.code: int | None = None  # the exit code, once the program has finished
+        self._number = 0  # the first signal
+        self._time = 0.0  # when it came
         for number in NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -39,19 +40,19 @@ class Stopping:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.code is not None:
             os._exit(self.code)
-        if not self.began or (self._number and time.monotonic() > self._came + PATIENCE_SECONDS):
+        if not self.began or (self._number and time.monotonic() > self._time + ECHO_SECONDS):
             os._exit(128 + number)
         if self._number:
             return
         if _is_importing(frame):
-            # Not `threading`, whose lock the interrupted code may hold.
-            _thread.start_new_thread(_again, (number,))
+            # Not `threading`: the interrupted code may hold its lock.
+            _thread.start_new_thread(_retry, (number,))
             return
-        self._number, self._came = number, time.monotonic()
+        self._number, self._time = number, time.monotonic()
         self._raise()
 
     def raise_again(self) -> None:
-        """Raise what the signal that came has raised; nothing if none came."""
+        """Raise the exception of the signal that came, if one came."""
         if self._number:
             self._raise()
 
@@ -63,20 +64,20 @@ _stopping: Stopping | None = None
 
 
 def install() -> Stopping:
-    """Settle what signals do to this process."""
+    """Start to handle signals."""
     global _stopping
     _stopping = Stopping()
     return _stopping
 
 
 def check() -> None:
-    """Raise again what a signal has raised, which is lost in a callback from C. For a progress callback."""
+    """Raise the exception of a signal again. Progress callbacks call this, because C code may have swallowed it."""
     if _stopping is not None:
         _stopping.raise_again()
 
 
-def _again(number: int) -> None:
-    time.sleep(AGAIN_SECONDS)
+def _retry(number: int) -> None:
+    time.sleep(RETRY_SECONDS)
     signal.raise_signal(number)
 
 
@@ -90,14 +91,14 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals wait until the block is over. In other threads than the main one, where none is handled, does nothing."""
-    came: list[int] = []
+    """Delay signals until the block ends. Does nothing outside the main thread, which alone handles signals."""
+    pending: list[int] = []
     with ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            stack.callback(lambda: signal.raise_signal(came[0]) if came else None)
+            stack.callback(lambda: signal.raise_signal(pending[0]) if pending else None)
             for number in NUMBERS:
                 before = signal.getsignal(number)
-                if before not in (signal.SIG_IGN, None):  # None: somebody else's, not from Python
-                    signal.signal(number, lambda number, _: came.append(number))
+                if before not in (signal.SIG_IGN, None):  # None: a handler that was not set from Python
+                    signal.signal(number, lambda number, _: pending.append(number))
                     stack.callback(signal.signal, number, before)
         yield

@@ -1,4 +1,4 @@
-"""Threads that know which song they work for."""
+"""Threads that know which song they are working on."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Threads(ThreadPoolExecutor):
-    """A pool of threads whose jobs have the context variables of the caller that submits them."""
+    """A thread pool that runs each job with the context variables of the code that submitted it."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         return super().submit(copy_context().run, fn, *args, **kwargs)

@@ -21,8 +21,8 @@ import pytest
 from helpers import common
 from helpers.common import PROJECT, below, read, started
 from helpers.served_process import children
-from separation.batch.songs import RECORD
 from separation.cli.main import main
+from separation.system.record import RECORD
 
 pytestmark = [
     pytest.mark.slow,

@@ -478,7 +478,7 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path, 
 def test_a_converted_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save(state, tmp_path / "x.ckpt")
     (tmp_path / "taken.safetensors" / "inside").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"cannot write '.*taken\.safetensors': a folder of that name is there"):
+    with pytest.raises(OutputError, match=r"taken\.safetensors' is a folder"):
         convert(tmp_path / "x.ckpt", tmp_path / "taken.safetensors")
     with pytest.raises(OutputError, match=r"cannot write to '.*x\.ckpt'"):
         convert(tmp_path / "x.ckpt", tmp_path / "x.ckpt" / "x.safetensors")

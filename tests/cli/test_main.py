@@ -303,7 +303,7 @@ def test_a_stem_never_takes_the_place_of_the_song(
     (tmp_path / "vocals").mkdir()
     song = song.rename(tmp_path / "vocals" / "vocals.wav")
     before = song.read_bytes()
-    assert_refused(separate(song, tmp_path), capsys, tmp_path / "never", "take the place of the song", "vocals.wav")
+    assert_refused(separate(song, tmp_path), capsys, tmp_path / "never", "overwrite the song", "vocals.wav")
     assert song.read_bytes() == before
     assert [path.name for path in tmp_path.rglob("*.wav")] == ["vocals.wav"]
 

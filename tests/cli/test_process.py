@@ -14,8 +14,8 @@ import pytest
 
 from helpers import common
 from helpers.common import PROJECT, below, slow
-from separation.batch.songs import RECORD
 from separation.cli.main import main
+from separation.system.record import RECORD
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
 FULL = Path("/dev/full")

@@ -117,7 +117,7 @@ def test_a_song_that_is_too_long_or_missing_has_no_page(tmp_path: Path, monkeypa
 def test_a_page_that_cannot_be_written_is_an_output_error_and_leaves_nothing(tmp_path: Path) -> None:
     song = write(tmp_path / "song.wav", np.zeros(RATE))
     (tmp_path / "stems.html").mkdir()
-    with pytest.raises(OutputError, match="a folder of that name is there"):
+    with pytest.raises(OutputError, match="is a folder"):
         write_report(Report("A", song, {"vocals": song}), tmp_path / "stems.html")
     with pytest.raises(OutputError, match="cannot write to"):
         write_report(Report("A", song, {"vocals": song}), song / "stems.html")

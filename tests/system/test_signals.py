@@ -1,4 +1,4 @@
-"""A signal never leaves a song half finished, is never lost, and ends the program in the end."""
+"""A signal never leaves a half-finished song, is never lost, and always ends the program."""
 
 import signal
 import threading
