@@ -102,6 +102,20 @@ def test_the_changelog_begins_with_the_version() -> None:
     assert versions == sorted(versions, key=Version, reverse=True)
 
 
+def test_the_workflow_pushes_with_the_cog_that_the_container_is_tested_with() -> None:
+    workflow = (PROJECT / ".github" / "workflows" / "cog.yml").read_text(encoding="utf-8")
+    (version,) = re.findall(r"cog-version: v(\S+)", workflow)
+    assert str(pins()["cog"].specifier) == f"=={version}"
+
+
+@pytest.mark.parametrize("name", ["cog.yml", "tests.yml", "wheel.yml"])
+def test_workflows_only_read_and_use_actions_of_a_given_major_version(name: str) -> None:
+    text = (PROJECT / ".github" / "workflows" / name).read_text(encoding="utf-8")
+    assert "\npermissions:\n  contents: read\n" in text
+    used = re.findall(r"uses: (\S+)", text)
+    assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", action) for action in used)
+
+
 def test_all_packages_are_in_the_wheel_by_name(project: dict[str, Any]) -> None:
     folders = [path.parent for path in (PROJECT / "separation").rglob("__init__.py")]
     named = {".".join(folder.relative_to(PROJECT).parts) for folder in folders}
