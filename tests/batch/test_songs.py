@@ -229,6 +229,13 @@ def test_every_option_either_decides_what_the_stems_hold_or_does_not(
     assert (__main__._settings(usual) == __main__._settings(other)) == (option in INDIFFERENT)
 
 
+@pytest.mark.parametrize("same", [("--chunk-size", "8"), ("--overlap", "4"), ("--chunk-size", "8", "--overlap", "4")])
+def test_the_same_chunks_are_the_same_settings_whoever_chose_them(same: tuple[str, ...]) -> None:
+    usual = build_parser().parse_args(["separate", "x.wav", "-o", "y", *DEMO])
+    asked = build_parser().parse_args(["separate", "x.wav", "-o", "y", *DEMO, *same])
+    assert __main__._settings(asked) == __main__._settings(usual)
+
+
 def test_other_weights_or_another_recipe_of_the_same_name_are_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,7 @@ def test_a_bags_segment_is_its_chunk_unless_a_transformer_knows_shorter_ones(
         (["a0"], {"weights": [[1]]}, "weights must hold 2 numbers for each of 1 models, not [[1]]"),
         (["a0"], {"weights": 5}, "weights must hold 2 numbers for each of 1 models, not 5"),
         (["a0", "a0"], {"weights": [[1, 0], [1, 0]]}, "weights give no model a share of bass"),
+        (["a0"], {"weights": [[1, True]]}, "weights must hold 2 numbers for each of 1 models, not [[1, True]]"),
         (["a0"], {"weights": [[1, -1]]}, "weights must hold 2 numbers for each of 1 models, not [[1, -1]]"),
         (["a0"], {"segment": "long"}, "segment must be a whole number above 0, not 'long'"),
     ],
