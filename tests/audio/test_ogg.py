@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from separation.audio.decode import decode
-from separation.audio.ogg import find_links
+from separation.audio.ogg import read_chain
 
 RATE = 44100
 
@@ -44,15 +44,15 @@ def test_the_headers_of_a_run_are_numbered_up_to_its_first_page(pages: list[byte
     middle = len(pages) // 2
     path = tmp_path / "song.ogg"
     path.write_bytes(b"".join([*pages[:middle], *pages[middle + 1 :]]))
-    (link,) = find_links(path, "song").links
+    (link,) = read_chain(path, "song").links
     assert len(link.headers) > 1 and [run.first for run in link.runs] == [len(link.headers), middle + 1]
     (tmp_path / "run.ogg").write_bytes(
         b"".join(
             piece if isinstance(piece, bytes) else path.read_bytes()[slice(*piece)]
-            for piece in link.pieces(link.runs[1], path)
+            for piece in link.file_of(link.runs[1], path)
         )
     )
-    (again,) = find_links(tmp_path / "run.ogg", "run").links
+    (again,) = read_chain(tmp_path / "run.ogg", "run").links
     assert again.header_numbers == [middle + 1 - len(link.headers) + i for i in range(len(link.headers))]
     assert [run.first for run in again.runs] == [middle + 1] and not again.n_bad_pages
 

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from helpers.common import needs_ffmpeg
-from separation.audio.wavpack import find_blocks
+from separation.audio.wavpack import find_songs
 
 RATE = 44100
 
@@ -37,7 +37,6 @@ def blocks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_blocks_that_are_cut_out_whole_are_a_hole(left_out: slice, blocks: list[bytes], tmp_path: Path) -> None:
     missing = blocks[left_out]
     (tmp_path / "song.wv").write_bytes(b"".join(block for block in blocks if block not in missing))
-    (found,) = find_blocks(tmp_path / "song.wv")
+    (found,) = find_songs(tmp_path / "song.wv")
     assert bool(found.n_holes) == bool(missing)
     assert found.total_samples == (0 if blocks[0] in missing else 4 * RATE)  # which the first block tells
-    assert found.n_samples == 4 * RATE - sum(int.from_bytes(block[20:24], "little") for block in missing)
