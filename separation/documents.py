@@ -1,7 +1,7 @@
-"""The one reader of the YAML and JSON that describe models and recipes, within limits that no honest file comes near.
+"""The only reader of YAML and JSON, with limits far above what honest files need.
 
 A few hundred bytes can stand for gigabytes (aliases of aliases), nest deeper than Python recurses, or spell a number
-that takes hours to read. Limits on size, nodes, depth and digits are checked before anything is built.
+that takes hours to read. Size, nodes, depth and digits are therefore checked before any value is built.
 """
 
 import json
@@ -12,34 +12,36 @@ from typing import Any
 
 import yaml
 
-MOST_BYTES = 2**18  # of text, of which the YAML of a model has a few thousand
-MOST_NODES = 10_000  # of a YAML, where an alias counts as all that it stands for
+MOST_BYTES = 2**18  # a model's YAML has a few thousand
+MOST_NODES = 10_000  # in a YAML file; an alias counts as many nodes as it stands for
 MOST_DEPTH = 32
 MOST_DIGITS = 64  # characters of a number
-MOST_HEADER_BYTES = 2**23  # of JSON in front of a safetensors file: some 50,000 tensors
+MOST_HEADER_BYTES = 2**23  # a safetensors file's JSON header: some 50,000 tensors
 
-CONTROL = re.compile("[\0-\b\v-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tab and line feed; halves of surrogate pairs
+# Control characters but tab and line feed, and lone surrogates.
+CONTROL = re.compile("[\0-\b\v-\x1f\x7f-\x9f\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 
 
 class DocumentError(Exception):
-    """A text that cannot be read. Its message is the end of a sentence that begins with the file."""
+    """A document that cannot be read. The message is a predicate: the caller puts the file's name in front of it."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader within limits, of plain values and `!!python/tuple` alone; a date is a text."""
+    """PyYAML's safe loader, with limits. It knows plain values and `!!python/tuple`; it leaves dates as strings."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
+        self._peek: Callable[[], Any] = self.peek_event
         self._nodes = self._depth = 0
-        self._sizes: dict[int, int] = {}  # nodes within each composed node, by its id: all of them live until the end
+        self._sizes: dict[int, int] = {}  # the number of nodes in each composed node, by id; all nodes stay alive
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event = self._peek()
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
-                raise _error(f"the alias *{event.anchor} stands within what it stands for", event)
+                raise _error(f"the alias *{event.anchor} refers to a value that contains it", event)
             self._count(self._sizes[id(node)], event)
             return node
         before = self._nodes
@@ -63,7 +65,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise _error(f"{shown(key.value)} stands twice: remove one", key)
+                    raise _error(f"the key {quoted(key.value)} appears twice: remove one", key)
                 seen.add((key.tag, key.value))
         return node
 
@@ -76,10 +78,10 @@ def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[
     return tuple(loader.construct_sequence(node, deep=True))
 
 
-def _construct_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+def _construct_string(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
     text = str(loader.construct_scalar(node))
     if found := CONTROL.search(text):
-        raise _error(f"a text has the character {found[0]!r} in it", node)
+        raise _error(f"a string contains the control character {found[0]!r}", node)
     return text
 
 
@@ -91,7 +93,7 @@ def _number(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         try:
             return construct(loader, node)
         except (ArithmeticError, LookupError, ValueError) as e:
-            raise _error(f"{shown(text)} is not of the kind that its tag says", node) from e
+            raise _error(f"{quoted(text)} is not of the type that its tag states", node) from e
 
     return checked
 
@@ -102,7 +104,7 @@ _Loader.yaml_constructors = {
     _TAG + "bool": _number(_safe[_TAG + "bool"]),
     _TAG + "int": _number(_safe[_TAG + "int"]),
     _TAG + "float": _number(_safe[_TAG + "float"]),
-    _TAG + "str": _construct_text,
+    _TAG + "str": _construct_string,
     _TAG + "seq": _safe[_TAG + "seq"],
     _TAG + "map": _safe[_TAG + "map"],
     _TAG + "python/tuple": _construct_tuple,
@@ -112,18 +114,19 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# PyYAML takes 1e-3, without a point, for a text; 955717e8 is one, the name of a file of Demucs.
+# PyYAML reads 1e-3, which has no point, as a string. The digits are limited so that 955717e8, a name of a Demucs file,
+# stays one.
 _Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?\d{1,4}(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds: null, true or false, numbers, texts, lists, tuples and sections of these.
+    """The content of a YAML file: null, booleans, numbers, strings, and lists, tuples and dictionaries of these.
 
-    Raises FileNotFoundError where there is none, DocumentError for one that is not safe and valid or exceeds a limit.
+    Raises FileNotFoundError, and DocumentError for a file that is not safe and valid YAML or exceeds a limit.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would never end
-            raise DocumentError("cannot be read as YAML: it is no file")
+        if path.exists() and not path.is_file():  # reading a pipe might never end
+            raise DocumentError("cannot be read as YAML: it is not a regular file")
         with path.open("rb") as stream:
             content = stream.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
@@ -131,55 +134,55 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(content.decode("utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise
-    except yaml.MarkedYAMLError as e:  # for a refused tag, the problem names it
+    except yaml.MarkedYAMLError as e:
         line = f"line {e.problem_mark.line + 1} " if e.problem_mark else ""
         context = f"{e.context}, " if str(e.problem).startswith("but ") else ""
         raise DocumentError(f"{line}is not safe and valid YAML: {context}{e.problem}") from e
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
         raise DocumentError(f"cannot be read as YAML: {first_line(e)}") from e
-    except (ValueError, OverflowError) as e:  # PyYAML leaves some to Python
+    except (ValueError, OverflowError) as e:  # PyYAML does not catch these errors of Python's constructors
         raise DocumentError("cannot be read as YAML: a number or a character in it is out of range") from e
 
 
 def read_json(
     text: str | bytes, *, most_bytes: int = MOST_BYTES, hook: Callable[[dict[str, Any]], Any] | None = None
 ) -> Any:
-    """What a text in JSON holds, each object as `hook` returns it.
+    """The value of a JSON text, with `hook(object)` in place of each object.
 
-    Raises DocumentError for one that is not valid, names something twice, or exceeds the limits on size and depth.
+    Raises DocumentError for a text that is not valid, repeats a key, or exceeds the limits on size and depth.
     """
     if len(text) > most_bytes:
-        raise DocumentError(f"is not JSON as it should be: it has more than {most_bytes:,} bytes")
+        raise DocumentError(f"is not valid JSON: it has more than {most_bytes:,} bytes")
     try:
-        value = json.loads(text, object_pairs_hook=lambda pairs: hook(_once(pairs)) if hook else _once(pairs))
+        value = json.loads(text, object_pairs_hook=lambda pairs: hook(_unique(pairs)) if hook else _unique(pairs))
         _check_depth(value, 0)
     except (ValueError, RecursionError) as e:
-        raise DocumentError(f"is not JSON as it should be: {first_line(e)}") from e
+        raise DocumentError(f"is not valid JSON: {first_line(e)}") from e
     return value
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and how many bytes it has; the library checks it against the file's size.
+    """The header of a safetensors file, and its size in bytes. The library compares it with the file's size.
 
-    Raises DocumentError for one that is too large or no JSON, OSError for a file that cannot be read.
+    Raises DocumentError for a header that is too large or not valid JSON, OSError for a file that cannot be read.
     """
     with path.open("rb") as stream:
         n_bytes = int.from_bytes(stream.read(8), "little")
-        if n_bytes > MOST_HEADER_BYTES:  # the library would take 100 MB
+        if n_bytes > MOST_HEADER_BYTES:  # the library would accept 100 MB
             raise DocumentError(f"announces a header of {n_bytes:,} bytes, more than {MOST_HEADER_BYTES:,}")
         header = read_json(stream.read(n_bytes), most_bytes=MOST_HEADER_BYTES)
     if not isinstance(header, dict):
-        raise DocumentError("has a header that is no object of JSON")
+        raise DocumentError("has a header that is not a JSON object")
     return header, n_bytes
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    section: dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for name, value in pairs:
-        if name in section:
-            raise ValueError(f"{shown(name)} stands twice")
-        section[name] = value
-    return section
+        if name in result:
+            raise ValueError(f"the key {quoted(name)} appears twice")
+        result[name] = value
+    return result
 
 
 def _check_depth(value: Any, depth: int) -> None:
@@ -191,17 +194,19 @@ def _check_depth(value: Any, depth: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type's name if it has none."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def shown(value: object, *, most: int = 80) -> str:
-    """A value as an error message shows it: cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
+def quoted(value: object, *, most: int = 80) -> str:
+    """A value for an error message: its `repr`, shortened to `most` characters."""
+    return _shortened(repr(value), most)
 
 
-def bare(text: str, *, most: int = 80) -> str:
-    """A text as an error message shows it without quotes: cut where it is long, with nothing that a terminal obeys."""
-    text = repr(text)[1:-1]
+def escaped(text: str, *, most: int = 80) -> str:
+    """A text for an error message without quotes: control characters escaped, shortened to `most` characters."""
+    return _shortened(repr(text)[1:-1], most)
+
+
+def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -14,7 +14,7 @@ import torch
 
 from helpers.weights_server import Server
 from separation import device
-from separation.checkpoints import catalogue
+from separation.checkpoints import download
 
 os.environ["SEPARATION_CACHE"] = "off"  # a test of something else must not find what another one kept
 
@@ -58,7 +58,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(catalogue, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

@@ -11,14 +11,15 @@ from helpers.common import PROJECT
 from helpers.small_model import DOCUMENT, write_yaml
 from separation.checkpoints import catalogue
 from separation.checkpoints.catalogue import read_config
+from separation.checkpoints.description import KEYS
 from separation.documents import (
     MOST_BYTES,
     MOST_HEADER_BYTES,
     DocumentError,
+    quoted,
     read_json,
     read_safetensors_header,
     read_yaml,
-    shown,
 )
 from separation.engine import recipes
 from separation.errors import CheckpointError, RecipeError
@@ -35,8 +36,8 @@ HOSTILE = {
     "merge keys": (bomb(8, "{x: 1}", "{<<: [@]}"), "line 5 .* more than 10,000 values"),
     "nested aliases": (bomb(8, "[x]", "[@]") + "\nstems: *a8", "line 5 .* more than 10,000 values"),
     "aliases as keys": (bomb(8, "!!python/tuple [x]", "!!python/tuple [@]"), "more than 10,000 values"),
-    "an alias of itself": ("a: &a [*a]", r"the alias \*a stands within what it stands for"),
-    "a section that merges itself": ("a: &a {<<: *a, b: 1}", r"the alias \*a stands within"),
+    "an alias of itself": ("a: &a [*a]", r"the alias \*a refers to a value that contains it"),
+    "a section that merges itself": ("a: &a {<<: *a, b: 1}", r"the alias \*a refers to a value that contains it"),
     "an unknown alias": ("a: *b", "found undefined alias"),
     "many values": ("a: [" + "1, " * 10_000 + "1]", "more than 10,000 values"),
     "many brackets": ("a: " + "[" * 50_000, "nested more than 32 deep"),
@@ -53,22 +54,22 @@ HOSTILE = {
         "%YAML 1." + "9" * 5000 + "\n---\na: 1",
         "a number or a character in it is out of range",
     ),
-    "a text said to be a number": ("a: !!int many", "'many' is not of the kind that its tag says"),
-    "nothing said to be a number": ("a: !!int ''", "'' is not of the kind"),
-    "a text said to be a float": ("a: !!float many", "'many' is not of the kind"),
-    "a text said to be true or false": ("a: !!bool perhaps", "'perhaps' is not of the kind"),
+    "a text said to be a number": ("a: !!int many", "'many' is not of the type that its tag states"),
+    "nothing said to be a number": ("a: !!int ''", "'' is not of the type"),
+    "a text said to be a float": ("a: !!float many", "'many' is not of the type"),
+    "a text said to be true or false": ("a: !!bool perhaps", "'perhaps' is not of the type"),
     "a list said to be a number": ("a: !!int [1]", "expected a scalar node"),
     "a date": ("a: !!timestamp 2024-01-01", "could not determine a constructor .*timestamp"),
     "bytes": ("a: !!binary aGVsbG8=", "could not determine a constructor .*binary"),
     "a set": ("a: !!set {b, c}", "could not determine a constructor .*set"),
     "an object": ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor .*python/object"),
-    "a key that stands twice": ("a: 1\nb: 2\na: 3", "line 3 .* 'a' stands twice"),
+    "a key that stands twice": ("a: 1\nb: 2\na: 3", "line 3 .* the key 'a' appears twice"),
     "a list as a key": ("? [a]\n: 1", "unhashable key"),
     "a tab": ("a:\n\tb: 1", "line 2 .* cannot start any token"),
     "a nul": ("a: \0", "cannot be read as YAML"),
-    "an escaped nul": ('a: "\\0"', r"a text has the character '\\x00' in it"),
-    "an escape for a terminal": ('a: "\\e[31m"', r"a text has the character '\\x1b'"),
-    "half a pair of surrogates": ('a: "\\ud800"', r"a text has the character '\\ud800'"),
+    "an escaped nul": ('a: "\\0"', r"a string contains the control character '\\x00'"),
+    "an escape for a terminal": ('a: "\\e[31m"', r"a string contains the control character '\\x1b'"),
+    "half a pair of surrogates": ('a: "\\ud800"', r"a string contains the control character '\\ud800'"),
     "a character beyond Unicode": ('a: "\\U00110000"', "a number or a character in it is out of range"),
     "a character far beyond Unicode": ('a: "\\Uffffffff"', "a number or a character in it is out of range"),
     "a tag that is no UTF-8": ("a: !%ff b", "line 1 is not safe and valid YAML"),
@@ -133,7 +134,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "device.yaml").symlink_to("/dev/zero")
     (tmp_path / "folder.yaml").mkdir()
     for name in ("pipe", "device", "folder"):
-        with pytest.raises(DocumentError, match="it is no file"):
+        with pytest.raises(DocumentError, match="it is not a regular file"):
             read_yaml(tmp_path / f"{name}.yaml")
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     with pytest.raises((DocumentError, FileNotFoundError)):
@@ -148,7 +149,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         ("[" * 50_000, "nested more than 32 deep|recursion"),
         ("[" * 100 + "]" * 100, "nested more than 32 deep"),
         ("9" * 5000, "digits"),
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": 1, "a": 2}', "the key 'a' appears twice"),
         ('"' + "x" * MOST_BYTES, "more than 262,144 bytes"),
         ("{", "Expecting"),
         (b"\xff", "codec can't decode"),
@@ -165,21 +166,21 @@ def test_a_hostile_json_is_one_sentence(text: str | bytes, message: str) -> None
     [
         ((MOST_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "announces a header of 8,388,609 bytes"),
         (b"\xff" * 8 + b"{}", "announces a header"),
-        ((2).to_bytes(8, "little") + b"[]", "no object of JSON"),
-        ((17).to_bytes(8, "little") + b'{"a": {}, "a": 1}', "'a' stands twice"),
-        (b"", "is not JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
+        ((17).to_bytes(8, "little") + b'{"a": {}, "a": 1}', "the key 'a' appears twice"),
+        (b"", "is not valid JSON"),
     ],
 )
 def test_a_hostile_safetensors_header_is_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(DocumentError, match=message):
         read_safetensors_header(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"x\.safetensors \([\d,]+ bytes\) is damaged, incomplete or no"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors \([\d,]+ bytes\) is damaged, incomplete or not a"):
         read_config(tmp_path / "x.safetensors")
 
 
 def test_a_long_value_is_cut_in_a_message() -> None:
-    assert shown("x") == "'x'" and shown(["x" * 1000]) == "['" + "x" * 77 + "…"
+    assert quoted("x") == "'x'" and quoted(["x" * 1000]) == "['" + "x" * 77 + "…"
 
 
 # What a model's YAML may say
@@ -191,36 +192,36 @@ URL = "https://example.com/x.ckpt"
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"stems": [["vocals"]]}, r"a stem must be a text, not \['vocals'\]"),
-        ({"stems": [{"vocals": 1}]}, "a stem must be a text, not {'vocals': 1}"),
-        ({"stems": ["x" * 300]}, "cannot be the name of a file"),
-        ({"stems": ["voc\nals"]}, "cannot be the name of a file"),
-        ({"stems": ["C:vocals"]}, "cannot be the name of a file"),
-        ({"audio": {"sample_rate": True, "chunk_size": 8}}, "sample_rate must be a whole number above 0, not True"),
+        ({"stems": [["vocals"]]}, r"a stem must be a string, not \['vocals'\]"),
+        ({"stems": [{"vocals": 1}]}, "a stem must be a string, not {'vocals': 1}"),
+        ({"stems": ["x" * 300]}, "cannot be a file's name"),
+        ({"stems": ["voc\nals"]}, "cannot be a file's name"),
+        ({"stems": ["C:vocals"]}, "cannot be a file's name"),
+        ({"audio": {"sample_rate": True, "chunk_size": 8}}, "sample_rate must be a positive integer, not True"),
         ({"audio": {"sample_rate": 10**9, "chunk_size": 8}}, "sample_rate must be at most 384,000, not 1000000000"),
         ({"audio": {"chunk_size": 10**12}}, "chunk_size must be at most 16,777,216, not 1000000000000"),
-        ({"audio": {"chunk_size": float("inf")}}, "chunk_size must be a whole number above 0, not inf"),
-        ({"audio": {"chunk_size": float("nan")}}, "chunk_size must be a whole number above 0, not nan"),
+        ({"audio": {"chunk_size": float("inf")}}, "chunk_size must be a positive integer, not inf"),
+        ({"audio": {"chunk_size": float("nan")}}, "chunk_size must be a positive integer, not nan"),
         ({"audio": {"dim_t": 10**6, "hop_length": 10**6}}, "chunk_size must be at most 16,777,216, not 999999000000"),
-        ({"audio": {1: 2, "chunk_size": 8}}, "the keys of audio must be texts, not 1"),
-        ({"model": {1: 2}}, "the keys of model must be texts, not 1"),
-        ({"architecture": ["x" * 1000]}, r"architecture must be a text, not \['x{77}…"),
-        ({"files": [{"name": "x" * 300}]}, "no file of weights can have the name 'xxx"),
-        ({"files": [{"name": "a/" * 200 + "x" * 201}]}, "no file of weights can have the name"),
-        ({"files": [{"name": "..\\x"}]}, "no file of weights can have the name"),
-        ({"files": [{"name": "C:/x"}]}, "no file of weights can have the name"),
-        ({"files": [{"name": "a//x"}]}, "no file of weights can have the name"),
-        ({"files": [{"name": "."}]}, "no file of weights can have the name"),
-        ({"files": [{"name": "checksums.lock"}]}, "no file of weights can have the name"),
-        ({"files": [{"name": "demo.yaml"}]}, "no file of weights can have the name"),
+        ({"audio": {1: 2, "chunk_size": 8}}, "the keys of audio must be strings, not 1"),
+        ({"model": {1: 2}}, "the keys of model must be strings, not 1"),
+        ({"architecture": ["x" * 1000]}, r"architecture must be a string, not \['x{77}…"),
+        ({"files": [{"name": "x" * 300}]}, "a weights file cannot be named 'xxx"),
+        ({"files": [{"name": "a/" * 200 + "x" * 201}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "..\\x"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "C:/x"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "a//x"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "."}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "checksums.lock"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "demo.yaml"}]}, "a weights file cannot be named"),
         ({"files": [{"name": "x", "bytes": 10**15}]}, "bytes must be at most"),
-        ({"files": [{"name": "x", "url": "http://[::1"}]}, r"url must be the address of a file, not 'http://\[::1'"),
-        ({"files": [{"name": "x", "url": "http://"}]}, "url must be the address of a file"),
-        ({"files": [{"name": "x", "url": "http://a:99999/x"}]}, "url must be the address of a file"),
-        ({"files": [{"name": "x", "url": "http://a:b/x"}]}, "url must be the address of a file"),
-        ({"files": [{"name": "x", "url": "http://a/x y"}]}, "url must be the address of a file"),
-        ({"files": [{"name": "x", "url": "http://a/é"}]}, "url must be the address of a file"),
-        ({"files": [{"name": "x", "url": "http://a/" + "x" * 3000}]}, "url must be the address of a file"),
+        ({"files": [{"name": "x", "url": "http://[::1"}]}, r"url must be a file's address, not 'http://\[::1'"),
+        ({"files": [{"name": "x", "url": "http://"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a:99999/x"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a:b/x"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a/x y"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a/é"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a/" + "x" * 3000}]}, "url must be a file's address"),
         ({"files": [{"name": "x", "url": "ftp://a/x"}]}, "url must begin with https"),
     ],
 )
@@ -237,7 +238,7 @@ def test_a_value_that_nothing_can_use_is_one_short_sentence(
 def test_a_nul_in_the_name_of_a_file_is_one_sentence(tmp_path: Path) -> None:
     text = write_yaml(tmp_path).read_text().replace("small.ckpt", '"a\\0b"')
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(CheckpointError, match="a text has the character"):
+    with pytest.raises(CheckpointError, match="a string contains the control character"):
         read_config(tmp_path / "x.yaml")
 
 
@@ -252,4 +253,4 @@ def test_every_file_of_the_project_is_far_below_the_limits() -> None:
     for path in (PROJECT / "configs").rglob("*.yaml"):
         assert path.stat().st_size < MOST_BYTES / 10
         assert len(json.dumps(read_yaml(path))) < MOST_BYTES / 10
-    assert DOCUMENT.keys() <= catalogue.KEYS
+    assert DOCUMENT.keys() <= KEYS

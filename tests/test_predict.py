@@ -30,8 +30,10 @@ from torch import Tensor
 import predict
 from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
 from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
-from separation.checkpoints.catalogue import fetch, files_for, read_config
-from separation.checkpoints.load import convert, load_model
+from separation.checkpoints.catalogue import files_for, read_config
+from separation.checkpoints.convert import convert
+from separation.checkpoints.download import fetch
+from separation.checkpoints.load import load_model
 from separation.engine import pool
 from separation.engine.cache import chosen_cache
 from separation.engine.recipes import load_recipe

@@ -1,20 +1,24 @@
-"""What `models show` says of a checkpoint: how it is run, what it gives, how large it is, and where its files are."""
+"""The facts about a checkpoint that `models show` prints."""
 
 from pathlib import Path
 from typing import Any
 
-from separation.checkpoints import catalogue
+from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.chunk_choice import ChunkChoice
+from separation.checkpoints.description import WeightFile
+from separation.checkpoints.files import converted_path, known_bytes, known_sha256, local_path
 
 
 def model_facts(name_or_path: str | Path) -> dict[str, Any]:
-    """All that is known of a checkpoint, as JSON has it; nothing is downloaded.
+    """A checkpoint's facts, for JSON. Downloads nothing.
 
-    Samples are at `sample_rate`, in hertz; chunk and overlap are those of `auto`. Raises what `read_config` raises, and
-    CheckpointError for a model that cannot be built.
+    `chunk_samples` and `overlap_samples` are those of `auto`, at `sample_rate` hertz. Raises what `read_config` raises,
+    and CheckpointError for a model that cannot be built.
     """
-    model = catalogue.read_config(name_or_path)
-    from separation.checkpoints.load import count_parameters  # imports PyTorch, which reading a YAML does without
+    model = read_config(name_or_path)
+    from separation.checkpoints.build import (
+        count_parameters,  # imports PyTorch, which an unknown model need not wait for
+    )
 
     chunk_samples, overlap_samples = model.chunks(ChunkChoice())
     architecture, parameters = count_parameters(model)
@@ -32,13 +36,13 @@ def model_facts(name_or_path: str | Path) -> dict[str, Any]:
     }
 
 
-def _file_facts(file: catalogue.WeightFile) -> dict[str, Any]:
-    path = catalogue.converted_path(file) or catalogue.local_path(file)
+def _file_facts(file: WeightFile) -> dict[str, Any]:
+    path = converted_path(file) or local_path(file)
     return {
         "name": file.name,
         "stem": file.stem,
-        "bytes": catalogue.known_bytes([file]),
-        "sha256": catalogue.known_sha256(file) or file.sha256,
+        "bytes": known_bytes([file]),
+        "sha256": known_sha256(file) or file.sha256,
         "url": file.url,
         "path": str(path),
         "here": path.exists(),
@@ -46,7 +50,7 @@ def _file_facts(file: catalogue.WeightFile) -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The same in lines for people."""
+    """The facts as a table for people."""
     rate, chunk_samples, overlap_samples = (facts[key] for key in ("sample_rate", "chunk_samples", "overlap_samples"))
     chunks = f"{chunk_samples} samples ({chunk_samples / rate:.4g} s), {overlap_samples} of overlap"
     rows = {

@@ -1,4 +1,4 @@
-"""How long chunks are and what neighbours share: what somebody asks for, or what the model was trained on."""
+"""The chunk and the overlap: as the user asks, or as the model was trained."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +7,7 @@ from separation.errors import InputError
 
 CHUNK_SECONDS = range(4, 31)
 OVERLAP_SECONDS = range(1, 9)
-# The container's inputs are numbers, so that its defaults, chunk_size and overlap, stand for `auto`.
+# chunk_size and overlap of the container. Its inputs are numbers, so these two stand for `auto`.
 CONTAINER_DEFAULTS = (8, 4)
 
 Seconds = int | Literal["auto"]
@@ -15,12 +15,9 @@ Seconds = int | Literal["auto"]
 
 @dataclass(frozen=True)
 class ChunkChoice:
-    """What is asked of all models of a recipe, in seconds; with `auto` it depends on the model.
+    """The chunk and the overlap for all models of a recipe. Raises InputError for a value that is not offered."""
 
-    Raises InputError for what is not offered.
-    """
-
-    chunk_seconds: Seconds = "auto"  # auto: the length that the model was trained on
+    chunk_seconds: Seconds = "auto"  # auto: the model's chunk in training
     overlap_seconds: Seconds = "auto"  # auto: half the chunk
 
     def __post_init__(self) -> None:
@@ -44,14 +41,14 @@ class ChunkChoice:
 
     @classmethod
     def of_container(cls, chunk_size: int, overlap: int) -> "ChunkChoice":
-        """What the container's two inputs ask for: their defaults together are `auto`, anything else is a request."""
+        """The choice for the container's inputs. Both defaults together mean `auto`; other values mean themselves."""
         return cls() if (chunk_size, overlap) == CONTAINER_DEFAULTS else cls(chunk_size, overlap)
 
     def samples(self, model: str, own_samples: int, sample_rate: int, *, is_fixed: bool) -> tuple[int, int]:
-        """Chunk and overlap of the model of that name, in samples.
+        """The chunk and the overlap in samples for the model of that name, which was trained with `own_samples`.
 
-        A model `is_fixed` if it takes no other chunks than of its own length, `own_samples`: of those asked for in
-        seconds it has the overlap's share. Raises InputError for an overlap that is not smaller than the chunk.
+        A model that `is_fixed` takes chunks of `own_samples` only. If seconds were asked for, its overlap is the same
+        fraction of its chunk. Raises InputError for an overlap that is not shorter than the chunk.
         """
         chunk_samples = own_samples if is_fixed or self.chunk_seconds == "auto" else self.chunk_seconds * sample_rate
         if self.overlap_seconds == "auto":

@@ -1,6 +1,6 @@
-"""A model as an ONNX file, for programs without Python or PyTorch: its `core` for one chunk, in float32.
+"""Exports a model to an ONNX file, for programs without Python or PyTorch: its `core` for one chunk, in float32.
 
-The STFT stays outside, for many runtimes have none: the file's metadata say how it is done (see
+The STFT stays outside, because many runtimes have none. The file's metadata have its settings (see
 `separation.models.base.Transform`).
 """
 
@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from separation.checkpoints.load import load_model, random_weights
+from separation.checkpoints.build import random_weights
+from separation.checkpoints.load import load_model
 from separation.documents import first_line
 from separation.errors import EstimateError, InputError
 from separation.models.base import SeparationModel, Transform
@@ -30,10 +31,10 @@ from separation.models.stft import make_window
 from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 
-OPSET = 20  # of ONNX, of 2023: the first with GELU; newer ones have nothing that is used here
-MOST_BYTES = 2**31 - 2**26  # of weights in a file, which may have 2 GiB in all
-MOST_FOLDED = 2**18  # numbers in a constant that is computed for the file: larger ones would only make it larger
-MOST_ERROR = 1e-3  # of the stems by ONNX Runtime, as a share of the highest sample
+OPSET = 20  # from 2023, the first with GELU
+MOST_BYTES = 2**31 - 2**26  # of weights; a file can have 2 GiB in all
+MOST_FOLDED = 2**18  # numbers in a folded constant: folding larger ones would only make the file larger
+MOST_ERROR = 1e-3  # of ONNX Runtime's stems, relative to the highest sample
 AXES = {
     "spectrogram": "1, channel, bin, frame, real and imaginary part",
     "waveform": "1, channel, sample",
@@ -44,20 +45,20 @@ AXES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A file that was written."""
+    """An exported file."""
 
     path: Path
     n_bytes: int
-    inputs: dict[str, list[int]]  # their shapes
+    inputs: dict[str, list[int]]  # shapes by name
     outputs: dict[str, list[int]]
-    error: float | None  # of ONNX Runtime against PyTorch; None if that is not installed
+    error: float | None  # ONNX Runtime's difference from PyTorch; None if onnxruntime is not installed
 
     def __str__(self) -> str:
         ends = [", ".join(f"{name} {shape}" for name, shape in end.items()) for end in (self.inputs, self.outputs)]
         checked = (
-            "not checked, since onnxruntime is not installed"
+            "not checked, because onnxruntime is not installed"
             if self.error is None
-            else f"in ONNX Runtime as in PyTorch to {self.error:.1e}"
+            else f"ONNX Runtime agrees with PyTorch to {self.error:.1e}"
         )
         return f"{self.path}: {self.n_bytes / 1e6:.1f} MB, {ends[0]} -> {ends[1]}; {checked}"
 
@@ -70,20 +71,16 @@ def export(
     random: bool = False,
     overwrite: bool = False,
 ) -> Export:
-    """Write a model, loaded as by `load_model`; compare what ONNX Runtime and PyTorch make of a chunk of noise.
+    """Export a model, and compare ONNX Runtime's and PyTorch's estimates for a chunk of noise.
 
-    With `random`, its weights are random. `target` appears complete and checked, or not at all; only with `overwrite`
-    does it replace a file. Raises what `load_model` raises, InputError for a target with another ending, a missing
-    package or a model that cannot be exported, EstimateError if the outputs differ by more than `MOST_ERROR`,
-    OutputError where the file cannot be written.
+    `random` exports random weights. `target` appears complete and checked, or not at all; it replaces a file only with
+    `overwrite`.
+
+    Raises what `load_model` raises, InputError for a target with another suffix, a missing package or a model that
+    cannot be exported, EstimateError if the estimates differ by more than `MOST_ERROR`, OutputError if the file cannot
+    be written.
     """
-    if target.suffix != ".onnx" or target.is_dir():
-        raise InputError(f"the output {str(target)!r} must be a file whose name ends in .onnx: that is its format")
-    if random and checkpoint is not None:
-        raise InputError(f"random weights and those in {checkpoint} exclude each other: leave one of them out")
-    for package in ("onnx", "onnxscript"):
-        if find_spec(package) is None:
-            raise InputError(f"the package {package} is missing: `pip install onnx onnxscript onnxruntime`")
+    _check_options(target, checkpoint, random=random)
     with OutputFolder(target.parent, overwrite=overwrite, recorded=False) as folder, torch.no_grad():
         folder.check_targets([target.name])
         part = folder.work / target.name
@@ -93,34 +90,51 @@ def export(
                 save_file(random_weights(name_or_path), checkpoint)
         model = load_model(name_or_path, checkpoint=checkpoint, attention="sdpa")
         if (n_bytes := sum(tensor.nbytes for tensor in model.state_dict().values())) > MOST_BYTES:
-            raise InputError(f"{model.name} has {n_bytes / 1e9:.1f} GB of weights: an ONNX file holds 2 GB at most")
+            raise InputError(
+                f"{model.name} has {n_bytes / 1e9:.1f} GB of weights, an ONNX file can have 2 GB: choose another model"
+            )
         length = model.input_samples(model.chunk_samples) or model.chunk_samples
         transform = model.transform(length)
         chunk = torch.randn(1, model.channels, length, generator=torch.Generator().manual_seed(0)) * 0.1
         inputs = {} if transform is None else {"spectrogram": spectrogram_of(chunk, transform)}
         if model.core_takes_waveform:
             inputs["waveform"] = chunk
-        expected = model(chunk)  # first: tables that a model caches would else be cached without values
-        program = _program(model, inputs)
-        facts = _facts(model, length, transform, list(inputs))
-        program.model.doc_string = f"{model.name}: one chunk of a mixture to its stems; see the key `separation`"
-        program.model.metadata_props["separation"] = json.dumps(facts)
-        with output_errors(target, SafetensorError):
-            program.save(part, external_data=False)
-        ends = program.model.graph.inputs, program.model.graph.outputs
-        shapes = [{str(value.name): list(value.shape.numpy()) for value in end if value.shape} for end in ends]
-        del program  # its weights would be in memory three times
+        expected = model(chunk)  # before the export, in which the model would cache tables without values
+        shapes = _write(model, inputs, _facts(model, length, transform, list(inputs)), part, target)
         error = None
         if find_spec("onnxruntime") is not None:
             error = _error(expected, _by_onnxruntime(part, inputs, transform, length))
             if not error <= MOST_ERROR:
                 raise EstimateError(
-                    f"{model.name} in ONNX Runtime differs from PyTorch by {error:.1e}, more than {MOST_ERROR:.0e}: "
-                    f"{target} was not written"
+                    f"{model.name} in ONNX Runtime differs from PyTorch by {error:.1e}, more than {MOST_ERROR:.0e}, "
+                    f"and {target} was not written: choose another model"
                 )
         n_bytes = part.stat().st_size
         folder.publish({"model": part})
     return Export(path=target, n_bytes=n_bytes, inputs=shapes[0], outputs=shapes[1], error=error)
+
+
+def _check_options(target: Path, checkpoint: Path | None, *, random: bool) -> None:
+    if target.suffix != ".onnx" or target.is_dir():
+        raise InputError(f"the output {str(target)!r} must be a file whose name ends in .onnx: that is its format")
+    if random and checkpoint is not None:
+        raise InputError(f"random weights and the weights in {checkpoint} exclude each other: leave one out")
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise InputError(f"the package {package} is missing: `pip install onnx onnxscript onnxruntime`")
+
+
+def _write(
+    model: SeparationModel, inputs: Mapping[str, Tensor], facts: dict[str, Any], part: Path, target: Path
+) -> list[dict[str, list[int]]]:
+    """Write the model to `part`, on its way to `target`. Returns the shapes of the inputs and of the outputs."""
+    program = _program(model, inputs)
+    program.model.doc_string = f"{model.name}: one chunk of a mixture to its stems; see the key `separation`"
+    program.model.metadata_props["separation"] = json.dumps(facts)
+    with output_errors(target, SafetensorError):
+        program.save(part, external_data=False)
+    ends = program.model.graph.inputs, program.model.graph.outputs
+    return [{str(value.name): list(value.shape.numpy()) for value in end if value.shape} for end in ends]
 
 
 class _Core(nn.Module):
@@ -134,9 +148,9 @@ class _Core(nn.Module):
 
 
 class _MeansOfMeans(TorchFunctionMode):
-    """Within it, group norms, means and deviations over several axes take means axis by axis, from the last one on.
+    """Replaces group norms, means and deviations over several axes by means along one axis at a time, the last first.
 
-    ONNX Runtime adds up the millions of numbers one by one, in float32: to 1e-3, and in one thread.
+    ONNX Runtime sums the millions of numbers of a norm one by one in float32, in one thread and with an error of 1e-3.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -163,7 +177,7 @@ def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: f
     each_channel = (1, -1, *(1,) * (x.dim() - 2))
 
     def mean(lines: Tensor) -> Tensor:
-        """Of means along the last axis, of each group; `[B, C, 1, ...]`, the same for all channels of a group."""
+        """Means along the last axis to means of each group, repeated for its channels: `[B, C, 1, ...]`."""
         means = lines.reshape(len(x), num_groups, -1).mean(-1, keepdim=True)
         return means.expand(-1, -1, x.shape[1] // num_groups).reshape(len(x), *each_channel[1:])
 
@@ -186,7 +200,7 @@ def _program(model: SeparationModel, inputs: Mapping[str, Tensor]) -> torch.onnx
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
-                optimize=False,  # takes time that grows with the square of the model; the steps below do nearly as much
+                optimize=False,  # takes time quadratic in the model's size; the passes below do nearly as much
             )
             assert program is not None
             fold_constants(program.model, input_size_limit=MOST_FOLDED, output_size_limit=MOST_FOLDED)
@@ -195,17 +209,17 @@ def _program(model: SeparationModel, inputs: Mapping[str, Tensor]) -> torch.onnx
                 passes.IdentityEliminationPass(),
                 passes.RemoveUnusedNodesPass(),
                 passes.DeduplicateInitializersPass(),
-                passes.ClearMetadataAndDocStringPass(),  # of each operation, which line of this program it came from
+                passes.ClearMetadataAndDocStringPass(),  # they name the source line of each operation
             ):
                 tidy(program.model)
     except torch.onnx.errors.OnnxExporterError as e:
-        raise InputError(f"{model.name} cannot be exported: {first_line(e)}") from e
+        raise InputError(f"{model.name} cannot be exported ({first_line(e)}): choose another model") from e
     return program
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of its own parts: which are deprecated, optional or not optimised."""
+    """Silences the exporter's messages about its own deprecated, optional and unoptimised parts."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -217,7 +231,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _facts(model: SeparationModel, length: int, transform: Transform | None, inputs: list[str]) -> dict[str, Any]:
-    """What someone must know who has the file alone."""
+    """What a user of the file needs to know."""
     return {
         "name": model.name,
         "stems": model.stems,
@@ -233,7 +247,7 @@ def _facts(model: SeparationModel, length: int, transform: Transform | None, inp
 
 
 def spectrogram_of(chunk: Tensor, transform: Transform) -> Tensor:
-    """Chunks `[B, C, T]` to what the core takes, `[B, C, F, N, 2]`."""
+    """Chunks `[B, C, T]` to the core's input, `[B, C, F, N, 2]`."""
     padded = F.pad(F.pad(chunk, (0, transform.zeros_after)), transform.padding, transform.padding_mode)
     frames = padded.unfold(-1, transform.n_fft, transform.hop_length) * _window(transform)
     spectrum = torch.fft.rfft(frames)[..., : transform.bins].transpose(-1, -2) * transform.scale
@@ -241,7 +255,7 @@ def spectrogram_of(chunk: Tensor, transform: Transform) -> Tensor:
 
 
 def waveforms_of(spectrograms: Tensor, transform: Transform, length: int) -> Tensor:
-    """What the core gives, `[B, S, C, F, N, 2]`, to waveforms `[B, S, C, length]`."""
+    """The core's output `[B, S, C, F, N, 2]` to waveforms `[B, S, C, length]`."""
     missing = transform.n_fft // 2 + 1 - transform.bins
     spectra = F.pad(
         torch.view_as_complex(spectrograms.contiguous()), (transform.zero_frames, transform.zero_frames, 0, missing)
@@ -255,7 +269,8 @@ def waveforms_of(spectrograms: Tensor, transform: Transform, length: int) -> Ten
         audio[..., place] += frame
         envelope[place] += window**2
     kept = slice(transform.crop, transform.crop + length)
-    return audio[..., kept] / envelope[kept]
+    waveforms: Tensor = audio[..., kept] / envelope[kept]
+    return waveforms
 
 
 def _window(transform: Transform) -> Tensor:
@@ -265,13 +280,13 @@ def _window(transform: Transform) -> Tensor:
 
 
 def _by_onnxruntime(path: Path, inputs: Mapping[str, Tensor], transform: Transform | None, length: int) -> Tensor:
-    """The estimates `[1, S, C, length]`."""
+    """ONNX Runtime's estimates, `[1, S, C, length]`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     values = session.run(names, {name: value.numpy() for name, value in inputs.items()})
-    outputs = dict(zip(names, map(torch.from_numpy, values), strict=True))
+    outputs: dict[str, Tensor] = dict(zip(names, map(torch.from_numpy, values), strict=True))
     waveforms = outputs.get("waveforms", torch.zeros(()))
     if transform is None:
         return waveforms

@@ -1,7 +1,7 @@
-"""Models that other programs run and this one does not: told by the file's ending, the YAML, or the weights' names.
+"""Models of architectures that this program does not support, recognised by the suffix, the YAML or the weights' names.
 
-Such a file is refused by what it is. The relatives of BS-RoFormer and MelBand-RoFormer among them would load in part or
-whole and give other stems than their authors' programs do.
+They are refused by name. Some are variants of BS-RoFormer and MelBand-RoFormer, which would load in part or even whole
+and then give other stems than their authors' programs do.
 """
 
 import re
@@ -11,8 +11,8 @@ from typing import Any
 
 from separation.errors import CheckpointError
 
-SUFFIXES = {
-    ".onnx": "a network in ONNX form, as UVR's MDX-Net models are",
+FOREIGN_SUFFIXES = {
+    ".onnx": "a network in ONNX form, such as UVR's MDX-Net models",
     ".tflite": "a network for TensorFlow Lite",
     ".h5": "a network for TensorFlow",
     ".gguf": "a network for ggml",
@@ -21,7 +21,7 @@ VALUE_RESIDUALS = "an experimental RoFormer of Music-Source-Separation-Training 
 HYPER_CONNECTIONS = "an experimental RoFormer of Music-Source-Separation-Training (hyper-connections)"
 HYPERACE = "a BS-RoFormer HyperACE, whose mask estimators have a segmentation branch"
 FNO = "a BS-RoFormer FNO, whose mask estimators have Fourier neural operators"
-# What a YAML calls its `architecture` or, in `training`, its `model_type`.
+# By the YAML's `architecture`, or the `model_type` in its `training` section.
 TYPES = {
     "bs_roformer_experimental": "an experimental BS-RoFormer of Music-Source-Separation-Training",
     "mel_band_roformer_experimental": "an experimental MelBand-RoFormer of Music-Source-Separation-Training",
@@ -35,18 +35,18 @@ TYPES = {
     "bs_mamba2": "a BS-Mamba2",
     "scnet_unofficial": "an SCNet in the layout of its unofficial implementation",
     "scnet_tran": "an SCNet with transformers",
-    "scnet_masked": "an SCNet that masks",
+    "scnet_masked": "an SCNet with masks",
     "experimental_mdx23c_stht": "an MDX23C with another transform (STHT)",
     "swin_upernet": "a Swin-UperNet",
     "segm_models": "a network of segmentation_models_pytorch",
     "torchseg": "a network of TorchSeg",
     "bandit": "a Bandit",
     "bandit_v2": "a Bandit v2",
-    "apollo": "an Apollo, which restores and does not separate",
+    "apollo": "an Apollo, which restores audio and does not separate it",
     "moises_light": "a Moises-Light",
     "tiger": "a TIGER",
 }
-# Keys of the `model:` section that only such models have. Their presence tells, whatever the value.
+# By keys of the `model:` section that no other model has, whatever their value.
 KEYS = {
     "use_value_residual_learning": VALUE_RESIDUALS,
     "num_residual_streams": HYPER_CONNECTIONS,
@@ -60,9 +60,9 @@ KEYS = {
     "encoder_name": TYPES["segm_models"],
     "band_specs": TYPES["bandit"],
     "n_rope": TYPES["moises_light"],
-    "feature_dim": TYPES["apollo"],  # after BS-Mamba2, some of which have it too
+    "feature_dim": TYPES["apollo"],  # behind BS-Mamba2, whose models may have this key too
 }
-# Names of weights that only such models have.
+# By names of weights that no other model has.
 NAMES = {
     r"stg1_(low|high)_band_net\..*": "a VR network of Ultimate Vocal Remover 5",
     r"encoding_blocks\.\d+\.tfc\..*": "an MDX-Net (ConvTDFNet)",
@@ -70,40 +70,47 @@ NAMES = {
     r"mask_estimators\.\d+\.(.+\.)?(fno\w*|lifting|spectral\w*|projection)\..*": FNO,
     r".*\.to_value_residual_mix\..*": VALUE_RESIDUALS,
     r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
-    r"mask_estimators\.\d+\.(?!to_freqs\.).*": "a RoFormer whose mask estimators have other parts",
+    r"mask_estimators\.\d+\.(?!to_freqs\.).*": "a RoFormer with other mask estimators",
     r".*\.A_log": TYPES["bs_mamba2"],
-    r".*\.lora_[AB](\..*)?": "what LoRA adds to a model, without the model",
+    r".*\.lora_[AB](\..*)?": "a LoRA adapter without its model",
     r"layers\.\d+\.\d+\.layers\.\d+\.conv\.net\..*": KEYS["time_conformer_depth"],
     r"separation_net\.dp_modules\.\d+\.(time|freq)_layer\..*": TYPES["scnet_tran"],
     r"(.+\.)?(tf_model|mask_estim)\..*": TYPES["bandit"],
 }
 
 
-def refuse_suffix(path: Path) -> None:
-    """Raise CheckpointError for a file whose ending tells that it is for another program."""
-    if what := SUFFIXES.get(path.suffix.lower()):
-        raise refusal(path, what)
-
-
 def by_yaml(document: Mapping[str, Any]) -> str | None:
-    """What a YAML describes, if nothing here runs it."""
+    """The kind of the unsupported model that a YAML describes; None if it describes none."""
     training, model = document.get("training"), document.get("model")
     kind = document.get("architecture") or (training.get("model_type") if isinstance(training, Mapping) else None)
     if isinstance(kind, str) and kind in TYPES:
         return TYPES[kind]
     if isinstance(document.get("kwargs"), Mapping) and "cls" in document:
         return TYPES["bandit_v2"]
-    found = (what for key, what in KEYS.items() if isinstance(model, Mapping) and key in model)
-    return next(found, None)
+    return next((kind for key, kind in KEYS.items() if isinstance(model, Mapping) and key in model), None)
 
 
 def by_names(names: Iterable[str]) -> str | None:
-    """What weights of these names are of, if nothing here runs it."""
+    """The kind of the unsupported model that has weights of these names; None if none has."""
     names = list(names)
-    found = (what for pattern, what in NAMES.items() if any(re.fullmatch(pattern, name) for name in names))
+    found = (kind for pattern, kind in NAMES.items() if any(re.fullmatch(pattern, name) for name in names))
     return next(found, None)
 
 
-def refusal(path: Path, what: str) -> CheckpointError:
-    """The error for such a file."""
-    return CheckpointError(f"{path} is {what}: that architecture is not supported, use the program that it is made for")
+def refuse_suffix(path: Path) -> None:
+    """Raise CheckpointError for a file of another program's format."""
+    if kind := FOREIGN_SUFFIXES.get(path.suffix.lower()):
+        raise refusal(path, kind)
+
+
+def refuse_names(path: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError for a file whose weights are an unsupported model's."""
+    if kind := by_names(names):
+        raise refusal(path, kind)
+
+
+def refusal(path: Path, kind: str) -> CheckpointError:
+    """The error for a model of this kind."""
+    return CheckpointError(
+        f"{path} is {kind}: this architecture is not supported, use the program that it was made for"
+    )

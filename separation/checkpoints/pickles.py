@@ -1,8 +1,8 @@
-"""Pickles as files of weights have them, read without running anything and without taking more than the file holds.
+"""Reads the pickles in weights files without running their code, in an amount of memory that the file's size limits.
 
-PyTorch's own restricted reader runs no code either, but it takes whatever memory a pickle asks for, and it has had
-holes (CVE-2025-32434). Here an opcode makes a plain value or does nothing: a class or function that a pickle refers to
-is its name alone, with what stands in for calling it. The opcodes are those that PyTorch writes, of protocol 2.
+PyTorch's restricted unpickler runs no code either, but it allocates whatever memory a pickle asks for, and it has had
+holes (CVE-2025-32434). Here an opcode makes a plain value or does nothing. Classes and functions are names; calling one
+calls a harmless stand-in. The opcodes are those of protocol 2 that PyTorch writes.
 """
 
 import struct
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any
 
-MOST_BYTES = 2**25  # of a pickle: some 120 for each tensor
-MOST_STEPS = 2_000_000  # some 30 for each tensor
-MOST_NAMES = 1000  # different classes and functions
+MOST_BYTES = 2**25  # a tensor takes some 120
+MOST_STEPS = 2_000_000  # a tensor takes some 30
+MOST_NAMES = 1000  # distinct classes and functions
 MOST_NAME_BYTES = 200
 
 _VALUES: dict[int, Callable[[], Any]] = {
@@ -25,28 +25,29 @@ _VALUES: dict[int, Callable[[], Any]] = {
     ord("}"): dict,
 }
 _NUMBERS = {ord("J"): "<i", ord("K"): "<B", ord("M"): "<H", ord("G"): ">d"}
-_TEXTS = {ord("X"): "<I", ord("U"): "<B"}  # by how their lengths are written
+_STRINGS = {ord("X"): "<I", ord("U"): "<B"}  # with the format of their length
 _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 _GETS = {ord("h"): "<B", ord("j"): "<I"}
 _PUTS = {ord("q"): "<B", ord("r"): "<I"}
 
 
 class Ignored:
-    """What stands in for an object that no model needs; whatever is put into it is gone."""
+    """Stands in for an object that no model needs. Whatever the pickle puts into it is dropped."""
 
 
 @dataclass(frozen=True, eq=False)
 class Name:
-    """A class or a function that a pickle refers to: its name, and what a call of it gives (None: it is refused)."""
+    """A class or a function that a pickle refers to: its name, and its stand-in; None: it must not be called."""
 
     name: str
     call: Callable[..., Any] | None = None
 
 
 class Reader:
-    """Reads the pickles in some bytes, one after the other.
+    """Reads the pickles in `content` one after the other.
 
-    `find` says what stands in for a name, or raises UnpicklingError; `load_persistent` what does for a persistent id.
+    `find` gives the stand-in for a name, or raises UnpicklingError; `load_persistent` gives the value of a persistent
+    id.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class Reader:
         self._memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The next pickle's value.
+        """The value of the next pickle.
 
-        Raises UnpicklingError for one that refers to what it must not, or is too large. Of a damaged one it raises
-        other exceptions too.
+        Raises UnpicklingError for a pickle with a forbidden name or beyond a limit. A damaged pickle leads to other
+        exceptions too.
         """
         self._stack, self._marked, self._memo = [], [], {}
         if self._take(1) != b"\x80" or self._take(1) != b"\x02":
-            raise UnpicklingError("not a pickle of protocol 2")
+            raise UnpicklingError("it is not a pickle of protocol 2")
         while (code := self._take(1)[0]) != ord("."):
             self._step(1)
             self._run(code)
@@ -85,8 +86,8 @@ class Reader:
             stack.append(self._memo[self._number(_GETS[code])])
         elif code in _PUTS:
             self._memo[self._number(_PUTS[code])] = stack[-1]
-        elif code in _TEXTS:
-            stack.append(self._take(self._number(_TEXTS[code])).decode("utf-8", "surrogatepass"))
+        elif code in _STRINGS:
+            stack.append(self._take(self._number(_STRINGS[code])).decode("utf-8", "surrogatepass"))
         elif code == 0x8A:  # a long
             stack.append(int.from_bytes(self._take(self._number("<B")), "little", signed=True))
         elif code in _TUPLES:
@@ -94,10 +95,10 @@ class Reader:
         elif code == ord("("):
             self._marked.append(stack)
             self._stack = []
-        elif code in b"teu":  # what takes all since the mark
+        elif code in b"teu":  # a tuple, list items or dictionary items since the mark
             self._stack = self._marked.pop()
             self._fill(code, stack)
-        elif code in b"as":  # the same for one item
+        elif code in b"as":  # one list item or dictionary item
             n = 1 if code == ord("a") else 2
             items = stack[-n:]
             del stack[-n:]
@@ -106,7 +107,7 @@ class Reader:
             self._refer(code)
 
     def _fill(self, code: int, items: list[Any]) -> None:
-        """Make a tuple of the items, or put them into the list or the dictionary on the stack."""
+        """Make a tuple of the items, or add them to the list or the dictionary on the stack."""
         if code == ord("t"):
             self._stack.append(tuple(items))
         elif isinstance(self._stack[-1], Ignored):
@@ -117,7 +118,7 @@ class Reader:
             put(_of(dict, self._stack[-1]), zip(items[::2], items[1::2], strict=True))
 
     def _refer(self, code: int) -> None:
-        """Do what concerns the world outside the pickle."""
+        """The opcodes that refer to something outside the pickle: names, calls, states and persistent ids."""
         stack = self._stack
         if code == ord("c"):
             stack.append(self._name())
@@ -136,7 +137,7 @@ class Reader:
         elif code == ord("Q"):
             stack.append(self._load_persistent(_of(tuple, stack.pop())))
         else:
-            raise UnpicklingError(f"opcode {code}")
+            raise UnpicklingError(f"it has the unknown opcode {code}")
 
     def _name(self) -> Name:
         parts = []
@@ -144,12 +145,12 @@ class Reader:
             end = self._content.index(b"\n", self.position, self.position + MOST_NAME_BYTES)
             parts.append(self._take(end - self.position).decode("ascii"))
             self.position += 1
-        name = ".".join(parts).replace("__builtin__.", "builtins.")  # as Python 2 and so protocol 2 have it
+        name = ".".join(parts).replace("__builtin__.", "builtins.")  # protocol 2 has Python 2's name
         if not name.isprintable():
-            raise UnpicklingError("a name that is none")
+            raise UnpicklingError("it has an unprintable name")
         if name not in self._names:
             if len(self._names) == MOST_NAMES:
-                raise UnpicklingError("too many names")
+                raise UnpicklingError(f"it has more than {MOST_NAMES:,} names")
             self._names[name] = self._find(name)
         return self._names[name]
 
@@ -166,30 +167,30 @@ class Reader:
     def _step(self, steps: int) -> None:
         self._steps += steps
         if self._steps > MOST_STEPS:
-            raise UnpicklingError(f"more than {MOST_STEPS:,} steps")
+            raise UnpicklingError(f"it has more than {MOST_STEPS:,} steps")
 
 
 _KEYS = (str, int, float, Name, Ignored, type(None))
 
 
 def put(section: dict[Any, Any], items: Any) -> None:
-    """Fill a dictionary. Keys are few kinds of plain values: the hash of others may never end."""
+    """Add items to a dictionary. Only plain keys are allowed: hashing others may never end."""
     for key, value in items:
         if not isinstance(key, _KEYS):
-            raise UnpicklingError(f"a {type(key).__name__} is a key")
+            raise UnpicklingError(f"it has a {type(key).__name__} as a key")
         section[key] = value
 
 
 def _of(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
-        raise UnpicklingError(f"a {type(value).__name__} in place of a {kind.__name__}")
+        raise UnpicklingError(f"it has a {type(value).__name__} in place of a {kind.__name__}")
     return value
 
 
 def check_plain(value: Any, most: int = 10_000) -> None:
-    """Raise UnpicklingError unless this is a tree of at most so many values: others may never end when they are walked.
+    """Raise UnpicklingError if walking the value would visit more than `most` values, or never end.
 
-    What is referred to twice counts twice.
+    A value counts each time that it is referred to.
     """
     left, waiting = most, [value]
     while waiting:
@@ -197,5 +198,5 @@ def check_plain(value: Any, most: int = 10_000) -> None:
         if isinstance(each, dict | list | tuple):
             left -= len(each)
             if left < 0:
-                raise UnpicklingError(f"more than {most:,} values")
+                raise UnpicklingError(f"it has more than {most:,} values")
             waiting.extend(each.values() if isinstance(each, dict) else each)

@@ -1,6 +1,7 @@
-"""What a file of weights holds, read without running any code that it may contain.
+"""The state dict in a weights file, read without running any code that the file contains.
 
-PyTorch's files, those of Demucs with the classes that they name, and safetensors. pickles.py reads the pickles in them.
+The file is a safetensors file or one of PyTorch's, such as Demucs' own, whose pickles refer to classes. `pickles` reads
+pickles, `torch_file` the files around them.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from separation.checkpoints.foreign import refuse_suffix
 from separation.checkpoints.pickles import Ignored, Name, check_plain
 from separation.checkpoints.torch_file import Storage, check_total, read_tensor, read_torch_file
 from separation.checkpoints.unwrap import state_dict_in
-from separation.documents import DocumentError, bare, first_line, read_json, read_safetensors_header, shown
+from separation.documents import DocumentError, escaped, first_line, quoted, read_json, read_safetensors_header
 from separation.errors import CheckpointError, EstimateError
 from separation.models.base import Blueprint
 from separation.models.htdemucs import dequantised, description_of, network_of
@@ -36,9 +37,9 @@ from separation.system.places import size_bytes
 
 logger = logging.getLogger("separation")
 
-MOST_NAME = 500  # characters of a weight's name
-READERS = 4  # threads that read a file of weights: one does not fill a fast disk
-# What the header of a safetensors file calls the types that weights have.
+MOST_NAME = 500  # characters in a weight's name
+READERS = 4  # threads: one alone does not use a fast disk to its full
+# Types by their name in the header of a safetensors file.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,7 +56,10 @@ DTYPES = {
 
 @contextlib.contextmanager
 def building(path: Path, most_weights: int) -> Iterator[None]:
-    """Building a network as a file says: of no more weights than it can hold, and with one sentence if that fails."""
+    """For the block that builds a network as the file describes it, with at most so many weights.
+
+    Whatever goes wrong becomes a CheckpointError that names the file.
+    """
     try:
         with enough_memory(str(path)), Uninitialised(most_weights, "the file"):
             yield
@@ -63,13 +67,15 @@ def building(path: Path, most_weights: int) -> Iterator[None]:
         raise
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
-    except Exception as e:  # arguments may be anything
-        raise CheckpointError(f"{path}: the network that it describes cannot be built: {first_line(e)}") from e
+    except Exception as e:  # arguments can be anything
+        raise CheckpointError(
+            f"{path} describes a network that cannot be built ({first_line(e)}): use its publisher's file"
+        ) from e
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds: for each name a function that reads the tensor, and what it says of its network."""
+    """An opened weights file: a function to read each tensor, and the file's description of its network, if any."""
 
     path: Path
     tensors: dict[str, Callable[[], Tensor]]
@@ -77,9 +83,9 @@ class Stored:
 
     @property
     def description(self) -> dict[str, Any] | None:
-        """What it says of its network, in the form of a YAML's content; None if it says nothing.
+        """The file's description of its network, in the form of a YAML's content; None if it has none.
 
-        Raises CheckpointError for a network that is not known.
+        Raises CheckpointError for an unknown network.
         """
         if self.blueprint is None:
             return None
@@ -88,7 +94,7 @@ class Stored:
 
 
 def open_weights(path: Path) -> Stored:
-    """The state dict in a file, taken out of what trainers wrap it in, and not read yet."""
+    """Open a weights file and find the state dict in what a trainer saved. The tensors are not read yet."""
     with _damaged(path):
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
@@ -97,25 +103,23 @@ def open_weights(path: Path) -> Stored:
         tensors, choices = state_dict_in(saved)
         check_total(tensors, size_bytes(path))
     if not tensors:
-        raise CheckpointError(f"{path} holds no state dict (names and tensors): it is not a checkpoint of a model")
+        raise CheckpointError(f"{path} has no state dict (names and tensors): give a model's checkpoint")
     if odd := next((name for name in tensors if len(name) > MOST_NAME or not name.isprintable()), None):
-        raise CheckpointError(
-            f"{path} names a weight {shown(odd)}, as no network does: it is not a checkpoint of a model"
-        )
+        raise CheckpointError(f"{path} has a weight with the name {quoted(odd)}: give a model's checkpoint")
     for choice in choices:
         _warn_of_choice(path, choice)
     return Stored(path, tensors, blueprint)
 
 
-@functools.cache  # once, however often a file is opened
+@functools.cache  # one warning, however often a file is opened
 def _warn_of_choice(path: Path, choice: str) -> None:
-    logger.warning(f"{path} {bare(choice, most=500)}")
+    logger.warning(f"{path}: {escaped(choice, most=500)}")
 
 
 def read_weights(stored: Stored, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The state dict, in these types, others in the file's own.
+    """Read the state dict, each tensor in the type that `dtypes` gives for it, else in its own.
 
-    The file is read and cast by several threads, tensor by tensor, so that its memory is needed once.
+    Threads read and cast tensor by tensor, so that no tensor is in memory twice for long.
     """
 
     def read(value: Callable[[], Tensor], dtype: torch.dtype | None) -> Tensor:
@@ -129,7 +133,7 @@ def read_weights(stored: Stored, dtypes: Mapping[str, torch.dtype]) -> dict[str,
 
 @contextlib.contextmanager
 def _damaged(path: Path) -> Iterator[None]:
-    """Whatever fails within becomes one sentence about the file."""
+    """For a block that reads the file: whatever goes wrong becomes a CheckpointError that names it."""
     try:
         with enough_memory(str(path)):
             yield
@@ -138,20 +142,20 @@ def _damaged(path: Path) -> Iterator[None]:
     except pickle.UnpicklingError as e:
         if code := re.search(r"GLOBAL (\S+)", str(e)):
             raise CheckpointError(
-                f"{path} is refused: loading it would run code ({code[1]}), which a file of weights must not need; "
-                "use a .safetensors file or one that holds a state dict alone"
+                f"{path} is refused, because loading it would run code ({code[1]}): use a .safetensors file, or one "
+                "with nothing but a state dict"
             ) from e
-        raise _unreadable(path, f" ({e})") from e
+        raise _unreadable(path, str(e)) from e
     except DocumentError as e:
-        raise _unreadable(path, f" (it {e})") from e
+        raise _unreadable(path, f"it {e}") from e
     except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from e
-    except Exception as e:  # of a damaged file, PyTorch's readers raise almost any type
+        raise CheckpointError(f"{path} cannot be read ({e.strerror or e}): make it readable, or give another") from e
+    except Exception as e:  # damaged files lead to almost any exception
         raise _unreadable(path) from e
 
 
 def _fraction(*parts: Any) -> Fraction:
-    """A fraction as a pickle spells it, `"39/5"` or `39, 5`; nothing that would take long to compute."""
+    """A fraction from a pickle's arguments, `"39/5"` or `39, 5`. Others are refused: they could take hours."""
     text = "/".join(map(str, parts)) if all(isinstance(part, str | int) for part in parts) else ""
     if not re.fullmatch(r"\d{1,9}(/[1-9]\d{0,8})?", text):
         raise pickle.UnpicklingError("GLOBAL fractions.Fraction is called")
@@ -159,7 +163,7 @@ def _fraction(*parts: Any) -> Fraction:
 
 
 def _dictionary(*arguments: Any) -> dict[Any, Any]:
-    """An empty dictionary in place of one that makes its own values."""
+    """An empty dictionary, in place of a class of dictionaries with code of its own."""
     return {}
 
 
@@ -167,22 +171,22 @@ def _ignored(*arguments: Any) -> Ignored:
     return Ignored()
 
 
-# What Demucs' own files refer to beside tensors. Each gets something harmless: the classes themselves stay unknown.
+# The classes and functions in Demucs' own files. Each gets a harmless stand-in; the real ones are not imported.
 STAND_INS = {
     "demucs.demucs.Demucs": Name("demucs.demucs.Demucs"),
     "demucs.hdemucs.HDemucs": Name("demucs.hdemucs.HDemucs"),
-    "demucs.wdemucs.WDemucs": Name("demucs.hdemucs.HDemucs"),  # its first name
+    "demucs.wdemucs.WDemucs": Name("demucs.hdemucs.HDemucs"),  # an earlier name of it
     "demucs.htdemucs.HTDemucs": Name("demucs.htdemucs.HTDemucs"),
     "diffq.diffq.DiffQuantizer": Name("diffq.diffq.DiffQuantizer"),
     "diffq.uniform.UniformQuantizer": Name("diffq.uniform.UniformQuantizer"),
     "fractions.Fraction": Name("fractions.Fraction", _fraction),
-    "numpy.dtype": Name("numpy.dtype", _ignored),  # of its author's figures of quality
+    "numpy.dtype": Name("numpy.dtype", _ignored),  # in the training's metrics
     "numpy.core.multiarray.scalar": Name("numpy.core.multiarray.scalar", _ignored),
     "numpy._core.multiarray.scalar": Name("numpy._core.multiarray.scalar", _ignored),
-    "_codecs.encode": Name("_codecs.encode", _ignored),  # bytes, in those
+    "_codecs.encode": Name("_codecs.encode", _ignored),  # bytes in the metrics
 }
 
-# What trainers save beside the weights: objects of these packages, which are not imported.
+# Objects of these packages stand beside the weights in what trainers save. The packages are not imported.
 BESIDE = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|torchmetrics|hydra|omegaconf|ml_collections|argparse|pathlib|typing"
     r"|torch\.optim|collections)\..*"
@@ -191,7 +195,7 @@ BESIDE = re.compile(
 
 
 def _find(name: str) -> Name:
-    """What stands in for a class or a function that is not PyTorch's own."""
+    """The stand-in for a class or a function outside PyTorch. Raises UnpicklingError for an unknown one."""
     if name in STAND_INS:
         return STAND_INS[name]
     if name == "collections.defaultdict" or name.endswith(".AttributeDict"):
@@ -202,7 +206,7 @@ def _find(name: str) -> Name:
 
 
 def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
-    """What was saved, and what it says of its network."""
+    """The saved value, and the file's description of its network, if any."""
     saved = read_torch_file(path, _find)
     if not isinstance(saved, Mapping) or not isinstance(saved.get("klass"), Name):
         return saved, None
@@ -212,7 +216,7 @@ def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
     if "__quantized" not in state:
         return state, blueprint
     check_total(state, size_bytes(path))
-    with building(path, 8 * size_bytes(path)):  # a weight has a bit at least
+    with building(path, 8 * size_bytes(path)):  # a weight takes at least one bit
         network = network_of(blueprint)
     try:
         unpacked = dequantised(network, _read_within(state))
@@ -222,7 +226,7 @@ def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
 
 
 def _read_within(value: Any) -> Any:
-    """The same with its tensors read, and classes as their names."""
+    """The value with its tensors read, and with names in place of classes."""
     if isinstance(value, Mapping):
         return {key: _read_within(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -233,7 +237,7 @@ def _read_within(value: Any) -> Any:
 
 
 def _blueprint_of(metadata: Mapping[str, str]) -> Blueprint | None:
-    """As demucs 4.1 keeps it in a safetensors file: the class's name, and its arguments in JSON."""
+    """The description in the metadata that demucs 4.1 writes: the class's name, and its arguments in JSON."""
     if "klass" not in metadata:
         return None
     args, kwargs = (read_json(metadata[key], hook=_fraction_of) for key in ("args", "kwargs"))
@@ -245,6 +249,8 @@ def _fraction_of(node: dict[str, Any]) -> Any:
 
 
 def metadata_of(blueprint: Blueprint) -> dict[str, str]:
+    """The metadata that demucs 4.1 writes for this description."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, Fraction):
             return {"_type": "fraction", "numerator": value.numerator, "denominator": value.denominator}
@@ -255,22 +261,24 @@ def metadata_of(blueprint: Blueprint) -> dict[str, str]:
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Any], Blueprint | None]:
-    """For each name a function that reads its tensor."""
+    """A function to read each tensor, and the file's description of its network, if any."""
     header, header_bytes = read_safetensors_header(path)
-    with safe_open(path, framework="pt"):  # checks the header, also against the size of the file
+    with safe_open(path, framework="pt"):  # checks the header, and compares it with the file's size
         pass
     metadata = header.pop("__metadata__", {})
     if "structure" in metadata:
-        raise CheckpointError(f"{path} holds weights that demucs packed: use the publisher's .th file of them")
+        raise CheckpointError(f"{path} has weights quantised by demucs: use the publisher's .th file")
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: {bare(name)} has the type {entry['dtype']}: use one of {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{path}: {escaped(name)} is of type {entry['dtype']}: convert it to one of {', '.join(DTYPES)}"
+            )
     tensors = {name: _tensor_of(path, 8 + header_bytes, entry) for name, entry in header.items()}
     return tensors, _blueprint_of(metadata)
 
 
 def _tensor_of(path: Path, data_start: int, entry: Mapping[str, Any]) -> Callable[[], Tensor]:
-    """What reads a tensor of a safetensors file."""
+    """A function that reads a tensor of a safetensors file."""
     dtype, shape, start = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0]
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return partial(read_tensor, path, Storage(dtype, math.prod(shape), data_start + start), 0, shape, strides)
@@ -279,6 +287,6 @@ def _tensor_of(path: Path, data_start: int, entry: Mapping[str, Any]) -> Callabl
 def _unreadable(path: Path, reason: str = "") -> CheckpointError:
     kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
     return CheckpointError(
-        f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or no {kind} checkpoint{reason}: "
-        "delete it and get it again"
+        f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or not a {kind} checkpoint"
+        f"{f' ({reason})' if reason else ''}: delete it and get it again"
     )

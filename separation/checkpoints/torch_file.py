@@ -1,7 +1,7 @@
-"""PyTorch's files, the zip archive and the older format, as values in which a tensor is a function that reads it.
+"""Reads PyTorch's files, the zip archive and the older format. In place of each tensor is a function that reads it.
 
-Where each tensor lies is checked against the file's size first, so that a file cannot ask for more memory than it has
-bytes. Members of an archive that are compressed, as PyTorch never writes them, are refused.
+Every tensor's place is compared with the file's size first, so that a file cannot ask for more memory than it has
+bytes. Compressed members of an archive are refused; PyTorch never writes them.
 """
 
 import struct
@@ -19,8 +19,8 @@ from torch import Tensor
 from separation.checkpoints import pickles
 from separation.checkpoints.pickles import Name, Reader, check_plain
 
-MOST_VALUES = 1_000_000  # in all that was saved, what is referred to twice counted twice
-MOST_MEMBERS_BYTES = 2**25  # of an archive's list of members
+MOST_VALUES = 1_000_000  # in a file; a value counts each time that it is referred to
+MOST_DIRECTORY_BYTES = 2**25  # an archive's central directory
 MOST_AXES = 8
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -35,16 +35,16 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 _OWN = {*DTYPES, *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))}
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the older format
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the older format's
 
 
 @dataclass(eq=False)
 class Storage:
-    """A piece of the file that tensors lie in."""
+    """A piece of the file with the items of one or more tensors."""
 
     dtype: torch.dtype
     n_items: int
-    start: int | None = None  # its first byte; None until it is known
+    start: int | None = None  # the offset of its first byte; None until it is known
 
     @property
     def n_bytes(self) -> int:
@@ -52,10 +52,11 @@ class Storage:
 
 
 def read_torch_file(path: Path, find: Callable[[str], Name]) -> Any:
-    """What was saved, of plain values, and of functions without arguments that read a tensor each.
+    """The saved value, with a function without arguments in place of each tensor, which reads it.
 
-    `find` says what stands in for a class or a function that is not PyTorch's own, or raises UnpicklingError. So does
-    this function for what must not be in such a file; for a damaged one it raises other exceptions too.
+    `find` gives the stand-in for a class or a function outside PyTorch, or raises UnpicklingError.
+
+    Raises UnpicklingError for a file with anything that is not allowed. A damaged file leads to other exceptions too.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -72,7 +73,7 @@ def _read_zip(file: IO[bytes], size: int, find: Callable[[str], Name]) -> Any:
         name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1
     )
     if f"{top}/constants.pkl" in members:
-        raise UnpicklingError("it is TorchScript, which holds code")
+        raise UnpicklingError("it is TorchScript, which contains code")
     if f"{top}/byteorder" in members and _content(file, members[f"{top}/byteorder"], size) != b"little":
         raise UnpicklingError("its numbers have another byte order")
     storages: dict[str, Storage] = {}
@@ -91,7 +92,7 @@ def _read_zip(file: IO[bytes], size: int, find: Callable[[str], Name]) -> Any:
 
 
 def _read_older(file: IO[bytes], size: int, find: Callable[[str], Name]) -> Any:
-    """Four pickles, the list of the storages' keys, and the storages, each behind the number of its items."""
+    """Four pickles, a pickle of the storages' keys, and the storages, each after its number of items."""
     storages: dict[str, Storage] = {}
 
     def load_storage(saved_id: tuple[Any, ...]) -> Storage:
@@ -105,7 +106,7 @@ def _read_older(file: IO[bytes], size: int, find: Callable[[str], Name]) -> Any:
     file.seek(0)
     reader = Reader(file.read(pickles.MOST_BYTES), find, load_storage)
     if (reader.load(), reader.load()) != (_MAGIC, _PROTOCOL):
-        raise UnpicklingError("not a file of PyTorch")
+        raise UnpicklingError("it is not a PyTorch file")
     if not reader.load()["little_endian"]:
         raise UnpicklingError("its numbers have another byte order")
     saved, keys = reader.load(), reader.load()
@@ -132,7 +133,7 @@ def _dtype_of(kind: Any) -> torch.dtype:
 
 
 def _find(path: Path, find: Callable[[str], Name], name: str) -> Name:
-    """What stands in for PyTorch's own classes and functions; for others, what `find` says."""
+    """The stand-in for a class or a function; `find` gives those outside PyTorch."""
     if name.removeprefix("torch.") in _OWN:
         return Name(name)
     calls: dict[str, Callable[..., Any]] = {
@@ -155,14 +156,14 @@ def _dictionary(items: Any = ()) -> dict[Any, Any]:
 
 
 def _with_attributes(called: Any, _: Any, arguments: Any, *__: Any) -> Any:
-    """A tensor that somebody had given attributes, without them."""
+    """A tensor that was saved with attributes of its own, without them."""
     if not isinstance(called, Name) or called.call is None:
         raise UnpicklingError("a tensor of another kind")
     return called.call(*arguments)
 
 
 def _tensor(path: Path, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Callable[[], Tensor]:
-    """What reads a tensor of this shape in a storage, whose items in each axis lie so far apart."""
+    """A function that reads the tensor of this shape; strides are in items."""
     if not isinstance(storage, Storage) or not len(shape) == len(strides) <= MOST_AXES:
         raise UnpicklingError("a tensor of another kind")
     if not all(isinstance(number, int) and number >= 0 for number in (offset, *shape, *strides)):
@@ -173,12 +174,12 @@ def _tensor(path: Path, storage: Any, offset: Any, shape: Any, strides: Any, *_:
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many items lie from the first to the last."""
+    """The number of items in the storage from the tensor's first to its last, included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
 
 
 def read_tensor(path: Path, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """The tensor, contiguous."""
+    """The tensor, made contiguous."""
     assert storage.start is not None
     size = storage.dtype.itemsize
     content = read_bytes(path, storage.start + offset * size, _span(shape, strides) * size).view(storage.dtype)
@@ -186,9 +187,9 @@ def read_tensor(path: Path, storage: Storage, offset: int, shape: tuple[int, ...
 
 
 def check_total(value: Any, size: int) -> None:
-    """Raise UnpicklingError for tensors that together are larger than a file of this size, as parts that many share.
+    """Raise UnpicklingError if the tensors need more memory than a file of this size should: many may share a storage.
 
-    `value` holds what reads them, as far down as `read_torch_file` has checked it.
+    `value` is what `read_torch_file` returns, or a part of it.
     """
     total, waiting = 0, [value]
     while waiting:
@@ -198,12 +199,12 @@ def check_total(value: Any, size: int) -> None:
         elif isinstance(each, partial) and each.func is read_tensor:
             _, storage, _, shape, strides = each.args
             total += max(prod(shape), _span(shape, strides)) * storage.dtype.itemsize
-    if total > 4 * size + 2**20:  # some networks share weights
+    if total > 4 * size + 2**20:  # more than the file's size, because some networks share weights
         raise UnpicklingError("its tensors are larger than the file")
 
 
 def read_bytes(path: Path, start: int, n_bytes: int) -> Tensor:
-    """Bytes of a file, read at once: mapped memory would be read page by page, slowly if not cached."""
+    """Read bytes of a file at once. A memory map would read page by page, which is slow if they are not cached."""
     content = torch.empty(n_bytes, dtype=torch.uint8)
     with path.open("rb", buffering=0) as stream:
         stream.seek(start)
@@ -217,18 +218,18 @@ def read_bytes(path: Path, start: int, n_bytes: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Zip archives (PKWARE's APPNOTE, sections 4.3 and 4.5.3)
+# Zip archives (sections 4.3 and 4.5.3 of PKWARE's APPNOTE)
 
 
 @dataclass(frozen=True)
 class _Member:
-    header: int  # the byte at which it begins
+    header: int  # the offset of its local header
     n_bytes: int
     is_stored: bool  # neither compressed nor encrypted
 
 
 def _members(file: IO[bytes], size: int) -> dict[str, _Member]:
-    """The members of an archive by their names, of two with the same name the last."""
+    """An archive's members by name; the last one, if two have the same name."""
     tail_start = max(0, size - 2**16 - 22)
     file.seek(tail_start)
     tail = file.read()
@@ -238,7 +239,7 @@ def _members(file: IO[bytes], size: int) -> dict[str, _Member]:
         _, _, where = struct.unpack_from("<4sLQ", tail, at - 20)
         file.seek(where)
         n_members, list_bytes, list_start = struct.unpack_from("<QQQ", file.read(56), 32)
-    if list_bytes > MOST_MEMBERS_BYTES:
+    if list_bytes > MOST_DIRECTORY_BYTES:
         raise UnpicklingError("too many members")
     file.seek(list_start)
     listed, position, members = file.read(list_bytes), 0, {}
@@ -257,7 +258,7 @@ def _members(file: IO[bytes], size: int) -> dict[str, _Member]:
 
 
 def _long_numbers(extra: bytes) -> Any:
-    """The numbers of 64 bits that stand for those with all bits set, in their order."""
+    """The 64-bit numbers of the ZIP64 field, in order; they replace the 32-bit ones that have all bits set."""
     position = 0
     while position + 4 <= len(extra):
         kind, n_bytes = struct.unpack_from("<HH", extra, position)
@@ -268,7 +269,7 @@ def _long_numbers(extra: bytes) -> Any:
 
 
 def _place(file: IO[bytes], member: _Member, size: int) -> tuple[int, int]:
-    """The first byte of a member's content, and how many there are."""
+    """The offset of a member's content, and its size in bytes."""
     if not member.is_stored:
         raise UnpicklingError("a member is compressed: it could be of any size")
     file.seek(member.header)

@@ -1,26 +1,26 @@
-"""Takes a state dict out of what trainers save: nested, beside optimizers and averages, under wrappers' names.
+"""Finds the state dict in what trainers save: nested, beside optimizers and averages, with wrappers' prefixes.
 
 PyTorch Lightning, DataParallel, torch.compile, FSDP, ema_pytorch, PyTorch's AveragedModel and the scripts of
-Music-Source-Separation-Training each have their own way; where a file holds plain weights and their moving average, the
-average is taken, as it is what was validated.
+Music-Source-Separation-Training each have their own layout. If a file has both the weights and their moving average,
+the average is used, because trainers validate with it.
 """
 
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")  # where trainers put moving averages
-NESTINGS = ("state_dict", "state", "model", "model_state_dict", "net", "network", "module")  # and the plain weights
-# Before the name of every weight: of an average first, for the first that is there is taken.
+AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")  # keys of a moving average
+NESTINGS = ("state_dict", "state", "model", "model_state_dict", "net", "network", "module")  # keys of plain weights
+# Prefixes of the weights' names, by preference: averages first.
 WRAPPERS = ("ema_model.", "model_ema.", "ema.", "module.", "_orig_mod.", "model.", "net.", "network.", "online_model.")
-WITHIN = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # anywhere in a name
+INNER_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # anywhere in a name
 MOST_NESTINGS = 8
 
 
 def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
-    """The weights in what was saved, under the model's own names, and which of several were taken: ends of a sentence.
+    """The weights in a saved value by the model's own names, and a message for each choice between several.
 
-    Values are functions that read them. Without any, the weights are empty.
+    The weights are empty if there is no state dict. Each is a `partial`, a function that reads the tensor.
     """
     choices: list[str] = []
     for _ in range(MOST_NESTINGS):
@@ -30,13 +30,13 @@ def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
         if not inside:
             break
         if inside[0] in AVERAGES and (others := [name for name in inside if name not in AVERAGES]):
-            choices.append(f"takes the moving average {inside[0]!r} and leaves out {others[0]!r}")
+            choices.append(f"using the moving average {inside[0]!r}, not {others[0]!r}")
         saved = saved[inside[0]]
     if not isinstance(saved, Mapping) or not all(_is_weight(value) or _is_number(value) for value in saved.values()):
         return {}, []
     named = {str(name): value for name, value in saved.items() if _is_weight(value)}
     weights = {_without_inner(name): value for name, value in named.items()}
-    if len(weights) < len(named):  # as plain and compiled layers side by side would have it: both are kept
+    if len(weights) < len(named):  # two names became one: plain and compiled layers side by side
         weights = named
     for _ in range(MOST_NESTINGS):
         prefix = next((each for each in WRAPPERS if any(name.startswith(each) for name in weights)), None)
@@ -44,14 +44,14 @@ def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
             break
         others = sorted({name.partition(".")[0] for name in weights if not name.startswith(prefix)})
         if others:
-            choices.append(f"takes the weights under {prefix}* and leaves out those of {', '.join(others[:3])}")
+            choices.append(f"using the weights {prefix}*, not those of {', '.join(others[:3])}")
         weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return weights, choices
 
 
 def _holds_weights(value: Any) -> bool:
-    """Whether there is a tensor in a nested dictionary."""
-    seen: set[int] = set()  # a pickle may have one dictionary in many places, and within itself
+    """Whether a nested dictionary has a tensor."""
+    seen: set[int] = set()  # a dictionary may be in many places, even inside itself
     left = [value]
     while left:
         each = left.pop()
@@ -68,11 +68,11 @@ def _is_weight(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it may stand among weights without being one, as an epoch does."""
+    """Whether a state dict may have this value although it is not a tensor; an epoch, for example."""
     return value is None or isinstance(value, int | float)
 
 
 def _without_inner(name: str) -> str:
-    for wrapper in WITHIN:
+    for wrapper in INNER_WRAPPERS:
         name = name.replace(wrapper, "")
     return name

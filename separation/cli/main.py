@@ -22,6 +22,10 @@ from separation.batch import songs
 from separation.batch.find import find
 from separation.checkpoints import about, catalogue
 from separation.checkpoints.chunk_choice import ChunkChoice
+from separation.checkpoints.description import FIXED_CHUNKS, WITH_ATTENTION, WITH_INT8, YAML_SUFFIXES, Checkpoint
+from separation.checkpoints.download import fetch
+from separation.checkpoints.files import converted_path, known_bytes, local_path
+from separation.checkpoints.files import verify as verify_file
 from separation.engine.cache import Cache, chosen_cache
 from separation.engine.options import EngineOptions
 from separation.engine.recipes import choices, load_recipe, names, one_model
@@ -454,7 +458,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     choice = ChunkChoice(options.chunk_size, options.overlap)
     settings["chunks"] = {name: list(model.chunks(choice)) for name, model in descriptions.items()}
     files = [file for name, stems in models.items() for file in catalogue.files_for(descriptions[name], stems)]
-    own = [catalogue.local_path(file) for file in files if file.url is None and file.sha256 is None]
+    own = [local_path(file) for file in files if file.url is None and file.sha256 is None]
     settings["weights"] = {file.name: file.sha256 for file in files}
     for path in [options.model_path] if options.model_path else own:
         if path.exists():
@@ -533,18 +537,18 @@ def _model_name(options: argparse.Namespace) -> str | None:
         if options.model_path is not None or not options.model_name:
             raise InputError("--model-dir needs --model-name, a name in that folder, and excludes --model-path")
         return os.path.join(options.model_dir, options.model_name)
-    if options.model_path is not None and options.model_path.suffix in catalogue.YAML_SUFFIXES:
+    if options.model_path is not None and options.model_path.suffix in YAML_SUFFIXES:
         raise InputError(f"--model-path {options.model_path} is a YAML file: give that to --model-name, weights here")
     return options.model_name or (options.model_path and str(options.model_path))
 
 
-def _models(options: argparse.Namespace) -> list[catalogue.Checkpoint]:
+def _models(options: argparse.Namespace) -> list[Checkpoint]:
     """Those that `evaluate` and `bench` run."""
     name = _model_name(options)
     return [catalogue.read_config(model) for model in ([name] if name else load_recipe(*_recipe(options)).models)]
 
 
-def _refuse_unused(options: argparse.Namespace, models: Collection[catalogue.Checkpoint]) -> None:
+def _refuse_unused(options: argparse.Namespace, models: Collection[Checkpoint]) -> None:
     """Raise if an option was given that means nothing for any of the models."""
     if options.precision == "int8" and options.attention not in ("auto", "fused"):
         raise InputError(
@@ -554,12 +558,12 @@ def _refuse_unused(options: argparse.Namespace, models: Collection[catalogue.Che
     if None in kinds:
         return  # nobody knows before the weights are read
     for option, is_given, takers in (
-        ("--attention", options.attention != "auto", catalogue.WITH_ATTENTION),
-        ("--precision int8", options.precision == "int8", catalogue.WITH_INT8),
+        ("--attention", options.attention != "auto", WITH_ATTENTION),
+        ("--precision int8", options.precision == "int8", WITH_INT8),
     ):
         if is_given and not kinds & takers:
             raise InputError(f"{option} means nothing for {names}: leave it out")
-    if options.chunk_size != "auto" and options.overlap == "auto" and kinds <= catalogue.FIXED_CHUNKS:
+    if options.chunk_size != "auto" and options.overlap == "auto" and kinds <= FIXED_CHUNKS:
         raise InputError(f"--chunk-size alone means nothing for {names}, whose chunks have one length: leave it out")
 
 
@@ -637,7 +641,7 @@ def _list(options: argparse.Namespace) -> int:
     for name in names:
         try:
             model, here = catalogue.read_config(name), catalogue.is_here(name)
-            n_bytes = catalogue.known_bytes(model.files)
+            n_bytes = known_bytes(model.files)
         except SeparationError as e:
             failed.append(name)
             if options.json:
@@ -667,7 +671,7 @@ def _show(options: argparse.Namespace) -> int:
 def _download(options: argparse.Namespace) -> int:
     def download(name: str) -> None:
         for file in catalogue.read_config(name).files:
-            _say(catalogue.fetch(file))
+            _say(fetch(file))
 
     return _each(options.names, download)
 
@@ -675,18 +679,18 @@ def _download(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     def verify(name: str) -> None:
         for file in catalogue.read_config(name).files:
-            path, converted = catalogue.local_path(file), catalogue.converted_path(file)
+            path, converted = local_path(file), converted_path(file)
             if converted:
                 _say(f"{converted}: made from the right {path.name}")
             if path.exists() or (options.names and not converted):
-                known = catalogue.verify(path, file)
+                known = verify_file(path, file)
                 _say(f"{path}: {'right' if known else 'here, but no sha256 is known to compare it with'}")
 
     return _each(options.names or catalogue.available(), verify)
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from separation.checkpoints.load import convert
+    from separation.checkpoints.convert import convert
 
     convert(options.checkpoint, options.output, overwrite=options.overwrite)
     _say(options.output)
@@ -696,7 +700,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _compile(options: argparse.Namespace) -> int:
     import torch
 
-    from separation.checkpoints.load import model_for_gpu
+    from separation.checkpoints.build import model_for_gpu
 
     try:
         from separation.models.kernels.ahead import compile_for

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from separation.checkpoints.catalogue import files_for, read_config
-from separation.documents import DocumentError, bare, read_yaml, shown
+from separation.documents import DocumentError, escaped, quoted, read_yaml
 from separation.errors import RecipeError
 from separation.system.places import shipped
 
@@ -168,7 +168,7 @@ def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
         if match is None:
             raise RecipeError(
-                f"{where}: {shown(key)} is not a stem: write its name, or (NAME) if it is not to be given"
+                f"{where}: {quoted(key)} is not a stem: write its name, or (NAME) if it is not to be given"
             )
         stem = match["stem"]
         if stem in sources:
@@ -195,8 +195,8 @@ def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
         for other in named:
             if other not in sources:
                 raise RecipeError(
-                    f"{where}: {stem}: {shown(source[0])} needs {bare(other)}, which has no line: write one, in "
-                    f"brackets as `({bare(other)}): MODEL` if it is not to be given"
+                    f"{where}: {stem}: {quoted(source[0])} needs {escaped(other)}, which has no line: write one, in "
+                    f"brackets as `({escaped(other)}): MODEL` if it is not to be given"
                 )
         if model == RESIDUAL:
             named = [other for other in given if other != stem]
@@ -247,12 +247,12 @@ def _sources(value: object, where: str) -> list[tuple[re.Match[str], float]]:
         match = _SOURCE.fullmatch(source) if isinstance(source, str) else None
         if match is None:
             raise RecipeError(
-                f"{where}: {shown(source)} is not a source: write a model, `MODEL of STEM`, `MODEL after STEM` "
+                f"{where}: {quoted(source)} is not a source: write a model, `MODEL of STEM`, `MODEL after STEM` "
                 f"or {RESIDUAL!r}"
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
             raise RecipeError(
-                f"{where}: the weight of {shown(source)} is {shown(weight)}: write a number above 0 and below 1e9"
+                f"{where}: the weight of {quoted(source)} is {quoted(weight)}: write a number above 0 and below 1e9"
             )
         sources.append((match, weight))
     total = sum(weight for _, weight in sources)

@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from separation.audio.waveform import SAMPLE_RATE
-from separation.checkpoints.catalogue import fetch, files_for, read_config
-from separation.checkpoints.load import load_model, random_weights
+from separation.checkpoints.build import random_weights
+from separation.checkpoints.catalogue import files_for, read_config
+from separation.checkpoints.download import fetch
+from separation.checkpoints.load import load_model
 from separation.device import choose, floats_of, peak_memory_bytes
 from separation.engine.options import EngineOptions
 from separation.engine.pool import LoadedModels

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.documents import bare
+from separation.documents import escaped
 from separation.errors import CheckpointError, InputError
 from separation.models.attention import BACKENDS
 from separation.models.base import Blueprint, Identity, SeparationModel, Transform
@@ -86,7 +86,9 @@ def _bound(blueprint: Blueprint) -> tuple[type[nn.Module], inspect.BoundArgument
     """The package's class and its arguments."""
     network = CLASSES.get(blueprint.class_name)
     if network is None:
-        raise CheckpointError(f"it describes a {bare(blueprint.class_name)}: use a file of one of {', '.join(CLASSES)}")
+        raise CheckpointError(
+            f"it describes a {escaped(blueprint.class_name)}: use a file of one of {', '.join(CLASSES)}"
+        )
     signature = inspect.signature(network)
     known = {name: value for name, value in blueprint.kwargs.items() if name in signature.parameters}
     bound = signature.bind(*blueprint.args, **known)

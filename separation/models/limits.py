@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from separation.documents import shown
+from separation.documents import quoted
 
 MOST_WEIGHTS = 2**31
 MOST_TENSORS = 25_000
@@ -38,7 +38,7 @@ def check_arguments(arguments: Mapping[str, Any], types: Mapping[str, Any]) -> N
     for name, value in arguments.items():
         if not _is_of(value, types.get(name, Any)):
             kind = types[name]
-            raise ValueError(f"{name} must be {_WORDS[get_origin(kind) or kind]}, not {shown(value)}")
+            raise ValueError(f"{name} must be {_WORDS[get_origin(kind) or kind]}, not {quoted(value)}")
         if isinstance(value, list | tuple):
             _check_most(f"the length of {name}", len(value), MOST_REPEATS)
         for item in value if isinstance(value, list | tuple) else [value]:
@@ -72,22 +72,22 @@ def _check_one(name: str, value: Any) -> None:
     if isinstance(value, str):
         _check_most(f"the length of {name}", len(value), MOST_CHARACTERS)
         if name == "segment" and not _FRACTION.fullmatch(value):  # "1e999999999" would take hours
-            raise ValueError(f"{name} must be seconds such as 7.8 or 39/5, not {shown(value)}")
+            raise ValueError(f"{name} must be seconds such as 7.8 or 39/5, not {quoted(value)}")
     elif isinstance(value, Fraction):
         _check_most(name, max(abs(value.numerator), value.denominator), 10**9)
     elif not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number or a text, not {shown(value)}")
+        raise ValueError(f"{name} must be a finite number or a text, not {quoted(value)}")
     elif _COUNT.fullmatch(name):
         _check_most(name, abs(value), MOST_REPEATS)
     elif name == "audio_channels" and value not in (1, 2):
-        raise ValueError(f"{name} must be 1 or 2, not {shown(value)}")
+        raise ValueError(f"{name} must be 1 or 2, not {quoted(value)}")
     else:
         _check_most(name, abs(value), LARGEST_FFT if _FFT.fullmatch(name) else LARGEST_OF.get(name, LARGEST))
 
 
 def _check_most(name: str, value: float, most: int) -> None:
     if value > most:
-        raise ValueError(f"{name} is {shown(value)}, more than {most}")
+        raise ValueError(f"{name} is {quoted(value)}, more than {most}")
 
 
 class Uninitialised(TorchFunctionMode):

@@ -379,8 +379,8 @@ def prepare(folder: Path, seconds: int) -> None:
     import soundfile
     import torch
 
+    from separation.checkpoints.build import random_weights
     from separation.checkpoints.catalogue import CONFIGS
-    from separation.checkpoints.load import random_weights
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / CKPT

@@ -17,8 +17,9 @@ import onnxruntime
 import torch
 from safetensors.torch import save_file
 
+from separation.checkpoints.build import random_weights
 from separation.checkpoints.export import export, spectrogram_of
-from separation.checkpoints.load import load_model, random_weights
+from separation.checkpoints.load import load_model
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ def test_without_json_the_same_stands_in_lines(capsys: pytest.CaptureFixture[str
 
 def test_what_cannot_be_shown_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = write_yaml(tmp_path, audio={"chunk_size": "long"})
-    for name, words in (("nonsense", "unknown model 'nonsense'"), (str(bad), "chunk_size must be a whole number")):
+    for name, words in (("nonsense", "unknown model 'nonsense'"), (str(bad), "chunk_size must be a positive integer")):
         assert main(["models", "show", name]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1 and words in captured.err

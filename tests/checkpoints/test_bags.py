@@ -57,7 +57,7 @@ def test_a_network_that_is_not_known_is_named(tmp_path: Path) -> None:
     path = save(network("htdemucs"), tmp_path)
     saved = torch.load(path, weights_only=False)
     torch.save(saved | {"kwargs": {"depth": 10**9}}, tmp_path / "deep.th")
-    with pytest.raises(CheckpointError, match=r"deep\.th: .*depth is 1000000000, more than"):
+    with pytest.raises(CheckpointError, match=r"deep\.th .*depth is 1000000000, more than"):
         load_model(tmp_path / "deep.th")
 
 
@@ -177,17 +177,21 @@ def test_a_bags_segment_is_its_chunk_unless_a_transformer_knows_shorter_ones(
 @pytest.mark.parametrize(
     "models, more, words",
     [
-        (["a0", "zz"], {}, r"it needs the network zz, and there is no zz\.th or zz-….th beside it: put it there"),
+        (["a0", "zz"], {}, r"the network zz is missing: put zz\.th or zz-….th beside the YAML"),
         ([], {}, "models must be a list of 1 to 64 names, not []"),
         ("a0", {}, "models must be a list of 1 to 64 names, not 'a0'"),
-        (["../a0"], {}, "models must name files beside it, not '../a0'"),
-        (["a0", "h0"], {}, "its networks must have the same stems and sample rate, and be htdemucs all or none: a0-"),
-        (["a0"], {"weights": [[1]]}, "weights must hold 2 numbers for each of 1 models, not [[1]]"),
-        (["a0"], {"weights": 5}, "weights must hold 2 numbers for each of 1 models, not 5"),
+        (["../a0"], {}, "models must name files beside the YAML, not '../a0'"),
+        (
+            ["a0", "h0"],
+            {},
+            "all networks must have the same stems and sample rate, and be htdemucs if one of them is: a0-",
+        ),
+        (["a0"], {"weights": [[1]]}, "weights must be 2 numbers for each of 1 models, not [[1]]"),
+        (["a0"], {"weights": 5}, "weights must be 2 numbers for each of 1 models, not 5"),
         (["a0", "a0"], {"weights": [[1, 0], [1, 0]]}, "weights give no model a share of bass"),
-        (["a0"], {"weights": [[1, True]]}, "weights must hold 2 numbers for each of 1 models, not [[1, True]]"),
-        (["a0"], {"weights": [[1, -1]]}, "weights must hold 2 numbers for each of 1 models, not [[1, -1]]"),
-        (["a0"], {"segment": "long"}, "segment must be a whole number above 0, not 'long'"),
+        (["a0"], {"weights": [[1, True]]}, "weights must be 2 numbers for each of 1 models, not [[1, True]]"),
+        (["a0"], {"weights": [[1, -1]]}, "weights must be 2 numbers for each of 1 models, not [[1, -1]]"),
+        (["a0"], {"segment": "long"}, "segment must be a positive integer, not 'long'"),
     ],
 )
 def test_a_bag_that_cannot_be_opened_says_why(tmp_path: Path, models: Any, more: dict[str, Any], words: str) -> None:

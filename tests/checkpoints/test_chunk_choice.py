@@ -10,8 +10,10 @@ from helpers.common import song
 from helpers.small_model import HYPER_PARAMETERS, chunks, small_model, write_weights, write_yaml
 from separation import Cache, Separator
 from separation.checkpoints import catalogue
+from separation.checkpoints import description as descriptions
+from separation.checkpoints.build import build
 from separation.checkpoints.chunk_choice import ChunkChoice
-from separation.checkpoints.load import _build, load_model
+from separation.checkpoints.load import load_model
 from separation.cli import main as __main__
 from separation.cli.main import build_parser
 from separation.engine.options import EngineOptions
@@ -56,15 +58,15 @@ def test_every_shipped_model_runs_on_the_chunk_of_its_yaml(name: str) -> None:
 
 def test_the_models_with_chunks_of_one_length_are_those_that_the_catalogue_takes_for_such() -> None:
     fixed = {name for name, architecture in ARCHITECTURES.items() if architecture.fixed_chunk}
-    assert fixed == catalogue.FIXED_CHUNKS
+    assert fixed == descriptions.FIXED_CHUNKS
 
 
 @pytest.mark.parametrize("name", ["demo", "mel_band_roformer_kim", "htdemucs", "hdemucs_mmi", "drumsep", "scnet"])
 def test_the_models_with_a_choice_of_attention_or_int8_are_those_that_the_catalogue_takes_for_such(name: str) -> None:
     description = catalogue.read_config(name)
-    model = _build(description, ())
-    assert (model.head_size is not None) == (description.architecture in catalogue.WITH_ATTENTION)
-    assert model.has_int8 == (description.architecture in catalogue.WITH_INT8)
+    model = build(description)
+    assert (model.head_size is not None) == (description.architecture in descriptions.WITH_ATTENTION)
+    assert model.has_int8 == (description.architecture in descriptions.WITH_INT8)
 
 
 def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import torch
 from helpers.common import SHARED, needs_shared
 from helpers.small_model import assert_same_model, small_model, write_weights
 from separation.checkpoints.about import model_facts
-from separation.checkpoints.catalogue import Checkpoint, read_config
-from separation.checkpoints.load import load_model, random_weights
+from separation.checkpoints.build import random_weights
+from separation.checkpoints.catalogue import read_config
+from separation.checkpoints.description import Checkpoint
+from separation.checkpoints.load import load_model
 from separation.documents import read_yaml
 from separation.errors import CheckpointError
 
@@ -283,7 +285,7 @@ def test_stems_chunks_and_rate_are_those_it_was_trained_on(
     found = read(tmp_path, text)
     assert (found.stems, found.chunk_samples, found.sample_rate) == (stems, chunk_samples, 44100)
     assert found.files == () and found.ignored == ()
-    assert found.normalised == (text == SCNET)
+    assert found.standardised == (text == SCNET)
     assert (found.licence, found.quality) == ("not stated", "not stated")
 
 
@@ -316,9 +318,9 @@ def test_without_a_chunk_size_it_follows_from_the_frames_of_the_stft(tmp_path: P
     no_size = ("  chunk_size: 8190\n", "")
     assert read(tmp_path, UVR_MDX23C, no_size).chunk_samples == 100 * 130
     assert read(tmp_path, UVR_MDX23C, no_size, ("  dim_t: 101\n", "")).chunk_samples == 63 * 130
-    with pytest.raises(CheckpointError, match="chunk_size must be a whole number above 0, and is missing"):
+    with pytest.raises(CheckpointError, match="chunk_size is missing: add it as a positive integer"):
         read(tmp_path, UVR_MDX23C, no_size, ("  hop_length: 130\n", ""))
-    with pytest.raises(CheckpointError, match="dim_t must be a whole number above 0, not 0"):
+    with pytest.raises(CheckpointError, match="dim_t must be a positive integer, not 0"):
         read(tmp_path, UVR_MDX23C, no_size, ("  dim_t: 101\n", "  dim_t: 1\n"))
 
 
@@ -349,7 +351,7 @@ def test_a_target_is_the_only_stem_of_a_model_with_one_output(
 def test_sources_are_the_stems_where_training_names_none(tmp_path: Path) -> None:
     found = read(tmp_path, SCNET, ("  instruments:\n    - Drums\n    - Other\n", ""))
     assert found.stems == ("drums", "other")
-    with pytest.raises(CheckpointError, match="stems must be a list, and is missing"):
+    with pytest.raises(CheckpointError, match="stems is missing: add it as a list"):
         read(
             tmp_path, UVR_ROFORMER, ("  instruments:\n  - No Reverb\n  - Reverb\n  target_instrument: No Reverb\n", "")
         )
@@ -400,7 +402,7 @@ def test_keys_that_nothing_knows_are_named_once_in_one_warning(
         load_model(path, checkpoint=weights)
         load_model(path, checkpoint=weights)
     (said,) = caplog.messages
-    assert said == f"{path}: ignored, since nothing here knows them: audio.surround, is_roformer, lora"
+    assert said == f"{path}: ignoring unknown keys: audio.surround, is_roformer, lora"
 
 
 @pytest.mark.parametrize("value", ["true", "3", "fast"])
@@ -420,12 +422,16 @@ def test_a_hyper_parameter_that_is_off_may_be_unknown(tmp_path: Path, value: str
 @pytest.mark.parametrize(
     "text, change, message",
     [
-        (MSST_DEMUCS, ("  samplerate: 44100\n", ""), "samplerate must be a whole number above 0, and is missing"),
-        (MSST_DEMUCS, ("\nhtdemucs:", "\ndemucs:"), "htdemucs must be a section, and is missing"),
+        (MSST_DEMUCS, ("  samplerate: 44100\n", ""), "samplerate is missing: add it as a positive integer"),
+        (MSST_DEMUCS, ("\nhtdemucs:", "\ndemucs:"), "htdemucs is missing: add it as a section"),
         (MSST_ROFORMER, ("training:\n", "training: 5\nold:\n"), "training must be a section, not 5"),
         (UVR_MDX23C, ("  - Kick\n", "  - Snare\n"), "stems must name each stem once"),
         (MSST_ROFORMER, ("['Vocals', 'other']", "Vocals"), "instruments must be a list, not 'Vocals'"),
-        (MSST_ROFORMER, ("target_instrument: Vocals", "target_instrument: {a: 1}"), "a stem must be a text, not {'a'"),
+        (
+            MSST_ROFORMER,
+            ("target_instrument: Vocals", "target_instrument: {a: 1}"),
+            "a stem must be a string, not {",
+        ),
     ],
 )
 def test_what_a_published_yaml_lacks_is_named(tmp_path: Path, text: str, change: tuple[str, str], message: str) -> None:

@@ -23,9 +23,10 @@ from torch import nn
 
 from helpers.demucs_files import ARGUMENTS, CLASSES, SOURCES, assert_separates_as, config, network, package, save
 from helpers.small_model import write_yaml
-from separation.checkpoints import load as checkpoints
+from separation.checkpoints.build import random_weights
 from separation.checkpoints.catalogue import available, read_config
-from separation.checkpoints.load import convert, load_model
+from separation.checkpoints.convert import convert
+from separation.checkpoints.load import load_model
 from separation.errors import CheckpointError
 from separation.models import ARCHITECTURES
 
@@ -89,7 +90,7 @@ def test_several_files_without_a_stem_are_averaged_each_with_its_own_arguments(t
     path = config(tmp_path, "hdemucs", files=2)
     assert_separates_as(load_model(path), BagOfModels(nets))
     assert load_model(path, stems=["bass"]).stems == ("drums", "bass")
-    with pytest.raises(CheckpointError, match="needs 2 files, checkpoint= gives one"):
+    with pytest.raises(CheckpointError, match="needs 2 files and checkpoint= is only one"):
         load_model(path, checkpoint=weights / "x0.th")
 
 
@@ -100,7 +101,7 @@ def test_only_architectures_that_average_take_several_files(tmp_path: Path) -> N
 
 def test_each_class_is_known_by_its_keys_and_no_other_is() -> None:
     keys = {name: list(network(name).state_dict()) for name in CLASSES}
-    keys["demo"] = list(checkpoints.random_weights("demo"))
+    keys["demo"] = list(random_weights("demo"))
     for name in CLASSES:
         patterns = ARCHITECTURES[name].KEY_PATTERNS
         found = {of for of in keys if all(any(re.fullmatch(p, key) for key in keys[of]) for p in patterns)}
@@ -150,7 +151,7 @@ def test_arguments_that_would_take_all_memory_or_time_are_refused(
     form: str, kwargs: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = saved_with(tmp_path, form, **kwargs)
-    with pytest.raises(CheckpointError, match=rf"x\.{form}: the network .* cannot be built: .*{message}") as caught:
+    with pytest.raises(CheckpointError, match=rf"x\.{form} describes a network that .*{message}") as caught:
         load_model(config(tmp_path, "hdemucs"), checkpoint=path)
     assert "\n" not in str(caught.value)
 
@@ -204,7 +205,7 @@ def test_a_class_that_a_file_may_name_cannot_be_called_by_it(
     saved = {"state": {"a": torch.zeros(1)}, "extra": Call(network_class, SOURCES, 2, 8)}
     torch.save(saved, tmp_path / "x.th", _use_new_zipfile_serialization=zipped)
     # In the older format PyTorch does not get as far: classes of modules lie there beside their source text.
-    refusal = rf"is refused: loading it would run code \(demucs\.{name}\.\w+\)" if zipped else "is damaged, incomplete"
+    refusal = rf"loading it would run code \(demucs\.{name}\.\w+\)" if zipped else "is damaged, incomplete"
     with pytest.raises(CheckpointError, match=refusal):
         load_model(config(tmp_path, name), checkpoint=tmp_path / "x.th")
     torch.load(tmp_path / "x.th", weights_only=False)
@@ -241,7 +242,7 @@ def test_no_opcode_makes_an_object_of_a_class_that_a_file_may_name(
 @pytest.mark.parametrize("text", ["1e999999999", "9" * 30, "1/0", "nan", "-1"])
 def test_a_fraction_that_takes_long_or_is_none_is_refused(text: str, tmp_path: Path) -> None:
     torch.save({"state": {"a": torch.zeros(1)}, "extra": Call(Fraction, text)}, tmp_path / "x.th")
-    with pytest.raises(CheckpointError, match=r"is refused: loading it would run code \(fractions\.Fraction\)"):
+    with pytest.raises(CheckpointError, match=r"loading it would run code \(fractions\.Fraction\)"):
         load_model(config(tmp_path, "hdemucs"), checkpoint=tmp_path / "x.th")
 
 
@@ -249,7 +250,7 @@ def test_a_fraction_that_takes_long_or_is_none_is_refused(text: str, tmp_path: P
 def test_every_other_global_is_refused(function: Any, tmp_path: Path) -> None:
     saved = package(network("hdemucs")) | {"extra": Call(function, "print()")}
     torch.save(saved, tmp_path / "x.th")
-    with pytest.raises(CheckpointError, match="is refused: loading it would run code"):
+    with pytest.raises(CheckpointError, match="loading it would run code"):
         load_model(config(tmp_path, "hdemucs"), checkpoint=tmp_path / "x.th")
 
 

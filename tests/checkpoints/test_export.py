@@ -16,7 +16,8 @@ from torch import Tensor
 
 from helpers.common import PROJECT
 from helpers.small_model import identity
-from separation.checkpoints.load import load_model, random_weights
+from separation.checkpoints.build import random_weights
+from separation.checkpoints.load import load_model
 from separation.cli.main import main
 from separation.errors import EstimateError, InputError, OutputError
 from separation.models.base import SeparationModel
@@ -136,7 +137,7 @@ def test_the_command_writes_one_file_and_says_what_is_in_it(
     assert main(["export", str(small[0]), str(target), "--random-weights"]) == 0
     printed, complaints = capfd.readouterr()
     shapes = r"spectrogram \[1, 2, 33, 63, 2\] -> spectrograms \[1, 2, 2, 33, 63, 2\]"
-    assert re.fullmatch(rf"{target}: 0\.\d MB, {shapes}; in ONNX Runtime as in PyTorch to \d\.\de-0\d\n", printed)
+    assert re.fullmatch(rf"{target}: 0\.\d MB, {shapes}; ONNX Runtime agrees with PyTorch to \d\.\de-0\d\n", printed)
     assert complaints == ""
     assert [path.name for path in target.parent.iterdir()] == ["out.onnx"]
     assert str(PROJECT).encode() not in target.read_bytes()
@@ -145,7 +146,7 @@ def test_the_command_writes_one_file_and_says_what_is_in_it(
 
 def test_without_onnxruntime_the_file_is_not_checked_and_the_line_says_so() -> None:
     line = str(Export(path=Path("x.onnx"), n_bytes=1_500_000, inputs={"a": [1]}, outputs={"b": [2]}, error=None))
-    assert line == "x.onnx: 1.5 MB, a [1] -> b [2]; not checked, since onnxruntime is not installed"
+    assert line == "x.onnx: 1.5 MB, a [1] -> b [2]; not checked, because onnxruntime is not installed"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from separation.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-END = "that architecture is not supported, use the program that it is made for"
+END = "this architecture is not supported, use the program that it was made for"
 
 
 def vr_network() -> dict[str, torch.Tensor]:
@@ -36,7 +36,7 @@ def test_a_vr_network_is_told_by_its_weights(tmp_path: Path, with_yaml: bool) ->
     assert str(caught.value) == f"{weights} is a VR network of Ultimate Vocal Remover 5: {END}"
 
 
-@pytest.mark.parametrize("suffix, what", [(".onnx", "in ONNX form, as UVR's MDX-Net"), (".h5", "for TensorFlow")])
+@pytest.mark.parametrize("suffix, what", [(".onnx", "in ONNX form, such as UVR's MDX-Net"), (".h5", "for TensorFlow")])
 def test_a_file_for_another_runtime_is_told_by_its_ending(
     tmp_path: Path, suffix: str, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,7 +60,7 @@ def test_a_file_for_another_runtime_is_told_by_its_ending(
 
 def test_a_damaged_file_is_damaged_and_wants_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 and then nothing")
-    with pytest.raises(CheckpointError, match=r"x\.pth .* is damaged, incomplete or no PyTorch checkpoint"):
+    with pytest.raises(CheckpointError, match=r"x\.pth .* is damaged, incomplete or not a PyTorch checkpoint"):
         load_model(tmp_path / "x.pth")
 
 
@@ -78,7 +78,7 @@ def test_a_damaged_file_is_damaged_and_wants_no_yaml(tmp_path: Path) -> None:
         ({"model": HYPER_PARAMETERS | {"fno": True}}, "a BS-RoFormer FNO"),
         ({"model": {"sources": 4, "embed_dim": 512, "depth": 8, "in_channels": 2}}, "a Conformer"),
         ({"model": HYPER_PARAMETERS | {"time_conformer_depth": 1}}, "a Conformer over bands"),
-        ({"training": {"model_type": "apollo"}}, "an Apollo, which restores and does not separate"),
+        ({"training": {"model_type": "apollo"}}, "an Apollo, which restores audio"),
         ({"model": None, "cls": "Bandit", "kwargs": {"in_channels": 1}}, "a Bandit v2"),
     ],
 )
@@ -96,12 +96,12 @@ def test_a_yaml_of_a_relative_is_refused_by_its_name(tmp_path: Path, changes: di
         ("layers.0.1.layers.0.0.static_alpha", r"experimental RoFormer of .* \(hyper-connections\)"),
         ("mask_estimators.0.segm.hyperace.conv.weight", "a BS-RoFormer HyperACE"),
         ("mask_estimators.0.to_freqs.3.fno_blocks.convs.0.weight", "a BS-RoFormer FNO"),
-        ("mask_estimators.0.layers.0.0.to_qkv.weight", "a RoFormer whose mask estimators have other parts"),
+        ("mask_estimators.0.layers.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
         ("layers.0.1.layers.0.conv.net.0.weight", "a Conformer over bands"),
         ("separation_net.dp_modules.0.time_layer.norm.gamma", "an SCNet with transformers"),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
         ("bsrnn.tf_model.seqband.0.0.norm.weight", "a Bandit"),
-        ("layers.0.1.layers.0.0.to_qkv.lora_A", "what LoRA adds to a model, without the model"),
+        ("layers.0.1.layers.0.0.to_qkv.lora_A", "a LoRA adapter without its model"),
     ],
 )
 @pytest.mark.parametrize("architecture", ["bs_roformer", None])

@@ -27,7 +27,7 @@ from torch import Tensor
 from helpers.common import PROJECT
 from helpers.limited import load_all
 from helpers.small_model import DOCUMENT, HYPER_PARAMETERS
-from separation.checkpoints.load import random_weights
+from separation.checkpoints.build import random_weights
 from separation.checkpoints.state_dict import metadata_of
 from separation.models import ARCHITECTURES
 from separation.models.base import Blueprint

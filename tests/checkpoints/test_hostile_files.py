@@ -104,9 +104,9 @@ def entry(*offsets: int, dtype: str = "F32", shape: tuple[int, ...] = (4,)) -> d
 DOUBLING = b"(]q\x00" + b"(h\x00h\x00tq\x00" * 100 + b"t"  # a tuple of two of the one before
 CRAFTED: dict[str, tuple[bytes, str]] = {
     # What is no trouble, so that the others mean something
-    "harmless.ckpt": (archive(saved(tensor())), "seems to be of another architecture"),
-    "harmless.th": (older(older_tensor(4), struct.pack("<q", 4) + bytes(16)), "seems to be of another architecture"),
-    "harmless.safetensors": (safetensors({"weight": entry(0, 16)}), "seems to be of another architecture"),
+    "harmless.ckpt": (archive(saved(tensor())), "is of another architecture"),
+    "harmless.th": (older(older_tensor(4), struct.pack("<q", 4) + bytes(16)), "is of another architecture"),
+    "harmless.safetensors": (safetensors({"weight": entry(0, 16)}), "is of another architecture"),
     # Archives
     "compressed.ckpt": (
         archive(saved(text("x" * 2**26)), method=zipfile.ZIP_DEFLATED),
@@ -120,17 +120,17 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
         "is damaged",
     ),
     "leads_out.ckpt": (archive(saved(tensor()), {"../../evil": b"x", "/evil": b"x"}), "another architecture"),
-    "torchscript.ckpt": (archive(saved(tensor()), {"constants.pkl": b""}), "it is TorchScript, which holds code"),
+    "torchscript.ckpt": (archive(saved(tensor()), {"constants.pkl": b""}), "it is TorchScript, which contains code"),
     "big_endian.ckpt": (archive(saved(tensor()), {"byteorder": b"big"}), "its numbers have another byte order"),
     "no_pickle.ckpt": (archive(saved(tensor())).replace(b"data.pkl", b"data.txt"), "is damaged"),
     # Calls that take memory
-    "bytearray.ckpt": (archive(saved(call("builtins.bytearray", numbers(2**31)))), "holds no state dict"),
-    "bytearray_py2.ckpt": (archive(saved(call("__builtin__.bytearray", numbers(2**31)))), "holds no state dict"),
+    "bytearray.ckpt": (archive(saved(call("builtins.bytearray", numbers(2**31)))), "has no state dict"),
+    "bytearray_py2.ckpt": (archive(saved(call("__builtin__.bytearray", numbers(2**31)))), "has no state dict"),
     "tensor_class.ckpt": (
         archive(saved(call("torch.FloatTensor", numbers(2**31)))),
         r"run code \(torch\.FloatTensor\)",
     ),
-    "tensor.ckpt": (archive(saved(call("torch.Tensor", numbers(2**31)))), "holds no state dict"),
+    "tensor.ckpt": (archive(saved(call("torch.Tensor", numbers(2**31)))), "has no state dict"),
     "untyped_storage.ckpt": (
         archive(saved(call("torch.storage.UntypedStorage", numbers(2**31)))),
         r"run code \(torch\.",
@@ -148,7 +148,7 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
         archive(
             saved(call("torch._tensor._rebuild_from_type_v2", b"(cbuiltins\nbytearray\nN" + numbers(2**31) + b"Nt"))
         ),
-        "holds no state dict",
+        "has no state dict",
     ),
     "of_a_type_in_itself.ckpt": (
         archive(
@@ -202,7 +202,7 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     ),
     # Pickles
     "long_text.ckpt": (archive(saved(b"X\xff\xff\xff\xff")), "is damaged"),
-    "memo.ckpt": (archive(saved(b"Nr\xff\xff\xff\xff")), "holds no state dict|is damaged"),
+    "memo.ckpt": (archive(saved(b"Nr\xff\xff\xff\xff")), "has no state dict|is damaged"),
     "no_memo.ckpt": (archive(saved(b"j\xff\xff\xff\xff")), "is damaged"),
     "frame.ckpt": (archive(b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"."), "not a pickle of protocol 2"),
     "many_bytes.ckpt": (archive(saved(b"\x8e" + struct.pack("<Q", 2**62))), "opcode 142"),
@@ -210,9 +210,9 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "extension.ckpt": (archive(saved(b"\x82\x01")), "opcode 130"),
     "old_call.ckpt": (archive(saved(b"(cos\nsystem\n" + text("true") + b"o")), r"run code \(os\.system\)"),
     "old_class.ckpt": (archive(saved(b"(" + text("true") + b"ios\nsystem\n")), "opcode 105"),
-    "deep.ckpt": (archive(saved(b"N" + b"\x85" * 200_000)), "holds no state dict"),
-    "deep_key.ckpt": (archive(b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns."), "a tuple is a key"),
-    "deep_lists.ckpt": (archive(saved(b"]" * 100_000 + b"a" * 99_999)), "holds no state dict"),
+    "deep.ckpt": (archive(saved(b"N" + b"\x85" * 200_000)), "has no state dict"),
+    "deep_key.ckpt": (archive(b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns."), "a tuple as a key"),
+    "deep_lists.ckpt": (archive(saved(b"]" * 100_000 + b"a" * 99_999)), "has no state dict"),
     "doubling.ckpt": (archive(saved(DOUBLING)), "more than 1,000,000 values"),
     "a_circle.ckpt": (archive(b"\x80\x02}q\x00" + text("state_dict") + b"h\x00s."), "more than 1,000,000 values"),
     "many_steps.ckpt": (archive(saved(b"](" + b"N" * 2_000_000 + b"e")), "more than 2,000,000 steps"),
@@ -229,14 +229,17 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "no_end_of_a_name.ckpt": (archive(saved(b"c" + b"x" * 2**20)), "is damaged"),
     "many_names.ckpt": (
         archive(saved(b"(" + b"".join(f"ctyping\nx{n}\n".encode() for n in range(2000)) + b"t")),
-        "too many names",
+        "more than 1,000 names",
     ),
-    "terminal_escape.ckpt": (archive(saved(b"cos\n\x1b[31mred\n")), "a name that is none"),
+    "terminal_escape.ckpt": (archive(saved(b"cos\n\x1b[31mred\n")), "an unprintable name"),
     "terminal_escape_as_weight.ckpt": (
         archive(b"\x80\x02}" + text("\x1b[31m") + tensor() + b"s."),
-        "as no network does",
+        "has a weight with the name",
     ),
-    "long_name_of_a_weight.ckpt": (archive(b"\x80\x02}" + text("x" * 10**6) + tensor() + b"s."), "as no network does"),
+    "long_name_of_a_weight.ckpt": (
+        archive(b"\x80\x02}" + text("x" * 10**6) + tensor() + b"s."),
+        "has a weight with the name",
+    ),
     "no_storage_id.ckpt": (archive(saved(b"NQ")), "a NoneType in place of a tuple"),
     "set_state_of_a_name.ckpt": (archive(saved(b"ctyping\nAny\n}b")), r"run code \(typing\.Any\)"),
     "no_pickle.th": (b"\x80\x02.", "is damaged"),
@@ -280,15 +283,15 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "negative.safetensors": (safetensors({"a": entry(-16, 0)}), "is damaged"),
     "twice.safetensors": (
         safetensors(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":1}'),
-        "'a' stands twice",
+        "the key 'a' appears twice",
     ),
     "deep.safetensors": (safetensors(b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "is damaged"),
     "hole.safetensors": (safetensors({"a": entry(16, 32)}, bytes(32)), "is damaged"),
-    "a_list.safetensors": (safetensors([1]), "no object of JSON"),
-    "escape.safetensors": (safetensors({"\x1b[31m": entry(0, 16)}), "as no network does"),
+    "a_list.safetensors": (safetensors([1]), "not a JSON object"),
+    "escape.safetensors": (safetensors({"\x1b[31m": entry(0, 16)}), "has a weight with the name"),
     "hostile_class.safetensors": (
         safetensors({"__metadata__": {"klass": "\x1b[31m" * 1000, "args": "[]", "kwargs": "{}"}, "a": entry(0, 16)}),
-        "it describes a|does not describe itself|another architecture",
+        "it describes a|a damaged description|another architecture",
     ),
 }
 

@@ -12,8 +12,10 @@ import yaml
 
 from helpers.common import quick_models
 from helpers.small_model import HYPER_PARAMETERS, write_weights
+from separation.checkpoints.build import build, random_weights
 from separation.checkpoints.catalogue import read_config
-from separation.checkpoints.load import _build, _disagreements, load_model, random_weights
+from separation.checkpoints.fit import sizes_that_differ
+from separation.checkpoints.load import load_model
 from separation.errors import CheckpointError
 from separation.models.shapes import Shapes
 
@@ -135,7 +137,7 @@ def test_weights_of_another_size_are_told_by_the_yamls_keys(
         load_model(path, checkpoint=weights)
     sentence = str(caught.value)
     assert sentence.startswith(f"x ({weights}) does not fit {path}: ") and "\n" not in sentence
-    assert sentence.endswith(": correct it, or use the YAML that the weights were published with")
+    assert sentence.endswith(": correct the YAML, or use the one that the weights were published with")
     assert said in sentence
     assert sentence.count("; ") == said.count("; ")  # and nothing else disagrees
 
@@ -144,7 +146,9 @@ def test_weights_of_another_size_are_told_by_the_yamls_keys(
 def test_weights_of_the_yamls_size_disagree_in_nothing(architecture: str, tmp_path: Path) -> None:
     path = write(tmp_path, architecture)
     state = random_weights(path)
-    assert _disagreements(read_config(path), Shapes({name: tuple(value.shape) for name, value in state.items()})) == []
+    assert (
+        sizes_that_differ(read_config(path), Shapes({name: tuple(value.shape) for name, value in state.items()})) == []
+    )
     load_model(path, checkpoint=write_weights(state, tmp_path / "weights.ckpt"))
 
 
@@ -152,10 +156,10 @@ def test_weights_of_the_yamls_size_disagree_in_nothing(architecture: str, tmp_pa
 def test_no_shipped_model_disagrees_with_its_own_weights(name: str) -> None:
     description = read_config(name)
     specialists = tuple(file.stem for file in description.files if file.stem is not None)[:1]
-    model = _build(description, specialists)
+    model = build(description, specialists)
     prefix = type(model).key_prefix(specialists[0] if specialists else "0")
     shapes = {key.removeprefix(prefix): tuple(value.shape) for key, value in model.state_dict().items()}
-    assert _disagreements(description, Shapes(shapes)) == []
+    assert sizes_that_differ(description, Shapes(shapes)) == []
 
 
 @pytest.mark.parametrize("architecture", DOCUMENTS)
@@ -171,6 +175,6 @@ def test_weights_of_any_shapes_are_compared(architecture: str, tmp_path: Path) -
             other = re.sub(r"\d+", lambda _: str(chance.choice([0, 1, 5])), name, count=1)
             if chance.random() < 0.7:
                 shapes[other] = tuple(chance.choice([0, 1, 3, 16]) for _ in range(chance.randrange(5)))
-        for said in _disagreements(description, Shapes(shapes)):
+        for said in sizes_that_differ(description, Shapes(shapes)):
             assert re.fullmatch(r"(model|audio)\.\w+ (is|has) .*, the weights (have|are for) .*", said)
             assert "None" not in said

@@ -389,7 +389,7 @@ def test_weights_that_changed_after_they_were_loaded_are_an_error(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"mine\.safetensors has changed since it was loaded"):
         Separator.from_model(model, cache=cache)
     weights.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read any more"):
+    with pytest.raises(CheckpointError, match="can no longer be read"):
         Separator.from_model(model, cache=cache)
 
 

@@ -27,9 +27,9 @@ from helpers.common import SONG, below, read, slow
 from helpers.pretended_gpu import DEVICE, Counts, PretendedGPU, PretendedTensor, pretended_gpu
 from helpers.small_model import HYPER_PARAMETERS, write_yaml
 from separation import EstimateError, Separator, device
-from separation.checkpoints import load as checkpoints
+from separation.checkpoints.build import build, random_weights
 from separation.checkpoints.catalogue import read_config
-from separation.checkpoints.load import load_model, random_weights
+from separation.checkpoints.load import load_model
 from separation.engine.chunking import ChunkPlan, separate
 from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
@@ -592,7 +592,7 @@ COUNTED += [slow(name) for name in ("scnet_xl_ihf", "htdemucs_6s", "demo")]
 
 def empty_weights(name: str, folder: Path) -> Path:
     """A file of this model's weights in half precision, all zeros, that takes no space."""
-    model = checkpoints._build(read_config(name), ())
+    model = build(read_config(name))
     prefix, header, end = type(model).key_prefix("0"), {}, 0
     for key, tensor in model.state_dict().items():
         if key.startswith(prefix):

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from separation.checkpoints.catalogue import Checkpoint, read_config
+from separation.checkpoints.catalogue import read_config
+from separation.checkpoints.description import Checkpoint
 from separation.models.limits import Uninitialised
 from workloads import Workloads
 

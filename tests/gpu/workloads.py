@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from names import DEMO, DRUMSEP, HTDEMUCS, HTDEMUCS_FT, KIM, MDX23C, SCNET, SCNET_XL, SW, VIPERX
+from separation.checkpoints.build import random_weights
 from separation.checkpoints.catalogue import read_config
-from separation.checkpoints.load import load_model, random_weights
+from separation.checkpoints.load import load_model
 from separation.engine.options import EngineOptions
 from separation.engine.separator import SAMPLE_RATE, Separator
 from separation.models import SeparationModel
@@ -85,7 +86,7 @@ class Workloads:
             else [],
             "audio": published.audio | self._smaller_chunk(name),
             "model": published.hyper_parameters | (_TINY[name] if self.tiny else {}),
-            "inference": {"normalize": published.normalised},
+            "inference": {"normalize": published.standardised},
         }
         draft = self.folder / f"part.{os.getpid()}.{name}.yaml"
         draft.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")

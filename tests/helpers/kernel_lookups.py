@@ -15,7 +15,7 @@ from triton import knobs
 from triton.backends.nvidia import driver
 from triton.runtime import build
 
-from separation.checkpoints.load import model_for_gpu
+from separation.checkpoints.build import model_for_gpu
 from separation.models.kernels.ahead import standing_in, start_kernels
 
 counts = {"compiled": 0, "found": 0, "built": 0}

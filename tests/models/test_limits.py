@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from helpers.small_model import HYPER_PARAMETERS, write_yaml
+from separation.checkpoints.build import hyper_parameters, random_weights
 from separation.checkpoints.catalogue import available, read_config
-from separation.checkpoints.load import _hyper_parameters, load_model, random_weights
+from separation.checkpoints.load import load_model
 from separation.errors import CheckpointError
-from separation.models import ARCHITECTURES
 from separation.models.limits import MOST_TENSORS, Uninitialised, check_arguments
 
 ROFORMER = HYPER_PARAMETERS
@@ -71,16 +71,16 @@ def refusal(path: Path) -> str:
         ("bs_roformer", ROFORMER, {"stft_n_fft": 2**40}, "stft_n_fft is 1099511627776, more than 65536"),
         ("bs_roformer", ROFORMER, {"stereo": "yes and no"}, "stereo must be true or false, not 'yes and no'"),
         ("mel_band_roformer", MEL, {"num_bands": 10**9}, "num_bands is 1000000000, more than 256"),
-        ("mel_band_roformer", MEL, {"sample_rate": 0}, "not usable"),
+        ("mel_band_roformer", MEL, {"sample_rate": 0}, "not valid"),
         ("mdx23c", MDX23C, {"num_scales": 10**9}, "num_scales is 1000000000, more than 256"),
         ("mdx23c", MDX23C, {"num_channels": 2**20}, "it has more weights than any network"),
-        ("mdx23c", MDX23C, {"bottleneck_factor": 0}, "not usable: integer division or modulo by zero"),
+        ("mdx23c", MDX23C, {"bottleneck_factor": 0}, "not valid: integer division or modulo by zero"),
         ("mdx23c", MDX23C, {"norm": "GroupNorm" + "9" * 100}, "the length of norm is 109, more than 64"),
-        ("mdx23c", MDX23C, {"scale": [2]}, "not usable"),
+        ("mdx23c", MDX23C, {"scale": [2]}, "not valid"),
         ("scnet", SCNET, {"conv_depths": [10**9] * 3}, "conv_depths is 1000000000, more than 256"),
         ("scnet", SCNET, {"num_dplayer": 10**10}, "num_dplayer is 10000000000, more than 256"),
         ("scnet", SCNET, {"band_SR": [math.nan, 1, 1]}, "band_SR must be a finite number or a text, not nan"),
-        ("scnet", SCNET, {"compress": 0}, "not usable: integer division or modulo by zero"),
+        ("scnet", SCNET, {"compress": 0}, "not valid: integer division or modulo by zero"),
         ("scnet", SCNET, {"audio_channels": 3, "dims": [6, 8]}, "audio_channels must be 1 or 2, not 3"),
         ("htdemucs", DEMUCS, {"t_layers": 10**9}, "t_layers is 1000000000, more than 256"),
         ("htdemucs", DEMUCS, {"segment": "1e999999999 "}, "segment must be seconds such as 7.8 or 39/5"),
@@ -131,7 +131,7 @@ def test_a_chunk_of_too_many_frames_is_refused(tmp_path: Path) -> None:
 def test_stems_are_counted_before_the_network_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Any] = []
     monkeypatch.setattr(nn.Module, "__init__", lambda self, *_, **__: built.append(self))
-    assert "names 2 stems, num_stems is 255" in refusal(write_yaml(tmp_path, model=ROFORMER | {"num_stems": 255}))
+    assert "names 2 stems and num_stems is 255" in refusal(write_yaml(tmp_path, model=ROFORMER | {"num_stems": 255}))
     assert not built
 
 
@@ -139,7 +139,7 @@ def test_what_published_checkpoints_have_is_within_the_limits() -> None:
     for name in available():
         description = read_config(name)
         assert description.architecture is not None
-        check_arguments(_hyper_parameters(ARCHITECTURES[description.architecture], description), {})
+        check_arguments(hyper_parameters(description), {})
     check_arguments({"segment": Fraction(39, 5), "num_stems": 53, "t_lr": None, "dim": 1024}, {"dim": int})
 
 

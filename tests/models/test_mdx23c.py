@@ -11,8 +11,8 @@ from torch import Tensor
 from helpers.small_model import assert_chunks_are_alone, assert_half_precision_is_near, assert_near, identity
 from helpers.small_unets import AUDIO, MODEL, STEMS, config_of, small_mdx23c
 from separation import CheckpointError, Separator, load_model
+from separation.checkpoints.build import build
 from separation.checkpoints.catalogue import read_config
-from separation.checkpoints.load import _build
 from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models.kernels import mdx23c_gpu
@@ -79,7 +79,7 @@ def test_output_equals_the_independent_implementation_at_full_width() -> None:
 @pytest.mark.parametrize("name, parameters", [("mdx23c_instvoc_hq_2", 111_990_272), ("drumsep", 109_376_576)])
 def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: int) -> None:
     description = read_config(name)
-    model = _build(description, ())
+    model = build(description, ())
     assert isinstance(model, MDX23C) and model.config.audio_channels == 2
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert all(parameter.is_meta for parameter in model.parameters())

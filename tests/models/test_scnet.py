@@ -10,8 +10,8 @@ import yaml
 from helpers.small_model import assert_chunks_are_alone, assert_half_precision_is_near, assert_near, identity
 from helpers.small_unets import SMALL, SOURCES, XL_IHF, small_scnet
 from separation import CheckpointError, Separator, load_model
+from separation.checkpoints.build import build
 from separation.checkpoints.catalogue import read_config
-from separation.checkpoints.load import _build
 from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models.kernels import scnet_gpu
@@ -75,9 +75,9 @@ def test_output_equals_the_independent_implementation_at_full_width(changes: dic
 )
 def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: int, normalised: bool) -> None:
     description = read_config(name)
-    model = _build(description, ())
+    model = build(description, ())
     assert isinstance(model, SCNet) and model.config.sources == description.stems
-    assert description.normalised == normalised
+    assert description.standardised == normalised
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert all(parameter.is_meta for parameter in model.parameters())
 
@@ -165,7 +165,7 @@ def test_int8_is_what_auto_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with torch.inference_mode():
         assert torch.equal(*(model(chunks) for model in models))
     assert models[0].precision == models[1].precision
-    assert caplog.messages == ["small is not computed in int8, but in floats (int8 is for RoFormers)"]
+    assert caplog.messages == ["small computes in floats, not in int8 (int8 is for RoFormers)"]
 
 
 def test_a_song_is_separated_in_chunks(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_track_is_normalised_where_the_yaml_says_so(
         ({"dims": [8, 16]}, "dims must begin with .* 4, not 8"),
         ({"band_stride": [1, 4]}, "band_stride must have a value for each of 3 bands, not 2"),
         ({"num_dplayer": 3}, "num_dplayer must be even, .* not 3"),
-        ({"sources": ["vocals", "other"]}, "names 4 stems, num_stems is 2"),
+        ({"sources": ["vocals", "other"]}, "names 4 stems and num_stems is 2"),
         ({"dims": [4, 8, 12, 20]}, r"small\.ckpt\) does not fit .*: model\.dims is \[4, 8, 12, 20\], the weights have"),
     ],
 )

@@ -17,7 +17,7 @@ from helpers import common
 from helpers.common import PROJECT, read
 from separation.audio.options import OutputOptions
 from separation.batch.songs import Job, Song, unfinished
-from separation.checkpoints.load import convert
+from separation.checkpoints.convert import convert
 from separation.cli import main as __main__
 from separation.cli.demo import run_demo
 from separation.cli.main import main

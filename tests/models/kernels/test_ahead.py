@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from helpers.common import PROJECT, below, quick_first
-from separation.checkpoints.load import model_for_gpu
+from separation.checkpoints.build import model_for_gpu
 from separation.cli.main import main
 
 pytest.importorskip("triton", reason="needs Triton")

@@ -302,7 +302,7 @@ def test_int8_is_the_precision_of_what_can_be_fused_and_only_if_asked_for(caplog
     assert 40 < sdr(got["fp32"], got["int8"]) < sdr(got["fp32"], got["bf16"])
     assert caplog.text == ""
     plain = load_model("demo", precision="int8", attention="einsum")
-    assert caplog.messages == ["demo is not computed in int8, but in floats (attention einsum: asked for)"]
+    assert caplog.messages == ["demo computes in floats, not in int8 (attention einsum: asked for)"]
     assert plain.precision == torch.bfloat16 and choose("cpu").precision == torch.bfloat16
 
 
@@ -314,7 +314,7 @@ def test_int8_without_the_fused_layers_is_what_auto_is_and_says_why(
     monkeypatch.setattr(device, "bfloat16_instructions", lambda: "avx512_bf16")
     model = load_model("demo", precision="int8")
     assert model.attention == "itemwise" and model.precision == torch.bfloat16
-    assert caplog.messages[0].startswith("demo is not computed in int8, but in floats (no C++ compiler")
+    assert caplog.messages[0].startswith("demo computes in floats, not in int8 (no C++ compiler")
 
 
 # The library

@@ -1,0 +1,237 @@
+"""From a checkpoint's description to its model without weights: the architecture and its hyper-parameters."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from separation.checkpoints import foreign
+from separation.checkpoints.catalogue import read_config
+from separation.checkpoints.description import Checkpoint, WeightFile
+from separation.checkpoints.files import converted_path, local_path
+from separation.checkpoints.state_dict import Stored, building, open_weights
+from separation.documents import escaped, first_line, quoted
+from separation.errors import CheckpointError, EstimateError, InputError
+from separation.models import ARCHITECTURES
+from separation.models.base import Identity, SeparationModel
+from separation.models.kernels.native import NotFusedError
+from separation.models.limits import Uninitialised, check_arguments, check_frames
+from separation.system.memory import enough_memory
+from separation.system.places import size_bytes
+
+# Community YAML files list options of related architectures even when they are off. Off is None, 0, False, an empty
+# list, or the value given here.
+OFF = {"num_subbands": 1}
+METADATA = {"name", "type", "model_name", "model_type", "version", "description"}  # in the `model:` section
+
+
+def build(description: Checkpoint, specialists: tuple[str, ...] = (), *, initialised: bool = False) -> SeparationModel:
+    """The model without weights, on the meta device; if `initialised`, on the CPU with PyTorch's random weights.
+
+    `specialists` are the stems of a checkpoint made of specialists that the model has.
+
+    Raises CheckpointError for a description that no model can be built from.
+    """
+    if description.architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{description.source}: unknown architecture {quoted(description.architecture)}: use one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    architecture: Any = ARCHITECTURES[description.architecture]
+    types = {field.name: field.type for field in fields(architecture.Config)}
+    arguments = hyper_parameters(description)
+    if unknown := sorted(set(arguments) - set(types)):
+        raise CheckpointError(
+            f"{description.source}: {description.architecture} has no hyper-parameter "
+            f"{escaped(', '.join(unknown), most=200)}: correct the key, or use another architecture"
+        )
+    if "rescale" in types and not initialised:
+        arguments["rescale"] = 0  # Demucs rescales its random weights, to start a training with
+    try:
+        check_arguments(arguments, types)
+        check_frames(description.chunk_samples, arguments)
+        config = architecture.Config(**arguments)
+        outputs = getattr(config, "num_stems", len(description.stems))
+        if outputs != len(description.stems):
+            raise CheckpointError(
+                f"{description.source} names {len(description.stems)} stems and num_stems is {outputs}: correct one"
+            )
+        networks = _networks(description, specialists)
+        # On the meta device, some operations would import PyTorch's compiler, which takes most of a second. Memory on
+        # the CPU costs nothing until something is written to it.
+        with enough_memory(description.name), Uninitialised():
+            model: SeparationModel = architecture(config, _identity(description, specialists), **networks)
+        if initialised:
+            model = architecture(config, _identity(description, specialists), **networks)
+        else:
+            model = model.to("meta")
+    except (CheckpointError, EstimateError):
+        raise
+    except Exception as e:  # arguments can be anything
+        raise CheckpointError(f"{description.source}: the model section is not valid: {first_line(e)}") from e
+    if description.chunk_samples < model.least_samples:
+        raise CheckpointError(
+            f"{description.source}: chunk_size is {description.chunk_samples} samples, and its Fourier transform needs "
+            f"at least {model.least_samples}: correct it"
+        )
+    return model
+
+
+def _identity(description: Checkpoint, specialists: tuple[str, ...]) -> Identity:
+    return Identity(
+        name=description.name,
+        stems=specialists or description.stems,
+        sample_rate=description.sample_rate,
+        chunk_samples=description.chunk_samples,
+        standardised=description.standardised,
+    )
+
+
+def _networks(description: Checkpoint, specialists: tuple[str, ...]) -> dict[str, Any]:
+    """The constructor's arguments for a checkpoint of several networks: specialists, or members that are averaged."""
+    if specialists:
+        return {"specialists": specialists}
+    members = sum(file.stem is None for file in description.files)
+    return {"members": members, "shares": description.shares} if members > 1 else {}
+
+
+def hyper_parameters(description: Checkpoint) -> dict[str, Any]:
+    """The arguments of the architecture's Config, without keys that only training reads and options that are off."""
+    assert description.architecture is not None
+    architecture: Any = ARCHITECTURES[description.architecture]
+    known = {field.name for field in fields(architecture.Config)}
+    ignored = architecture.TRAINING_KEYS | METADATA
+    found: dict[str, Any] = {"num_stems": len(description.stems)} if "num_stems" in known else {}
+    for key, value in description.hyper_parameters.items():
+        is_off = not value or value == OFF.get(key)
+        if key not in ignored and (key in known or not is_off):
+            found[key] = tuple(value) if isinstance(value, list) else value
+    for key, name in architecture.AUDIO_KEYS.items():
+        if key in description.audio:
+            found[name] = description.audio[key]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures that no YAML names
+
+
+def with_architecture(description: Checkpoint, stored: Stored | None = None) -> Checkpoint:
+    """The description, with the architecture that it names or else the weights' names and the hyper-parameters tell.
+
+    Raises CheckpointError unless exactly one architecture is possible.
+    """
+    if description.architecture is not None:
+        return description
+    if stored is None:
+        found = list(ARCHITECTURES)
+    else:
+        foreign.refuse_names(stored.path, stored.tensors)
+        found = architectures_with(stored.tensors)
+        if not found:
+            raise CheckpointError(
+                f"{stored.path} is of none of the architectures {', '.join(ARCHITECTURES)} (its first weights are "
+                f"{', '.join(list(stored.tensors)[:3])}): use the program that it was made for"
+            )
+    if len(found) > 1:
+        found = [name for name in found if _takes(replace(description, architecture=name))]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{description.source} does not tell its architecture ({' or '.join(found) or 'none has all its keys'}): "
+            f"add the line `architecture: NAME`, one of {', '.join(ARCHITECTURES)}"
+        )
+    return replace(description, architecture=found[0])
+
+
+def architectures_with(names: Mapping[str, Any]) -> list[str]:
+    """The architectures whose weights may have these names."""
+    return [
+        name
+        for name, architecture in ARCHITECTURES.items()
+        if all(any(re.fullmatch(pattern, key) for key in names) for pattern in architecture.KEY_PATTERNS)
+    ]
+
+
+def _takes(description: Checkpoint) -> bool:
+    """Whether the architecture has all hyper-parameters of the YAML, and a default for all others."""
+    assert description.architecture is not None
+    given = set(hyper_parameters(description))
+    all_fields = fields(ARCHITECTURES[description.architecture].Config)
+    needed = {field.name for field in all_fields if field.default is MISSING and field.default_factory is MISSING}
+    return needed <= given <= {field.name for field in all_fields}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of several files
+
+
+def parts_of(files: Sequence[WeightFile]) -> list[str]:
+    """The network that each file holds: a specialist's stem, else a number."""
+    return [file.stem or str(number) for number, file in enumerate(files)] or ["0"]
+
+
+def specialists_of(files: Sequence[WeightFile]) -> tuple[str, ...]:
+    """The stems of the specialists among these files."""
+    return tuple(file.stem for file in files if file.stem is not None)
+
+
+def follow(model: SeparationModel, stored: Mapping[str, Stored]) -> None:
+    """Rebuild the networks whose files describe themselves as they say; the model stays on the meta device."""
+    for part, file in stored.items():
+        if file.blueprint is not None:
+            with building(file.path, size_bytes(file.path)):
+                model.follow(part, file.blueprint)
+    model.to("meta")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models without a checkpoint's weights
+
+
+def count_parameters(description: Checkpoint) -> tuple[str, int]:
+    """A checkpoint's architecture, and the number of parameters of all its networks. Downloads nothing.
+
+    Raises CheckpointError for a model that cannot be built.
+    """
+    files = description.files
+    places: list[Path] = [converted_path(file) or local_path(file) for file in files]
+    stored = {part: open_weights(path) for part, path in zip(parts_of(files), places, strict=False) if path.exists()}
+    description = with_architecture(description, next(iter(stored.values()), None))
+    model = build(description, specialists_of(files))
+    follow(model, stored)
+    assert description.architecture is not None
+    return description.architecture, sum(parameter.numel() for parameter in model.parameters())
+
+
+def random_weights(name_or_path: str | Path, *, seed: int = 0) -> dict[str, Tensor]:
+    """A state dict with which a training of this model could begin: for measurements without a checkpoint.
+
+    The same seed gives the same weights. No two tensors share memory, so every format can store them; `load_model`
+    takes the file as `checkpoint=`. For a checkpoint of several networks, these are the weights of one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(with_architecture(read_config(name_or_path)), initialised=True)
+    prefix, state = type(model).key_prefix("0"), model.state_dict()
+    return {key.removeprefix(prefix): value.clone() for key, value in state.items() if key.startswith(prefix)}
+
+
+def model_for_gpu(name_or_path: str | Path, dtype: torch.dtype) -> SeparationModel:
+    """A model with the layers for a CUDA GPU, in float16 or bfloat16, on the meta device: it gives shapes only.
+
+    Of a checkpoint made of specialists, it has the first; all are alike.
+
+    Raises RecipeError for an unknown model, InputError for a model that has no layers for a GPU.
+    """
+    description = with_architecture(read_config(name_or_path))
+    model = build(description, specialists_of(description.files)[:1]).eval().requires_grad_(False)
+    try:
+        with torch.device("meta"):
+            model.fuse_for_gpu(dtype)
+    except NotFusedError as e:
+        raise InputError(f"{model.name} has no layers for a GPU: {e}") from e
+    return model
