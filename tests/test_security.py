@@ -447,8 +447,8 @@ def test_no_tag_leads_out_of_the_folder_or_spoils_the_file(kind: str, format: st
     folder.mkdir(parents=True)
     with Waveform(folder) as waveform:
         waveform.append(torch.full((2, 5000), 0.25))
-        waveform.tags = dict.fromkeys(("title", "artist", "album"), ODD_TAGS[kind])
-        encode(waveform, folder / "song", OutputOptions(format=format))
+        tags = dict.fromkeys(("title", "artist", "album"), ODD_TAGS[kind])
+        encode(waveform, folder / "song", OutputOptions(format=format), tags=tags)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [folder / "song"]
     with decode(folder / "song", folder) as waveform:
         assert waveform.n_samples == 5000

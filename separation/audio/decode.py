@@ -1,7 +1,7 @@
 """Audio files to waveforms on disk.
 
-libsndfile reads WAV, FLAC, OGG and MP3 in process; ffmpeg reads anything else, through a pipe. What a
-file is, is judged by its content; its name is never looked at.
+libsndfile reads WAV, FLAC, Ogg and MP3 in this process; ffmpeg reads everything else, through a pipe. The format is
+recognised by the content of a file, never by its name.
 """
 
 import contextlib
@@ -40,20 +40,26 @@ def decode(
     progress: Progress = Progress(),
     accept_damaged: bool = False,
 ) -> Waveform:
-    """The song in a file as a stereo waveform at `sample_rate`, in a temporary file in `folder`.
+    """Decode a song to a stereo waveform, with its title, artist and album, in a temporary file in `folder`.
 
-    8 to 192 kHz, 1 to 8 channels. Mono is duplicated; more than two channels are mixed down by what the file tells of
-    them (see `channels`), and a warning says so. Where the rate differs the folder holds the waveform twice for a
-    while; None keeps the file's own. Title, artist and album come with it. `progress` is called with the share that is
-    done, first with 0 and then after each block; raise from it to cancel. Reading stops after `max_seconds`, whatever
-    the file says of its length.
+    The song may have 8 to 192 kHz and 1 to 8 channels. Mono is duplicated. More than two channels are mixed down, and a
+    warning says so. Songs that were joined in one file are decoded one after the other, at the rate of the first.
 
-    What is missing of a damaged file is silent, so that what follows stays in time, and a warning says where. If more
-    than a tenth is missing, or nothing tells how much, the file is refused, unless `accept_damaged`. Songs that were
-    joined in one file are read one after the other, at the rate of the first.
+    In a damaged song, silence takes the place of missing samples, so that the rest stays in time, and a warning says
+    where. If more than a tenth is missing, or an unknown amount, the song is refused.
 
-    Raises `AudioError` if the file is missing, not audio, empty, damaged or cut short, holds NaN, Inf or samples beyond
-    `MAX_SAMPLE`, or is longer than `max_seconds`; `OutputError` if `folder` cannot be written to.
+    While a song is resampled, the folder holds it twice.
+
+    Args:
+        sample_rate: of the result, in hertz; None keeps the song's own.
+        max_seconds: a longer song is refused. Decoding stops there, whatever length the file announces.
+        progress: called with 0 first, and then after each block; it may raise to cancel.
+        accept_damaged: decode what can be read of a song that would be refused as damaged.
+
+    Raises:
+        AudioError: the file is missing, not audio, empty, damaged, too long, or holds NaN, Inf or samples beyond
+            `MAX_SAMPLE`.
+        OutputError: `folder` is full or cannot be written to.
     """
     path = Path(path)
     name = repr(path.name)
@@ -62,57 +68,59 @@ def decode(
     job = Job(path, max_seconds, Damage(name, accept=accept_damaged))
     with contextlib.ExitStack() as on_error:
         try:
-            native = on_error.enter_context(_read(job, folder, sample_rate, progress, _open))
+            native = on_error.enter_context(_join(job, folder, sample_rate, progress, _open))
         except DecoderError:
-            job = replace(job, damage=Damage(name, accept=accept_damaged))  # with other findings
-            native = on_error.enter_context(_read(job, folder, sample_rate, progress, _open_again))
-        decoded = native
-        if sample_rate is not None and native.sample_rate != sample_rate:
-            decoded = resample(native, sample_rate, folder, progress=progress.part(0.5, 1))
-            native.close()
-        decoded.source_rate, decoded.source_samples = native.sample_rate, native.n_samples
-        on_error.pop_all()
-        return decoded
+            job = replace(job, damage=Damage(name, accept=accept_damaged))  # the first decoder's findings do not count
+            native = on_error.enter_context(_join(job, folder, sample_rate, progress, _open_again))
+        if sample_rate in (None, native.sample_rate):
+            on_error.pop_all()
+            return native
+        with native:
+            return resample(native, sample_rate, folder, progress=progress.part(0.5, 1))
 
 
-def _read(
+def _join(
     job: Job,
     folder: Path,
     sample_rate: int | None,
     progress: Progress,
     open_: Callable[[Job, contextlib.ExitStack], list[Source]],
 ) -> Waveform:
-    """The file's sources one after the other, in stereo at the first one's rate.
+    """The songs in a file, one after the other, in stereo at the rate of the first.
 
-    `progress` is called with the share of the whole job: half of it where it goes on to another `sample_rate`.
+    If the result will be resampled to `sample_rate`, this is the first half of `progress`.
     """
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as on_error:
         first, *others = open_(job, stack)
-        native = on_error.enter_context(Waveform(folder, sample_rate=_checked_rate(job, first)))
-        native.tags = first.tags
-        share = 1.0 if sample_rate in (None, first.sample_rate) else 0.5
-        expected = sum(source.expected_samples / source.sample_rate for source in (first, *others))
+        native = on_error.enter_context(Waveform(folder, sample_rate=_checked_rate(job, first), tags=first.tags))
+        reading = progress if sample_rate in (None, first.sample_rate) else progress.part(0, 0.5)
+        expected_seconds = sum(source.expected_samples / source.sample_rate for source in (first, *others))
 
-        def reading() -> None:
-            progress(share * min(native.n_samples / (expected * native.sample_rate or math.inf), 1.0))
+        def report() -> None:
+            reading(min(native.n_samples / (expected_seconds * native.sample_rate or math.inf), 1.0))
 
-        _append(job, first, native, reading)
+        _append(job, first, native, report)
         for source in others:
             job.damage.start_part(native.n_samples / native.sample_rate)
             if _checked_rate(job, source) == native.sample_rate:
-                _append(job, source, native, reading)
-                continue
-            with Waveform(folder, sample_rate=source.sample_rate) as part:
-                _append(job, source, part, reading)
-                length = resampled_length(part.n_samples, part.sample_rate, native.sample_rate)
-                for block in resampled(part, part.sample_rate, native.sample_rate, length):
-                    check_length(native.n_samples + block.shape[1], native.sample_rate, job.max_seconds, job.name)
-                    native.append(block)
+                _append(job, source, native, report)
+            else:
+                _append_resampled(job, source, native, folder, report)
         job.damage.judge(native.n_samples / native.sample_rate)
         if native.n_samples == 0:
             raise AudioError(f"{job.name} has no samples: choose another file")
         on_error.pop_all()
         return native
+
+
+def _append_resampled(job: Job, source: Source, wave: Waveform, folder: Path, report: Callable[[], None]) -> None:
+    """Append a source of another rate to a waveform."""
+    with Waveform(folder, sample_rate=source.sample_rate) as part:
+        _append(job, source, part, report)
+        length = resampled_length(part.n_samples, part.sample_rate, wave.sample_rate)
+        for block in resampled(part, part.sample_rate, wave.sample_rate, length):
+            check_length(wave.n_samples + block.shape[1], wave.sample_rate, job.max_seconds, job.name)
+            wave.append(block)
 
 
 def _checked_rate(job: Job, source: Source) -> int:
@@ -124,8 +132,8 @@ def _checked_rate(job: Job, source: Source) -> int:
     return source.sample_rate
 
 
-def _append(job: Job, source: Source, wave: Waveform, done: Callable[[], None]) -> None:
-    """Append a source to a waveform, in stereo. Calls `done` after each block."""
+def _append(job: Job, source: Source, wave: Waveform, report: Callable[[], None]) -> None:
+    """Append a source to a waveform, in stereo. Calls `report` after each block."""
     name, to_stereo = job.name, source.layout.to_stereo()
     is_stereo = np.array_equal(to_stereo, np.eye(2))
     if not is_stereo and len(to_stereo) > 1:
@@ -144,7 +152,7 @@ def _append(job: Job, source: Source, wave: Waveform, done: Callable[[], None]) 
             seconds = (wave.n_samples + first) / source.sample_rate
             raise AudioError(f"{name} holds {fault} at {seconds:.3f} s: export it again")
         wave.append(torch.from_numpy(block if is_stereo else block @ to_stereo).T)
-        done()
+        report()
 
 
 def _open(job: Job, stack: contextlib.ExitStack) -> list[Source]:

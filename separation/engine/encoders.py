@@ -22,11 +22,18 @@ class Encoders:
     exception inside the `with` block closes the stems, so that encoders that still run end at their next block.
 
     Args:
+        parts, tags: by stem.
         options: as for `encode`; if the format clips, a loud stem may make a gain necessary.
     """
 
-    def __init__(self, stems: Mapping[str, Waveform], parts: Mapping[str, Path], options: OutputOptions) -> None:
-        self._stems, self._parts, self._options = stems, parts, options
+    def __init__(
+        self,
+        stems: Mapping[str, Waveform],
+        parts: Mapping[str, Path],
+        tags: Mapping[str, Mapping[str, str]],
+        options: OutputOptions,
+    ) -> None:
+        self._stems, self._parts, self._tags, self._options = stems, parts, tags, options
         self._threads = Threads(max_workers=len(stems))
         self._jobs: dict[str, Future[None]] = {}
 
@@ -71,7 +78,7 @@ class Encoders:
     def _encode(self, stem: str, gain: float | Callable[[], float]) -> None:
         part = self._parts[stem]
         with suppress(_LoudError):
-            encode(self._stems[stem], part, self._options, gain=gain)
+            encode(self._stems[stem], part, self._options, tags=self._tags[stem], gain=gain)
 
     def _gain_so_far(self) -> float:
         """1 until a stem is known to exceed full scale: from then on nothing that is encoded without a gain is used."""

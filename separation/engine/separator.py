@@ -19,7 +19,7 @@ from separation.audio.decode import decode
 from separation.audio.encode import check_rate, is_rf64
 from separation.audio.options import OutputOptions
 from separation.audio.resample import resampled, resampled_length
-from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, sample_fault
+from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, StoredSamples, Waveform, sample_fault
 from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.device import identity
 from separation.engine.about_song import about_song
@@ -237,13 +237,12 @@ class Separator:
             song = Song(self.recipe, mixture, new, find)
             stems = self._stem_waves(song, mixture, rate, new)
             title = mixture.tags.get("title") or shown(path.stem)  # without one, players show the file's name
-            for stem, wave in stems.items():
-                wave.tags = {**mixture.tags, "title": f"{title} ({stem})"}
+            tags = {stem: {**mixture.tags, "title": f"{title} ({stem})"} for stem in stems}
             if options.format == "wav" and is_rf64(next(iter(stems.values())), options):
                 logger.warning("stems over 4 GB are too large for WAV: written as RF64, which not every program reads")
             encoded = {stem: output.work / f"{stem}.{options.format}" for stem in self.stems}
             with (
-                Encoders(stems, encoded, options) as encoders,
+                Encoders(stems, encoded, tags, options) as encoders,
                 song,  # leaves first, and ends what the encoders wait for
             ):
 
@@ -330,7 +329,8 @@ class Separator:
             if kept is None:
                 return None
             logger.info(f"{estimate.stem} by {estimate.run.model}: from the cache")
-            return stack.enter_context(Waveform.kept(kept.file, mixture.n_samples, kept.facts["statistics"]))
+            stored = StoredSamples(kept.file, mixture.n_samples, kept.facts["statistics"])
+            return stack.enter_context(Waveform(stored))
 
         def keep(estimate: Estimate, wave: Waveform) -> None:
             facts = {"song": song, "seconds": mixture.n_samples / SAMPLE_RATE, "model": estimate.run.model}

@@ -20,19 +20,17 @@ BLOCK_SAMPLES = 65536  # that are added up at once
 
 
 class Samples(Growing):
-    """What `Waveform` is in a file, in memory: `[2, T]` float32 at 44100 Hz, appended block by block."""
+    """A waveform in memory: `[2, T]` float32 at 44100 Hz, appended block by block, or given as a whole."""
 
-    def __init__(self, n_samples: int) -> None:
-        super().__init__(n_samples)
-        self.samples = torch.from_numpy(np.empty((2, n_samples), dtype=np.float32))  # numpy asks for huge pages
+    def __init__(self, n_samples: int, whole: NDArray[np.float32] | None = None) -> None:
+        super().__init__(n_samples, 0 if whole is None else n_samples)
+        samples = np.empty((2, n_samples), dtype=np.float32) if whole is None else whole  # numpy asks for huge pages
+        self.samples = torch.from_numpy(samples)
 
     @classmethod
     def of(cls, samples: Tensor) -> "Samples":
-        """These samples on the CPU, without a copy where they are contiguous."""
-        whole = cls(0)
-        whole.samples = torch.from_numpy(np.ascontiguousarray(samples.numpy()))
-        whole._total_samples = whole._there = samples.shape[1]
-        return whole
+        """These samples on the CPU, without a copy if they are contiguous."""
+        return cls(samples.shape[1], np.ascontiguousarray(samples.numpy()))
 
     def append(self, block: Tensor) -> None:
         self.samples[:, self._there : self._there + block.shape[1]] = block

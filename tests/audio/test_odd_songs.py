@@ -211,7 +211,7 @@ def test_mp3_at_a_rate_that_it_cannot_have_is_one_line_before_any_work(
 
 @pytest.mark.parametrize("rate", [22050, "nearest", None])
 def test_a_rate_that_is_not_offered_is_refused(rate: object, pool: ModelPool, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"sample rate {rate} is not offered: choose 44100 or 48000 or source"):
+    with pytest.raises(InputError, match=f"sample rate {rate!r} is not offered: choose 44100 or 48000 or source"):
         separator(pool).separate_file("song.wav", tmp_path, OutputOptions(sample_rate=rate))
 
 

@@ -27,7 +27,7 @@ from helpers.house import imports, modules
 from helpers.small_model import small_model
 from separation import Cache, CheckpointError, InputError, ModelPool, OutputError, Separator, load_model
 from separation.audio.options import OutputOptions
-from separation.audio.waveform import Waveform
+from separation.audio.waveform import StoredSamples, Waveform
 from separation.cli.main import build_parser, main
 from separation.engine import cache as cache_module
 from separation.engine import recipes
@@ -115,7 +115,7 @@ def test_a_kept_waveform_is_the_same_to_the_last_bit(cache: Cache, tmp_path: Pat
         cache.put(SETTINGS, wave.raw(), wave.n_samples * 8, {"statistics": wave.statistics})
         kept = cache.get(SETTINGS)
         assert kept is not None
-        with Waveform.kept(kept.file, wave.n_samples, kept.facts["statistics"]) as again:
+        with Waveform(StoredSamples(kept.file, wave.n_samples, kept.facts["statistics"])) as again:
             assert torch.equal(again.read(0, 300_000), noise) and again.sample_rate == RATE
             assert (again.peak, again.mean, again.std) == (wave.peak, wave.mean, wave.std)
     assert cache.entries()  # closing it has left it there

@@ -646,9 +646,9 @@ def test_the_files_are_those_of_encoding_the_whole_stems_afterwards(
         expected = tmp_path / f"{stem}.{options['format']}"
         with Waveform(tmp_path) as wave:
             wave.append(samples)
-            wave.tags = {"title": f"song ({stem})"}
             with resample(wave, rate, tmp_path) if rate != 44100 else wave as at_rate:
-                encode(at_rate, expected, OutputOptions(options["format"], **depths), gain=files.gain)
+                tags = {"title": f"song ({stem})"}
+                encode(at_rate, expected, OutputOptions(options["format"], **depths), tags=tags, gain=files.gain)
         assert files[stem].read_bytes() == expected.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"song.wav", "out", *(path.name for path in files.values())}
 
@@ -678,12 +678,12 @@ def test_every_stem_is_encoded_while_the_model_still_works(
 ) -> None:
     encode, begun = encoders.encode, {"vocals": threading.Event(), "instrumental": threading.Event()}
 
-    def watched(wave: Waveform, path: Path, options: OutputOptions, *, gain: Callable[[], float]) -> None:
+    def watched(wave: Waveform, path: Path, *arguments: Any, gain: Callable[[], float], **options: Any) -> None:
         def watched_gain() -> float:
             begun[path.stem].set()
             return gain()
 
-        encode(wave, path, options, gain=watched_gain)
+        encode(wave, path, *arguments, gain=watched_gain, **options)
 
     class Waiting(Recorder):
         def forward(self, chunks: Tensor) -> Tensor:
@@ -746,12 +746,12 @@ def test_once_a_stem_is_too_loud_nothing_more_is_encoded_before_the_gain_is_know
 ) -> None:
     encode, gains = encoders.encode, []
 
-    def watched(wave: Waveform, path: Path, options: OutputOptions, *, gain: Callable[[], float] | float) -> None:
+    def watched(*arguments: Any, gain: Callable[[], float] | float, **options: Any) -> None:
         def watched_gain() -> float:
             gains.append(gain() if callable(gain) else gain)
             return gains[-1]
 
-        encode(wave, path, options, gain=watched_gain)
+        encode(*arguments, gain=watched_gain, **options)
 
     monkeypatch.setattr(encoders, "encode", watched)
     recipe = resolve("test", "test", {"vocals": "first", "instrumental": "residual"})
