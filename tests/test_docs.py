@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
@@ -483,6 +484,11 @@ def test_the_containers_inputs_and_metrics_are_documented_with_defaults_and_choi
 
 def test_the_readme_is_short() -> None:
     assert len(text_of(README).splitlines()) <= MOST_LINES
+
+
+def test_the_readme_names_every_extra() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert all(f"`{name}` (" in section(README, "Install") for name in project["optional-dependencies"])
 
 
 def test_ci_runs_the_two_commands_of_the_readme() -> None:
