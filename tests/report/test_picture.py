@@ -145,6 +145,6 @@ def test_a_place_that_cannot_be_written_is_an_output_error_and_leaves_nothing(tm
     (tmp_path / "file").touch()
     (tmp_path / "folder.svg").mkdir()
     for path in (tmp_path / "file" / "a.svg", tmp_path / "folder.svg"):
-        with pytest.raises(OutputError, match="cannot write|is a folder: remove it"):
+        with pytest.raises(OutputError, match=r"cannot write|is a folder: remove it"):
             draw(path, rows, title="a song")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.svg"]
