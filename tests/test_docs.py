@@ -419,6 +419,17 @@ def check_fields(command: str, found: list[dict[str, Any]]) -> None:
     assert columns <= names, "documented, but not there"
 
 
+def test_a_damaged_songs_error_is_as_documented(objects: Objects, desk: Path) -> None:
+    Path("03.flac").write_bytes(Path("song.flac").read_bytes()[:100_000])
+    (failed,) = objects("separate", "03.flac", "-o", "out", "--recipe", "demo")
+    fault = failed["error"].partition("): ")[0]
+
+    def without_numbers(text: str) -> str:
+        return re.sub(r"\d+\.\d+", "0", text)
+
+    assert without_numbers(fault) in without_numbers(section(COMMAND_LINE, "Which songs"))
+
+
 def test_the_fields_of_separate_are_documented(objects: Objects, desk: Path) -> None:
     Path("broken.flac").write_bytes(Path("song.flac").read_bytes()[:9000])
     found = objects("separate", "song.flac", "broken.flac", "-o", "out", "--recipe", "demo", "--report")
