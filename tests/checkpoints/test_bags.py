@@ -1,7 +1,6 @@
 """Files of Demucs need no YAML, and the bags of Demucs and UVR that name several of them load as they are."""
 
 import shutil
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +24,10 @@ def bag(folder: Path, models: Any, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("suffix", [".th", ".pt"])
-def test_a_file_of_demucs_needs_no_yaml(name: str, suffix: str, tmp_path: Path) -> None:
-    net = network(name)
-    path = save(net, tmp_path).rename(tmp_path / f"alone{suffix}")
-    model = load_model(path)
-    assert (model.name, model.stems, model.sample_rate) == ("alone", tuple(SOURCES), 44100)
-    assert model.chunk_samples == CHUNK_SAMPLES
-    assert model.origin is not None and model.origin.architecture == name
-    assert_separates_as(model, net)
-
-
 def test_a_file_of_demucs_goes_before_a_bag_beside_it(tmp_path: Path) -> None:
     path = save(network("htdemucs"), tmp_path)
     bag(tmp_path, ["another"])
     assert read_config(path).source == path
-
-
-@pytest.mark.parametrize("arguments, seconds", [({}, 10), ({"segment": 7.8}, 7.8), ({"segment": Fraction(39, 5)}, 7.8)])
-def test_what_a_file_does_not_say_is_as_demucs_has_it(
-    tmp_path: Path, arguments: dict[str, Any], seconds: float
-) -> None:
-    net = network("htdemucs", **arguments)
-    if not arguments:
-        del net._init_args_kwargs[1]["segment"]
-    assert read_config(save(net, tmp_path)).chunk_samples == seconds * 44100
-
-
-def test_a_network_that_is_not_known_is_named(tmp_path: Path) -> None:
-    path = save(network("htdemucs"), tmp_path)
-    saved = torch.load(path, weights_only=False)
-    torch.save(saved | {"kwargs": {"depth": 10**9}}, tmp_path / "deep.th")
-    with pytest.raises(CheckpointError, match=r"deep\.th .*depth is 1000000000, more than"):
-        load_model(tmp_path / "deep.th")
 
 
 # Bags

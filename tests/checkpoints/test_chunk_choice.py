@@ -7,18 +7,15 @@ from typing import Any
 import pytest
 
 from helpers.common import song
-from helpers.small_model import HYPER_PARAMETERS, chunks, small_model, write_weights, write_yaml
+from helpers.small_model import HYPER_PARAMETERS, small_model, write_weights, write_yaml
 from separation import Cache, Separator
 from separation.checkpoints import catalogue
-from separation.checkpoints import description as descriptions
-from separation.checkpoints.build import build
 from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.checkpoints.load import load_model
 from separation.cli import main as __main__
 from separation.cli.main import build_parser
 from separation.engine.options import EngineOptions
-from separation.errors import CheckpointError, InputError
-from separation.models import ARCHITECTURES
+from separation.errors import InputError
 
 AUTO: Any = "auto"
 
@@ -56,19 +53,6 @@ def test_every_shipped_model_runs_on_the_chunk_of_its_yaml(name: str) -> None:
     assert description.chunks(ChunkChoice()) == (own, own // 2)
 
 
-def test_the_models_with_chunks_of_one_length_are_those_that_the_catalogue_takes_for_such() -> None:
-    fixed = {name for name, architecture in ARCHITECTURES.items() if architecture.fixed_chunk}
-    assert fixed == descriptions.FIXED_CHUNKS
-
-
-@pytest.mark.parametrize("name", ["demo", "mel_band_roformer_kim", "htdemucs", "hdemucs_mmi", "drumsep", "scnet"])
-def test_the_models_with_a_choice_of_attention_or_int8_are_those_that_the_catalogue_takes_for_such(name: str) -> None:
-    description = catalogue.read_config(name)
-    model = build(description)
-    assert (model.head_size is not None) == (description.architecture in descriptions.WITH_ATTENTION)
-    assert model.has_int8 == (description.architecture in descriptions.WITH_INT8)
-
-
 def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None:
     path = write_yaml(tmp_path, audio={"chunk_size": 5000}, drop=("files",))
     model = load_model(path, checkpoint=write_weights(small_model().state_dict(), tmp_path / "x.ckpt"))
@@ -76,19 +60,6 @@ def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None
     assert (plan.chunk_samples, plan.overlap_samples) == (5000, 2500)
     plan = Separator.from_model(model, options=EngineOptions(chunk_seconds=5, overlap_seconds=2)).plans["small"]
     assert (plan.chunk_samples, plan.overlap_samples) == (220_500, 88_200)
-
-
-@pytest.mark.parametrize("chunk_samples, is_enough", [(32, False), (33, True)])
-def test_a_chunk_shorter_than_half_a_frame_is_refused(tmp_path: Path, chunk_samples: int, is_enough: bool) -> None:
-    path = write_yaml(tmp_path, audio={"chunk_size": chunk_samples}, drop=("files",))
-    weights = write_weights(small_model().state_dict(), tmp_path / "x.ckpt")
-    if is_enough:
-        estimates = Separator.from_model(load_model(path, checkpoint=weights)).separate(chunks(500)[0])
-        assert estimates["drums"].shape == (2, 500)
-    else:
-        words = r"small\.yaml: chunk_size is 32 samples, and its Fourier transform needs at least 33: correct it$"
-        with pytest.raises(CheckpointError, match=words):
-            load_model(path, checkpoint=weights)
 
 
 def test_equal_chunks_spelt_differently_are_one_estimate_in_the_cache(tmp_path: Path) -> None:

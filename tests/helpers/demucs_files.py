@@ -1,6 +1,7 @@
 """Small networks of the demucs package, and their files as that package writes them."""
 
 import hashlib
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from demucs.demucs import Demucs
 from demucs.hdemucs import HDemucs
 from demucs.htdemucs import HTDemucs
 from demucs.states import get_state, save_with_checksum
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from helpers.small_model import write_yaml
@@ -89,3 +91,14 @@ def assert_separates_as(model: Any, net: nn.Module) -> None:
     got = Separator.from_model(model, options=EngineOptions(chunk_seconds=8, overlap_seconds=2)).separate(mixture)
     expected = by_demucs(net, mixture)
     assert (torch.stack(list(got.values())) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def demucs_file(path: Path, **changes: Any) -> HTDemucs:
+    """Write a network of demucs' own as demucs 4.1 does, with these changes of what it says of its arguments."""
+    arguments = {"sources": ["drums", "bass"], "channels": 8, "bottom_channels": 0, "t_layers": 1, "t_heads": 2}
+    arguments |= {"nfft": 2048, "samplerate": 44100}
+    network = HTDemucs(**arguments, segment=Fraction(1, 4)).eval()
+    kwargs = json.dumps(arguments | {"segment": {"_type": "fraction", "numerator": 1, "denominator": 4}} | changes)
+    metadata = {"klass": "demucs.htdemucs.HTDemucs", "args": "[]", "kwargs": kwargs}
+    save_file(network.state_dict(), path, metadata)
+    return network

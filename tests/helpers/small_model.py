@@ -1,5 +1,7 @@
 """A BS-RoFormer of a few thousand weights, its YAML and its checkpoint."""
 
+import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from separation.checkpoints.convert import convert
 from separation.evaluation.metrics import sdr
 from separation.models.base import Identity, SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
@@ -109,3 +112,22 @@ def quick_model() -> BSRoFormer:
     changes = {"num_stems": 1, "freqs_per_bands": (205,) * 5, "stft_n_fft": 2048, "stft_win_length": 2048}
     config = BSRoFormerConfig(**HYPER_PARAMETERS | changes | {"stft_hop_length": 1024})
     return BSRoFormer(config, identity(["vocals"], name="quick", chunk_samples=352_800)).eval()
+
+
+class RunsCode:
+    """An object whose pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def convert_to(folder: Path, saved: dict[str, Any], name: str = "x.ckpt") -> tuple[Path, str]:
+    """Save a checkpoint and convert it; its converted file and the sha256 of the checkpoint itself."""
+    folder.mkdir(exist_ok=True)
+    torch.save(saved, folder / name)
+    target = (folder / name).with_suffix(".safetensors")
+    convert(folder / name, target)
+    return target, hashlib.sha256((folder / name).read_bytes()).hexdigest()

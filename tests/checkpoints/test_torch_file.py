@@ -1,6 +1,6 @@
-"""Files of weights made to take all memory or time, to run code, or to be read as something else than they are.
+"""Files that PyTorch wrote are read as PyTorch reads them; hostile ones are refused before they take memory or time.
 
-All are opened in one process that has a GiB and some seconds for each.
+One process opens all hostile files, with a GiB of memory and some seconds for each.
 """
 
 import io
@@ -26,7 +26,7 @@ HUGE = 2**40
 
 
 def number(value: int) -> bytes:
-    """A whole number in a pickle."""
+    """An integer in a pickle."""
     n_bytes = value.bit_length() // 8 + 1
     return b"\x8a" + bytes([n_bytes]) + value.to_bytes(n_bytes, "little", signed=True)
 
@@ -54,7 +54,7 @@ def tensor(
 
 
 def saved(value: bytes) -> bytes:
-    """A pickle of a dictionary with one value."""
+    """A pickle of a dictionary with this value."""
     return b"\x80\x02}" + text("weight") + value + b"s."
 
 
@@ -64,7 +64,7 @@ def call(name: str, arguments: bytes) -> bytes:
 
 
 def archive(content: bytes, members: dict[str, bytes] | None = None, method: int = zipfile.ZIP_STORED) -> bytes:
-    """A file of PyTorch with this pickle and a storage of four numbers."""
+    """A PyTorch file with this pickle and a storage of four numbers."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as opened:
         for name, data in ({"data.pkl": content, "data/0": bytes(16), "version": b"3\n"} | (members or {})).items():
@@ -73,7 +73,7 @@ def archive(content: bytes, members: dict[str, bytes] | None = None, method: int
 
 
 def with_sizes(content: bytes, name: bytes, n_bytes: int) -> bytes:
-    """An archive whose list says that a member has so many bytes."""
+    """The archive, with another size for a member in its central directory."""
     data = bytearray(content)
     at = data.rindex(name) - 46
     assert data[at : at + 4] == b"PK\1\2"
@@ -101,9 +101,9 @@ def entry(*offsets: int, dtype: str = "F32", shape: tuple[int, ...] = (4,)) -> d
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-DOUBLING = b"(]q\x00" + b"(h\x00h\x00tq\x00" * 100 + b"t"  # a tuple of two of the one before
+DOUBLING = b"(]q\x00" + b"(h\x00h\x00tq\x00" * 100 + b"t"  # each tuple has the one before twice
 CRAFTED: dict[str, tuple[bytes, str]] = {
-    # What is no trouble, so that the others mean something
+    # Harmless files, which show that the others are refused for their fault
     "harmless.ckpt": (archive(saved(tensor())), "is of another architecture"),
     "harmless.th": (older(older_tensor(4), struct.pack("<q", 4) + bytes(16)), "is of another architecture"),
     "harmless.safetensors": (safetensors({"weight": entry(0, 16)}), "is of another architecture"),
@@ -297,7 +297,7 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
 
 
 def special(folder: Path) -> dict[Path, str]:
-    """Checkpoints that are no files, and their refusals."""
+    """Checkpoints that are not regular files, with the error for each."""
     os.mkfifo(folder / "pipe.ckpt")
     (folder / "device.ckpt").symlink_to("/dev/zero")
     (folder / "loop.ckpt").symlink_to("loop.ckpt")
@@ -307,7 +307,7 @@ def special(folder: Path) -> dict[Path, str]:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
-    """By the name of each hostile file, what came of loading it and how much memory the process had used by then."""
+    """For each hostile file, the result of loading it, and by how many MiB the process had grown by then."""
     folder = tmp_path_factory.mktemp("hostile")
     config = write_yaml(folder, drop=("files",))
     whole = write_weights(small_model().state_dict(), folder / "whole.ckpt")
@@ -327,9 +327,7 @@ def test_a_whole_checkpoint_loads_within_the_limits(answers: dict[str, tuple[str
 
 
 @pytest.mark.parametrize("name", CRAFTED)
-def test_a_hostile_file_is_refused_with_one_sentence_before_it_takes_memory(
-    name: str, answers: dict[str, tuple[str, int]]
-) -> None:
+def test_a_hostile_file_is_refused_before_it_takes_memory(name: str, answers: dict[str, tuple[str, int]]) -> None:
     answer, grown_mib = answers[name]
     assert answer.startswith("refused: ")
     assert "\n" not in answer and answer.isprintable() and len(answer) < 600
@@ -338,18 +336,18 @@ def test_a_hostile_file_is_refused_with_one_sentence_before_it_takes_memory(
 
 
 @pytest.mark.parametrize("name", ["pipe.ckpt", "device.ckpt", "loop.ckpt", "folder.ckpt"])
-def test_what_is_no_file_is_not_opened(name: str, answers: dict[str, tuple[str, int]]) -> None:
+def test_only_regular_files_are_opened(name: str, answers: dict[str, tuple[str, int]]) -> None:
     assert "there is no file" in answers[name][0]
 
 
-def test_a_path_that_no_file_can_have_is_one_sentence(tmp_path: Path) -> None:
+def test_a_path_that_no_file_can_have_is_an_error(tmp_path: Path) -> None:
     for name in ("x" * 300, "a\0b", "x" * 5000):
         with pytest.raises(CheckpointError, match=r"there is no file|cannot be read") as caught:
             open_weights(tmp_path / f"{name}.ckpt")
         assert "\n" not in str(caught.value)
 
 
-def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+def test_files_are_read_as_torch_reads_them(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(6, 10, generator=generator)
     state = {
@@ -378,7 +376,7 @@ def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path: Path) -> None:
 
 
 def test_an_archive_of_more_than_four_gigabytes_is_read(tmp_path: Path) -> None:
-    """Its members' places are numbers of 64 bits. The large one is a hole in the file, which takes no space."""
+    """Its offsets have 64 bits. The file is sparse and takes no space."""
     content = archive(saved(tensor(stored=storage(4, key="1"))))
     with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as opened:
         opened.writestr("x/data.pkl", saved(tensor(stored=storage(4, key="1"))))

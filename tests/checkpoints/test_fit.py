@@ -1,4 +1,4 @@
-"""Weights of another size than the YAML says are told by the YAML's keys that disagree."""
+"""Weights that do not fit are an error that names the wrong key of the YAML, or the architecture."""
 
 import copy
 import random
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from helpers.common import quick_models
-from helpers.small_model import HYPER_PARAMETERS, write_weights
+from helpers.demucs_files import demucs_file
+from helpers.own_checkpoint import COMMUNITY, put
+from helpers.small_model import HYPER_PARAMETERS, small_model, write_weights, write_yaml
 from separation.checkpoints.build import build, random_weights
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.fit import sizes_that_differ
@@ -48,7 +51,7 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
     "demucs": {"model": DEMUCS, "audio": {"sample_rate": 44100, "chunk_size": 44100}},
 }
 THREE = ["vocals", "drums", "bass"]
-# By architecture: what the weights were made with instead, and what is said of it.
+# Architecture, changes in the weights' configuration, and the error.
 CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("bs_roformer", {"depth": 3}, "model.depth is 1, the weights have 3"),
     ("bs_roformer", {"dim": 24}, "model.dim is 16, the weights have 24"),
@@ -128,7 +131,7 @@ def write(folder: Path, architecture: str, changes: Mapping[str, Any] | None = N
 
 
 @pytest.mark.parametrize("architecture, changes, said", CHANGES)
-def test_weights_of_another_size_are_told_by_the_yamls_keys(
+def test_a_wrong_size_is_named_with_its_key(
     architecture: str, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     weights = write_weights(random_weights(write(tmp_path, architecture, changes)), tmp_path / "weights.ckpt")
@@ -143,7 +146,7 @@ def test_weights_of_another_size_are_told_by_the_yamls_keys(
 
 
 @pytest.mark.parametrize("architecture", DOCUMENTS)
-def test_weights_of_the_yamls_size_disagree_in_nothing(architecture: str, tmp_path: Path) -> None:
+def test_fitting_weights_have_no_differences(architecture: str, tmp_path: Path) -> None:
     path = write(tmp_path, architecture)
     state = random_weights(path)
     assert (
@@ -153,7 +156,7 @@ def test_weights_of_the_yamls_size_disagree_in_nothing(architecture: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", quick_models())
-def test_no_shipped_model_disagrees_with_its_own_weights(name: str) -> None:
+def test_every_shipped_model_fits_its_own_weights(name: str) -> None:
     description = read_config(name)
     specialists = tuple(file.stem for file in description.files if file.stem is not None)[:1]
     model = build(description, specialists)
@@ -163,7 +166,7 @@ def test_no_shipped_model_disagrees_with_its_own_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", DOCUMENTS)
-def test_weights_of_any_shapes_are_compared(architecture: str, tmp_path: Path) -> None:
+def test_weights_of_any_shape_are_compared(architecture: str, tmp_path: Path) -> None:
     path = write(tmp_path, architecture)
     description = read_config(path)
     own = {name: tuple(value.shape) for name, value in random_weights(path).items()}
@@ -178,3 +181,30 @@ def test_weights_of_any_shapes_are_compared(architecture: str, tmp_path: Path) -
         for said in sizes_that_differ(description, Shapes(shapes)):
             assert re.fullmatch(r"(model|audio)\.\w+ (is|has) .*, the weights (have|are for) .*", said)
             assert "None" not in said
+
+
+def test_missing_and_misshapen_weights_are_named(tmp_path: Path) -> None:
+    state = small_model().state_dict()
+    config = write_yaml(tmp_path)
+    path = write_weights({"encoder.0.weight": torch.zeros(2)}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"other\.ckpt\) is of another architecture or size \(.*missing .*1 of"):
+        load_model(config, checkpoint=path)
+    key = "final_norm.gamma"
+    path = write_weights(state | {key: torch.zeros(24)}, tmp_path / "wide.ckpt")
+    with pytest.raises(CheckpointError, match=rf"of another shape \({key}: \[24\] instead of \[16\]\)"):
+        load_model(config, checkpoint=path)
+    del state[key]
+    with pytest.raises(CheckpointError, match=rf"1 of its keys are missing \({key}\)"):
+        load_model(config, checkpoint=write_weights(state, tmp_path / "less.ckpt"))
+
+
+def test_a_yaml_with_another_architecture_than_the_weights_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "x.yaml")
+    write_weights(demucs_file(tmp_path / "demucs.safetensors").state_dict(), tmp_path / "x.ckpt")
+    document = COMMUNITY | {"architecture": "bs_roformer"}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(CheckpointError) as caught:
+        load_model(tmp_path / "x.ckpt")
+    said = str(caught.value)
+    assert "x.ckpt) is of the architecture htdemucs by the names of its weights, and" in said
+    assert "x.yaml says bs_roformer (" in said and "of its keys are missing (" in said and "\n" not in said

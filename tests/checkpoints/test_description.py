@@ -1,6 +1,7 @@
-"""YAML files in the forms that the community publishes, with made-up values: they are read unchanged.
+"""YAML files: this project's, hostile ones, and the forms that the community publishes, with made-up values.
 
-The keys are those of Music-Source-Separation-Training (MSST), Ultimate Vocal Remover (UVR) and audio-separator.
+The community's keys are those of Music-Source-Separation-Training (MSST), Ultimate Vocal Remover (UVR) and
+audio-separator.
 """
 
 import copy
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from helpers.common import SHARED, needs_shared
-from helpers.small_model import assert_same_model, small_model, write_weights
+from helpers.small_model import DOCUMENT, assert_same_model, small_model, write_weights, write_yaml
+from separation.checkpoints import catalogue
 from separation.checkpoints.about import model_facts
 from separation.checkpoints.build import random_weights
 from separation.checkpoints.catalogue import read_config
@@ -107,6 +109,7 @@ inference:
   normalize: false
 """
 
+
 MSST_DEMUCS = """
 audio:
   chunk_size: 44100 # samplerate * segment
@@ -150,6 +153,7 @@ htdemucs:  # the arguments of the class
   t_lr:
 """
 
+
 UVR_MDX23C = """
 audio:
   chunk_size: 8190
@@ -189,6 +193,7 @@ inference:
   num_overlap: 8
 """
 
+
 UVR_ROFORMER = """
 audio:
   chunk_size: 4096
@@ -217,6 +222,7 @@ inference:
   num_overlap: 1
   chunk_size: 8192
 """
+
 
 SCNET = """
 audio:
@@ -269,6 +275,119 @@ def noise(samples: int) -> torch.Tensor:
     return torch.randn(1, 2, samples, generator=torch.Generator().manual_seed(0))
 
 
+# This project's keys
+
+
+def test_a_python_tuple_loads_and_no_other_python_tag_does(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    text = "architecture: bs_roformer\nstems: [vocals]\naudio: {sample_rate: 44100, chunk_size: 8}\nmodel:\n"
+    path.write_text(text + "  freqs_per_bands: !!python/tuple\n    - 2\n    - [3, 4]\n")
+    assert read_config(path).hyper_parameters == {"freqs_per_bands": (2, [3, 4])}
+    ran = tmp_path / "ran"
+    for tag in (
+        f"!!python/object/apply:os.mkdir ['{ran}']",
+        "!!python/object:os.PathLike {}",
+        "!!python/name:os.system",
+    ):
+        path.write_text(text + f"  dim: {tag}\n")
+        with pytest.raises(CheckpointError, match=rf"model\.yaml line 5 .*{tag.split()[0].removeprefix('!!')}"):
+            read_config(path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"audio": DOCUMENT["audio"] | {"chunk_sise": 8}}, "unknown key 'audio.chunk_sise'"),
+        ({"stems": "vocals"}, "stems must be a list, not 'vocals'"),
+        ({"stems": ["vocals", "vocals"]}, "stems must name each stem once"),
+        ({"audio": {"sample_rate": 44100}}, "chunk_size is missing: add it as a positive integer"),
+        ({"audio": {"chunk_size": 8, "sample_rate": "high"}}, "sample_rate must be a positive integer, not 'high'"),
+        ({"architecture": 5}, "architecture must be a string, not 5"),
+        ({"stems": ["vocals", "../drums"]}, r"the stem '\.\./drums' cannot be a file's name"),
+        ({"audio": {"chunk_size": -8, "sample_rate": 44100}}, "chunk_size must be a positive integer, not -8"),
+        ({"files": ["x.ckpt"]}, "each of files must be a section"),
+        ({"files": [{"name": "x", "md5": "0"}]}, "unknown key 'md5'"),
+        ({"files": [{"name": "x", "is_recorded": True}]}, "unknown key 'is_recorded'"),
+        ({"files": [{"name": "../x"}]}, "leads out of the weights folder"),
+        ({"files": [{"name": "x", "sha256": "12"}]}, "sha256 must be 64 hexadecimal digits"),
+        ({"files": [{"name": "x", "url": "file:///etc/passwd"}]}, "url must begin with https"),
+        ({"files": [{"name": "x", "stem": "drums"}, {"name": "y"}]}, "the files must name one stem each"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(
+    tmp_path: Path, changes: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "CONFIGS", tmp_path)
+    with pytest.raises(CheckpointError, match=rf"small\.yaml: .*{message}"):
+        read_config(write_yaml(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", [b"", b"- a list", b"a: [1", b"\xff\xfe\x00", b"a: \x07"])
+def test_a_file_without_keys_is_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.yaml"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stems": [["vocals"]]}, r"a stem must be a string, not \['vocals'\]"),
+        ({"stems": [{"vocals": 1}]}, "a stem must be a string, not {'vocals': 1}"),
+        ({"stems": ["x" * 300]}, "cannot be a file's name"),
+        ({"stems": ["voc\nals"]}, "cannot be a file's name"),
+        ({"stems": ["C:vocals"]}, "cannot be a file's name"),
+        ({"audio": {"sample_rate": True, "chunk_size": 8}}, "sample_rate must be a positive integer, not True"),
+        ({"audio": {"sample_rate": 10**9, "chunk_size": 8}}, "sample_rate must be at most 384,000, not 1000000000"),
+        ({"audio": {"chunk_size": 10**12}}, "chunk_size must be at most 16,777,216, not 1000000000000"),
+        ({"audio": {"chunk_size": float("inf")}}, "chunk_size must be a positive integer, not inf"),
+        ({"audio": {"chunk_size": float("nan")}}, "chunk_size must be a positive integer, not nan"),
+        ({"audio": {"dim_t": 10**6, "hop_length": 10**6}}, "chunk_size must be at most 16,777,216, not 999999000000"),
+        ({"audio": {1: 2, "chunk_size": 8}}, "the keys of audio must be strings, not 1"),
+        ({"model": {1: 2}}, "the keys of model must be strings, not 1"),
+        ({"architecture": ["x" * 1000]}, r"architecture must be a string, not \['x{77}…"),
+        ({"files": [{"name": "x" * 300}]}, "a weights file cannot be named 'xxx"),
+        ({"files": [{"name": "a/" * 200 + "x" * 201}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "..\\x"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "C:/x"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "a//x"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "."}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "checksums.lock"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "demo.yaml"}]}, "a weights file cannot be named"),
+        ({"files": [{"name": "x", "bytes": 10**15}]}, "bytes must be at most"),
+        ({"files": [{"name": "x", "url": "http://[::1"}]}, r"url must be a file's address, not 'http://\[::1'"),
+        ({"files": [{"name": "x", "url": "http://"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a:99999/x"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a:b/x"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a/x y"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a/é"}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "http://a/" + "x" * 3000}]}, "url must be a file's address"),
+        ({"files": [{"name": "x", "url": "ftp://a/x"}]}, "url must begin with https"),
+    ],
+)
+def test_a_hostile_value_is_one_short_error(
+    changes: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "CONFIGS", tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_config(write_yaml(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 250
+
+
+def test_a_nul_in_a_file_name_is_an_error(tmp_path: Path) -> None:
+    text = write_yaml(tmp_path).read_text().replace("small.ckpt", '"a\\0b"')
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match="a string contains the control character"):
+        read_config(tmp_path / "x.yaml")
+
+
+# The community's keys
+
+
 @pytest.mark.parametrize(
     "text, stems, chunk_samples",
     [
@@ -279,7 +398,7 @@ def noise(samples: int) -> torch.Tensor:
         (SCNET, ("drums", "other"), 44100),
     ],
 )
-def test_stems_chunks_and_rate_are_those_it_was_trained_on(
+def test_stems_chunk_and_sample_rate_are_those_of_the_training(
     tmp_path: Path, text: str, stems: tuple[str, ...], chunk_samples: int
 ) -> None:
     found = read(tmp_path, text)
@@ -290,7 +409,7 @@ def test_stems_chunks_and_rate_are_those_it_was_trained_on(
 
 
 @pytest.mark.parametrize("architecture", ["", "architecture: bs_roformer\n"])
-def test_a_roformer_of_msst_loads_and_gives_what_its_weights_give(tmp_path: Path, architecture: str) -> None:
+def test_an_msst_roformer_loads(tmp_path: Path, architecture: str) -> None:
     own = small_model(num_stems=1)
     path = write(tmp_path, architecture + MSST_ROFORMER)
     model = load_model(path, checkpoint=write_weights(own.state_dict(), tmp_path / "x.ckpt"))
@@ -299,7 +418,7 @@ def test_a_roformer_of_msst_loads_and_gives_what_its_weights_give(tmp_path: Path
 
 
 @torch.no_grad()
-def test_a_demucs_of_msst_names_its_class_and_takes_arguments_from_training(tmp_path: Path) -> None:
+def test_an_msst_demucs_names_its_class_and_has_arguments_under_training(tmp_path: Path) -> None:
     path = write(tmp_path, MSST_DEMUCS)
     found = read_config(path)
     assert found.architecture == "htdemucs"
@@ -308,13 +427,13 @@ def test_a_demucs_of_msst_names_its_class_and_takes_arguments_from_training(tmp_
     assert model(noise(44100)).shape == (1, 2, 2, 44100)
 
 
-def test_what_the_mixture_is_scaled_by_may_be_said_by_the_yaml(tmp_path: Path) -> None:
+def test_the_yaml_can_ask_for_standardised_tracks(tmp_path: Path) -> None:
     path = write(tmp_path, MSST_ROFORMER, ("normalize: false", "normalize: true"))
     weights = write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt")
     assert load_model(path, checkpoint=weights).normalisation == "standard"
 
 
-def test_without_a_chunk_size_it_follows_from_the_frames_of_the_stft(tmp_path: Path) -> None:
+def test_without_a_chunk_size_the_chunk_follows_from_the_stft_frames(tmp_path: Path) -> None:
     no_size = ("  chunk_size: 8190\n", "")
     assert read(tmp_path, UVR_MDX23C, no_size).chunk_samples == 100 * 130
     assert read(tmp_path, UVR_MDX23C, no_size, ("  dim_t: 101\n", "")).chunk_samples == 63 * 130
@@ -324,7 +443,7 @@ def test_without_a_chunk_size_it_follows_from_the_frames_of_the_stft(tmp_path: P
         read(tmp_path, UVR_MDX23C, no_size, ("  dim_t: 101\n", "  dim_t: 1\n"))
 
 
-def test_the_sample_rate_is_44100_unless_something_else_is_said(tmp_path: Path) -> None:
+def test_the_default_sample_rate_is_44100(tmp_path: Path) -> None:
     assert read(tmp_path, SCNET, ("  sample_rate: 44100\n", "")).sample_rate == 44100
     assert read(tmp_path, SCNET, ("  sample_rate: 44100\n", "  sample_rate: 48000\n")).sample_rate == 48000
     assert read(tmp_path, MSST_DEMUCS, ("  samplerate: 44100\n", "  samplerate: 48000\n")).sample_rate == 48000
@@ -348,7 +467,7 @@ def test_a_target_is_the_only_stem_of_a_model_with_one_output(
     assert read(tmp_path, MSST_ROFORMER, *changes).stems == stems
 
 
-def test_sources_are_the_stems_where_training_names_none(tmp_path: Path) -> None:
+def test_sources_are_the_stems_if_training_names_none(tmp_path: Path) -> None:
     found = read(tmp_path, SCNET, ("  instruments:\n    - Drums\n    - Other\n", ""))
     assert found.stems == ("drums", "other")
     with pytest.raises(CheckpointError, match="stems is missing: add it as a list"):
@@ -357,14 +476,14 @@ def test_sources_are_the_stems_where_training_names_none(tmp_path: Path) -> None
         )
 
 
-def test_our_keys_go_before_those_of_training(tmp_path: Path) -> None:
+def test_our_keys_take_precedence_over_training(tmp_path: Path) -> None:
     found = read(tmp_path, "stems: [Singing]\narchitecture: own\n" + MSST_ROFORMER)
     assert (found.stems, found.architecture) == (("singing",), "own")
     named = read(tmp_path, MSST_ROFORMER, ("training:\n", "training:\n  model_type: bs_roformer\n"))
     assert named.architecture == "bs_roformer"
 
 
-def test_a_models_name_and_type_are_no_hyper_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_models_name_and_type_are_not_hyper_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, MSST_ROFORMER, ("  dim: 16\n", "  name: my_roformer\n  type: bs_roformer\n  dim: 16\n"))
     own = small_model(num_stems=1)
     model = load_model(path, checkpoint=write_weights(own.state_dict(), tmp_path / "x.ckpt"))
@@ -374,7 +493,7 @@ def test_a_models_name_and_type_are_no_hyper_parameters(tmp_path: Path, caplog: 
 
 @pytest.mark.slow
 @needs_shared
-def test_published_checkpoints_have_their_own_chunks_and_as_many_parameters_as_their_files(tmp_path: Path) -> None:
+def test_published_checkpoints_have_the_published_chunk_and_number_of_parameters(tmp_path: Path) -> None:
     facts = json.loads((SHARED / "community" / "wanted.json").read_text(encoding="utf-8"))["models"]
     published = [each for each in facts if each["loadable"] and each["validation"] and each["audio"]]
     assert len(published) > 60
@@ -392,9 +511,7 @@ def test_published_checkpoints_have_their_own_chunks_and_as_many_parameters_as_t
         assert found["parameters"] == pytest.approx(each["validation"]["parameters"], rel=1e-3)
 
 
-def test_keys_that_nothing_knows_are_named_once_in_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unknown_keys_are_named_once_in_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = "is_roformer: true\nlora:\n  r: 8\n" + MSST_ROFORMER.replace("  num_channels: 2\n", "  surround: 2\n")
     path = write(tmp_path, text)
     weights = write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt")
@@ -406,7 +523,7 @@ def test_keys_that_nothing_knows_are_named_once_in_one_warning(
 
 
 @pytest.mark.parametrize("value", ["true", "3", "fast"])
-def test_a_hyper_parameter_that_may_change_the_stems_is_no_such_key(tmp_path: Path, value: str) -> None:
+def test_an_unknown_hyper_parameter_is_an_error(tmp_path: Path, value: str) -> None:
     path = write(tmp_path, MSST_ROFORMER, ("  skip_connection: False\n", f"  hyper_streams: {value}\n"))
     weights = write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match=r"published\.yaml: bs_roformer has no hyper-parameter hyper_streams"):
@@ -414,7 +531,7 @@ def test_a_hyper_parameter_that_may_change_the_stems_is_no_such_key(tmp_path: Pa
 
 
 @pytest.mark.parametrize("value", ["", "null", "0", "0.0", "false", "[]"])
-def test_a_hyper_parameter_that_is_off_may_be_unknown(tmp_path: Path, value: str) -> None:
+def test_an_unknown_hyper_parameter_may_be_off(tmp_path: Path, value: str) -> None:
     path = write(tmp_path, MSST_ROFORMER, ("  skip_connection: False\n", f"  hyper_streams: {value}\n"))
     load_model(path, checkpoint=write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt"))
 
@@ -434,24 +551,30 @@ def test_a_hyper_parameter_that_is_off_may_be_unknown(tmp_path: Path, value: str
         ),
     ],
 )
-def test_what_a_published_yaml_lacks_is_named(tmp_path: Path, text: str, change: tuple[str, str], message: str) -> None:
+def test_a_wrong_key_of_a_published_yaml_is_named(
+    tmp_path: Path, text: str, change: tuple[str, str], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=rf"published\.yaml: {message}"):
         read(tmp_path, text, change)
 
 
-def test_a_section_that_is_empty_is_as_one_that_is_missing(tmp_path: Path) -> None:
+def test_an_empty_section_equals_a_missing_one(tmp_path: Path) -> None:
     text = "stems: [vocals]\n" + UVR_ROFORMER[: UVR_ROFORMER.index("training:")] + "training:\ninference:\n"
     found: Any = read(tmp_path, text)
     assert (found.stems, found.chunk_samples) == (("vocals",), 4096)
 
 
 ODD: list[Any] = [None, True, 0, 4, 1.5, "4", [4], [["a"]], {"a": 1}, {1: 2}]
+
+
 READ = {"audio", "chunk_size", "sample_rate", "hop_length", "dim_t", "model", "sources", "num_stems", "training"}
+
+
 READ |= {"instruments", "target_instrument", "segment", "samplerate", "channels", "htdemucs", "inference", "normalize"}
 
 
 @pytest.mark.parametrize("text", [MSST_DEMUCS, UVR_ROFORMER, SCNET])
-def test_a_value_of_another_type_is_read_or_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+def test_a_value_of_another_type_is_accepted_or_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, text)
     published = read_yaml(path)
     sections = {name: section for name, section in published.items() if isinstance(section, dict)}
