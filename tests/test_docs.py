@@ -1,4 +1,4 @@
-"""The documents: their samples run, their links lead somewhere, and they name all that a user can set, choose or read.
+"""The documents: samples run, links resolve, and everything that a user can set, choose or read is named.
 
 A sample runs if the line before it is the comment `<!-- run -->`, which readers do not see. `<!-- run slow -->` makes
 it a slow test. `<!-- run on the demo model -->` replaces the recipes and models in it by the demo's, which ships.
@@ -43,9 +43,12 @@ FENCE = re.compile(r"^ *```(\w*)$")
 MARKER = re.compile(r"<!-- run( slow)?( on the demo model)? -->")
 HEADING = re.compile(r"^(#{1,6}) (.+)$", re.MULTILINE)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]*)\)")
+# A file or a folder that stands alone or in a command: `tests/bench/knobs.py`, `python tests/bench/knobs.py SONGS`.
+FILE = re.compile(r"`(?:PYTHONPATH=\. )?(?:python |pytest (?:-m slow )?)?((?:[a-z_.]+/)+[a-z_.*]*)[ `]")
+BLOCK = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 ROW = re.compile(r"^\| *(`[^|]*?) *\| *([^|]*?) *\|", re.MULTILINE)  # of a table: its first two cells
 
-# What stands in for the models that a sample names.
+# Replacements that run a sample on the demo's weights.
 ON_DEMO: list[tuple[str, str]] = [
     (r"separation separate (?!.*--(recipe|model-name))", "separation separate --recipe demo "),
     (r"--recipe \w+", "--recipe demo"),
@@ -100,8 +103,7 @@ def samples(document: Path) -> list[Sample]:
 
 def prose(document: Path) -> str:
     """A document without its code."""
-    text = re.sub(r"^ *```.*?^ *```$", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"`[^`]+`", "", text)
+    return re.sub(r"`[^`]+`", "", BLOCK.sub("", text_of(document)))
 
 
 def section(document: Path, title: str) -> str:
@@ -129,7 +131,7 @@ def marked(language: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the samples want it: songs, a folder of songs, and the true stems of one."""
+    """The files that samples use: songs, a folder of songs, and the true stems of one."""
     folder = tmp_path_factory.mktemp("songs")
     audio, rate = soundfile.read(SONG, frames=SECONDS * 44100)
     for name in ("song.flac", "song.mp3", "music/first.flac", "music/album/second.flac"):
@@ -144,7 +146,7 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def desk(songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of that folder, which is the current one, with the command `separation` and a cache of its own."""
+    """A copy of `songs` as the current folder, with the command `separation` and an empty cache."""
     folder = tmp_path / "desk"
     for path in songs.rglob("*.*"):
         target = folder / path.relative_to(songs)
@@ -182,7 +184,7 @@ def test_a_python_sample_runs(sample: Sample, desk: Path) -> None:
 
 
 def written_commands() -> Iterator[tuple[str, str]]:
-    """Every call of the program in a document, with its place, also of those samples that are not run."""
+    """Every command in a document, with its place; also those in prose and in samples that are not run."""
     for document in DOCUMENTS:
         for sample in samples(document):
             for line in sample.text.replace("\\\n", " ").splitlines():
@@ -207,9 +209,8 @@ def test_a_command_in_a_document_is_one(place: str, command: str, capsys: pytest
 
 def anchors(document: Path) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
-    code_free = re.sub(r"^ *```.*?^ *```$", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
-    titles = (re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in HEADING.findall(code_free))
-    return set(titles)
+    titles = [title for _, title in HEADING.findall(BLOCK.sub("", text_of(document)))]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def links(document: Path) -> list[str]:
@@ -227,9 +228,6 @@ def test_every_link_leads_somewhere(document: Path) -> None:
         path = (document.parent / target).resolve() if target else document
         assert path.is_file() and path.is_relative_to(PROJECT), f"{document.name}: {link} is no file"
         assert not anchor or anchor in anchors(path), f"{document.name}: {link} is no heading"
-
-
-FILE = re.compile(r"`(?:PYTHONPATH=\. )?(?:python |pytest (?:-m slow )?)?((?:[a-z_.]+/)+[a-z_.*]*)[ `]")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
@@ -280,13 +278,13 @@ def options(command: str) -> list[argparse.Action]:
 
 
 def option_tables(command: str) -> list[str]:
-    """The text about a command: its own section, and those about the options that it shares with others."""
+    """The command's section, and the sections about shared options that name it."""
     shared = [section(COMMAND_LINE, title) for title in SHARED]
     return [section(COMMAND_LINE, command), *(text for text in shared if f"`{command}`" in text.split("\n\n")[1])]
 
 
 def rows(text: str) -> dict[str, str]:
-    """The default, as a table has it, by option."""
+    """The documented default of each option."""
     return {option: default for cell, default in ROW.findall(text) for option in re.findall(r"`(-[\w-]+)`", cell)}
 
 
@@ -401,7 +399,7 @@ def objects(desk: Path, capfd: pytest.CaptureFixture[str]) -> Objects:
 
 
 def field_names(value: Any, data: set[str]) -> set[str]:
-    """The keys of an object and all below it, without those that are data: names of stems, models and songs."""
+    """The keys of an object, at any depth, except those that are data: names of stems, models and songs."""
     if isinstance(value, list):
         return set().union(*(field_names(item, data) for item in value))
     if not isinstance(value, dict):
