@@ -1,283 +1,160 @@
-"""Applying a model to a song of any length: overlapping chunks in, cross-faded finished samples out.
+"""Applying a model to a song of any length: overlapping chunks in, cross-faded estimates out.
 
-A chunk's ends are faded by straight ramps over the overlap and the sum is divided by the sum of the fades, so that an
-identity model returns its input and a gain error in one chunk is cross-faded, never stepped. Memory holds one batch of
-chunks and the samples that the next chunk may still change, whatever the song's length. Knows no model.
+The ends of each chunk are faded by linear ramps over the overlap, and the sum of the faded chunks is divided by the sum
+of the fades. An identity model therefore returns its input, and a gain error in one chunk is cross-faded, never
+stepped. Memory holds a few batches of chunks and the samples that the next chunk may still change, however long the
+song is. Nothing here depends on which model it is.
 
-The sums are on the model's device; only finished samples leave it. On a CUDA GPU the caller does not wait for what it
-does not need: while it works on one block the next batch is computed, the one after that queued, and a third read. All
-copies go through page-locked memory, and the GPU has the next batch before anything waits for the one at hand.
+The sums are kept on the model's device; only finished samples leave it. A CUDA GPU works ahead of the caller: while the
+caller uses one block, the next batch is computed, the one after that is queued, and a third is read. All copies go
+through page-locked memory, and the next batch is queued before anything waits for the current one.
 
-There every batch of a song has the same shape: the last, and one of which some chunks are silent, are filled up with
-zeros. So a chunk is rounded in the same way wherever it lies in the song, and whatever ran before. Of a song that has
-fewer chunks than a batch, batches are as large as the next power of two, for zeros cost as much as music.
+On a CUDA GPU all batches of a song have the same shape: a batch with silent chunks and the last batch are padded with
+zeros. A chunk is then rounded in the same way wherever it lies in the song and whatever ran before.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain, groupby, zip_longest
+from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from separation.device import is_out_of_memory, memory_limit_bytes, needed_memory_bytes
-from separation.engine.gpu import ComputeThread, Model, compute_thread
-from separation.errors import EstimateError, InputError
+from separation.audio.waveform import Readable
+from separation.engine.batch_memory import FittingModel, Model
+from separation.engine.chunk_plan import Chunk, ChunkBatch, ChunkPlan, fades, read_extended
+from separation.engine.compute_thread import ComputeThread, compute_thread
+from separation.errors import EstimateError
 from separation.progress import Progress
 from separation.system.threads import Threads
 
-MAX_BATCH_SIZE = 8  # chunks; of a large model far fewer fill a GPU
-# Of a GPU's memory that a batch may take. The models take another, and a batch outside the graphs' memory the third.
-MEMORY_SHARE = 1 / 3
-
-logger = logging.getLogger("separation")
-
 T = TypeVar("T")
 
-# A Model takes chunks [B, C, chunk_samples] to estimates [B, S, C, chunk_samples].
-Read = Callable[[int, int], Tensor]  # (start, stop) -> mixture[:, start:stop], [C, stop - start] float32 on the CPU
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class ChunkPlan:
-    """How a song is cut: `chunk_samples` every `chunk_hop` samples.
+class ReadyModel:
+    """A model that is ready to run over batches of chunks.
 
-    With `reflects_border` the song is extended at both ends by its own reflection over the overlap, so that its first
-    and last samples too lie inside a chunk; without, chunks start at the song's first sample and a short last chunk is
-    centred in real context (Demucs' way). Beyond the extension there is silence. `input_samples` says how many samples
-    the model is given for a chunk of which so many lie in the song: a whole chunk, unless it returns a number.
+    Attributes:
+        model: chunks `[B, C, T]` on `device` to estimates `[B, S, C, T]`.
+        n_stems: S.
+        batch_size: chunks computed at once; changes the estimates by no more than the rounding of matrix products in
+            the model's precision.
+        device: what the model runs on. On a CUDA GPU, the device's compute thread calls the model.
+        spare: returns a model that replaces this one for the rest of a song, from the first batch with NaN or Inf;
+            called when that happens.
     """
 
-    chunk_samples: int
-    overlap_samples: int
-    reflects_border: bool = True
-    input_samples: Callable[[int], int | None] = lambda length: None
-
-    def __post_init__(self) -> None:
-        if self.chunk_samples < 1 or not 0 <= self.overlap_samples < self.chunk_samples:
-            raise InputError(
-                f"overlap ({self.overlap_samples} samples) must be smaller than the chunk ({self.chunk_samples} "
-                "samples), and the chunk at least one sample"
-            )
-
-    @property
-    def chunk_hop(self) -> int:
-        """Samples between chunk starts."""
-        return self.chunk_samples - self.overlap_samples
-
-    @property
-    def border(self) -> int:
-        """Samples by which the song is extended at each end."""
-        return self.overlap_samples if self.reflects_border else 0
-
-    def starts(self, total_samples: int) -> range:
-        """Where the chunks start, in samples of the song."""
-        if not self.reflects_border:
-            return range(0, total_samples, self.chunk_hop)
-        hops = max(0, -(-(total_samples + 2 * self.border - self.chunk_samples) // self.chunk_hop))
-        return range(-self.border, -self.border + hops * self.chunk_hop + 1, self.chunk_hop)
-
-
-@lru_cache(maxsize=8)
-def fades(chunk_samples: int, overlap_samples: int) -> Tensor:
-    """The weight of each sample of a chunk, `[chunk_samples]`: ramps over the overlap, half a chunk at most."""
-    fade = min(overlap_samples, chunk_samples // 2)
-    weights = torch.ones(chunk_samples)
-    if fade:
-        ramp = torch.arange(1, fade + 1) / (fade + 1)
-        weights[:fade] = ramp
-        weights[-fade:] = ramp.flip(0)
-    return weights
+    model: Model
+    n_stems: int
+    batch_size: int = 1
+    device: torch.device = CPU
+    spare: Callable[[], Model] | None = None
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The model sees `mixture[read_start : read_start + read_length]` and keeps `[start, start + length)` of it."""
+class Level:
+    """The model sees `(mixture - offset) / scale`; its estimates are multiplied by `scale`, and `offset` is added."""
 
-    start: int
-    length: int
-    read_start: int
-    read_length: int
-
-
-def chunks(plan: ChunkPlan, total_samples: int) -> Iterator[Chunk]:
-    """The chunks of a song in order."""
-    for start in plan.starts(total_samples):
-        length = plan.chunk_samples if plan.reflects_border else min(plan.chunk_samples, total_samples - start)
-        read_length = plan.input_samples(length) or plan.chunk_samples
-        yield Chunk(start, length, start - (read_length - length) // 2, read_length)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """Chunks that follow each other and of which the model is given equally many samples."""
-
-    parts: list[Chunk]
-    size: int  # chunks in a batch of such, at most; on a GPU the batch is filled up to so many
-
-
-def _batches(parts: list[Chunk], batch_size: int) -> list[_Planned]:
-    planned = []
-    for _, alike in groupby(parts, key=lambda part: part.read_length):
-        group = list(alike)
-        size = min(batch_size, 1 << (len(group) - 1).bit_length())
-        planned += [_Planned(group[first : first + size], size) for first in range(0, len(group), size)]
-    return planned
-
-
-def read_extended(read: Read, start: int, stop: int, total_samples: int, border: int) -> Tensor:
-    """`mixture[:, start:stop]`, `[C, stop - start]`, where either end may lie outside the song.
-
-    Up to `border` samples outside are the song's reflection (without its end sample), the rest is silence.
-    """
-    inside = read(max(start, 0), min(stop, total_samples))
-    mirrored = min(border, total_samples - 1)
-    parts = []
-    if start < 0:
-        count = min(-start, mirrored)
-        reflection = read(1, count + 1).flip(-1) if count else inside[:, :0]
-        parts += [inside.new_zeros(inside.shape[0], -start - count), reflection]
-    parts.append(inside)
-    if stop > total_samples:
-        count = min(stop - total_samples, mirrored)
-        reflection = read(total_samples - 1 - count, total_samples - 1).flip(-1) if count else inside[:, :0]
-        parts += [reflection, inside.new_zeros(inside.shape[0], stop - total_samples - count)]
-    return torch.cat(parts, dim=-1) if len(parts) > 1 else inside
-
-
-@torch.inference_mode()
-def chunk_memory_bytes(model: Model, channels: int, chunk_samples: int, device: torch.device) -> int:
-    """The memory of a CUDA GPU that the model needs for each chunk of a batch: it computes one, twice.
-
-    For the compute thread. Raises EstimateError if that is more than there is.
-    """
-    chunk = torch.zeros(1, channels, chunk_samples, device=device)
-    fitting = _Fitting(model, 1)
-    fitting(chunk)  # makes windows and workspaces, which are made once
-    return needed_memory_bytes(lambda: fitting(chunk), device)
-
-
-def fitting_batch_size(chunk_bytes: int, device: torch.device) -> int:
-    """How many chunks to compute at once on a CUDA GPU, if each needs so much: a power of two.
-
-    It follows from the memory that the GPU has, not from what is free, for the batch has a part in the rounding.
-    """
-    room = int(memory_limit_bytes(device) * MEMORY_SHARE / max(1, chunk_bytes))
-    return 1 << max(1, min(MAX_BATCH_SIZE, room)).bit_length() - 1
+    offset: float = 0.0
+    scale: float = 1.0
 
 
 def separate(
-    model: Model,
-    read: Read,
-    total_samples: int,
-    plan: ChunkPlan,
-    *,
-    n_stems: int,
-    batch_size: int = 1,
-    device: torch.device | str = "cpu",
-    offset: float = 0.0,
-    scale: float = 1.0,
-    spare: Callable[[], Model] | None = None,
-    progress: Progress = Progress(),
+    ready: ReadyModel, source: Readable, plan: ChunkPlan, level: Level = Level(), progress: Progress = Progress()
 ) -> Iterator[Tensor]:
-    """Run `model` over a song; yields finished estimates `[S, C, n]`, float32 on the CPU, in order, to the song's end.
+    """Run a model over a song; yields finished estimates `[S, C, n]`, float32 on the CPU, in order.
 
-    Chunks of digital silence are not computed: their estimates are silence. A batch that a GPU's memory does not hold
-    is halved until it fits, as are all that follow, and a warning is logged. With a CUDA GPU the device's compute
-    thread calls the model; songs in several threads then share the GPU.
+    Chunks of digital silence are not computed: their estimates are silence. A batch that does not fit into a GPU's
+    memory is halved until it does, and so are all later batches of the song; a warning is logged. Songs in several
+    threads share a CUDA GPU.
 
     Args:
-        model: chunks `[B, C, chunk_samples]` on `device` to estimates `[B, S, C, chunk_samples]`.
-        read: gives a slice of the mixture; called with 0 <= start <= stop <= total_samples. With a CUDA GPU another
-            thread calls it.
-        n_stems: S.
-        batch_size: chunks computed at once; changes the result by no more than the rounding of matrix products in
-            the model's precision.
-        offset, scale: the model sees `(mixture - offset) / scale` and its estimates are put back the same way.
-        spare: gives a model to take the place of one that gave NaN or Inf, from the batch where it did to the song's
-            end; called where that happens.
-        progress: called before the first batch and after each; raise from it to cancel.
+        ready: the model.
+        source: the mixture, `[C, T]`. With a CUDA GPU, another thread reads it.
+        plan: how the song is cut.
+        level: how the mixture is shifted and scaled for the model.
+        progress: called before the first batch and after each batch; raise from it to cancel.
 
     Raises:
-        EstimateError: the model gave NaN or Inf; the message says where. Or a GPU's memory does not hold one chunk.
+        EstimateError: the model gave NaN or Inf (the message says where), or a GPU's memory does not hold one chunk.
     """
-    device = torch.device(device)
-    parts = list(chunks(plan, total_samples))
-    planned = _batches(parts, batch_size)
-    n_samples = plan.chunk_samples + max(len(batch.parts) for batch in planned) * plan.chunk_hop
-    task = _Task(plan, total_samples, (n_stems, read(0, 0).shape[0], n_samples), device, offset, scale)
-    make = partial(_Song, task, model, max(batch.size for batch in planned), spare)
-    ahead = _is_asynchronous(device)
-    reading = _read_batches(read, task, planned, padded=ahead)
-    done = 0
+    batches = plan.batches(source.n_samples, ready.batch_size)
+    n_chunks = sum(len(batch.chunks) for batch in batches)
+    channels = source.read(0, 0).shape[0]
+    start = partial(_SongRun, ready, plan, level, batches, channels)
     with (
-        closing(_prefetched(reading) if ahead else reading) as batches,
-        closing(_ahead(make, batches, compute_thread(device)) if ahead else _in_turn(make, batches)) as finished,
+        closing(_read_batches(source, plan, batches, ready.device)) as read,
+        closing(_ahead(start, read, ready.device) if _works_ahead(ready.device) else _in_turn(start, read)) as finished,
     ):
         progress(0)
-        for batch, block in zip(planned, finished, strict=True):
+        done = 0
+        for batch, block in zip(batches, finished, strict=True):
             if block.shape[-1]:
                 yield block
-            done += len(batch.parts)
-            progress(done / len(parts))
+            done += len(batch.chunks)
+            progress(done / n_chunks)
 
 
-def _is_asynchronous(device: torch.device) -> bool:
+def _works_ahead(device: torch.device) -> bool:
     """Whether the device computes while the CPU does something else."""
     return device.type == "cuda"
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a song is to those who read and compute it."""
-
-    plan: ChunkPlan
-    total_samples: int
-    shape: tuple[int, int, int]  # of the sums: [S, C, chunk_samples + batch_size * chunk_hop]
-    device: torch.device
-    offset: float
-    scale: float
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Chunks that follow each other, and the mixtures `[n, C, read_length]` of the n among them that sound."""
+    """A batch that has been read."""
 
-    parts: list[Chunk]
-    sounding: list[Chunk]
-    mixtures: Tensor | None  # on the CPU, in page-locked memory if they go to a GPU; None if n is 0
-    size: int  # chunks that the model is given: those that sound, then zeros
-    finishes: int  # no later chunk changes samples before this one
+    chunks: list[Chunk]
+    sounding: list[Chunk]  # those that are not silent
+    mixtures: Tensor | None  # [len(sounding), C, read_length] on the CPU, page-locked for a GPU; None if all are silent
+    size: int  # chunks that the model is given: the sounding ones, then padding
+    finished_until: int  # no later chunk changes samples before this one
 
 
-def _read_batches(read: Read, task: _Task, planned: list[_Planned], *, padded: bool) -> Generator[_Batch]:
-    total_samples, border = task.total_samples, task.plan.border
-    for batch, following in zip_longest(planned, planned[1:]):
-        sounding, mixtures, stacked = [], [], None
-        for part in batch.parts:
-            mixture = read_extended(read, part.read_start, part.read_start + part.read_length, total_samples, border)
+def _read_batches(
+    source: Readable, plan: ChunkPlan, batches: list[ChunkBatch], device: torch.device
+) -> Generator[_Batch]:
+    """The batches, read one after the other; for a device that works ahead, a thread reads the next one meanwhile."""
+    works_ahead = _works_ahead(device)
+    read = _read_in_turn(source, plan, batches, pinned=device.type == "cuda", padded=works_ahead)
+    return _prefetched(read) if works_ahead else read
+
+
+def _read_in_turn(
+    source: Readable, plan: ChunkPlan, batches: list[ChunkBatch], *, pinned: bool, padded: bool
+) -> Generator[_Batch]:
+    for batch, following in zip_longest(batches, batches[1:]):
+        sounding, mixtures = [], []
+        for chunk in batch.chunks:
+            mixture = read_extended(source, chunk.read_start, chunk.read_start + chunk.read_length, plan.border)
             if mixture.any():
-                sounding.append(part)
+                sounding.append(chunk)
                 mixtures.append(mixture)
-        if mixtures:
-            stacked = torch.stack(mixtures)
-            if task.device.type == "cuda":
-                stacked = stacked.pin_memory()
-        finishes = following.parts[0].start if following else total_samples
+        stacked = torch.stack(mixtures) if mixtures else None
         yield _Batch(
-            batch.parts, sounding, stacked, batch.size if padded else len(sounding), min(finishes, total_samples)
+            chunks=batch.chunks,
+            sounding=sounding,
+            mixtures=stacked.pin_memory() if pinned and stacked is not None else stacked,
+            size=batch.size if padded else len(sounding),
+            finished_until=min(following.chunks[0].start, source.n_samples) if following else source.n_samples,
         )
 
 
 def _prefetched(items: Generator[T]) -> Generator[T]:
-    """The same items; while the caller works on one, a thread makes the next."""
+    """The same items; a thread makes the next one while the caller works on the current one."""
     end: Any = object()
     with closing(items), Threads(max_workers=1) as thread:
         following = thread.submit(next, items, end)
@@ -286,72 +163,81 @@ def _prefetched(items: Generator[T]) -> Generator[T]:
                 following = thread.submit(next, items, end)
                 yield item
         finally:
-            del following  # it and the error that it may hold would keep each other, and the tensors of a GPU, alive
+            # A future, the error in it and this frame would keep each other alive, and with them the GPU's tensors.
+            del following
 
 
-def _in_turn(make: Callable[[], "_Song"], batches: Iterable[_Batch]) -> Generator[Tensor]:
-    """For each batch the samples `[S, C, n]` that it finishes, on the CPU; n may be 0."""
-    song = make()
+# ---------------------------------------------------------------------------------------------------------------------
+# Computing
+
+
+def _in_turn(start: Callable[[], "_SongRun"], batches: Iterable[_Batch]) -> Generator[Tensor]:
+    """The samples that each batch finishes, `[S, C, n]` on the CPU; n may be 0."""
+    run = start()
     for batch in batches:
-        yield song.add(song.checked(song.start(batch)))()
+        yield run.add(run.checked(run.start(batch)))()
 
 
-def _ahead(make: Callable[[], "_Song"], batches: Iterable[_Batch], thread: ComputeThread) -> Generator[Tensor]:
-    """The same by the device's thread, which has two batches more by the time that the caller is given a block."""
-    song = thread.run(make)
+def _ahead(start: Callable[[], "_SongRun"], batches: Iterable[_Batch], device: torch.device) -> Generator[Tensor]:
+    """As `_in_turn`, but the device's compute thread has two more batches when the caller gets a block."""
+    thread: ComputeThread = compute_thread(device)
+    run = thread.run(start)
     steps: deque[Future[Callable[[], Tensor] | None]] = deque()
     try:
         for batch in chain(batches, [None]):
-            steps.append(thread.submit(song.step, batch))
+            steps.append(thread.submit(run.step, batch))
             if len(steps) > 1 and (block := steps.popleft().result()):
                 yield block()
         if block := steps.popleft().result():
             yield block()
     finally:
-        song.is_over = True
+        run.is_over = True
         wait([step for step in steps if not step.cancel()])
         steps.clear()  # an error in one of them and this frame would keep each other alive
 
 
 @dataclass(frozen=True)
 class _Started:
-    """A batch that the device is computing or has computed."""
+    """A batch that the device computes or has computed."""
 
     batch: _Batch
-    estimates: Tensor  # of what sounds, [n, S, C, read_length] on the device
-    finite: Callable[[], Tensor]  # waits, and says of each of them whether all that is kept is finite
+    estimates: Tensor  # of the sounding chunks, [n, S, C, read_length] on the device
+    finite: Callable[[], Tensor]  # waits; for each sounding chunk whether all that is kept of it is finite, [n]
 
 
-class _Song:
-    """A song under way: of what was estimated and is not finished, the sums of faded estimates and of the fades."""
+class _SongRun:
+    """One run of a model over one song: computes batches, checks them and adds them up."""
 
-    def __init__(self, task: _Task, model: Model, largest: int, spare: Callable[[], Model] | None) -> None:
-        """`largest` is the number of chunks in the largest batch."""
-        self._task, self._largest, self._spare = task, largest, spare
-        self._model = _Fitting(model, largest)
-        self._fades = _fades_on(task.device, task.plan.chunk_samples, task.plan.overlap_samples)
-        self._sums = torch.zeros(task.shape, device=task.device)
-        self._fade_sums = torch.zeros(task.shape[-1], device=task.device)
-        self._finished = 0  # samples given out so far; the sums start there
-        self._reached = 0  # samples that any chunk so far has a part in
-        self._before: _Started | None = None
-        self.is_over = False  # nothing more is wanted
+    def __init__(
+        self, ready: ReadyModel, plan: ChunkPlan, level: Level, batches: list[ChunkBatch], channels: int
+    ) -> None:
+        self._largest_batch = max(batch.size for batch in batches)
+        self._model = FittingModel(ready.model, self._largest_batch)
+        self._spare = ready.spare
+        self._device = ready.device
+        self._level = level
+        chunks = max(len(batch.chunks) for batch in batches)
+        shape = (ready.n_stems, channels, plan.chunk_samples + chunks * plan.chunk_hop)
+        self._sums = _OverlapAdd(plan, level, shape, ready.device)
+        self._previous: _Started | None = None
+        self.is_over = False  # set when nothing more is wanted
 
     def step(self, batch: _Batch | None) -> Callable[[], Tensor] | None:
-        """Start a batch, then finish the one before, so that the device has work while that is looked at.
+        """Start a batch, then finish the previous one, so that the device has work in the meantime.
 
-        What it returns waits for the samples that the one before finishes; None where there is none.
+        Returns a function that waits for the samples that the previous batch finishes; None if there is no previous
+        batch.
         """
         if self.is_over:
             return None
         try:
             started = self.start(batch) if batch else None
-            before, self._before = self._before, started
-            if before is None:
+            previous, self._previous = self._previous, started
+            if previous is None:
                 return None
-            checked = self.checked(before)
-            if batch and checked is not before:  # another model has taken over
-                self._before = self.start(batch)
+            checked = self.checked(previous)
+            if batch and checked is not previous:  # the spare model has taken over
+                self._previous = self.start(batch)
             return self.add(checked)
         except BaseException:
             self.is_over = True
@@ -361,8 +247,8 @@ class _Song:
         """Start the model over a batch."""
         estimates = self._estimates(batch)
         finite = [
-            torch.stack(torch.aminmax(self._kept(part, estimate))).isfinite().all()
-            for part, estimate in zip(batch.sounding, estimates, strict=True)
+            torch.stack(torch.aminmax(_kept(chunk, estimate))).isfinite().all()
+            for chunk, estimate in zip(batch.sounding, estimates, strict=True)
         ]
         return _Started(batch, estimates, _to_cpu(torch.stack(finite) if finite else torch.ones(0, dtype=torch.bool)))
 
@@ -370,58 +256,77 @@ class _Song:
     def _estimates(self, batch: _Batch) -> Tensor:
         if batch.mixtures is None:
             return torch.empty(0)
-        task = self._task
-        mixtures = (batch.mixtures.to(task.device, non_blocking=True) - task.offset) / task.scale
+        on_device = batch.mixtures.to(self._device, non_blocking=True)
+        mixtures = (on_device - self._level.offset) / self._level.scale
         missing = batch.size - len(mixtures)
         estimates = self._model(F.pad(mixtures, (0, 0, 0, 0, 0, missing)) if missing else mixtures)
         return estimates[: len(mixtures)].float()
 
-    def _span(self, part: Chunk) -> tuple[int, int]:
-        return max(part.start, 0), min(part.start + part.length, self._task.total_samples)
-
-    def _kept(self, part: Chunk, estimate: Tensor) -> Tensor:
-        start, stop = self._span(part)
-        return estimate[..., start - part.read_start : stop - part.read_start]
-
     def checked(self, started: _Started) -> _Started:
-        """The batch, once it is computed; if it is not finite, as the spare model computes it, now and from here on."""
+        """Wait for a batch. If it is not finite, the spare model computes it and everything after it."""
         finite = started.finite().tolist()
         if all(finite):
             return started
         if self._spare is None:
-            start, stop = self._span(started.batch.sounding[finite.index(False)])
+            chunk = started.batch.sounding[finite.index(False)]
             raise EstimateError(
-                f"the model gave NaN or Inf between samples {start} and {stop}: check its weights, and use "
-                "precision fp32 if it ran in another"
+                f"the model gave NaN or Inf between samples {chunk.kept_start} and {chunk.kept_stop}: check its "
+                "weights, or choose precision fp32"
             )
-        self._model, self._spare = _Fitting(self._spare(), self._largest), None
+        self._model, self._spare = FittingModel(self._spare(), self._largest_batch), None
         return self.checked(self.start(started.batch))
 
     def add(self, started: _Started) -> Callable[[], Tensor]:
-        """Add a batch to the sums. What it returns waits for the samples that are finished by it, on the CPU."""
-        batch, task, sums, finished = started.batch, self._task, self._sums, self._finished
-        estimates = iter(started.estimates)
-        sounding = iter(batch.sounding)
-        following = next(sounding, None)
-        for part in batch.parts:
-            start, stop = self._span(part)
-            here = slice(start - finished, stop - finished)
-            fade = self._fades[start - part.start : stop - part.start]
+        """Add a batch to the sums. Returns a function that waits for the samples that it finishes."""
+        return self._sums.add(started.batch, started.estimates)
+
+
+def _kept(chunk: Chunk, estimates: Tensor) -> Tensor:
+    """The part of a chunk's estimates `[..., read_length]` that is kept."""
+    return estimates[..., chunk.kept_start - chunk.read_start : chunk.kept_stop - chunk.read_start]
+
+
+class _OverlapAdd:
+    """The sums of faded estimates and of the fades, for the samples that later chunks may still change.
+
+    Args:
+        shape: of the sums, `[S, C, T]`: T holds a batch of chunks and what is unfinished from the one before.
+    """
+
+    def __init__(self, plan: ChunkPlan, level: Level, shape: tuple[int, int, int], device: torch.device) -> None:
+        self._level = level
+        self._fades = _fades_on(device, plan.chunk_samples, plan.overlap_samples)
+        self._sums = torch.zeros(shape, device=device)
+        self._fade_sums = torch.zeros(shape[-1], device=device)
+        self._finished = 0  # samples that were given out; the sums start there
+        self._reached = 0  # the end of the furthest chunk so far
+
+    def add(self, batch: _Batch, estimates: Tensor) -> Callable[[], Tensor]:
+        """Add the estimates of a batch, `[n, S, C, read_length]` for its n sounding chunks.
+
+        Returns a function that waits for the samples that the batch finishes, `[S, C, n]` on the CPU.
+        """
+        estimate_of = dict(zip(batch.sounding, estimates, strict=True))
+        for chunk in batch.chunks:
+            here = slice(chunk.kept_start - self._finished, chunk.kept_stop - self._finished)
+            fade = self._fades[chunk.kept_start - chunk.start : chunk.kept_stop - chunk.start]
             self._fade_sums[here] += fade
-            self._reached = max(self._reached, stop)
-            if part is following:
-                # Without a tensor in between as large as the estimates: on a CPU its memory costs more than the sums.
-                sums[..., here].addcmul_(self._kept(part, next(estimates)), fade, value=task.scale)
-                if task.offset:
-                    sums[..., here] += task.offset * fade
-                following = next(sounding, None)
-        ready = max(0, batch.finishes - finished)
-        block = _to_cpu(sums[..., :ready] / self._fade_sums[:ready])
-        pending = max(0, self._reached - finished - ready)  # samples that the next batch may still change
-        for buffer in (sums, self._fade_sums):
-            buffer[..., :pending] = buffer[..., ready : ready + pending].clone()
-            buffer[..., pending : ready + pending] = 0
-        self._finished += ready
+            self._reached = max(self._reached, chunk.kept_stop)
+            if chunk in estimate_of:
+                # In place: on a CPU, allocating a tensor as large as the estimates costs more than the sums.
+                self._sums[..., here].addcmul_(_kept(chunk, estimate_of[chunk]), fade, value=self._level.scale)
+                if self._level.offset:
+                    self._sums[..., here] += self._level.offset * fade
+        return self._give_out(max(0, batch.finished_until - self._finished))
+
+    def _give_out(self, n_samples: int) -> Callable[[], Tensor]:
+        """Start a copy of the first samples to the CPU, and move the unfinished ones to the front."""
+        block = _to_cpu(self._sums[..., :n_samples] / self._fade_sums[:n_samples])
+        pending = max(0, self._reached - self._finished - n_samples)
+        for buffer in (self._sums, self._fade_sums):
+            buffer[..., :pending] = buffer[..., n_samples : n_samples + pending].clone()
+            buffer[..., pending : n_samples + pending] = 0
+        self._finished += n_samples
         return block
 
 
@@ -431,13 +336,13 @@ def _fades_on(device: torch.device, chunk_samples: int, overlap_samples: int) ->
 
 
 def _to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start a copy to the CPU; what it returns waits for it."""
+    """Start a copy to the CPU. Returns a function that waits for it."""
     if tensor.device.type != "cuda":
         copy = tensor.to("cpu")
         return lambda: copy
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event(blocking=True)  # others need the CPU while one waits
+    arrived = torch.cuda.Event(blocking=True)  # blocking: leaves the CPU to other threads
     arrived.record()
 
     def waited() -> Tensor:
@@ -445,40 +350,3 @@ def _to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return waited
-
-
-class _Fitting:
-    """A model over batches of any size, in pieces that the device's memory holds: halved where it did not."""
-
-    def __init__(self, model: Model, largest: int) -> None:
-        self._model = model
-        self._largest = largest  # chunks at once
-
-    def __call__(self, batch: Tensor) -> Tensor:
-        while True:
-            size = min(self._largest, len(batch))
-            try:
-                pieces = [self._model(piece) for piece in batch.split(size)]
-                return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            except RuntimeError as e:
-                if not is_out_of_memory(e):
-                    raise
-                if size == 1:
-                    raise does_not_fit(batch.shape[-1], batch.device) from e
-            # Not in the handler: until that is left, the error keeps what the attempt had allocated.
-            torch.cuda.empty_cache()
-            self._largest = halved(size)
-
-
-def does_not_fit(chunk_samples: int, device: torch.device) -> EstimateError:
-    """The error that a GPU's memory does not hold one chunk."""
-    return EstimateError(
-        f"the memory of {device} does not hold one chunk of {chunk_samples} samples: choose a smaller chunk size, "
-        "precision bf16 or fp16, or device cpu"
-    )
-
-
-def halved(size: int) -> int:
-    """How many chunks to compute at once where a GPU's memory did not hold so many; warns of it."""
-    logger.warning("the GPU's memory does not hold %d chunks at once: from here on %d", size, size // 2)
-    return size // 2

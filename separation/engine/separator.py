@@ -24,11 +24,13 @@ from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.device import identity
 from separation.engine.about_song import about_song
 from separation.engine.cache import Cache, engine_version
-from separation.engine.chunking import ChunkPlan, separate
+from separation.engine.chunk_plan import ChunkPlan
+from separation.engine.chunking import Level, ReadyModel, separate
+from separation.engine.compute_thread import compute_thread
 from separation.engine.encoders import Encoders
-from separation.engine.gpu import compute_thread
+from separation.engine.gpu_models import on_stereo
 from separation.engine.options import EngineOptions
-from separation.engine.pool import LoadedModels, ModelPool, Models, Ready, on_stereo
+from separation.engine.pool import LoadedModels, ModelPool, Models
 from separation.engine.recipes import Estimate, Recipe, load_recipe, one_model
 from separation.engine.song import Find, Keep, Samples, Song, Wave
 from separation.errors import AudioError, CheckpointError, InputError
@@ -287,24 +289,11 @@ class Separator:
         for index, (run, stems) in enumerate(runs.items()):
             model, plan = self.models[run.model].only(stems), self.plans[run.model]
             source = song.complete(run.input)
-            offset, scale = _normalisation(model, source)
+            level = _level(model, source)
             ready = self._ready(model, plan)
-            may_overflow = self.device.type == "cuda" and model.is_half
             part = progress.part(sum(counts[:index]) / sum(counts), sum(counts[: index + 1]) / sum(counts), run.model)
             with self._turn:
-                for block in separate(
-                    ready.model,
-                    source.read,
-                    source.n_samples,
-                    plan,
-                    n_stems=len(model.stems),
-                    batch_size=ready.batch_size,
-                    device=self.device,
-                    offset=offset,
-                    scale=scale,
-                    spare=partial(self._on_gpu.spare, model) if may_overflow else None,
-                    progress=part,
-                ):
+                for block in separate(ready, source, plan, level, part):
                     for stem in stems:
                         song.estimates[Estimate(run, stem)].append(block[model.stems.index(stem)])
             if keep:
@@ -368,11 +357,11 @@ class Separator:
             return self.batch_size
         return {"cpu": 1, "mps": 4}.get(self.device.type)
 
-    def _ready(self, model: SeparationModel, plan: ChunkPlan) -> Ready:
-        """The model ready to run over batches of chunks of that plan."""
+    def _ready(self, model: SeparationModel, plan: ChunkPlan) -> ReadyModel:
+        """The model, ready to run over batches of chunks of that plan."""
         if self.device.type != "cuda":
-            return Ready(on_stereo(model), self.fixed_batch_size or 1)
-        samples = plan.input_samples(plan.chunk_samples) or plan.chunk_samples
+            return ReadyModel(on_stereo(model), len(model.stems), self.fixed_batch_size or 1, self.device)
+        samples = plan.whole_chunk_input_samples
         return compute_thread(self.device).run(self._on_gpu.get, model, samples, self.batch_size, self.device)
 
 
@@ -390,11 +379,13 @@ def _plan(model: SeparationModel, choice: ChunkChoice) -> ChunkPlan:
     return ChunkPlan(chunk_samples, overlap_samples, model.reflects_border, model.input_samples)
 
 
-def _normalisation(model: SeparationModel, source: Samples | Waveform) -> tuple[float, float]:
-    """(offset, scale) such that the model sees (source - offset) / scale."""
+def _level(model: SeparationModel, source: Samples | Waveform) -> Level:
+    """How a model's input is shifted and scaled."""
     if model.normalisation == "none":
-        return 0.0, 1.0
-    return (source.mean, source.std + 1e-8) if model.normalisation == "standard" else (0.0, source.peak / PEAK or 1.0)
+        return Level()
+    if model.normalisation == "standard":
+        return Level(offset=source.mean, scale=source.std + 1e-8)
+    return Level(scale=source.peak / PEAK or 1.0)
 
 
 def _gain(stems: dict[str, Waveform]) -> float:

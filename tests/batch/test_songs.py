@@ -303,7 +303,7 @@ def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
     alone, found = {}, find([str(tmp_path / "music")], tmp_path / "alone").songs
     for outcome in songs.run(found, job(), [separator], workers=1, bar=no_bar):
         alone[outcome.path.name] = read(outcome.stems["vocals"])
-    estimate, running, others = chunking._Song._estimates, threading.Lock(), []
+    estimate, running, others = chunking._SongRun._estimates, threading.Lock(), []
 
     def watched(*arguments: Any) -> Any:
         others.append(not running.acquire(blocking=False))
@@ -313,7 +313,7 @@ def test_workers_give_the_same_files_and_run_the_model_one_at_a_time(
         finally:
             running.release()
 
-    monkeypatch.setattr(chunking._Song, "_estimates", watched)
+    monkeypatch.setattr(chunking._SongRun, "_estimates", watched)
     found = find([str(tmp_path / "music")], tmp_path / "together").songs
     outcomes = list(songs.run(found, job(), [separator], workers=3, bar=no_bar))
     assert len(others) >= 5 and not any(others)

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,28 +14,52 @@ import torch
 from torch import Tensor
 
 from separation.engine import chunking
-from separation.engine.chunking import (
-    ChunkPlan,
-    chunk_memory_bytes,
-    chunks,
-    fades,
-    fitting_batch_size,
-    read_extended,
-    separate,
-)
-from separation.errors import EstimateError, InputError
+from separation.engine.chunk_plan import ChunkPlan
+from separation.engine.chunking import Level, ReadyModel, separate
+from separation.engine.song import Samples
+from separation.errors import EstimateError
 from separation.progress import Progress
+
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A song whose samples a function reads."""
+
+    n_samples: int
+    read: Callable[[int, int], Tensor]
+
+
+def ones(n_samples: int) -> Source:
+    return Source(n_samples, lambda start, stop: torch.ones(1, stop - start))
 
 
 def identity(batch: Tensor) -> Tensor:
     return batch.unsqueeze(1)
 
 
-def run(mixture: Tensor, plan: ChunkPlan, model=identity, n_stems: int = 1, **options) -> Tensor:
-    blocks = separate(
-        model, lambda start, stop: mixture[:, start:stop], mixture.shape[1], plan, n_stems=n_stems, **options
-    )
-    return torch.cat(list(blocks), dim=-1)
+IDENTITY = ReadyModel(identity, n_stems=1)
+UNCHANGED = Level()
+
+
+def run(
+    mixture: Tensor,
+    plan: ChunkPlan,
+    ready: ReadyModel = IDENTITY,
+    level: Level = UNCHANGED,
+    progress: Progress = Progress(),
+) -> Tensor:
+    return torch.cat(list(separate(ready, Samples.of(mixture), plan, level, progress)), dim=-1)
+
+
+def one_stem(model: Model, batch_size: int = 1, spare: Callable[[], Model] | None = None) -> ReadyModel:
+    return ReadyModel(model, n_stems=1, batch_size=batch_size, spare=spare)
+
+
+def two(model: Model, batch_size: int = 1) -> ReadyModel:
+    """A model of two stems."""
+    return ReadyModel(model, n_stems=2, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("reflects_border", [True, False])
@@ -44,20 +68,20 @@ def run(mixture: Tensor, plan: ChunkPlan, model=identity, n_stems: int = 1, **op
 def test_an_identity_model_returns_its_input(length: int, chunk: int, overlap: int, reflects_border: bool) -> None:
     mixture = torch.randn(2, length)
     for batch_size in (1, 3):
-        result = run(mixture, ChunkPlan(chunk, overlap, reflects_border), batch_size=batch_size)
+        result = run(mixture, ChunkPlan(chunk, overlap, reflects_border), one_stem(identity, batch_size))
         assert result.shape == (1, 2, length)
         assert (result[0] - mixture).abs().max() <= 1e-6
 
 
 def two_stems(batch: Tensor) -> Tensor:
-    """A model that tells chunks and their samples apart."""
+    """A model whose estimates differ by chunk and by the position of a sample."""
     return torch.stack([batch.sin() + batch.amax(-1, keepdim=True), batch.flip(-1)], dim=1)
 
 
 def in_plain_steps(mixture: Tensor, plan: ChunkPlan, offset: float, scale: float) -> Tensor:
-    """What `separate` gives with `two_stems`: the whole song at once, one chunk after the other."""
+    """The reference for `separate` with `two_stems`: the whole song in memory, one chunk after the other."""
     channels, total = mixture.shape
-    room = plan.chunk_samples + plan.overlap_samples  # around the song, for all that a chunk may reach
+    room = plan.chunk_samples + plan.overlap_samples  # around the song: as far as a chunk may reach
     song = np.zeros((channels, total + 2 * room), np.float32)
     song[:, room : room + total] = mixture
     for i in range(1, min(plan.border, total - 1) + 1):
@@ -70,7 +94,7 @@ def in_plain_steps(mixture: Tensor, plan: ChunkPlan, offset: float, scale: float
         weights[i] = weights[-1 - i] = np.float32(i + 1) / np.float32(fade + 1)
     for start in plan.starts(total):
         stop = start + plan.chunk_samples
-        shift = 0  # a short last chunk is centred in what is around it
+        shift = 0  # a short last chunk is centred in the samples around it
         if not plan.reflects_border and stop > total:
             shift, stop = (stop - total) // 2, total
         seen = song[:, room + start - shift :][:, : plan.chunk_samples]
@@ -86,15 +110,15 @@ def in_plain_steps(mixture: Tensor, plan: ChunkPlan, offset: float, scale: float
 
 @pytest.fixture(params=["in turn", "ahead"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Reading, computing and what the caller does one after the other, or at once in threads as for a GPU."""
-    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: request.param == "ahead")
+    """Reading, computing and the caller take turns, as on a CPU, or run in parallel threads, as on a GPU."""
+    monkeypatch.setattr(chunking, "_works_ahead", lambda device: request.param == "ahead")
     return request.param
 
 
 @pytest.mark.parametrize("reflects_border", [True, False])
 @pytest.mark.parametrize("chunk, overlap", [(16, 8), (16, 12), (15, 7), (16, 0), (1, 0), (100, 50)])
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 33, 257])
-def test_every_sample_is_that_of_the_plain_steps(
+def test_every_sample_equals_the_plain_reference(
     length: int, chunk: int, overlap: int, reflects_border: bool, order: str
 ) -> None:
     mixture = torch.randn(2, length)
@@ -102,9 +126,9 @@ def test_every_sample_is_that_of_the_plain_steps(
     plan = ChunkPlan(chunk, overlap, reflects_border)
     expected = in_plain_steps(mixture, plan, 0.1, 0.7)
     for batch_size in (1, 4):
-        result = run(mixture, plan, two_stems, 2, batch_size=batch_size, offset=0.1, scale=0.7)
+        result = run(mixture, plan, two(two_stems, batch_size), Level(0.1, 0.7))
         assert result.shape == expected.shape
-        assert (result - expected).abs().max() <= 2e-6  # products and sums are rounded once together, not each
+        assert (result - expected).abs().max() <= 2e-6  # a fused multiply-add rounds once, not twice
 
 
 def test_every_second_and_overlap_of_the_contract_reconstructs_a_song() -> None:
@@ -116,12 +140,6 @@ def test_every_second_and_overlap_of_the_contract_reconstructs_a_song() -> None:
             assert (run(mixture, plan)[0] - mixture).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("overlap", [4, 8, 12, 16])
-def test_overlap_not_below_the_chunk_is_refused(overlap: int) -> None:
-    with pytest.raises(InputError, match="overlap"):
-        ChunkPlan(4, overlap)
-
-
 def test_a_gain_error_in_one_chunk_is_cross_faded_and_never_stepped() -> None:
     calls = 0
 
@@ -131,7 +149,7 @@ def test_a_gain_error_in_one_chunk_is_cross_faded_and_never_stepped() -> None:
         return batch.unsqueeze(1) * (2.0 if calls == 2 else 1.0)
 
     mixture = torch.ones(1, 1000)
-    result = run(mixture, ChunkPlan(200, 100), second_chunk_louder)[0, 0]
+    result = run(mixture, ChunkPlan(200, 100), one_stem(second_chunk_louder))[0, 0]
     steps = result.diff().abs()
     assert result.max() == pytest.approx(2.0, abs=0.02)
     assert steps.max() <= 1.0 / 100 + 1e-4  # the whole gain error spread over the overlap
@@ -145,7 +163,7 @@ def test_batch_size_does_not_change_a_sample(batch_size: int) -> None:
         return torch.stack([batch.sin(), batch * batch.mean(-1, keepdim=True)], dim=1)
 
     plan = ChunkPlan(128, 40)
-    assert torch.equal(run(mixture, plan, model, 2), run(mixture, plan, model, 2, batch_size=batch_size))
+    assert torch.equal(run(mixture, plan, two(model)), run(mixture, plan, two(model, batch_size)))
 
 
 def test_chunks_of_silence_are_not_computed_and_give_silence() -> None:
@@ -157,10 +175,11 @@ def test_chunks_of_silence_are_not_computed_and_give_silence() -> None:
 
     mixture = torch.zeros(2, 1000)
     mixture[:, 800:] = 0.3
-    result = run(mixture, ChunkPlan(100, 50), model, batch_size=4)
+    plan = ChunkPlan(100, 50)
+    result = run(mixture, plan, one_stem(model, batch_size=4))
     assert result[..., :700].abs().max() == 0
-    assert sum(seen) < len(list(chunks(ChunkPlan(100, 50), 1000)))
-    assert run(torch.zeros(2, 1000), ChunkPlan(100, 50), model).abs().max() == 0
+    assert sum(seen) < len(plan.starts(1000))
+    assert run(torch.zeros(2, 1000), plan, one_stem(model)).abs().max() == 0
 
 
 def test_offset_and_scale_are_undone() -> None:
@@ -171,19 +190,19 @@ def test_offset_and_scale_are_undone() -> None:
         seen.append(batch)
         return batch.unsqueeze(1)
 
-    result = run(mixture, ChunkPlan(500, 0, False), model, offset=0.2, scale=0.1)
+    result = run(mixture, ChunkPlan(500, 0, False), one_stem(model), Level(0.2, 0.1))
     assert seen[0].std() == pytest.approx(1.0, rel=0.1)
     assert (result[0] - mixture).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 9])
-def test_nan_out_is_an_error_that_says_where(batch_size: int, order: str) -> None:
+def test_nan_from_the_model_is_an_error_that_says_where(batch_size: int, order: str) -> None:
     def model(batch: Tensor) -> Tensor:
         return torch.where(batch > 40, torch.nan, batch).unsqueeze(1)
 
     with pytest.raises(EstimateError, match="NaN or Inf between samples 30 and 50:"):
-        run(torch.arange(60.0)[None], ChunkPlan(20, 10), model, batch_size=batch_size)
-    assert run(torch.arange(40.0)[None], ChunkPlan(20, 10), model).shape == (1, 1, 40)
+        run(torch.arange(60.0)[None], ChunkPlan(20, 10), one_stem(model, batch_size))
+    assert run(torch.arange(40.0)[None], ChunkPlan(20, 10), one_stem(model)).shape == (1, 1, 40)
 
 
 def test_memory_does_not_grow_with_the_song() -> None:
@@ -196,7 +215,7 @@ def test_memory_does_not_grow_with_the_song() -> None:
 
     plan = ChunkPlan(100, 50)
     samples = 0
-    for block in separate(identity, read, 100_000, plan, n_stems=1, batch_size=2):
+    for block in separate(one_stem(identity, batch_size=2), Source(100_000, read), plan):
         assert block.shape[:2] == (1, 1)
         assert block.shape[-1] <= plan.chunk_samples + 2 * plan.chunk_hop
         samples += block.shape[-1]
@@ -208,7 +227,7 @@ def test_memory_does_not_grow_with_the_song() -> None:
 def test_progress_rises_to_1_and_raising_from_it_cancels() -> None:
     shares: list[float] = []
     progress = Progress(lambda share, stage: shares.append(share))
-    run(torch.ones(1, 1000), ChunkPlan(100, 50), batch_size=4, progress=progress)
+    run(torch.ones(1, 1000), ChunkPlan(100, 50), one_stem(identity, batch_size=4), progress=progress)
     assert shares[0] == 0.0 and shares[-1] == 1.0 and len(shares) > 3
     assert shares == sorted(shares)
 
@@ -223,29 +242,11 @@ def test_progress_rises_to_1_and_raising_from_it_cancels() -> None:
         run(torch.ones(1, 1000), ChunkPlan(100, 50), progress=Progress(cancel))
 
 
-def test_the_border_is_reflected_and_beyond_it_lies_silence() -> None:
-    song = torch.arange(1.0, 5.0)[None]  # 1 2 3 4
-
-    def read(start: int, stop: int) -> Tensor:
-        return song[:, start:stop]
-
-    assert read_extended(read, -2, 6, 4, border=2).tolist() == [[3, 2, 1, 2, 3, 4, 3, 2]]
-    assert read_extended(read, -5, 4, 4, border=5).tolist() == [[0, 0, 4, 3, 2, 1, 2, 3, 4]]
-    assert read_extended(lambda a, b: song[:, :1][:, a:b], -2, 3, 1, border=2).tolist() == [[0, 0, 1, 0, 0]]
-
-
-def test_fades_are_never_zero_and_sum_to_a_constant_over_the_overlap() -> None:
-    for overlap in (1, 2, 7, 50):
-        weights = fades(100, overlap)
-        assert weights.min() > 0
-        assert (weights[:overlap] + weights[-overlap:] - 1).abs().max() < 1e-6
-
-
-# Ahead, as for a GPU
+# Working ahead, as on a GPU
 
 
 class OtherThreads:
-    """The threads that this test has started and that still run, but for the one that computes, which stays."""
+    """True while threads that this test started still run. The compute thread does not count: it stays."""
 
     def __init__(self) -> None:
         self._before = set(threading.enumerate())
@@ -255,10 +256,10 @@ class OtherThreads:
         return any(not thread.name.startswith("compute on") for thread in started)
 
 
-def test_two_more_batches_are_computed_and_the_one_after_them_read_while_the_caller_has_a_block(
+def test_while_the_caller_has_a_block_two_more_batches_are_computed_and_a_third_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    monkeypatch.setattr(chunking, "_works_ahead", lambda device: True)
     computed, read_so_far = threading.Semaphore(0), threading.Semaphore(0)
 
     def model(batch: Tensor) -> Tensor:
@@ -270,18 +271,18 @@ def test_two_more_batches_are_computed_and_the_one_after_them_read_while_the_cal
             read_so_far.release()
         return torch.ones(1, stop - start)
 
-    blocks = separate(model, read, 1000, ChunkPlan(100, 0), n_stems=1)
+    blocks = separate(one_stem(model), Source(1000, read), ChunkPlan(100, 0))
     next(blocks)
     for _ in range(3):
         assert computed.acquire(timeout=60)
     for _ in range(4):
         assert read_so_far.acquire(timeout=60)
     blocks.close()
-    assert not computed.acquire(blocking=False)  # no more than that
+    assert not computed.acquire(blocking=False)
 
 
-def test_the_next_batch_is_started_before_the_one_at_hand_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+def test_the_next_batch_is_started_before_the_current_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "_works_ahead", lambda device: True)
     done: list[str] = []
 
     def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
@@ -297,14 +298,14 @@ def test_the_next_batch_is_started_before_the_one_at_hand_is_waited_for(monkeypa
         return batch.unsqueeze(1)
 
     monkeypatch.setattr(chunking, "_to_cpu", to_cpu)
-    run(torch.ones(1, 400), ChunkPlan(100, 0), model)
+    run(torch.ones(1, 400), ChunkPlan(100, 0), one_stem(model))
     assert done == ["started", *["started", "checked"] * 3, "checked"]
 
 
-def test_songs_in_several_threads_are_computed_by_one_and_each_comes_out_as_alone(
+def test_songs_from_several_threads_are_computed_on_one_thread_and_give_the_same_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    monkeypatch.setattr(chunking, "_works_ahead", lambda device: True)
     threads: list[str] = []
     together = threading.Barrier(4, timeout=60)
 
@@ -314,12 +315,12 @@ def test_songs_in_several_threads_are_computed_by_one_and_each_comes_out_as_alon
 
     def separated(mixture: Tensor) -> Tensor:
         together.wait()
-        return run(mixture, ChunkPlan(100, 50), model, 2, batch_size=4)
+        return run(mixture, ChunkPlan(100, 50), two(model, batch_size=4))
 
     mixtures = list(torch.randn(4, 2, 3000))
     with ThreadPoolExecutor(4) as pool:
         for mixture, got in zip(mixtures, pool.map(separated, mixtures), strict=True):
-            assert torch.equal(got, run(mixture, ChunkPlan(100, 50), two_stems, 2, batch_size=4))
+            assert torch.equal(got, run(mixture, ChunkPlan(100, 50), two(two_stems, batch_size=4)))
     assert set(threads) == {"compute on cpu_0"}
 
 
@@ -336,10 +337,10 @@ def test_songs_in_several_threads_are_computed_by_one_and_each_comes_out_as_alon
         (3, 1, [1] * 3),
     ],
 )
-def test_ahead_all_batches_of_a_song_have_one_size_that_follows_from_its_length_alone(
+def test_on_a_gpu_all_batches_of_a_song_have_the_same_size_which_depends_only_on_its_length(
     n_chunks: int, batch_size: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    monkeypatch.setattr(chunking, "_works_ahead", lambda device: True)
     seen: list[Tensor] = []
 
     def model(batch: Tensor) -> Tensor:
@@ -347,16 +348,16 @@ def test_ahead_all_batches_of_a_song_have_one_size_that_follows_from_its_length_
         return two_stems(batch)
 
     mixture, plan = torch.randn(2, 100 * n_chunks), ChunkPlan(100, 0)
-    result = run(mixture, plan, model, 2, batch_size=batch_size, offset=0.5)
+    result = run(mixture, plan, two(model, batch_size), Level(0.5))
     assert [len(batch) for batch in seen] == sizes
     assert not torch.cat(seen)[n_chunks:].any()
-    assert torch.equal(result, run(mixture, plan, two_stems, 2, offset=0.5))
+    assert torch.equal(result, run(mixture, plan, two(two_stems), Level(0.5)))
 
 
-def test_ahead_a_batch_with_silent_chunks_is_filled_up_too_and_one_of_silence_alone_is_not_computed(
+def test_on_a_gpu_a_batch_with_silent_chunks_is_padded_and_a_silent_batch_is_not_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+    monkeypatch.setattr(chunking, "_works_ahead", lambda device: True)
     sizes: list[int] = []
 
     def model(batch: Tensor) -> Tensor:
@@ -365,13 +366,13 @@ def test_ahead_a_batch_with_silent_chunks_is_filled_up_too_and_one_of_silence_al
 
     mixture = torch.randn(2, 1200)
     mixture[:, 100:300] = mixture[:, 400:800] = 0
-    result = run(mixture, ChunkPlan(100, 0), model, 2, batch_size=4)
+    result = run(mixture, ChunkPlan(100, 0), two(model, batch_size=4))
     assert sizes == [4, 4]
-    assert torch.equal(result, run(mixture, ChunkPlan(100, 0), two_stems, 2))
+    assert torch.equal(result, run(mixture, ChunkPlan(100, 0), two(two_stems)))
 
 
-def test_what_is_under_way_does_not_grow_with_the_song(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: True)
+def test_on_a_gpu_no_more_is_read_ahead_for_a_longer_song(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "_works_ahead", lambda device: True)
     furthest = samples = 0
 
     def read(start: int, stop: int) -> Tensor:
@@ -380,13 +381,13 @@ def test_what_is_under_way_does_not_grow_with_the_song(monkeypatch: pytest.Monke
         return torch.ones(1, stop - start)
 
     plan = ChunkPlan(100, 50)
-    for block in separate(identity, read, 100_000, plan, n_stems=1, batch_size=2):
+    for block in separate(one_stem(identity, batch_size=2), Source(100_000, read), plan):
         samples += block.shape[-1]
         assert furthest <= samples + plan.chunk_samples + 4 * 2 * plan.chunk_hop
 
 
 @pytest.mark.parametrize("where", ["read", "model", "progress", "caller"])
-def test_an_error_anywhere_comes_through_as_it_is_and_leaves_no_thread(where: str, order: str) -> None:
+def test_any_error_reaches_the_caller_unchanged_and_leaves_no_thread(where: str, order: str) -> None:
     class StopError(Exception):
         pass
 
@@ -408,7 +409,7 @@ def test_an_error_anywhere_comes_through_as_it_is_and_leaves_no_thread(where: st
 
     threads = OtherThreads()
     progress = Progress(lambda share, stage: may_stop("progress"))
-    blocks = separate(model, read, 1000, ChunkPlan(100, 50), n_stems=1, progress=progress)
+    blocks = separate(one_stem(model), Source(1000, read), ChunkPlan(100, 50), progress=progress)
 
     def use_all() -> None:
         for _ in blocks:
@@ -420,9 +421,9 @@ def test_an_error_anywhere_comes_through_as_it_is_and_leaves_no_thread(where: st
     assert not threads
 
 
-def test_a_song_that_is_given_up_leaves_no_thread(order: str) -> None:
+def test_an_abandoned_song_leaves_no_thread(order: str) -> None:
     threads = OtherThreads()
-    blocks = separate(identity, lambda start, stop: torch.ones(1, stop - start), 1000, ChunkPlan(100, 50), n_stems=1)
+    blocks = separate(one_stem(identity), ones(1000), ChunkPlan(100, 50))
     next(blocks)
     assert bool(threads) == (order == "ahead")
     blocks.close()
@@ -433,11 +434,11 @@ def test_a_song_that_is_given_up_leaves_no_thread(order: str) -> None:
 
 
 class SmallGpu:
-    """A model on a GPU that holds `room` chunks at once."""
+    """A model on a GPU whose memory holds batches of `room` chunks."""
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.sizes: list[int] = []  # of the batches asked for
+        self.sizes: list[int] = []  # of the batches that were tried
         self.attempts: list[weakref.ref[Tensor]] = []
 
     def __call__(self, batch: Tensor) -> Tensor:
@@ -464,13 +465,13 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_no_sample_changes(
     batch_size: int, room: int, sizes: dict[str, list[int]], order: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     mixture, plan, model = torch.randn(2, 1234), ChunkPlan(128, 40), SmallGpu(room)
-    result = run(mixture, plan, model, 2, batch_size=batch_size)
-    assert torch.equal(result, run(mixture, plan, two_stems, 2))
+    result = run(mixture, plan, two(model, batch_size))
+    assert torch.equal(result, run(mixture, plan, two(two_stems)))
     assert model.sizes == sizes[order]
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == len(model.attempts)
     if warned:
-        assert warned[0].startswith(f"the GPU's memory does not hold {sizes[order][0]} chunks at once: from here on ")
+        assert warned[0].startswith(f"the GPU's memory does not hold a batch of {sizes[order][0]} chunks: continuing ")
 
 
 def test_one_chunk_that_memory_does_not_hold_is_an_error_that_says_what_to_do(order: str) -> None:
@@ -479,13 +480,13 @@ def test_one_chunk_that_memory_does_not_hold_is_an_error_that_says_what_to_do(or
     with pytest.raises(
         EstimateError, match=f"^the memory of cpu does not hold one chunk of 128 samples: {what_to_do}$"
     ) as raised:
-        run(torch.randn(2, 1234), ChunkPlan(128, 40), model, 2, batch_size=4)
+        run(torch.randn(2, 1234), ChunkPlan(128, 40), two(model, batch_size=4))
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
     assert model.sizes == [4, 2, 1]
 
 
 @pytest.mark.parametrize("kind", ["NaN", "no memory"])
-def test_an_error_that_is_dealt_with_holds_no_tensors(kind: str, order: str) -> None:
+def test_a_handled_error_keeps_no_tensors_alive(kind: str, order: str) -> None:
     held: list[weakref.ref[Tensor]] = []
 
     def model(batch: Tensor) -> Tensor:
@@ -495,16 +496,16 @@ def test_an_error_that_is_dealt_with_holds_no_tensors(kind: str, order: str) -> 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return estimates
 
-    gc.disable()  # a GPU's memory must not wait for it
+    gc.disable()  # a GPU's memory must be free without the garbage collector
     try:
         with pytest.raises(EstimateError):
-            run(torch.randn(2, 1234), ChunkPlan(128, 40), model, 2, batch_size=4)
+            run(torch.randn(2, 1234), ChunkPlan(128, 40), two(model, batch_size=4))
         assert held and not any(each() is not None for each in held)
     finally:
         gc.enable()
 
 
-def test_another_error_of_the_model_is_not_taken_for_missing_memory() -> None:
+def test_other_errors_of_the_model_are_not_mistaken_for_missing_memory() -> None:
     calls = 0
 
     def model(batch: Tensor) -> Tensor:
@@ -513,7 +514,7 @@ def test_another_error_of_the_model_is_not_taken_for_missing_memory() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        run(torch.randn(2, 1234), ChunkPlan(128, 40), model, 2, batch_size=4)
+        run(torch.randn(2, 1234), ChunkPlan(128, 40), two(model, batch_size=4))
     assert calls == 1
 
 
@@ -526,18 +527,18 @@ def test_another_error_of_the_model_is_not_taken_for_missing_memory() -> None:
         "cuFFT error: CUFFT_ALLOC_FAILED",
     ],
 )
-def test_a_library_that_cannot_allocate_is_missing_memory_too(words: str, order: str) -> None:
+def test_a_library_that_cannot_allocate_also_counts_as_missing_memory(words: str, order: str) -> None:
     def model(batch: Tensor) -> Tensor:
         if len(batch) > 2:
             raise RuntimeError(words)
         return two_stems(batch)
 
     mixture, plan = torch.randn(2, 1234), ChunkPlan(128, 40)
-    assert torch.equal(run(mixture, plan, model, 2, batch_size=8), run(mixture, plan, two_stems, 2))
+    assert torch.equal(run(mixture, plan, two(model, batch_size=8)), run(mixture, plan, two(two_stems)))
 
 
 @pytest.mark.parametrize("where", [0, 500, 1100])
-def test_from_where_a_model_gives_no_number_its_spare_computes_to_the_songs_end(where: int, order: str) -> None:
+def test_from_the_first_batch_with_inf_the_spare_computes_the_rest_of_the_song(where: int, order: str) -> None:
     mixture, plan, asked = torch.randn(1, 1200), ChunkPlan(100, 0), []
     mixture[:, where] = 100.0
 
@@ -548,52 +549,17 @@ def test_from_where_a_model_gives_no_number_its_spare_computes_to_the_songs_end(
         asked.append(True)
         return lambda batch: batch.unsqueeze(1) * 3
 
-    for _ in range(2):  # the next song begins with the model again
-        result = run(mixture, plan, model, batch_size=2, spare=spare)[0]
+    for _ in range(2):  # the next song starts with the model again
+        result = run(mixture, plan, one_stem(model, 2, spare))[0]
         first = where // 200 * 200
         factors = torch.where(torch.arange(1200) < first, 2.0, 3.0)
         assert (result - factors * mixture).abs().max() <= 1e-4
     assert len(asked) == 2
 
 
-def test_a_spare_that_gives_no_number_either_is_an_error_that_says_where(order: str) -> None:
+def test_nan_from_the_spare_is_an_error_that_says_where(order: str) -> None:
     def model(batch: Tensor) -> Tensor:
         return torch.where(batch > 40, torch.nan, batch).unsqueeze(1)
 
     with pytest.raises(EstimateError, match="NaN or Inf between samples 40 and 60:"):
-        run(torch.arange(60.0)[None], ChunkPlan(20, 0), model, spare=lambda: model)
-
-
-@pytest.mark.parametrize(
-    "total_gib, fraction, chunk_gib, expected",
-    [
-        (140, 1.0, 0.7, 8),
-        (24, 1.0, 1.7, 4),
-        (16, 1.0, 0.7, 4),
-        (80, 0.075, 0.63, 2),
-        (6, 1.0, 2.4, 1),
-        (140, 1.0, 0, 8),
-    ],
-)
-def test_a_batch_is_a_power_of_two_that_takes_a_third_of_the_gpus_memory_at_most(
-    total_gib: float, fraction: float, chunk_gib: float, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    properties = SimpleNamespace(total_memory=int(total_gib * 2**30))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda gpu: fraction)
-    assert fitting_batch_size(int(chunk_gib * 2**30), torch.device("cuda")) == expected
-
-
-def test_a_chunks_memory_is_that_which_computing_one_adds(gpu_statistics: None) -> None:
-    seen: list[Tensor] = []
-
-    def model(batch: Tensor) -> Tensor:
-        assert torch.is_inference_mode_enabled()  # else what a gradient would need is kept, and measured
-        seen.append(batch)
-        return two_stems(batch)
-
-    # The statistics are a GPU's, the computing is done here.
-    assert chunk_memory_bytes(model, 2, 1000, torch.device("cpu")) == 700
-    assert [chunk.shape for chunk in seen] == [(1, 2, 1000)] * 2  # before the second, all that lasts is made
-    with pytest.raises(EstimateError, match="does not hold one chunk of 1000 samples"):
-        chunk_memory_bytes(SmallGpu(0), 2, 1000, torch.device("cpu"))
+        run(torch.arange(60.0)[None], ChunkPlan(20, 0), one_stem(model, spare=lambda: model))

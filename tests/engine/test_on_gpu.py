@@ -14,11 +14,14 @@ from torch import Tensor
 from helpers.common import SONG
 from helpers.small_model import quick_model
 from separation import EstimateError, ModelPool, Separator
-from separation.engine import chunking, gpu
-from separation.engine import pool as pool_module
-from separation.engine.chunking import ChunkPlan, separate
-from separation.engine.gpu import Graphed, Model, captured, compute_thread
+from separation.engine import chunking, cuda_graphs, gpu_models
+from separation.engine.batch_memory import Model, chunk_memory_bytes
+from separation.engine.chunk_plan import ChunkPlan
+from separation.engine.chunking import ReadyModel, separate
+from separation.engine.compute_thread import compute_thread
+from separation.engine.cuda_graphs import Graphed, captured
 from separation.engine.options import EngineOptions
+from separation.engine.song import Samples
 from separation.evaluation.metrics import sdr
 from separation.models.attention import BACKENDS, choose_attention, einsum_attention
 from separation.models.base import SeparationModel
@@ -51,10 +54,8 @@ def two_stems(batch: Tensor) -> Tensor:
 
 def run(mixture: Tensor, model=two_stems, batch_size: int = 4) -> Tensor:
     """The estimates of a model that runs on the GPU."""
-    blocks = separate(
-        model, lambda a, b: mixture[:, a:b], mixture.shape[1], PLAN, n_stems=2, batch_size=batch_size, device=GPU
-    )
-    return torch.cat(list(blocks), dim=-1)
+    ready = ReadyModel(model, n_stems=2, batch_size=batch_size, device=GPU)
+    return torch.cat(list(separate(ready, Samples.of(mixture), PLAN)), dim=-1)
 
 
 def forget_earlier_tests() -> None:
@@ -110,6 +111,19 @@ def test_the_same_song_gives_the_same_samples(clip: Tensor) -> None:
     assert all(torch.equal(first[stem], second[stem]) for stem in first)
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes per chunk that were measured so far."""
+    measurements: list[int] = []
+
+    def measure(model: Model, channels: int, samples: int, device: torch.device) -> int:
+        measurements.append(chunk_memory_bytes(model, channels, samples, device))
+        return measurements[-1]
+
+    monkeypatch.setattr(gpu_models, "chunk_memory_bytes", measure)
+    return measurements
+
+
 def without_graphs(name: str, model: Model, shape: tuple[int, ...], device: torch.device) -> Model:
     return model
 
@@ -124,7 +138,7 @@ def test_a_song_by_graphs_has_the_samples_of_the_song_without(
     assert all(isinstance(ready.model, Graphed) for ready in pool.on_gpu.ready.values())
     again = Separator("demo", "all_6", **options).separate(clip)
     pool.on_gpu.ready.clear()
-    monkeypatch.setattr(pool_module, "captured", without_graphs)
+    monkeypatch.setattr(gpu_models, "captured", without_graphs)
     plain = Separator("demo", "all_6", **options).separate(clip)
     for stem, expected in plain.items():
         assert torch.equal(by_graphs[stem], expected) and torch.equal(again[stem], expected)
@@ -172,7 +186,7 @@ def test_a_model_that_cannot_be_captured_runs_as_before_and_memory_is_still_give
         mixture = torch.randn(2, 100_000)
         assert torch.equal(run(mixture, failing), run(mixture))
     finally:
-        gpu._captures.cache_clear()
+        cuda_graphs._captures.cache_clear()
 
 
 def test_the_batch_does_not_follow_from_what_others_have_of_the_memory(clip: Tensor) -> None:
@@ -191,7 +205,9 @@ def test_the_batch_does_not_follow_from_what_others_have_of_the_memory(clip: Ten
     assert all(torch.equal(got[stem], expected[stem]) for stem in expected)
 
 
-def test_a_batch_for_a_cap_fits_without_being_halved(clip: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_batch_for_a_capped_memory_fits_without_being_halved(
+    clip: Tensor, measured: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     forget_earlier_tests()
     cap = torch.cuda.memory_reserved(GPU) + 2**30
     torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(GPU).total_memory)
@@ -201,7 +217,8 @@ def test_a_batch_for_a_cap_fits_without_being_halved(clip: Tensor, caplog: pytes
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     (ready,) = pool.on_gpu.ready.values()
-    assert 3 * ready.batch_size * ready.chunk_bytes <= cap
+    (chunk_bytes,) = measured
+    assert 3 * ready.batch_size * chunk_bytes <= cap
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -236,9 +253,9 @@ def test_the_second_gpu_gives_the_stems_of_the_first_and_the_first_is_left_alone
 def test_working_ahead_changes_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     mixture = torch.randn(2, 100_000)
     ahead = run(mixture)
-    monkeypatch.setattr(chunking, "_is_asynchronous", lambda device: False)  # and without padding
+    monkeypatch.setattr(chunking, "_works_ahead", lambda device: False)  # and without padding
     assert torch.equal(run(mixture), ahead)
-    cpu = separate(two_stems, lambda a, b: mixture[:, a:b], 100_000, PLAN, n_stems=2)
+    cpu = separate(ReadyModel(two_stems, n_stems=2), Samples.of(mixture), PLAN)
     assert (torch.cat(list(cpu), dim=-1) - ahead).abs().max() <= 1e-6
 
 
@@ -269,13 +286,14 @@ def test_a_batch_for_which_the_memory_is_missing_is_halved(monkeypatch: pytest.M
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_a_batch_needs_the_memory_that_was_reckoned(clip: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "captured", without_graphs)
+def test_a_batch_needs_no_more_memory_than_was_estimated(
+    clip: Tensor, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_models, "captured", without_graphs)
     pool = ModelPool(EngineOptions(device="cuda", precision="auto"))
     options = {"pool": pool, "options": EngineOptions(chunk_seconds=4, overlap_seconds=3)}
     Separator("demo", "all_6", **options).separate(clip)
-    (ready,) = pool.on_gpu.ready.values()
-    need = ready.chunk_bytes
+    (chunk_bytes,) = measured
     forget_earlier_tests()
     before = torch.cuda.memory_allocated(GPU)
     torch.cuda.reset_peak_memory_stats(GPU)
@@ -283,7 +301,7 @@ def test_a_batch_needs_the_memory_that_was_reckoned(clip: Tensor, monkeypatch: p
         "demo", "all_6", pool=pool, options=EngineOptions(chunk_seconds=4, overlap_seconds=3, batch_size=8)
     ).separate(clip)
     estimates = 8 * 6 * 2 * 4 * 44100 * 4  # bytes of a batch: those of two are kept while a third is computed
-    assert 0 < torch.cuda.max_memory_allocated(GPU) - before <= 1.25 * 8 * need + 2 * estimates
+    assert 0 < torch.cuda.max_memory_allocated(GPU) - before <= 1.25 * 8 * chunk_bytes + 2 * estimates
 
 
 @pytest.mark.parametrize("end", ["finished", "an error", "given up"])
@@ -299,8 +317,7 @@ def test_a_songs_memory_is_given_back(clip: Tensor, tmp_path: Path, end: str) ->
         "demo",
         "all_6",
         pool=ModelPool(EngineOptions(device="cuda", precision="fp32")),
-        chunk_seconds=4,
-        overlap_seconds=2,
+        options=EngineOptions(chunk_seconds=4, overlap_seconds=2),
     )
     song = tmp_path / "song.wav"
     soundfile.write(song, clip.T.numpy(), 44100, subtype="FLOAT")

@@ -30,8 +30,10 @@ from separation import EstimateError, Separator, device
 from separation.checkpoints.build import build, random_weights
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import load_model
-from separation.engine.chunking import ChunkPlan, separate
+from separation.engine.chunk_plan import ChunkPlan
+from separation.engine.chunking import ReadyModel, separate
 from separation.engine.options import EngineOptions
+from separation.engine.song import Samples
 from separation.evaluation.metrics import sdr
 from separation.models import ARCHITECTURES
 
@@ -567,11 +569,8 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(gpu: PretendedGPU, fail
         return torch.stack([batch * 0.5, batch.flip(-1)], dim=1)
 
     def run(name: str) -> Tensor:
-        plan = ChunkPlan(4000, 1000)
-        blocks = separate(
-            model, lambda a, b: mixture[:, a:b], 100_000, plan, n_stems=2, batch_size=8, device=torch.device(name)
-        )
-        return torch.cat(list(blocks), dim=-1)
+        ready = ReadyModel(model, n_stems=2, batch_size=8, device=torch.device(name))
+        return torch.cat(list(separate(ready, Samples.of(mixture), ChunkPlan(4000, 1000))), dim=-1)
 
     expected = run("cpu")
     sizes.clear()

@@ -26,13 +26,16 @@ from separation.audio.encode import encode
 from separation.audio.options import OutputOptions
 from separation.audio.resample import resample
 from separation.audio.waveform import Waveform
-from separation.engine import chunking, encoders
+from separation.engine import encoders, gpu_models
 from separation.engine import pool as pool_module
 from separation.engine import separator as separator_module
 from separation.engine import song as song_module
+from separation.engine.chunk_plan import ChunkPlan
+from separation.engine.chunking import Level, ReadyModel, separate
+from separation.engine.gpu_models import GpuModels
 from separation.engine.options import EngineOptions
-from separation.engine.pool import GpuModels
 from separation.engine.recipes import resolve
+from separation.engine.song import Samples
 from separation.evaluation.metrics import sdr
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer, BSRoFormerConfig
@@ -222,9 +225,9 @@ class Gpu:
         self.room = 99
         self.measured: list[tuple[int, int]] = []
         self.captured: list[tuple[str, tuple[int, ...]]] = []
-        monkeypatch.setattr(pool_module, "chunk_memory_bytes", self._measure)
-        monkeypatch.setattr(pool_module, "fitting_batch_size", lambda n_bytes, gpu: fitting)
-        monkeypatch.setattr(pool_module, "captured", self._capture)
+        monkeypatch.setattr(gpu_models, "chunk_memory_bytes", self._measure)
+        monkeypatch.setattr(gpu_models, "fitting_batch_size", lambda n_bytes, gpu: fitting)
+        monkeypatch.setattr(gpu_models, "captured", self._capture)
 
     def _measure(self, model: object, channels: int, samples: int, device: torch.device) -> int:
         self.measured.append((channels, samples))
@@ -241,7 +244,7 @@ def test_on_a_gpu_a_model_is_made_ready_once_for_each_kind_of_batch(monkeypatch:
     gpu, models, device = Gpu(monkeypatch, 8), GpuModels(), torch.device("cuda")
     model = random_model(("left", "right"))
     ready = models.get(model, 1000, "auto", device)
-    assert (ready.model, ready.batch_size, ready.chunk_bytes) == (model, 8, 700)
+    assert (ready.model, ready.batch_size, ready.n_stems, ready.device) == (model, 8, 2, device)
     assert models.get(model, 1000, "auto", device) is ready
     assert models.get(model.only(("right",)), 1000, "auto", device) is not ready
     assert models.get(model, 2000, "auto", device).batch_size == 8
@@ -264,7 +267,8 @@ def test_on_a_gpu_that_others_use_a_batch_is_halved_for_this_song_alone(
     assert sizes == [2, 4, 8, 8]
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warned[:2] == [
-        f"the GPU's memory does not hold {size} chunks at once: from here on {size // 2}" for size in (8, 4)
+        f"the GPU's memory does not hold a batch of {size} chunks: continuing with batches of {size // 2}"
+        for size in (8, 4)
     ]
     gpu.room = 0
     with pytest.raises(EstimateError, match="the memory of cuda does not hold one chunk of 2000 samples"):
@@ -273,7 +277,7 @@ def test_on_a_gpu_that_others_use_a_batch_is_halved_for_this_song_alone(
 
 def test_on_a_gpu_the_least_recently_used_models_do_not_stay_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpu(monkeypatch, 8)
-    monkeypatch.setattr(pool_module, "MAX_READY", 2)
+    monkeypatch.setattr(gpu_models, "MAX_READY", 2)
     models, model = GpuModels(), random_model(("left",))
     for samples in (1000, 2000, 1000, 3000):
         models.get(model, samples, "auto", torch.device("cuda"))
@@ -305,7 +309,7 @@ def test_a_spare_for_which_the_memory_is_missing_is_an_error_that_says_what_to_d
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SeparationModel, "in_precision", copy)
-    with pytest.raises(EstimateError, match="does not hold a second copy of random, in bfloat16: use precision bf16"):
+    with pytest.raises(EstimateError, match="second copy of random, in bfloat16: choose precision bf16"):
         GpuModels().spare(random_model(("left",)))
 
 
@@ -819,16 +823,8 @@ def plain(model: BSRoFormer, mixture: NDArray[np.float32]) -> dict[str, NDArray[
     if model.normalisation == "standard":
         mono = mixture.mean(axis=0, dtype=np.float64)
         offset, scale = float(mono.mean()), float(mono.std(ddof=1)) + 1e-8
-    plan = chunking.ChunkPlan(4 * 44100, 44100)
-    blocks = chunking.separate(
-        model,
-        lambda start, stop: song[:, start:stop],
-        song.shape[1],
-        plan,
-        n_stems=len(model.stems),
-        offset=offset,
-        scale=scale,
-    )
+    ready = ReadyModel(model, len(model.stems))
+    blocks = separate(ready, Samples.of(song), ChunkPlan(4 * 44100, 44100), Level(offset, scale))
     return dict(zip(model.stems, torch.cat(list(blocks), dim=-1).numpy(), strict=True))
 
 

@@ -8,7 +8,9 @@ from demucs.apply import apply_model
 from torch import Tensor, nn
 
 from helpers.small_model import identity
-from separation.engine.chunking import ChunkPlan, separate
+from separation.engine.chunk_plan import ChunkPlan
+from separation.engine.chunking import ReadyModel, separate
+from separation.engine.song import Samples
 from separation.models.htdemucs import Demucs, DemucsModel, HDemucs, HTDemucs
 
 SOURCES = ("drums", "bass", "other", "vocals")
@@ -53,8 +55,7 @@ def model_of(networks: list[nn.Module], kind: str = "htdemucs", specialists: tup
 def run(model: DemucsModel, mixture: Tensor, overlap: float, batch_size: int = 1) -> Tensor:
     overlap_samples = CHUNK_SAMPLES - int((1 - overlap) * CHUNK_SAMPLES)
     plan = ChunkPlan(CHUNK_SAMPLES, overlap_samples, model.reflects_border, model.input_samples)
-    read = lambda start, stop: mixture[:, start:stop]  # noqa: E731
-    blocks = separate(model, read, mixture.shape[1], plan, n_stems=len(model.stems), batch_size=batch_size)
+    blocks = separate(ReadyModel(model, len(model.stems), batch_size), Samples.of(mixture), plan)
     return torch.cat(list(blocks), dim=-1)
 
 

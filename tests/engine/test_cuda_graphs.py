@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -15,9 +14,8 @@ from helpers import pretended_gpu as pretended
 from helpers.common import SONG
 from helpers.small_model import quick_model
 from separation import EstimateError, Separator
-from separation.engine import gpu
-from separation.engine import pool as pool_module
-from separation.engine.gpu import Graphed, captured, compute_thread
+from separation.engine import cuda_graphs, gpu_models
+from separation.engine.cuda_graphs import Graphed, captured
 from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 
@@ -109,7 +107,7 @@ def test_a_capture_without_memory_keeps_none(fails_at_the_end: bool, monkeypatch
     try:
         with pytest.raises(torch.OutOfMemoryError):
             captured("small", model, (4, 2, 100_000), GPU)
-        gpu._captures(GPU).failed.clear()
+        cuda_graphs._captures(GPU).failed.clear()
         assert torch.cuda.memory_allocated() == before
     finally:
         gc.enable()
@@ -120,7 +118,7 @@ def test_what_a_graph_reads_is_kept_for_it() -> None:
     tables = [torch.full((100,), 2.0, device=GPU)]
     graphed = captured("small", lambda batch: (batch * tables[0]).unsqueeze(1), SHAPE, GPU)
     assert isinstance(graphed, Graphed)
-    assert tables[0].untyped_storage()._cdata in graphed._taken
+    assert tables[0].untyped_storage()._cdata in graphed._used
     tables.clear()
     batch = torch.randn(SHAPE)
     assert torch.equal(graphed(batch.to(GPU)).cpu(), 2 * batch.unsqueeze(1))
@@ -149,7 +147,7 @@ def test_a_model_that_waits_for_the_cpu_has_no_graph_and_none_is_tried(
     def never(*arguments: object) -> None:
         raise AssertionError("a capture was tried")
 
-    monkeypatch.setattr(gpu, "Graphed", never)
+    monkeypatch.setattr(cuda_graphs, "Graphed", never)
 
     def model(batch: Tensor) -> Tensor:
         return wait(batch).unsqueeze(1)
@@ -175,7 +173,7 @@ def test_what_needs_no_wait_is_not_taken_for_one() -> None:
 def test_a_model_whose_replay_differs_has_no_graph(said: Callable[[], list[str]]) -> None:
     model = Counted(lambda batch: batch.unsqueeze(1) * model.calls)
     assert captured("small", model, SHAPE, GPU) is model
-    assert said() == ["small: runs without a CUDA graph (its replay differs from what it computes itself)"]
+    assert said() == ["small: runs without a CUDA graph (its replay differs from its own estimates)"]
 
 
 def failing(error: Exception) -> Callable[[Tensor], Tensor]:
@@ -202,7 +200,7 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was(
     assert captured("other", two_stems, SHAPE, GPU) is two_stems
     assert said() == [
         "small: runs without a CUDA graph (CUDA error: operation not permitted)",
-        "other: runs without a CUDA graph (a capture has failed before)",
+        "other: runs without a CUDA graph (an earlier capture failed)",
     ]
 
 
@@ -218,12 +216,6 @@ def test_a_capture_without_memory_says_so(has_ended: bool, monkeypatch: pytest.M
     with pytest.raises(torch.OutOfMemoryError):
         captured("small", failing(torch.OutOfMemoryError("CUDA out of memory")), SHAPE, GPU)
     assert isinstance(captured("small", two_stems, SHAPE, GPU), Graphed) == has_ended
-
-
-def test_all_jobs_of_a_device_run_in_one_thread_that_stays() -> None:
-    thread = compute_thread(GPU)
-    assert compute_thread(torch.device("cuda")) is thread
-    assert thread.run(threading.get_ident) == thread.run(threading.get_ident) != threading.get_ident()
 
 
 # The engine
@@ -242,7 +234,7 @@ def test_a_song_by_graphs_is_the_song_without(clip: Tensor, monkeypatch: pytest.
         return separator.separate(clip)["vocals"]
 
     by_graphs = separated()
-    monkeypatch.setattr(pool_module, "captured", lambda name, model, shape, device: model)
+    monkeypatch.setattr(gpu_models, "captured", lambda name, model, shape, device: model)
     assert torch.equal(separated(), by_graphs)
 
 
