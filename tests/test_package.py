@@ -116,6 +116,15 @@ def test_workflows_only_read_and_use_actions_of_a_given_major_version(name: str)
     assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", action) for action in used)
 
 
+def test_the_files_that_ci_runs_again_for_other_cpus_are_there() -> None:
+    text = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+    named = re.findall(r"tests/[\w/]+\.py", text)
+    for start, names in re.findall(r"(tests/[\w/]+)\{([\w,]+)\}\.py", text):
+        named += [f"{start}{name}.py" for name in names.split(",")]
+    assert len(named) > 10
+    assert [name for name in named if not (PROJECT / name).is_file()] == []
+
+
 def test_all_packages_are_in_the_wheel_by_name(project: dict[str, Any]) -> None:
     folders = [path.parent for path in (PROJECT / "separation").rglob("__init__.py")]
     named = {".".join(folder.relative_to(PROJECT).parts) for folder in folders}
