@@ -45,7 +45,7 @@ _TO_LEFT: dict[str, float] = {
     # Not loudspeakers: ambisonics, of which two cardioids to the sides are taken, and mid and side.
     **{"W": 1.0, "W-3dB": 2**0.5, "Y": 1.0, "Mid": 1.0, "Side": 1.0},
 }
-_INVERTED = ("Y", "Side")  # in the right output
+_INVERTED = ("Y", "Side")  # subtracted from the right output
 _MIRROR = str.maketrans("LR", "RL")
 
 
@@ -82,7 +82,8 @@ def _to_right(speaker: str) -> float:
     return -_to_left(speaker) if speaker in _INVERTED else _to_left(speaker.translate(_MIRROR))
 
 
-_USUAL = {  # by the number of channels, if the file does not tell; the order of WAV, FLAC, AIFF and ffmpeg
+# The layouts of WAV, FLAC, AIFF and ffmpeg by the number of channels, for files that do not tell their own.
+_USUAL = {
     1: "C",
     2: "L R",
     3: "L R C",
@@ -92,7 +93,8 @@ _USUAL = {  # by the number of channels, if the file does not tell; the order of
     7: "L R C LFE S Ls Rs",
     8: "L R C LFE Lb Rb Ls Rs",
 }
-_VORBIS = {  # by the number of channels: Vorbis I specification, 4.3.9; Opus has the same
+# The layouts of Vorbis (specification of Vorbis I, 4.3.9) and of Opus, by the number of channels.
+_VORBIS = {
     1: "C",
     2: "L R",
     3: "L C R",
@@ -103,7 +105,8 @@ _VORBIS = {  # by the number of channels: Vorbis I specification, 4.3.9; Opus ha
     8: "L C R Ls Rs Lb Rb LFE",
 }
 _AMBISONIC = {4: "W Y Z X", 6: "W Y Z X L R"}  # RFC 8486, section 3.1
-FFMPEG_LAYOUTS = {  # by ffmpeg's name; ffmpeg spells out other layouts
+# The layouts that ffmpeg has a name for. It spells out the others.
+FFMPEG_LAYOUTS = {
     "mono": "FC",
     "stereo": "FL+FR",
     "2.1": "FL+FR+LFE",
@@ -229,7 +232,7 @@ def _chunk_speakers(reader: ByteReader, top: bytes) -> Sequence[str] | None:
     return None
 
 
-_EXTENSIBLE = 0xFFFE  # the format that has a mask
+_EXTENSIBLE = 0xFFFE  # the code of a format with a mask
 _B_FORMAT = bytes.fromhex("00002107d3118644c8c1ca000000")  # the end of the subformat's GUID for ambisonics
 
 
@@ -344,7 +347,8 @@ _CORE_AUDIO = {
     218: "L R Ls Rs C S LFE",
     219: "L R Lb Rb Ls Rs C LFE",
 }
-_DESCRIPTIONS, _BITMAP = 0, 1  # in place of a tag: a label for each channel, or a mask like a WAV's
+# Two tags that are not layouts: each channel has a label, or there is a mask as in WAV.
+_DESCRIPTIONS, _BITMAP = 0, 1
 _DESCRIPTION_BYTES = 20
 # Apple's labels. The first 18 follow the mask. 42, mono, is left out: one of several channels is not in the centre.
 _LABELS = {

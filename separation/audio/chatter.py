@@ -1,4 +1,4 @@
-"""Catches what libraries print to stderr, where a user could not tell which song it is about."""
+"""Catches messages that libraries print to stderr, because they do not say which song they are about."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 _STDERR = 2  # the descriptor
 _BY_LIBRARY = re.compile(rb"^.*libmpg123.*(?:\n|$)|^(?:Note|Warning): .*(?:\n|$)", re.MULTILINE)
-_MAX_LINES = 10  # that are kept
+_MAX_LINES = 10  # further lines are only counted
 
 # All threads share the descriptor, so only one of them may redirect it at a time.
 _redirecting = threading.Lock()
@@ -19,12 +19,12 @@ class Chatter:
     """The lines that libmpg123 printed about one song."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []  # the first ones
+        self.lines: list[str] = []  # at most _MAX_LINES
         self.n_lines = 0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Redirect stderr to a file. Afterwards, the lines that others wrote meanwhile are written to stderr.
+        """Redirect stderr to a file. In the end, lines of other origin are passed on to stderr.
 
         Keep the block as short as one call into the library, because other threads wait for it.
         """

@@ -1,13 +1,13 @@
-"""What is missing from a song or in doubt, collected while it is decoded; and when that is too much to go on."""
+"""Collects what is missing from a song while it is decoded, and decides whether the song is refused."""
 
 import logging
 
 from separation.errors import AudioError
 
-MAX_MISSING_SHARE = 0.1  # of a song; if more is missing, the song is refused
-MIN_MISSING_SECONDS = 0.05  # less is never reported
+MAX_MISSING_SHARE = 0.1  # a song is refused if a larger part of it is missing
+MIN_MISSING_SECONDS = 0.05  # shorter losses are not reported
 
-_MAX_LISTED = 4  # places, or faults, that a message lists
+_MAX_LISTED = 4  # a message lists this many places and faults, and counts the rest
 
 logger = logging.getLogger("separation")
 
@@ -27,7 +27,7 @@ class Damage:
         self.accept = accept
         self.holes: list[tuple[float, float]] = []  # start and length; filled with silence
         self.cut_seconds = 0.0  # missing at the end
-        self._part_start = 0.0  # of the part of the song that is being decoded
+        self._part_start = 0.0  # the song may be decoded in parts
         self._notes: list[str] = []
         self._doubts: list[str] = []
         self._unknown_cuts: list[str] = []

@@ -1,4 +1,4 @@
-"""Audio files to waveforms on disk.
+"""Decodes audio files to waveforms on disk.
 
 libsndfile reads WAV, FLAC, Ogg and MP3 in this process; ffmpeg reads everything else, through a pipe. The format is
 recognised by the content of a file, never by its name.
@@ -156,7 +156,7 @@ def _append(job: Job, source: Source, wave: Waveform, report: Callable[[], None]
 
 
 def _open(job: Job, stack: contextlib.ExitStack) -> list[Source]:
-    """The songs in a file, mostly one, by the first decoder that can read them."""
+    """The songs in a file (mostly one), from the first decoder that can read them."""
     with job.path.open("rb") as file:
         is_ogg = file.read(4) == b"OggS"
     if is_ogg:
@@ -172,7 +172,7 @@ def _open(job: Job, stack: contextlib.ExitStack) -> list[Source]:
 
 
 def _open_again(job: Job, stack: contextlib.ExitStack) -> list[Source]:
-    """The songs in a file whose first decoder stopped before the end, by another decoder."""
+    """The songs in a file, from another decoder, after the first one stopped before the end."""
     songs = flac.find_songs(job.path)
     if songs:
         return sndfile.open_flac(job, songs, stack)

@@ -1,4 +1,4 @@
-"""Waveforms to audio files: WAV, FLAC and MP3, by libsndfile."""
+"""Encodes waveforms as WAV, FLAC or MP3, with libsndfile."""
 
 import contextlib
 import io

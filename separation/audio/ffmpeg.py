@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple, Self
 from separation.audio.waveform import BLOCK_SAMPLES
 from separation.errors import AudioError
 
-PATIENCE_SECONDS = 30.0  # for ffprobe's answer, and for each block from ffmpeg
+PATIENCE_SECONDS = 30.0  # the time limit for ffprobe's answer, and for each block from ffmpeg
 
 # The formats that hold audio and are recognised by content. Playlists (hls, concat, dash) could name other files.
 _DEMUXERS = (
@@ -29,11 +29,11 @@ _DEMUXERS = (
 )
 _SAMPLE_BYTES = 4  # float32
 _LOG_BYTES = 2**18
-_GATHER_SECONDS = 0.003  # to wait for more lines of the log, because parsing them one by one is slow
+_GATHER_SECONDS = 0.003  # the log is read with this pause, because parsing its lines one by one is slow
 _ERROR = re.compile(r"^(?:\[[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
 _FRAME = re.compile(rb"^\[Parsed_ashowinfo.{5,30}\] n:\d+ pts:(\w+).*? rate:(\d+) nb_samples:(\d+)", re.MULTILINE)
-_HARMLESS = "non monotonically increasing dts"  # about ffmpeg's output, if the file's timestamps go back
-_MAX_ERRORS = 1000  # that are kept
+_HARMLESS = "non monotonically increasing dts"  # reported about ffmpeg's output if timestamps in the file go back
+_MAX_ERRORS = 1000  # further errors are only counted
 
 
 class UnreadableError(AudioError):
@@ -198,7 +198,7 @@ class Output:
     joining: str = ""
 
     def arguments(self) -> list[str]:
-        chain = ",".join(("ashowinfo", *self.filters))  # which logs a line for each frame
+        chain = ",".join(("ashowinfo", *self.filters))  # ashowinfo logs a line for each frame
         if self.joining:
             filters = ["-filter_complex", f"{self.joining},{chain}[sound]", "-map", "[sound]"]
         else:

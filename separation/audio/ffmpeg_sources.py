@@ -28,7 +28,7 @@ from separation.audio.source import Blocks, Job, Source
 from separation.audio.waveform import TAGS, silent
 from separation.errors import AudioError
 
-_EXTRA_SECONDS = 0.05  # by which encoders lengthen a song
+_EXTRA_SECONDS = 0.05  # encoders may lengthen a song by this much
 _ENTRIES = f"format=format_name,duration:format_tags:stream_tags:{tracks.ENTRIES}"
 
 

@@ -17,17 +17,17 @@ from separation.errors import AudioError
 
 _SYNC = re.compile(rb"\xff[\xf8\xf9]")
 _STREAM_MARK = b"fLaC"
-_INFO_HEADER = b"\0\0\0\x22"  # of STREAMINFO, the first metadata block
-_LAST_INFO_HEADER = b"\x80\0\0\x22"  # of STREAMINFO where no other metadata follows
+_INFO_HEADER = b"\0\0\0\x22"  # begins STREAMINFO, the first metadata block
+_LAST_INFO_HEADER = b"\x80\0\0\x22"  # begins STREAMINFO if no other metadata follow
 _INFO_BYTES = 34
 _MAX_METADATA_BLOCKS = 100_000
-_MAX_HEADER_BYTES = 16  # of a frame
-_MAX_TAIL_BYTES = 2**17  # in which the last frame and the tags behind it are looked for
+_MAX_HEADER_BYTES = 16  # of a frame's header
+_MAX_TAIL_BYTES = 2**17  # the last frame's header and the tags behind it lie within
 _SCAN_BYTES = 2**18
 _MAX_FALSE_HEADERS = 100_000  # a hostile file can hold millions
 _MAX_RUNS = 2000
-_MAX_FALSE_ENDS = 4  # sync codes inside a frame that look like the header of the next one
-_CHECKSUM_BYTES = 4096  # checked at once
+_MAX_FALSE_ENDS = 4  # inside a frame, this many sync codes may look like the next header
+_CHECKSUM_BYTES = 4096  # computed at once
 _BITS = (0, 8, 12, 0, 16, 20, 24, 32)
 _HZ = (0, 88200, 176400, 192000, 8000, 16000, 22050, 24000, 32000, 44100, 48000, 96000)
 

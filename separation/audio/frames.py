@@ -17,10 +17,10 @@ from separation.audio.tags import TAIL_MARKS, after_id3v2, tag_bytes
 _MAX_FALSE_HEADERS = 100_000
 _MAX_GAPS = 2000
 
-_DECODER_DELAY = 529  # samples, of MP3
+_DECODER_DELAY = 529  # samples, in MP3 decoders
 EXTRA_SAMPLES = 8190  # per channel: the most that an MP3 encoder may add before and after the song
-_ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # which write a checksum into the Xing header
-_HEAD_BYTES = 192  # of a frame: its header and the Xing or VBRI header
+_ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # they write a checksum into the Xing header
+_HEAD_BYTES = 192  # enough for a frame's header and the Xing or VBRI header behind it
 _MAX_LEAD_BYTES = 2**20
 _MAX_TAIL_BYTES = 2**16
 
@@ -42,7 +42,7 @@ class Codec(NamedTuple):
 
 # MPEG audio. Version 3 is MPEG-1, 2 is MPEG-2, 0 is MPEG-2.5. The layer field is 4 minus the layer's number.
 _MPEG_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by version
-_MPEG_KBPS = {  # by whether it is MPEG-1, and by layer field
+_MPEG_KBPS = {  # by (is MPEG-1, layer field)
     (True, 3): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 1): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),

@@ -15,8 +15,8 @@ from separation.audio.waveform import silent
 _MAX_ALAC_PACKET_SAMPLES = 4096
 # The containers, by ffmpeg's names, whose duration ffmpeg knows exactly.
 _EXACT = {"mov", "flac", "wv", "tta", "ape", "caf", "aiff", "w64", "wav", "au", "tak", "mpc8"}
-_RESTART_SECONDS = 0.5  # timestamps that go back to before this belong to another song, appended to the first
-_MAX_HOLE_SECONDS = 60.0  # in a file of unknown length; a longer hole is a wrong timestamp
+_RESTART_SECONDS = 0.5  # timestamps that go back to before this belong to another song that was appended
+_MAX_HOLE_SECONDS = 60.0  # in a file of unknown length, a longer hole must come from a wrong timestamp
 
 
 class Timeline:
@@ -66,7 +66,7 @@ class Timeline:
 
 def placed(decoder: Decoder, channels: int, timeline: Timeline) -> Iterator[NDArray[np.float32]]:
     """Blocks `[n, channels]` of everything that ffmpeg decodes, with silence in the holes."""
-    frames: deque[DecodedFrame] = deque()  # that are not placed yet
+    frames: deque[DecodedFrame] = deque()  # waiting to be placed
     n_written = n_read = n_placed = 0  # samples: yielded, from ffmpeg, in placed frames
     for data in decoder.blocks():
         block = np.frombuffer(data[: len(data) // (channels * 4) * channels * 4], dtype="<f4").reshape(-1, channels)
@@ -104,7 +104,7 @@ def announced_seconds(stream: Mapping[str, Any], answer: Mapping[str, Any], cont
         numerator, denominator = map(int, stream.get("time_base", "0/1").split("/"))
         return int(stream.get("nb_frames", 0)) * numerator / denominator
     start = max(0.0, float(stream.get("start_time", 0)))
-    if "matroska" in container:  # whose duration tag is the time when the stream ends
+    if "matroska" in container:  # its duration tag is the time when the stream ends
         tags = {key.lower(): value for key, value in stream.get("tags", {}).items()}
         if found := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)\0*", tags.get("duration", "")):
             return max(0.0, 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3]) - start)

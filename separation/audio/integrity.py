@@ -37,7 +37,7 @@ _CONTAINERS = {  # by a file's first four bytes
 }
 _EBML, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"  # the header of Matroska, and the element that holds the rest
 _UNKNOWN_BYTES = (range(2**31 - 2**12, 2**31 + 1), range(2**32 - 2**12, 2**32))  # sizes that streaming programs write
-_SIZE_LIMIT = 2**32  # bytes, of a WAV with 32-bit sizes
+_SIZE_LIMIT = 2**32  # bytes that the 32-bit sizes of WAV can count
 _MAX_BYTES_AFTER_AUDIO = 2**24  # the most that the tags of a larger WAV may take
 
 
@@ -144,7 +144,7 @@ def _matroska_audio(reader: ByteReader) -> Audio | None:
         header = reader.get(position, 12)
         if len(header) < 12 or header[:4] != kind or not header[4]:
             return None
-        width = 9 - header[4].bit_length()  # of the size, in bytes; the bit that marks the width is not part of it
+        width = 9 - header[4].bit_length()  # bytes of the size; the bit that marks the width is not part of it
         n_bytes = int.from_bytes(header[4 : 4 + width], "big") - (1 << 7 * width)
         start = position + 4 + width
         position = start + n_bytes
@@ -152,7 +152,7 @@ def _matroska_audio(reader: ByteReader) -> Audio | None:
     return Audio(start, n_bytes if is_known else None, reader.size - start, False)
 
 
-_TS_BYTES, _TS_SYNC = (188, 192, 204), 0x47  # of a packet: plain, with a timestamp, with checksums
+_TS_BYTES, _TS_SYNC = (188, 192, 204), 0x47  # packets may be plain, or have a timestamp or checksums
 _PS_PACKET = re.compile(rb"\0\0\x01[\xbc-\xef]")
 
 

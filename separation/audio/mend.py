@@ -14,8 +14,8 @@ from separation.audio.pieces import Piece, Pieces
 from separation.audio.reader import ByteReader
 from separation.audio.waveform import silent
 
-_MAX_UNCOUNTED_SECONDS = 0.25  # that gaps may last if the number of missing frames is unknown
-_MAX_RESERVOIR_FRAMES = 9  # the data of an MP3 frame may begin this many frames before it
+_MAX_UNCOUNTED_SECONDS = 0.25  # longer gaps with an unknown number of missing frames are a doubt
+_MAX_RESERVOIR_FRAMES = 9  # an MP3 frame's data may begin this many frames before it
 
 
 class Hole(NamedTuple):

@@ -71,7 +71,7 @@ class Link:
     header_numbers: list[int] = field(default_factory=list)
     runs: list[PageRun] = field(default_factory=list)
     is_ended: bool = False  # its last page is marked as the last
-    end_granule: int = -1  # of a damaged page behind the last intact one; `is_ended` is then about that page
+    end_granule: int = -1  # of a damaged page behind the last intact one, which `is_ended` then describes
     n_bad_pages: int = 0
 
     @property
@@ -117,7 +117,7 @@ class Chain:
     links: list[Link] = field(default_factory=list)
     n_extra: int = 0  # bytes at the end that are not an intact page
     is_cut: bool = False  # the file ends within a page
-    n_bad_pages: int = 0  # of any stream
+    n_bad_pages: int = 0  # in all streams
 
     @property
     def is_whole(self) -> bool:
@@ -179,7 +179,7 @@ def _add_audio(link: Link, page: _Page) -> None:
 def _add_bad_page(link: Link, page: _Page) -> None:
     link.n_bad_pages += 1
     last = link.runs[-1].granule if link.runs else 0
-    if last < page.granule < last + 60 * link.sample_rate:  # else the granule itself is probably damaged
+    if last < page.granule < last + 60 * link.sample_rate:  # otherwise the granule itself is probably damaged
         link.end_granule = page.granule
         link.is_ended = bool(page.flags & _LAST)
 

@@ -1,4 +1,4 @@
-"""A waveform at another sample rate, block by block."""
+"""Resamples waveforms, block by block."""
 
 import contextlib
 import math
@@ -12,15 +12,14 @@ from torchaudio.transforms import Resample
 from separation.audio.waveform import BLOCK_SAMPLES, Readable, Waveform, read_padded
 from separation.progress import Progress
 
-_LOWPASS_ZEROS = 64  # zero crossings of the sinc on either side
-_ROLLOFF = 0.9475937167399596  # of the lower Nyquist frequency
+_LOWPASS_ZEROS = 64  # zero crossings of the sinc on each side
+_ROLLOFF = 0.9475937167399596  # cutoff, as a share of the lower Nyquist frequency
 _KAISER_BETA = 14.769656459379492
 _MAX_KERNEL = 2**22  # taps of torchaudio's kernel, 16 MiB; the usual rates need at most 200,000
-_PART_SAMPLES = 4096  # that `_by_phases` computes at once
+_PART_SAMPLES = 4096  # computed at once by `_by_phases`
 
-Converter = Callable[
-    [Readable, int, int], Tensor
-]  # (source, start, stop) -> samples `[C, stop - start]` at the new rate
+# (source, start, stop) -> samples [start, stop) at the new rate, as `[C, stop - start]`
+Converter = Callable[[Readable, int, int], Tensor]
 
 
 def resample(waveform: Waveform, sample_rate: int, folder: Path, *, progress: Progress = Progress()) -> Waveform:

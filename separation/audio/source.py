@@ -1,4 +1,4 @@
-"""What every decoder gives: the songs of a file as streams of samples."""
+"""The songs of a file, as every decoder returns them: streams of samples."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from separation.audio.channels import Layout
 from separation.audio.damage import Damage
 
-Blocks = Iterator[NDArray[np.float32]]  # of `[n, C]` samples
+Blocks = Iterator[NDArray[np.float32]]  # each `[n, C]`
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def tag_bytes(data: bytes) -> int:
     if data[:3] == b"TAG":
         return _ID3V1_BYTES
     if data[:8] == b"APETAGEX" and len(data) >= 24:
-        is_header = bool(data[23] & 0x20)  # else a footer, whose items stand before it
+        is_header = bool(data[23] & 0x20)  # a footer stands behind its items
         return _APE_HEADER_BYTES + (int.from_bytes(data[12:16], "little") if is_header else 0)
     return 0
 

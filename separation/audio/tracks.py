@@ -17,7 +17,7 @@ ENTRIES = (
 _MAX_LEAD_SECONDS = 3600.0  # between picture and sound; a longer lead comes from wrong timestamps
 _MIN_LEAD_SECONDS = 0.0015  # timestamps in Matroska are whole milliseconds
 _REPORTED_LEAD_SECONDS = 0.05  # a shorter lead is not worth a warning
-_TOLERANCE_SECONDS = 0.05  # by which the lengths of tracks that belong together may differ
+_TOLERANCE_SECONDS = 0.05  # the lengths of tracks that belong together may differ by this much
 _SPLIT = {"mov", "mxf"}  # containers in which cameras and studios store one channel per track
 # The dispositions of tracks that are not the song: for other listeners, in another language, or a part of it.
 _NOT_THE_SONG = (

@@ -18,13 +18,13 @@ from separation.errors import OutputError
 from separation.system.os_errors import output_errors
 
 SAMPLE_RATE = 44100  # hertz, of all models, and of `decode` by default
-TAGS = ("title", "artist", "album")  # that are read from songs and written to stems
-BLOCK_SAMPLES = 65536  # per channel: how much of a song is in memory at once
+TAGS = ("title", "artist", "album")  # read from songs and written to stems
+BLOCK_SAMPLES = 65536  # per channel, in memory at once
 # The largest magnitude of a sample. Full scale is 1. 32-bit integers that are mistaken for floats reach 2**31; squares
 # of more than 1e19 overflow in float32.
 MAX_SAMPLE = 1e10
 
-_RAW_BYTES = 2**20  # of a block in `raw`
+_RAW_BYTES = 2**20  # in a block of `raw`
 _SAMPLE_BYTES = 4  # float32
 
 Statistics = tuple[float, float, float]
