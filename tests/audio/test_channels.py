@@ -1,4 +1,4 @@
-"""Every channel of a file ends where its loudspeaker stands, whatever format says which one it is."""
+"""Every channel is mixed to the side of its loudspeaker, in every format that names loudspeakers."""
 
 import io
 import logging
@@ -23,7 +23,7 @@ from separation.errors import AudioError
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 RATE = 8000
-STEP = 50  # samples that each channel sounds for, one after the other
+STEP = 50  # samples: each channel sounds this long, one after the other
 LEVEL = 0.5
 
 # What each loudspeaker of a WAV's mask, from the lowest bit up, gives to the left and to the right (ITU-R BS.775).
@@ -57,12 +57,12 @@ def mask_of(layout: str) -> int:
 
 
 def in_turn(channels: int) -> Tensor:
-    """`[C, n]`: each channel sounds alone, in its order."""
+    """`[C, n]`: the channels sound one after the other."""
     return torch.eye(channels).repeat_interleave(STEP, dim=1) * LEVEL
 
 
 def levels(path: Path, channels: int, *, step: int = STEP) -> Tensor:
-    """`[C, 2]`: what each channel of a file made of `in_turn` gives to the left and the right of full scale."""
+    """`[C, 2]`: the gains of the channels of a file made of `in_turn`, to the left and to the right."""
     with decode(path, path.parent, sample_rate=None) as waveform:
         samples = waveform.read(0, waveform.n_samples)
     return samples[:, step // 2 :: step].T[:channels] / LEVEL
@@ -111,7 +111,7 @@ def rifx(path: Path, channels: int, mask: int) -> None:
 
 
 def unfinished_wav(path: Path, channels: int, mask: int) -> None:
-    """As a program writes it that cannot go back to its header: the sizes say nothing."""
+    """A WAV by a program that cannot go back to fill in the sizes."""
     wav(path, channels, mask)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"data" + struct.pack("<I", len(pcm(channels, "<"))), b"data\xff\xff\xff\xff"))
@@ -165,7 +165,7 @@ def flac(path: Path, channels: int, mask: int | str) -> None:
     is_last, info = content[4] & 128, bytes([content[4] & 127])
     rest = content[after_info:]
     kinds = bytes([4 | is_last]) + len(block).to_bytes(3, "big") + block
-    if not is_last:  # without libFLAC's own comments, of which there may be one block alone
+    if not is_last:  # replaces libFLAC's own comments, because there may be only one block
         assert rest[0] & 127 == 4
         kinds = bytes([4 | rest[0] & 128]) + kinds[1:]
         rest = rest[4 + int.from_bytes(rest[1:4], "big") :]
@@ -200,7 +200,7 @@ def test_every_layout_up_to_7_1_is_mixed_down_by_its_loudspeakers(container: str
 
 
 @pytest.mark.parametrize("name, gives", GIVES)
-def test_every_loudspeaker_beside_left_and_right_ends_at_its_place(
+def test_every_loudspeaker_besides_left_and_right_is_mixed_to_its_side(
     name: str, gives: tuple[float, float], tmp_path: Path
 ) -> None:
     mask = BITS["FL"] | BITS["FR"] | BITS[name]
@@ -210,7 +210,7 @@ def test_every_loudspeaker_beside_left_and_right_ends_at_its_place(
     assert (levels(tmp_path / "song.wav", channels) - wanted).abs().max() < 1e-3
 
 
-def test_the_centre_of_l_r_c_s_ends_in_the_middle_and_the_warning_says_so(
+def test_the_centre_of_l_r_c_s_is_mixed_to_both_sides_and_the_warning_names_the_layout(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wav(tmp_path / "song.wav", 4, 0x107)
@@ -225,7 +225,7 @@ def test_the_centre_of_l_r_c_s_ends_in_the_middle_and_the_warning_says_so(
     [(4, 0), (4, 0x3F), (4, 0x7), (3, 1 << 31), (6, 0x80000000), (3, 7 << 20), (2, BITS["LFE"] | 1 << 25)],
     ids=["none", "more bits", "fewer bits", "all", "all of 6", "unknown bits", "nothing for either side"],
 )
-def test_a_mask_of_no_use_is_passed_over_and_the_warning_says_so(
+def test_a_useless_mask_is_ignored_and_the_warning_says_so(
     channels: int, mask: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wav(tmp_path / "song.wav", channels, mask)
@@ -250,7 +250,7 @@ def test_one_channel_is_mono_whatever_its_loudspeaker(
 
 
 @pytest.mark.parametrize("mask", [BITS["FL"] | BITS["FR"], BITS["BL"] | BITS["BR"], BITS["FLC"] | BITS["FRC"]])
-def test_a_pair_of_any_place_is_stereo_to_the_last_bit(
+def test_a_pair_of_loudspeakers_is_stereo_to_the_last_bit(
     mask: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wav(tmp_path / "song.wav", 2, mask)
@@ -258,7 +258,7 @@ def test_a_pair_of_any_place_is_stereo_to_the_last_bit(
     assert not caplog.records
 
 
-def test_a_pair_that_is_no_left_and_right_is_mixed_by_its_loudspeakers(
+def test_two_channels_that_are_not_a_pair_are_mixed_by_their_loudspeakers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wav(tmp_path / "song.wav", 2, BITS["FL"] | BITS["FC"])
@@ -280,7 +280,7 @@ TAGS = {
 
 @pytest.mark.parametrize("write", [caf, aiff])
 @pytest.mark.parametrize("tag", TAGS)
-def test_the_orders_of_core_audio_are_known(
+def test_the_channel_orders_of_core_audio_are_known(
     tag: int, write: Callable[[Path, int, bytes], None], tmp_path: Path
 ) -> None:
     names = TAGS[tag].split()
@@ -302,7 +302,7 @@ def test_the_orders_of_core_audio_are_known(
     ids=["C L R", "R L", "rear and wide", "mid and side", "with a stereo mix beside", "two monos", "discrete"],
 )
 @pytest.mark.parametrize("write", [caf, aiff])
-def test_described_channels_end_at_their_place(
+def test_labelled_channels_are_mixed_to_their_sides(
     write: Callable[[Path, int, bytes], None],
     labels: Sequence[int],
     gives: list[tuple[float, float]],
@@ -313,7 +313,7 @@ def test_described_channels_end_at_their_place(
 
 
 @pytest.mark.parametrize("n_bytes", range(0, 32, 4))
-def test_a_layout_cut_short_is_passed_over(n_bytes: int, tmp_path: Path) -> None:
+def test_a_truncated_layout_is_ignored(n_bytes: int, tmp_path: Path) -> None:
     caf(tmp_path / "song.caf", 3, core_audio(0, labels=[3, 1, 2])[:n_bytes])
     assert (levels(tmp_path / "song.caf", 3) - of_layout("FL+FR+FC")).abs().max() < 1e-3
 
@@ -326,7 +326,7 @@ def test_a_chunk_of_an_impossible_size_ends_the_search(tmp_path: Path) -> None:
         assert str(layout_of_file(ByteReader(broken), 3, "'song.caf'")) == "L R C"
 
 
-def test_altered_headers_give_a_layout_or_none_and_no_other_error(tmp_path: Path) -> None:
+def test_damaged_headers_give_some_layout_and_no_error(tmp_path: Path) -> None:
     dice, songs = random.Random(12), []
     for writer in WRITERS.values():
         writer(tmp_path / "song", 4, 0x107)
@@ -343,7 +343,7 @@ def test_altered_headers_give_a_layout_or_none_and_no_other_error(tmp_path: Path
         assert np.isfinite(layout.to_stereo()).all()
 
 
-def test_ambisonic_wav_is_heard_from_left_and_right(tmp_path: Path) -> None:
+def test_an_ambisonic_wav_is_mixed_to_left_and_right(tmp_path: Path) -> None:
     subformat = bytes.fromhex("010000002107d3118644c8c1ca000000")
     content = chunk(b"fmt ", wave_format(4, 0, subformat=subformat), "<I") + chunk(b"data", pcm(4, "<"), "<I")
     (tmp_path / "song.amb").write_bytes(chunk(b"RIFF", b"WAVE" + content, "<I"))
@@ -351,7 +351,7 @@ def test_ambisonic_wav_is_heard_from_left_and_right(tmp_path: Path) -> None:
     assert (levels(tmp_path / "song.amb", 4) - wanted).abs().max() < 1e-3
 
 
-def test_nine_channels_are_refused_with_a_mask_too(tmp_path: Path) -> None:
+def test_nine_channels_with_a_mask_are_refused(tmp_path: Path) -> None:
     wav(tmp_path / "song.wav", 9, 0x1FF)
     with pytest.raises(AudioError, match="9 channels"):
         decode(tmp_path / "song.wav", tmp_path)
@@ -367,11 +367,11 @@ def ffmpeg(*arguments: str) -> str:
     return ran.stdout
 
 
-LONG_STEP = 4800  # for codecs with losses
+LONG_STEP = 4800  # samples, for lossy codecs
 
 
 def tones(path: Path, layout: str) -> Path:
-    """A WAV at 48 kHz of that layout with a tone in each channel in turn."""
+    """A WAV at 48 kHz with a tone in each channel, one after the other."""
     channels = layout.count("+") + 1
     tone = torch.sin(torch.arange(LONG_STEP) * 0.05) * LEVEL
     samples = (torch.eye(channels)[:, :, None] * tone).flatten(1)
@@ -410,9 +410,7 @@ OTHER_FORMATS = {
     "suffix, layout",
     quick_first([(suffix, layout) for suffix, (_, *layouts) in OTHER_FORMATS.items() for layout in layouts], 4),
 )
-def test_what_ffmpeg_writes_and_reads_is_mixed_down_by_its_loudspeakers(
-    suffix: str, layout: str, tmp_path: Path
-) -> None:
+def test_files_of_ffmpeg_are_mixed_down_by_their_loudspeakers(suffix: str, layout: str, tmp_path: Path) -> None:
     names = FFMPEG_LAYOUTS[layout]
     channels = names.count("+") + 1
     codec = OTHER_FORMATS[suffix][0]
@@ -426,7 +424,7 @@ def test_what_ffmpeg_writes_and_reads_is_mixed_down_by_its_loudspeakers(
 
 
 @needs_ffmpeg
-def test_the_mask_of_flac_in_ogg_counts(tmp_path: Path) -> None:
+def test_the_mask_of_a_flac_in_ogg_is_used(tmp_path: Path) -> None:
     source = tones(tmp_path / "source.wav", "FL+FR+FC+BC")
     mask = ("-metadata", "WAVEFORMATEXTENSIBLE_CHANNEL_MASK=0x107")
     ffmpeg("-i", str(source), "-c:a", "flac", *mask, str(tmp_path / "song.oga"))
@@ -435,7 +433,7 @@ def test_the_mask_of_flac_in_ogg_counts(tmp_path: Path) -> None:
 
 @needs_ffmpeg
 @pytest.mark.parametrize("tag, layout", [(114, "3.0"), (122, "5.1(side)"), (124, "5.1(side)"), (121, "5.1(side)")])
-def test_the_order_of_channels_in_a_mov_counts(tag: int, layout: str, tmp_path: Path) -> None:
+def test_the_channel_order_of_a_mov_is_used(tag: int, layout: str, tmp_path: Path) -> None:
     names = _CORE_AUDIO[tag].split()
     movie, source = tmp_path / "song.mov", tones(tmp_path / "source.wav", FFMPEG_LAYOUTS[layout])
     ffmpeg("-i", str(source), "-c:a", "pcm_s16le", str(movie))
@@ -464,7 +462,7 @@ def test_opus_without_loudspeakers_is_ambisonic_or_the_usual_layout(
 
 
 @needs_ffmpeg
-def test_ffmpegs_names_of_layouts_mean_what_ffmpeg_says() -> None:
+def test_the_names_of_layouts_are_those_of_ffmpeg() -> None:
     text = ffmpeg("-layouts")
     listed = [line.split() for line in text[text.index("DECOMPOSITION") :].splitlines()[1:] if line]
     up_to_8 = {name: channels for name, channels in listed if channels.count("+") < 8}
@@ -482,8 +480,8 @@ def probed(path: Path) -> set[str]:
 
 @needs_ffmpeg
 @pytest.mark.slow
-def test_core_audios_layouts_have_the_channels_that_ffmpeg_knows(tmp_path: Path) -> None:
-    # The two have no names in common for surround on the side and in the back.
+def test_the_layouts_of_core_audio_have_the_channels_that_ffmpeg_knows(tmp_path: Path) -> None:
+    # The two name the surround channels at the sides and at the back differently.
     sides = {place + side: "S" + side for place in ("B", "W", "SD") for side in "LR"} | {"BIL": "FL", "BIR": "FR"}
     compared = 0
     for tag, layout in _CORE_AUDIO.items():

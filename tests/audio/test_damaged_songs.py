@@ -1,4 +1,4 @@
-"""Damaged songs: what is missing is told, what follows stays in time, and what plays elsewhere is read."""
+"""Damaged songs: losses are reported, the rest stays in time, and harmless faults are tolerated."""
 
 import json
 import logging
@@ -25,14 +25,14 @@ N_MUTATIONS = 1500
 
 
 def songs(folder: Path, format: str, **options: object) -> bytes:
-    """The known song, written by libsndfile."""
+    """The test song, encoded by libsndfile."""
     path = folder / f"source.{format}"
     soundfile.write(path, damaged_songs.song(), RATE, format=format, **options)  # type: ignore[arg-type]
     return path.read_bytes()
 
 
 def decoded(content: bytes, folder: Path, **options: bool) -> np.ndarray:
-    """The left samples of a file with this content."""
+    """The left channel of a file with this content."""
     (folder / "song").write_bytes(content)
     with decode(folder / "song", folder, **options) as wave:
         result: np.ndarray = wave.read(0, wave.n_samples)[0].numpy()
@@ -61,7 +61,7 @@ def check(answers: list[Answer], n_jobs: int) -> None:
 
 @needs_ffmpeg
 @pytest.mark.parametrize("every", [6, slow(1)])
-def test_some_damaged_songs_of_many_formats_lose_nothing_without_a_word(every: int, tmp_path: Path) -> None:
+def test_damaged_songs_of_many_formats_lose_nothing_silently(every: int, tmp_path: Path) -> None:
     whole = make(tmp_path, list(FORMATS)[::every])
     jobs = [(name, number) for number, name in enumerate(whole)]
     check(decode_all(jobs, whole, tmp_path, PROJECT), len(jobs))
@@ -69,7 +69,7 @@ def test_some_damaged_songs_of_many_formats_lose_nothing_without_a_word(every: i
 
 @needs_ffmpeg
 @pytest.mark.slow
-def test_of_1500_damaged_songs_none_loses_more_than_50_ms_without_a_word(tmp_path: Path) -> None:
+def test_none_of_1500_damaged_songs_loses_more_than_50_ms_silently(tmp_path: Path) -> None:
     whole = make(tmp_path)
     names = list(whole)
     jobs = [(names[number % len(names)], number) for number in range(N_MUTATIONS)]
@@ -78,7 +78,7 @@ def test_of_1500_damaged_songs_none_loses_more_than_50_ms_without_a_word(tmp_pat
     assert sum(bool(answer.refusal) for answer in answers) < N_MUTATIONS / 2
 
 
-def test_the_measure_tells_what_is_in_time_moved_lost_and_altered() -> None:
+def test_survival_measures_what_is_right_moved_lost_and_altered() -> None:
     whole = damaged_songs.song()[:, 0]
     part = RATE // 2
     assert survival(whole, whole).right == pytest.approx(SECONDS)
@@ -118,7 +118,7 @@ def mp3_with_overwritten_frames(folder: Path) -> bytes:
 @pytest.mark.parametrize(
     "damaged", [ogg_with_a_flipped_bit, flac_with_a_flipped_bit, flac_without_some_frames, mp3_with_overwritten_frames]
 )
-def test_a_hole_is_silent_and_what_follows_stays_in_time_and_a_warning_names_song_place_and_seconds(
+def test_a_hole_is_silent_the_rest_stays_in_time_and_a_warning_names_song_place_and_length(
     damaged: Callable[[Path], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     samples = decoded(damaged(tmp_path), tmp_path, accept_damaged=True)
@@ -132,7 +132,7 @@ def test_a_hole_is_silent_and_what_follows_stays_in_time_and_a_warning_names_son
     assert told and float(told[1]) == pytest.approx(lived.lost + lived.altered, abs=0.1)
 
 
-def test_bytes_inserted_into_an_mp3_take_nothing_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bytes_inserted_into_an_mp3_do_not_cost_music(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = songs(tmp_path, "MP3", bitrate_mode="CONSTANT")
     at = len(content) // 2
     samples = decoded(content[:at] + random.Random(1).randbytes(500) + content[at:], tmp_path)
@@ -142,7 +142,7 @@ def test_bytes_inserted_into_an_mp3_take_nothing_of_it(tmp_path: Path, caplog: p
 
 
 @needs_ffmpeg
-def test_mp3_frames_that_need_nothing_from_before_a_gap_stay_as_they_are(tmp_path: Path) -> None:
+def test_mp3_frames_behind_a_gap_that_need_no_earlier_data_are_unchanged(tmp_path: Path) -> None:
     songs(tmp_path, "WAV")
     command = ["ffmpeg", "-v", "error", "-i", str(tmp_path / "source.WAV"), "-b:a", "128k", "-reservoir", "0"]
     subprocess.run([*command, "-id3v2_version", "0", str(tmp_path / "whole.mp3")], check=True)
@@ -166,7 +166,7 @@ def test_a_song_appended_to_itself_is_read_whole(format: str, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("format", ["FLAC", "MP3"])
-def test_songs_of_other_rates_and_channels_joined_are_both_read_at_the_first_ones_rate(
+def test_joined_songs_of_different_rates_and_channels_are_read_at_the_rate_of_the_first(
     format: str, tmp_path: Path
 ) -> None:
     content = songs(tmp_path, format)
@@ -178,7 +178,7 @@ def test_songs_of_other_rates_and_channels_joined_are_both_read_at_the_first_one
 # What is refused, and what --accept-damaged does
 
 
-def test_with_half_of_it_missing_a_song_is_refused_unless_damage_is_accepted(
+def test_a_song_of_which_half_is_missing_is_refused_unless_damage_is_accepted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = songs(tmp_path, "WAV")
@@ -188,7 +188,7 @@ def test_with_half_of_it_missing_a_song_is_refused_unless_damage_is_accepted(
     assert "'song' is cut short (the last 1.50 s of 3.00 s are missing, from 1.50 s on)" in caplog.text
 
 
-def test_the_command_line_separates_what_is_there_with_accept_damaged(
+def test_the_command_line_separates_the_rest_of_a_song_with_accept_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = songs(tmp_path, "WAV")
@@ -202,7 +202,7 @@ def test_the_command_line_separates_what_is_there_with_accept_damaged(
     assert "'song.wav' is cut short" in report["warnings"][0]
 
 
-def test_a_twentieth_missing_at_the_end_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_song_without_its_last_twentieth_gets_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for format in ("WAV", "W64", "RF64", "AIFF", "AU", "FLAC", "MP3"):
         caplog.clear()
         content = songs(tmp_path, format)
@@ -226,7 +226,7 @@ def test_a_twentieth_missing_at_the_end_is_a_warning(tmp_path: Path, caplog: pyt
     ],
     ids=["a byte too many", "no size", "RIFF 0", "RIFF too large", "padding", "ID3v1"],
 )
-def test_a_wav_that_plays_elsewhere_is_read_whole_and_without_a_word(
+def test_a_wav_with_a_harmless_fault_is_read_whole_without_a_warning(
     spoil: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = songs(tmp_path, "WAV")
@@ -238,7 +238,7 @@ def test_a_wav_that_plays_elsewhere_is_read_whole_and_without_a_word(
 @pytest.mark.parametrize(
     "tail", [b"TAG" + bytes(125), b"APETAGEX" + struct.pack("<IIII8x", 2000, 32, 0, 0), b"LYRICSBEGIN" + bytes(50)]
 )
-def test_an_mp3_with_tags_behind_it_or_without_the_end_of_its_last_frame_is_no_fault(
+def test_an_mp3_may_have_tags_at_its_end_or_miss_the_end_of_its_last_frame(
     tail: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = songs(tmp_path, "MP3", bitrate_mode="CONSTANT")
@@ -248,7 +248,7 @@ def test_an_mp3_with_tags_behind_it_or_without_the_end_of_its_last_frame_is_no_f
 
 
 @needs_ffmpeg
-def test_an_mp4_without_its_index_is_called_cut_short(tmp_path: Path) -> None:
+def test_an_mp4_without_its_index_is_reported_as_cut_short(tmp_path: Path) -> None:
     whole = make(tmp_path, ["aac.m4a"])["aac.m4a"]
     assert whole.index(b"mdat") < whole.index(b"moov")
     with pytest.raises(AudioError, match=r"'song' is cut short \(its index"):
@@ -259,7 +259,7 @@ def test_an_mp4_without_its_index_is_called_cut_short(tmp_path: Path) -> None:
 
 
 def mp3_with_spoilt_frames(folder: Path) -> bytes:
-    """Of some frames all but the header and the last bytes is noise."""
+    """An MP3 in which some frames hold noise between their headers and their last bytes."""
     content = bytearray(songs(folder, "MP3", bitrate_mode="CONSTANT"))
     at = len(content) // 2
     for _ in range(10):
@@ -268,7 +268,7 @@ def mp3_with_spoilt_frames(folder: Path) -> bytes:
     return bytes(content)
 
 
-def test_what_libmpg123_prints_becomes_one_warning_with_the_songs_name(
+def test_messages_of_libmpg123_become_one_warning_with_the_songs_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     decoded(mp3_with_spoilt_frames(tmp_path), tmp_path)
@@ -277,7 +277,7 @@ def test_what_libmpg123_prints_becomes_one_warning_with_the_songs_name(
     assert record.getMessage().startswith("'song' is damaged (") and "libmpg123 reports" in record.getMessage()
 
 
-def test_healthy_songs_of_every_format_have_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_intact_songs_of_every_format_get_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     for format in ("WAV", "W64", "RF64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3"):
         assert len(decoded(songs(tmp_path, format), tmp_path)) == SECONDS * RATE

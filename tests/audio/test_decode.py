@@ -27,7 +27,7 @@ def test_mono_is_duplicated(tmp_path: Path) -> None:
 def test_more_channels_are_mixed_down_by_the_standard_coefficients(
     channels: int, container: str, tmp_path: Path
 ) -> None:
-    # Of L for the left output and R for the right; each channel in the order of the file.
+    # The gains for the left and the right output, in the order of the file's channels.
     coefficients = {
         3: ([1, 0, 0.7071], [0, 1, 0.7071]),
         4: ([1, 0, 0.7071, 0], [0, 1, 0, 0.7071]),
@@ -51,7 +51,7 @@ def test_full_scale_in_every_channel_stays_within_full_scale(tmp_path: Path) -> 
 @needs_ffmpeg
 @pytest.mark.parametrize("codec", ["flac", "libvorbis", "libopus", "aac"])
 def test_the_same_surround_file_mixes_down_the_same_in_every_format(codec: str, tmp_path: Path) -> None:
-    # Tones one after the other in L, R, C, LFE, Ls, Rs; what each leaves on either side tells the order.
+    # A tone in L, R, C, LFE, Ls, Rs, one after the other, so that the levels on both sides tell the order.
     samples = torch.zeros(6, 6 * 8000)
     for channel in range(6):
         samples[channel, channel * 8000 : (channel + 1) * 8000] = 0.5 * torch.sin(torch.arange(8000) * 0.05)
@@ -188,7 +188,7 @@ def test_joined_ogg_songs_are_read_whole(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_song(tmp_path: Path) -> None:
-    """Two minutes of stereo are 42 MB; none of the steps may hold more than some blocks."""
+    """Two minutes of stereo take 42 MB. No step may hold more than a few blocks."""
     minute = noise(60 * 48000)
     with soundfile.SoundFile(tmp_path / "long.wav", "w", 48000, 2, subtype="PCM_16") as sound:
         for _ in range(2):

@@ -129,7 +129,7 @@ def test_a_sample_rate_that_mp3_does_not_have_is_refused(tmp_path: Path) -> None
 
 
 def written(samples: Tensor, path: Path, sample_rate: int = SAMPLE_RATE, **options: str) -> NDArray[np.int32]:
-    """What `encode` makes of samples, `[n, C]` as 32-bit integers."""
+    """The samples of an encoded file, `[n, C]` as 32-bit integers."""
     with waveform_of(samples, path.parent, sample_rate) as waveform:
         encode(waveform, path, OutputOptions(**options))
     return soundfile.read(path, dtype="int32", always_2d=True)[0]

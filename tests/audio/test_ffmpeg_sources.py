@@ -52,7 +52,7 @@ def test_files_written_to_a_pipe_are_read_whole(format: str, tmp_path: Path) -> 
     options = ["-nostdin", "-v", "error", "-i", str(source), "-f", format, "pipe:1"]
     path = tmp_path / "piped"
     path.write_bytes(subprocess.run(["ffmpeg", *options], check=True, capture_output=True).stdout)
-    least = 200_000 - 2047 * (format == "asf")  # ffmpeg's WMA encoder leaves out what does not fill a frame
+    least = 200_000 - 2047 * (format == "asf")  # ffmpeg's WMA encoder drops an incomplete last frame
     assert least <= samples_of(path, tmp_path).shape[1] < 200_000 + 2 * 1152
 
 

@@ -15,7 +15,7 @@ from separation.errors import AudioError
 
 
 def with_size(song: Path, n_bytes: int, *, riff_bytes: int | None = None) -> Path:
-    """The WAV with another size of its audio, and of its whole, in the header."""
+    """The WAV with other sizes of its audio and of the whole file in the header."""
     content = bytearray(song.read_bytes())
     order = ">I" if content[:4] == b"RIFX" else "<I"
     at = content.index(b"data") + 4
@@ -56,7 +56,7 @@ def test_a_wav_with_an_unfinished_header_is_read_whole(tmp_path: Path) -> None:
 def test_a_wav_too_large_for_its_header_is_read_whole_or_refused_if_cut_short(
     subtype: str, after: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from 4 GB on, with sizes of 16 bits in place of 32."""
+    """Like a WAV over 4 GB, but with 16-bit sizes instead of 32-bit ones."""
     song = write(tmp_path / "song.wav", noise(70_000), subtype=subtype)
     expected = samples_of(song, tmp_path)
     content = song.read_bytes() + after
@@ -78,7 +78,7 @@ def test_a_wav_too_large_for_its_header_is_read_whole_or_refused_if_cut_short(
         (10 * 10**9, 10 * 10**9),
         (2**32 - 1, None),  # to the end of the file
         (0x7FFFF000, None),
-        (3 * 10**9, "cut short"),  # of 3 GB, or 2**32 bytes more than that
+        (3 * 10**9, "cut short"),  # either 3 GB, or 2**32 bytes more
     ],
 )
 def test_the_audio_of_a_wav_over_4_gb_is_found_and_its_end_is_checked(
@@ -98,7 +98,7 @@ def test_the_audio_of_a_wav_over_4_gb_is_found_and_its_end_is_checked(
 @pytest.mark.slow
 @pytest.mark.parametrize("container", ["wrapped WAV", "WAV of unknown size", "RF64", "W64"])
 def test_files_over_4_gb_are_read_to_the_last_sample(container: str, tmp_path: Path) -> None:
-    """Sparse ones: eight channels of silence, and a tone in the last second."""
+    """Sparse files: eight channels of silence, with a tone in the last second."""
     n_samples, frame_bytes = 2**32 // 32 + 2 * SAMPLE_RATE, 32
     tone = 0.5 * torch.sin(torch.arange(SAMPLE_RATE) * 0.05).expand(8, -1)
     format = {"RF64": "RF64", "W64": "W64"}.get(container, "WAV")

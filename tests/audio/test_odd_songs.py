@@ -1,4 +1,4 @@
-"""Odd but right songs through the whole path: what a user would expect of level, length, sum and each kind's own."""
+"""Unusual but valid songs from file to stems: level, length, sum, and what is special about each kind."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def surround() -> Samples:
 
 
 def clicks() -> Samples:
-    """One sample of full scale each half second."""
+    """One sample at full scale every half second."""
     samples = np.zeros((SECONDS * RATE, 2), np.float32)
     samples[RATE // 4 :: RATE // 2] = 1.0
     return samples
@@ -65,7 +65,7 @@ CENTRE = math.sqrt(0.5)
 
 
 def stereo(kind: str, samples: Samples) -> Tensor:
-    """What the song of that kind is in stereo, `[2, n]` at its own rate."""
+    """The song in stereo, `[2, n]` at its own rate."""
     if kind == "5.1":
         left, right, centre, _, left_surround, right_surround = samples.T
         sides = (left + CENTRE * (centre + left_surround), right + CENTRE * (centre + right_surround))
@@ -95,9 +95,7 @@ def separator(pool: ModelPool) -> Separator:
 
 
 @pytest.mark.parametrize("kind", quick_first(KINDS, 8))
-def test_odd_songs_give_finite_stems_of_their_length_that_sum_to_them(
-    kind: str, pool: ModelPool, tmp_path: Path
-) -> None:
+def test_stems_are_finite_have_the_songs_length_and_sum_to_it(kind: str, pool: ModelPool, tmp_path: Path) -> None:
     song, mixture, rate = write(tmp_path / "song.wav", kind)
     files = separator(pool).separate_file(song, tmp_path / "out")
     got = [read(path) for path in files.values()]
@@ -123,7 +121,7 @@ def test_odd_songs_give_finite_stems_of_their_length_that_sum_to_them(
         7,
     ),
 )
-def test_on_the_command_line_stems_at_the_rate_of_an_odd_song_have_its_samples(
+def test_stems_of_the_command_line_at_the_songs_own_rate_sum_to_it(
     kind: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     song, mixture, rate = write(tmp_path / "song.wav", kind)
@@ -137,13 +135,13 @@ def test_on_the_command_line_stems_at_the_rate_of_an_odd_song_have_its_samples(
     steps = 2.0**-14 if "16" in options else 2.0**-22
     if rate == RATE:
         assert (total - mixture).abs().max() <= 2 * steps / report["gain"]
-    else:  # all that both rates can hold; at the ends the filters had nothing to go on
+    else:  # only what both rates can hold, without the ends, where the filters lack context
         error = low(total - mixture, rate, 0.42 * min(rate, RATE))[:, rate // 100 : -rate // 100]
         assert error.abs().max() < 1e-4 * mixture.abs().max() + 4 * steps / report["gain"]
 
 
 def low(samples: Tensor, rate: int, hertz: float) -> Tensor:
-    """What of the samples lies below so many hertz."""
+    """The samples without frequencies above `hertz`."""
     spectrum = torch.fft.rfft(samples.double())
     spectrum[:, torch.fft.rfftfreq(samples.shape[1], 1 / rate) > hertz] = 0
     return torch.fft.irfft(spectrum, samples.shape[1])
@@ -156,21 +154,23 @@ def separated(samples: Samples, pool: ModelPool, folder: Path) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("precision, least", [("fp32", 80), ("bf16", 40)])
-def test_music_60_db_lower_gives_the_same_stems_60_db_lower(precision: str, least: float, tmp_path: Path) -> None:
+def test_music_that_is_60_db_quieter_gives_stems_that_are_60_db_quieter(
+    precision: str, least: float, tmp_path: Path
+) -> None:
     pool = ModelPool(EngineOptions(device="cpu", precision=precision))
     loud, quiet = (separated(music() * np.float32(gain), pool, tmp_path) for gain in (1, 1e-3))
     for stem in loud:
         assert sdr(loud[stem], quiet[stem] * 1e3) > least
 
 
-def test_most_of_a_dc_offset_stays_in_the_rest(pool: ModelPool, tmp_path: Path) -> None:
+def test_most_of_a_dc_offset_goes_to_other(pool: ModelPool, tmp_path: Path) -> None:
     plain, offset = (separated(music() + np.float32(offset), pool, tmp_path) for offset in (0, 0.1))
     for stem in plain:
         change = offset[stem].mean() - plain[stem].mean()
         assert (change > 0.07) if stem == "other" else (abs(change) < 0.03)
 
 
-def test_of_phone_audio_no_stem_leans_to_a_side_or_has_what_the_phone_had_not(pool: ModelPool, tmp_path: Path) -> None:
+def test_stems_of_phone_audio_are_centred_and_have_no_higher_frequencies(pool: ModelPool, tmp_path: Path) -> None:
     samples = resample(torch.from_numpy(phone().T), 8000, RATE).T.numpy()
     mixture = level_dbfs(torch.from_numpy(samples))
     for stem in separated(samples, pool, tmp_path).values():
@@ -178,14 +178,14 @@ def test_of_phone_audio_no_stem_leans_to_a_side_or_has_what_the_phone_had_not(po
         assert level_dbfs(stem - low(stem, RATE, 4200)) < mixture - 30
 
 
-def test_clicks_stay_where_they_are(pool: ModelPool, tmp_path: Path) -> None:
+def test_clicks_stay_in_place(pool: ModelPool, tmp_path: Path) -> None:
     for stem in separated(clicks(), pool, tmp_path).values():
         for click in range(RATE // 4, SECONDS * RATE, RATE // 2):
             between = stem[:, click + RATE // 8 : click + RATE * 3 // 8]
             assert not between.any()
 
 
-def test_surround_is_said_to_be_mixed_down(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_says_that_surround_is_mixed_down(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     song, mixture, _ = write(tmp_path / "song.wav", "5.1")
     with decode(song, tmp_path) as waveform:
         assert waveform.n_samples == mixture.shape[1]
@@ -196,7 +196,7 @@ def test_surround_is_said_to_be_mixed_down(tmp_path: Path, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 96000])
-def test_mp3_at_a_rate_that_it_cannot_have_is_one_line_before_any_work(
+def test_a_rate_that_mp3_does_not_have_is_one_line_before_any_work(
     rate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soundfile.write(tmp_path / "song.wav", music()[:5000], rate)
@@ -216,7 +216,7 @@ def test_a_rate_that_is_not_offered_is_refused(rate: object, pool: ModelPool, tm
 
 
 @pytest.mark.parametrize("depth, gain", [("16", 0.5), ("24", 0.5), ("32f", 1)])
-def test_loud_stems_are_scaled_by_one_gain_in_integers_only(
+def test_loud_stems_are_scaled_by_one_gain_in_integer_formats_only(
     depth: str, gain: float, pool: ModelPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loud = music() / np.abs(music()).max()
@@ -229,7 +229,7 @@ def test_loud_stems_are_scaled_by_one_gain_in_integers_only(
     assert (max(stem.abs().max() for stem in stems) > 1) == (depth == "32f")
 
 
-def test_stems_over_the_limit_of_wav_are_rf64_which_is_said_once(
+def test_stems_that_are_too_large_for_wav_become_rf64_with_one_warning(
     pool: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     song, mixture, _ = write(tmp_path / "song.wav", "0.1 s")
@@ -245,7 +245,7 @@ def test_stems_over_the_limit_of_wav_are_rf64_which_is_said_once(
 @pytest.mark.parametrize(
     "gain, offset", quick_first([(1e-40, 0), (2.0**31, 0), (1.4e-45, 0), (1e-20, 0), (1, 1e6), (1e9, -1e9)], 2)
 )
-def test_levels_beyond_all_music_give_stems_that_sum_to_the_song(
+def test_extreme_levels_give_stems_that_sum_to_the_song(
     gain: float, offset: float, pool: ModelPool, tmp_path: Path
 ) -> None:
     mixture = (music()[:RATE].astype(np.float64) / np.abs(music()).max() * gain + offset).astype(np.float32)
@@ -259,7 +259,7 @@ SPIKES = {"3.4e38": 3.4e38, "-3.4e38": -3.4e38, "1e30": 1e30, "1e11": 1e11}
 
 @pytest.mark.parametrize("spike", SPIKES)
 @pytest.mark.parametrize("rate", [RATE, 48000])
-def test_a_sample_that_no_computation_holds_is_one_sentence_and_the_others_go_on(
+def test_a_song_with_an_extreme_sample_is_refused_and_other_songs_are_separated(
     spike: str, rate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = music()[:5000]
@@ -276,7 +276,7 @@ def test_a_sample_that_no_computation_holds_is_one_sentence_and_the_others_go_on
     assert not (tmp_path / "out" / "bad").exists()
 
 
-def test_a_sample_that_no_computation_holds_is_an_error_in_memory_too(pool: ModelPool) -> None:
+def test_an_extreme_sample_in_memory_is_an_error(pool: ModelPool) -> None:
     mixture = torch.zeros(2, 100)
     mixture[1, 7] = -3.4e38
     with pytest.raises(AudioError, match=r"^the mixture holds a sample of -3\.4e\+38 .* at sample 7"):

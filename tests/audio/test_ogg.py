@@ -1,5 +1,3 @@
-"""The pages of Ogg: which are whole, and files of those that are."""
-
 import io
 import re
 from itertools import pairwise
@@ -17,7 +15,7 @@ RATE = 44100
 
 @pytest.fixture(scope="module")
 def pages() -> list[bytes]:
-    """An Ogg Vorbis file of six seconds of noise, page by page."""
+    """The pages of an Ogg Vorbis file with six seconds of noise."""
     file = io.BytesIO()
     noise = 0.1 * np.random.default_rng(0).standard_normal((6 * RATE, 2))
     soundfile.write(file, noise, RATE, format="OGG")
@@ -35,13 +33,13 @@ def decoded(pages: list[bytes], folder: Path, **options: bool) -> np.ndarray:
         return wave.read(0, wave.n_samples).numpy()
 
 
-def test_a_page_that_is_there_twice_is_heard_once(pages: list[bytes], tmp_path: Path) -> None:
+def test_a_duplicate_page_is_decoded_once(pages: list[bytes], tmp_path: Path) -> None:
     middle = len(pages) // 2
     twice = [*pages[: middle + 1], *pages[middle:]]
     np.testing.assert_array_equal(decoded(twice, tmp_path), decoded(pages, tmp_path))
 
 
-def test_the_headers_of_a_run_are_numbered_up_to_its_first_page(pages: list[bytes], tmp_path: Path) -> None:
+def test_the_header_pages_of_a_run_are_numbered_up_to_its_first_page(pages: list[bytes], tmp_path: Path) -> None:
     middle = len(pages) // 2
     path = tmp_path / "song.ogg"
     path.write_bytes(b"".join([*pages[:middle], *pages[middle + 1 :]]))
@@ -59,11 +57,11 @@ def test_the_headers_of_a_run_are_numbered_up_to_its_first_page(pages: list[byte
 
 
 @pytest.mark.parametrize("byte, told", [(6, "6.00"), (7, "6.37"), *((byte, None) for byte in range(8, 14))])
-def test_a_broken_last_page_is_believed_only_if_it_adds_less_than_a_minute(
+def test_the_granule_of_a_broken_last_page_counts_only_if_it_adds_less_than_a_minute(
     byte: int, told: str | None, pages: list[bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     last = bytearray(pages[-1])
-    last[byte] ^= 0x40  # one of the eight bytes that say how many samples there are up to the page's end
+    last[byte] ^= 0x40  # one of the eight bytes of the granule position
     samples = decoded([*pages[:-1], bytes(last)], tmp_path, accept_damaged=True)
     np.testing.assert_array_equal(samples[:, : 5 * RATE], decoded(pages, tmp_path)[:, : 5 * RATE])
     (warning,) = caplog.messages

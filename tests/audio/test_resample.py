@@ -38,7 +38,7 @@ def test_resampling_in_blocks_equals_one_call_for_the_whole(
     whole = noise(601) if old == 11127 else noise(old // 4 + 1)
     for n_samples in (1, 2, 100, whole.shape[1]):
         samples = whole[:, :n_samples]
-        if old == 11127:  # the reference needs 2 GB for these: by the definition of the sinc instead
+        if old == 11127:  # torchaudio would need 2 GB, so the reference is the definition of the sinc
             expected = sinc_interpolated(samples.double(), old, new)
         else:
             expected = torchaudio_resample(samples.double(), old, new, **QUALITY)

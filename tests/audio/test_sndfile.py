@@ -64,7 +64,7 @@ MP3_OPTIONS = {
 @pytest.mark.parametrize("kind", MP3_OPTIONS)
 def test_mp3s_by_ffmpeg_are_read_whole_and_refused_if_cut_short(kind: str, tmp_path: Path) -> None:
     samples = noise(SAMPLE_RATE)
-    samples[:, : SAMPLE_RATE // 4] = 0  # so that the first frames of a VBR file do not tell the bitrate of the rest
+    samples[:, : SAMPLE_RATE // 4] = 0  # so that the first frames of a VBR file have another bitrate than the rest
     path = ffmpeg(write(tmp_path / "source.wav", samples), tmp_path / "song.mp3", *MP3_OPTIONS[kind])
     check_mp3(path, tmp_path, SAMPLE_RATE, exact="without_xing" not in kind)
 

@@ -1,4 +1,4 @@
-"""Of a video's tracks the right one is decoded, and in time with the picture."""
+"""The right track of a video is decoded, in time with the picture."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def ffmpeg(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a silent picture.mp4 of 2 s, cover.jpg, and tones of 440, 880, … Hz, tone0.wav, tone1.wav, …"""
+    """A folder with picture.mp4 (2 s, silent), cover.jpg, and tone0.wav, tone1.wav, … of 440, 880, … Hz."""
     if shutil.which("ffmpeg") is None:
         pytest.skip("ffmpeg is not installed")
     folder = tmp_path_factory.mktemp("made")
@@ -68,7 +68,7 @@ def heard(path: Path) -> list[list[int]]:
 
 
 def start_seconds(path: Path) -> float:
-    """When the tone would begin without the silence before it."""
+    """When the file's tone0.wav begins."""
     return int((decoded(path)[0].abs() > 0.2).nonzero()[0]) / RATE - SILENT_SECONDS
 
 
@@ -84,7 +84,7 @@ STEREO = ("-ac", "2", "-c:v", "copy")
 
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix, codec", quick_first([(".mkv", "flac"), (".mp4", "aac"), (".mov", "pcm_s16le")], 1))
-def test_the_default_track_is_decoded_and_named_in_a_warning(
+def test_the_default_track_is_decoded_and_a_warning_names_it(
     suffix: str, codec: str, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tags = ("-metadata:s:a:1", "language=deu", "-metadata:s:a:1", "title=Konzert")
@@ -92,26 +92,28 @@ def test_the_default_track_is_decoded_and_named_in_a_warning(
     path = video(made, tmp_path / f"film{suffix}", 3, *STEREO, "-c:a", codec, *tags, *default)
     assert heard(path) == [[1], [1]]
     (warning,) = warnings(caplog)
-    tags = {".mkv": " (deu, Konzert)", ".mp4": " (deu)", ".mov": ""}[suffix]  # what ffmpeg writes of them
+    tags = {".mkv": " (deu, Konzert)", ".mp4": " (deu)", ".mov": ""}[suffix]  # the tags that ffmpeg writes
     assert warning == f"'film{suffix}' has 3 audio tracks: number 2{tags}, the default, is taken"
 
 
 @needs_ffmpeg
-def test_without_a_default_track_it_is_the_first(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_default_track_the_first_is_decoded(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = video(made, tmp_path / "film.ts", 2, "-ac", "2", "-c:v", "mpeg2video", "-c:a", "mp2")
     assert heard(path) == [[0], [0]]
     assert warnings(caplog) == ["'film.ts' has 2 audio tracks: number 1, the first, is taken"]
 
 
 @needs_ffmpeg
-def test_without_a_default_track_no_commentary_is_taken(made: Path, tmp_path: Path) -> None:
+def test_a_commentary_is_not_decoded_if_there_is_another_track(made: Path, tmp_path: Path) -> None:
     kinds = ("-disposition:a:0", "comment", "-disposition:a:1", "0")
     path = video(made, tmp_path / "film.mkv", 2, *STEREO, "-c:a", "flac", *kinds)
     assert heard(path) == [[1], [1]]
 
 
 @needs_ffmpeg
-def test_one_track_gives_no_warning(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_track_gets_no_warning(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = video(made, tmp_path / "film.mp4", 1, *STEREO, "-c:a", "aac")
     assert heard(path) == [[0], [0]]
     assert not warnings(caplog)
@@ -156,7 +158,7 @@ def test_a_pair_of_mono_tracks_is_exact_to_the_sample(made: Path, tmp_path: Path
 
 
 @needs_ffmpeg
-def test_of_more_mono_tracks_without_names_the_first_two_are_left_and_right(
+def test_the_first_two_of_several_unnamed_mono_tracks_are_left_and_right(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = video(made, tmp_path / "broadcast.mxf", 4, *MPEG2, "-c:a", "pcm_s16le")
@@ -165,7 +167,7 @@ def test_of_more_mono_tracks_without_names_the_first_two_are_left_and_right(
 
 
 @needs_ffmpeg
-def test_mono_tracks_that_name_their_loudspeakers_are_put_together(
+def test_mono_tracks_that_name_their_loudspeakers_are_joined(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sources = [word for number in range(6) for word in ("-i", made / f"tone{number}.wav")]
@@ -201,7 +203,7 @@ def test_mono_tracks_that_name_their_loudspeakers_are_put_together(
         1,
     ),
 )
-def test_mono_tracks_that_differ_are_no_pair(
+def test_mono_tracks_that_differ_are_not_a_pair(
     options: str, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = video(made, tmp_path / "film.mov", 2, *MPEG2, "-c:a", "pcm_s16le", *options.split())
@@ -227,7 +229,7 @@ def mono(index: int, **facts: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_only_tracks_of_one_kind_are_a_pair(other: dict[str, Any]) -> None:
+def test_only_tracks_of_the_same_kind_are_a_pair(other: dict[str, Any]) -> None:
     assert find_sound([mono(0), mono(1)], ["mxf"], "'film.mxf'").channels == ("FL", "FR")
     assert find_sound([mono(0), mono(1, **other)], ["mxf"], "'film.mxf'").channels == ()
 
@@ -260,7 +262,7 @@ def test_titles_may_name_the_sides(left: str, right: str, made: Path, tmp_path: 
 
 
 @needs_ffmpeg
-def test_mono_tracks_of_other_containers_are_no_pair(made: Path, tmp_path: Path) -> None:
+def test_unnamed_mono_tracks_of_other_containers_are_not_a_pair(made: Path, tmp_path: Path) -> None:
     path = video(made, tmp_path / "film.mkv", 2, *MPEG2, "-c:a", "flac")
     assert heard(path) == [[0], [0]]
 
@@ -284,7 +286,7 @@ KINDS = {
 
 @needs_ffmpeg
 @pytest.mark.parametrize("kind", quick_first(KINDS, 3))
-def test_sound_that_begins_after_the_picture_keeps_its_offset_as_silence(
+def test_sound_that_begins_after_the_picture_gets_silence_before_it(
     kind: str, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / f"film.{kind.split('.')[1]}"
@@ -309,7 +311,7 @@ def test_sound_that_begins_with_the_picture_gets_no_silence(
 
 
 @needs_ffmpeg
-def test_of_sound_that_begins_before_the_picture_nothing_is_left_out(
+def test_sound_that_begins_before_the_picture_is_kept_whole(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = video(made, tmp_path / "film.mkv", 1, "-c:v", "copy", "-c:a", "flac", offset=-0.3)
@@ -325,7 +327,7 @@ def test_a_late_start_without_a_picture_changes_nothing(name: str, codec: str, m
 
 
 @needs_ffmpeg
-def test_a_cover_is_no_picture(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cover_does_not_count_as_a_picture(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "song.m4a"
     cover = ("-i", made / "cover.jpg", "-map", "0", "-map", "1", "-c:v", "mjpeg", "-disposition:v", "attached_pic")
     ffmpeg("-itsoffset", "0.7", "-i", made / "tone0.wav", *cover, "-c:a", "alac", path)
@@ -342,13 +344,13 @@ def probed_streams(path: Path) -> list[dict[str, Any]]:
 
 
 @needs_ffmpeg
-def test_a_pair_of_mono_tracks_keeps_its_offset_too(made: Path, tmp_path: Path) -> None:
+def test_a_pair_of_mono_tracks_gets_silence_before_it_too(made: Path, tmp_path: Path) -> None:
     path = video(made, tmp_path / "camera.mov", 2, *MPEG2, "-c:a", "pcm_s16le", offset=0.7)
     assert start_seconds(path) == pytest.approx(0.7, abs=2e-3)
     assert decoded(path).shape[1] == pytest.approx((0.7 + TONE_SECONDS) * RATE, abs=0.002 * RATE)
 
 
-def test_an_absurd_start_is_not_taken_as_true(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_implausible_start_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
     streams = [
         {"index": 0, "codec_type": "video", "start_time": "0.0"},
         {"index": 1, "codec_type": "audio", "channels": 2, "sample_rate": "44100", "start_time": "90000.0"},
@@ -358,7 +360,7 @@ def test_an_absurd_start_is_not_taken_as_true(caplog: pytest.LogCaptureFixture) 
     assert "which is ignored" in caplog.text
 
 
-def test_a_start_of_rounding_or_none_at_all_is_no_lead() -> None:
+def test_a_start_that_is_only_rounding_is_no_lead() -> None:
     sound = Sound(({"index": 0},), picture_start=0.0)
     assert sound.lead_seconds(0.001, "'film.mkv'") == 0
     assert sound.lead_seconds(None, "'film.mkv'") == 0

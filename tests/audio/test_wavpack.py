@@ -1,5 +1,3 @@
-"""The blocks of WavPack: which are there, and which are missing."""
-
 import subprocess
 from pathlib import Path
 
@@ -17,7 +15,7 @@ pytestmark = needs_ffmpeg
 
 @pytest.fixture(scope="module", params=[2, 6])
 def blocks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """A WavPack file of four seconds of noise, with all blocks of the same samples in one piece."""
+    """The blocks of a WavPack file with four seconds of noise. Blocks of the same samples are joined."""
     folder = tmp_path_factory.mktemp("wavpack")
     noise = 0.1 * np.random.default_rng(0).standard_normal((4 * RATE, request.param))
     soundfile.write(folder / "song.wav", noise, RATE)
@@ -34,11 +32,11 @@ def blocks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("left_out", [slice(0, 0), slice(0, 1), slice(2, 3), slice(2, 4)])
-def test_blocks_that_are_cut_out_whole_are_a_hole(left_out: slice, blocks: list[bytes], tmp_path: Path) -> None:
+def test_missing_blocks_are_a_hole(left_out: slice, blocks: list[bytes], tmp_path: Path) -> None:
     missing = blocks[left_out]
     kept = b"".join(block for block in blocks if block not in missing)
     (tmp_path / "song.wv").write_bytes(kept)
     (found,) = find_songs(tmp_path / "song.wv")
     assert bool(found.n_holes) == bool(missing)
-    assert found.total_samples == (0 if blocks[0] in missing else 4 * RATE)  # which the first block tells
+    assert found.total_samples == (0 if blocks[0] in missing else 4 * RATE)  # only the first block states it
     assert sum(stop - start for start, stop in found.ranges) == len(kept)

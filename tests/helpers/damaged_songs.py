@@ -1,7 +1,6 @@
-"""Songs in every format that is read, seeded damage to their bytes, and how much of the music survives it.
+"""Damages songs of every format by seeded numbers, and measures how much of the music survives.
 
-As a program: `python tests/helpers/damaged_songs.py 0 1500 [FORMAT]` decodes damaged songs by number and
-prints a table.
+`python tests/helpers/damaged_songs.py 0 1500 [FORMAT]` decodes the damaged songs with these numbers and prints a table.
 """
 
 import contextlib
@@ -24,12 +23,12 @@ import soundfile
 from numpy.typing import NDArray
 
 SECONDS, RATE = 3, 44100
-WINDOW = RATE // 50  # samples: the smallest part whose survival is looked at
-LOSS_SECONDS = 0.05  # more may not be lost without a word
-HANG_SECONDS = 60  # 10 of a quiet machine
+WINDOW = RATE // 50  # samples: the unit in which survival is measured
+LOSS_SECONDS = 0.05  # a larger loss must not be silent
+HANG_SECONDS = 60  # generous, because the machine may be busy
 
 _VIDEO = ("-f", "lavfi", "-i", f"color=c=blue:s=32x32:r=5:d={SECONDS}", "-map", "0:a", "-map", "1:v", "-c:v", "mpeg4")
-# What ffmpeg makes of the song, by the name of the file.
+# ffmpeg's options for the song, by file name.
 FORMATS: dict[str, tuple[str, ...]] = {
     "pcm.wav": (),
     "rf64.wav": ("-rf64", "always"),
@@ -68,21 +67,21 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "aac.ts": (*_VIDEO, "-c:a", "aac"),
     "mp2.mpg": (*_VIDEO[:-1], "mpeg2video", "-r", "25", "-c:a", "mp2"),
 }
-# Plain samples: no checksum and no structure within tells of bytes that changed in place.
+# Plain samples without checksums: bytes that change in place cannot be noticed.
 PLAIN = ("pcm.wav", "rf64.wav", "pcm.w64", "pcm.aiff", "pcm.caf", "pcm.au", "pcm.mov")
-# Zeros in MPEG audio within a program stream play as silence: ffmpeg passes over them and complains of nothing.
-UNTOLD = {("mp2.mpg", "zero")}
+# ffmpeg skips zeros in the MPEG audio of a program stream without reporting an error.
+UNNOTICED = {("mp2.mpg", "zero")}
 
 
 def song() -> NDArray[np.float32]:
-    """`[n, 2]`: a noise that at no time is what it is at another, the sides alike but not the same."""
+    """`[n, 2]` noise that never repeats itself, with similar but not equal sides."""
     noise = np.random.default_rng(7).standard_normal((SECONDS * RATE + 64, 3)).astype(np.float32)
-    low = sum(noise[i : i + SECONDS * RATE] for i in range(5)) / 12  # what the encoders keep
+    low = sum(noise[i : i + SECONDS * RATE] for i in range(5)) / 12  # low frequencies, which encoders keep
     return np.clip(np.stack([low[:, 0] + 0.3 * low[:, 1], low[:, 0] + 0.3 * low[:, 2]], axis=1), -1, 1)
 
 
 def make(folder: Path, names: Iterable[str] = FORMATS) -> dict[str, bytes]:
-    """The whole songs, by name; without those for which this ffmpeg has no encoder."""
+    """The intact songs by name, as far as this ffmpeg has encoders for them."""
     source = folder / "source.wav"
     soundfile.write(source, song(), RATE)
     made = {}
@@ -96,25 +95,23 @@ def make(folder: Path, names: Iterable[str] = FORMATS) -> dict[str, bytes]:
 
 
 KINDS = (
-    *(
-        "flip one",
-        "flip some",
-        "burst",
-        "delete",
-        "insert",
-        "truncate",
-        "duplicate",
-        "join",
-        "zero",
-        "header",
-        "number",
-    ),
-    *("delete", "insert", "zero", "burst"),
+    "flip one",
+    "flip some",
+    "burst",
+    "delete",
+    "insert",
+    "truncate",
+    "duplicate",
+    "join",
+    "zero",
+    "header",
+    "number",
+    *("delete", "insert", "zero", "burst"),  # twice as often as the others
 )
 
 
 def damaged(whole: dict[str, bytes], name: str, number: int) -> tuple[str, bytes]:
-    """The kind of damage number so, and the song with it."""
+    """A kind of damage, and the song with it, by the damage's number."""
     random_ = random.Random(f"{name} {number}")
     kind, data = KINDS[random_.randrange(len(KINDS))], bytearray(whole[name])
     at = random_.randrange(len(data))
@@ -151,12 +148,12 @@ def damaged(whole: dict[str, bytes], name: str, number: int) -> tuple[str, bytes
 
 @dataclass
 class Survival:
-    """Seconds of a song by what became of them."""
+    """What became of a song, in seconds."""
 
-    right: float = 0.0  # there, and in time
-    moved: float = 0.0  # there, at another time
-    lost: float = 0.0  # silence or nothing in their place
-    altered: float = 0.0  # something else in their place
+    right: float = 0.0  # at the right time
+    moved: float = 0.0  # at another time
+    lost: float = 0.0  # silent, or beyond the end
+    altered: float = 0.0  # something else
 
 
 def _alike(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -167,7 +164,7 @@ def _alike(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32
 
 
 def survival(whole: NDArray[np.float32], got: NDArray[np.float32]) -> Survival:
-    """What of a song `[n]` is in another one `[m]`."""
+    """How much of a song `[n]` is in the decoded one `[m]`."""
     n = len(whole) // WINDOW
     windows = whole[: n * WINDOW].reshape(n, WINDOW)
     there = np.zeros(max(n * WINDOW, len(got)), np.float32)
@@ -200,26 +197,26 @@ class Answer:
     warning: str = ""
     survival: Survival | None = None
     seconds: float = 0.0
-    left: Sequence[str] = ()  # files in the folder afterwards
+    left: Sequence[str] = ()  # files that the decoder left behind
 
     @property
     def is_silent_loss(self) -> bool:
-        return self.is_unsaid and self._missing > LOSS_SECONDS
+        return self.is_silent and self._missing > LOSS_SECONDS
 
     @property
     def is_silently_altered(self) -> bool:
-        return self.is_unsaid and self.survival is not None and self.survival.altered > LOSS_SECONDS
+        return self.is_silent and self.survival is not None and self.survival.altered > LOSS_SECONDS
 
     @property
-    def is_unsaid(self) -> bool:
+    def is_silent(self) -> bool:
         return not self.refusal and not self.warning
 
     @property
     def _missing(self) -> float:
         if self.survival is None:
             return 0.0
-        untold = self.name in PLAIN or (self.name, self.kind) in UNTOLD
-        return self.survival.moved + (0.0 if untold else self.survival.lost)
+        is_unnoticed = self.name in PLAIN or (self.name, self.kind) in UNNOTICED
+        return self.survival.moved + (0.0 if is_unnoticed else self.survival.lost)
 
 
 class _Log(logging.Handler):
@@ -232,11 +229,8 @@ class _Log(logging.Handler):
 
 
 def main_decoding() -> None:
-    """Decode the songs that come as lines on stdin, and write one line of JSON for each."""
-    try:
-        from separation.audio.decode import decode
-    except ImportError:  # as this module was called once
-        from separation.audio import decode  # type: ignore[import-not-found, no-redef]
+    """Decode the songs that are named on stdin, and print one line of JSON for each."""
+    from separation.audio.decode import decode
     from separation.errors import SeparationError
 
     log = _Log()
@@ -273,7 +267,7 @@ def main_decoding() -> None:
 def decode_all(
     jobs: Sequence[tuple[str, int]], whole: dict[str, bytes], folder: Path, project: Path, processes: int = 2
 ) -> list[Answer]:
-    """The answers to damaged songs, by name and number. Raises RuntimeError for one that hangs or crashes."""
+    """Decode the damaged songs with these names and numbers. Raises RuntimeError if one hangs or crashes."""
     for name, content in whole.items():
         (folder / f"whole-{name}").write_bytes(content)
     running = []
@@ -315,7 +309,7 @@ def table(answers: Sequence[Answer]) -> str:
             sum(bool(answer.refusal) for answer in of_name),
             sum(bool(answer.warning and not answer.refusal) for answer in of_name),
             sum(
-                answer.is_unsaid and not answer.is_silent_loss and not answer.is_silently_altered for answer in of_name
+                answer.is_silent and not answer.is_silent_loss and not answer.is_silently_altered for answer in of_name
             ),
             sum(answer.is_silent_loss for answer in of_name),
             sum(answer.is_silently_altered for answer in of_name),
