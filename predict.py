@@ -1,7 +1,7 @@
 """The container's predictor: typed inputs -> Separator -> stem files. No signal processing here.
 
-Cog reads the signature below without running it, so every default, choice and range is a plain literal. Called from
-Python, `predict` needs all its arguments: the defaults are Cog's.
+Cog parses the signature of `predict` without running it, so every default, choice and range is a plain literal. Only
+Cog fills in the defaults: a caller from Python passes all arguments.
 """
 
 import os
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import closing
-from typing import List  # noqa: UP035  # Cog's static reader knows this spelling
+from typing import List  # noqa: UP035  # Cog's parser needs this spelling
 
 from cog import BasePredictor, Input, Path
 from cog.types import URLPath
@@ -22,18 +22,19 @@ from separation.device import peak_memory_bytes
 from separation.engine.cache import chosen_cache
 from separation.engine.recipes import Recipe, load_recipe
 from separation.errors import AudioError, InputError, RecipeError
-from separation.web.public import errors_without_paths, max_mib, max_seconds
-from separation.web.remote import BLOCK_BYTES, Allowed, blocks
+from separation.web.errors import errors_without_paths
+from separation.web.limits import max_mib, max_seconds
+from separation.web.remote import BLOCK_BYTES, Allowed, download
 
 
 class Predictor(BasePredictor):
     def setup(self) -> None:
-        """Load the models of vocals_instrumental and all_4 and run each once; all_6 loads its own when first asked."""
+        """Load and warm up the models of vocals_instrumental and all_4. Other stems load theirs on first use."""
         self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"
         self.max_seconds, self.max_mib = max_seconds(), max_mib()
         self.allowed = Allowed.from_environment()
-        # Cog calls this to download a URL before `predict`: from any address, without a limit, out of a cancel's
-        # reach, and with a part of the file left behind if it fails. So it passes the URL on unread to `_received`.
+        # Cog would download URLs with this method before `predict` starts: from any address, without a size limit,
+        # impossible to cancel, and leaving a partial file on failure. Return the URL instead; `_receive` downloads it.
         URLPath.convert = lambda self: self
         self.folder = _new_folder()
         self.cache = chosen_cache(default=False)
@@ -68,8 +69,8 @@ class Predictor(BasePredictor):
         ),
     ) -> List[Path]:  # noqa: UP006
         """Separate a song into stems."""
-        # The last prediction's stems have been sent, and Cog leaves them to us. A new name each time, so that no file
-        # of one song can ever be taken for another's. A run that fails or is cancelled removes its folder itself.
+        # Cog has sent the last prediction's stems but does not delete them. Each prediction has a folder with a new
+        # name, so that one song's files can never be taken for another's. A failed run deletes its own folder.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder = _new_folder()
         with errors_without_paths(), tempfile.TemporaryDirectory(prefix="song-", ignore_cleanup_errors=True) as folder:
@@ -82,7 +83,7 @@ class Predictor(BasePredictor):
             chunks = ChunkChoice.of_container(int(chunk_size), int(overlap))
             options = EngineOptions(chunk_seconds=chunks.chunk_seconds, overlap_seconds=chunks.overlap_seconds)
             separator = Separator(chosen, options=options, pool=self.pool, cache=self.cache)
-            song = _received(audio, folder, self.max_mib, self.allowed)
+            song = _receive(audio, folder, self.max_mib, self.allowed)
             files = separator.separate_file(
                 song,
                 self.folder,
@@ -103,9 +104,9 @@ class Predictor(BasePredictor):
         return [Path(path) for path in files.values()]
 
     def _check_weights(self, recipe: Recipe) -> None:
-        """Say which weights are not here yet; raise RecipeError if that is so of another recipe than the server's own.
+        """Announce the weights that are about to be downloaded.
 
-        Only that may download any.
+        Raises RecipeError if they belong to another recipe than the server's own: only that one may download weights.
         """
         missing = [model for model, stems in recipe.models.items() if not is_here(model, stems)]
         if missing and recipe.name != self.recipe:
@@ -117,15 +118,17 @@ class Predictor(BasePredictor):
 
 
 def _new_folder() -> str:
-    """A path that nothing has yet."""
+    """A path that does not exist yet."""
     return os.path.join(tempfile.gettempdir(), f"stems-{secrets.token_hex(8)}")
 
 
-def _received(audio: object, folder: str, max_mib: float, allowed: Allowed) -> Path:
-    """The song's file: what Cog would have downloaded, written into `folder` under its own name, or the path given.
+def _receive(audio: object, folder: str, max_mib: float, allowed: Allowed) -> Path:
+    """The song's file. A URL is downloaded into `folder` and keeps its file name.
 
-    Raises InputError for anything else, such as the name of a file here, which Cog passes on as a str, and for what
-    cannot be downloaded or is where that is not `allowed`; AudioError for a file of more than `max_mib` MiB.
+    Raises:
+        InputError: `audio` is a str (Cog passes paths on the server and file:// URLs this way), or the download fails
+            or is not `allowed`.
+        AudioError: the file has more than `max_mib` MiB.
     """
     if not isinstance(audio, os.PathLike):
         raise InputError(
@@ -133,7 +136,7 @@ def _received(audio: object, folder: str, max_mib: float, allowed: Allowed) -> P
         )
     if not isinstance(audio, URLPath):
         return Path(audio)
-    name = audio.filename.strip(".") or "song"  # without a slash, as Cog makes it; stripped, it is not `..` either
+    name = audio.filename.strip(".") or "song"  # Cog removes slashes; without its dots, it is not `..` either
     song, n_bytes = Path(folder, name), 0
     with song.open("wb") as file, closing(_content(audio, name, allowed)) as content:
         for block in content:
@@ -145,16 +148,16 @@ def _received(audio: object, folder: str, max_mib: float, allowed: Allowed) -> P
 
 
 def _content(audio: URLPath, name: str, allowed: Allowed) -> Generator[bytes, None, None]:
-    """What a URL leads to. Cog has decoded a data URI; of another it has a file that would be fetched from anywhere."""
-    if not audio.source.startswith("data:"):
-        yield from blocks(audio.source, name, allowed)
-    else:
+    """The content of a URL block by block. Cog has already decoded data URIs; its download of others is not used."""
+    if audio.source.startswith("data:"):
         while block := audio.fileobj.read(BLOCK_BYTES):
             yield block
+    else:
+        yield from download(audio.source, name, allowed)
 
 
 class _ProgressLog:
-    """Prints a line a stage and a line a twentieth of the job, the latter as `npm replicate` reads it from the logs."""
+    """Prints each stage and, every 5 %, a progress bar in the form that `npm replicate` parses from the logs."""
 
     def __init__(self) -> None:
         self._stage, self._printed = "", -1

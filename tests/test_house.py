@@ -108,7 +108,7 @@ def test_what_is_printed_goes_through_one_function_for_people_and_one_for_json()
         "separation.cli.main": 2,
         "separation.evaluation.bench": 2,
         "separation.cli.process": 2,
-        "separation.web.public": 1,
+        "separation.web.errors": 1,
     }
 
 

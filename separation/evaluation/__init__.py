@@ -1,1 +1,1 @@
-"""Scores of stems and the speed of models."""
+"""Scores of stems, and benchmarks."""

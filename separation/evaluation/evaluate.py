@@ -1,7 +1,7 @@
-"""Stems scored against their references, song by song; and what is left when one recording is taken from another.
+"""Scores stems against their references, song by song, and subtracts recordings from each other.
 
-A song is a folder with an audio file a stem, as `separate` writes it and as MUSDB18-HQ has it on disk:
-`<song>/<stem>.wav`, `train|test/<song>/{mixture,vocals,drums,bass,other}.wav`.
+A song is a folder with an audio file for each stem: `<song>/<stem>.wav`, as `separate` writes it, or
+`train|test/<song>/{mixture,vocals,drums,bass,other}.wav`, as in MUSDB18-HQ.
 """
 
 import json
@@ -28,31 +28,31 @@ from separation.evaluation.metrics import Read, Scores, has_museval, scores
 from separation.progress import Progress
 from separation.system.text import shown
 
-TOLERANCE_SECONDS = 0.1  # by which recordings of one song may differ in length
-SEPARATED = 0.9  # the share of a song's job, in the progress, that is done by then; the rest is scoring
+TOLERANCE_SECONDS = 0.1  # how much recordings of one song may differ in length
+SEPARATED = 0.9  # share of the progress bar for the separation; the rest is for the scores
 HINT = "SIR and SAR need museval: pip install museval"
 _MIXTURE = "mixture"
-_BLOCK_SAMPLES = 2**19  # per channel: what is compared at once
+_BLOCK_SAMPLES = 2**19  # compared at once, per channel
 
-Song = dict[str, Path]  # stem -> file
+StemFiles = dict[str, Path]  # the files of a song by stem
 
 
 @dataclass(frozen=True)
-class Report:
+class Evaluation:
     """Scores by song and stem."""
 
     songs: dict[str, dict[str, Scores]]
-    hint: str  # what to install for scores that are missing
-    failed: dict[str, str]  # songs without scores, and what is wrong with each
+    hint: str  # what to install for missing scores
+    failed: dict[str, str]  # song -> why it has no scores
 
     @property
     def median(self) -> dict[str, Scores]:
-        """Over the songs, by stem; scores that are undefined are left out."""
+        """The median over the songs, by stem. Undefined scores do not count."""
         return self._over_songs(statistics.median)
 
     @property
     def mean(self) -> dict[str, Scores]:
-        """As `median`."""
+        """The mean over the songs, by stem. Undefined scores do not count."""
         return self._over_songs(statistics.fmean)
 
     def _over_songs(self, average: Callable[[list[float]], float]) -> dict[str, Scores]:
@@ -64,7 +64,7 @@ class Report:
         return averages
 
     def as_json(self) -> str:
-        """One JSON object. A score that is undefined or missing is null; infinite ones are the texts inf and -inf."""
+        """One JSON object. Undefined or missing scores are null; infinite ones are the strings "inf" and "-inf"."""
         songs = {song: _plain(stems) for song, stems in self.songs.items()}
         averages = {"median": _plain(self.median), "mean": _plain(self.mean)}
         return json.dumps({"songs": songs, **averages, "failed": self.failed})
@@ -94,32 +94,33 @@ def _plain(stems: Mapping[str, Scores]) -> dict[str, dict[str, float | str | Non
     return {stem: {name: plain(value) for name, value in asdict(score).items()} for stem, score in stems.items()}
 
 
-def find_songs(folder: Path) -> dict[str, Song]:
-    """The songs in or below a folder, which may be one itself, by their folders' names.
+def find_songs(folder: Path) -> dict[str, StemFiles]:
+    """The songs in a folder and its subfolders, by the names of their folders. The folder may itself be a song.
 
-    Raises InputError where there is none, or two have one name, or a song has two files of one stem.
+    Raises InputError if there is no song, two songs have the same name, or a song has two files for a stem.
     """
     if not folder.is_dir():
-        raise InputError(f"{str(folder)!r} is not a folder: give one that holds a folder of stems a song")
-    found: dict[Path, Song] = {}
+        raise InputError(f"{str(folder)!r} is not a folder: give one with a folder of stems for each song")
+    found: dict[Path, StemFiles] = {}
     for path, stem in _audio_files(folder):
         song = found.setdefault(path.parent, {})
         if stem in song:
-            raise InputError(f"{song[stem].name!r} and {path.name!r} in {str(path.parent)!r} are one stem: remove one")
+            two = f"{song[stem].name!r} and {path.name!r} in {str(path.parent)!r}"
+            raise InputError(f"{two} are the same stem: remove one")
         song[stem] = path
-    songs: dict[str, Song] = {}
+    songs: dict[str, StemFiles] = {}
     for path, song in found.items():
         name = path.resolve().name
         if name in songs:
-            raise InputError(f"{str(folder)!r} has more than one song {name!r}: give a folder with one of them")
+            raise InputError(f"{str(folder)!r} has more than one song {name!r}: give a folder with only one of them")
         songs[name] = song
     if not songs:
-        raise InputError(f"{str(folder)!r} holds no audio: give a folder with an audio file a stem")
+        raise InputError(f"{str(folder)!r} has no audio files: give a folder with one file for each stem")
     return songs
 
 
 def _audio_files(folder: Path) -> Iterable[tuple[Path, str]]:
-    """Each file below a folder and its stem, in order, hidden ones left out."""
+    """Each audio file below a folder and its stem, in order. Hidden files are skipped."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.suffix.lower() in AUDIO and not hidden and path.is_file():
@@ -127,25 +128,28 @@ def _audio_files(folder: Path) -> Iterable[tuple[Path, str]]:
 
 
 def evaluate(
-    references: Mapping[str, Song], estimates: Mapping[str, Song] | Separator, *, progress: Progress = Progress()
-) -> Report:
-    """Score the estimated stems of every song, or those that a separator makes of its mixture.
+    references: Mapping[str, StemFiles],
+    estimates: Mapping[str, StemFiles] | Separator,
+    *,
+    progress: Progress = Progress(),
+) -> Evaluation:
+    """Score the estimates of every song. If `estimates` is a separator, it first separates each song's mixture.
 
-    The mixture is the song's file of that name or, where there is none, the sum of its references. `instrumental` is
-    scored against the sum of the references but vocals, `no_STEM` against that of all but STEM, unless they have a
-    reference of their own. All is scored in stereo at 44100 Hz, whatever the files have; an estimate that is longer or
-    shorter than its reference by 0.1 s at most is cut or filled with silence. Temporary files go to the system's folder
-    for them: 8 bytes a sample and stem. A song that fails does not stop the others.
+    The mixture is the file `mixture` or, without one, the sum of the references. `instrumental` and `no_<stem>` are
+    scored against their own references or, without one, against the sum of all other references but vocals or `<stem>`.
+
+    Everything is scored in stereo at 44100 Hz. Estimates up to 0.1 s longer or shorter than their reference are cut or
+    padded with silence. Temporary files take 8 bytes per sample and stem. If a song fails, the others continue.
 
     Raises:
-        InputError: a song or a stem without a counterpart or, if it is so with all songs, with one of another length.
-        AudioError: all songs have a file that cannot be read as audio.
-        And what else `Separator.separate_file` raises.
+        InputError: a song or a stem has no counterpart; or every song failed, the last one because of its length.
+        AudioError: every song failed, the last one because a file cannot be read as audio.
+        SeparationError: as `Separator.separate_file`.
     """
     if isinstance(estimates, Separator):
         wanted = {song: sorted(estimates.stems) for song in references}
     else:
-        if len(references) == len(estimates) == 1:  # their folders need not have one name
+        if len(references) == len(estimates) == 1:  # their folders may have different names
             estimates = dict(zip(references, estimates.values(), strict=True))
         wanted = _estimated_stems(references, estimates)
     parts = {song: {stem: _reference(song, stem, references[song]) for stem in wanted[song]} for song in references}
@@ -157,7 +161,7 @@ def evaluate(
                 if isinstance(estimates, Separator):
                     separating = share.part(0, SEPARATED)
                     mixture = _mixture(files, Path(work))
-                    made: Song = estimates.separate_file(mixture, Path(work) / "stems", progress=separating)
+                    made: StemFiles = estimates.separate_file(mixture, Path(work) / "stems", progress=separating)
                 else:
                     made = estimates[song]
                 share(SEPARATED, f"scoring {song}")
@@ -167,23 +171,23 @@ def evaluate(
             if len(failed) == len(references):
                 raise
     progress(1.0, "done")
-    return Report(songs, "" if has_museval() else HINT, failed)
+    return Evaluation(songs, "" if has_museval() else HINT, failed)
 
 
-def _estimated_stems(references: Mapping[str, Song], estimates: Mapping[str, Song]) -> dict[str, list[str]]:
-    """The stems to score: those that are there, which have to be the same for every song."""
+def _estimated_stems(references: Mapping[str, StemFiles], estimates: Mapping[str, StemFiles]) -> dict[str, list[str]]:
+    """The stems to score in each song. Raises InputError unless all songs have estimates of the same stems."""
     stems = {song: [stem for stem in estimates.get(song, {}) if stem != _MIXTURE] for song in references}
     expected = sorted({stem for found in stems.values() for stem in found})
     for song, found in stems.items():
         if song not in estimates:
             raise InputError(f"song {song!r} has no estimates: separate it, or leave it out of the references")
         if missing := [stem for stem in expected if stem not in found]:
-            raise InputError(f"song {song!r} has no estimate of {missing[0]!r}, which others have: separate it again")
+            raise InputError(f"song {song!r} has no estimate of {missing[0]!r}, unlike other songs: separate it again")
     return stems
 
 
-def _reference(song: str, stem: str, files: Song) -> list[Path]:
-    """The files whose sum is the reference of a stem."""
+def _reference(song: str, stem: str, files: StemFiles) -> list[Path]:
+    """The files whose sum is the reference of a stem. Raises InputError if there are none."""
     if stem in files:
         return [files[stem]]
     left_out = _left_out(stem)
@@ -194,13 +198,13 @@ def _reference(song: str, stem: str, files: Song) -> list[Path]:
 
 
 def _left_out(stem: str) -> str | None:
-    """The stem that this one is the song without, if it is of that kind."""
+    """The stem that `instrumental` or `no_<stem>` leaves out; None for other stems."""
     if stem == "instrumental":
         return "vocals"
     return stem.removeprefix("no_") if stem.startswith("no_") else None
 
 
-def _mixture(files: Song, work: Path) -> Path:
+def _mixture(files: StemFiles, work: Path) -> Path:
     if _MIXTURE in files:
         return files[_MIXTURE]
     with ExitStack() as stack:
@@ -213,7 +217,7 @@ def _mixture(files: Song, work: Path) -> Path:
     return path
 
 
-def _score(song: str, references: Mapping[str, Sequence[Path]], estimates: Song, work: Path) -> dict[str, Scores]:
+def _score(song: str, references: Mapping[str, Sequence[Path]], estimates: StemFiles, work: Path) -> dict[str, Scores]:
     with ExitStack() as stack:
         waves = {
             path: stack.enter_context(decode(path, work))
@@ -233,7 +237,10 @@ def _score(song: str, references: Mapping[str, Sequence[Path]], estimates: Song,
 
 
 def _groups(stems: Sequence[str]) -> list[list[str]]:
-    """The stems that are scored together: no two that hold the same music. The later group counts."""
+    """Groups of stems to score together, without two stems of a group containing the same music.
+
+    A stem may be in several groups; its scores are those of the last one.
+    """
     plain = [stem for stem in stems if not _left_out(stem)]
     groups = [[part for part in plain if part == left_out] + [stem] for stem in stems if (left_out := _left_out(stem))]
     if not any(set(plain) <= set(group) for group in groups):
@@ -242,12 +249,12 @@ def _groups(stems: Sequence[str]) -> list[list[str]]:
 
 
 def _read(stems: Sequence[Sequence[Waveform]]) -> Read:
-    """How to read stems `[S, 2, n]`, each the sum of some waveforms."""
+    """A function that reads stems `[S, 2, n]`, each the sum of some waveforms."""
     return lambda start, stop: torch.stack([_sum(waves, start, stop) for waves in stems])
 
 
 def _sum(waves: Sequence[Waveform], start: int, stop: int) -> Tensor:
-    """Samples `[start, stop)` of the sum of waveforms in float64, each with silence after its end."""
+    """Samples `[start, stop)` of the sum of waveforms, in float64. Shorter waveforms are padded with silence."""
     parts = []
     for wave in waves:
         part = wave.read(min(start, wave.n_samples), min(stop, wave.n_samples)).double()
@@ -260,14 +267,14 @@ def _check_length(path: Path, wave: Waveform, n_samples: int, of: str) -> None:
     if abs(difference) > TOLERANCE_SECONDS:
         longer = "longer" if difference > 0 else "shorter"
         raise InputError(
-            f"{str(path)!r} is {abs(difference):.1f} s {longer} than {of}: more than {TOLERANCE_SECONDS} s is another "
-            "recording; export both again from one song"
+            f"{str(path)!r} is {abs(difference):.1f} s {longer} than {of}; the limit is {TOLERANCE_SECONDS} s: "
+            "export both again from the same song"
         )
 
 
 @dataclass(frozen=True)
 class Residual:
-    """What is left of a recording when another is taken from it, in dB against full scale (a constant 1)."""
+    """The difference of two recordings in dB relative to full scale (a constant 1)."""
 
     name: str
     peak_dbfs: float
@@ -280,27 +287,28 @@ class Residual:
 
 
 def null(first: Path, second: Path) -> list[Residual]:
-    """Subtract each recording in the second folder from its namesake in the first, whatever their formats.
+    """Subtract each recording in folder `second` from the one of the same name in folder `first`.
 
-    Both may also be files, or the first a folder of stems and the second the file that these should sum to.
-    Files are compared in stereo and at their own sample rate. Raises InputError where a file has no counterpart, or one
-    of another rate or length.
+    Both may also be files; or `first` is a folder of stems and `second` the mixture that they should sum to. Files are
+    compared in stereo at their own sample rate; their formats may differ.
+
+    Raises InputError if a file has no counterpart, or if their sample rates or lengths differ.
     """
     if second.is_file():
         if first.is_file():
             return [_residual(second.name, [first], second)]
         parts = [path for path, stem in _audio_files(first) if stem != _MIXTURE]
         if not parts:
-            raise InputError(f"{str(first)!r} holds no audio: give a folder of stems")
+            raise InputError(f"{str(first)!r} has no audio files: give a folder of stems")
         return [_residual(f"sum of {', '.join(path.stem for path in parts)}", parts, second)]
     if first.is_file():
-        raise InputError(f"{str(first)!r} is a file and {str(second)!r} is none: give two files, or the folder first")
-    ones, others = _by_name(first), _by_name(second)
-    for name in [*ones, *others]:
-        if name not in ones or name not in others:
-            folder = second if name in ones else first
-            raise InputError(f"{str(folder)!r} has no {name!r}, the other folder has: give two with the same files")
-    return [_residual(name, [path], others[name]) for name, path in ones.items()]
+        raise InputError(f"{str(first)!r} is a file but {str(second)!r} is not: give two files, or the folder first")
+    ours, theirs = _by_name(first), _by_name(second)
+    for name in [*ours, *theirs]:
+        if name not in ours or name not in theirs:
+            folder = str(second if name in ours else first)
+            raise InputError(f"{folder!r} has no {name!r}, unlike the other folder: give folders with the same files")
+    return [_residual(name, [path], theirs[name]) for name, path in ours.items()]
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
@@ -308,10 +316,11 @@ def _by_name(folder: Path) -> dict[str, Path]:
     for path, _ in _audio_files(folder):
         name = str(path.relative_to(folder).with_suffix(""))
         if name in files:
-            raise InputError(f"{files[name].name!r} and {path.name!r} in {str(folder)!r} have one name: remove one")
+            two = f"{files[name].name!r} and {path.name!r} in {str(folder)!r}"
+            raise InputError(f"{two} have the same name: remove one")
         files[name] = path
     if not files:
-        raise InputError(f"{str(folder)!r} holds no audio: give a file or a folder with audio files")
+        raise InputError(f"{str(folder)!r} has no audio files: give a file, or a folder with audio files")
     return files
 
 
@@ -322,8 +331,8 @@ def _residual(name: str, parts: Sequence[Path], whole: Path) -> Residual:
         for path, size in zip(parts, sizes[1:], strict=True):
             if size != sizes[0]:
                 raise InputError(
-                    f"{str(path)!r} has {size[0]} samples at {size[1]} Hz, {str(whole)!r} {sizes[0][0]} at "
-                    f"{sizes[0][1]} Hz: give recordings of one length and rate"
+                    f"{str(path)!r} has {size[0]} samples at {size[1]} Hz, {str(whole)!r} has {sizes[0][0]} at "
+                    f"{sizes[0][1]} Hz: give recordings of equal length and sample rate"
                 )
         peak, energy = 0.0, 0.0
         for start in range(0, waves[0].n_samples, _BLOCK_SAMPLES):

@@ -1,4 +1,4 @@
-"""How good an estimate is and how loud it is, in decibels, computed in float64."""
+"""Scores and levels of audio in decibels, computed in float64."""
 
 import importlib.util
 import math
@@ -12,28 +12,28 @@ from separation.errors import InputError
 
 Read = Callable[[int, int], Tensor]  # samples [start, stop) of every stem, [S, C, stop - start]
 
-FRAME_SAMPLES = 44100  # that BSS-eval v4 gives scores of their own: a second
+FRAME_SAMPLES = 44100  # one second; BSS-eval v4 scores each frame
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A stem's scores in dB, NaN where one is undefined."""
+    """The scores of a stem in dB; NaN if undefined."""
 
-    sdr_musdb_db: float  # median over frames, as SiSEC and the tables for MUSDB18 have it
-    sdr_mdx23_db: float  # `sdr`: the song as one signal
-    si_sdr_db: float  # `si_sdr`
-    sir_db: float  # median over frames: to what the other stems left in it
-    sar_db: float  # median over frames: to what comes from no stem
+    sdr_musdb_db: float  # median over frames, as in SiSEC and the MUSDB18 tables
+    sdr_mdx23_db: float  # `sdr` of the whole song
+    si_sdr_db: float  # `si_sdr` of the whole song
+    sir_db: float  # median over frames; interference from other stems
+    sar_db: float  # median over frames; artefacts that come from no stem
 
 
 def sdr(reference: Tensor, estimate: Tensor) -> float:
-    """Signal-to-distortion ratio in dB of an estimate `[C, T]` of a reference `[C, T]`; infinite where they are equal.
+    """Signal-to-distortion ratio in dB of an estimate `[C, T]` of a reference `[C, T]`; infinite if they are equal.
 
     All channels and samples count as one signal: `10 log10(sum reference^2 / sum (reference - estimate)^2)`, the
-    definition of the Music Demixing Challenge (Mitsufuji et al. 2022, arXiv:2108.13559). Estimating silence scores 0.
+    definition of the Music Demixing Challenge (Mitsufuji et al. 2022, arXiv:2108.13559). A silent estimate scores 0.
 
-    Raises InputError if the shapes differ, a sample is NaN or Inf, or the reference is silent: a ratio to nothing is
-    no figure.
+    Raises InputError if the shapes differ, a sample is NaN or Inf, or the reference is silent, which leaves the ratio
+    undefined.
     """
     reference, estimate = _pair(reference, estimate)
     return _decibels(_energy(reference), _energy(reference - estimate))
@@ -42,11 +42,11 @@ def sdr(reference: Tensor, estimate: Tensor) -> float:
 def si_sdr(reference: Tensor, estimate: Tensor) -> float:
     """Scale-invariant SDR in dB of an estimate `[C, T]` of a reference `[C, T]`.
 
-    Le Roux et al. 2019, arXiv:1811.02508. The reference is first scaled to come as near to the estimate as it
-    can, so the estimate's level does not count. An estimate that holds nothing of the reference, silence among them,
-    scores minus infinity.
+    Le Roux et al. 2019, arXiv:1811.02508. The reference is first scaled to be as close to the estimate as possible, so
+    the estimate's level does not matter. An estimate that contains nothing of the reference scores minus infinity; so
+    does silence.
 
-    Raises InputError where `sdr` does.
+    Raises InputError like `sdr`.
     """
     reference, estimate = _pair(reference, estimate)
     error = estimate - reference
@@ -54,16 +54,17 @@ def si_sdr(reference: Tensor, estimate: Tensor) -> float:
 
 
 def scores(references: Read, estimates: Read, n_samples: int) -> list[Scores]:
-    """The scores of S estimates, each of C channels, against references that belong together, at 44100 Hz.
+    """The scores of the S stems of a song at 44100 Hz; `references` and `estimates` read `[S, C, n]`.
 
-    SDR (MUSDB), SIR and SAR are those of BSS-eval v4 (Stöter, Liutkus and Ito 2018, arXiv:1804.06267) as museval has
-    them: medians over frames of a second, in which its SDR is no other than `sdr`. A frame in which one of the stems is
-    silent, true or estimated, has no score, nor has what is left of the song after the last whole second. A stem for
-    which that is so in every frame is left out of this: only the other two are known of it, and not even those where
+    SDR (MUSDB), SIR and SAR follow BSS-eval v4 (Stöter, Liutkus and Ito 2018, arXiv:1804.06267) as implemented in
+    museval: medians over frames of one second, in each of which the SDR equals `sdr`. Like museval, this skips every
+    frame in which any reference or estimate is silent, and the incomplete frame at the end of the song.
+
+    A stem that is silent in every frame does not count here. Its frame scores are NaN; its other scores are NaN only if
     its reference is silent.
 
-    Reads a second at a time, so memory does not grow with the song. SIR and SAR, which one stem alone has not, are
-    computed by museval: where that is installed, it holds the song in memory, several times.
+    SIR and SAR need museval and at least two stems; otherwise they are NaN. museval holds several copies of the song in
+    memory. Without it, memory does not grow with the song.
     """
     moments, silences = [], []
     for start in range(0, n_samples, FRAME_SAMPLES):
@@ -71,10 +72,10 @@ def scores(references: Read, estimates: Read, n_samples: int) -> list[Scores]:
         true, estimate = references(start, stop).double(), estimates(start, stop).double()
         error = estimate - true
         pairs = ((true, true), (error, error), (error, true))
-        # As lists: small tensors that stay between large ones that go would keep the heap from shrinking.
+        # As lists: small tensors that outlive large ones would keep the heap from shrinking.
         moments.append([(one * other).sum(dim=(1, 2)).tolist() for one, other in pairs])
         silences.append((_silent(true) | _silent(estimate)).tolist())
-    sums = torch.tensor(moments, dtype=torch.float64)  # [N, 3, S], the last frame whole or not
+    sums = torch.tensor(moments, dtype=torch.float64)  # [N, 3, S], including an incomplete last frame
     silent = torch.tensor(silences[: max(1, n_samples // FRAME_SAMPLES)])  # [N, S]
     stems = (~silent.all(dim=0)).nonzero().flatten()
     frames = (~silent[:, stems].any(dim=1)).nonzero().flatten()
@@ -99,22 +100,22 @@ def scores(references: Read, estimates: Read, n_samples: int) -> list[Scores]:
 
 
 def has_museval() -> bool:
-    """Whether the package that computes SIR and SAR is installed."""
+    """Whether museval, which computes SIR and SAR, is installed."""
     return importlib.util.find_spec("museval") is not None
 
 
 def level_dbfs(audio: Tensor) -> float:
-    """RMS level in dB of `[C, T]` against a constant full scale of 1, so a full-scale sine has -3.01; silence -inf."""
+    """RMS level of `[C, T]` in dB relative to a constant 1: a full-scale sine has -3.01, silence -inf."""
     return _decibels(_energy(audio.double()), float(max(1, audio.numel())))
 
 
 def _silent(audio: Tensor) -> Tensor:
-    """Of each stem of `[S, C, n]` whether it is; mixed to mono, which is how museval has it."""
+    """Which stems of `[S, C, n]` are silent when mixed to mono, as in museval; `[S]`."""
     return (audio.sum(dim=1) == 0).all(dim=1)
 
 
 def _sir_and_sar(references: Tensor, estimates: Tensor, frames: Tensor) -> Tensor:
-    """Of `[S, C, T]`, `[2, S]`."""
+    """SIR and SAR of stems `[S, C, T]`, the medians over these frames, `[2, S]`."""
     from museval.metrics import bss_eval
 
     both = [audio.mT.double().numpy() for audio in (references, estimates)]
@@ -123,25 +124,23 @@ def _sir_and_sar(references: Tensor, estimates: Tensor, frames: Tensor) -> Tenso
 
 
 def _median(values: Tensor) -> Tensor:
-    """Over the first axis; of an even number the mean of the middle two, which torch's own is not."""
+    """The median over the first axis. Unlike torch.median, it is the mean of the middle two for an even number."""
     ordered = values.sort(dim=0).values
     return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
 
 
 def _pair(reference: Tensor, estimate: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64, once they are known to be comparable."""
+    """Both signals in float64. Raises InputError if they cannot be compared."""
     if reference.shape != estimate.shape:
         raise InputError(
-            f"The reference has the shape {list(reference.shape)} and the estimate {list(estimate.shape)}: "
-            "give two of one shape, [channels, samples]."
+            f"the reference has the shape {list(reference.shape)} and the estimate {list(estimate.shape)}: "
+            "give equal shapes, [channels, samples]"
         )
     for name, audio in (("reference", reference), ("estimate", estimate)):
         if not torch.isfinite(audio).all():
-            raise InputError(f"The {name} holds NaN or Inf, so its score means nothing: give finite samples.")
+            raise InputError(f"the {name} holds NaN or Inf: give finite samples")
     if not reference.any():
-        raise InputError(
-            "The reference is silent and a ratio to silence is undefined: leave this stem out of the score."
-        )
+        raise InputError("the reference is silent, so its score is undefined: leave this stem out")
     return reference.double(), estimate.double()
 
 
@@ -156,6 +155,6 @@ def _decibels(numerator: float, denominator: float) -> float:
 
 
 def _si_sdr(reference: float, error: float, product: float) -> float:
-    """From the energies of reference and error, and their product summed."""
-    residual = error - product**2 / reference  # of the estimate: what no scaled reference explains
+    """SI-SDR from the energies of reference and error, and the sum of their products."""
+    residual = error - product**2 / reference  # the part of the estimate that no scaled reference explains
     return _decibels((reference + product) ** 2 / reference, max(residual, 0.0))

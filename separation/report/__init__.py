@@ -1,1 +1,1 @@
-"""The listening page and its picture."""
+"""The listening page of a song, and the picture of it."""

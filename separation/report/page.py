@@ -1,7 +1,7 @@
-"""A page about a song and its stems that needs no other file: pictures, levels, scores, and a player with its sound.
+"""The listening page: one HTML file with pictures, levels and scores of a song and its stems, and a player.
 
-The page is report.html, which draws and plays what is put into it here. The sound is MP3, which every browser decodes,
-in segments: a phone's memory holds some seconds of each stem at a time, not the song.
+This module fills the data into report.html, which draws and plays it. The sound is MP3, which every browser decodes. It
+is cut into segments, because a phone has memory for some decoded seconds of each stem but not for a whole song.
 """
 
 import base64
@@ -41,24 +41,24 @@ from separation.system.output import OutputFolder
 from separation.system.threads import Threads
 
 PAGE = Path(__file__).with_name("report.html")
-MAX_SECONDS = 20 * 60  # of a song: with six stems its page has some 160 MB
-SEGMENT_SAMPLES = 10 * SAMPLE_RATE  # that the player decodes at once
-LEAD_SAMPLES = SAMPLE_RATE // 10  # before and after them: a decoder's delay and the fade to the next segment fit in
-MP3_LEVEL = 0.5  # of 0, the best, to 1: variable bitrates of some 100 kbit/s
-MEASURED = 0.3  # the share of the job, in the progress, that is done when the sound's turn comes
-WAVE_HEIGHT = 96  # of the loudest sample, in the units of the page's waveforms, which are 100 above and below 0
+MAX_SECONDS = 20 * 60  # the longest song; with six stems, its page has about 160 MB
+SEGMENT_SAMPLES = 10 * SAMPLE_RATE  # what the player decodes at once
+LEAD_SAMPLES = SAMPLE_RATE // 10  # extra sound on both sides of a segment, for decoder delay and cross-fade
+MP3_LEVEL = 0.5  # from 0 (best) to 1; about 100 kbit/s, variable
+MEASURED = 0.3  # share of the progress bar for decoding and pictures; the rest is for the sound
+WAVE_HEIGHT = 96  # height of the loudest sample; waveforms reach from -100 to 100
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the page is about.
+    """The contents of a listening page.
 
     Attributes:
         title: the page's title.
         mixture: the song's file.
-        stems: the stems' files, by stem.
-        scores: SDRs in dB, by stem.
-        links: addresses for the head of the page, by the words to show for them.
+        stems: stem -> its file.
+        scores: stem -> its SDR in dB.
+        links: text -> URL of the links at the top of the page.
     """
 
     title: str
@@ -69,10 +69,12 @@ class Report:
 
 
 def write_report(report: Report, target: Path, *, overwrite: bool = False, progress: Progress = Progress()) -> None:
-    """Write the page to `target`. Memory does not grow with the song. A run that fails leaves no file behind.
+    """Write the page to `target`. Memory does not grow with the song. A failed run leaves no file behind.
 
-    Raises AudioError if a file cannot be read or lasts longer than MAX_SECONDS, OutputError if the page cannot be
-    written, or would replace a file that this program did not write; with `overwrite` it may.
+    Raises:
+        AudioError: a file cannot be read or lasts longer than MAX_SECONDS.
+        OutputError: the page cannot be written. Without `overwrite`, a file that this program did not write is never
+            replaced.
     """
     files = {"mixture": report.mixture, **report.stems}
     with OutputFolder(target.parent, overwrite=overwrite) as output, ExitStack() as stack, Threads() as pool:
@@ -85,13 +87,12 @@ def write_report(report: Report, target: Path, *, overwrite: bool = False, progr
                     stack.enter_context(decode(path, output.work, max_seconds=MAX_SECONDS, accept_damaged=True))
                 )
             except AudioError as e:
-                raise AudioError(f"there is no report of {report.title}: {e}") from e
+                raise AudioError(f"cannot make the report of {report.title!r}: {e}") from e
         n_samples = max(wave.n_samples for wave in waves)
         peak = max(wave.peak for wave in waves) or 1.0
         edges = np.linspace(0, n_samples, min(COLUMNS, n_samples) + 1).astype(int).tolist()
-        pictures = pool.map(lambda wave: _Picture.of(wave, edges), waves)
-        song = _song(report.title, n_samples, peak, dict(zip(files, pictures, strict=True)), report.scores)
-        song["links"] = dict(report.links)
+        pictures = dict(zip(files, pool.map(lambda wave: _Picture.of(wave, edges), waves), strict=True))
+        song = _page_data(report, pictures, n_samples, peak)
         head, tail = PAGE.read_text(encoding="utf-8").split("<!-- sound -->")
         part = output.work / target.name
         with output_errors(target), part.open("w", encoding="utf-8") as page:
@@ -109,17 +110,17 @@ def write_report(report: Report, target: Path, *, overwrite: bool = False, progr
 
 @dataclass(frozen=True)
 class _Picture:
-    """What the pictures of a track show, column by column in time; both channels count."""
+    """What the waveform and the spectrogram of a track show in each column, over both channels."""
 
-    low: Floats  # the least sample, [columns]
-    high: Floats  # the greatest
-    rms: Floats
+    low: Floats  # smallest sample, [columns]
+    high: Floats  # largest sample, [columns]
+    rms: Floats  # [columns]
     level: str
     energy: Floats  # [bands, columns], low bands first
 
     @classmethod
     def of(cls, wave: Waveform, edges: list[int]) -> "_Picture":
-        """Of the columns between these samples, of which at least one lies between two."""
+        """Measure a track. Column i covers samples `[edges[i], edges[i + 1])`, at least one."""
         window = make_window("hann", N_FFT, torch.device("cpu"))
         filters = torch.from_numpy(band_filters(wave.sample_rate)).float()
         low, high, squares, energy = [], [], [], []
@@ -141,7 +142,7 @@ class _Picture:
         )
 
     def drawn(self, peak: float, loudest: float) -> dict[str, Any]:
-        """As the page takes it, where `peak` fills a waveform's height and `loudest` has the brightest colour."""
+        """The data for report.html. `peak` fills a waveform's height; energy `loudest` has the brightest colour."""
         magnified = magnification(max(float(self.high.max()), -float(self.low.min())), peak)
         scale = WAVE_HEIGHT * magnified / peak
         outlines = {"low": self.low, "high": self.high, "rms": self.rms}
@@ -152,12 +153,10 @@ class _Picture:
         }
 
 
-def _song(
-    title: str, n_samples: int, peak: float, pictures: Mapping[str, _Picture], scores: Mapping[str, float]
-) -> dict[str, Any]:
-    """What the page is told, but for the sound. `peak` is that of the loudest track; the first track is the mixture."""
+def _page_data(report: Report, pictures: Mapping[str, _Picture], n_samples: int, peak: float) -> dict[str, Any]:
+    """The data for report.html, without the sound. `peak` is that of all tracks; the first track is the mixture."""
     loudest = max(float(picture.energy.max()) for picture in pictures.values()) or 1.0
-    sdrs = {name: f"SDR {sdr:.1f} dB".replace("-", "−") for name, sdr in scores.items()}
+    sdrs = {name: f"SDR {sdr:.1f} dB".replace("-", "−") for name, sdr in report.scores.items()}
     tracks = [
         {
             "name": name,
@@ -169,18 +168,19 @@ def _song(
         for index, (name, picture) in enumerate(pictures.items())
     ]
     return {
-        "title": title,
+        "title": report.title,
         "seconds": n_samples / SAMPLE_RATE,
         "rate": SAMPLE_RATE,
         "segment": SEGMENT_SAMPLES / SAMPLE_RATE,
         "lead": LEAD_SAMPLES / SAMPLE_RATE,
         "ticks": time_ticks(n_samples / SAMPLE_RATE),
         "tracks": tracks,
+        "links": dict(report.links),
     }
 
 
 def _mp3_base64(wave: Waveform, start: int, stop: int, gain: float) -> str:
-    """Samples `[start, stop)` and LEAD_SAMPLES around them; `gain` keeps within full scale what MP3 would clip."""
+    """Samples `[start, stop)` and LEAD_SAMPLES on both sides, times `gain`, as MP3. MP3 clips beyond full scale."""
     samples = read_padded(wave, start - LEAD_SAMPLES, stop + LEAD_SAMPLES) * gain
     file = io.BytesIO()
     soundfile.write(

@@ -1,6 +1,6 @@
-"""One picture of a mixture and its stems: a row each, the waveform at the left, the spectrogram at the right, as SVG.
+"""An SVG picture of a mixture and its stems: each row has a waveform on the left and a spectrogram on the right.
 
-The file needs no other: text and waveforms are vectors, a spectrogram is an embedded PNG written here with zlib.
+The file is self-contained: text and waveforms are vectors, spectrograms are embedded PNGs, written here with zlib.
 """
 
 import base64
@@ -25,19 +25,19 @@ from separation.system.output import OutputFolder
 
 Floats = NDArray[np.float64]
 
-# Layout, in units of the picture: a pixel where it is shown at its own size.
+# Layout, in pixels at the picture's natural size.
 WIDTH = 1280
 HEADER_HEIGHT = 92
-ROW_HEIGHT = 100  # from row to row
+ROW_HEIGHT = 100  # from one row to the next
 PANEL_HEIGHT = 86
 FOOTER_HEIGHT = 36
 NAME_X = 32
 WAVE_X, WAVE_WIDTH = 208, 476
 SPECTRUM_X, SPECTRUM_WIDTH = 704, 490
 FREQUENCY_X = SPECTRUM_X + SPECTRUM_WIDTH + 8
-LABEL_CHARACTERS = 21  # of the small text that fit beside a waveform
+LABEL_CHARACTERS = 21  # of small text that fit beside a waveform
 
-MAGNIFICATIONS = (1, 2, 4)  # of the waveforms that are that much quieter than the loudest
+MAGNIFICATIONS = (1, 2, 4)  # quiet waveforms are magnified to be visible
 
 PAGE, PANEL, EDGE, GRID = "#ffffff", "#f5f6fa", "#d9dde7", "#e4e7ef"
 INK, SOFT_INK = "#1b2233", "#626b80"
@@ -57,65 +57,76 @@ STEM_COLOURS = {
     "hihat": "#1f9d63",
     "cymbals": "#1d8fd1",
 }
-OTHER_COLOURS = ("#8a4fa8", "#2a9d9a", "#c25b7c", "#5f7f2e")  # names not listed above, in turn
+OTHER_COLOURS = ("#8a4fa8", "#2a9d9a", "#c25b7c", "#5f7f2e")  # for other names, in turn
 
-# The spectrogram: energy in mel-spaced bands against the loudest band of all rows.
+# The spectrogram: energy in mel-spaced bands, relative to the loudest band of all rows.
 N_FFT = 4096
 COLUMNS, BANDS = 760, 130
 TOP_HERTZ = 16000
 FREQUENCY_TICKS = {200: "200 Hz", 1000: "1 kHz", 4000: "4 kHz", 10000: "10 kHz"}
 RANGE_DECIBELS = 70
-SHADES = 96  # fewer make a smaller file, more a smoother one
-COLOUR_STOPS = ("#10122b", "#2c1d63", "#6b2a86", "#b53c7c", "#ea6458", "#fba85b", "#fdf3c8")  # evenly lighter
+SHADES = 96  # fewer: a smaller file; more: smoother colours
+COLOUR_STOPS = (
+    "#10122b",
+    "#2c1d63",
+    "#6b2a86",
+    "#b53c7c",
+    "#ea6458",
+    "#fba85b",
+    "#fdf3c8",
+)  # ever lighter
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row shows. `note` is one short line under the level, such as "SDR 7.1 dB"; it may be empty."""
+    """A row of the picture. `note` is a short line below the level, such as "SDR 7.1 dB"; it may be empty."""
 
-    name: str  # a stem or "mixture"; chooses the colour
+    name: str  # a stem or "mixture"; decides the colour
     audio: Tensor  # [C, T]
     sample_rate: int  # hertz
     note: str = ""
 
 
 def colour_of(name: str, index: int) -> str:
-    """The colour of the row of that name, which is the row at that index."""
+    """The colour of a row by its name or, for an unknown name, by its index."""
     return STEM_COLOURS.get(name, OTHER_COLOURS[index % len(OTHER_COLOURS)])
 
 
 def level_text(dbfs: float) -> str:
+    """A level as the pictures show it; "silent" for minus infinity."""
     return f"{dbfs:.1f} dBFS".replace("-", "−") if math.isfinite(dbfs) else "silent"
 
 
 def magnification(own_peak: float, peak: float) -> int:
-    """By how much to magnify a waveform where `peak`, that of the loudest, fills the panel."""
+    """How much to magnify a waveform with `own_peak` so that it fits a panel whose height is `peak`."""
     return max(factor for factor in MAGNIFICATIONS if own_peak * factor <= peak) if own_peak else 1
 
 
 def spectrogram_base64(energy: Floats) -> str:
-    """Energy `[bands, columns]` against the loudest, low bands first, as a PNG in base64."""
+    """Relative energy `[bands, columns]` (1 is the loudest; low bands first) as a PNG in base64."""
     decibels = 10 * np.log10(np.maximum(energy, 1e-12))
     shades = np.clip(1 + decibels / RANGE_DECIBELS, 0, 1) * (SHADES - 1)
     return base64.b64encode(_png(np.round(shades[::-1]).astype(np.uint8), _palette())).decode()
 
 
 def draw(path: Path, rows: Sequence[Row], *, title: str, overwrite: bool = False) -> None:
-    """Writes the picture to `path` as SVG; it appears complete or not at all.
+    """Write the picture to `path` as SVG. The file appears complete or not at all.
 
-    All rows share one scale of time, of frequency, of decibels and of amplitude, so that they can be compared by eye;
-    a quiet waveform is magnified, and says by how much. The same rows give the same file.
+    All rows share the scales of time, frequency, decibels and amplitude, so that they can be compared by eye. Quiet
+    waveforms are magnified and labelled with the factor. Equal rows give equal files.
 
-    Raises InputError if there is nothing to draw, OutputError if the file cannot be written, or would replace one that
-    this program did not write; with `overwrite` it may.
+    Raises:
+        InputError: there are no rows, or a row is not `[channels, samples]` of finite samples.
+        OutputError: the file cannot be written. Without `overwrite`, a file that this program did not write is never
+            replaced.
     """
     if not rows:
-        raise InputError("There is nothing to draw: give at least one row.")
+        raise InputError("there are no rows to draw: give at least one")
     for row in rows:
         if row.audio.ndim != 2 or not row.audio.numel():
-            raise InputError(f"The row {row.name} has the shape {list(row.audio.shape)}: give [channels, samples].")
+            raise InputError(f"row {row.name!r} has the shape {list(row.audio.shape)}: give [channels, samples]")
         if not torch.isfinite(row.audio).all():
-            raise InputError(f"The row {row.name} holds NaN or Inf and cannot be drawn: give finite samples.")
+            raise InputError(f"row {row.name!r} holds NaN or Inf: give finite samples")
     document = "\n".join(_document(rows, title)) + "\n"
     with OutputFolder(path.parent, overwrite=overwrite) as folder:
         folder.check_targets([path.name])
@@ -126,6 +137,7 @@ def draw(path: Path, rows: Sequence[Row], *, title: str, overwrite: bool = False
 
 
 def _document(rows: Sequence[Row], title: str) -> Iterator[str]:
+    """The lines of the SVG."""
     height = HEADER_HEIGHT + ROW_HEIGHT * len(rows) + FOOTER_HEIGHT
     seconds = max(_seconds(row) for row in rows)
     peak = max(float(row.audio.abs().max()) for row in rows) or 1.0
@@ -173,7 +185,7 @@ def _label(row: Row, y: int, colour: str) -> Iterator[str]:
 
 
 def _waveform(row: Row, y: int, colour: str, peak: float, share: float, seconds: float) -> Iterator[str]:
-    """The range of the samples over all channels and, in it, plus and minus their RMS; `peak` fills the panel."""
+    """The range of the samples over all channels, and inside it the range of +-RMS. `peak` fills the panel."""
     width = WAVE_WIDTH * share
     columns = max(1, round(width))
     samples = row.audio.detach().cpu().float().numpy()
@@ -205,7 +217,7 @@ def _waveform(row: Row, y: int, colour: str, peak: float, share: float, seconds:
 
 
 def _spectrogram(energy: Floats, y: int, share: float) -> Iterator[str]:
-    """Energy `[bands, columns]` against the loudest, low bands first, as an image with its axis of frequency."""
+    """Relative energy `[bands, columns]`, low bands first, as an image with a frequency axis."""
     width = SPECTRUM_WIDTH * share
     yield f'<g transform="translate({SPECTRUM_X} {y})" clip-path="url(#spectrum)">'
     yield f'<rect width="{SPECTRUM_WIDTH}" height="{PANEL_HEIGHT}" fill="{COLOUR_STOPS[0]}"/>'
@@ -241,7 +253,7 @@ def _time_axis(x: int, width: int, y: int, seconds: float) -> Iterator[str]:
 
 
 def time_ticks(seconds: float) -> list[float]:
-    """Round times from 0 up, at most nine, none so close to the end that its label would stand out."""
+    """Up to nine round times in seconds, starting at 0, for labels that end before the picture does."""
     steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)
     decade = 10.0 ** math.floor(math.log10(seconds))
     small = [decade * factor for factor in (0.1, 0.2, 0.5, 1, 2, 5)]
@@ -259,7 +271,7 @@ def _mel(hertz: Floats | float) -> Floats:
 
 
 def _bands(row: Row) -> Floats:
-    """Energy `[BANDS, columns]` in mel-spaced bands up to TOP_HERTZ, the mean over channels, low bands first."""
+    """Energy `[BANDS, columns]` in mel-spaced bands up to TOP_HERTZ, low bands first; the mean over channels."""
     audio = row.audio.detach().cpu().float()
     samples = audio.shape[1]
     hop_samples = min(max(samples // COLUMNS, 64), N_FFT // 2)
@@ -273,7 +285,7 @@ def _bands(row: Row) -> Floats:
 
 
 def band_filters(sample_rate: int) -> Floats:
-    """How much of each STFT bin lies in each band, `[BANDS, F]`: bins and bands are intervals on the axis of hertz."""
+    """The share of each STFT bin that lies in each band, `[BANDS, F]`. Bins and bands are intervals in hertz."""
     edges = 700 * (10 ** (np.linspace(0, _mel(TOP_HERTZ), BANDS + 1) / 2595) - 1)
     bin_hertz = sample_rate / N_FFT
     centres = np.arange(N_FFT // 2 + 1) * bin_hertz
@@ -283,7 +295,7 @@ def band_filters(sample_rate: int) -> Floats:
 
 
 def _palette() -> bytes:
-    """SHADES colours of three bytes, along the straight lines between the stops."""
+    """SHADES colours of three bytes each, interpolated linearly between the stops."""
     stops = np.array([[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in COLOUR_STOPS])
     at = np.linspace(0, len(stops) - 1, SHADES)
     channels = [np.interp(at, np.arange(len(stops)), stops[:, channel]) for channel in range(3)]
@@ -291,15 +303,15 @@ def _palette() -> bytes:
 
 
 def _png(indices: NDArray[np.uint8], palette: bytes) -> bytes:
-    """An image `[H, W]` of palette indices as PNG (ISO/IEC 15948); a line is stored as its difference to the last."""
+    """An image `[H, W]` of palette indices as PNG (ISO/IEC 15948). Each line is stored as a difference to the last."""
     height, width = indices.shape
     lines = np.diff(indices, axis=0, prepend=np.zeros((1, width), np.uint8))
-    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), lines], axis=1)  # filter type 2, "up", on each line
+    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), lines], axis=1)  # filter type 2 ("up")
 
     def part(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits a pixel, colours by palette
+    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits per pixel, palette colours
     pixels = zlib.compress(filtered.tobytes(), 9)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -311,6 +323,6 @@ def _png(indices: NDArray[np.uint8], palette: bytes) -> bytes:
 
 
 def _text(text: str, characters: int) -> str:
-    """Escaped, without what XML does not allow, and cut to a length that fits."""
+    """The text escaped for XML, without unprintable characters, and shortened to `characters`."""
     clean = "".join(character if character.isprintable() else " " for character in text)
     return escape(clean if len(clean) <= characters else clean[: characters - 1].rstrip() + "…")

@@ -1,1 +1,1 @@
-"""The local page, and what servers share."""
+"""Servers: the local page, and what the container needs to serve strangers."""

@@ -1,9 +1,10 @@
-"""Songs from the web, for a server that fetches the URLs of strangers.
+"""Downloads songs from URLs that strangers give to a server.
 
-Such a URL must not lead to the server itself, nor to what only its network can reach. So a name is resolved here, all
-its addresses are checked, and the connection goes to one of just these: asked again, a hostile name server would give
-another. Redirects are checked the same way. Behind a proxy (http_proxy, https_proxy) the proxy connects, and decides
-what it reaches; a name that resolves here is checked nevertheless.
+Such a URL must not reach the server itself or machines that only its network can reach (server-side request forgery).
+So this module resolves the host, checks all its addresses, and connects to one of them. It resolves only once, because
+a hostile name server could give another address the second time (DNS rebinding). Redirects are checked the same way.
+Behind a proxy (http_proxy, https_proxy), the proxy connects and decides what it reaches; a host that can be resolved
+here is checked all the same.
 """
 
 import os
@@ -25,20 +26,21 @@ from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from separation.errors import InputError
 from separation.settings import switch
-from separation.web.public import tell_operator
+from separation.web.errors import log_traceback
 
 LOCAL, PRIVATE = "SEPARATION_LOCAL_URLS", "SEPARATION_PRIVATE_URLS"
-DOWNLOAD_SECONDS = 600.0  # for all of it
-SILENT_SECONDS = 10.0  # until a connection is made, and without a byte
+DOWNLOAD_SECONDS = 600.0  # for the whole download
+SILENT_SECONDS = 10.0  # to connect, and between two bytes
 MAX_REDIRECTS = 10
 BLOCK_BYTES = 1 << 16
 
 Address = IPv4Address | IPv6Address
 THIS_NETWORK = ip_network("0.0.0.0/8")
-SITE_LOCAL = ip_network("fec0::/10")  # what IPv6 had for private networks before fc00::/7
+SITE_LOCAL = ip_network("fec0::/10")  # private addresses of IPv6 before fc00::/7
 NAT64 = ip_network("64:ff9b::/96")
-ISATAP = (0x00005EFE, 0x02005EFE)  # in the third quarter of an address, before an IPv4 address
-# Where Alibaba, Amazon, Azure, Google and Oracle tell a machine its secrets, beside the link-local 169.254.169.254.
+ISATAP = (0x00005EFE, 0x02005EFE)  # the third 32 bits of an address; the IPv4 address follows
+# Metadata services of Alibaba, Amazon, Azure, Google and Oracle, besides the link-local 169.254.169.254. They hand out
+# credentials.
 METADATA = {
     ip_address(text) for text in ("100.100.100.200", "fd00:ec2::254", "168.63.129.16", "fd20:ce::254", "192.0.0.192")
 }
@@ -46,21 +48,21 @@ METADATA = {
 
 @dataclass(frozen=True)
 class Allowed:
-    """Where songs may be, beside public addresses."""
+    """The addresses that songs may come from, besides public ones."""
 
-    local: bool = False  # on this machine, its link and its cloud's services
-    private: bool = True  # in private networks: a hosting platform may keep its users' songs there
+    local: bool = False  # this machine, its link, and its cloud's services
+    private: bool = True  # private networks: a hosting platform may keep its users' songs there
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Raises InputError if one of the variables is neither on nor off."""
+        """As SEPARATION_LOCAL_URLS and SEPARATION_PRIVATE_URLS say. Raises InputError if one is neither on nor off."""
         return cls(switch(LOCAL, default=False), switch(PRIVATE, default=True))
 
 
-def blocks(url: str, name: str, allowed: Allowed) -> Generator[bytes, None, None]:
-    """The content of the file behind an http or https URL, as it comes. `name` is what errors call the song.
+def download(url: str, name: str, allowed: Allowed) -> Generator[bytes, None, None]:
+    """Yield the content behind an http or https URL block by block. `name` is the song's name in errors.
 
-    Raises InputError if the file is where this server does not fetch from, or cannot be fetched.
+    Raises InputError if the address is not allowed or the download fails.
     """
     with _Guard(name, allowed) as guard, _session(guard) as session:
         try:
@@ -69,23 +71,23 @@ def blocks(url: str, name: str, allowed: Allowed) -> Generator[bytes, None, None
             response.raw.decode_content = True
             while block := response.raw.read1(BLOCK_BYTES):
                 yield block
-            guard.check_time()  # a connection that is cut at the deadline can look like one at its end
+            guard.check_time()  # a connection cut at the deadline can look like the end of the file
         except InputError:
             raise
         except TooManyRedirects as e:
             raise InputError(f"{name!r} is redirected more than {MAX_REDIRECTS} times: give the file's own URL") from e
-        except Exception as e:  # of the HTTP client or the socket
+        except Exception as e:  # from the HTTP client or the socket
             guard.check_time()
-            tell_operator()
+            log_traceback()
             status = getattr(getattr(e, "response", None), "status_code", None)
             reason = f"the web server answers {status}" if status else type(e).__name__
             raise InputError(f"{name!r} could not be downloaded ({reason}): check the URL") from e
 
 
 def kind_of_address(address: Address) -> str:
-    """Which kind of not public address this is, or the IPv4 address that it stands for; empty for a public one.
+    """What makes an address, or the IPv4 address in it, not public; empty for a public one.
 
-    All kinds but `a private address` are local.
+    Every kind except `a private address` counts as local.
     """
     for inner in _inner(address):
         kinds = {
@@ -104,7 +106,7 @@ def kind_of_address(address: Address) -> str:
 
 
 def _inner(address: Address) -> list[Address]:
-    """The IPv4 addresses that an IPv6 address leads to by translation or through a tunnel, else the address itself."""
+    """The IPv4 addresses that an IPv6 address is translated or tunnelled to, or else the address itself."""
     if isinstance(address, IPv4Address):
         return [address]
     number = int(address)
@@ -115,16 +117,19 @@ def _inner(address: Address) -> list[Address]:
 
 
 def _is_own(address: Address) -> bool:
-    """Whether this machine has the address: to reach it, it would send from it. Nothing is sent."""
+    """Whether this machine has the address.
+
+    A machine reaches its own address from that same address. Connecting a UDP socket tells so without sending anything.
+    """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:  # no route leads there
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:  # OSError: no route to it
         probe.connect((str(address), 9))
         return ip_address(probe.getsockname()[0]) == address
     return False
 
 
 class _Guard:
-    """What one download may connect to, and how long it may take."""
+    """Limits one download to allowed addresses and to DOWNLOAD_SECONDS."""
 
     def __init__(self, name: str, allowed: Allowed) -> None:
         self._name, self._allowed = name, allowed
@@ -144,7 +149,7 @@ class _Guard:
             connection.close()
 
     def addresses(self, host: str, port: int | None) -> list[str]:
-        """Those of a name, after all of them were checked."""
+        """The addresses of a host. Raises InputError if one of them is not allowed."""
         found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         for address in found:
             kind = kind_of_address(ip_address(address))
@@ -155,8 +160,8 @@ class _Guard:
         return found
 
     def watch(self, connection: socket.socket) -> None:
-        """Cut the connection when the time is over."""
-        self._sockets.append(connection.dup())  # TLS takes the socket itself
+        """Cut the connection when the time is up."""
+        self._sockets.append(connection.dup())  # TLS takes over the socket itself
         self.check_time()
 
     def check_time(self) -> None:
@@ -167,7 +172,7 @@ class _Guard:
 
     def _refuse(self, host: str, kind: str, variable: str) -> None:
         raise InputError(
-            f"{self._name!r} is at {host!r:.100}, {kind}, where this server does not look for songs: "
+            f"{self._name!r} is at {host!r:.100}, {kind}, which this server does not download from: "
             f"give a public URL, or set {variable}=on on the server if its network is trusted"
         )
 
@@ -179,7 +184,7 @@ class _Guard:
 
 
 class _Connection(HTTPConnection):
-    """Connects to an address that the guard has checked."""
+    """A connection to an address that the guard has checked."""
 
     def __init__(self, guard: _Guard, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -194,7 +199,7 @@ class _Connection(HTTPConnection):
                     return self._connected(address)
             return self._connected(last)
         finally:
-            self._dns_host = name  # which the certificate and the Host header are about
+            self._dns_host = name  # for the certificate and the Host header
 
     def _connected(self, address: str) -> socket.socket:
         self._guard.check_time()
@@ -205,11 +210,11 @@ class _Connection(HTTPConnection):
 
 
 class _TLSConnection(_Connection, HTTPSConnection):
-    """The same, over TLS."""
+    """The same over TLS."""
 
 
 class _Adapter(HTTPAdapter):
-    """Is asked for a connection at each redirect."""
+    """Makes guarded connections, for each redirect too."""
 
     def __init__(self, guard: _Guard) -> None:
         super().__init__()
@@ -220,7 +225,7 @@ class _Adapter(HTTPAdapter):
     ) -> HTTPConnectionPool:
         pool = super().get_connection_with_tls_context(request, *args, **options)
         if pool.proxy:
-            with suppress(socket.gaierror, UnicodeError):  # a name that only the proxy knows
+            with suppress(socket.gaierror, UnicodeError):  # only the proxy can resolve it
                 self._guard.addresses(urlsplit(str(request.url)).hostname or "", None)
         else:
             connection = _TLSConnection if pool.scheme == "https" else _Connection
@@ -235,12 +240,12 @@ def _session(guard: _Guard) -> Session:
     session.mount("http://", _Adapter(guard))
     session.mount("https://", _Adapter(guard))
     session.hooks["response"].append(_without_body)
-    if agent := os.environ.get("COG_USER_AGENT"):  # as Cog's own downloads have it
+    if agent := os.environ.get("COG_USER_AGENT"):  # as for Cog's own downloads
         session.headers["User-Agent"] = agent
     return session
 
 
 def _without_body(response: Response, **_: Any) -> None:
-    """Requests would read all that comes with a redirect, however much it is."""
+    """Close redirects: requests would read their bodies, however long."""
     if response.is_redirect:
         response.close()

@@ -483,7 +483,7 @@ def test_a_report_lies_beside_the_stems(
     monkeypatch.setattr(report, "MAX_SECONDS", 0.5)
     assert separate(song, tmp_path / "out", "--report", "--json") == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: there is no report of song.wav: 'song.wav' is longer than 0.5 s")
+    assert captured.err.startswith("error: cannot make the report of 'song.wav': 'song.wav' is longer than 0.5 s")
     assert all(Path(stem).exists() for stem in json.loads(captured.out)["stems"].values())
     assert not page.exists()
 

@@ -1,4 +1,4 @@
-"""The page holds all that it shows and plays: what it says, and what is heard of it in a browser."""
+"""The listening page is self-contained: its text, and in a browser its sound."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ SECONDS = 21  # three segments, the last of them short
 HERTZ = 441
 SILENT, SOUNDING = -90, -30  # dBFS
 TITLE = 'A song </script><b>"1" & 2</b> 歌'
-STEMS = ("vocals", "drums", "bass")  # keys 1, 2 and 3; the mixture is 0
+STEMS = ("vocals", "drums", "bass")  # keys 1, 2 and 3; key 0 is the mixture
 
 
 def write(path: Path, samples: np.ndarray) -> Path:
@@ -36,7 +36,7 @@ def write(path: Path, samples: np.ndarray) -> Path:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The vocals are a sine; drums and bass are a noise and its opposite, which cancel out if they are in step."""
+    """Vocals are a sine. Drums and bass are noise and its negative, which cancel out if they play in sync."""
     folder = tmp_path_factory.mktemp("song")
     sine = 0.25 * np.sin(2 * np.pi * HERTZ * np.arange(SECONDS * RATE) / RATE)
     noise = 0.1 * np.random.default_rng(0).standard_normal(SECONDS * RATE)
@@ -50,13 +50,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_page_names_no_other_place(page: Path) -> None:
+def test_the_page_loads_nothing_else(page: Path) -> None:
     text = re.sub(r">[A-Za-z0-9+/=]{100,}<", "><", page.read_text(encoding="utf-8"))
     assert "://" not in text
     assert not re.search(r"@import|fetch\(|XMLHttpRequest|(?:src|href)=(?!\"data:)", text)
 
 
-def test_sound_costs_less_than_a_megabyte_a_minute_and_stem(page: Path) -> None:
+def test_sound_takes_less_than_a_megabyte_per_minute_and_stem(page: Path) -> None:
     assert page.stat().st_size < 1e6 * SECONDS / 60 * 4 + 5e5
 
 
@@ -69,7 +69,7 @@ def test_a_song_of_any_length_has_a_page(tmp_path: Path, samples: int) -> None:
     assert text.count('type="text/plain"') == 2 * math.ceil(samples / (10 * RATE))
 
 
-def test_the_page_says_each_tracks_level_and_score(page: Path) -> None:
+def test_the_page_shows_the_level_and_score_of_each_track(page: Path) -> None:
     facts = re.findall(r'"facts": (\[[^]]*\])', page.read_text(encoding="utf-8"))
     assert [json.loads(text) for text in facts] == [
         ["−15.1 dBFS"],  # a sine of 0.25
@@ -80,20 +80,18 @@ def test_the_page_says_each_tracks_level_and_score(page: Path) -> None:
 
 
 def sounds(page: Path) -> list[np.ndarray]:
-    """Every piece of sound in a page, decoded, `[n, channels]`."""
+    """All segments of sound in a page, decoded, `[n, channels]`."""
     pieces = re.findall(r'<script type="text/plain" id="sound-[^"]*">([^<]*)<', page.read_text(encoding="utf-8"))
     return [soundfile.read(io.BytesIO(base64.b64decode(piece)))[0] for piece in pieces]
 
 
-def test_each_segment_of_sound_begins_and_ends_a_tenth_of_a_second_beyond_its_own(page: Path) -> None:
+def test_each_segment_has_a_tenth_of_a_second_of_extra_sound_on_both_sides(page: Path) -> None:
     seconds = [len(sound) / RATE for sound in sounds(page)]
     assert seconds == [10.2] * 4 + [10.2] * 4 + [1.2] * 4  # of the mixture and three stems
 
 
 @pytest.mark.parametrize("peak, played", [(4.0, 1.0), (0.25, 0.25)])
-def test_a_song_beyond_full_scale_is_played_at_full_scale_and_a_quiet_one_as_it_is(
-    peak: float, played: float, tmp_path: Path
-) -> None:
+def test_only_a_song_beyond_full_scale_is_scaled(peak: float, played: float, tmp_path: Path) -> None:
     sine = np.sin(2 * np.pi * HERTZ * np.arange(RATE) / RATE)
     mixture = write(tmp_path / "mixture.wav", peak * sine)
     vocals = write(tmp_path / "vocals.wav", 0.5 * peak * sine)
@@ -104,17 +102,17 @@ def test_a_song_beyond_full_scale_is_played_at_full_scale_and_a_quiet_one_as_it_
         assert np.sqrt(np.square(middle).mean()) == pytest.approx(share * played / np.sqrt(2), rel=0.02)  # not clipped
 
 
-def test_a_song_that_is_too_long_or_missing_has_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_song_that_is_too_long_or_missing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     song = write(tmp_path / "song.wav", np.zeros(RATE + 1))
     monkeypatch.setattr(report, "MAX_SECONDS", 1)
-    with pytest.raises(AudioError, match=r"no report of A: 'song.wav' is longer than 1 s"):
+    with pytest.raises(AudioError, match=r"the report of 'A': 'song.wav' is longer than 1 s"):
         write_report(Report("A", song, {"vocals": song}), tmp_path / "out" / "stems.html")
-    with pytest.raises(AudioError, match=r"no report of A: 'none.wav' does not exist"):
+    with pytest.raises(AudioError, match=r"the report of 'A': 'none.wav' does not exist"):
         write_report(Report("A", tmp_path / "none.wav", {"vocals": song}), tmp_path / "out" / "stems.html")
     assert list(tmp_path.iterdir()) == [song]
 
 
-def test_a_page_that_cannot_be_written_is_an_output_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_an_output_error_and_leaves_no_file(tmp_path: Path) -> None:
     song = write(tmp_path / "song.wav", np.zeros(RATE))
     (tmp_path / "stems.html").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
@@ -135,24 +133,24 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def browser(chromium: Browser, page: Path) -> Iterator[Browser]:
-    """The page, just opened. Afterwards it has neither complained nor asked for anything but itself."""
+    """The page, just opened. At the end, its console must be empty and it must have loaded only itself."""
     chromium.console(), chromium.requests()
     chromium.open(page)
     yield chromium
     assert chromium.console() == []
-    asked = {url for url in chromium.requests() if not url.startswith(("data:", "chrome:"))}  # chrome: its start page
+    asked = {url for url in chromium.requests() if not url.startswith(("data:", "chrome:"))}  # its start page
     assert asked == {page.resolve().as_uri()}
 
 
 def level(browser: Browser, name: str) -> float:
-    """What a track gives to the sum just now, in dBFS."""
+    """The current level of a track's output in dBFS."""
     script = """const track = player.tracks.find(track => track.name === arguments[0]);
         return 20 * Math.log10(level(track, new Float32Array(2048)) + 1e-9)"""
     return float(browser.run(script, name))
 
 
 def hear(browser: Browser, *sounding: str) -> None:
-    """Wait until these tracks are heard and no others."""
+    """Wait until exactly these tracks are audible."""
 
     def heard() -> bool:
         levels = {name: level(browser, name) for name in ("mixture", *STEMS)}
@@ -170,7 +168,7 @@ def seek(browser: Browser, seconds: float) -> None:
 
 
 def recorded(browser: Browser, node: str, at: float) -> tuple[float, np.ndarray]:
-    """When the song has come to `at` seconds or a little further: its position and the 0.74 s just heard at a node."""
+    """Wait for position `at` in seconds. Returns the position and the last 0.74 s of sound at an audio node."""
     script = f"""const recorder = {node}, samples = new Float32Array(recorder.fftSize = 32768);
         return new Promise(resolve => {{
             const timer = setInterval(() => {{
@@ -186,7 +184,7 @@ def recorded(browser: Browser, node: str, at: float) -> tuple[float, np.ndarray]
 
 @needs_chromium
 @pytest.mark.slow
-def test_a_click_plays_the_stems_and_the_next_one_stops_them(browser: Browser) -> None:
+def test_the_play_button_starts_and_pauses_the_stems(browser: Browser) -> None:
     assert browser.label("#play") == "Play"
     browser.click("#play")
     hear(browser, *STEMS)
@@ -202,7 +200,7 @@ def test_a_click_plays_the_stems_and_the_next_one_stops_them(browser: Browser) -
 
 @needs_chromium
 @pytest.mark.slow
-def test_mute_silences_its_stem_alone(browser: Browser) -> None:
+def test_mute_silences_only_its_stem(browser: Browser) -> None:
     browser.click("#play")
     hear(browser, *STEMS)
     browser.click("[aria-label='Mute drums']")
@@ -214,12 +212,12 @@ def test_mute_silences_its_stem_alone(browser: Browser) -> None:
 
 @needs_chromium
 @pytest.mark.slow
-def test_solo_leaves_only_the_solos_and_the_mixture_is_heard_as_one(browser: Browser) -> None:
+def test_only_soloed_tracks_are_audible_and_the_mixture_only_as_a_solo(browser: Browser) -> None:
     browser.click("[aria-label='Solo bass']")
     browser.click("#play")
     hear(browser, "bass")
     browser.click("[aria-label='Mute bass']")
-    hear(browser, "bass")  # a solo is heard, muted or not
+    hear(browser, "bass")  # solo wins over mute
     browser.click("[aria-label='Solo vocals']")
     hear(browser, "bass", "vocals")
     browser.click("[aria-label='Solo vocals']")
@@ -230,7 +228,7 @@ def test_solo_leaves_only_the_solos_and_the_mixture_is_heard_as_one(browser: Bro
 
 @needs_chromium
 @pytest.mark.slow
-def test_volume_makes_its_stem_quieter(browser: Browser) -> None:
+def test_volume_changes_only_its_stem(browser: Browser) -> None:
     browser.click("#play")
     for amplitude in (0.25, 0.25 / 4):
         dbfs = pytest.approx(20 * math.log10(amplitude / math.sqrt(2)), abs=1)
@@ -241,7 +239,7 @@ def test_volume_makes_its_stem_quieter(browser: Browser) -> None:
 
 @needs_chromium
 @pytest.mark.slow
-def test_stems_are_in_step_to_the_sample_after_a_seek_and_over_segments(browser: Browser) -> None:
+def test_stems_stay_in_sync_to_the_sample_after_seeks_and_across_segments(browser: Browser) -> None:
     browser.click("#play")
     hear(browser, *STEMS)
     browser.click("[aria-label='Mute vocals']")
@@ -254,7 +252,7 @@ def test_stems_are_in_step_to_the_sample_after_a_seek_and_over_segments(browser:
 
 @needs_chromium
 @pytest.mark.slow
-def test_a_tone_goes_on_from_one_segment_to_the_next_without_a_click(browser: Browser) -> None:
+def test_a_tone_crosses_segments_without_a_click(browser: Browser) -> None:
     browser.click("#play")
     hear(browser, *STEMS)
     browser.run("return Promise.all([player.decoded(0), player.decoded(1)]).then(() => true)")
@@ -262,13 +260,13 @@ def test_a_tone_goes_on_from_one_segment_to_the_next_without_a_click(browser: Br
     for start in (9.2, 9.23):
         seek(browser, start)
         at, samples = recorded(browser, "player.tracks[1].analyser", 10.25)
-        if at >= 10.5:  # on a busy machine it may come too late: the next segment begins in the middle of the samples
+        if at >= 10.5:  # too late, on a busy machine: the next segment begins within the samples
             continue
         assert np.abs(samples).max() == pytest.approx(0.25, abs=0.02)
-        bend = np.abs(np.diff(samples, 2)).max()  # of the sine 0.001, where a sample is left out 0.016
+        bend = np.abs(np.diff(samples, 2)).max()  # the sine: 0.001; a lost sample: 0.016
         assert bend < 0.002
         turned = samples * np.exp(-2j * np.pi * HERTZ / RATE * np.arange(len(samples)))
-        assert np.angle(turned[-8000:].sum() / turned[:8000].sum()) == pytest.approx(0, abs=0.02)  # a sample is 0.06
+        assert np.angle(turned[-8000:].sum() / turned[:8000].sum()) == pytest.approx(0, abs=0.02)  # a lost sample: 0.06
         checked += 1
     assert checked, "the browser is too slow"
 
@@ -290,7 +288,7 @@ def test_a_click_on_a_picture_seeks(browser: Browser, down: float) -> None:
 
 @needs_chromium
 @pytest.mark.slow
-def test_at_its_end_the_song_stops_and_plays_again_from_its_start(browser: Browser) -> None:
+def test_the_song_stops_at_its_end_and_then_plays_from_the_start(browser: Browser) -> None:
     seek(browser, SECONDS - 0.3)
     browser.click("#play")
     wait_for(lambda: browser.run("return !player.playing"), "the end", seconds=10)
@@ -315,7 +313,7 @@ def test_keys_play_seek_mute_and_solo(browser: Browser) -> None:
     hear(browser, "mixture")
     browser.press("0")
     browser.click("[aria-label='Mute bass']")
-    browser.press(" ")  # not the button that was clicked last
+    browser.press(" ")  # does not press the button that was clicked last
     hear(browser)
     assert browser.run("return player.tracks[3].muted")
     browser.press(HOME)
@@ -331,7 +329,7 @@ def test_keys_play_seek_mute_and_solo(browser: Browser) -> None:
 
 @needs_chromium
 @pytest.mark.slow
-def test_every_control_has_a_name_and_can_be_reached_by_tab(browser: Browser) -> None:
+def test_every_control_has_a_label_and_is_reached_by_tab(browser: Browser) -> None:
     names = ["Play", "Position", "Solo mixture", "Volume of mixture"]
     names += [f"{control} {stem}" for stem in STEMS for control in ("Mute", "Solo", "Volume of")]
     controls = "return [...document.querySelectorAll('body button, body input')].map((each, i) => each.dataset.i = i)"
@@ -340,13 +338,13 @@ def test_every_control_has_a_name_and_can_be_reached_by_tab(browser: Browser) ->
         browser.press("\ue004")
         focus = "const at = document.activeElement; return [at.dataset.i, getComputedStyle(at).outlineStyle]"
         assert browser.run(focus) == [str(index), "solid"]
-    browser.press(" ")  # on a range: plays
+    browser.press(" ")  # on a slider: plays
     hear(browser, *STEMS)
 
 
 @needs_chromium
 @pytest.mark.slow
-def test_what_the_page_says_is_text_and_figures(browser: Browser) -> None:
+def test_titles_are_plain_text_and_facts_are_shown(browser: Browser) -> None:
     assert browser.run("return [document.title, document.querySelector('h1').textContent]") == [TITLE, TITLE]
     facts = browser.run("return [...document.querySelectorAll('.facts')].map(each => each.textContent)")
     assert facts == ["−15.1 dBFS", "−15.1 dBFS · SDR 8.2 dB", "−20.0 dBFS", "−20.0 dBFS · SDR −1.0 dB"]

@@ -1,3 +1,5 @@
+"""The picture of a mixture and its stems: content, scales, size and errors."""
+
 import base64
 import math
 import struct
@@ -30,7 +32,7 @@ def texts(root: ElementTree.Element) -> list[str]:
 
 
 def pixels(root: ElementTree.Element) -> list[np.ndarray]:
-    """Palette indices `[H, W]` of every embedded PNG, decoded by hand."""
+    """Palette indices `[H, W]` of all embedded PNGs, decoded without a library."""
     images = []
     for element in root.iter(f"{SVG}image"):
         data = base64.b64decode(element.attrib["href"].removeprefix("data:image/png;base64,"), validate=True)
@@ -93,17 +95,17 @@ def test_short_audio_is_drawn(tmp_path: Path, samples: int) -> None:
     assert "silent" in texts(root)
 
 
-def test_the_spectrogram_of_audio_shorter_than_a_frame_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_the_spectrogram_of_audio_shorter_than_a_frame_reaches_its_end(tmp_path: Path) -> None:
     (image,) = pixels(drawn(tmp_path / "picture.svg", [Row("mixture", noise(0.02), SAMPLE_RATE)]))
     assert image[:, -1].max() > SHADES // 2
 
 
-def test_a_quiet_waveform_says_by_how_much_it_is_magnified(tmp_path: Path) -> None:
+def test_a_quiet_waveform_is_labelled_with_its_magnification(tmp_path: Path) -> None:
     rows = [Row("mixture", noise(1.0), SAMPLE_RATE), Row("vocals", noise(1.0, 0.04), SAMPLE_RATE)]
     assert [text for text in texts(drawn(tmp_path / "picture.svg", rows)) if text.startswith("×")] == ["×2"]
 
 
-def test_any_text_gives_valid_xml_and_long_text_is_cut(tmp_path: Path) -> None:
+def test_any_text_gives_valid_xml_and_long_text_is_shortened(tmp_path: Path) -> None:
     odd = '<b> & "it\'s" \x00\x1b\udce9 🎵'
     row = Row(odd, noise(0.5), SAMPLE_RATE, "a note that is far too long for its place")
     shown = texts(drawn(tmp_path / "picture.svg", [row], odd))
@@ -124,23 +126,23 @@ def test_any_text_gives_valid_xml_and_long_text_is_cut(tmp_path: Path) -> None:
         (40 * 3600, [0, 18000, 36000, 54000, 72000, 90000, 108000, 126000]),
     ],
 )
-def test_ticks_are_round_times_that_keep_clear_of_the_end(seconds: float, ticks: list[float]) -> None:
+def test_ticks_are_round_times_clear_of_the_end(seconds: float, ticks: list[float]) -> None:
     assert time_ticks(seconds) == pytest.approx(ticks)
 
 
-def test_nothing_to_draw_is_an_input_error(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_drawn_are_an_input_error(tmp_path: Path) -> None:
     for rows, words in (
-        ([], "at least one row"),
-        ([Row("drums", torch.zeros(100), SAMPLE_RATE)], r"drums has the shape \[100\]"),
+        ([], "give at least one"),
+        ([Row("drums", torch.zeros(100), SAMPLE_RATE)], r"'drums' has the shape \[100\]"),
         ([Row("drums", torch.zeros(2, 0), SAMPLE_RATE)], r"\[2, 0\]"),
-        ([Row("drums", torch.full((2, 9), math.nan), SAMPLE_RATE)], "drums holds NaN"),
+        ([Row("drums", torch.full((2, 9), math.nan), SAMPLE_RATE)], "'drums' holds NaN"),
     ):
         with pytest.raises(InputError, match=words):
             draw(tmp_path / "picture.svg", rows, title="a song")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_an_output_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_output_error_and_leaves_no_file(tmp_path: Path) -> None:
     rows = [Row("drums", noise(0.1), SAMPLE_RATE)]
     (tmp_path / "file").touch()
     (tmp_path / "folder.svg").mkdir()

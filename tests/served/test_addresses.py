@@ -21,7 +21,7 @@ def test_a_url_that_leads_to_the_servers_machine_is_not_fetched(closed: Server, 
     prediction = closed.predict(f"http://{host}:{port}/song.wav")
     assert prediction["status"] == "failed"
     assert prediction["error"].endswith(
-        ", a loopback address, where this server does not look for songs: give a public URL, "
+        ", a loopback address, which this server does not download from: give a public URL, "
         "or set SEPARATION_LOCAL_URLS=on on the server if its network is trusted"
     )
     assert f"InputError: 'song.wav' is at '{host.strip('[]')}'" in prediction["error"] or "ffff" in host
@@ -35,4 +35,4 @@ def test_a_url_that_leads_to_the_servers_machine_is_not_fetched(closed: Server, 
 def test_neither_the_server_itself_nor_the_clouds_metadata_is_fetched(closed: Server, url: str) -> None:
     prediction = closed.predict(url.format(port=closed.port))
     assert prediction["status"] == "failed"
-    assert ", where this server does not look for songs: " in prediction["error"]
+    assert ", which this server does not download from: " in prediction["error"]

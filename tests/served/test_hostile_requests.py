@@ -303,7 +303,7 @@ def assert_operator_reads(sentence: str, server: HostileServer) -> None:
     assert sentence in server.log.read_text()
 
 
-SERVER_FAILED = "Error: the server failed ({}): try again, or tell its operator, whose log says more"
+SERVER_FAILED = "Error: the server failed ({}): try again, or ask its operator to read the log"
 
 
 @pytest.mark.parametrize("limit, where", [(2**15, "[Errno 27] File too large"), (2**18, "file in '{temporary}/stems-")])

@@ -1,4 +1,4 @@
-"""Where the container fetches songs from, and where not."""
+"""The container downloads songs from allowed addresses only, within limits."""
 
 import itertools
 import shutil
@@ -18,18 +18,18 @@ import pytest
 from helpers.served_process import Receiver
 from separation.errors import InputError
 from separation.web import remote
-from separation.web.remote import Allowed, blocks, kind_of_address
+from separation.web.remote import Allowed, download, kind_of_address
 
 ALL = Allowed(local=True)
 
 
 def fetched(url: str, allowed: Allowed = ALL) -> bytes:
-    with closing(blocks(url, "song.wav", allowed)) as content:
+    with closing(download(url, "song.wav", allowed)) as content:
         return b"".join(content)
 
 
 def refusal(host: str, kind: str, name: str = "SEPARATION_LOCAL_URLS") -> str:
-    reason = f"'song.wav' is at {host!r}, {kind}, where this server does not look for songs"
+    reason = f"'song.wav' is at {host!r}, {kind}, which this server does not download from"
     return f"{reason}: give a public URL, or set {name}=on on the server if its network is trusted"
 
 
@@ -97,20 +97,20 @@ def test_each_address_has_its_kind(address: str, kind: str) -> None:
         "2002:{1}::1",  # 6to4
         "2606:4700::5efe:{0}",  # ISATAP
         "2606:4700::200:5efe:{0}",
-        "2001:0:{1}:0:0:f7f7:f7f7",  # Teredo, by its server
-        "2001:0:808:808::{2}",  # and by its client
+        "2001:0:{1}:0:0:f7f7:f7f7",  # Teredo: the server
+        "2001:0:808:808::{2}",  # Teredo: the client
     ],
 )
 @pytest.mark.parametrize(
     "inner, kind", [("127.0.0.1", LOOPBACK), ("169.254.169.254", LINK), ("10.1.2.3", PRIVATE), ("8.8.8.8", "")]
 )
-def test_an_ipv6_form_is_of_the_kind_of_the_address_in_it(form: str, inner: str, kind: str) -> None:
+def test_an_ipv6_address_has_the_kind_of_the_ipv4_address_in_it(form: str, inner: str, kind: str) -> None:
     number = int(ip_address(inner))
     halves, inverse = [f"{n >> 16:x}:{n & 0xFFFF:x}" for n in (number, number ^ 0xFFFFFFFF)]
     assert kind_of_address(ip_address(form.format(inner, halves, inverse))) == kind
 
 
-def test_an_address_of_this_machine_is_of_that_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machines_own_address_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # nothing is sent
@@ -131,7 +131,7 @@ def test_an_address_of_this_machine_is_of_that_kind(monkeypatch: pytest.MonkeyPa
         *("[::1]", "[::ffff:7f00:1]", "[64:ff9b::7f00:1]"),
     ],
 )
-def test_this_machine_is_refused_however_it_is_written(host: str) -> None:
+def test_this_machine_is_refused_in_every_notation(host: str) -> None:
     with Receiver() as receiver:
         port = receiver.url.rpartition(":")[2]
         receiver.files["/song.wav"] = b"secret"
@@ -143,7 +143,7 @@ def test_this_machine_is_refused_however_it_is_written(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["user:word@127.0.0.1", "127.0.0.1.", "①②⑦.0.0.1", "LOCALHOST", "127。0。0。1"])
-def test_no_way_of_writing_a_url_hides_this_machine(host: str) -> None:
+def test_no_spelling_of_a_url_hides_this_machine(host: str) -> None:
     with Receiver() as receiver:
         port = receiver.url.rpartition(":")[2]
         with pytest.raises(InputError, match=r"a loopback address|could not be downloaded"):
@@ -151,7 +151,7 @@ def test_no_way_of_writing_a_url_hides_this_machine(host: str) -> None:
         assert receiver.requests == []
 
 
-def test_private_addresses_are_refused_only_where_that_is_asked_for(names: Callable[..., list[str]]) -> None:
+def test_private_addresses_are_refused_only_if_the_setting_says_so(names: Callable[..., list[str]]) -> None:
     names(**{"songs.internal": ["10.1.2.3"]})
     with pytest.raises(InputError) as caught:
         fetched("http://songs.internal/song.wav", Allowed(private=False))
@@ -160,7 +160,7 @@ def test_private_addresses_are_refused_only_where_that_is_asked_for(names: Calla
     assert guard.addresses("songs.internal", 80) == ["10.1.2.3"]
 
 
-def test_a_setting_allows_and_another_shuts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_allows_local_and_refuses_private_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Allowed.from_environment() == Allowed(local=False, private=True)
     monkeypatch.setenv("SEPARATION_LOCAL_URLS", "on")
     monkeypatch.setenv("SEPARATION_PRIVATE_URLS", "off")
@@ -172,9 +172,9 @@ def test_a_setting_allows_and_another_shuts(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Gives names their addresses: each is a list, or an iterator over what the name server says from time to time.
+    """Gives host names addresses: a list, or an iterator over lists, one for each look-up.
 
-    The answer holds all names that were asked for.
+    Returns the list of the names that were looked up.
     """
     real, asked = socket.getaddrinfo, []
     known: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    """A web server at 127.0.0.2, which passes for a public address; 127.0.0.1 still does not."""
+    """A web server at 127.0.0.2, which counts as a public address here; 127.0.0.1 does not."""
     real = remote.kind_of_address
     public = ip_address("127.0.0.2")
     monkeypatch.setattr(remote, "kind_of_address", lambda address: "" if address == public else real(address))
@@ -205,7 +205,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
         yield receiver
 
 
-def test_a_name_that_leads_here_is_refused_also_by_one_of_its_addresses(
+def test_a_name_is_refused_if_one_of_its_addresses_is_this_machine(
     names: Callable[..., list[str]], second: Receiver
 ) -> None:
     names(**{"here.example": ["127.0.0.1"], "both.example": ["127.0.0.2", "127.0.0.1"]})
@@ -217,7 +217,7 @@ def test_a_name_that_leads_here_is_refused_also_by_one_of_its_addresses(
     assert second.requests == []
 
 
-def test_a_name_is_resolved_once_and_the_connection_goes_where_it_was_checked(
+def test_a_name_is_resolved_once_and_the_checked_address_is_used(
     names: Callable[..., list[str]], second: Receiver
 ) -> None:
     rebinding = itertools.chain([["127.0.0.2"]], itertools.repeat(["127.0.0.1"]))
@@ -228,7 +228,7 @@ def test_a_name_is_resolved_once_and_the_connection_goes_where_it_was_checked(
     assert second.requests[0].headers["Host"] == f"rebinding.example:{port}"
 
 
-def test_where_one_address_does_not_answer_the_next_is_tried(names: Callable[..., list[str]], second: Receiver) -> None:
+def test_the_next_address_is_tried_if_one_does_not_answer(names: Callable[..., list[str]], second: Receiver) -> None:
     names(**{"many.example": ["127.0.0.3", "127.0.0.2"]})
     url = second.url.replace("127.0.0.2", "many.example")
     assert fetched(f"{url}/song.wav") == b"a song"
@@ -238,19 +238,19 @@ def test_where_one_address_does_not_answer_the_next_is_tried(names: Callable[...
 def test_a_redirect_to_this_machine_is_not_followed(there: str, second: Receiver) -> None:
     with Receiver() as hidden:
         second.files["/moved.wav"] = there.format(hidden.url.rpartition(":")[2])
-        with pytest.raises(InputError, match=f"{LOOPBACK}, where this server does not look"):
+        with pytest.raises(InputError, match=f"{LOOPBACK}, which this server does not download from"):
             fetched(f"{second.url}/moved.wav", Allowed())
         assert hidden.requests == []
     assert len(second.requests) == 1
 
 
-def test_a_redirect_back_into_the_open_is_followed(second: Receiver) -> None:
+def test_a_redirect_to_a_public_address_is_followed(second: Receiver) -> None:
     second.files["/moved.wav"] = "/song.wav"
     assert fetched(f"{second.url}/moved.wav", Allowed()) == b"a song"
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
-def test_over_tls_the_certificate_is_the_names_and_not_the_addresses(
+def test_the_tls_certificate_is_checked_against_the_name(
     names: Callable[..., list[str]], second: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -268,7 +268,7 @@ def test_over_tls_the_certificate_is_the_names_and_not_the_addresses(
         fetched(f"{url.replace('songs', 'other')}/song.wav", Allowed())
 
 
-def test_a_proxy_connects_for_names_that_only_it_knows_and_not_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_resolves_unknown_names_but_this_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with Receiver() as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
         proxy.files["http://songs.invalid/song.wav"] = b"a song"
@@ -279,10 +279,10 @@ def test_a_proxy_connects_for_names_that_only_it_knows_and_not_to_this_machine(m
         assert [request.path for request in proxy.requests] == ["http://songs.invalid/song.wav"]
 
 
-# How much and how long
+# Limits
 
 
-def test_a_circle_of_redirects_is_given_up_soon() -> None:
+def test_a_redirect_loop_ends_after_ten_redirects() -> None:
     with Receiver() as receiver:
         receiver.files["/song.wav"] = "/song.wav"
         with pytest.raises(InputError, match=r"redirected more than 10 times: give the file's own URL$"):
@@ -291,7 +291,7 @@ def test_a_circle_of_redirects_is_given_up_soon() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["ftp", "file", "gopher", "data"])
-def test_a_redirect_leads_to_no_other_scheme(scheme: str) -> None:
+def test_a_redirect_to_another_scheme_is_refused(scheme: str) -> None:
     with Receiver() as receiver:
         receiver.files["/song.wav"] = f"{scheme}://127.0.0.1/etc/passwd"
         with pytest.raises(InputError, match=r"could not be downloaded \(InvalidSchema\): check the URL"):
@@ -300,7 +300,7 @@ def test_a_redirect_leads_to_no_other_scheme(scheme: str) -> None:
 
 @contextmanager
 def raw_server(*parts: bytes, endless: bytes) -> Iterator[str]:
-    """Sends the parts to whoever connects, and then `endless` again and again for as long as that is taken."""
+    """Sends the parts to each client, then `endless` repeatedly until the client disconnects."""
     over = threading.Event()
 
     def answer(connection: socket.socket) -> None:
@@ -343,16 +343,14 @@ def raw_server(*parts: bytes, endless: bytes) -> Iterator[str]:
     ],
     ids=["head", "body", "body of known length", "chunks"],
 )
-def test_what_drips_is_given_up_when_the_time_is_over(
-    parts: list[bytes], endless: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_download_times_out(parts: list[bytes], endless: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "DOWNLOAD_SECONDS", 0.3)
     with raw_server(*parts, endless=endless) as url, pytest.raises(InputError) as caught:
         fetched(url)
     assert str(caught.value) == "'song.wav' could not be downloaded within 0.3 s: put it on a faster web server"
 
 
-def test_what_comes_with_a_redirect_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_body_of_a_redirect_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     with Receiver() as receiver:
         receiver.files["/song.wav"] = b"a song"
         head = f"HTTP/1.1 302 Found\r\nLocation: {receiver.url}/song.wav\r\n\r\n".encode()
@@ -360,7 +358,7 @@ def test_what_comes_with_a_redirect_is_not_read(monkeypatch: pytest.MonkeyPatch)
             assert fetched(url) == b"a song"
 
 
-def test_a_file_that_breaks_off_is_no_song() -> None:
+def test_a_download_that_breaks_off_is_an_error() -> None:
     class Short(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # http.server's name
             self.send_response(200)
@@ -369,7 +367,7 @@ def test_a_file_that_breaks_off_is_no_song() -> None:
             self.wfile.write(b"short")
 
         def log_message(self, format: str, *args: object) -> None:
-            """Keeps quiet."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Short) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()

@@ -1,4 +1,4 @@
-"""What a server tells a stranger of an error."""
+"""Clients see errors without paths on the server; its log has them in full."""
 
 import pytest
 
@@ -10,11 +10,11 @@ from separation.errors import (
     OutputError,
     SeparationError,
 )
-from separation.web.public import errors_without_paths
+from separation.web.errors import errors_without_paths
 
 
 @pytest.mark.parametrize("kind", [InputError, AudioError, EstimateError])
-def test_what_is_wrong_with_the_callers_own_song_is_told_as_it_is(
+def test_errors_about_the_clients_own_song_pass_unchanged(
     kind: type[SeparationError], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(kind) as caught, errors_without_paths():
@@ -32,7 +32,7 @@ def test_what_is_wrong_with_the_callers_own_song_is_told_as_it_is(
         (KeyError("/srv/secret"), SeparationError, "KeyError"),
     ],
 )
-def test_what_is_wrong_with_the_server_is_told_without_paths_and_in_full_to_its_operator(
+def test_errors_of_the_server_hide_paths_and_are_logged_in_full(
     error: Exception, kind: type[SeparationError], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SeparationError) as caught, errors_without_paths():
@@ -42,6 +42,6 @@ def test_what_is_wrong_with_the_server_is_told_without_paths_and_in_full_to_its_
     assert "/srv" in capfd.readouterr().err
 
 
-def test_the_reason_is_that_of_the_system_where_an_error_of_ours_has_one() -> None:
+def test_the_reason_is_the_operating_systems_if_it_caused_the_error() -> None:
     with pytest.raises(OutputError, match=r"\(No space left on device\)"), errors_without_paths():
         raise OutputError("cannot write to '/srv/stems'") from OSError(28, "No space left on device", "/srv/stems")
