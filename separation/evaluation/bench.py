@@ -1,8 +1,8 @@
-"""How long the program takes: the loaded models alone, and the cold start.
+"""Benchmarks: the speed of loaded models, and the cold start.
 
-The cold start is split from a fresh process's start to the first stem's file. The fresh process calls what the
-container calls when it starts and for its first song: `load_model` for each model, `Separator.separate` on a little
-noise, `Separator.separate_file`. Cog's own server is not in it.
+The cold start is the time from the start of a process to its first stem. The process makes the same calls as the
+container for its first song: `load_model` for each model, `Separator.warm_up`, `Separator.separate_file`. Cog's own
+server is not included.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, Self
@@ -43,12 +43,12 @@ from separation.models import SeparationModel
 from separation.system.places import PACKAGE, shipped
 
 SONG = shipped("weights") / "demo" / "song.flac"
-SONG_SECONDS = 4  # what of it is separated: one chunk of 8 s with its borders
-READS = 5  # of the files of weights; their median counts
-PRODUCTS = 5  # of each size, of which the fastest counts
-SHARE_OF_PRODUCTS = 0.9  # of the linear layers' operations: the sizes that make up so much stand for all
+SONG_SECONDS = 4  # for a cold start; with its borders, one chunk of 8 s
+READS = 5  # of the weight files; the median counts
+PRODUCTS = 5  # of each size; the fastest counts
+SHARE_OF_PRODUCTS = 0.9  # of the linear layers' operations; the largest sizes up to this share represent all
 
-# What the fresh process runs: its first act is to look at the clock, which has the same zero in every process.
+# Run by the fresh process. It reads the clock first. time.monotonic() has the same zero in all processes.
 _CODE = (
     "import time; here = time.monotonic(); from separation.evaluation.bench import _fresh_process; _fresh_process(here)"
 )
@@ -56,36 +56,36 @@ _CODE = (
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpeed:
-    """How fast loaded models separate a song in memory, and how well they do it in their precision."""
+    """How fast loaded models separate a song in memory, and how precisely."""
 
-    models: dict[str, str]  # name -> its attention backend
+    models: dict[str, str]  # name -> attention backend
     weights: Literal["own", "random"]
-    reason: str  # the device and the precision, and why
-    chunk_seconds: dict[str, float]  # a model may keep its own
-    overlap_seconds: dict[str, float]
+    reason: str  # the device and precision, and why they were chosen
+    chunk_seconds: dict[str, float]  # by model
+    overlap_seconds: dict[str, float]  # by model
     batch_size: int | Literal["auto"]
     audio_seconds: float
-    run_seconds: list[float]  # after the warm-up
+    run_seconds: list[float]  # of each run after the warm-up
     chunks: int  # in a run, of all models
-    operations: int  # floating point, in a run
-    ceiling: float  # floating point operations a second of the models' own products, alone
-    peak_bytes: int  # of memory, while running
-    model_bytes: int  # of memory, once loaded
-    sdr_db: dict[str, float]  # of a chunk, against the same model in plain float32
+    operations: int  # floating point operations in a run
+    ceiling: float  # operations per second of the models' matrix products on their own
+    peak_bytes: int  # of memory during the runs
+    model_bytes: int  # of memory after loading
+    sdr_db: dict[str, float]  # by model: a chunk compared with plain float32
 
     @property
     def median_seconds(self) -> float:
-        """Of the runs."""
+        """The median of the runs."""
         return statistics.median(self.run_seconds)
 
     @property
     def times_realtime(self) -> float:
-        """Seconds of the song separated in a second."""
+        """Seconds of music per second of computing."""
         return self.audio_seconds / self.median_seconds
 
     @property
     def ceiling_share(self) -> float:
-        """The speed in operations a second as a share of the ceiling."""
+        """The share of the ceiling that the runs reach."""
         return self.operations / self.median_seconds / self.ceiling
 
     def as_json(self) -> str:
@@ -126,9 +126,9 @@ class EngineSpeed:
             "runs": f"{', '.join(f'{seconds:.2f}' for seconds in self.run_seconds)} s for {self.audio_seconds:g} s of "
             f"music: mean {statistics.mean(self.run_seconds):.2f} s, median {self.median_seconds:.2f} s",
             "times real-time": f"{self.times_realtime:.2f}",
-            "seconds a chunk": f"{self.median_seconds / self.chunks:.3f} ({self.chunks} chunks, "
+            "s per chunk": f"{self.median_seconds / self.chunks:.3f} ({self.chunks} chunks, "
             f"{self.operations / self.chunks / 1e12:.3g} TFLOP each)",
-            "of the ceiling": f"{self.ceiling_share:.0%} (the linear layers' own products, alone: "
+            "of the ceiling": f"{self.ceiling_share:.0%} (the linear layers' products alone: "
             f"{self.ceiling / 1e9:.0f} GFLOP/s)",
             "peak memory": f"{self.peak_bytes >> 20} MiB, {(self.peak_bytes - self.model_bytes) >> 20} above the "
             "loaded models",
@@ -160,59 +160,33 @@ def engine_speed(
     if random and selection.model_path is not None:
         raise InputError(f"random weights and those in {selection.model_path} exclude each other: leave one out")
     choice = choose(options.device, options.precision)
-    floats = floats_of(choice.precision, choice.device)
-    wanted = selection.models()
     with contextlib.ExitStack() as stack:
-        paths = dict.fromkeys(wanted, selection.model_path)
+        wanted = selection.models()
+        weights = dict.fromkeys(wanted, selection.model_path)
         if random:
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-            for number, name in enumerate(wanted):
-                paths[name] = path = folder / f"{number}.safetensors"
-                save_file(random_weights(name), path)
-
-        def load(name: str, precision: torch.dtype, attention: str) -> SeparationModel:
-            return load_model(
-                name,
-                checkpoint=paths[name],
-                stems=wanted[name],
-                device=choice.device,
-                precision=precision,
-                attention=attention,
-            )
-
-        models = {name: load(name, choice.precision, options.attention) for name in wanted}
-        separator = _separator(
-            models,
-            selection,
-            EngineOptions(
-                batch_size=options.batch_size,
-                chunk_seconds=options.chunk_seconds,
-                overlap_seconds=options.overlap_seconds,
-            ),
-        )
+            weights = _write_random_weights(list(wanted), Path(stack.enter_context(TemporaryDirectory())))
+        loader = _Loader(wanted, weights, choice.device)
+        models = {name: loader.load(name, choice.precision, options.attention) for name in wanted}
+        chunked = replace(options, device="auto", precision="auto", attention="auto")  # the models decide these
+        separator = _separator(models, selection, chunked)
         mixture = _song(seconds)
         gc.collect()
         model_bytes = _memory_bytes(choice.device)[0]
-        _forget_peak(choice.device)
+        _reset_peak_memory(choice.device)
         separator.separate(mixture)
-        timed = [_seconds(lambda: separator.separate(mixture)) for _ in range(runs)]
+        run_seconds = [_seconds(lambda: separator.separate(mixture)) for _ in range(runs)]
         peak_bytes = _memory_bytes(choice.device)[1]
 
-        total_chunks, operations, floor_seconds = 0, 0, 0.0
-        scores: dict[str, float] = {}
+        floats = floats_of(choice.precision, choice.device)
+        costs: dict[str, _Cost] = {}
         for name, model in models.items():
             plan = separator.plans[model.name]
             chunk = _song(-(-plan.chunk_samples // SAMPLE_RATE))[None, : model.channels, : plan.chunk_samples]
-            chunk = chunk.to(choice.device)
-            with torch.inference_mode():
-                estimates = model(chunk)
-            reference, flops, products = _reference(load(name, torch.float32, "itemwise"), chunk)
-            scores[model.name] = sdr(reference[0].flatten(0, 1), estimates[0].flatten(0, 1).cpu())
-            times = sum(run.model == model.name for run in separator.recipe.runs)
-            chunks = times * len(plan.starts(mixture.shape[1]))
-            total_chunks += chunks
-            operations += chunks * flops
-            floor_seconds += chunks * flops / _ceiling(products, floats, choice.device)
+            model_runs = sum(run.model == model.name for run in separator.recipe.runs)
+            n_chunks = model_runs * len(plan.starts(mixture.shape[1]))
+            reference = loader.load(name, torch.float32, "itemwise")
+            costs[model.name] = _cost(model, reference, chunk.to(choice.device), n_chunks, floats)
+    operations = sum(cost.operations for cost in costs.values())
     return EngineSpeed(
         models={model.name: model.attention or "its own" for model in models.values()},
         weights="random" if random else "own",
@@ -221,14 +195,67 @@ def engine_speed(
         overlap_seconds={name: plan.overlap_samples / SAMPLE_RATE for name, plan in separator.plans.items()},
         batch_size=separator.fixed_batch_size or "auto",
         audio_seconds=seconds,
-        run_seconds=timed,
-        chunks=total_chunks,
+        run_seconds=run_seconds,
+        chunks=sum(cost.chunks for cost in costs.values()),
         operations=operations,
-        ceiling=operations / floor_seconds,
+        ceiling=operations / sum(cost.ceiling_seconds for cost in costs.values()),
         peak_bytes=peak_bytes,
         model_bytes=model_bytes,
-        sdr_db=scores,
+        sdr_db={name: cost.sdr_db for name, cost in costs.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Loads models by name."""
+
+    stems: Mapping[str, tuple[str, ...] | None]  # by model; None stands for all
+    weights: Mapping[str, Path | None]  # by model; None stands for its own
+    device: torch.device
+
+    def load(self, name: str, precision: torch.dtype, attention: str) -> SeparationModel:
+        return load_model(
+            name,
+            checkpoint=self.weights[name],
+            stems=self.stems[name],
+            device=self.device,
+            precision=precision,
+            attention=attention,
+        )
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a model does in a run."""
+
+    chunks: int
+    operations: int  # floating point operations
+    ceiling_seconds: float  # the time that the operations would take at the speed of the matrix products alone
+    sdr_db: float  # of the estimates of a chunk, compared with the reference's
+
+
+def _cost(
+    model: SeparationModel, reference: SeparationModel, chunk: Tensor, n_chunks: int, floats: torch.dtype
+) -> _Cost:
+    """The cost of `n_chunks` chunks like this one, `[1, C, T]`. `reference` is the same model in plain float32."""
+    with torch.inference_mode():
+        estimates = model(chunk)
+    expected, operations, products = _reference(reference, chunk)
+    return _Cost(
+        chunks=n_chunks,
+        operations=n_chunks * operations,
+        ceiling_seconds=n_chunks * operations / _ceiling(products, floats, chunk.device),
+        sdr_db=sdr(expected[0].flatten(0, 1), estimates[0].flatten(0, 1).cpu()),
+    )
+
+
+def _write_random_weights(names: Sequence[str], folder: Path) -> dict[str, Path | None]:
+    paths: dict[str, Path | None] = {}
+    for number, name in enumerate(names):
+        path = folder / f"{number}.safetensors"
+        save_file(random_weights(name), path)
+        paths[name] = path
+    return paths
 
 
 def _separator(
@@ -242,7 +269,7 @@ def _separator(
 
 
 def _song(seconds: int) -> Tensor:
-    """So much of the demo song, repeated where it is too short, `[2, T]`."""
+    """The first seconds of the demo song, which repeats if it is too short, `[2, T]`."""
     samples, _ = soundfile.read(SONG, dtype="float32")
     return torch.from_numpy(np.resize(samples, (seconds * SAMPLE_RATE, 2)).T.copy())
 
@@ -255,8 +282,11 @@ def _seconds(job: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def _reference(model: SeparationModel, chunk: Tensor) -> tuple[Tensor, int, Mapping[tuple[int, int, int], int]]:
-    """The estimates of a chunk `[1, C, T]`, on the CPU; the floating point operations of matrix products, attention and
-    convolutions that they take; and the linear layers' products by (rows, columns in, columns out)."""
+    """Run a model on a chunk `[1, C, T]` and count its work.
+
+    Returns the estimates `[1, S, C, T]` on the CPU, the number of floating point operations in matrix products,
+    attention and convolutions, and how often each product of a linear layer occurs, by (rows, columns in, columns out).
+    """
     products: Counter[tuple[int, int, int]] = Counter()
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
@@ -272,7 +302,7 @@ def _reference(model: SeparationModel, chunk: Tensor) -> tuple[Tensor, int, Mapp
 
 
 def _ceiling(products: Mapping[tuple[int, int, int], int], precision: torch.dtype, device: torch.device) -> float:
-    """Operations a second of these products of `nn.functional.linear`, one after the other: the best of several."""
+    """Operations per second of these products of `nn.functional.linear`, one after another; the best of several."""
     flops = {size: 2 * size[0] * size[1] * size[2] * count for size, count in products.items()}
     counted = seconds = 0.0
     for size in sorted(flops, key=lambda size: flops[size], reverse=True):
@@ -294,7 +324,10 @@ def _ceiling(products: Mapping[tuple[int, int, int], int], precision: torch.dtyp
 
 
 def _memory_bytes(device: torch.device) -> tuple[int, int]:
-    """What is in use and the most that was, since `_forget_peak`: tensors on a CUDA GPU, else all of the process."""
+    """Memory in use now, and the peak since `_reset_peak_memory`.
+
+    On a CUDA GPU, tensors count; elsewhere the whole process.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), peak_memory_bytes(device)
     if sys.platform != "linux":
@@ -304,22 +337,22 @@ def _memory_bytes(device: torch.device) -> tuple[int, int]:
     return now, peak
 
 
-def _forget_peak(device: torch.device) -> None:
+def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        with contextlib.suppress(OSError):  # some sandboxes have no such file: loading then counts too
+        with contextlib.suppress(OSError):  # missing in some sandboxes; the peak then includes loading
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColdStart:
-    """A cold start, in seconds."""
+    """How long a cold start takes."""
 
-    stages: dict[str, float]  # seconds from one stage's end to the next one's, in order; none is left out
-    weight_bytes: int  # of the files of weights
-    plain_read: float  # seconds that reading these bytes takes, as they lie in the page cache
-    reason: str  # the device and the precision, and why
+    stages: dict[str, float]  # seconds of each stage, in order and without gaps
+    weight_bytes: int
+    plain_read: float  # seconds to read the weight files from the page cache
+    reason: str  # the device and precision, and why they were chosen
 
     def as_json(self) -> str:
         """One JSON object."""
@@ -343,7 +376,7 @@ class ColdStart:
                 *lines,
                 f"{'first stem by':14} {total:8.2f}",
                 "",
-                f"{self.weight_bytes / 1e6:.1f} MB of weights, in the page cache: just reading the files takes "
+                f"{self.weight_bytes / 1e6:.1f} MB of weights in the page cache: a plain read takes "
                 f"{self.plain_read:.3f} s, read weights {self.stages['read weights'] / self.plain_read:.2f} times that",
                 self.reason,
             ]
@@ -432,7 +465,7 @@ def _read_seconds(paths: list[Path]) -> float:
 
 
 def _fresh_process(here: float) -> None:
-    """What the process that `cold_start` starts does; `here` is the clock at its first statement. Prints JSON."""
+    """Run a cold start's process and print its stages as JSON. `here` is the clock at its first statement."""
     stages: dict[str, float] = {}
     job = _Job.from_json(sys.argv[1])
     last = job.started
@@ -447,8 +480,8 @@ def _fresh_process(here: float) -> None:
     lap("imports")
     try:
         choice = choose(job.device, job.precision)
-        lap("to device")  # a GPU is initialised when it is first asked for
-        attention = "auto" if choice.device.type == "cpu" else "sdpa"  # layers fused for the CPU cannot leave it
+        lap("to device")  # a GPU is initialised on first use
+        attention = "auto" if choice.device.type == "cpu" else "sdpa"  # fused layers cannot move
         models = {
             name: load_model(
                 name,

@@ -1,5 +1,4 @@
-"""The loaded models' speed is worked out of what was counted and timed; the cold start is measured in a process of its
-own, whole, and split without a gap."""
+"""The engine's figures are consistent, and the stages of a cold start cover it without gaps."""
 
 import json
 import statistics
@@ -24,7 +23,7 @@ STAGES = ["interpreter", "imports", "read weights", "to device", "warm-up", "fir
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More only wait for each other where tests run side by side."""
+    """Several threads would only wait for each other while tests run in parallel."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -33,13 +32,13 @@ def bench(*options: str) -> int:
 
 
 def engine(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
-    """What `bench --json` says of the loaded models."""
+    """The output of `bench --json`."""
     assert main(["bench", "--device", "cpu", "--seconds", "5", "--json", *options]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.slow
-def test_the_engines_figures_fit_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_engines_figures_are_consistent(capsys: pytest.CaptureFixture[str]) -> None:
     chunks = ("--chunk-size", "4", "--overlap", "1")
     found = engine(capsys, "--recipe", "demo", "--stems", "all_4", "--precision", "fp32", *chunks)
     assert found["models"] == {"demo": "sdpa"} and found["weights"] == "own"
@@ -52,14 +51,14 @@ def test_the_engines_figures_fit_each_other(capsys: pytest.CaptureFixture[str]) 
     assert found["seconds_per_chunk"] == pytest.approx(found["median_seconds"] / 2, rel=0.01)
     speed = found["gflop"] / found["median_seconds"]
     assert found["ceiling_share"] == pytest.approx(speed / found["ceiling_gflop_per_second"], rel=0.02, abs=1e-3)
-    # 0 after tests in this process that needed more, and whose memory is taken again.
+    # 0 if earlier tests in this process needed more memory, which is reused.
     assert 0 <= found["memory_above_model_mib"] < found["peak_memory_mib"]
     assert found["sdr_db"]["demo"] > 90  # float32 against float32, by another attention
     assert "device cpu (asked for), precision fp32" in found["device"]
 
 
 @pytest.mark.slow
-def test_attention_batch_and_precision_are_those_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_attention_batch_size_and_precision_are_those_requested(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--precision", "bf16", "--attention", "einsum", "--batch-size", "2")
     found = engine(capsys, "--recipe", "demo", "--chunk-size", "4", "--overlap", "1", "--runs", "1", *options)
     assert found["models"] == {"demo": "einsum"} and found["batch_size"] == 2
@@ -67,7 +66,7 @@ def test_attention_batch_and_precision_are_those_asked_for(capsys: pytest.Captur
     assert "precision bf16" in found["device"]
 
 
-def test_a_model_without_a_checkpoint_is_measured_with_random_weights_and_shown_as_lines(
+def test_a_model_without_a_checkpoint_is_measured_with_random_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"freqs_per_bands": [25] * 41, "stft_n_fft": 2048, "stft_win_length": 2048, "stft_hop_length": 1024}
@@ -81,7 +80,7 @@ def test_a_model_without_a_checkpoint_is_measured_with_random_weights_and_shown_
         "chunks",
         "runs",
         "times real-time",
-        "seconds a chunk",
+        "s per chunk",
         "of the ceiling",
         "peak memory",
         "SDR to float32",
@@ -93,23 +92,23 @@ def test_a_model_without_a_checkpoint_is_measured_with_random_weights_and_shown_
     )
 
 
-def test_the_operations_are_those_of_the_products_and_of_attention() -> None:
+def test_the_operations_counted_are_those_of_products_and_attention() -> None:
     model = small_model()
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = itemwise_attention  # of SDPA on the CPU, PyTorch counts nothing
+            module.attend = itemwise_attention  # PyTorch does not count SDPA on the CPU
     _, operations, products = bench_module._reference(model, chunks(1024))
     frames, bands, stems, dim, heads, dim_head, width = 1024 // 16 + 1, 11, 2, 16, 2, 8, 12
     inner = heads * dim_head
     layer = dim * 3 * inner + dim * heads + inner * dim + 2 * dim * 4 * dim
-    linear = 2 * frames * bands * layer  # along time and along bands
+    linear = 2 * frames * bands * layer  # over time and over bands
     linear += frames * bands * (width * dim + stems * (dim * 4 * dim + 4 * dim * 2 * width))
     assert sum(rows * size_in * size_out * count for (rows, size_in, size_out), count in products.items()) == linear
     attention = heads * 2 * dim_head * (bands * frames**2 + frames * bands**2)
     assert operations == 2 * (linear + attention)
 
 
-def test_the_ceiling_is_that_of_the_largest_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ceiling_is_measured_on_the_largest_products(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[int, ...]] = set()
 
     def linear(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -119,18 +118,18 @@ def test_the_ceiling_is_that_of_the_largest_products(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nn.functional, "linear", linear)
     products = {(100, 64, 64): 10, (100, 64, 32): 10, (10, 8, 8): 20}
     assert bench_module._ceiling(products, torch.bfloat16, torch.device("cpu")) > 0
-    assert seen == {(100, 64, 64), (100, 64, 32)}  # the last is less than a tenth
+    assert seen == {(100, 64, 64), (100, 64, 32)}  # the third is less than a tenth of all
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot forget its peak")
-def test_the_peak_of_memory_is_that_since_it_was_forgotten() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak of a process")
+def test_the_peak_of_memory_counts_from_its_last_reset() -> None:
     device, mib = torch.device("cpu"), 2**20
-    bench_module._forget_peak(device)
+    bench_module._reset_peak_memory(device)
     large = torch.ones(100, mib)  # 400 MiB
     del large
     now, peak = bench_module._memory_bytes(device)
     assert peak - now > 350 * mib
-    bench_module._forget_peak(device)
+    bench_module._reset_peak_memory(device)
     now, peak = bench_module._memory_bytes(device)
     assert 0 <= peak - now < 50 * mib
 
@@ -146,7 +145,7 @@ def test_the_peak_of_memory_is_that_since_it_was_forgotten() -> None:
         (("--cold-start", "--attention", "einsum"), "--cold-start does not take --attention"),
     ],
 )
-def test_a_measurement_that_cannot_be_is_one_line(
+def test_an_impossible_benchmark_is_a_one_line_error(
     options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = [] if "--model-name" in options else ["--recipe", "demo"]
@@ -157,7 +156,7 @@ def test_a_measurement_that_cannot_be_is_one_line(
 
 
 @pytest.mark.slow
-def test_the_stages_of_a_cold_start_add_up_to_less_than_the_whole_measurement(
+def test_the_stages_of_a_cold_start_add_up_to_less_than_the_whole_command(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     started = time.monotonic()
@@ -175,9 +174,7 @@ def test_the_stages_of_a_cold_start_add_up_to_less_than_the_whole_measurement(
 
 
 @pytest.mark.slow
-def test_a_model_and_weights_of_ones_own_are_measured_and_shown_as_a_table(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cold_start_with_other_weights_is_shown_as_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     weights = tmp_path / "own.safetensors"
     weights.symlink_to(PROJECT / "weights" / "demo" / "demo.safetensors")
     assert bench("--model-name", "demo", "--model-path", str(weights)) == 0
@@ -194,10 +191,10 @@ def test_a_model_and_weights_of_ones_own_are_measured_and_shown_as_a_table(
         (("--model-name", "demo", "--model-path", "nothing.ckpt"), "there is no file 'nothing.ckpt'"),
         (("--model-name", "nonsense"), "unknown model 'nonsense'"),
         (("--recipe", "nonsense"), "unknown recipe 'nonsense'"),
-        slow((("--recipe", "demo", "--device", "abacus"), "unknown device 'abacus'")),  # said by the fresh process
+        slow((("--recipe", "demo", "--device", "abacus"), "unknown device 'abacus'")),  # raised in the fresh process
     ],
 )
-def test_a_cold_start_that_cannot_be_is_one_line(
+def test_an_impossible_cold_start_is_a_one_line_error(
     options: tuple[str, ...], words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert bench(*options) == 2
