@@ -27,7 +27,7 @@ from separation.web.limits import max_mib, max_seconds
 from separation.web.remote import BLOCK_BYTES, Allowed, download
 
 
-class Predictor(BasePredictor):
+class Predictor(BasePredictor):  # type: ignore[misc]  # cog has no types
     def setup(self) -> None:
         """Load and warm up the models of vocals_instrumental and all_4. Other stems load theirs on first use."""
         self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"

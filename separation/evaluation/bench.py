@@ -39,7 +39,7 @@ from separation.engine.selection import Selection
 from separation.engine.separator import Separator
 from separation.errors import CheckpointError, InputError, SeparationError
 from separation.evaluation.metrics import sdr
-from separation.models import SeparationModel
+from separation.models.base import SeparationModel
 from separation.system.places import PACKAGE, shipped
 
 SONG = shipped("weights") / "demo" / "song.flac"
