@@ -306,7 +306,9 @@ def assert_operator_reads(sentence: str, server: HostileServer) -> None:
 SERVER_FAILED = "Error: the server failed ({}): try again, or ask its operator to read the log"
 
 
-@pytest.mark.parametrize("limit, where", [(2**15, "[Errno 27] File too large"), (2**18, "cannot write to '{temporary}/stems-")])
+@pytest.mark.parametrize(
+    "limit, where", [(2**15, "[Errno 27] File too large"), (2**18, "cannot write to '{temporary}/stems-")]
+)
 def test_a_disk_that_takes_no_more_is_told_without_its_paths_which_are_in_the_servers_log(
     limit: int, where: str, server: HostileServer
 ) -> None:
