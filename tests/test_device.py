@@ -24,12 +24,12 @@ def test_auto_is_a_device_that_is_there_with_a_reason() -> None:
 def test_what_is_asked_for_is_taken() -> None:
     choice = device.choose("cpu", "fp32")
     assert (choice.device.type, choice.precision) == ("cpu", torch.float32)
-    assert choice.reason == "device cpu (asked for), precision fp32 where a model can (asked for)"
+    assert choice.reason == "device cpu (requested), precision fp32 where a model supports it (requested)"
 
 
 def test_a_gpu_computes_in_float16_with_a_reason() -> None:
     assert device.choose_precision("auto", torch.device("cuda")) == torch.float16
-    assert "nearer to float32" in device._precision("auto", torch.device("cuda"))[1]
+    assert "closer to float32" in device._precision("auto", torch.device("cuda"))[1]
 
 
 @pytest.mark.parametrize("instructions, dtype", [("avx512_bf16", torch.bfloat16), ("", torch.float32)])
@@ -50,7 +50,7 @@ def test_an_unknown_device_is_an_error(name: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is there")
 def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(InputError, match="PyTorch sees no CUDA GPU; use --device cpu or auto"):
+    with pytest.raises(InputError, match="PyTorch sees no CUDA GPU: use --device cpu or auto"):
         device.choose("cuda")
 
 
@@ -83,7 +83,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error_with_its_driver_and_what_to_d
     if driver == "unknown":
         nvidia.unlink()
     words = (
-        f"an NVIDIA GPU is there, with driver {driver}, but PyTorch, which is built for CUDA 13.0, cannot use it "
+        f"PyTorch, which is built for CUDA 13.0, cannot use this machine's NVIDIA GPU with driver {driver} "
         "(The NVIDIA driver on your system is too old (found version 11040). Please update): update the driver, or use "
         "--device cpu"
     )
@@ -192,7 +192,7 @@ def test_what_rounding_depends_on_of_a_gpu_is_its_name_and_memory(monkeypatch: p
 
 def test_int8_is_for_a_cpu() -> None:
     assert device.choose("cpu", "int8").precision == torch.int8
-    with pytest.raises(InputError, match="precision 'int8' is for a CPU, and the device is mps: use auto"):
+    with pytest.raises(InputError, match="precision 'int8' is for CPUs, and the device is mps: use auto"):
         device.choose_precision("int8", torch.device("mps"))
 
 
@@ -229,7 +229,7 @@ def test_a_measurement_that_another_thread_disturbs_is_made_again(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: in_use[0] + 700)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: None)
     needed = device.needed_memory_bytes(run, torch.device("cuda"))
-    assert len(runs) == min(disturbed + 1, device.MEASUREMENTS)
+    assert len(runs) == min(disturbed + 1, device.MOST_MEASUREMENTS)
     assert needed == 700 + 50 * (disturbed == 99)
 
 

@@ -73,8 +73,8 @@ def test_every_floor_is_there_and_every_module_has_one() -> None:
     [
         ("cog", "predict"),
         ("requests", "separation.web.remote"),
-        ("demucs", "separation.models.htdemucs"),
-        ("diffq", "separation.models.htdemucs"),
+        ("demucs", "separation.models.demucs_networks"),
+        ("diffq", "separation.models.demucs_networks"),
         ("librosa", "separation.models.mel_band_roformer"),
         ("rotary_embedding_torch", "separation.models.layers"),
         ("ray", "separation.batch.cluster"),

@@ -30,7 +30,7 @@ from separation.checkpoints.unwrap import state_dict_in
 from separation.documents import DocumentError, escaped, first_line, quoted, read_json, read_safetensors_header
 from separation.errors import CheckpointError, EstimateError
 from separation.models.base import Blueprint
-from separation.models.htdemucs import dequantised, description_of, network_of
+from separation.models.demucs_networks import dequantised, description_of, network_of
 from separation.models.limits import Uninitialised
 from separation.system.memory import enough_memory
 from separation.system.places import size_bytes

@@ -703,11 +703,11 @@ def _compile(options: argparse.Namespace) -> int:
     from separation.checkpoints.build import model_for_gpu
 
     try:
-        from separation.models.kernels.ahead import compile_for
+        from separation.models.kernels.compile_ahead import compile_kernels
     except ImportError as e:
         raise InputError(f"Triton cannot be imported ({e}): install PyTorch for CUDA") from e
     models = [model_for_gpu(name, torch.float16) for name in options.names]
-    _say(f"{options.output}: {compile_for(models, options.gpu, options.output)} kernels compiled")
+    _say(f"{options.output}: {compile_kernels(models, options.gpu, options.output)} kernels compiled")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Model definitions. To add an architecture: one file here and one line below."""
+"""Model definitions. To add an architecture, add a file here and a line below."""
 
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer
@@ -6,6 +6,8 @@ from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
 from separation.models.mdx23c import MDX23C
 from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.scnet import SCNet
+
+__all__ = ["ARCHITECTURES", "SeparationModel"]
 
 ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "bs_roformer": BSRoFormer,

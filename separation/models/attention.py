@@ -1,8 +1,7 @@
-"""Attention backends, and which one to use: chosen once for a device and a precision, with the reason.
+"""Attention backends, and the choice of one for a device and a precision, with the reason.
 
-A backend is `(q, k, v) -> out` over `[B, heads, tokens, dim_head]`, without mask or dropout. Where one of `LAYERS` is
-chosen, a RoFormer replaces whole layers (kernels/fused.py, kernels/roformer_gpu.py) and only other models use it as a
-backend.
+A backend is a function `(q, k, v) -> out` of `[B, heads, tokens, dim_head]`, without mask or dropout. If the choice is
+one of `LAYERS`, a RoFormer replaces whole layers instead (kernels/fused.py, kernels/roformer_gpu.py).
 """
 
 import ctypes
@@ -10,6 +9,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,15 @@ from torch.nn.attention import SDPBackend
 
 from separation.errors import InputError
 from separation.models.kernels.native import PANEL, NotFusedError, library
-from separation.models.kernels.operations import triton_fault
+from separation.models.kernels.registry import triton_fault
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-CACHED_BYTES = 2**24  # of scores that a CPU's caches hold
+CACHED_BYTES = 2**24  # scores of this size fit into a CPU's caches
 
 
 def einsum_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition, softmax(q k^T / sqrt(dim_head)) v, in plain operations: the reference for the others."""
+    """softmax(q k^T / sqrt(dim_head)) v in plain operations: the reference for the other backends."""
     return _weighted(torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5, v)
 
 
@@ -35,23 +35,24 @@ def _weighted(scores: Tensor, v: Tensor) -> Tensor:
 
 
 def itemwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition over a few items or, of long sequences, a few queries at a time: scores stay in the cache."""
-    q = q * q.shape[-1] ** -0.5  # in place of the scores, of which there are far more
-    scores_bytes = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()  # of an item
+    """The same for a few batch items at once, or a few queries of long sequences, so that scores stay in the cache."""
+    q = q * q.shape[-1] ** -0.5  # cheaper than scaling the scores, which are far larger
+    scores_bytes = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()  # per item
     if scores_bytes <= CACHED_BYTES:
         items = CACHED_BYTES // scores_bytes
-        return _joined(zip(q.split(items), k.split(items), v.split(items), strict=True), 0)
+        return _part_by_part(zip(q.split(items), k.split(items), v.split(items), strict=True), 0)
     queries = max(1, CACHED_BYTES // 4 * q.shape[2] // scores_bytes)
     each = zip(q.split(1), k.contiguous().split(1), v.contiguous().split(1), strict=True)
-    return torch.cat([_joined(((part, k, v) for part in q.split(queries, 2)), 2) for q, k, v in each])
+    return torch.cat([_part_by_part(((part, k, v) for part in q.split(queries, 2)), 2) for q, k, v in each])
 
 
-def _joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]], dim: int) -> Tensor:
+def _part_by_part(parts: Iterable[tuple[Tensor, Tensor, Tensor]], dim: int) -> Tensor:
+    """Attention of each part, where q is already scaled, concatenated along `dim`."""
     return torch.cat([_weighted(torch.einsum("bhid,bhjd->bhij", q, k), v) for q, k, v in parts], dim)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """fused.cpp's kernel, for bfloat16 on the CPU and a multiple of 32 for `dim_head`; scores never leave the cache."""
+    """fused.cpp's kernel, for bfloat16 on the CPU. A `dim_head` that is no multiple of 32 falls back to `itemwise`."""
     batch, heads, queries, size = q.shape
     if size % PANEL:
         return itemwise_attention(q, k, v)
@@ -67,22 +68,25 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _has_rows(x: Tensor) -> bool:
-    """Whether `[B, heads, tokens, dim_head]` has all heads of a token side by side."""
+    """Whether all heads of a token of `[B, heads, tokens, dim_head]` are contiguous in memory."""
     return x.stride(3) == 1 and x.stride(1) == x.shape[3]
 
 
 def _in_rows(x: Tensor) -> Tensor:
+    """A copy for which `_has_rows` is true."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's fused kernel; it picks flash, memory-efficient or plain attention by device and dtype."""
+    """PyTorch's fused attention. PyTorch chooses a flash, memory-efficient or plain kernel by device and dtype."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The sageattention package's kernel: int8 scores, on CUDA GPUs (Zhang et al. 2024, arXiv:2410.02367)."""
-    return importlib.import_module("sageattention").sageattn(q, k, v, tensor_layout="HND", is_causal=False)
+    """The sageattention package's kernel with int8 scores, for CUDA GPUs (Zhang et al. 2024, arXiv:2410.02367)."""
+    package: Any = importlib.import_module("sageattention")
+    out: Tensor = package.sageattn(q, k, v, tensor_layout="HND", is_causal=False)
+    return out
 
 
 BACKENDS: dict[str, AttentionBackend] = {
@@ -99,38 +103,38 @@ LAYERS = ("fused", "triton")
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """A backend's name, and why."""
+    """A backend's name and the reason for choosing it."""
 
     name: str
     reason: str
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_size: int = 64) -> AttentionChoice:
-    """Resolve a name of `NAMES`; `auto` is what SEPARATION_ATTENTION says, else the fastest that works here.
+    """Resolve one of `NAMES` for heads of `head_size` features on a device and in a precision.
 
-    Here means on this device, in this precision and for heads of so many features.
-    Raises InputError for an unknown name, and for one asked for that does not work here.
+    `auto` means the backend that SEPARATION_ATTENTION names, else the fastest that works.
+    Raises InputError if the name is unknown, or if it is not `auto` and that backend does not work.
     """
-    asked_by = "asked for"
+    requested_by = "requested"
     if name == "auto" and os.environ.get("SEPARATION_ATTENTION"):
-        name, asked_by = os.environ["SEPARATION_ATTENTION"], "SEPARATION_ATTENTION asks for it"
+        name, requested_by = os.environ["SEPARATION_ATTENTION"], "requested by SEPARATION_ATTENTION"
     if name not in NAMES:
         raise InputError(f"unknown attention backend {name!r}: use {', '.join(NAMES)}")
     if name != "auto":
         if fault := _fault(name, device, dtype, head_size):
             raise InputError(f"attention backend {name!r} does not work here ({fault}): use auto")
-        return AttentionChoice(name, asked_by + _kernel(name, device, dtype, head_size))
+        return AttentionChoice(name, requested_by + _kernel(name, device, dtype, head_size))
     faults: list[str] = []
-    for candidate in _chain(device, dtype):
+    for candidate in _candidates(device, dtype):
         if not (fault := _fault(candidate, device, dtype, head_size)):
             reason = "; ".join([*faults, "the fastest that works here"])
             return AttentionChoice(candidate, reason + _kernel(candidate, device, dtype, head_size))
         faults.append(f"not {candidate}: {fault}")
-    raise InputError(f"no attention backend works on {device}: {'; '.join(faults)}")
+    raise InputError(f"no attention backend works on {device} ({'; '.join(faults)}): use another device")
 
 
-def _chain(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends from the fastest to the plainest."""
+def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that `auto` tries, the fastest first."""
     if device.type == "cuda":
         return ("triton", "sdpa", "einsum") if dtype != torch.float32 else ("sdpa", "einsum")
     if device.type == "cpu" and dtype == torch.bfloat16:
@@ -139,38 +143,34 @@ def _chain(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _kernel(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """Which of its kernels PyTorch takes here, as the end of a reason: ", by its flash kernel"; else nothing."""
+    """The end of a reason that names the kernel PyTorch chooses, such as ", with PyTorch's flash kernel"."""
     if name not in ("sdpa", "triton") or device.type not in ("cpu", "cuda"):
         return ""
     qkv = torch.zeros(1, 1, 48, head_size, device=device, dtype=dtype)
     kernel = SDPBackend(torch._fused_sdp_choice(qkv, qkv, qkv)).name.split("_")[0].lower()
-    return f", by its {kernel} kernel"
+    return f", with PyTorch's {kernel} kernel"
 
 
 def _fault(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """Why a backend does not work here, empty if it does: it is tried on a little."""
+    """Why a backend does not work, or an empty string if it does. Runs it on a small input."""
     if name == "fused":
         if device.type != "cpu" or dtype != torch.bfloat16:
-            return "it is for the CPU in bf16"
+            return "it is for CPUs in bf16"
         try:
             library()
         except NotFusedError as e:
             return str(e)
         return ""
-    if name == "triton" and (fault := _triton_fault(device, dtype)):
-        return fault
+    if name == "triton":
+        if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+            return "it is for CUDA GPUs in fp16 and bf16"
+        if fault := triton_fault(device):
+            return fault
     q, k, v = torch.randn(3, 2, 2, 48, head_size, generator=torch.Generator().manual_seed(0))
     expected = einsum_attention(q, k, v)
     try:
         got = BACKENDS[name](*(tensor.to(device, dtype) for tensor in (q, k, v))).to("cpu", torch.float32)
-    except Exception as e:  # whatever a missing package or a kernel that this GPU does not have raises
+    except Exception as e:  # a missing package or an unsupported GPU can raise anything
         return (str(e).strip().splitlines() or [type(e).__name__])[0]
     error = float((got - expected).norm() / expected.norm())
-    return "" if error < 0.05 else f"it is wrong by {error:.0%}"
-
-
-def _triton_fault(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the layers of Triton kernels cannot be had here, empty if they can."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return "it is for CUDA GPUs in fp16 and bf16"
-    return triton_fault(device)
+    return "" if error < 0.05 else f"its result is wrong by {error:.0%}"

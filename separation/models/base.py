@@ -1,4 +1,4 @@
-"""What every architecture has in common."""
+"""The interface and the common code of all architectures."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from separation.errors import InputError
 from separation.models.shapes import Shapes
-from separation.models.stft import Window
+from separation.models.stft import Stft, Window
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a file of weights may say of its network, as those of the demucs package do: the class and its arguments."""
+    """A file's own description of its network, as the demucs package stores it: the class and its arguments."""
 
-    class_name: str  # demucs.hdemucs.HDemucs
+    class_name: str  # such as demucs.hdemucs.HDemucs
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """A model's name, and the audio that it was trained on."""
+    """A model's name, its stems, and the audio on which it was trained."""
 
     name: str
     stems: tuple[str, ...]  # S names, in the order of the estimates
@@ -45,15 +45,15 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """The STFT before a model's `core` and the inverse behind it, for chunks of one length; counts are of samples.
+    """The STFT before a model's `core` and its inverse after it, for chunks of one length. Counts are in samples.
 
-    Before: the chunk, with `zeros_after` zeros behind it, is extended by `padding` samples on both sides. Frames of
-    `n_fft`, `hop_length` apart, are multiplied with the window, of `win_length` in the middle of the frame, and their
-    Fourier transforms with `scale`; the lowest `bins` are given to the core.
+    Before the core: `zeros_after` zeros are appended to the chunk, and both ends are extended by `padding`. Frames of
+    `n_fft`, `hop_length` apart, are multiplied by a window of `win_length` in the middle of the frame. Their Fourier
+    transforms are multiplied by `scale`. The core takes the lowest `bins`.
 
-    Behind: the core's result gets zeros for the bins above and for `zero_frames` frames on both sides. The frames'
-    inverse transforms, divided by `scale`, times the window, are added `hop_length` apart, and the sum is divided by
-    that of the squared windows; the chunk begins after `crop` samples.
+    After the core: the missing bins and `zero_frames` frames at both ends are filled with zeros. The inverse transforms
+    are divided by `scale`, multiplied by the window and added `hop_length` apart; the sum is divided by the sum of the
+    squared windows. The chunk starts after `crop` samples.
     """
 
     n_fft: int
@@ -69,48 +69,57 @@ class Transform:
     crop: int
 
     @classmethod
-    def centred(cls, *, n_fft: int, normalized: bool = False, bins: int | None = None, **values: Any) -> "Transform":
-        """What `separation.models.stft.stft` and `istft` do."""
-        half = n_fft // 2
-        scale = n_fft**-0.5 if normalized else 1.0
-        return cls(n_fft=n_fft, scale=scale, bins=bins or half + 1, padding=(half, half), crop=half, **values)
+    def of(cls, stft: Stft, *, bins: int | None = None, zeros_after: int = 0) -> "Transform":
+        """The transform that `stft` computes, of all bins or of the lowest ones."""
+        half = stft.n_fft // 2
+        return cls(
+            n_fft=stft.n_fft,
+            hop_length=stft.hop_length,
+            win_length=stft.win_length,
+            window=stft.window,
+            scale=stft.n_fft**-0.5 if stft.normalized else 1.0,
+            bins=bins or half + 1,
+            zeros_after=zeros_after,
+            padding=(half, half),
+            crop=half,
+        )
 
 
 class SeparationModel(nn.Module):
     """Chunks of waveform `[B, C, T]` in float32 to estimates `[B, S, C, T]` in float32.
 
-    A model is constructed without weights, from a Config and an Identity. `load` gives it weights, `prepare` the
-    precision and the attention backend.
+    A model is constructed without weights, from a Config and an Identity. `load` sets its weights, `prepare` its
+    precision and attention backend.
     """
 
-    # A frozen dataclass of hyper-parameters under the community's names, and names that only training reads.
+    # A frozen dataclass of hyper-parameters with the community's names, and the names that only training uses.
     Config: ClassVar[type]
     TRAINING_KEYS: ClassVar[frozenset[str]] = frozenset()
-    # Keys of the YAML's `audio:` section that the Config takes as well, each with the field's name.
+    # Keys of the YAML's `audio:` section that the Config needs too, mapped to the names of its fields.
     AUDIO_KEYS: ClassVar[Mapping[str, str]] = {}
-    # Regular expressions: a state dict is of this architecture if each matches (re.fullmatch) at least one of its keys.
+    # Regular expressions. A state dict has this architecture if each of them matches (re.fullmatch) one of its keys.
     KEY_PATTERNS: ClassVar[tuple[str, ...]]
-    # Another, of keys that some files hold and that are not read: what they hold follows from the Config.
+    # A regular expression for keys that some files contain and that are ignored: their values follow from the Config.
     UNUSED_KEYS: ClassVar[str] = ""
-    # What `to_precision` casts.
+    # The layers that `to_precision` casts.
     CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    # What is done to the track before chunking: nothing, its peak is scaled to 0.9, or its mono mixture to zero mean
-    # and unit variance. A checkpoint's YAML can ask for the last.
+    # How a track is scaled before chunking: not at all, to a peak of 0.9, or so that its mono mixture has zero mean and
+    # unit variance. A checkpoint's YAML can request the last.
     normalisation: Literal["none", "peak", "standard"] = "peak"
-    # Whether the song's ends are extended by their reflection; if not, by silence.
+    # Whether the song's ends are extended by their reflection, or else by silence.
     reflects_border: ClassVar[bool] = True
-    # Whether `core` takes the chunks, beside the spectrogram or alone.
+    # Whether `core` takes the chunks, in addition to the spectrogram or alone.
     core_takes_waveform: ClassVar[bool] = False
-    # Whether chunks must have exactly `chunk_samples`; if not, the caller chooses.
+    # Whether chunks must have exactly `chunk_samples`. Otherwise the caller chooses their length.
     fixed_chunk: ClassVar[bool] = False
     channels: int  # C: 1 or 2
-    least_samples: int = 1  # a shorter chunk cannot be extended by its own reflection
-    has_int8: ClassVar[bool] = False  # whether `prepare` knows torch.int8, with the attention backend `fused`
-    head_size: int | None = None  # features a head; None: the model has no attention that takes a backend
-    precision: torch.dtype = torch.float32  # that it computes in
+    least_samples: int = 1  # shorter chunks cannot be extended by their own reflection
+    has_int8: ClassVar[bool] = False  # whether `prepare` supports torch.int8, with the attention backend `fused`
+    head_size: int | None = None  # features per head; None if no attention of the model takes a backend
+    precision: torch.dtype = torch.float32  # in which the model computes
     attention: str | None = None  # the name of its attention backend
-    origin: Origin | None = None  # None: the weights come from no checkpoint
-    # Which of the network's outputs are computed, in the order of the estimates; none where it gives all or nothing.
+    origin: Origin | None = None  # None if the weights do not come from a checkpoint
+    # The indices of the computed outputs, in the order of the estimates. Empty if they are not computed separately.
     _outputs: tuple[int, ...] = ()
 
     def __init__(self, identity: Identity) -> None:
@@ -121,35 +130,35 @@ class SeparationModel(nn.Module):
             self.normalisation = "standard"
 
     def load(self, weights: Mapping[str, Tensor], origin: Origin | None = None) -> None:
-        """Take these tensors, one for each key of the state dict, as they are; from then on for inference alone."""
+        """Use these tensors, one for each key of the state dict, as the weights, without copying. Disables training."""
         self.load_state_dict(weights, strict=True, assign=True)
         self.eval().requires_grad_(False)
         self.origin = origin
 
     @classmethod
     def key_prefix(cls, part: str) -> str:
-        """What stands before the keys of a file in this class: the file of one stem's specialist or, by its number."""
+        """The prefix of a file's keys in the state dict. `part` is a specialist's stem, else the file's number."""
         return ""
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
-        """The hyper-parameters that weights of these shapes were made with, as far as they tell; None: they do not.
+        """Infer hyper-parameters from the shapes of weights. None means that the shapes do not determine the value.
 
-        Of a list it may be the length alone. Where they tell two ways, it is as in the Config.
+        For a list, the value may be only its length. If several values fit, the Config's is one of them and is taken.
         """
         return {}
 
     def follow(self, part: str, blueprint: Blueprint) -> None:
-        """Rebuild the part of that file without weights as its own blueprint says, if the architecture knows such."""
+        """Rebuild a part, without weights, from its file's blueprint. Does nothing if the architecture has none."""
 
     def input_samples(self, length: int) -> int | None:
-        """How many samples the model is given for a chunk of which `length` lie in the song; None for a whole chunk."""
+        """How many samples the model needs for a chunk with `length` samples of the song. None means a whole chunk."""
         return None
 
     def only(self, stems: tuple[str, ...]) -> Self:
-        """The model as it gives at least these of its stems, on the same weights.
+        """A model with the same weights that returns at least these of its stems.
 
-        What only the others need is then not computed, where the architecture has such parts.
+        If the architecture has separate parts for stems, it does not compute the others.
         """
         if not self._outputs:
             return self
@@ -159,18 +168,18 @@ class SeparationModel(nn.Module):
         return fewer
 
     def transform(self, length: int) -> Transform | None:
-        """The STFT that `core` wants of chunks of that many samples; None if it takes the waveform alone.
+        """The STFT that `core` needs for chunks of `length` samples; None if it takes only the waveform.
 
-        Raises InputError for a model that has no core.
+        Raises InputError for a model without a core.
         """
         raise self._no_core()
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The model without its STFT and inverse, in real numbers alone: what other runtimes can compute.
+        """The model without its STFT and inverse STFT, in real numbers, so that other runtimes can compute it.
 
-        The inputs are the spectrogram `[B, C, F, N, 2]` of `transform`, of real and imaginary parts, and for the Demucs
-        family the chunks `[B, C, T]` behind it or alone. The outputs are the spectrograms `[B, S, C, F, N, 2]` and,
-        where chunks were given, waveforms `[B, S, C, T]`, to which the spectrograms' inverse is added.
+        The inputs are the spectrogram of `transform`, `[B, C, F, N, 2]` with real and imaginary parts, and for the
+        Demucs family the chunks `[B, C, T]`; plain Demucs takes only these. The outputs are the spectrograms
+        `[B, S, C, F, N, 2]` and, if there are chunks, waveforms `[B, S, C, T]` to which their inverse is to be added.
         """
         raise self._no_core()
 
@@ -178,25 +187,25 @@ class SeparationModel(nn.Module):
         return InputError(f"{self.name} cannot be exported: its architecture has no part without a Fourier transform")
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
-        """Compute in this precision, with this attention backend.
+        """Set the precision and the attention backend.
 
-        The backends of `separation.models.attention.LAYERS` replace layers by others that are made of the weights: for
-        them, `load` comes first. For others `prepare` comes first, so that weights are read in the types of the state
-        dict. Raises NotFusedError for layers that a backend of `LAYERS` does not know; the model is then as before.
+        The backends of `separation.models.attention.LAYERS` build new layers from the weights, so `load` must come
+        before. With any other backend `load` comes after, and reads the weights in the types of the state dict.
+        Raises NotFusedError for layers that the backend does not support; the model is then unchanged.
         """
         if dtype != torch.float32:
             self.to_precision(dtype)
         self.attention = attention
 
     def fuse_for_gpu(self, dtype: torch.dtype) -> None:
-        """Take the layers for a CUDA GPU in 16 bits, if the architecture has such, wherever the weights are.
+        """Use the architecture's layers for a CUDA GPU in 16 bits, if it has any, even if the weights are not on a GPU.
 
-        Raises NotFusedError for layers that those do not know; the model is then as before.
+        Raises NotFusedError for unsupported layers; the model is then unchanged.
         """
         self.to_precision(dtype)
 
     def to_precision(self, dtype: torch.dtype) -> None:
-        """Cast the linear layers or `CAST_LAYERS`; norms, rotary angles, STFT and the mask product stay in float32."""
+        """Cast `CAST_LAYERS`. Norms, rotary angles, the STFT and the mask product stay in float32."""
         self.precision = dtype
         for module in self.modules():
             if isinstance(module, self.CAST_LAYERS):
@@ -204,17 +213,17 @@ class SeparationModel(nn.Module):
 
     @property
     def is_half(self) -> bool:
-        """Whether it computes in float16, whose largest number is 65504."""
+        """Whether the model computes in float16, which overflows above 65504."""
         return self.precision == torch.float16
 
     def in_precision(self, dtype: torch.dtype) -> Self:
-        """A copy of the model, with weights of its own, that computes in another of the 16-bit precisions."""
+        """A copy of the model, with its own weights, that computes in another 16-bit precision."""
         other = copy.deepcopy(self)
         other.to_precision(dtype)
         return other
 
     def fits(self, dtype: torch.dtype) -> bool:
-        """Whether every weight is a finite number within the range of that type."""
+        """Whether every weight is finite and within the range of that type."""
         weights = [weight.detach() for weight in self.parameters() if weight.numel()]
-        largest = torch._foreach_norm(weights, torch.inf)  # NaN where there is one
+        largest = torch._foreach_norm(weights, torch.inf)  # propagates NaN
         return not weights or bool(torch.stack([norm.float() for norm in largest]).amax() <= torch.finfo(dtype).max)

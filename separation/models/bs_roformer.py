@@ -1,6 +1,6 @@
 """Band-Split RoFormer (Lu, Wang, Kong and Hung 2023, arXiv:2309.02612), in the community's checkpoint layout.
 
-Its bands lie side by side: each of the spectrogram's bins belongs to one of them.
+Its bands do not overlap: each bin of the spectrogram belongs to one band.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from separation.models.layers import Attention
 from separation.models.roformer import RoFormer, RoFormerConfig, band_widths, mask_layers_in
 from separation.models.shapes import Shapes
 
-BANDS_62 = (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)  # bins a band; sum 1025
+BANDS_62 = (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)  # bins per band, 1025 in all
 
 
 @dataclass(frozen=True, kw_only=True)
 class BSRoFormerConfig(RoFormerConfig):
-    """The hyper-parameters, under the names that community YAML files give them in their `model:` section."""
+    """The hyper-parameters, with the names that community YAML files use in their `model:` section."""
 
     freqs_per_bands: tuple[int, ...] = BANDS_62
     mask_estimator_depth: int = 2  # linear layers
@@ -29,7 +29,8 @@ class BSRoFormerConfig(RoFormerConfig):
         bins = self.stft_n_fft // 2 + 1
         if sum(self.freqs_per_bands) != bins:
             raise ValueError(
-                f"freqs_per_bands adds up to {sum(self.freqs_per_bands)} bins, stft_n_fft {self.stft_n_fft} has {bins}"
+                f"freqs_per_bands adds up to {sum(self.freqs_per_bands)} bins, but stft_n_fft {self.stft_n_fft} has "
+                f"{bins}: correct one of them"
             )
 
 
@@ -52,7 +53,7 @@ class BSRoFormer(RoFormer):
             norm_output=False,
             attention=attention,
         )
-        if config.use_shared_bias:  # checkpoints name these two, and then hold them once more for every layer
+        if config.use_shared_bias:  # checkpoints store these two under these names, and a copy for every layer
             self.linear_62_bias_0 = nn.Parameter(torch.zeros(config.heads * config.dim_head * 3))
             self.linear_64_bias_0 = nn.Parameter(torch.zeros(config.dim))
             for module in self.modules():
@@ -62,7 +63,7 @@ class BSRoFormer(RoFormer):
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
         widths = band_widths(shapes)
-        stereo = not sum(widths) % 4  # there are an odd number of bins, each with two numbers a channel
+        stereo = not sum(widths) % 4  # the number of bins is odd, and each has two numbers per channel
         bins = tuple(width // (4 if stereo else 2) for width in widths)
         return super().sizes_in(shapes, config) | {
             "stereo": stereo,
@@ -76,4 +77,5 @@ class BSRoFormer(RoFormer):
         return bins.flatten(2)
 
     def _bins(self, bands: Tensor) -> Tensor:
-        return bands.unflatten(2, (-1, 2 * self.channels))
+        bins: Tensor = bands.unflatten(2, (-1, 2 * self.channels))
+        return bins

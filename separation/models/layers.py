@@ -1,11 +1,12 @@
-"""The parts that the RoFormer family shares. Module and attribute names spell the community's checkpoint keys.
+"""The layers of the RoFormers, and two that other models share.
 
-Linear layers may be cast to bfloat16 or float16; norms and rotary angles are computed in float32.
-Axes: B batch, N tokens along the attended axis, D feature, H heads.
+Module and attribute names match the keys of the community's checkpoints. Linear layers may be cast to bfloat16 or
+float16; norms and rotary angles are computed in float32. Axes: B batch, N token of a sequence, D feature, H head,
+K band.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, cast
 
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
 
-TOKENS_AT_ONCE = 8192  # that a transformer computes on a CPU
-Pair = tuple[Any, Any]  # two modules of a ModuleList, whose type nn.Module does not say
+MOST_TOKENS = 8192  # that a transformer processes at once on a CPU
+Pair = tuple[Any, Any]  # two modules of a ModuleList, which is not typed
 
 
 class RMSNorm(nn.Module):
-    """Scales each feature vector to the length sqrt(D), times a learned gain; float32 inside, input's dtype outside."""
+    """Scales each feature vector to the length sqrt(D), then by a learned gain. Computes in float32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -31,28 +32,31 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (F.normalize(x.float(), dim=-1) * (self.scale * self.gamma)).to(x.dtype)
+        normed: Tensor = F.normalize(x.float(), dim=-1) * (self.scale * self.gamma)
+        return normed.to(x.dtype)
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, in float32 inside and the input's dtype outside."""
+    """PyTorch's GroupNorm, computed in float32; the result has the input's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.float()).to(input.dtype)
 
 
 def _frequencies(count: int, theta: float) -> nn.Parameter:
-    """Radians a token, from 1 down to nearly 1 / theta, `[count]`; a parameter in the checkpoints."""
-    if count < 2:
-        raise ValueError("dim_head is too small for positions")  # by which the package would divide by zero
-    return PackagedEmbedding(2 * count, theta=theta, cache_if_possible=False, cache_max_seq_len=0).freqs
+    """Radians per token, from 1 down to almost 1 / theta, `[count]`. Checkpoints store them as a parameter."""
+    if count < 2:  # the package would divide by zero
+        raise ValueError("dim_head is too small for position embeddings: correct it")
+    embedding = PackagedEmbedding(2 * count, theta=theta, cache_if_possible=False, cache_max_seq_len=0)
+    frequencies: nn.Parameter = embedding.freqs
+    return frequencies
 
 
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding (RoFormer, Su et al. 2021) over interleaved pairs, `[..., N, dim] -> [..., N, dim]`.
 
-    As in the package rotary-embedding-torch, but that it holds no tables beside the checkpoint's parameter, and counts
-    positions in float32 whatever the input's dtype.
+    Like that of the package rotary-embedding-torch, but without cached tables, and with positions in float32 whatever
+    the input's dtype.
     """
 
     def __init__(self, dim: int, theta: float = 10000.0) -> None:
@@ -62,32 +66,33 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
         angles = torch.outer(positions, self.freqs.float()).repeat_interleave(2, dim=-1)  # [N, dim]
-        # Not as a complex product, though that is faster: its rounding depends on a number's place in memory.
-        return apply_rotary_emb(angles, x.float()).to(x.dtype)
+        # A complex product would be faster, but its rounding depends on the memory address.
+        rotated: Tensor = apply_rotary_emb(angles, x.float())
+        return rotated.to(x.dtype)
 
 
 class PolarEmbedding(nn.Module):
     """Polar position embedding (Gopalakrishnan et al. 2025, arXiv:2509.10534), `[B, H, N, dim] -> [B, H, N, 2 * dim]`.
 
-    Each feature becomes a point on the plane: the feature says how far from the middle, the position in what direction.
+    Each feature becomes a point in the plane: the feature sets its radius, the position its angle.
     """
 
     def __init__(self, dim: int, heads: int, theta: float = 10000.0) -> None:
         super().__init__()
         self.inv_freqs = _frequencies(dim, theta)
-        self.bias = nn.Parameter(torch.zeros(heads, dim))  # radians, added for keys
+        self.bias = nn.Parameter(torch.zeros(heads, dim))  # radians, added to the angles of keys
 
     def forward(self, x: Tensor, *, is_key: bool) -> Tensor:
         positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inv_freqs.float())  # [N, dim]
         if is_key:
             angles = angles + self.bias.float().clamp(-2 * math.pi, 0)[:, None]  # [H, N, dim]
-        distances = F.softplus(x.float())
-        return torch.cat((distances * angles.cos(), distances * angles.sin()), dim=-1).to(x.dtype)
+        radii = F.softplus(x.float())
+        return torch.cat((radii * angles.cos(), radii * angles.sin()), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with positions and one sigmoid gate a head, `[B, N, D] -> [B, N, D]`."""
+    """Multi-head self-attention with position embeddings and a sigmoid gate per head, `[B, N, D] -> [B, N, D]`."""
 
     def __init__(
         self, dim: int, *, heads: int, dim_head: int, positions: RotaryEmbedding | PolarEmbedding, backend: str
@@ -104,30 +109,31 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False))
 
     def add_biases(self, qkv: nn.Parameter, out: nn.Parameter) -> None:
-        """Give the layers `[3 * inner]` and `[D]` that some checkpoints have; they may be shared with other layers."""
+        """Set the biases that some checkpoints have, `[3 * inner]` and `[D]`. Several layers may share them."""
         self.to_qkv.bias = qkv
         cast(nn.Linear, self.to_out[0]).bias = out
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        out = self._attended(q, k, v)
+        out = self._attend(q, k, v)
         gates = rearrange(self.to_gates(x), "b n h -> b h n 1").sigmoid()
-        return self.to_out(rearrange(out * gates, "b h n d -> b n (h d)"))
+        projected: Tensor = self.to_out(rearrange(out * gates, "b h n d -> b n (h d)"))
+        return projected
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.rotary_embed is not None:
             return self.attend(self.rotary_embed(q), self.rotary_embed(k), v)
         assert self.pope_embed is not None
-        # Backends want q, k and v of one size, and scale by that of q.
+        # The embedding doubles dim_head. Backends need q, k and v of one size, and scale by the size of q.
         q, k = self.pope_embed(q, is_key=False) * 2**0.5, self.pope_embed(k, is_key=True)
         return self.attend(q, k, F.pad(v, (0, v.shape[-1])))[..., : v.shape[-1]]
 
 
 class LinearAttention(nn.Module):
-    """Attention among features in place of tokens (El-Nouby et al. 2021, arXiv:2106.09681), `[B, N, D] -> [B, N, D]`.
+    """Attention between features instead of tokens (El-Nouby et al. 2021, arXiv:2106.09681), `[B, N, D] -> [B, N, D]`.
 
-    What it costs grows with N, not with its square. It knows no positions.
+    Its cost grows linearly with N. It has no position embeddings.
     """
 
     SCALE = 8.0
@@ -138,18 +144,22 @@ class LinearAttention(nn.Module):
         self.heads = heads
         self.norm = RMSNorm(dim)
         self.to_qkv = nn.Sequential(nn.Linear(dim, inner * 3, bias=False))
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))  # its logarithm
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))  # the logarithm of a factor of the scores
         self.to_out = nn.Sequential(nn.Identity(), nn.Linear(inner, dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "b n (three h d) -> three b h d n", three=3, h=self.heads)
         q, k = (F.normalize(each.float(), dim=-1) for each in (q, k))
         weights = (self.SCALE * self.temperature.exp() * (q @ k.mT)).softmax(dim=-1)  # [B, H, dim_head, dim_head]
-        return self.to_out(rearrange(weights.to(v.dtype) @ v, "b h d n -> b n (h d)"))
+        projected: Tensor = self.to_out(rearrange(weights.to(v.dtype) @ v, "b h d n -> b n (h d)"))
+        return projected
 
 
 class FeedForward(nn.Module):
-    """Norm, widen, GELU, narrow, `[..., D] -> [..., D]`. The indices in `net` leave room for training's dropouts."""
+    """A norm, then a linear layer, GELU and a linear layer back, `[..., D] -> [..., D]`.
+
+    The identity stands for a dropout of training, so that the indices in `net` match the checkpoints' keys.
+    """
 
     def __init__(self, dim: int, *, expansion: int = 4) -> None:
         super().__init__()
@@ -157,49 +167,40 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(RMSNorm(dim), nn.Linear(dim, inner), nn.GELU(), nn.Identity(), nn.Linear(inner, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        y: Tensor = self.net(x)
+        return y
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer over one axis, `[B, N, D] -> [B, N, D]`; of linear attention if `positions` is None."""
+    """A pre-norm transformer over one axis, `[B, N, D] -> [B, N, D]`.
+
+    `make_attention` is called for each layer; it returns an Attention or a LinearAttention.
+    """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        depth: int,
-        heads: int,
-        dim_head: int,
-        positions: RotaryEmbedding | PolarEmbedding | None,
-        backend: str,
-        norm_output: bool = False,
+        self, dim: int, *, depth: int, make_attention: Callable[[], nn.Module], norm_output: bool = False
     ) -> None:
         super().__init__()
-
-        def attention() -> nn.Module:
-            if positions is None:
-                return LinearAttention(dim, heads=heads, dim_head=dim_head)
-            return Attention(dim, heads=heads, dim_head=dim_head, positions=positions, backend=backend)
-
-        self.layers = nn.ModuleList(nn.ModuleList([attention(), FeedForward(dim)]) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.ModuleList([make_attention(), FeedForward(dim)]) for _ in range(depth))
         self.norm = RMSNorm(dim) if norm_output else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_exporting():
             return self._all_layers(x)
-        # A CPU's caches hold what lies between two operations on a few sequences, and not on all.
-        parts = x.split(max(1, TOKENS_AT_ONCE // x.shape[1]))
+        # The intermediate results of a few sequences fit into a CPU's caches; those of all do not.
+        parts = x.split(max(1, MOST_TOKENS // x.shape[1]))
         return torch.cat([self._all_layers(part.contiguous()) for part in parts])
 
     def _all_layers(self, x: Tensor) -> Tensor:
         for attention, feed_forward in cast(Iterable[Pair], self.layers):
             x = x + attention(x)
             x = x + feed_forward(x)
-        return self.norm(x)
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class BandSplit(nn.Module):
-    """One norm and one linear layer a band, `[..., sum(widths)] -> [..., K, D]`; casts to the layers' dtype."""
+    """A norm and a linear layer for each band, `[..., sum(widths)] -> [..., K, D]`. Casts to the layers' dtype."""
 
     def __init__(self, dim: int, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -212,9 +213,9 @@ class BandSplit(nn.Module):
 
 
 class MaskEstimator(nn.Module):
-    """One small MLP a band, tanh between its layers and a gated linear unit last, `[..., K, D] -> [..., sum(widths)]`.
+    """An MLP for each band, with tanh between its layers and a GLU at the end, `[..., K, D] -> [..., sum(widths)]`.
 
-    `linear_layers` counts every linear layer of the MLP, the last one too.
+    `linear_layers` counts all linear layers of the MLP, including the last.
     """
 
     def __init__(self, dim: int, widths: tuple[int, ...], *, linear_layers: int, expansion: int) -> None:
@@ -236,11 +237,11 @@ def _tanh_mlp(sizes: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def make_one_piece(lstm: nn.LSTM) -> None:
-    """Lay an LSTM's weights out as cuDNN wants them. PyTorch does so itself when they move, except in bfloat16."""
+def join_weights(lstm: nn.LSTM) -> None:
+    """Store an LSTM's weights in one block of memory, as cuDNN needs them. PyTorch does so, except in bfloat16."""
     weights = cast(list[Tensor], lstm._flat_weights)
-    are_apart = len({weight.data_ptr() for weight in weights}) == len(weights)
-    if weights[0].is_cuda and weights[0].dtype == torch.bfloat16 and are_apart:
+    are_separate = len({weight.data_ptr() for weight in weights}) == len(weights)
+    if weights[0].is_cuda and weights[0].dtype == torch.bfloat16 and are_separate:
         mode, projected = torch.backends.cudnn.rnn.get_cudnn_mode("LSTM"), 0
         sizes = lstm.input_size, mode, lstm.hidden_size, projected, lstm.num_layers
         torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, lstm.batch_first, lstm.bidirectional)

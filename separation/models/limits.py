@@ -1,7 +1,7 @@
-"""The numbers that a YAML or a file of weights gives of its network, bounded before anything is built of them.
+"""Limits for the hyper-parameters in a YAML or a file of weights, checked before a network is built from them.
 
-Every bound is well above what published networks have, of which one of 53 stems has the most tensors, 13,573. A network
-within all of them can still be too large: while it is built, its weights are counted before they take memory.
+All limits are well above those of published networks; the largest of these, with 53 stems, has 13,573 tensors. A
+network within every limit can still be too large, so `Uninitialised` counts its weights before they take memory.
 """
 
 import math
@@ -18,13 +18,13 @@ from separation.documents import quoted
 
 MOST_WEIGHTS = 2**31
 MOST_TENSORS = 25_000
-MOST_REPEATS = 256  # of whatever is built several times
+MOST_REPEATS = 256  # of layers, bands, stems and so on
 MOST_CHARACTERS = 64
 LARGEST = 2**20
 LARGEST_OF = {"chunk_size": 2**24, "dim_head": 2**10, "heads": 2**10}
 LARGEST_FFT = 2**16
-MOST_FRAMES = 2**15  # a chunk
-MOST_OVERLAP = 64  # frames that a sample is in
+MOST_FRAMES = 2**15  # per chunk
+MOST_OVERLAP = 64  # frames per sample
 
 _COUNT = re.compile(r".*(depths?|layers|iters)|num_(stems|bands|subbands|scales|blocks_per_scale|dplayer)")
 _FFT = re.compile(r".*(fft|hop|win)(_.*)?")
@@ -34,7 +34,7 @@ _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.
 
 
 def check_arguments(arguments: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Raise ValueError for arguments of a network that are not of these types, or that no network has."""
+    """Raise ValueError if a network's arguments have other types than these, or exceed the limits."""
     for name, value in arguments.items():
         if not _is_of(value, types.get(name, Any)):
             kind = types[name]
@@ -46,7 +46,7 @@ def check_arguments(arguments: Mapping[str, Any], types: Mapping[str, Any]) -> N
 
 
 def check_frames(chunk_samples: int, arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError where a chunk would have more frames than any network is made for."""
+    """Raise ValueError if a chunk would have more frames, or a sample be in more frames, than the limits allow."""
     n_fft = max((value for name, value in arguments.items() if "fft" in name and isinstance(value, int)), default=0)
     for name, value in arguments.items():
         if "hop" in name and isinstance(value, int) and value > 0:
@@ -71,7 +71,7 @@ def _check_one(name: str, value: Any) -> None:
         return
     if isinstance(value, str):
         _check_most(f"the length of {name}", len(value), MOST_CHARACTERS)
-        if name == "segment" and not _FRACTION.fullmatch(value):  # "1e999999999" would take hours
+        if name == "segment" and not _FRACTION.fullmatch(value):  # parsing "1e999999999" would take hours
             raise ValueError(f"{name} must be seconds such as 7.8 or 39/5, not {quoted(value)}")
     elif isinstance(value, Fraction):
         _check_most(name, max(abs(value.numerator), value.denominator), 10**9)
@@ -91,10 +91,10 @@ def _check_most(name: str, value: float, most: int) -> None:
 
 
 class Uninitialised(TorchFunctionMode):
-    """Within it, new layers keep whatever their memory holds in place of random numbers.
+    """A context in which new layers are not initialised: their weights are whatever their memory contains.
 
-    They may have `most` weights in all, counted before each tensor takes memory. `holder` is what cannot have more, for
-    the error message.
+    Raises ValueError before the layers have more than `most` weights in all, or more than MOST_TENSORS tensors.
+    `holder` names in the message what cannot have so many.
     """
 
     def __init__(self, most: int = MOST_WEIGHTS, holder: str = "any network") -> None:
@@ -118,7 +118,7 @@ class Uninitialised(TorchFunctionMode):
 
     def _count(self, args: tuple[Any, ...]) -> None:
         sizes = args[0] if args and isinstance(args[0], list | tuple) else args
-        if all(isinstance(size, int) for size in sizes):  # else PyTorch says what is wrong
+        if all(isinstance(size, int) for size in sizes):  # otherwise PyTorch raises an error
             self._left -= math.prod(sizes)
         self._tensors += 1
         if self._left < 0:

@@ -1,7 +1,7 @@
 """MDX23C: TFC-TDF-UNet v3 (Kim, Lee and Jung 2023, arXiv:2306.09382), in the community's checkpoint layout.
 
-The spectrogram's real and imaginary parts are cut into sub-bands that are stacked as channels. A U-Net runs over frames
-and bins; its blocks join 3x3 convolutions with a bottleneck of two linear layers across all bins of a frame.
+The spectrogram's real and imaginary parts are split into sub-bands, which are stacked as channels. A U-Net runs over
+frames and bins. Its blocks combine 3x3 convolutions with a bottleneck of two linear layers over all bins of a frame.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,27 +16,27 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, Transform
+from separation.models.gpu_core import GpuCoreModel
 from separation.models.kernels.mdx23c_gpu import GpuMDX23C
 from separation.models.layers import GroupNorm
 from separation.models.shapes import Shapes, quotient
-from separation.models.stft import istft, stft
-from separation.models.twinned import TwinnedModel
+from separation.models.stft import Stft
 
 
 @dataclass(frozen=True, kw_only=True)
 class MDX23CConfig:
-    """The hyper-parameters, under the names that community YAML files give them in `audio:` and `model:`."""
+    """The hyper-parameters, with the names that community YAML files use in `audio:` and `model:`."""
 
     num_stems: int
     n_fft: int
     hop_length: int
-    dim_f: int  # bins that are used, from the lowest on
+    dim_f: int  # how many bins are used, starting from the lowest
     chunk_size: int  # samples
-    audio_channels: int = 2  # `num_channels` of `audio:`
+    audio_channels: int = 2  # `num_channels` in `audio:`
     num_channels: int  # features at the first scale
-    growth: int  # features that each scale has more than the one before
+    growth: int  # features that each scale adds
     num_scales: int
-    scale: tuple[int, int]  # by which a scale shrinks frames and bins
+    scale: tuple[int, int]  # the factors by which a scale reduces frames and bins
     num_blocks_per_scale: int
     bottleneck_factor: int
     num_subbands: int
@@ -49,19 +49,19 @@ class MDX23CConfig:
         if frames % frames_unit:
             raise ValueError(
                 f"chunk_size {self.chunk_size} gives {frames} frames, but scale and num_scales need a multiple of "
-                f"{frames_unit}"
+                f"{frames_unit}: correct one of them"
             )
         if self.dim_f % (self.num_subbands * bins_unit) or self.dim_f > self.n_fft // 2 + 1:
             raise ValueError(
                 f"dim_f {self.dim_f} must be a multiple of {self.num_subbands * bins_unit} (by num_subbands and scale) "
-                f"and at most {self.n_fft // 2 + 1} (by n_fft)"
+                f"and at most {self.n_fft // 2 + 1} (by n_fft): correct one of them"
             )
 
 
-class MDX23C(TwinnedModel):
-    """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T is `chunk_samples` exactly.
+class MDX23C(GpuCoreModel):
+    """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T must be `chunk_samples`.
 
-    Samples are float32 in and out. Convolutions and linear layers may be in bfloat16 or float16 (see `to_precision`).
+    Input and output are float32. Convolutions and linear layers may be in bfloat16 or float16 (see `to_precision`).
     """
 
     Config = MDX23CConfig
@@ -70,19 +70,15 @@ class MDX23C(TwinnedModel):
     )
     KEY_PATTERNS = (r"encoder_blocks\.0\.tfc_tdf\.blocks\.0\.tdf\.2\.weight", r"bottleneck_block\.blocks\.0\..*")
     CAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    normalisation = "none"  # its residual path is linear: it knows tracks at the level that they were mixed at
-    fixed_chunk = True  # its norms are over a chunk
+    normalisation = "none"  # its residual path is linear, and it was trained on tracks at their original level
+    fixed_chunk = True  # its norms are over a whole chunk
 
     def __init__(self, config: MDX23CConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.config = config
         self.channels = config.audio_channels
         self.least_samples = config.n_fft // 2 + 1
-        self._stft: dict[str, Any] = {
-            "n_fft": config.n_fft,
-            "hop_length": config.hop_length,
-            "win_length": config.n_fft,
-        }
+        self._stft = Stft(n_fft=config.n_fft, hop_length=config.hop_length, win_length=config.n_fft)
         inputs = 2 * config.audio_channels * config.num_subbands
         sizes = [config.num_channels + config.growth * scale for scale in range(config.num_scales + 1)]
         bins = config.dim_f // config.num_subbands
@@ -115,7 +111,7 @@ class MDX23C(TwinnedModel):
             _activation(config),
             nn.Conv2d(sizes[0], config.num_stems * inputs, 1, bias=False),
         )
-        self._outputs = tuple(range(config.num_stems))  # those that are computed, in the order of the estimates
+        self._outputs = tuple(range(config.num_stems))
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
@@ -123,7 +119,7 @@ class MDX23C(TwinnedModel):
         down, bottleneck = "encoder_blocks.0.downscale.conv.2.weight", "encoder_blocks.0.tfc_tdf.blocks.0.tdf.2.weight"
         larger, bins = shapes.size(down, 0), shapes.size(bottleneck, 1)
         channels = config.audio_channels
-        if inputs == 2 * (3 - channels) * config.num_subbands:  # as many inputs as mono or stereo would have
+        if inputs == 2 * (3 - channels) * config.num_subbands:  # mono instead of stereo, or the other way around
             channels = 3 - channels
         bands = quotient(inputs, 2 * channels)
         return {
@@ -140,14 +136,14 @@ class MDX23C(TwinnedModel):
         }
 
     def forward(self, chunks: Tensor) -> Tensor:
-        spectrum = stft(chunks, **self._stft)[..., : self.config.dim_f, :]  # [B, C, F, N]
-        if self._fast is not None:
-            spectra = torch.view_as_complex(self._fast(torch.view_as_real(spectrum), self._outputs))
-            return istft(spectra.transpose(-1, -2), length=chunks.shape[-1], **self._stft)
+        spectrum = self._stft.spectrogram(chunks)[..., : self.config.dim_f, :]  # [B, C, F, N]
+        if self._gpu_core is not None:
+            spectra = torch.view_as_complex(self._gpu_core(torch.view_as_real(spectrum), self._outputs))
+            return self._stft.waveform(spectra.transpose(-1, -2), chunks.shape[-1])
         features = self._features(torch.view_as_real(spectrum))
         return torch.stack([self._estimate(index, features, chunks.shape[-1]) for index in self._outputs], 1)
 
-    def fast_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
         return GpuMDX23C(self, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
 
     @property
@@ -155,7 +151,7 @@ class MDX23C(TwinnedModel):
         return self.first_conv.weight
 
     def transform(self, length: int) -> Transform:
-        return Transform.centred(bins=self.config.dim_f, **self._stft)
+        return Transform.of(self._stft, bins=self.config.dim_f)
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         features = self._features(*inputs)
@@ -163,7 +159,7 @@ class MDX23C(TwinnedModel):
         return (rearrange(torch.stack(spectra, dim=1), "b s c n f ri -> b s c f n ri"),)
 
     def _features(self, spectrum: Tensor) -> Tensor:
-        """Spectrogram `[B, C, F, N, 2]` to `[B, D, N, F / K]`, by K sub-bands."""
+        """The spectrogram `[B, C, F, N, 2]` to features `[B, D, N, F / K]`; K is the number of sub-bands."""
         dtype = self.first_conv.weight.dtype
         mixture = rearrange(spectrum, "b c (k f) n ri -> b (c ri k) n f", k=self.config.num_subbands).to(dtype)
         first = x = self.first_conv(mixture)
@@ -177,26 +173,24 @@ class MDX23C(TwinnedModel):
             x = torch.cat([block["upscale"]["conv"](x), skips.pop()], dim=1)
             x = block["tfc_tdf"](x)
         masked = (x.float() * first.float()).to(dtype)
-        return self.final_conv[:2](torch.cat([mixture, masked], dim=1))
+        features: Tensor = self.final_conv[:2](torch.cat([mixture, masked], dim=1))
+        return features
 
     def _estimate(self, index: int, features: Tensor, length: int) -> Tensor:
         """One stem's estimate `[B, C, length]`."""
         spectrum = torch.view_as_complex(self._spectrum(index, features).contiguous())
-        return istft(spectrum.transpose(-1, -2), length=length, **self._stft)
+        return self._stft.waveform(spectrum.transpose(-1, -2), length)
 
     def _spectrum(self, index: int, features: Tensor) -> Tensor:
         """One stem's spectrogram `[B, C, N, F, 2]`, a view."""
         weight = cast(nn.Conv2d, self.final_conv[2]).weight.chunk(self.config.num_stems)[index]
-        return rearrange(
-            F.conv2d(features, weight).float(),
-            "b (c ri k) n f -> b c n (k f) ri",
-            c=self.channels,
-            k=self.config.num_subbands,
-        )
+        values = F.conv2d(features, weight).float()
+        sizes = {"c": self.channels, "k": self.config.num_subbands}
+        return rearrange(values, "b (c ri k) n f -> b c n (k f) ri", **sizes)
 
 
 class Blocks(nn.Module):
-    """The blocks of one scale in turn, `[B, size_in, N, F] -> [B, size, N, F]`."""
+    """The blocks of one scale, one after another, `[B, size_in, N, F] -> [B, size, N, F]`."""
 
     def __init__(self, config: MDX23CConfig, size_in: int, size: int, bins: int) -> None:
         super().__init__()
@@ -205,11 +199,12 @@ class Blocks(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
+        y: Tensor = self.blocks(x)
+        return y
 
 
 class Block(nn.Module):
-    """Convolutions over frames and bins around linear layers over bins, `[B, size_in, N, F] -> [B, size, N, F]`."""
+    """A convolution, two linear layers over bins, and a convolution, `[B, size_in, N, F] -> [B, size, N, F]`."""
 
     def __init__(self, config: MDX23CConfig, size_in: int, size: int, bins: int) -> None:
         super().__init__()
@@ -223,33 +218,34 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(size_in, size, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.tfc1(x)
-        return self.tfc2(y + self.tdf(y)) + self.shortcut(x)
+        y: Tensor = self.tfc1(x)
+        z: Tensor = self.tfc2(y + self.tdf(y)) + self.shortcut(x)
+        return z
 
 
 def _activated(config: MDX23CConfig, features: int, layer: nn.Module) -> nn.Sequential:
-    """Norm, activation, layer."""
+    """A norm, an activation, and the layer."""
     return nn.Sequential(_norm(config, features), _activation(config), layer)
 
 
 def _norm(config: MDX23CConfig, features: int) -> nn.Module:
-    """The norm that a YAML names: InstanceNorm, BatchNorm, or GroupNorm and the number of groups."""
+    """The norm that the Config names: InstanceNorm, BatchNorm, or GroupNorm and the number of groups."""
     if config.norm == "InstanceNorm":
         return nn.InstanceNorm2d(features, affine=True)
     if config.norm == "BatchNorm":
         return nn.BatchNorm2d(features)
     groups = config.norm.removeprefix("GroupNorm")
     if not groups.isdecimal():
-        raise ValueError(f"norm {config.norm!r} is not known: use InstanceNorm, BatchNorm or GroupNorm4")
+        raise ValueError(f"unknown norm {config.norm!r}: use InstanceNorm, BatchNorm or GroupNorm4")
     return GroupNorm(int(groups), features)
 
 
 def _activation(config: MDX23CConfig) -> nn.Module:
-    """The activation that a YAML names: gelu, relu, or elu and its alpha."""
+    """The activation that the Config names: gelu, relu, or elu and its alpha."""
     alpha = config.act.removeprefix("elu")
     if config.act in ("gelu", "relu"):
         return nn.GELU() if config.act == "gelu" else nn.ReLU()
     try:
         return nn.ELU(float(alpha))
     except ValueError as e:
-        raise ValueError(f"act {config.act!r} is not known: use gelu, relu or elu1.0") from e
+        raise ValueError(f"unknown act {config.act!r}: use gelu, relu or elu1.0") from e

@@ -1,6 +1,6 @@
 """MelBand-RoFormer (Wang, Lu and Won 2023, arXiv:2310.01809), in the community's checkpoint layout.
 
-Its bands are those of a mel filter bank, of which each overlaps the next: a bin's mask is the mean of its bands' masks.
+Its bands are those of a mel filter bank, in which neighbours overlap. A bin's mask is the mean of its bands' masks.
 """
 
 import atexit
@@ -21,17 +21,19 @@ from separation.models.base import Identity
 from separation.models.roformer import RoFormer, RoFormerConfig, band_widths, mask_layers_in
 from separation.models.shapes import Shapes
 
-SAMPLE_RATES = (44100, 48000, 32000, 24000, 22050, 16000)  # hertz; that networks are trained at
+# What `sizes_in` tries, the most common values first.
+SAMPLE_RATES = (44100, 48000, 32000, 24000, 22050, 16000)  # hertz
 FFT_SIZES = (1024, 2048, 4096, 512, 8192)
 MOST_BANDS = 256
 
 
 @cache
 def mel_bands(num_bands: int, n_fft: int, sample_rate: int) -> tuple[range, ...]:
-    """Each band's bins: where librosa's mel filter bank is above zero, and the first and the last bin, which its
-    triangles only touch. A band may have none.
+    """The bins of each band: those where librosa's mel filter is positive. A band may be empty.
+
+    The first band also has the first bin and the last band the last one, where the filters are zero.
     """
-    with warnings.catch_warnings(action="ignore"):  # of bands without a bin
+    with warnings.catch_warnings(action="ignore"):  # librosa warns about empty bands
         filters = _librosas_filters().mel(sr=sample_rate, n_fft=n_fft, n_mels=num_bands) > 0
     filters[0, 0] = filters[-1, -1] = True
     bins = [np.flatnonzero(band).tolist() for band in filters]
@@ -39,10 +41,10 @@ def mel_bands(num_bands: int, n_fft: int, sample_rate: int) -> tuple[range, ...]
 
 
 def _librosas_filters() -> ModuleType:
-    """Imported here, for it takes a second, which other models do without."""
+    """Import librosa only when it is needed, because that takes a second."""
     try:
         import librosa.filters
-    except RuntimeError:  # of numba, which has no folder to keep compiled code in where package and home are read-only
+    except RuntimeError:  # numba finds no cache folder if the package and the home folder are read-only
         import numba
 
         folder = tempfile.mkdtemp(prefix="numba-")
@@ -54,9 +56,9 @@ def _librosas_filters() -> ModuleType:
 
 @cache
 def _places(num_bands: int, n_fft: int, sample_rate: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The bin at each place of all bands one after the other, and for each bin its first and its last place.
+    """Index tables: the bin at each place of the concatenated bands, then the first and the last place of each bin.
 
-    These two are the same for a bin that only one band has; none has more than two.
+    A bin that belongs to only one band has the same first and last place. No bin belongs to more than two bands.
     """
     bins = list(chain.from_iterable(mel_bands(num_bands, n_fft, sample_rate)))
     last = {k: place for place, k in enumerate(bins)}
@@ -68,15 +70,18 @@ def _places(num_bands: int, n_fft: int, sample_rate: int, device: torch.device) 
 
 @dataclass(frozen=True, kw_only=True)
 class MelBandRoFormerConfig(RoFormerConfig):
-    """The hyper-parameters, under the names that community YAML files give them in their `model:` section."""
+    """The hyper-parameters, with the names that community YAML files use in their `model:` section."""
 
     num_bands: int = 60
-    sample_rate: int = 44100  # hertz; of the mel scale
-    mask_estimator_depth: int = 1  # hidden layers: one linear layer fewer than there are
+    sample_rate: int = 44100  # hertz, for the mel scale
+    mask_estimator_depth: int = 1  # hidden layers, one fewer than linear layers
 
     def __post_init__(self) -> None:
         if not all(mel_bands(self.num_bands, self.stft_n_fft, self.sample_rate)):
-            raise ValueError(f"num_bands {self.num_bands} is too many for stft_n_fft {self.stft_n_fft}: one has no bin")
+            raise ValueError(
+                f"num_bands {self.num_bands} is too many for stft_n_fft {self.stft_n_fft}, since a band has no bin: "
+                "use fewer"
+            )
 
 
 class MelBandRoFormer(RoFormer):
@@ -88,7 +93,7 @@ class MelBandRoFormer(RoFormer):
         r"layers\.\d+\.\d+\.layers\.\d+\.0\.to_qkv\.weight",
         r"layers\.\d+\.\d+\.norm\.gamma",
     )
-    UNUSED_KEYS = "freq_indices|freqs_per_band|num_freqs_per_band|num_bands_per_freq"  # tables of the mel bands
+    UNUSED_KEYS = "freq_indices|freqs_per_band|num_freqs_per_band|num_bands_per_freq"  # tables that `mel_bands` gives
 
     def __init__(self, config: MelBandRoFormerConfig, identity: Identity, *, attention: str = "sdpa") -> None:
         scale = config.num_bands, config.stft_n_fft, config.sample_rate
@@ -107,7 +112,7 @@ class MelBandRoFormer(RoFormer):
         widths = band_widths(shapes)
         found: dict[str, Any] = {"num_bands": len(widths)}
         own = {"sample_rate": config.sample_rate, "stft_n_fft": config.stft_n_fft, "stereo": config.stereo}
-        # The Config's own values first, then one of them is another.
+        # The Config's values come first, then those that differ in one of them.
         choices = [
             own,
             own | {"stereo": not config.stereo},

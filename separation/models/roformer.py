@@ -1,13 +1,14 @@
-"""What BS-RoFormer and MelBand-RoFormer share: all but the way from the spectrogram's bins to bands and back.
+"""The common part of BS-RoFormer and MelBand-RoFormer, which differ only in how bins map to bands and back.
 
-Each band of the spectrogram becomes a token, transformers run along time and along bands in turn, and an MLP a band
-and a stem gives a complex mask for the mixture's spectrogram.
+Each band of the spectrogram becomes a token. Transformers run along time and along bands in turn. For each stem and
+band, an MLP estimates a complex mask for the mixture's spectrogram.
 """
 
 import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from separation.models.kernels.roformer_gpu import GpuBandSplit, GpuLayer, GpuMa
 from separation.models.layers import (
     Attention,
     BandSplit,
+    LinearAttention,
     MaskEstimator,
     PolarEmbedding,
     RMSNorm,
@@ -30,12 +32,12 @@ from separation.models.layers import (
     Transformer,
 )
 from separation.models.shapes import Shapes, quotient
-from separation.models.stft import istft, stft
+from separation.models.stft import Stft
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoFormerConfig:
-    """The hyper-parameters, under the names that community YAML files give them in their `model:` section."""
+    """The hyper-parameters, with the names that community YAML files use in their `model:` section."""
 
     dim: int
     depth: int
@@ -43,7 +45,7 @@ class RoFormerConfig:
     num_stems: int = 1
     time_transformer_depth: int = 1
     freq_transformer_depth: int = 1
-    linear_transformer_depth: int = 0  # of linear attention over all tokens, before each of the above
+    linear_transformer_depth: int = 0  # of a transformer with linear attention over all tokens, first in each block
     dim_head: int = 64
     heads: int = 8
     stft_n_fft: int = 2048
@@ -51,20 +53,20 @@ class RoFormerConfig:
     stft_win_length: int = 2048
     stft_normalized: bool = False
     mlp_expansion_factor: int = 4
-    skip_connection: bool = False  # each block is given the sum of what all before it gave
-    use_pope: bool = False  # polar positions in place of rotary ones
-    zero_dc: bool = False
+    skip_connection: bool = False  # add the outputs of all blocks so far to each block's input
+    use_pope: bool = False  # polar position embeddings instead of rotary ones
+    zero_dc: bool = False  # set the lowest bin of the estimates to zero
 
 
 class RoFormer(SeparationModel):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; C is 2 if stereo, else 1; T > stft_n_fft // 2.
 
-    Samples are float32 in and out. The linear layers may be in bfloat16 or float16 (see `to_precision`).
-    A subclass gives each band's number of bins, and the way from bins to bands and back.
+    Input and output are float32. The linear layers may be in bfloat16 or float16 (see `to_precision`).
+    A subclass defines the number of bins of each band, and the mapping from bins to bands and back.
     """
 
-    # Keys that training scripts read from the same `model:` section, or that choose how to compute the same; an
-    # estimate here always has the length of its input.
+    # Keys of the `model:` section that only training uses, that choose between equal implementations, or that do not
+    # matter here: an estimate always has the length of its input.
     TRAINING_KEYS = frozenset(
         {
             "attn_dropout",
@@ -98,36 +100,32 @@ class RoFormer(SeparationModel):
         self.channels = 2 if config.stereo else 1
         self.head_size = config.dim_head
         self.least_samples = config.stft_n_fft // 2 + 1
-        self._features_a_token = config.dim
+        self._dim = config.dim
         self._skips, self._zero_dc = config.skip_connection, config.zero_dc
-        self._stft: dict[str, Any] = {
-            "n_fft": config.stft_n_fft,
-            "hop_length": config.stft_hop_length,
-            "win_length": config.stft_win_length,
-            "normalized": config.stft_normalized,
-        }
-        widths = tuple(2 * self.channels * bins for bins in band_bins)  # real and imaginary part
+        self._stft = Stft(
+            n_fft=config.stft_n_fft,
+            hop_length=config.stft_hop_length,
+            win_length=config.stft_win_length,
+            normalized=config.stft_normalized,
+        )
+        widths = tuple(2 * self.channels * bins for bins in band_bins)  # real and imaginary parts
         embedding = (
             PolarEmbedding(config.dim_head, config.heads) if config.use_pope else RotaryEmbedding(config.dim_head)
         )
         time_positions, freq_positions = embedding, copy.deepcopy(embedding)
+        heads = {"heads": config.heads, "dim_head": config.dim_head}
+        linear = partial(LinearAttention, config.dim, **heads)
+        along_time, along_bands = (
+            partial(Attention, config.dim, **heads, positions=positions, backend=attention)
+            for positions in (time_positions, freq_positions)
+        )
 
         def transformers() -> Iterator[Transformer]:
-            for depth, positions in (
-                (config.linear_transformer_depth, None),
-                (config.time_transformer_depth, time_positions),
-                (config.freq_transformer_depth, freq_positions),
-            ):
-                if depth or positions is not None:
-                    yield Transformer(
-                        config.dim,
-                        depth=depth,
-                        heads=config.heads,
-                        dim_head=config.dim_head,
-                        positions=positions,
-                        backend=attention,
-                        norm_output=norm_output,
-                    )
+            make = partial(Transformer, config.dim, norm_output=norm_output)
+            if config.linear_transformer_depth:
+                yield make(depth=config.linear_transformer_depth, make_attention=linear)
+            yield make(depth=config.time_transformer_depth, make_attention=along_time)
+            yield make(depth=config.freq_transformer_depth, make_attention=along_bands)
 
         self.layers = nn.ModuleList(nn.ModuleList(transformers()) for _ in range(config.depth))
         self.final_norm: nn.Module = nn.Identity() if norm_output else RMSNorm(config.dim)
@@ -136,15 +134,15 @@ class RoFormer(SeparationModel):
             MaskEstimator(config.dim, widths, linear_layers=mask_layers, expansion=config.mlp_expansion_factor)
             for _ in range(config.num_stems)
         )
-        self._outputs = tuple(range(config.num_stems))  # those that are computed, in the order of the estimates
+        self._outputs = tuple(range(config.num_stems))
 
     @abstractmethod
     def _bands(self, bins: Tensor) -> Tensor:
-        """The spectrogram's values `[N, B, F, 2 * C]` band by band, `[N, B, sum(widths)]`."""
+        """The spectrogram's bins `[N, B, F, 2 * C]` to bands `[N, B, sum(widths)]`."""
 
     @abstractmethod
     def _bins(self, bands: Tensor) -> Tensor:
-        """A mask `[N, B, sum(widths)]` bin by bin, `[N, B, F, 2 * C]`."""
+        """A mask's bands `[N, B, sum(widths)]` to bins `[N, B, F, 2 * C]`."""
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
@@ -183,9 +181,9 @@ class RoFormer(SeparationModel):
         super().prepare(dtype, attention=attention)
 
     def fuse(self, *, int8: bool = False) -> None:
-        """Replace the layers by their fused twins, which compute in bfloat16 and, if asked, in bytes on the CPU.
+        """Replace the layers by those of kernels/fused.py, which compute in bfloat16 or int8 on the CPU.
 
-        Raises NotFusedError for sizes and layers that those do not know; the model is then as before.
+        Raises NotFusedError for unsupported sizes and layers; the model is then unchanged.
         """
         layers = [
             nn.ModuleList(FusedTransformer(transformer, int8=int8) for transformer in block)
@@ -196,16 +194,16 @@ class RoFormer(SeparationModel):
             FusedMaskEstimator(self.final_norm, each) for each in cast(Iterable[MaskEstimator], self.mask_estimators)
         ]
         self.band_split, self.layers, self.mask_estimators = split, nn.ModuleList(layers), nn.ModuleList(estimators)
-        self.final_norm = nn.Identity()  # it is within the mask estimators
+        self.final_norm = nn.Identity()  # the mask estimators include it
 
     def fuse_for_gpu(self, dtype: torch.dtype) -> None:
-        """Replace the layers by their twins for a CUDA GPU, which compute in float16 or bfloat16.
+        """Replace the layers by those of kernels/roformer_gpu.py, which compute in float16 or bfloat16 on a CUDA GPU.
 
-        Raises NotFusedError for layers that those do not know; the model is then as before.
+        Raises NotFusedError for unsupported layers; the model is then unchanged.
         """
         if self._skips:
-            raise NotFusedError("it does not know skip connections")
-        carry = torch.zeros(self._features_a_token)
+            raise NotFusedError("it does not support skip connections")
+        carry = torch.zeros(self._dim)
         layers = []
         for block in cast(Iterable[Iterable[Transformer]], self.layers):
             fused = []
@@ -229,36 +227,37 @@ class RoFormer(SeparationModel):
                 module.to_precision(dtype)
 
     def forward(self, chunks: Tensor) -> Tensor:
-        spectrum = stft(chunks, **self._stft)  # [B, C, F, N]
+        spectrum = self._stft.spectrogram(chunks)  # [B, C, F, N]
         features = self._features(torch.view_as_real(spectrum))
-        # Stem by stem, for masks and spectrograms of all stems at once would be the largest tensors by far: beyond the
-        # 32 MiB from which on glibc gives memory back at once, only to have it zeroed again for the next chunk.
+        # One stem at a time: the masks of all stems would exceed 32 MiB, above which glibc returns memory to the
+        # system immediately, and the system would zero it again for every chunk.
         return torch.stack([self._estimate(index, features, spectrum, chunks.shape[-1]) for index in self._outputs], 1)
 
     def _features(self, spectrum: Tensor) -> Tensor:
         """Spectrogram `[B, C, F, N, 2]` to `[N, B, K, D]`."""
-        # Frames before the batch, so that the transformers of both axes get views.
+        # Frames come before the batch, so that the input of the transformers is a view along either axis.
         x = self.band_split(self._bands(rearrange(spectrum, "b c f n ri -> n b f (c ri)")))
         frames, batch = x.shape[:2]
-        given: Tensor | None = None
+        blocks_sum: Tensor | None = None
         for *linear, time_transformer, freq_transformer in cast(Iterable[Any], self.layers):
             for transformer in linear:
                 x = rearrange(transformer(rearrange(x, "n b k d -> b (n k) d")), "b (n k) d -> n b k d", n=frames)
-            if given is not None:
-                x = x + given
+            if blocks_sum is not None:
+                x = x + blocks_sum
             x = time_transformer(rearrange(x, "n b k d -> (b k) n d"))
             x = freq_transformer(rearrange(x, "(b k) n d -> (n b) k d", b=batch))
             x = x.unflatten(0, (frames, batch))
             if self._skips:
-                given = x if given is None else given + x
-        return self.final_norm(x)
+                blocks_sum = x if blocks_sum is None else blocks_sum + x
+        features: Tensor = self.final_norm(x)
+        return features
 
     def _estimate(self, index: int, features: Tensor, spectrum: Tensor, length: int) -> Tensor:
         """One stem's estimate `[B, C, length]`: its complex mask times the mixture's spectrogram `[B, C, F, N]`."""
         estimate = spectrum * torch.view_as_complex(self._mask(index, features))
         if self._zero_dc:
             estimate[..., 0, :] = 0
-        return istft(estimate, length=length, **self._stft)
+        return self._stft.waveform(estimate, length)
 
     def _mask(self, index: int, features: Tensor) -> Tensor:
         """One stem's mask `[B, C, F, N, 2]`, a view."""
@@ -266,7 +265,7 @@ class RoFormer(SeparationModel):
         return rearrange(mask, "n b f (c ri) -> b c f n ri", ri=2)
 
     def transform(self, length: int) -> Transform:
-        return Transform.centred(**self._stft)
+        return Transform.of(self._stft)
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         (spectrum,) = inputs
@@ -284,11 +283,11 @@ class RoFormer(SeparationModel):
 
 
 def mask_layers_in(shapes: Shapes) -> int:
-    """The linear layers of a mask estimator's MLP."""
+    """The number of linear layers of a mask estimator's MLP."""
     return shapes.count(r"mask_estimators\.0\.to_freqs\.0\.0\.(\d+)\.weight")
 
 
 def band_widths(shapes: Shapes) -> tuple[int, ...]:
-    """The features of each band: real and imaginary parts of its bins in each channel."""
+    """The number of features of each band: the real and imaginary parts of its bins in each channel."""
     count = shapes.count(r"band_split\.to_features\.(\d+)\..*")
     return shapes.sizes((f"band_split.to_features.{band}.1.weight" for band in range(count)), 1) or ()

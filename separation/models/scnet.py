@@ -1,8 +1,8 @@
 """SCNet: sparse compression network (Tong et al. 2024, arXiv:2401.13276), in the community's checkpoint layout.
 
 The spectrogram's real and imaginary parts are channels. Each step of the encoder compresses a low, a middle and a high
-band by their own strides; between encoder and decoder, pairs of LSTMs run along bins and along frames, in turn on the
-frames and on their Fourier transform. The decoder gives the stems' spectrograms.
+band with different strides. Between encoder and decoder, pairs of LSTMs run along bins and along frames, alternately on
+the frames and on their Fourier transform. The decoder returns the stems' spectrograms.
 """
 
 import math
@@ -16,16 +16,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, Transform
+from separation.models.gpu_core import GpuCoreModel
 from separation.models.kernels.scnet_gpu import GpuSCNet
-from separation.models.layers import GroupNorm, make_one_piece
+from separation.models.layers import GroupNorm, join_weights
 from separation.models.shapes import Shapes, quotient
-from separation.models.stft import istft, stft
-from separation.models.twinned import TwinnedModel
+from separation.models.stft import Stft
 
 
 @dataclass(frozen=True, kw_only=True)
 class SCNetConfig:
-    """The hyper-parameters, under the names that community YAML files give them in their `model:` section."""
+    """The hyper-parameters, with the names that community YAML files use in their `model:` section."""
 
     sources: tuple[str, ...] = ("drums", "bass", "other", "vocals")
     audio_channels: int = 2
@@ -34,7 +34,7 @@ class SCNetConfig:
     hop_size: int = 1024
     win_size: int = 4096
     normalized: bool = True
-    band_SR: tuple[float, float, float] = (0.175, 0.392, 0.433)  # noqa: N815 - shares of the bins, from the lowest on
+    band_SR: tuple[float, float, float] = (0.175, 0.392, 0.433)  # noqa: N815 - each band's share of the bins, low first
     band_stride: tuple[int, int, int] = (1, 4, 16)
     band_kernel: tuple[int, int, int] = (3, 4, 16)
     conv_depths: tuple[int, int, int] = (3, 2, 1)
@@ -45,43 +45,48 @@ class SCNetConfig:
 
     def __post_init__(self) -> None:
         if self.dims[0] != 2 * self.audio_channels:
-            raise ValueError(f"dims must begin with 2 * audio_channels = {2 * self.audio_channels}, not {self.dims[0]}")
+            raise ValueError(
+                f"dims starts with {self.dims[0]}, not with 2 * audio_channels = {2 * self.audio_channels}: correct it"
+            )
         for name in ("band_SR", "band_stride", "band_kernel", "conv_depths"):
             if len(getattr(self, name)) != 3:
-                raise ValueError(f"{name} must have a value for each of 3 bands, not {len(getattr(self, name))}")
+                raise ValueError(f"{name} has {len(getattr(self, name))} values: use one for each of the 3 bands")
         if self.num_dplayer % 2:
-            raise ValueError(f"num_dplayer must be even, for every Fourier transform is undone, not {self.num_dplayer}")
+            raise ValueError(
+                f"num_dplayer is {self.num_dplayer}, but every second layer inverts a Fourier transform: "
+                "use an even number"
+            )
 
     @property
     def num_stems(self) -> int:
         return len(self.sources)
 
 
-class SCNet(TwinnedModel):
+class SCNet(GpuCoreModel):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T > nfft // 2.
 
-    Samples are float32 in and out. Convolutions, linear layers and LSTMs may be in bfloat16 or float16 (see
+    Input and output are float32. Convolutions, linear layers and LSTMs may be in bfloat16 or float16 (see
     `to_precision`).
     """
 
     Config = SCNetConfig
     KEY_PATTERNS = (r"encoder\.0\.SDlayer\.convs\.0\.weight", r"separation_net\.dp_modules\.0\.lstm_layers\.0\..*")
     CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
-    oldest_gpu = (8, 0)
-    normalisation = "none"  # no norm comes before its first layer: it knows tracks at the level that they were mixed at
+    lowest_capability = (8, 0)
+    normalisation = "none"  # it has no norm before its first layer, and was trained on tracks at their original level
 
     def __init__(self, config: SCNetConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.config = config
         self.channels = config.audio_channels
         self.least_samples = config.nfft // 2 + 1
-        self._stft: dict[str, Any] = {
-            "n_fft": config.nfft,
-            "hop_length": config.hop_size,
-            "win_length": config.win_size,
-            "normalized": config.normalized,
-            "window": "rectangular",
-        }
+        self._stft = Stft(
+            n_fft=config.nfft,
+            hop_length=config.hop_size,
+            win_length=config.win_size,
+            normalized=config.normalized,
+            window="rectangular",
+        )
         steps = list(zip(config.dims, config.dims[1:], strict=False))
         outputs = [config.dims[0] * config.num_stems, *config.dims[1:]]
         self.encoder = nn.ModuleList(Encoder(config, size_in, size) for size_in, size in steps)
@@ -96,18 +101,16 @@ class SCNet(TwinnedModel):
             nn.ModuleList([Fusion(size), Upsampling(config, size, size_out)])
             for (_, size), size_out in reversed(list(zip(steps, outputs, strict=False)))
         )
-        self._outputs = tuple(range(config.num_stems))  # those that are given, in the order of the estimates
+        self._outputs = tuple(range(config.num_stems))
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
         steps = shapes.count(r"encoder\.(\d+)\..*")
         inputs = shapes.size("encoder.0.SDlayer.convs.0.weight", 1)
         sizes = shapes.sizes((f"encoder.{step}.globalconv.weight" for step in range(steps)), 0)
-        first, narrow = (
-            "encoder.0.conv_modules.0.layers.0",
-            shapes.size("encoder.0.conv_modules.0.layers.0.6.weight", 1),
-        )
-        is_compressed_alike = sizes and narrow == sizes[0] // config.compress
+        first = "encoder.0.conv_modules.0.layers.0"
+        narrow = shapes.size(f"{first}.6.weight", 1)
+        config_fits = sizes and narrow == sizes[0] // config.compress
         return {
             "audio_channels": quotient(inputs, 2),
             "dims": None if sizes is None else (inputs, *sizes),
@@ -116,7 +119,7 @@ class SCNet(TwinnedModel):
             "conv_depths": tuple(
                 shapes.count(rf"encoder\.0\.conv_modules\.{band}\.layers\.(\d+)\..*") for band in range(3)
             ),
-            "compress": config.compress if is_compressed_alike else quotient(sizes[0] if sizes else None, narrow),
+            "compress": config.compress if config_fits else quotient(sizes[0] if sizes else None, narrow),
             "conv_kernel": shapes.size(f"{first}.1.weight", 2),
             "num_dplayer": shapes.count(r"separation_net\.dp_modules\.(\d+)\..*"),
             "expand": quotient(
@@ -126,33 +129,33 @@ class SCNet(TwinnedModel):
 
     def forward(self, chunks: Tensor) -> Tensor:
         length = chunks.shape[-1]
-        spectrum = stft(F.pad(chunks, (0, self._missing(length))), **self._stft)  # [B, C, F, N]
-        if self._fast is not None:
-            spectra = self._fast(torch.view_as_real(spectrum), self._outputs)
+        spectrum = self._stft.spectrogram(F.pad(chunks, (0, self._missing(length))))  # [B, C, F, N]
+        if self._gpu_core is not None:
+            spectra = self._gpu_core(torch.view_as_real(spectrum), self._outputs)
         else:
             spectra = self._spectra(torch.view_as_real(spectrum), (_fourier, _inverse_fourier))
-        return istft(torch.view_as_complex(spectra.contiguous()).transpose(-1, -2), length=length, **self._stft)
+        return self._stft.waveform(torch.view_as_complex(spectra.contiguous()).transpose(-1, -2), length)
 
-    def fast_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
         return GpuSCNet(self, (_fourier, _inverse_fourier), num_stems=self.config.num_stems)
 
     @property
     def cast_weight(self) -> Tensor:
         return cast(Encoder, self.encoder[0]).globalconv.weight
 
-    def _remake(self) -> None:
+    def _update_gpu_core(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.LSTM):
-                make_one_piece(module)
-        super()._remake()
+                join_weights(module)
+        super()._update_gpu_core()
 
     def _missing(self, length: int) -> int:
-        """The zeros to append, for one more frame than hops: an even number of frames, as `_inverse_fourier` needs."""
+        """The number of zeros to append, so that the number of frames is even, as `_inverse_fourier` needs."""
         hop = self.config.hop_size
         return ((length // hop + 1) // 2 * 2 + 1) * hop - length
 
     def transform(self, length: int) -> Transform:
-        return Transform.centred(zeros_after=self._missing(length), **self._stft)
+        return Transform.of(self._stft, zeros_after=self._missing(length))
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         (spectrum,) = inputs
@@ -160,7 +163,7 @@ class SCNet(TwinnedModel):
         return (rearrange(spectra, "b s c n f ri -> b s c f n ri"),)
 
     def _spectra(self, spectrum: Tensor, fourier: "Fourier") -> Tensor:
-        """Spectrogram `[B, C, F, N, 2]` to those of the stems, `[B, S, C, N, F, 2]`, a view."""
+        """The mixture's spectrogram `[B, C, F, N, 2]` to the stems' `[B, S, C, N, F, 2]`, a view."""
         x = rearrange(spectrum, "b c f n ri -> b (c ri) f n")
         skips: list[tuple[Tensor, list[int], list[int]]] = []
         for encode in self.encoder:
@@ -176,14 +179,15 @@ class SCNet(TwinnedModel):
         return torch.stack([spectra[:, index] for index in self._outputs], dim=1)
 
     def _separate(self, x: Tensor, fourier: "Fourier") -> Tensor:
-        """`[B, D, F, N] -> [B, D, F, N]`. Float32, for Fourier transforms know no half precision."""
+        """`[B, D, F, N] -> [B, D, F, N]` in float32, because Fourier transforms do not support half precision."""
         x = rearrange(x.float(), "b d f n -> b f n d")
         for i, dual_path in enumerate(cast(Iterable[DualPath], self.separation_net["dp_modules"])):
             x = fourier[i % 2](dual_path(x))
         return rearrange(x, "b f n d -> b d f n")
 
 
-# Along frames, `[B, F, N, D] -> [B, F, N // 2 + 1, 2 * D]`, real parts first, and back if N is even.
+# A Fourier transform along frames, [B, F, N, D] -> [B, F, N // 2 + 1, 2 * D], real parts first; and its inverse for an
+# even N.
 Fourier = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -194,35 +198,37 @@ def _fourier(x: Tensor) -> Tensor:
 
 def _inverse_fourier(x: Tensor) -> Tensor:
     spectrum = torch.complex(*x.chunk(2, dim=-1))
-    # Of the first and the last bin cuFFT, unlike a CPU, would use what is imaginary.
+    # Unlike a CPU, cuFFT does not ignore the imaginary parts of the first and the last bin.
     torch.view_as_real(spectrum)[:, :, :: spectrum.shape[2] - 1, :, 1] = 0
-    return torch.fft.irfft(spectrum, dim=2, norm="ortho")
+    frames: Tensor = torch.fft.irfft(spectrum, dim=2, norm="ortho")
+    return frames
 
 
 def _fourier_product(x: Tensor) -> Tensor:
-    """The same by a matrix product, which every runtime knows."""
+    """`_fourier` as a matrix product, which every runtime supports."""
     cos, sin = _waves(x.shape[2])
     return torch.cat([cos @ x, -sin @ x], dim=-1)
 
 
 def _inverse_fourier_product(x: Tensor) -> Tensor:
+    """`_inverse_fourier` as a matrix product."""
     frames = 2 * x.shape[2] - 2
     cos, sin = _waves(frames)
-    counted = torch.full((frames // 2 + 1,), 2.0)  # all but the first and the last stand for two bins
-    counted[0] = counted[-1] = 1.0
+    weights = torch.full((frames // 2 + 1,), 2.0)  # all bins but the first and the last count twice
+    weights[0] = weights[-1] = 1.0
     real, imaginary = x.chunk(2, dim=-1)
-    return (cos.T * counted) @ real - (sin.T * counted) @ imaginary
+    return (cos.T * weights) @ real - (sin.T * weights) @ imaginary
 
 
 def _waves(frames: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of each bin, `[frames // 2 + 1, frames]`, on the CPU."""
-    turns = torch.outer(torch.arange(frames // 2 + 1), torch.arange(frames)) % frames  # exact: whole numbers
+    turns = torch.outer(torch.arange(frames // 2 + 1), torch.arange(frames)) % frames  # integers, so this is exact
     angles = turns.double() * (2 * math.pi / frames)
     return (angles.cos() * frames**-0.5).float(), (angles.sin() * frames**-0.5).float()
 
 
 class Encoder(nn.Module):
-    """Compresses three bands, each with convolutions of its own along time, and joins them."""
+    """Compresses three bands, convolves each along time, and joins them."""
 
     def __init__(self, config: SCNetConfig, size_in: int, size: int) -> None:
         super().__init__()
@@ -241,9 +247,9 @@ class Encoder(nn.Module):
         self.globalconv = nn.Conv2d(size, size, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
-        """`[B, size_in, F, N]` to twice `[B, size, F', N]`, what goes on and what skips to the decoder.
+        """`[B, size_in, F, N]` to the next step's input and the decoder's skip connection, both `[B, size, F', N]`.
 
-        Also the number of bins of each band, after and before.
+        Also returns the number of bins of each band after and before the compression.
         """
         sizes_before = self.band_sizes(x.shape[2])
         bands = []
@@ -254,19 +260,19 @@ class Encoder(nn.Module):
         return self.globalconv(joined), joined, [band.shape[2] for band in bands], sizes_before
 
     def band_sizes(self, bins: int) -> list[int]:
-        """The bins of each band."""
+        """The number of bins of each band."""
         low, middle = math.ceil(bins * self.shares[0]), math.ceil(bins * (self.shares[0] + self.shares[1]))
         return [low, middle - low, bins - middle]
 
     def padded(self, band: Tensor, index: int) -> Tensor:
-        """The band of that index, `[B, size_in, F, N]`, with zeros around its bins for the convolution."""
+        """Pad the bins of a band, `[B, size_in, F, N]`, with zeros for its convolution."""
         kernel, stride = self.kernels[index], self.strides[index]
         missing = kernel - 1 if stride == 1 else -band.shape[2] % stride
         return F.pad(band, (0, 0, missing // 2, missing - missing // 2))
 
 
 class TimeConvolutions(nn.Module):
-    """Residual convolutions along time, each bin for itself, `[B, D, F, N] -> [B, D, F, N]`."""
+    """Residual convolutions along time, separately for each bin, `[B, D, F, N] -> [B, D, F, N]`."""
 
     def __init__(self, size: int, depth: int, compress: int, kernel: int) -> None:
         super().__init__()
@@ -313,7 +319,7 @@ class DualPath(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Joins the decoder's `[B, D, F, N]` with what skipped the layers between, to the same shape."""
+    """Merges the decoder's features with a skip connection, both `[B, D, F, N]`, to the same shape."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -321,7 +327,7 @@ class Fusion(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`[2 * D, D, 3, 3]`: the layer was trained on its input twice over, as both halves of its channels."""
+        """`[2 * D, D, 3, 3]`: the sum of both halves, because the layer was trained on two copies of its input."""
         first, second = self.conv.weight.chunk(2, dim=1)
         return (first.float() + second.float()).to(self.conv.weight.dtype)
 
@@ -331,7 +337,7 @@ class Fusion(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Takes three bands apart and brings each back to the bins that it had before the encoder's step."""
+    """Splits the bins into three bands and expands each to the number of bins before the encoder's step."""
 
     def __init__(self, config: SCNetConfig, size: int, size_out: int) -> None:
         super().__init__()

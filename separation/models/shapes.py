@@ -1,11 +1,11 @@
-"""What the shapes of weights tell of the hyper-parameters that their network was made with."""
+"""Infers hyper-parameters from the shapes of a checkpoint's weights."""
 
 import re
 from collections.abc import Iterable, Mapping
 
 
 class Shapes:
-    """The shapes of weights by name. What is asked for and is not there is None or zero."""
+    """The shapes of weights by name. Lookups of missing names return None, counts return 0."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -19,20 +19,20 @@ class Shapes:
         return shape[axis] if axis < len(shape) else None
 
     def sizes(self, names: Iterable[str], axis: int) -> tuple[int, ...] | None:
-        """The sizes of several along an axis; None if one is missing."""
+        """The sizes of several tensors along an axis, or None if one is missing."""
         found = [self.size(name, axis) for name in names]
         return None if None in found else tuple(size for size in found if size is not None)
 
     def count(self, pattern: str) -> int:
-        """How many parts there are, of which the pattern's group is the number."""
+        """How many different values the pattern's group has among the names it matches, such as numbers of layers."""
         numbers = {match[1] for name in self._shapes if (match := re.fullmatch(pattern, name))}
         return len(numbers)
 
     def has(self, pattern: str) -> bool:
-        """Whether there is a name of this pattern."""
+        """Whether the pattern matches a name."""
         return any(re.fullmatch(pattern, name) for name in self._shapes)
 
 
 def quotient(size: int | None, divisor: int | None) -> int | None:
-    """The whole quotient; None where there is none."""
+    """`size / divisor` if that is a whole number, else None."""
     return size // divisor if size is not None and divisor and not size % divisor else None

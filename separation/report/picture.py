@@ -19,7 +19,7 @@ from torch import Tensor
 
 from separation.errors import InputError
 from separation.evaluation.metrics import level_dbfs
-from separation.models.stft import stft
+from separation.models.stft import Stft
 from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 
@@ -276,7 +276,8 @@ def _bands(row: Row) -> Floats:
     samples = audio.shape[1]
     hop_samples = min(max(samples // COLUMNS, 64), N_FFT // 2)
     padded = torch.nn.functional.pad(audio, (0, max(0, N_FFT - samples)))
-    power = stft(padded, n_fft=N_FFT, hop_length=hop_samples, win_length=N_FFT).abs().square().mean(dim=0)  # [F, N]
+    stft = Stft(n_fft=N_FFT, hop_length=hop_samples, win_length=N_FFT)
+    power = stft.spectrogram(padded).abs().square().mean(dim=0)  # [F, N]
     power = power[:, : samples // hop_samples + 1]
     energy = torch.from_numpy(band_filters(row.sample_rate)).float() @ power
     if energy.shape[1] > COLUMNS:

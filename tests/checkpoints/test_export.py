@@ -182,7 +182,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("part", [{"cac": False}, {"hybrid": False, "hybrid_old": False}])
 def test_a_network_of_another_kind_cannot_be_exported(part: dict[str, Any], tmp_path: Path) -> None:
     path = write_model("hdemucs", tmp_path, **part)[0]
-    with pytest.raises(InputError, match="hdemucs cannot be exported: a network of it masks amplitudes or has one"):
+    with pytest.raises(InputError, match="hdemucs cannot be exported: one of its networks masks amplitudes or has one"):
         export(path, tmp_path / "out.onnx", random=True)
 
 

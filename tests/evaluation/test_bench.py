@@ -54,7 +54,7 @@ def test_the_engines_figures_are_consistent(capsys: pytest.CaptureFixture[str]) 
     # 0 if earlier tests in this process needed more memory, which is reused.
     assert 0 <= found["memory_above_model_mib"] < found["peak_memory_mib"]
     assert found["sdr_db"]["demo"] > 90  # float32 against float32, by another attention
-    assert "device cpu (asked for), precision fp32" in found["device"]
+    assert "device cpu (requested), precision fp32" in found["device"]
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_the_stages_of_a_cold_start_add_up_to_less_than_the_whole_command(
     assert elapsed / 2 < found["total_seconds"] < elapsed
     assert found["weight_bytes"] == (PROJECT / "weights" / "demo" / "demo.safetensors").stat().st_size
     assert found["read_weights_per_plain_read"] > 1
-    assert "device cpu (asked for), precision fp32" in found["device"]
+    assert "device cpu (requested), precision fp32" in found["device"]
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_attention("einsum", CPU, torch.float32).name == "einsum"
     monkeypatch.setenv("SEPARATION_ATTENTION", "einsum")
     choice = choose_attention("auto", CPU, torch.float32)
-    assert (choice.name, choice.reason) == ("einsum", "SEPARATION_ATTENTION asks for it")
+    assert (choice.name, choice.reason) == ("einsum", "requested by SEPARATION_ATTENTION")
     assert choose_attention("sdpa", CPU, torch.float32).name == "sdpa"
     monkeypatch.setenv("SEPARATION_ATTENTION", "sage")
     with pytest.raises(InputError, match=r"^attention backend 'sage' does not work here \(No module named"):
@@ -43,7 +43,7 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_asked_for_and_does_not_work_is_an_error_with_the_reason() -> None:
     with pytest.raises(InputError, match=r"^attention backend 'sage' does not work here \(No module named"):
         choose_attention("sage", CPU, torch.bfloat16)
-    with pytest.raises(InputError, match=r"'fused' does not work here \(it is for the CPU in bf16\): use auto"):
+    with pytest.raises(InputError, match=r"'fused' does not work here \(it is for CPUs in bf16\): use auto"):
         choose_attention("fused", CPU, torch.float32)
     with pytest.raises(InputError, match="unknown attention backend 'flash': use auto, fused, triton, sage, sdpa"):
         choose_attention("flash", CPU, torch.float32)
@@ -62,12 +62,14 @@ def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("link, following", [("sage", "sdpa"), ("sdpa", "einsum")])
-@pytest.mark.parametrize("failing, reason", [(broken, "no kernel image is available"), (wrong, "it is wrong by 100%")])
+@pytest.mark.parametrize(
+    "failing, reason", [(broken, "no kernel image is available"), (wrong, "its result is wrong by 100%")]
+)
 def test_a_link_of_the_gpus_chain_that_fails_gives_way_to_the_next(
     link: str, following: str, failing: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The GPU's chain, tried on the CPU.
-    monkeypatch.setattr(attention, "_chain", lambda device, dtype: (link, following))
+    monkeypatch.setattr(attention, "_candidates", lambda device, dtype: (link, following))
     monkeypatch.setitem(BACKENDS, link, failing)
     choice = choose_attention("auto", CPU, torch.float32)
     assert choice.name == following
@@ -78,14 +80,16 @@ def test_a_link_of_the_gpus_chain_that_fails_gives_way_to_the_next(
 def test_a_backend_may_differ_from_the_definition_by_less_than_5_percent(
     gain: float, is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_chain", lambda device, dtype: ("sage", "sdpa"))
+    monkeypatch.setattr(attention, "_candidates", lambda device, dtype: ("sage", "sdpa"))
     monkeypatch.setitem(BACKENDS, "sage", lambda q, k, v: gain * einsum_attention(q, k, v))
     choice = choose_attention("auto", CPU, torch.float32)
     assert choice.name == ("sage" if is_taken else "sdpa")
-    assert is_taken or choice.reason.startswith("not sage: it is wrong by 6%")
+    assert is_taken or choice.reason.startswith("not sage: its result is wrong by 6%")
 
 
-@pytest.mark.parametrize("failing, reason", [(broken, "no kernel image is available"), (wrong, "it is wrong by 100%")])
+@pytest.mark.parametrize(
+    "failing, reason", [(broken, "no kernel image is available"), (wrong, "its result is wrong by 100%")]
+)
 def test_the_last_link_of_the_cpus_chain_in_bfloat16_is_the_plain_definition(
     failing: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +107,7 @@ def test_a_backend_that_does_not_know_the_models_head_size_gives_way_to_the_next
         assert q.shape[-1] == 64, "headdim should be 64"
         return einsum_attention(q, k, v)
 
-    monkeypatch.setattr(attention, "_chain", lambda device, dtype: ("sage", "sdpa"))
+    monkeypatch.setattr(attention, "_candidates", lambda device, dtype: ("sage", "sdpa"))
     monkeypatch.setitem(BACKENDS, "sage", only_64)
     assert choose_attention("auto", CPU, torch.float32, 64).name == "sage"
     choice = choose_attention("auto", CPU, torch.float32, 48)
@@ -116,39 +120,43 @@ def test_a_model_is_asked_for_the_size_of_its_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(attention, "_chain", lambda device, dtype: ("sage", "sdpa"))
+    monkeypatch.setattr(attention, "_candidates", lambda device, dtype: ("sage", "sdpa"))
     monkeypatch.setitem(BACKENDS, "sage", lambda q, k, v: asked.append(q.shape[-1]) or broken(q, k, v))
     with caplog.at_level(logging.INFO):
         weights = write_weights(small_model().state_dict(), tmp_path / "small.safetensors")
         load_model(write_yaml(tmp_path), checkpoint=weights)
     assert asked == [HYPER_PARAMETERS["dim_head"]]
-    assert re.search(r"^small: attention sdpa \(not sage: no kernel .*, by its \w+ kernel\)$", caplog.messages[0])
+    assert re.search(
+        r"^small: attention sdpa \(not sage: no kernel .*, with PyTorch's \w+ kernel\)$", caplog.messages[0]
+    )
 
 
 def test_the_kernel_that_sdpa_takes_is_named() -> None:
-    assert choose_attention("sdpa", CPU, torch.float32).reason == "asked for, by its flash kernel"
+    assert choose_attention("sdpa", CPU, torch.float32).reason == "requested, with PyTorch's flash kernel"
     with sdpa_kernel(SDPBackend.MATH):
-        assert choose_attention("sdpa", CPU, torch.float32).reason == "asked for, by its math kernel"
+        assert choose_attention("sdpa", CPU, torch.float32).reason == "requested, with PyTorch's math kernel"
 
 
 def test_sage_is_used_where_the_package_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     package = ModuleType("sageattention")
     package.sageattn = lambda q, k, v, tensor_layout, is_causal: einsum_attention(q, k, v)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sageattention", package)
-    monkeypatch.setattr(attention, "_chain", lambda device, dtype: ("sage", "sdpa"))
+    monkeypatch.setattr(attention, "_candidates", lambda device, dtype: ("sage", "sdpa"))
     assert choose_attention("auto", CPU, torch.float32).name == "sage"
 
 
 def test_each_device_and_precision_has_its_chain() -> None:
     cuda = torch.device("cuda")
-    assert attention._chain(cuda, torch.bfloat16) == ("triton", "sdpa", "einsum")
-    assert attention._chain(cuda, torch.float32) == ("sdpa", "einsum")
-    assert attention._chain(CPU, torch.bfloat16) == ("fused", "itemwise", "einsum")
-    assert attention._chain(CPU, torch.float32) == ("sdpa", "einsum")
+    assert attention._candidates(cuda, torch.bfloat16) == ("triton", "sdpa", "einsum")
+    assert attention._candidates(cuda, torch.float32) == ("sdpa", "einsum")
+    assert attention._candidates(CPU, torch.bfloat16) == ("fused", "itemwise", "einsum")
+    assert attention._candidates(CPU, torch.float32) == ("sdpa", "einsum")
 
 
 def test_without_any_that_works_the_error_names_each(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sdpa", "einsum"):
         monkeypatch.setitem(BACKENDS, name, broken)
-    with pytest.raises(InputError, match=r"works on cpu: not sdpa: no kernel .*; not einsum: no kernel"):
+    with pytest.raises(
+        InputError, match=r"works on cpu \(not sdpa: no kernel .*; not einsum: no kernel .*\): use another"
+    ):
         choose_attention("auto", CPU, torch.float32)

@@ -113,13 +113,13 @@ def test_the_layers_for_a_gpu_equal_the_plain_ones(
     fewer = model.only(("cymbals", "snare"))
     with torch.inference_mode():
         expected = model(chunks)
-        model._fast = fewer._fast = model.fast_core()
+        model._gpu_core = fewer._gpu_core = model.make_gpu_core()
         got, some = model(chunks), fewer(chunks)
         assert (got - expected).abs().amax((1, 2, 3)).le(1e-5 * expected.abs().amax((1, 2, 3))).all()
         assert (some - expected[:, [4, 1]]).abs().max() <= 1e-5 * expected.abs().max()
         model.prepare(torch.float16)  # the pretended arrival on a GPU is over
         plain = model(chunks)
-        model._fast = model.fast_core()
+        model._gpu_core = model.make_gpu_core()
         fast = model(chunks)
     exact, plain, fast = (estimates[0].flatten(0, 1) for estimates in (expected, plain, fast))
     assert sdr(exact, fast) > max(50, sdr(exact, plain) - 1)
@@ -184,9 +184,9 @@ def test_a_song_is_separated_in_chunks_of_the_models_own_length(tmp_path: Path, 
         ({"chunk_size": 64 * 30}, {}, "chunk_size 1920 gives 31 frames, but .* a multiple of 4"),
         ({"dim_f": 120}, {}, "dim_f 120 must be a multiple of 16"),
         ({"dim_f": 256}, {}, r"dim_f 256 must be .* at most 129"),
-        ({}, {"norm": "LayerNorm"}, "norm 'LayerNorm' is not known: use InstanceNorm"),
-        ({}, {"act": "swish"}, "act 'swish' is not known: use gelu"),
-        ({}, {"act": "eluting"}, "act 'eluting' is not known"),
+        ({}, {"norm": "LayerNorm"}, "unknown norm 'LayerNorm': use InstanceNorm"),
+        ({}, {"act": "swish"}, "unknown act 'swish': use gelu"),
+        ({}, {"act": "eluting"}, "unknown act 'eluting'"),
         ({}, {"norm": "GroupNorm3"}, "num_channels"),
         (
             {},

@@ -107,7 +107,7 @@ def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: flo
 def test_the_layers_for_a_gpu_equal_the_plain_ones(
     monkeypatch: pytest.MonkeyPatch, largest: int, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(scnet_gpu, "LSTM_HIDDEN", largest)
+    monkeypatch.setattr(scnet_gpu, "MOST_LSTM_FEATURES", largest)
     model = small_scnet(**changes)
     for value in model.state_dict().values():
         if value.ndim == 1:  # norm gains of exactly one would hide a mistake
@@ -116,13 +116,13 @@ def test_the_layers_for_a_gpu_equal_the_plain_ones(
     fewer = model.only(("vocals", "bass"))
     with torch.inference_mode():
         expected = model(chunks)
-        model._fast = fewer._fast = model.fast_core()
+        model._gpu_core = fewer._gpu_core = model.make_gpu_core()
         got, some = model(chunks), fewer(chunks)
         assert (got - expected).abs().amax((1, 2, 3)).le(1e-5 * expected.abs().amax((1, 2, 3))).all()
         assert (some - expected[:, [3, 1]]).abs().max() <= 1e-5 * expected.abs().max()
         model.prepare(torch.float16)
         plain = model(chunks)
-        model._fast = model.fast_core()
+        model._gpu_core = model.make_gpu_core()
         fast = model(chunks)
     exact, plain, fast = (estimates[0].flatten(0, 1) for estimates in (expected, plain, fast))
     assert sdr(exact, fast) > max(45, sdr(exact, plain) - 1)
@@ -202,9 +202,9 @@ def test_the_track_is_normalised_where_the_yaml_says_so(
 @pytest.mark.parametrize(
     "model, message",
     [
-        ({"dims": [8, 16]}, "dims must begin with .* 4, not 8"),
-        ({"band_stride": [1, 4]}, "band_stride must have a value for each of 3 bands, not 2"),
-        ({"num_dplayer": 3}, "num_dplayer must be even, .* not 3"),
+        ({"dims": [8, 16]}, "dims starts with 8, not with .* 4: correct it"),
+        ({"band_stride": [1, 4]}, "band_stride has 2 values: use one for each of the 3 bands"),
+        ({"num_dplayer": 3}, "num_dplayer is 3, .*: use an even number"),
         ({"sources": ["vocals", "other"]}, "names 4 stems and num_stems is 2"),
         ({"dims": [4, 8, 12, 20]}, r"small\.ckpt\) does not fit .*: model\.dims is \[4, 8, 12, 20\], the weights have"),
     ],

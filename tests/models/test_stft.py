@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from separation.models.stft import Window, hermitian, istft, stft
+from separation.models.stft import Stft, Window, hermitian
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -15,10 +15,11 @@ def test_istft_undoes_stft(
 ) -> None:
     torch.manual_seed(0)
     sizes = {"n_fft": n_fft, "hop_length": hop_length, "win_length": win_length}
+    stft = Stft(**sizes, normalized=normalized, window=window)
     audio = torch.randn(2, 3, length)
-    spectrum = stft(audio, normalized=normalized, window=window, **sizes)
+    spectrum = stft.spectrogram(audio)
     assert spectrum.shape == (2, 3, n_fft // 2 + 1, length // hop_length + 1)
-    result = istft(spectrum, length=length, normalized=normalized, window=window, **sizes)
+    result = stft.waveform(spectrum, length)
     assert (result - audio).abs().max() <= 5e-5  # the last samples may lie under the foot of a window
 
 
@@ -34,7 +35,7 @@ def test_istft_equals_that_of_torch(
     spectrum = torch.randn(2, 3, n_fft // 2 + 1, frames, dtype=torch.complex64)
     ones_or_hann = torch.hann_window(win_length) if window == "hann" else torch.ones(win_length)
     expected = torch.istft(spectrum.flatten(0, 1), **sizes, window=ones_or_hann, length=length).unflatten(0, (2, 3))
-    got = istft(spectrum, length=length, window=window, **sizes)
+    got = Stft(**sizes, window=window).waveform(spectrum, length)
     assert got.shape == expected.shape
     inside = slice(0, length - hop_length)  # after it, both divide by the foot of a window, where rounding shows
     assert (got - expected)[..., inside].abs().max() <= 1e-5 * expected.abs().max()
@@ -51,9 +52,9 @@ def test_what_cufft_is_given_is_what_a_cpu_makes_of_it(n_fft: int, bins: int) ->
 
 
 def test_a_window_made_in_inference_mode_serves_training() -> None:
-    sizes = {"n_fft": 256, "hop_length": 64, "win_length": 250}
+    stft = Stft(n_fft=256, hop_length=64, win_length=250)
     with torch.inference_mode():
-        istft(stft(torch.randn(1, 1000), **sizes), length=1000, **sizes)
+        stft.waveform(stft.spectrogram(torch.randn(1, 1000)), 1000)
     audio = torch.randn(1, 1000, requires_grad=True)
-    istft(stft(audio, **sizes), length=1000, **sizes).abs().sum().backward()
+    stft.waveform(stft.spectrogram(audio), 1000).abs().sum().backward()
     assert audio.grad is not None

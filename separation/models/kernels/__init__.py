@@ -1,1 +1,1 @@
-"""Faster twins of the layers: C++ for CPUs, Triton for GPUs. Each equals its plain twin in models/."""
+"""Faster implementations of the models' layers: C++ for CPUs, Triton for GPUs. Each is tested against a plain one."""

@@ -1,7 +1,7 @@
-"""The RoFormer family's layers on the CPU, computed by fused.cpp.
+"""The RoFormers' layers on the CPU, computed by fused.cpp.
 
-One call a layer, in bfloat16 with sums, norms, rotary angles and the residual stream in float32: about four times as
-fast as the same layers in PyTorch (layers.py, the plain twin).
+A layer is one call. Products take bfloat16 or int8; sums, norms, rotary angles and the residual stream are float32.
+This is about four times as fast as layers.py, the reference in PyTorch.
 """
 
 import ctypes
@@ -36,13 +36,13 @@ class _BandNetwork(ctypes.Structure):
 
 
 def _packed(*weights: Tensor, gain: Tensor | None = None) -> Tensor:
-    """Linear layers' weights `[columns, depth]`, one below the other, times the gain `[depth]`, in fused.cpp's order.
+    """Concatenate linear layers' weights `[columns, depth]`, times the gain `[depth]`, in the order of `Bf16Weights`.
 
     All but the last have a multiple of PANEL columns.
     """
     depth = weights[0].shape[1]
     sizes = [-(-len(each) // PANEL) * PANEL * depth for each in weights]
-    packed = torch.empty(sum(sizes), dtype=torch.bfloat16)  # on a cache line's border, as all that PyTorch allocates
+    packed = torch.empty(sum(sizes), dtype=torch.bfloat16)  # PyTorch aligns memory to cache lines
     gain = None if gain is None else gain.float().contiguous()
     start = packed.data_ptr()
     for each, size in zip(weights, sizes, strict=True):
@@ -54,7 +54,7 @@ def _packed(*weights: Tensor, gain: Tensor | None = None) -> Tensor:
 
 
 def _packed_bytes(*weights: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_packed` in signed bytes, with each column's scale and start, as `Int8Weights` of fused.cpp wants them."""
+    """Like `_packed` in int8, in the order of `Int8Weights`; also returns the scale and the start of each column."""
     packed, scales, starts = [], [], []
     for each in weights:
         columns = nn.functional.pad(
@@ -69,35 +69,35 @@ def _packed_bytes(*weights: Tensor, gain: Tensor | None = None) -> tuple[Tensor,
 
 
 def _bias(*linears: Any) -> Tensor:
-    """The layers' biases one after the other, zero where one has none, padded to whole panels."""
+    """The layers' biases, concatenated and padded to whole panels. A layer without a bias has zeros."""
     biases = [torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float() for linear in linears]
     bias = torch.cat(biases)
     return nn.functional.pad(bias, (0, -len(bias) % PANEL))
 
 
 class FusedTransformer(nn.Module):
-    """A `Transformer`, `[B, N, D]` in float32 on the CPU, computed in place.
+    """A `Transformer`, `[B, N, D]` in float32 on the CPU. Works in place.
 
-    With `int8`, the linear layers' products take bytes: weights with a scale a column, values with a scale a token.
-    Raises NotFusedError for sizes and layers that fused.cpp does not know.
+    With `int8`, the linear layers take bytes: weights have a scale per column, values a scale per token.
+    Raises NotFusedError for sizes and layers that fused.cpp does not support.
     """
 
     def __init__(self, transformer: Transformer, *, int8: bool = False) -> None:
         super().__init__()
-        self._keep: list[Tensor] = []  # what the structures below point at
+        self._tensors: list[Tensor] = []  # `_layers` contains pointers to them
         self._layers: list[Any] = []
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}  # of the length seen last: chunks have one length
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}  # for the last length only, since all chunks have the same
         for attention, feed_forward in cast(Iterable[Pair], transformer.layers):
             if getattr(attention, "rotary_embed", None) is None:
                 kind = "polar positions" if hasattr(attention, "pope_embed") else "linear attention"
-                raise NotFusedError(f"it does not know {kind}")
+                raise NotFusedError(f"it does not support {kind}")
             norm, up, _, _, down = feed_forward.net
             heads, dim = attention.to_gates.weight.shape
             self._head_size = attention.to_out[0].weight.shape[1] // heads
             hidden = up.weight.shape[0]
             if dim % (4 if int8 else 2) or hidden % PANEL or self._head_size % PANEL or heads > PANEL:
                 raise NotFusedError(
-                    f"it does not know {heads} heads of {self._head_size} on {dim} features ({hidden} hidden)"
+                    f"it does not support {heads} heads of {self._head_size} on {dim} features ({hidden} hidden)"
                 )
             linears = (
                 self._linear(attention.to_qkv, attention.to_gates, gain=attention.norm.gamma, int8=int8),
@@ -108,18 +108,18 @@ class FusedTransformer(nn.Module):
             self._layers.append(_Layer(dim, heads, self._head_size, hidden, *linears))
             self._frequencies = attention.rotary_embed.freqs.float()
         if isinstance(transformer.norm, RMSNorm):
-            self._keep.append(transformer.norm.gamma.float().contiguous())
-            self._layers[-1].norm_gains = self._keep[-1].data_ptr()
+            self._tensors.append(transformer.norm.gamma.float().contiguous())
+            self._layers[-1].norm_gains = self._tensors[-1].data_ptr()
 
     def _linear(self, *layers: Any, gain: Tensor | None = None, int8: bool) -> _Linear:
-        """Linear layers side by side, behind a norm of that gain."""
+        """Several linear layers as one. `gain` is that of the norm before them."""
         weights = [layer.weight for layer in layers]
         packed, *scales = _packed_bytes(*weights, gain=gain) if int8 else [_packed(*weights, gain=gain)]
-        self._keep += [packed, _bias(*layers), *scales]
-        return _Linear(*(tensor.data_ptr() for tensor in self._keep[-2 - len(scales) :]))
+        self._tensors += [packed, _bias(*layers), *scales]
+        return _Linear(*(tensor.data_ptr() for tensor in self._tensors[-2 - len(scales) :]))
 
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines as fused.cpp wants them, each `[tokens, head_size]`."""
+        """Cosines and sines, each `[tokens, head_size]`, for fused.cpp: the sines of even features are negated."""
         table = self._tables.get(tokens)
         if table is None:
             angles = torch.outer(torch.arange(tokens, dtype=torch.float32), self._frequencies).repeat_interleave(2, -1)
@@ -145,17 +145,20 @@ class FusedTransformer(nn.Module):
 
 
 class _BandNetworks(nn.Module):
-    """For each band a norm or none, the linear layers after it and the band's width in a row of the spectrogram."""
+    """The networks of all bands.
+
+    `bands` holds for each one its norm, if any, its linear layers, and its width in a row of the spectrogram.
+    """
 
     def __init__(self, bands: Iterable[tuple[Any, list[nn.Linear], int]]) -> None:
         super().__init__()
-        self._keep: list[Any] = []  # what the structures point at
+        self._memory: list[Any] = []  # `_networks` contains pointers to it
         networks: list[_BandNetwork] = []
         self._width = 0
         for norm, linears, width in bands:
             sizes = [linears[0].weight.shape[1], *(linear.weight.shape[0] for linear in linears)]
             if any(size % 2 for size in sizes):
-                raise NotFusedError(f"it does not know layers of {sizes} features")
+                raise NotFusedError(f"it does not support layers of {sizes} features")
             gain = norm.gamma if isinstance(norm, RMSNorm) else None
             weights = [_packed(linear.weight, gain=None if i else gain) for i, linear in enumerate(linears)]
             biases = [_bias(linear) for linear in linears]
@@ -164,7 +167,7 @@ class _BandNetworks(nn.Module):
                 (ctypes.c_void_p * len(weights))(*(tensor.data_ptr() for tensor in weights)),
                 (ctypes.c_void_p * len(biases))(*(tensor.data_ptr() for tensor in biases)),
             )
-            self._keep += [weights, biases, lists]
+            self._memory += [weights, biases, lists]
             networks.append(_BandNetwork(len(linears), *(ctypes.addressof(each) for each in lists), self._width))
             self._width += width
             self._dim = sizes[-1]
@@ -189,7 +192,10 @@ class FusedBandSplit(_BandNetworks):
 
 
 class FusedMaskEstimator(_BandNetworks):
-    """An RMS norm or none, and a `MaskEstimator`, `[B, N, K, D] -> [B, N, sum(widths)]`, in float32 on the CPU."""
+    """A `MaskEstimator`, `[B, N, K, D] -> [B, N, sum(widths)]`, both in float32 on the CPU.
+
+    `norm` comes before it; it is an RMSNorm or an Identity.
+    """
 
     def __init__(self, norm: nn.Module, estimator: MaskEstimator) -> None:
         networks = [

@@ -1,6 +1,7 @@
-"""MDX23C's network for a GPU: norm and activation are one kernel, and what follows a product is added within it.
+"""MDX23C's network for a GPU: a norm and its activation are one kernel, and residual sums are part of the products.
 
-Products are in the weights' precision with sums in float32. Axes: B batch, D feature, N frame, F bin.
+Products take the weights' precision and accumulate in float32. Axes: B batch, S stem, C channel, D feature, N frame,
+F bin.
 """
 
 from collections.abc import Iterable
@@ -10,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.kernels import unet_ops as ops
-from separation.models.kernels.operations import run
+from separation.models.kernels.registry import ops
+from separation.models.kernels.unet_ops import ELU, GELU, RELU
 from separation.models.layers import GroupNorm
 
-CHANNELS_LAST = True  # how tensors lie in memory; cuDNN turns those in which features come first round and back
+CHANNELS_LAST = True  # the memory format; cuDNN would transpose features-first tensors and back
 
 
 class GpuMDX23C:
-    """The network on the weights of these layers, which are laid out anew in place; they stay the layers' own."""
+    """The network on the given layers' weights. Changes the weights' memory format in place; copies none."""
 
     def __init__(self, layers: nn.Module, *, num_stems: int, num_subbands: int) -> None:
         self._parts: dict[str, Any] = dict(layers.named_children())
@@ -29,11 +30,11 @@ class GpuMDX23C:
                 layer.weight.data = layer.weight.data.contiguous(memory_format=self._format)
 
     def __call__(self, spectrum: Tensor, outputs: tuple[int, ...]) -> Tensor:
-        """Spectrogram `[B, C, F, N, 2]` to those of the stems `[B, S, C, N, F, 2]`, both in float32."""
+        """The mixture's spectrogram `[B, C, F, N, 2]` to the stems' `[B, S, C, N, F, 2]`, both in float32."""
         weight = self._parts["first_conv"].weight
         channels, subbands = spectrum.shape[1], (self._num_subbands, spectrum.shape[2] // self._num_subbands)
         inputs = 2 * channels * self._num_subbands
-        # The mixture in sub-bands, and what the network makes of it: the last layers' input.
+        # The input of the last layers: the mixture in sub-bands, then the masked features.
         joined = torch.empty(
             (len(spectrum), inputs + len(weight), spectrum.shape[3], subbands[1]),
             dtype=weight.dtype,
@@ -79,25 +80,27 @@ def _blocks(x: Tensor, blocks: Any) -> Tensor:
 
 def _activated(x: Tensor, layers: Iterable[Any]) -> Tensor:
     norm, activation, convolution = layers
-    return convolution(_normalised(x, norm, activation))
+    y: Tensor = convolution(_normalised(x, norm, activation))
+    return y
 
 
 def _normalised(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
-    """The norm and the activation of `[B, D, N, F]`."""
+    """Apply the norm and the activation to `[B, D, N, F]`."""
     positions = x.flatten(2).transpose(1, 2)
-    number, alpha = _number(activation)
+    kind, alpha = _activation(activation)
     gain, bias = cast(Tensor, norm.weight), cast(Tensor, norm.bias)
     moments = _moments(positions, norm)
-    y = run.normalise(positions, moments, gain, bias, number, alpha, x.dtype)
-    return y.transpose(1, 2).unflatten(2, x.shape[2:])
+    y = ops.normalise(positions, (moments, gain, bias), kind, alpha, x.dtype)
+    z: Tensor = y.transpose(1, 2).unflatten(2, x.shape[2:])
+    return z
 
 
 def _moments(positions: Tensor, norm: nn.Module) -> Tensor:
-    """The mean and the variance that the norm takes out of each feature of `[B, N * F, D]`: `[B, 2, D]`."""
+    """The means and variances by which the norm scales each feature of `[B, N * F, D]`: `[B, 2, D]`."""
     if isinstance(norm, nn.BatchNorm2d):
         known = torch.stack([cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)])
         return known.expand(len(positions), -1, -1)
-    moments = run.moments(positions, False)
+    moments: Tensor = ops.moments(positions, False)
     if not isinstance(norm, GroupNorm):
         return moments
     means, variances = moments.unflatten(2, (norm.num_groups, -1)).unbind(1)
@@ -106,31 +109,32 @@ def _moments(positions: Tensor, norm: nn.Module) -> Tensor:
     return joint.expand(-1, -1, -1, means.shape[-1]).flatten(2)
 
 
-def _number(activation: nn.Module) -> tuple[int, float]:
-    if isinstance(activation, nn.ELU):
-        return ops.ELU, activation.alpha
-    return (ops.GELU if isinstance(activation, nn.GELU) else ops.RELU), 0.0
+def _activation(layer: nn.Module) -> tuple[int, float]:
+    """The activation's number in unet_ops, and ELU's alpha."""
+    if isinstance(layer, nn.ELU):
+        return ELU, layer.alpha
+    return (GELU if isinstance(layer, nn.GELU) else RELU), 0.0
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[B, D, N, F]`, channels last, as `[B * N * F, D]`."""
+    """`[B, D, N, F]` to `[B * N * F, D]`; a view if channels are last in memory."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _frames(x: Tensor) -> Tensor:
-    """`[B, D, N, F]`, channels last, as `[B * N, F, D]`."""
+    """`[B, D, N, F]` to `[B * N, F, D]`; a view if channels are last in memory."""
     return x.permute(0, 2, 3, 1).flatten(0, 1)
 
 
 def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
     if not CHANNELS_LAST:
         return F.conv2d(x, weight)
-    y = F.linear(_rows(x), weight.flatten(1))
-    return y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
+    y: Tensor = F.linear(_rows(x), weight.flatten(1)).unflatten(0, (len(x), *x.shape[2:]))
+    return y.permute(0, 3, 1, 2)
 
 
 def _add_pointwise(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Adds a 1x1 convolution of `x` to `y`."""
+    """Add a 1x1 convolution of `x` to `y` in place."""
     if CHANNELS_LAST:
         _rows(y).addmm_(_rows(x), weight.flatten(1).T)
     else:
@@ -138,16 +142,16 @@ def _add_pointwise(y: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def _over_bins(x: Tensor, weight: Tensor) -> Tensor:
-    """A linear layer over the bins of each frame."""
+    """A linear layer over the bins of each frame, `[B, D, N, F] -> [B, D, N, F']`."""
     if not CHANNELS_LAST:
         return F.linear(x, weight)
     frames = _frames(x)
-    y = torch.bmm(weight.expand(len(frames), -1, -1), frames)
-    return y.unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
+    y: Tensor = torch.bmm(weight.expand(len(frames), -1, -1), frames).unflatten(0, (len(x), -1))
+    return y.permute(0, 3, 1, 2)
 
 
 def _add_over_bins(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Adds a linear layer over the bins of each frame of `x` to `y`."""
+    """Add a linear layer over the bins of each frame of `x` to `y` in place."""
     if CHANNELS_LAST:
         frames = _frames(x)
         _frames(y).baddbmm_(weight.expand(len(frames), -1, -1), frames)

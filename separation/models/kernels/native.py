@@ -1,4 +1,4 @@
-"""fused.cpp as a loaded library: compiled on first use, which takes seconds, and kept in the user's cache folder."""
+"""Compiles fused.cpp on first use, which takes seconds, caches the library in the user's cache folder, and loads it."""
 
 import ctypes
 import errno
@@ -15,22 +15,22 @@ from separation.system.places import cache_folder
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
-PANEL = 32  # columns of packed weights come in panels of so many, and a panel holds columns of one head only
+PANEL = 32  # weights are packed in panels of so many columns; the columns of a panel belong to one head
 
 
 class NotFusedError(Exception):
-    """The fused layers cannot be had; the message says why."""
+    """Fused layers are not available; the message is the reason."""
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """fused.cpp as a loaded library, compiled unless it was before on such a CPU by such a compiler.
+    """Load fused.cpp, compiled for this CPU. Compiles it unless the cache has it for this CPU and compiler.
 
-    Raises NotFusedError where the CPU or the compiler is not there.
+    Raises NotFusedError if the CPU has no suitable instructions, or if there is no compiler.
     """
     instructions = bfloat16_instructions()
     if instructions != "avx512_bf16":
-        has = f"has {instructions}, which PyTorch's own products use better" if instructions else "has no AVX-512 BF16"
+        has = f"has {instructions}, for which PyTorch is faster" if instructions else "has no AVX-512 BF16"
         raise NotFusedError(f"the CPU {has}")
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
@@ -43,10 +43,11 @@ def library() -> ctypes.CDLL:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()} or folder.stat().st_mode & 0o002:
-                raise PermissionError(errno.EPERM, "others can write there")  # and so have us load what they like
+                # Another user could replace the library by code of their own.
+                raise PermissionError(errno.EPERM, "other users can write to its folder")
             if not path.exists():
                 _compile(compiler, path)
-            return _declared(ctypes.CDLL(str(path)))
+            return _with_types(ctypes.CDLL(str(path)))
         except OSError as e:
             reason = NotFusedError(f"{path} cannot be written or loaded ({e.strerror or e})")
     raise reason
@@ -59,16 +60,16 @@ def _cache_folders() -> list[Path]:
 def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
-        ran = subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(part)], capture_output=True, text=True, check=False
-        )
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(part)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode != 0:
             said = next((line for line in ran.stderr.splitlines() if "error" in line), f"exit code {ran.returncode}")
             raise NotFusedError(f"{Path(compiler).name} cannot compile {SOURCE.name} ({said.strip()})")
         os.replace(part, path)
 
 
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the argument types of the library's functions."""
     long, pointer = ctypes.c_long, ctypes.c_void_p
     library.pack.argtypes = [pointer, long, long, pointer, pointer, long]
     library.transformer_layer.argtypes = [pointer, long, long, long, long, pointer, pointer, pointer, long]

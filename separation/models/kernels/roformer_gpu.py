@@ -1,10 +1,10 @@
-"""The RoFormer family's layers on a CUDA GPU, with few launches and few bytes.
+"""The RoFormers' layers for a CUDA GPU, with few kernel launches and little memory traffic.
 
-Products are in float16 or bfloat16 with sums in float32; norms, rotary angles and the residual stream are in float32.
-The operations in between are Triton kernels (roformer_ops.py); layers.py is the plain twin.
+Products take float16 or bfloat16 and accumulate in float32; norms, rotary angles and the residual stream are float32.
+The operations between the products are Triton kernels (see roformer_ops.py). layers.py is the plain reference.
 
-Biases at the end of a residual branch are the same for every token. They are never added to the stream: each norm adds
-the sum of those before it, its `carry`.
+The bias at the end of a residual branch is the same for every token, so it is never added to the stream. Instead each
+norm adds the sum of the biases before it, its `carry`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,36 +15,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.kernels import roformer_ops as ops
 from separation.models.kernels.native import NotFusedError
-from separation.models.kernels.operations import run
+from separation.models.kernels.registry import ops
+from separation.models.kernels.roformer_ops import attend
 from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
 
-ALIGNMENT = 8  # features to whose multiple a row is filled up: attention kernels fail where rows begin elsewhere
-SHORT = 128  # tokens of a sequence that one program attends to
+ALIGNMENT = 8  # rows are padded to a multiple of so many features: attention kernels fail on rows that are not aligned
+MOST_SHORT_TOKENS = 128  # the longest sequence for `attend_short`, which loads it whole
 
 
 class GpuLayer(nn.Module):
-    """A module whose parameters are the weights of products, in 16 bits, and whose buffers are in float32."""
+    """A module whose parameters, the weights of products, are in 16 bits and whose buffers are in float32."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         self.weights = nn.ParameterList()
 
-    def keep(self, *weights: Tensor) -> None:
-        """Append weights in the layer's precision."""
+    def add_weights(self, *weights: Tensor) -> None:
+        """Append weights, cast to the layer's precision."""
         for weight in weights:
             self.weights.append(nn.Parameter(weight.to(self.dtype).contiguous(), requires_grad=False))
 
     def to_precision(self, dtype: torch.dtype) -> None:
-        if self.dtype != torch.float32:  # of a norm that ends a transformer
+        """Cast to another 16-bit precision. The norm at the end of a transformer stays in float32."""
+        if self.dtype != torch.float32:
             self.dtype = dtype
             self.weights.to(dtype)
 
 
 class GpuNorm(GpuLayer):
-    """An RMS norm behind a residual stream of that carry, `[..., D]` in float32 to the layer's precision."""
+    """An RMS norm of a residual stream plus its carry, `[..., D]` in float32 to the layer's precision."""
 
     def __init__(self, norm: RMSNorm, carry: Tensor, dtype: torch.dtype) -> None:
         super().__init__(dtype)
@@ -52,15 +53,15 @@ class GpuNorm(GpuLayer):
         self.register_buffer("carry", carry.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = run.rms_norm(x.reshape(-1, x.shape[-1]), self.carry, self.gain, self.dtype)
+        rows: Tensor = ops.rms_norm(x.reshape(-1, x.shape[-1]), self.carry, self.gain, self.dtype)
         return rows.view(x.shape)
 
 
 class GpuTransformer(GpuLayer):
-    """A `Transformer`, `[B, N, D]` in float32, computed in place where it has no norm at its end.
+    """A `Transformer`, `[B, N, D]` in float32. Works in place, unless a norm comes last.
 
-    `carry` is that of the stream that comes in, and `carry_out` of the one that goes out, each `[D]`.
-    Raises NotFusedError for layers that it does not know.
+    `carry` belongs to the incoming stream and `carry_out` to the outgoing one, each `[D]`.
+    Raises NotFusedError for layers that are not supported.
     """
 
     def __init__(self, transformer: Transformer, carry: Tensor, dtype: torch.dtype) -> None:
@@ -70,7 +71,7 @@ class GpuTransformer(GpuLayer):
         for attention, feed_forward in cast(Iterable[Pair], transformer.layers):
             if getattr(attention, "rotary_embed", None) is None:
                 kind = "polar positions" if hasattr(attention, "pope_embed") else "linear attention"
-                raise NotFusedError(f"it does not know {kind}")
+                raise NotFusedError(f"it does not support {kind}")
             norm, up, _, _, down = feed_forward.net
             out = attention.to_out[0]
             self.heads = attention.heads
@@ -80,17 +81,18 @@ class GpuTransformer(GpuLayer):
             carry = carry if out.bias is None else carry + out.bias.float()
             self.norms.append(GpuNorm(norm, carry, dtype))
             carry = carry + down.bias.float()
-            self.keep(*_side_by_side(attention.to_qkv, attention.to_gates), out.weight, up.weight, up.bias, down.weight)
+            joined = _joined(attention.to_qkv, attention.to_gates)
+            self.add_weights(*joined, out.weight, up.weight, up.bias, down.weight)
         self.output: nn.Module = nn.Identity()
         if isinstance(transformer.norm, RMSNorm):
             self.output = GpuNorm(transformer.norm, carry, torch.float32)
             carry = torch.zeros_like(carry)
         self.carry_out = carry
         size = self.inner // self.heads
-        self._fits_short = size >= 16 and size & (size - 1) == 0
+        self._supports_short = size >= 16 and size & (size - 1) == 0
 
     def forward(self, x: Tensor) -> Tensor:
-        in_order = x.is_contiguous()  # a sequence's tokens are neighbours in memory; else those of one position are
+        in_order = x.is_contiguous()  # in memory, either the tokens of a sequence are neighbours or those of a position
         stream = x if in_order else x.transpose(0, 1)
         assert stream.is_contiguous() and x.dtype == torch.float32
         rows = stream.flatten(0, 1)
@@ -98,31 +100,33 @@ class GpuTransformer(GpuLayer):
         for i in range(len(self.norms) // 2):
             project, project_bias, out, up, up_bias, down = self.weights[6 * i : 6 * i + 6]
             projected = F.linear(self.norms[2 * i](rows), project, project_bias)
-            run.add_product_(rows, self._attended(projected, tables, 1 if in_order else len(x)), out)
-            # cuBLAS approximates GELU by tanh: the error is 72 dB below the result.
+            ops.add_product_(rows, self._attend(projected, tables, 1 if in_order else len(x)), out)
+            # cuBLAS approximates GELU by tanh; the error is 72 dB below the result.
             hidden = torch._addmm_activation(up_bias, self.norms[2 * i + 1](rows), up.T, use_gelu=True)
-            run.add_product_(rows, hidden, down)
-        return self.output(stream if in_order else stream.transpose(0, 1))
+            ops.add_product_(rows, hidden, down)
+        output: Tensor = self.output(stream if in_order else stream.transpose(0, 1))
+        return output
 
-    def _attended(self, rows: Tensor, tables: tuple[Tensor, Tensor], apart: int) -> Tensor:
-        """Attention on rows of q, k, v and gates, `[R, W]`, which changes them; `[R, heads * dim_head]`."""
+    def _attend(self, rows: Tensor, tables: tuple[Tensor, Tensor], apart: int) -> Tensor:
+        """Attention on rows of q, k, v and gates, `[R, W]` to `[R, heads * dim_head]`. Overwrites the rows."""
         tokens = len(tables[0])
-        if apart == 1 and tokens <= SHORT and self._fits_short:
-            return run.attend_short(rows, *tables, self.heads)
-        return ops.attend(rows, tables, self.heads, apart)
+        if apart == 1 and tokens <= MOST_SHORT_TOKENS and self._supports_short:
+            attended: Tensor = ops.attend_short(rows, *tables, self.heads)
+            return attended
+        return attend(rows, tables, self.heads, apart)
 
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each `[tokens, dim_head / 2]`."""
+        """Cosines and sines, each `[tokens, dim_head / 2]`. Cached for one length, since all chunks have the same."""
         frequencies = cast(Tensor, self.frequencies)
         key = tokens, frequencies.device
         if key not in self._tables:
             angles = torch.outer(torch.arange(tokens, device=frequencies.device, dtype=torch.float32), frequencies)
-            self._tables = {key: (angles.cos(), angles.sin())}  # chunks have one length
+            self._tables = {key: (angles.cos(), angles.sin())}
         return self._tables[key]
 
 
-def _side_by_side(*layers: Any) -> tuple[Tensor, Tensor]:
-    """The weight `[W, D]` and bias `[W]` of linear layers as one, filled up with zeros."""
+def _joined(*layers: Any) -> tuple[Tensor, Tensor]:
+    """The weight `[W, D]` and bias `[W]` of several linear layers as one layer, padded with zeros to ALIGNMENT."""
     weight = torch.cat([layer.weight.float() for layer in layers])
     biases = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.float() for layer in layers]
     missing = -len(weight) % ALIGNMENT
@@ -130,7 +134,7 @@ def _side_by_side(*layers: Any) -> tuple[Tensor, Tensor]:
 
 
 def _runs(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where equal neighbours start and stop."""
+    """The start and stop of each run of equal sizes."""
     start = 0
     for _, equal in groupby(sizes):
         stop = start + len(list(equal))
@@ -139,7 +143,10 @@ def _runs(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _stacked(layers: Sequence[Any], gains: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Weights `[n, size_in, size_out]` and biases `[n, 1, size_out]` of layers of one size, for a batched product."""
+    """The weights `[n, size_in, size_out]` and biases `[n, 1, size_out]` of equal layers, for a batched product.
+
+    `gains` are those of the norms before the layers; they are folded into the weights.
+    """
     weights = [layer.weight.float() for layer in layers]
     if gains is not None:
         weights = [weight * gain.float() for weight, gain in zip(weights, gains, strict=True)]
@@ -147,7 +154,7 @@ def _stacked(layers: Sequence[Any], gains: Sequence[Tensor] | None = None) -> tu
 
 
 class GpuBandSplit(GpuLayer):
-    """A `BandSplit`, `[..., sum(widths)]` to `[..., K, D]`, both in float32: bands of one width are one product."""
+    """A `BandSplit`, `[..., sum(widths)]` to `[..., K, D]` in float32. Adjacent bands of one width are one product."""
 
     def __init__(self, split: BandSplit, dtype: torch.dtype) -> None:
         super().__init__(dtype)
@@ -156,7 +163,7 @@ class GpuBandSplit(GpuLayer):
         pairs = list(cast(Iterable[Pair], split.to_features))
         for start, stop in self._bands:
             norms, linears = zip(*pairs[start:stop], strict=True)
-            self.keep(*_stacked(linears, [norm.gamma for norm in norms]))
+            self.add_weights(*_stacked(linears, [norm.gamma for norm in norms]))
         self.register_buffer("ones", torch.ones(max(split.widths)))
         self.register_buffer("zeros", torch.zeros(max(split.widths)))
 
@@ -169,16 +176,17 @@ class GpuBandSplit(GpuLayer):
             count, width = stop - start, self._widths[start]
             bands = rows[:, at : at + count * width].reshape(-1, width)
             at += count * width
-            normed = run.rms_norm(bands, zeros[:width], ones[:width], self.dtype).view(-1, count, width)
+            normed = ops.rms_norm(bands, zeros[:width], ones[:width], self.dtype).view(-1, count, width)
             weight, bias = self.weights[2 * i : 2 * i + 2]
             features[:, start:stop] = torch.baddbmm(bias, normed.transpose(0, 1), weight).transpose(0, 1)
-        return features.unflatten(0, x.shape[:-1])
+        by_position: Tensor = features.unflatten(0, x.shape[:-1])
+        return by_position
 
 
 class GpuMaskEstimator(GpuLayer):
     """A `MaskEstimator`, `[..., K, D]` to `[..., sum(widths)]` in float32.
 
-    The first layers of all bands are one product, and so are the last ones of bands of one width.
+    A hidden layer of all bands is one batched product. So is the last layer of adjacent bands of one width.
     """
 
     def __init__(self, estimator: MaskEstimator, dtype: torch.dtype) -> None:
@@ -187,23 +195,24 @@ class GpuMaskEstimator(GpuLayer):
             [module for module in network[0] if isinstance(module, nn.Linear)]
             for network in cast(Iterable[Any], estimator.to_freqs)
         ]
-        self._hidden = len(networks[0]) - 1
-        for depth in range(self._hidden):
-            self.keep(*_stacked([network[depth] for network in networks]))
+        self._hidden_layers = len(networks[0]) - 1
+        for depth in range(self._hidden_layers):
+            self.add_weights(*_stacked([network[depth] for network in networks]))
         self._widths = [network[-1].weight.shape[0] // 2 for network in networks]
         self._bands = list(_runs(self._widths))
         for start, stop in self._bands:
-            self.keep(*_stacked([network[-1] for network in networks[start:stop]]))
+            self.add_weights(*_stacked([network[-1] for network in networks[start:stop]]))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.to(self.dtype).flatten(0, -3).transpose(0, 1)  # [K, R, D]
         masks = torch.empty(y.shape[1], sum(self._widths), device=x.device)
         layers = [self.weights[i : i + 2] for i in range(0, len(self.weights), 2)]
-        for weight, bias in layers[: self._hidden]:
+        for weight, bias in layers[: self._hidden_layers]:
             y = torch.baddbmm(bias, y, weight).tanh_()
         at = 0
-        for (start, stop), (weight, bias) in zip(self._bands, layers[self._hidden :], strict=True):
+        for (start, stop), (weight, bias) in zip(self._bands, layers[self._hidden_layers :], strict=True):
             columns = (stop - start) * self._widths[start]
-            run.glu_into_(masks[:, at : at + columns], torch.baddbmm(bias, y[start:stop], weight))
+            ops.glu_into_(masks[:, at : at + columns], torch.baddbmm(bias, y[start:stop], weight))
             at += columns
-        return masks.unflatten(0, x.shape[:-2])
+        by_position: Tensor = masks.unflatten(0, x.shape[:-2])
+        return by_position

@@ -1,37 +1,40 @@
-"""What the RoFormers compute between their products on a GPU, as operations `separation::…`, in plain PyTorch.
+"""The operations between the matrix products of the RoFormers on a GPU: references in plain PyTorch.
 
-Each has a Triton kernel of its name in roformer_triton.py. Rows are tokens in the order in which they lie in memory.
+The Triton kernels of the same names are in roformer_triton.py. Axes: R rows (tokens in memory order), N tokens of a
+sequence, H heads, D feature, K band.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from separation.models.kernels.operations import operation, run
+from separation.models.kernels.registry import operation, ops
 
-EPS = 1e-20  # the layers' norms have none to speak of
+EPS = 1e-20  # layers.RMSNorm adds none; this only prevents a division by zero
 
 
 @operation("rms_norm(Tensor x, Tensor carry, Tensor gain, ScalarType dtype) -> Tensor")
 def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows of `x + carry`, each of length sqrt(D), times the gain.
+    """Scale the rows of `x + carry` to the length sqrt(D), then multiply by the gain.
 
-    Takes `[R, D]`, whose rows may lie apart, and twice `[D]` in float32; gives `[R, D]` in dtype.
+    `x` is `[R, D]` with any distance between rows, `carry` and `gain` are `[D]`; all are float32. Returns `[R, D]` in
+    `dtype`.
     """
     return (F.rms_norm(x + carry, x.shape[-1:], eps=EPS) * gain).to(dtype)
 
 
 @operation("add_product_(Tensor(a!) x, Tensor rows, Tensor weight) -> ()")
 def add_product_(x: Tensor, rows: Tensor, weight: Tensor) -> None:
-    """Adds `rows @ weight.T`, `[R, K]` and `[D, K]` in 16 bits, to `x`, `[R, D]` in float32."""
+    """Add `rows @ weight.T` to `x`: `[R, K]` and `[D, K]` in 16 bits to `[R, D]` in float32."""
     x += (rows.float() @ weight.float().T).to(x.dtype)
 
 
 @operation("rotate_(Tensor(a!) rows, Tensor cos, Tensor sin, int heads, int apart) -> ()")
 def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> None:
-    """Rotary positions for the first `heads` heads of each row `[R, W]`; the tables are `[N, dim_head / 2]`.
+    """Apply rotary positions in place to the first `heads` heads of each row of `[R, W]`.
 
-    Rows of neighbouring tokens are `apart` rows from each other: row r is at position `r // apart % N`.
+    The tables are `[N, dim_head / 2]`. Neighbouring tokens are `apart` rows from each other, so row r is at position
+    `r // apart % N`.
     """
     tokens, pairs = cos.shape
     part = rows[:, : heads * 2 * pairs].view(-1, tokens, apart, heads, pairs, 2)
@@ -42,9 +45,9 @@ def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> N
 
 @operation("gate(Tensor attended, Tensor rows, int first) -> Tensor")
 def gate(attended: Tensor, rows: Tensor, first: int) -> Tensor:
-    """What the heads attended, `[R1, R2, H, dim_head]`, times the sigmoid of the gates: `[R1 * R2, H * dim_head]`.
+    """Multiply the output of attention by the sigmoid of the gates.
 
-    The gates of row r are `rows[r, first : first + H]`.
+    `[R1, R2, H, dim_head]` becomes `[R1 * R2, H * dim_head]`. The gates of row r are `rows[r, first : first + H]`.
     """
     heads = attended.shape[2]
     gates = rows[:, first : first + heads].float().sigmoid().view(*attended.shape[:3], 1)
@@ -52,13 +55,13 @@ def gate(attended: Tensor, rows: Tensor, first: int) -> Tensor:
 
 
 def attend(rows: Tensor, tables: tuple[Tensor, Tensor], heads: int, apart: int) -> Tensor:
-    """Attention with rotary positions and gates, `[R, W]` to `[R, heads * dim_head]`; rotates q and k in place.
+    """Attention with rotary positions and gates, `[R, W]` to `[R, H * dim_head]`. Rotates q and k in place.
 
-    A row holds q, k and v of all heads and then their gates. For `apart` and the tables see `rotate_`.
+    A row holds q, k and v of all heads, then the heads' gates. See `rotate_` for the tables and `apart`.
     """
     cos, sin = tables
     tokens, size = len(cos), 2 * cos.shape[1]
-    run.rotate_(rows, cos, sin, 2 * heads, apart)
+    ops.rotate_(rows, cos, sin, 2 * heads, apart)
     by_token = rows[:, : 3 * heads * size].view(-1, tokens, apart, 3, heads, size)
     if apart == 1:
         q, k, v = by_token.squeeze(2).permute(2, 0, 3, 1, 4)
@@ -66,16 +69,17 @@ def attend(rows: Tensor, tables: tuple[Tensor, Tensor], heads: int, apart: int) 
     else:
         q, k, v = by_token.squeeze(0).permute(2, 1, 3, 0, 4)
         attended = F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3)
-    return run.gate(attended, rows, 3 * heads * size)
+    gated: Tensor = ops.gate(attended, rows, 3 * heads * size)
+    return gated
 
 
 @operation("attend_short(Tensor(a!) rows, Tensor cos, Tensor sin, int heads) -> Tensor")
 def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """`attend` of neighbouring rows; whether it rotates them is left open."""
+    """`attend` for sequences of neighbouring rows. May or may not rotate the rows in place."""
     return attend(rows, (cos, sin), heads, 1)
 
 
 @operation("glu_into_(Tensor(a!) masks, Tensor gated) -> ()")
 def glu_into_(masks: Tensor, gated: Tensor) -> None:
-    """Gated linear units of K bands of one width, `[K, R, 2 * width]`, into rows `[R, K * width]` in float32."""
+    """Write the gated linear units of K bands of one width, `[K, R, 2 * width]`, into float32 rows `[R, K * width]`."""
     masks.unflatten(1, (len(gated), -1)).copy_(F.glu(gated.float(), dim=-1).transpose(0, 1))

@@ -1,31 +1,31 @@
-"""Triton kernels for the operations of roformer_ops.py, where the docstrings are. Sums are in float32."""
+"""Triton kernels for the operations of roformer_ops.py, which documents them. Sums are in float32."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from separation.models.kernels import roformer_ops as ops
-from separation.models.kernels.operations import launch
+from separation.models.kernels.registry import launch
+from separation.models.kernels.roformer_ops import attend
 
-ELEMENTS = 4096  # that a program of a kernel without products works on
-NARROWEST = 64  # columns of a program: bands narrower than that have the kernels of this width
+ELEMENTS = 4096  # elements per program, in kernels without products
+LEAST_COLUMNS = 64  # columns per program; narrower bands share the kernels compiled for this width
 
 
 def _unit(size: int) -> int:
-    """What a size is a multiple of, as far as it matters: loads of eight 16-bit numbers are the widest there are."""
+    """The largest power of two that divides `size`, at most 8: the widest load holds eight 16-bit numbers."""
     return min(8, size & -size)
 
 
-def _cut(width: int, stride: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """How rows of that width and distance are cut into programs: their sizes in units, and the constants of a kernel.
+def _blocks(width: int, stride: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The width and stride of rows in units, and the constants of a kernel that processes them.
 
-    The constants are few, for a kernel is compiled for each: the sizes themselves are not in the code, only that they
-    are multiples of UNIT, as far as that makes loads and stores wider. Rows that fill their blocks need no mask.
+    Each set of constants compiles another kernel, so the sizes themselves are arguments. The code only knows that they
+    are multiples of UNIT, which permits wide loads and stores, and whether a row fills its block and needs no mask.
     """
-    block = max(NARROWEST, triton.next_power_of_2(width))
+    block = max(LEAST_COLUMNS, triton.next_power_of_2(width))
     unit = _unit(width | stride)
     constants = {"UNIT": unit, "WHOLE": width == block, "BLOCK": block, "ROWS": max(1, ELEMENTS // block)}
     return (width // unit, stride // unit), constants
@@ -61,14 +61,14 @@ def rms_norm(x: Tensor, carry: Tensor, gain: Tensor, dtype: torch.dtype) -> Tens
     assert x.stride(1) == 1 or x.shape[1] == 1
     total, dim = x.shape
     out = x.new_empty(total, dim, dtype=dtype)
-    sizes, constants = _cut(dim, x.stride(0))
+    sizes, constants = _blocks(dim, x.stride(0))
     grid = (triton.cdiv(total, constants["ROWS"]),)
     launch(_rms_norm, grid, x, carry, gain, out, total, *sizes, **constants)
     return out
 
 
 def add_product_(x: Tensor, rows: Tensor, weight: Tensor) -> None:
-    torch.addmm(x, rows, weight.T, torch.float32, out=x)  # cuBLAS adds in place
+    torch.addmm(x, rows, weight.T, torch.float32, out=x)  # cuBLAS adds to x in place
 
 
 @triton.jit(do_not_specialize=["total", "tokens", "apart", "stride"])
@@ -205,19 +205,19 @@ def _attend_short(
 
 
 def attend_short(rows: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    # Before compute capability 8.0 Triton's products do without tensor cores.
+    # Below compute capability 8.0, Triton's products do not use tensor cores.
     if rows.is_cuda and torch.cuda.get_device_capability(rows.device) < (8, 0):
-        return ops.attend(rows, (cos, sin), heads, 1)
+        return attend(rows, (cos, sin), heads, 1)
     tokens, pairs = cos.shape
     out = rows.new_empty(len(rows), heads * 2 * pairs)
     unit = _unit(rows.stride(0))
-    scale = (2 * pairs) ** -0.5 * 1.4426950408889634  # log2(e): the kernel takes powers of 2
+    scale = (2 * pairs) ** -0.5 * 1.4426950408889634  # log2(e), because the kernel computes powers of 2
     launch(
         _attend_short,
         (len(rows) // tokens,),
         *(rows, cos, sin, out, tokens, rows.stride(0) // unit, scale),
-        num_stages=1,  # heads loaded ahead would take so much shared memory that few programs fit
-        maxnreg=168,  # so that three programs share a multiprocessor
+        num_stages=1,  # prefetching heads takes so much shared memory that fewer programs fit
+        maxnreg=168,  # three programs then share a multiprocessor
         UNIT=unit,
         HEADS=heads,
         SIZE=2 * pairs,
@@ -253,6 +253,6 @@ def _glu_into_(
 def glu_into_(masks: Tensor, gated: Tensor) -> None:
     assert gated.is_contiguous() and (masks.stride(1) == 1 or masks.shape[1] == 1)
     bands, total, width = gated.shape[0], gated.shape[1], gated.shape[2] // 2
-    sizes, constants = _cut(width, masks.stride(0))
+    sizes, constants = _blocks(width, masks.stride(0))
     grid = triton.cdiv(total, constants["ROWS"]), bands
     launch(_glu_into_, grid, masks, gated, total, *sizes, **constants)

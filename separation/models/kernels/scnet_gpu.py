@@ -1,7 +1,7 @@
-"""SCNet's network for a GPU: features last, a residual branch in three launches, an LSTM in one.
+"""SCNet's network for a GPU: features come last, a residual branch takes three kernel launches, an LSTM one.
 
-Products are in the weights' precision with sums in float32; the stream through the dual paths is in float32.
-Axes: B batch, F bin, N frame, D feature.
+Products take the weights' precision and accumulate in float32; the residual stream of the dual paths is float32.
+Axes: B batch, S stem, C channel, F bin, N frame, D feature.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,15 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.kernels import unet_ops as ops
-from separation.models.kernels.operations import run
+from separation.models.kernels.registry import ops
+from separation.models.kernels.unet_ops import GELU, NONE
 
-LSTM_HIDDEN = 256  # features of the largest LSTM that our kernel computes, cuDNN all larger ones; its kernel reads all
-# weights once for each step and 64 sequences, which of many features is slower than cuDNN's launches
+# The most hidden features for which the LSTM is our kernel. It reads all weights once per step and 64 sequences, so
+# cuDNN is faster for larger ones.
+MOST_LSTM_FEATURES = 256
 
 
 class GpuSCNet:
-    """The network on the weights of these layers, some of them in another order; `fourier` are transforms of N."""
+    """The network on the given layers' weights, some of them rearranged.
+
+    `fourier` are the Fourier transform along N and its inverse.
+    """
 
     def __init__(self, layers: nn.Module, fourier: Sequence[Callable[[Tensor], Tensor]], *, num_stems: int) -> None:
         parts: dict[str, Any] = dict(layers.named_children())
@@ -30,14 +34,14 @@ class GpuSCNet:
         self._decoder = [_Decoder(fuse, upsample) for fuse, upsample in parts["decoder"]]
 
     def __call__(self, spectrum: Tensor, outputs: tuple[int, ...]) -> Tensor:
-        """Spectrogram `[B, C, F, N, 2]` to those of the stems `[B, S, C, N, F, 2]`, both in float32."""
+        """The mixture's spectrogram `[B, C, F, N, 2]` to the stems' `[B, S, C, N, F, 2]`, both in float32."""
         x = spectrum.permute(0, 2, 3, 1, 4)
         x = torch.empty(x.shape, dtype=self._encoder[0].dtype, device=x.device).copy_(x).flatten(3)
         skips = []
         for encode in self._encoder:
             x, skip, sizes, sizes_before = encode(x)
             skips.append((skip, sizes, sizes_before))
-        x = self._separated(x)
+        x = self._separate(x)
         for decode in self._decoder:
             x = decode(x, *skips.pop())
         stems = x.unflatten(3, (self._num_stems, -1, 2))  # [B, F, N, S, C, 2]
@@ -46,8 +50,8 @@ class GpuSCNet:
         stems = stems.permute(0, 3, 4, 2, 1, 5)
         return torch.empty(stems.shape, device=x.device).copy_(stems)
 
-    def _separated(self, x: Tensor) -> Tensor:
-        """`[B, F, N, D]`, to float32."""
+    def _separate(self, x: Tensor) -> Tensor:
+        """`[B, F, N, D] -> [B, F, N, D]` in float32."""
         x = x.float()
         for i, (along_bins, along_frames) in enumerate(self._dual_paths):
             along_bins.add_to(x)
@@ -57,8 +61,10 @@ class GpuSCNet:
 
 
 class _Encoder:
+    """A step of the encoder."""
+
     def __init__(self, encoder: Any) -> None:
-        self._shares, self._encoder = encoder.shares, encoder
+        self._encoder = encoder
         self._compressions = encoder.SDlayer["convs"]
         self._branches = [[_Branch(layer) for layer in convolve.layers] for convolve in encoder.conv_modules]
         for layer in (*self._compressions, encoder.globalconv):
@@ -66,7 +72,7 @@ class _Encoder:
         self.dtype: torch.dtype = encoder.globalconv.weight.dtype
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
-        """`[B, F, N, D]`: what goes on, what skips to the decoder, and each band's bins after and before."""
+        """`[B, F, N, D]` to the next step's input, the skip connection, and each band's bins after and before."""
         sizes_before = self._encoder.band_sizes(x.shape[1])
         bands = [
             _convolved(self._encoder.padded(band.permute(0, 3, 1, 2), i), compress)
@@ -80,50 +86,50 @@ class _Encoder:
             for branch in branches:
                 last = branch is branches[-1]
                 out = to if last else torch.empty_like(band)
-                branch(out, band, ops.GELU if last else ops.NONE)
+                branch(out, band, GELU if last else NONE)
                 band = out
         return _convolved(joined.permute(0, 3, 1, 2), self._encoder.globalconv), joined, sizes, sizes_before
 
 
 def _convolved(x: Tensor, layer: Any) -> Tensor:
-    """A convolution of `[B, D, F, N]`, features last in memory, as `[B, F', N, D']`."""
+    """A convolution of `[B, D, F, N]` as `[B, F', N, D']`."""
     return _features_last(layer(x.contiguous(memory_format=torch.channels_last)))
 
 
 def _features_last(x: Tensor) -> Tensor:
-    """`[B, D, F, N]` as `[B, F, N, D]`, which kernels want in order; a convolution gives it so wherever cuDNN can."""
+    """`[B, D, F, N]` to a contiguous `[B, F, N, D]`. This rarely copies: cuDNN mostly returns channels last."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
 class _Branch:
-    """One layer of `TimeConvolutions`."""
+    """A layer of `TimeConvolutions`."""
 
     def __init__(self, layer: Any) -> None:
         norm, first, _, depthwise, second_norm, _, last = layer
         self._gain, self._shift = norm.weight, norm.bias
         self._weight = first.weight[:, :, None].contiguous(memory_format=torch.channels_last)
         self._bias, self._padding = first.bias, (0, first.padding[0])
-        self._taps = depthwise.weight[:, 0].T.contiguous()
-        self._table = torch.stack([depthwise.bias.float(), second_norm.weight, second_norm.bias])
-        self._last, self._last_bias = last.weight[..., 0].T.contiguous(), last.bias.float()
+        taps = depthwise.weight[:, 0].T.contiguous()
+        table = torch.stack([depthwise.bias.float(), second_norm.weight, second_norm.bias])
+        self._gated_weights = taps, table, last.weight[..., 0].T.contiguous(), last.bias.float()
 
     def __call__(self, out: Tensor, x: Tensor, activation: int) -> None:
-        """Adds the branch to `[B, F, N, D]`, and an activation of the sum goes into `out`."""
-        y = run.normalise_rows(x.flatten(0, 1), self._gain, self._shift).view_as(x).permute(0, 3, 1, 2)
+        """Add the branch to `x`, `[B, F, N, D]`, and write an activation of the sum into `out`."""
+        y = ops.normalise_rows(x.flatten(0, 1), self._gain, self._shift).view_as(x).permute(0, 3, 1, 2)
         gated = _features_last(F.conv2d(y, self._weight, self._bias, padding=self._padding))
-        table = self._taps, self._table, self._last, self._last_bias
-        run.gated_branch_(out, x, gated, *table, activation)
+        ops.gated_branch_(out, x, gated, self._gated_weights, activation)
 
 
 class _Sequences:
-    """Norm, LSTM and linear layer of a `DualPath`: along bins if `which` is 0, along frames if it is 1."""
+    """A norm, LSTM and linear layer of a `DualPath`: along bins if `which` is 0, along frames if it is 1."""
 
     def __init__(self, path: Any, which: int) -> None:
         self._axis = 1 + which
         norm, self._lstm, self._linear = path.norm_layers[which], path.lstm_layers[which], path.linear_layers[which]
         self._gain, self._bias = norm.weight, norm.bias
-        self._is_ours = self._lstm.hidden_size <= LSTM_HIDDEN and self._lstm.hidden_size % 16 == 0
-        if self._is_ours:
+        hidden = self._lstm.hidden_size
+        self._uses_kernel = hidden <= MOST_LSTM_FEATURES and hidden % 16 == 0
+        if self._uses_kernel:
             directions = self._lstm.all_weights
             self._inputs = torch.cat([weight for weight, _, _, _ in directions])
             self._input_biases = torch.cat([first.float() + second.float() for _, _, first, second in directions])
@@ -131,14 +137,13 @@ class _Sequences:
             self._hidden = torch.stack([weight.T.unflatten(1, (4, -1)) for _, weight, _, _ in directions])
 
     def add_to(self, x: Tensor) -> None:
-        """Adds what the layers make of `[B, F, N, D]` to it."""
+        """Add the layers' output for `x`, `[B, F, N, D]`, to it in place."""
         flat = x.flatten(1, 2)
-        moments = run.moments(flat, True)
-        y = run.normalise(flat, moments, self._gain, self._bias, ops.NONE, 0.0, self._linear.weight.dtype)
-        y = y.view_as(x)
-        if self._is_ours:
+        norm = ops.moments(flat, True), self._gain, self._bias
+        y = ops.normalise(flat, norm, NONE, 0.0, self._linear.weight.dtype).view_as(x)
+        if self._uses_kernel:
             gates = F.linear(y, self._inputs, self._input_biases)
-            x += self._linear(run.lstm(gates, self._hidden, self._axis))
+            x += self._linear(ops.lstm(gates, self._hidden, self._axis))
         else:
             steps = y.movedim(self._axis, 0)
             y = self._linear(self._lstm(steps.flatten(1, 2))[0])
@@ -146,6 +151,8 @@ class _Sequences:
 
 
 class _Decoder:
+    """A step of the decoder."""
+
     def __init__(self, fuse: Any, upsample: Any) -> None:
         layers = cast(Iterable[Any], upsample.convtrs)
         self._upsample = upsample
@@ -155,7 +162,7 @@ class _Decoder:
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, x: Tensor, skip: Tensor, sizes: list[int], sizes_before: list[int]) -> Tensor:
-        """`[B, F, N, D]` to what the step of the encoder was given, with the features of the next."""
+        """`[B, F, N, D]` to the bins before the encoder's step, with the next step's features."""
         joined = torch.add(x, skip, out=torch.empty_like(skip)).permute(0, 3, 1, 2)
         y = F.glu(F.conv2d(joined, self._weight, self._bias, padding=1).permute(0, 2, 3, 1), dim=-1)
-        return self._upsample(y.permute(0, 3, 1, 2), sizes, sizes_before).permute(0, 2, 3, 1).contiguous()
+        return _features_last(self._upsample(y.permute(0, 3, 1, 2), sizes, sizes_before))

@@ -1,7 +1,7 @@
-"""What MDX23C and SCNet compute between their products on a GPU, as operations `separation::…`, in plain PyTorch.
+"""The operations between the matrix products of MDX23C and SCNet on a GPU: references in plain PyTorch.
 
-Each has a Triton kernel of its name in unet_triton.py, which CUDA tensors get. Norms and sums are in float32; what is
-returned is rounded once. Axes: R rows, which are normalised and convolved alone, N positions, D features.
+The Triton kernels of the same names are in unet_triton.py. Norms and sums are in float32; results are rounded once.
+Axes: B batch, R rows that are normalised separately, N positions, F bin, D feature, H hidden feature.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from separation.models.kernels.operations import operation
+from separation.models.kernels.registry import operation
 
 EPS = 1e-5  # of all norms
-ACTIVATIONS: tuple[Callable[[Tensor, float], Tensor], ...] = (  # by their number
-    lambda x, alpha: x,
-    lambda x, alpha: F.gelu(x),
-    lambda x, alpha: F.relu(x),
-    lambda x, alpha: F.elu(x, alpha),
-)
 NONE, GELU, RELU, ELU = range(4)
+ACTIVATIONS: dict[int, Callable[[Tensor, float], Tensor]] = {
+    NONE: lambda x, alpha: x,
+    GELU: lambda x, alpha: F.gelu(x),
+    RELU: lambda x, alpha: F.relu(x),
+    ELU: F.elu,
+}
 
 
 @operation("moments(Tensor x, bool whole) -> Tensor")
@@ -30,17 +30,13 @@ def moments(x: Tensor, whole: bool) -> Tensor:
     return torch.cat([mean, variance], dim=1).expand(-1, -1, x.shape[2]).contiguous()
 
 
-@operation(
-    "normalise(Tensor x, Tensor moments, Tensor gain, Tensor bias, int activation, float alpha, ScalarType dtype) "
-    "-> Tensor"
-)
-def normalise(
-    x: Tensor, moments: Tensor, gain: Tensor, bias: Tensor, activation: int, alpha: float, dtype: torch.dtype
-) -> Tensor:
-    """`[B, N, D]` with those moments `[B, 2, D]` taken out, times gains, plus biases `[D]`, and an activation of it.
+@operation("normalise(Tensor x, Tensor[] norm, int activation, float alpha, ScalarType dtype) -> Tensor")
+def normalise(x: Tensor, norm: list[Tensor], activation: int, alpha: float, dtype: torch.dtype) -> Tensor:
+    """Apply a norm and an activation to `[B, N, D]`. The result has the strides of `x`.
 
-    The result has the strides of `x`.
+    `norm` holds the moments `[B, 2, D]`, the gain `[D]` and the bias `[D]`. `alpha` is ELU's.
     """
+    moments, gain, bias = norm
     mean, variance = moments[:, None, 0], moments[:, None, 1]
     y = (x.float() - mean) * ((variance + EPS).rsqrt() * gain) + bias
     return ACTIVATIONS[activation](y, alpha).to(dtype)
@@ -48,7 +44,7 @@ def normalise(
 
 @operation("normalise_rows(Tensor x, Tensor gain, Tensor bias) -> Tensor")
 def normalise_rows(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-    """Each row of `[R, N, D]` with mean 0 and variance 1, times gains, plus biases `[D]`."""
+    """Normalise each row of `[R, N, D]` to mean 0 and variance 1, then apply gains and biases `[D]`."""
     return (_normalised(x.float()) * gain + bias).to(x.dtype)
 
 
@@ -57,26 +53,17 @@ def _normalised(x: Tensor) -> Tensor:
     return (x - mean) * (variance + EPS).rsqrt()
 
 
-@operation(
-    "gated_branch_(Tensor(a!) out, Tensor x, Tensor gated, Tensor taps, Tensor table, Tensor weight, Tensor bias, "
-    "int activation) -> ()"
-)
-def gated_branch_(
-    out: Tensor,
-    x: Tensor,
-    gated: Tensor,
-    taps: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: int,
-) -> None:
-    """The end of a residual branch of SCNet, added to `x`, and an activation of the sum into `out`.
+@operation("gated_branch_(Tensor(a!) out, Tensor x, Tensor gated, Tensor[] weights, int activation) -> ()")
+def gated_branch_(out: Tensor, x: Tensor, gated: Tensor, weights: list[Tensor], activation: int) -> None:
+    """Compute the end of a residual branch of SCNet, add it to `x`, and write an activation of the sum into `out`.
 
-    `gated` is `[B, F, N, 2 * H]`: GLU, a convolution of each feature along N by `taps`, `[K, H]`, a norm over each
-    `[N, H]`, SiLU, and a product with `weight`, `[H, D]`. `table` is `[3, H]`: the convolution's bias, and the norm's
-    gain and bias. `x` and `out` are `[B, F, N, D]`; of `out` only `[N, D]` must lie in one piece.
+    The branch is a GLU of `gated`, `[B, F, N, 2 * H]`, then a depthwise convolution along N, a norm over each
+    `[N, H]`, SiLU, and a linear layer. `x` and `out` are `[B, F, N, D]`; each `[N, D]` of `out` is contiguous.
+
+    `weights` are those of the convolution, `[K, H]`; a table `[3, H]` of its bias and the norm's gain and bias; and the
+    linear layer's weight `[H, D]` and bias `[D]`.
     """
+    taps, table, weight, bias = weights
     batch, kernel, hidden = len(x), *taps.shape
     h = F.glu(gated.float(), dim=-1).flatten(0, 1).transpose(1, 2)
     h = F.conv1d(h, taps.float().T[:, None], table[0], padding=kernel // 2, groups=hidden).transpose(1, 2)
@@ -87,13 +74,13 @@ def gated_branch_(
 
 @operation("lstm(Tensor gates, Tensor weight, int axis) -> Tensor")
 def lstm(gates: Tensor, weight: Tensor, axis: int) -> Tensor:
-    """A bidirectional LSTM along an axis, 1 or 2, of `[B, F, N, 2 * 4 * H]` to `[B, F, N, 2 * H]`.
+    """A bidirectional LSTM along axis 1 or 2 of `[B, F, N, 2 * 4 * H]`; returns `[B, F, N, 2 * H]`.
 
-    `gates` are what the input gives to each direction's gates i, f, g and o, biases included; `weight`, `[2, H, 4, H]`,
-    is for what the hidden features before add to them.
+    `gates` holds what the inputs and biases contribute to each direction's gates i, f, g and o. The hidden state is
+    multiplied by `weight`, `[2, H, 4, H]`.
     """
     hidden = weight.shape[1]
-    inputs = gates.float().unflatten(-1, (2, 4, hidden)).movedim(axis, 0)  # [T, B, L, 2, 4, H]
+    inputs = gates.float().unflatten(-1, (2, 4, hidden)).movedim(axis, 0)  # [steps, B, sequences, 2, 4, H]
     steps = len(inputs)
     out = gates.new_empty(steps, *inputs.shape[1:4], hidden)
     for direction, order in enumerate((range(steps), range(steps - 1, -1, -1))):

@@ -1,9 +1,9 @@
-"""Triton kernels for the operations of unet_ops.py, whose docstrings say what each computes. Sums are in float32.
+"""Triton kernels for the operations of unet_ops.py, which documents them. Sums are in float32.
 
-Ends of `range` are constants, since Triton's interpreter takes no others.
+The end of each `range` is a constant, because Triton's interpreter supports no others.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
 import triton
@@ -11,19 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from separation.models.kernels import unet_ops as ops
-from separation.models.kernels.operations import launch
+from separation.models.kernels.registry import launch
 
-SPAN = 2048  # positions of which one program takes the moments; fixed, so that no rounding depends on the batch
+SPAN = 2048  # positions per program that computes moments; a constant, so that rounding does not depend on the batch
 EPS = tl.constexpr(ops.EPS)
 GELU, RELU, ELU = tl.constexpr(ops.GELU), tl.constexpr(ops.RELU), tl.constexpr(ops.ELU)
 
 
 @triton.jit
 def _merged(count, mean, m2, n, tile_mean, tile_m2):
-    """Moments of two sets together (Chan et al. 1979): counts, means and sums of squared deviations."""
+    """The count, mean and sum of squared deviations of the union of two sets (Chan et al. 1979)."""
     total = tl.maximum(count + n, 1.0)
-    apart = tile_mean - mean
-    return count + n, mean + apart * (n / total), m2 + tile_m2 + apart * apart * (count * n / total)
+    delta = tile_mean - mean
+    return count + n, mean + delta * (n / total), m2 + tile_m2 + delta * delta * (count * n / total)
 
 
 @triton.jit
@@ -69,8 +69,8 @@ def _moments(
         values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         n = tl.sum(inside.to(tl.float32))
         tile_mean = tl.sum(values, axis=0) / tl.maximum(n, 1.0)
-        apart = tl.where(mask, values - tile_mean[None, :], 0.0)
-        count, mean, m2 = _merged(count, mean, m2, n, tile_mean, tl.sum(apart * apart, axis=0))
+        deviations = tl.where(mask, values - tile_mean[None, :], 0.0)
+        count, mean, m2 = _merged(count, mean, m2, n, tile_mean, tl.sum(deviations * deviations, axis=0))
     to = parts + ((item * tl.num_programs(0) + tl.program_id(0)) * 2) * features + d
     tl.store(to, mean, mask=d < features)
     tl.store(to + features, m2, mask=d < features)
@@ -86,8 +86,8 @@ def _join(parts, out, positions, features, spans, SPAN: tl.constexpr, S: tl.cons
     mask = (s < spans)[:, None] & (d < features)[None, :]
     means = tl.load(at, mask=mask, other=0.0)
     mean = tl.sum(n * means, axis=0) / positions
-    apart = tl.where(mask, means - mean[None, :], 0.0)
-    m2 = tl.sum(tl.load(at + features, mask=mask, other=0.0) + n * apart * apart, axis=0)
+    deviations = tl.where(mask, means - mean[None, :], 0.0)
+    m2 = tl.sum(tl.load(at + features, mask=mask, other=0.0) + n * deviations * deviations, axis=0)
     to = out + item * 2 * features + d
     tl.store(to, mean, mask=d < features)
     tl.store(to + features, m2 / positions, mask=d < features)
@@ -108,8 +108,8 @@ def _join_whole(parts, out, positions, features, SPANS: tl.constexpr, SPAN: tl.c
     for s in range(SPANS):
         n = tl.minimum(positions - s * SPAN, SPAN).to(tl.float32)
         at = parts + (item * SPANS + s) * 2 * features + d
-        apart = tl.where(inside, tl.load(at, mask=inside, other=0.0) - mean, 0.0)
-        m2 += tl.load(at + features, mask=inside, other=0.0) + n * apart * apart
+        deviations = tl.where(inside, tl.load(at, mask=inside, other=0.0) - mean, 0.0)
+        m2 += tl.load(at + features, mask=inside, other=0.0) + n * deviations * deviations
     to = out + item * 2 * features + d
     tl.store(to, tl.zeros([D], tl.float32) + mean, mask=inside)
     tl.store(to + features, tl.zeros([D], tl.float32) + tl.sum(m2) / count, mask=inside)
@@ -127,7 +127,7 @@ def moments(x: Tensor, whole: bool) -> Tensor:
     if whole:
         launch(_join_whole, (batch,), *sizes, SPANS=spans, SPAN=SPAN, D=triton.next_power_of_2(features))
     else:
-        s = max(32, triton.next_power_of_2(spans))  # not one kernel for each smaller size
+        s = max(32, triton.next_power_of_2(spans))  # one kernel serves all smaller sizes
         launch(_join, (triton.cdiv(features, 16), batch), *sizes, spans, SPAN=SPAN, S=s, D=16)
     return out
 
@@ -164,13 +164,12 @@ def _normalise(
     tl.store(out + at, _activated(y, alpha, ACTIVATION).to(out.dtype.element_ty), mask=mask)
 
 
-def normalise(
-    x: Tensor, moments: Tensor, gain: Tensor, bias: Tensor, activation: int, alpha: float, dtype: torch.dtype
-) -> Tensor:
+def normalise(x: Tensor, norm: list[Tensor], activation: int, alpha: float, dtype: torch.dtype) -> Tensor:
+    moments, gain, bias = norm
     batch, positions, features = x.shape
     out = torch.empty_like(x, dtype=dtype)
     strides = zip(x.shape, x.stride(), out.stride(), strict=True)
-    assert all(n == 1 or a == b for n, a, b in strides)  # else `x` has gaps
+    assert all(n == 1 or a == b for n, a, b in strides)  # `x` has no gaps
     p, d = _tile(x)
     launch(
         _normalise,
@@ -184,7 +183,7 @@ def normalise(
 
 
 def _tile(x: Tensor) -> tuple[int, int]:
-    """Positions and features of `[B, N, D]` that a program takes at once, more of what lies side by side."""
+    """How many positions and features of `[B, N, D]` a program loads at once: more along the contiguous axis."""
     return (64, 64) if x.stride(2) == 1 else (512, 8)
 
 
@@ -197,8 +196,8 @@ def _normalise_rows(x, gain, bias, out, features, LENGTH: tl.constexpr, BLOCK: t
         values = tl.load(x + row + at, mask=at < LENGTH, other=0.0).to(tl.float32)
         n = tl.minimum(LENGTH - start, BLOCK) * 1.0
         tile_mean = tl.sum(values) / n
-        apart = tl.where(at < LENGTH, values - tile_mean, 0.0)
-        count, mean, m2 = _merged(count, mean, m2, n, tile_mean, tl.sum(apart * apart))
+        deviations = tl.where(at < LENGTH, values - tile_mean, 0.0)
+        count, mean, m2 = _merged(count, mean, m2, n, tile_mean, tl.sum(deviations * deviations))
     scale = tl.rsqrt(m2 / LENGTH + EPS)
     for start in range(0, LENGTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -217,7 +216,7 @@ def normalise_rows(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
 
 @triton.jit
 def _convolved(gated, taps, at, positions, hidden, K: tl.constexpr, H: tl.constexpr, N: tl.constexpr):
-    """GLU and the convolution of each feature, for N positions from `at` on: `[N, H]`."""
+    """GLU and the depthwise convolution at N positions from `at`: `[N, H]`."""
     c = tl.arange(0, H)
     inside = c < hidden
     y = tl.zeros([N, H], tl.float32)
@@ -232,7 +231,7 @@ def _convolved(gated, taps, at, positions, hidden, K: tl.constexpr, H: tl.conste
     return y
 
 
-@triton.jit(do_not_specialize=["rows", "activation"])  # which would be compiled for each of several values
+@triton.jit(do_not_specialize=["rows", "activation"])  # otherwise several of their values would each compile a kernel
 def _gated_branch(
     out,
     x,
@@ -264,8 +263,8 @@ def _gated_branch(
         mask = (start + tl.arange(0, N) < POSITIONS)[:, None] & inside[None, :]
         n = tl.minimum(POSITIONS - start, N) * 1.0 * hidden
         tile_mean = tl.sum(tl.where(mask, h, 0.0)) / n
-        apart = tl.where(mask, h - tile_mean, 0.0)
-        count, mean, m2 = _merged(count, mean, m2, n, tile_mean, tl.sum(apart * apart))
+        deviations = tl.where(mask, h - tile_mean, 0.0)
+        count, mean, m2 = _merged(count, mean, m2, n, tile_mean, tl.sum(deviations * deviations))
     scale = tl.rsqrt(m2 / count + EPS) * tl.load(table + hidden + c, mask=inside, other=0.0)[None, :]
     norm_bias = tl.load(table + 2 * hidden + c, mask=inside, other=0.0)[None, :]
     product = tl.load(weight + c[:, None] * features + d[None, :], mask=inside[:, None] & within[None, :], other=0.0)
@@ -285,17 +284,9 @@ def _gated_branch(
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
-def gated_branch_(
-    out: Tensor,
-    x: Tensor,
-    gated: Tensor,
-    taps: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: int,
-) -> None:
+def gated_branch_(out: Tensor, x: Tensor, gated: Tensor, weights: list[Tensor], activation: int) -> None:
     assert x.is_contiguous() and gated.is_contiguous() and out[0, 0].is_contiguous()
+    taps, table, weight, bias = weights
     batch, rows, positions, features = x.shape
     kernel, hidden = taps.shape
     launch(
@@ -328,7 +319,7 @@ def _lstm(
     H: tl.constexpr,
     K: tl.constexpr,
 ):
-    # Each program takes S sequences from end to end; the distances are those in `out`, in `gates` four times as large.
+    # Each program computes S whole sequences. The strides are those of `out`; those of `gates` are four times as large.
     direction = tl.program_id(1)
     s = tl.program_id(0) * S + tl.arange(0, S)
     inside = (s < sequences)[:, None]
@@ -363,7 +354,7 @@ def _lstm(
             tl.store(cells + h, cell, mask=inside)
             y = tl.sigmoid(o) * (2.0 * tl.sigmoid(2.0 * cell) - 1.0)
             tl.store(out + time * stride_step + h, y.to(out.dtype.element_ty), mask=inside)
-        tl.debug_barrier()  # the next step reads what other threads have written
+        tl.debug_barrier()  # the next step reads what other threads wrote
         step += 1
 
 
@@ -375,9 +366,8 @@ def lstm(gates: Tensor, weight: Tensor, axis: int) -> Tensor:
     steps, inner = (bins, frames) if axis == 1 else (frames, bins)
     sequences = batch * inner
     cells = gates.new_empty(2, sequences, hidden, dtype=torch.float32)
-    at_once = (
-        64 if sequences >= 2048 else 32 if sequences >= 1024 else 16
-    )  # so that a hundred programs run, or few more
+    # The number of sequences per program: chosen so that there are about a hundred programs.
+    at_once = 64 if sequences >= 2048 else 32 if sequences >= 1024 else 16
     block = min(64, hidden & -hidden)
     launch(
         _lstm,

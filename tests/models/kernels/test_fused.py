@@ -4,6 +4,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from separation.models.attention import choose_attention, einsum_attention, fuse
 from separation.models.kernels import native
 from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.kernels.native import NotFusedError
-from separation.models.layers import BandSplit, MaskEstimator, RMSNorm, RotaryEmbedding, Transformer
+from separation.models.layers import Attention, BandSplit, MaskEstimator, RMSNorm, RotaryEmbedding, Transformer
 from separation.models.roformer import RoFormer
 
 
@@ -56,9 +57,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def make_transformer(dim: int, heads: int, dim_head: int, depth: int = 1, *, with_all: bool = False) -> Transformer:
     """`with_all`: with the parts that only some checkpoints have, a norm of the output and biases of the attention."""
     torch.manual_seed(0)
-    sizes = {"depth": depth, "heads": heads, "dim_head": dim_head}
-    rotary = RotaryEmbedding(dim_head)
-    transformer = Transformer(dim, **sizes, positions=rotary, backend="einsum", norm_output=with_all)
+    sizes = {"heads": heads, "dim_head": dim_head, "positions": RotaryEmbedding(dim_head)}
+    make_attention = partial(Attention, dim, **sizes, backend="einsum")
+    transformer = Transformer(dim, depth=depth, make_attention=make_attention, norm_output=with_all)
     if with_all:
         biases = nn.Parameter(torch.zeros(3 * heads * dim_head)), nn.Parameter(torch.zeros(dim))
         for attention, _ in transformer.layers:
@@ -268,9 +269,9 @@ def test_nan_is_not_lost_in_fused_layers(int8: bool) -> None:
 @pytest.mark.parametrize(
     "hyper, reason",
     [
-        ({"dim_head": 16}, "it does not know 2 heads of 16 on 32 features"),
-        ({"dim_head": 32, "linear_transformer_depth": 1}, "it does not know linear attention"),
-        ({"dim_head": 32, "use_pope": True}, "it does not know polar positions"),
+        ({"dim_head": 16}, "it does not support 2 heads of 16 on 32 features"),
+        ({"dim_head": 32, "linear_transformer_depth": 1}, "it does not support linear attention"),
+        ({"dim_head": 32, "use_pope": True}, "it does not support polar positions"),
     ],
 )
 def test_what_is_not_known_falls_back_and_the_reason_is_logged(
@@ -302,7 +303,7 @@ def test_int8_is_the_precision_of_what_can_be_fused_and_only_if_asked_for(caplog
     assert 40 < sdr(got["fp32"], got["int8"]) < sdr(got["fp32"], got["bf16"])
     assert caplog.text == ""
     plain = load_model("demo", precision="int8", attention="einsum")
-    assert caplog.messages == ["demo computes in floats, not in int8 (attention einsum: asked for)"]
+    assert caplog.messages == ["demo computes in floats, not in int8 (attention einsum: requested)"]
     assert plain.precision == torch.bfloat16 and choose("cpu").precision == torch.bfloat16
 
 
@@ -379,7 +380,7 @@ def test_without_a_compiler_the_plain_layers_run_and_say_why(
 
 @pytest.mark.parametrize(
     "instructions, reason",
-    [("", "has no AVX-512 BF16"), ("amx_bf16", "has amx_bf16, which PyTorch's own")],
+    [("", "has no AVX-512 BF16"), ("amx_bf16", "has amx_bf16, for which PyTorch is faster")],
 )
 def test_without_the_instructions_the_plain_layers_run_and_say_why(
     instructions: str, reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers.small_unets import small_mdx23c, small_scnet
 from separation.evaluation.metrics import sdr
 from separation.models.kernels import scnet_gpu, unet_ops
-from separation.models.kernels.operations import triton_fault
+from separation.models.kernels.registry import ops, triton_fault
 
 pytest.importorskip("triton", reason="needs Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it is read when Triton is imported: a process of its own
@@ -69,14 +69,14 @@ def test_moments_and_norms_equal_the_twins(dtype: torch.dtype, shape: tuple[int,
     for whole in (False, True):
         got, expected = both("moments", x, whole)
         assert_near(got, expected)
-        assert_near(*both("normalise", x, expected, gain, bias, unet_ops.NONE, 0.0, torch.float16))
+        assert_near(*both("normalise", x, [expected, gain, bias], unet_ops.NONE, 0.0, torch.float16))
 
 
 @interpreted
 @pytest.mark.parametrize("activation", range(4))
 def test_activations_equal_the_twins(activation: int) -> None:
     x, moments = noise(2, 20, 8), noise(2, 2, 8).abs()
-    assert_near(*both("normalise", x, moments, noise(8), noise(9)[:-1], activation, 0.7, torch.float32))
+    assert_near(*both("normalise", x, [moments, noise(8), noise(9)[:-1]], activation, 0.7, torch.float32))
 
 
 @interpreted
@@ -100,7 +100,7 @@ def test_a_gated_branch_equals_the_twin(
     taps, weight = noise(kernel, hidden, dtype=dtype), noise(hidden, features, dtype=dtype)
     table, bias = noise(3, hidden), noise(features)
     outs = [torch.zeros(2, 5, frames, features, dtype=dtype) for _ in range(2)]
-    arguments = x, gated, taps, table, weight, bias, activation
+    arguments = x, gated, [taps, table, weight, bias], activation
     both_into = [out[:, 1:4] for out in outs]  # as a band among others
     from separation.models.kernels import unet_triton
 
@@ -124,9 +124,9 @@ def test_kernels_refuse_what_lies_in_another_order() -> None:
     from separation.models.kernels import unet_triton
 
     x, ones, apart = noise(2, 3, 8, 16), torch.ones(16), noise(2, 3, 16, 8).mT
-    branch = noise(3, 16), noise(3, 16), noise(16, 16), ones, unet_ops.NONE
+    branch = [noise(3, 16), noise(3, 16), noise(16, 16), ones], unet_ops.NONE
     calls: list[tuple[Callable, tuple[Any, ...]]] = [
-        (unet_triton.normalise, (noise(2, 8, 20)[..., :16], noise(2, 2, 16), ones, ones, 0, 0.0, torch.float32)),
+        (unet_triton.normalise, (noise(2, 8, 20)[..., :16], [noise(2, 2, 16), ones, ones], 0, 0.0, torch.float32)),
         (unet_triton.normalise_rows, (apart.flatten(0, 1), ones, ones)),
         (unet_triton.gated_branch_, (x, apart, noise(2, 3, 8, 32), *branch)),
         (unet_triton.gated_branch_, (x, x, noise(2, 3, 32, 8).mT, *branch)),
@@ -153,14 +153,21 @@ def test_where_triton_does_not_work_the_log_says_why(caplog: pytest.LogCaptureFi
     caplog.set_level("INFO", "separation")
     assert triton_fault.__wrapped__(torch.device("meta"))
     (message,) = caplog.messages
-    assert message.startswith("Triton kernels are not used on meta (separation::probe: attempted to run")
-    assert message.endswith("plain operations take their place")
+    assert message.startswith("Triton kernels do not work on meta (separation::probe: attempted to run")
+    assert message.endswith("using plain PyTorch operations")
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA GPU")
+def on_gpu(argument: Any) -> Any:
+    """The argument with its tensors, which may be in a list, on the GPU."""
+    if isinstance(argument, list):
+        return [on_gpu(each) for each in argument]
+    return argument.cuda() if isinstance(argument, Tensor) else argument
 
 
-@on_gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA GPU")
+
+
+@needs_gpu
 @pytest.mark.parametrize("dtype, error", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_the_kernels_equal_their_twins_on_a_gpu(dtype: torch.dtype, error: float) -> None:
     """At sizes of the public checkpoints, which an interpreter would need hours for."""
@@ -170,7 +177,7 @@ def test_the_kernels_equal_their_twins_on_a_gpu(dtype: torch.dtype, error: float
         ("moments", x, False),
         ("moments", x, True),
         ("moments", x.transpose(1, 2).contiguous().transpose(1, 2), False),
-        ("normalise", x, moments, gain, bias, unet_ops.GELU, 0.0, dtype),
+        ("normalise", x, [moments, gain, bias], unet_ops.GELU, 0.0, dtype),
         ("normalise_rows", x[:, :476].contiguous(), gain, bias),
     ]
     for hidden, sequences in ((128, 2048), (256, 1100), (256, 2100), (512, 40)):
@@ -178,26 +185,24 @@ def test_the_kernels_equal_their_twins_on_a_gpu(dtype: torch.dtype, error: float
         calls.append(("lstm", noise(1, 20, sequences, 8 * hidden, dtype=dtype), weight, 1))
         calls.append(("lstm", noise(2, sequences // 2, 20, 8 * hidden, dtype=dtype), weight, 2))
     for name, *arguments in calls:
-        moved = [argument.cuda() if isinstance(argument, Tensor) else argument for argument in arguments]
-        got, expected = getattr(unet_ops.run, name)(*moved).cpu(), getattr(unet_ops, name)(*arguments)
+        moved = [on_gpu(argument) for argument in arguments]
+        got, expected = getattr(ops, name)(*moved).cpu(), getattr(unet_ops, name)(*arguments)
         assert (got.float() - expected.float()).abs().max() <= error * expected.float().abs().max(), name
     for hidden in (8, 16, 32, 64):
+        weight = (noise(hidden, 4 * hidden) * hidden**-0.5).to(dtype)
         branch = (
             torch.zeros(2, 30, 476, 4 * hidden, dtype=dtype),
             noise(2, 30, 476, 4 * hidden, dtype=dtype),
             noise(2, 30, 476, 2 * hidden, dtype=dtype),
-            noise(3, hidden, dtype=dtype),
-            noise(3, hidden),
-            (noise(hidden, 4 * hidden) * hidden**-0.5).to(dtype),
-            noise(4 * hidden),
+            [noise(3, hidden, dtype=dtype), noise(3, hidden), weight, noise(4 * hidden)],
         )
-        moved = [argument.cuda() for argument in branch]
-        unet_ops.run.gated_branch_(*moved, unet_ops.GELU)
+        moved = [on_gpu(argument) for argument in branch]
+        ops.gated_branch_(*moved, unet_ops.GELU)
         unet_ops.gated_branch_(*branch, unet_ops.GELU)
         assert (moved[0].cpu().float() - branch[0].float()).abs().max() <= error * branch[0].float().abs().max()
 
 
-@on_gpu
+@needs_gpu
 @pytest.mark.filterwarnings("error")  # as PyTorch's, that an LSTM's weights are not in one piece
 @pytest.mark.parametrize("dtype, decibels", [(torch.float16, 40), (torch.bfloat16, 25)])
 @pytest.mark.parametrize("make", [small_mdx23c, small_scnet], ids=["MDX23C", "SCNet"])
@@ -205,7 +210,7 @@ def test_the_kernels_equal_their_twins_on_a_gpu(dtype: torch.dtype, error: float
 def test_a_gpu_gives_what_the_cpu_gives_and_can_be_captured(
     monkeypatch: pytest.MonkeyPatch, make: Any, dtype: torch.dtype, decibels: float, largest: int
 ) -> None:
-    monkeypatch.setattr(scnet_gpu, "LSTM_HIDDEN", largest)
+    monkeypatch.setattr(scnet_gpu, "MOST_LSTM_FEATURES", largest)
     model = make()
     chunks = torch.randn(3, 2, model.chunk_samples) * 0.1
     with torch.inference_mode():
@@ -213,7 +218,7 @@ def test_a_gpu_gives_what_the_cpu_gives_and_can_be_captured(
         model.prepare(dtype)
         model.cuda()
         given = chunks.cuda()
-        assert model._fast is not None or torch.cuda.get_device_capability() < model.oldest_gpu
+        assert model._gpu_core is not None or torch.cuda.get_device_capability() < model.lowest_capability
         for _ in range(2):
             got = model(given)
         graph = torch.cuda.CUDAGraph()
@@ -245,15 +250,15 @@ def launches(
         gain = torch.empty(128)
         for x in (torch.empty(1, 8192, 128, dtype=dtype), torch.empty(1, 128, 8192, dtype=dtype).transpose(1, 2)):
             moments = unet_triton.moments(x, False)
-            unet_triton.normalise(x, moments, gain, gain, unet_ops.GELU, 0.0, dtype)
+            unet_triton.normalise(x, [moments, gain, gain], unet_ops.GELU, 0.0, dtype)
         x = torch.empty(1, 8192, 256)
-        unet_triton.normalise(x, unet_triton.moments(x, True), gain, gain, unet_ops.NONE, 0.0, dtype)
+        unet_triton.normalise(x, [unet_triton.moments(x, True), gain, gain], unet_ops.NONE, 0.0, dtype)
         for hidden in hidden_sizes:  # of the LSTM, and a quarter of it of a branch of the encoder
             small, x = hidden // 4, torch.empty(1, 64, 476, hidden, dtype=dtype)
             unet_triton.normalise_rows(x[0], gain, gain)
             gated = torch.empty(1, 64, 476, 2 * small, dtype=dtype)
             taps, weight = torch.empty(3, small, dtype=dtype), torch.empty(small, hidden, dtype=dtype)
-            unet_triton.gated_branch_(x, x, gated, taps, torch.empty(3, small), weight, gain, unet_ops.GELU)
+            unet_triton.gated_branch_(x, x, gated, [taps, torch.empty(3, small), weight, gain], unet_ops.GELU)
             for sequences in (16, 1024, 2048) if len(hidden_sizes) > 1 else (16,):
                 gates = torch.empty(1, 58, sequences, 8 * hidden, dtype=dtype)
                 unet_triton.lstm(gates, torch.empty(2, hidden, 4, hidden, dtype=dtype), 1)

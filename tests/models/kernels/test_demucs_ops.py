@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from helpers.common import PROJECT, quick_first
-from separation.models.kernels import hybrid_ops
-from separation.models.kernels.operations import run
+from separation.models.kernels import demucs_ops
+from separation.models.kernels.registry import ops
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads when it is imported
@@ -31,9 +31,9 @@ not_interpreted = pytest.mark.skipif(INTERPRETED, reason="runs outside of Triton
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    from separation.models.kernels import hybrid_triton
+    from separation.models.kernels import demucs_triton
 
-    return hybrid_triton
+    return demucs_triton
 
 
 @pytest.mark.slow
@@ -54,12 +54,19 @@ def table(*shape: int) -> Tensor:
     return random(*shape) * 0.3 + 1
 
 
+def moved(argument: Any, device: str) -> Any:
+    """A copy of the argument, whose tensors, which may be in a list, are on the device."""
+    if isinstance(argument, list):
+        return [moved(each, device) for each in argument]
+    return argument.to(device, copy=True) if isinstance(argument, Tensor) else argument
+
+
 def assert_same(kernels: ModuleType, name: str, *arguments: Any) -> None:
     """The kernel and its twin give the same and change their arguments in the same way, to one rounding."""
-    copies = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+    copies = [moved(value, "cpu") for value in arguments]
     if ON_GPU:
-        arguments = tuple(value.cuda() if isinstance(value, Tensor) else value for value in arguments)
-    got, expected = getattr(kernels, name)(*arguments), getattr(hybrid_ops, name)(*copies)
+        arguments = tuple(moved(value, "cuda") for value in arguments)
+    got, expected = getattr(kernels, name)(*arguments), getattr(demucs_ops, name)(*copies)
     results = [(got, expected)] if isinstance(got, Tensor) else list(zip(got or (), expected or (), strict=True))
     changed = [pair for pair in zip(arguments, copies, strict=True) if isinstance(pair[0], Tensor)]
     for a, b in ((each.cpu(), other) for each, other in results + changed):
@@ -74,7 +81,7 @@ def assert_same(kernels: ModuleType, name: str, *arguments: Any) -> None:
 def test_pack(kernels: ModuleType, dtype: torch.dtype, strided: bool) -> None:
     x = random(2, 2, 9, 24, 2).transpose(2, 3) if strided else random(2, 2, 41, 1, 1)
     rows = -(-x.shape[2] // 4) + 1
-    assert_same(kernels, "pack", x, random(2), random(2).abs(), 4, 2, rows, dtype)
+    assert_same(kernels, "pack", x, [random(2), random(2).abs()], 4, 2, rows, dtype)
 
 
 @interpreted
@@ -99,8 +106,8 @@ def test_dconv(
     w_in[..., :hidden], w_out[:hidden] = random(3, features, hidden) * 0.1, random(hidden, 2 * features)
     in_table = torch.zeros(3, w_in.shape[2])
     in_table[:, :hidden] = table(3, hidden)
-    weights = w_in.to(dtype), in_table, w_out.to(dtype), table(3, 2 * features)
-    assert_same(kernels, "dconv_", random(rows, length, features, dtype=dtype), *weights, hidden, dilation)
+    layers = [w_in.to(dtype), in_table], [w_out.to(dtype), table(3, 2 * features)]
+    assert_same(kernels, "dconv_", random(rows, length, features, dtype=dtype), *layers, hidden, dilation)
 
 
 @interpreted
@@ -108,9 +115,9 @@ def test_dconv(
 @pytest.mark.parametrize("positions", [1, 5])
 def test_interleave(kernels: ModuleType, dtype: torch.dtype, positions: int) -> None:
     x, bias = random(2, 7, positions, 4 * 24, dtype=dtype), random(24)
-    assert_same(kernels, "interleave", x, bias, None, 4, 2, 24, False)
+    assert_same(kernels, "interleave", x, bias, None, 2, 24)
     skips = random(2, 30, positions, 24, dtype=dtype)[:, 3:26]  # items lie further apart than they are long
-    assert_same(kernels, "interleave", x, bias, skips, 4, 2, 23, True)
+    assert_same(kernels, "interleave", x, bias, skips, 2, 23)
 
 
 @interpreted
@@ -118,7 +125,7 @@ def test_interleave(kernels: ModuleType, dtype: torch.dtype, positions: int) -> 
 @pytest.mark.parametrize("channels", [16, 24, 4])
 def test_unpack_spectrum(kernels: ModuleType, dtype: torch.dtype, channels: int) -> None:
     x = random(2, 33, 3, 4 * channels, dtype=dtype)
-    assert_same(kernels, "unpack_spectrum", x, random(channels), random(2), random(2).abs(), 4, 2, 2, 129)
+    assert_same(kernels, "unpack_spectrum", x, random(channels), [random(2), random(2).abs()], 2, 2)
 
 
 @interpreted
@@ -132,7 +139,7 @@ def test_overlap_add(kernels: ModuleType, n_frames: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_waveform(kernels: ModuleType, dtype: torch.dtype) -> None:
     x, out = random(2, 11, 1, 4 * 8, dtype=dtype), random(2, 8, 50)
-    assert_same(kernels, "add_waveform_", out[..., 9:], x, random(8), random(2), random(2).abs(), 4, 2)
+    assert_same(kernels, "add_waveform_", out[..., 9:], x, random(8), [random(2), random(2).abs()], 2)
 
 
 @interpreted
@@ -149,8 +156,8 @@ def test_norms_of_the_transformer(
 
 
 def operations() -> list[str]:
-    functions = inspect.getmembers(hybrid_ops, inspect.isfunction)
-    return [name for name, _ in functions if not name.startswith("_") and hasattr(run, name)]
+    functions = inspect.getmembers(demucs_ops, inspect.isfunction)
+    return [name for name, _ in functions if not name.startswith("_") and hasattr(ops, name)]
 
 
 class Launches:
@@ -176,22 +183,24 @@ def launches(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.Monkey
             monkeypatch.setattr(kernels, name, Launches(getattr(kernels, name), noted))
     empty = partial(torch.empty, device="meta", dtype=dtype)
     exact = partial(torch.empty, device="meta")
-    stats = exact(8), exact(8)
-    kernels.pack(exact(8, 2, 336, 2048, 2).transpose(2, 3), *stats, 4, 2, 513, dtype)
-    kernels.pack(exact(8, 2, 343980, 1, 1), *stats, 4, 2, 85996, dtype)
+    stats = [exact(8), exact(8)]
+    kernels.pack(exact(8, 2, 336, 2048, 2).transpose(2, 3), stats, 4, 2, 513, dtype)
+    kernels.pack(exact(8, 2, 343980, 1, 1), stats, 4, 2, 85996, dtype)
     kernels.bias_gelu_(empty(8, 512, 336, 48), exact(48))
     for table_of in (None, exact(512, 48)):
         kernels.bias_glu(empty(8, 512, 336, 96), exact(96), table_of)
     for rows, length, features in ((8 * 512, 336, 48), (8, 85995, 48), (64, 336, 384), (8, 1344, 384)):
         hidden = features // 8
-        tables = exact(3, hidden + -hidden % 8), empty(hidden + -hidden % 8, 2 * features), exact(3, 2 * features)
-        kernels.dconv_(empty(rows, length, features), empty(3, features, hidden + -hidden % 8), *tables, hidden, 2)
-    kernels.interleave(empty(8, 129, 336, 192), exact(48), empty(8, 512, 336, 48), 4, 2, 512, True)
-    kernels.interleave(empty(8, 21500, 1, 192), exact(48), empty(8, 85995, 1, 48), 4, 2, 85995, True)
-    kernels.unpack_spectrum(empty(8, 513, 336, 64), exact(16), *stats, 4, 2, 2, 2049)
-    kernels.unpack_spectrum(empty(8, 513, 336, 96), exact(24), *stats, 4, 2, 2, 2049)
+        width = hidden + -hidden % 8
+        layer_in = [empty(3, features, width), exact(3, width)]
+        layer_out = [empty(width, 2 * features), exact(3, 2 * features)]
+        kernels.dconv_(empty(rows, length, features), layer_in, layer_out, hidden, 2)
+    kernels.interleave(empty(8, 129, 336, 192), exact(48), empty(8, 512, 336, 48), 2, 512)
+    kernels.interleave(empty(8, 21500, 1, 192), exact(48), empty(8, 85995, 1, 48), 2, 85995)
+    kernels.unpack_spectrum(empty(8, 513, 336, 64), exact(16), stats, 2, 2)
+    kernels.unpack_spectrum(empty(8, 513, 336, 96), exact(24), stats, 2, 2)
     kernels.overlap_add(exact(8, 8, 340, 4096), exact(4096), 1024, 3584, 343980)
-    kernels.add_waveform_(exact(8, 8, 345516)[..., 1536:], empty(8, 85996, 1, 32), exact(8), *stats, 4, 2)
+    kernels.add_waveform_(exact(8, 8, 345516)[..., 1536:], empty(8, 85996, 1, 32), exact(8), stats, 2)
     for dim in (512, 384):
         x, y, gains = exact(8, 2688, dim), empty(8, 2688, dim), exact(3, dim)
         kernels.embed(y, *gains[:2], exact(2688, dim))

@@ -20,7 +20,7 @@ from separation.cli.main import main
 pytest.importorskip("triton", reason="needs Triton")
 from triton import knobs
 
-from separation.models.kernels.ahead import standing_in, start_kernels
+from separation.models.kernels.compile_ahead import request_kernels, stand_in_driver
 
 # Kernels that are compiled at a model's first runs, the one that Triton is tried with among them: each takes time.
 MOST = {
@@ -45,8 +45,8 @@ def test_a_model_needs_few_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -
         return True  # it is not compiled
 
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
-    with standing_in(1000, lambda *arguments: None):  # of which no other test has kernels
-        start_kernels(model_for_gpu(name, torch.float16))
+    with stand_in_driver(1000, lambda *arguments: None):  # of which no other test has kernels
+        request_kernels(model_for_gpu(name, torch.float16))
     numbers = {kernel: len(keys) for kernel, keys in wanted.items()}
     assert 0 < sum(numbers.values()) <= MOST[name], numbers
 

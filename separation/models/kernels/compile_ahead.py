@@ -1,9 +1,9 @@
-"""Triton kernels compiled where no GPU is, into a folder that a machine with one takes them from.
+"""Compiles Triton kernels on a machine without a GPU, into a folder that a machine with one can use.
 
-Triton compiles a kernel when it is first started, for the GPU that is there, and keeps it under a key made of its
-source, its constants, the types and alignments of its arguments, and Triton itself. Here a driver stands in for the
-GPU: it says which one it is, and starts nothing. A model whose tensors have shapes alone then asks for its kernels as
-it does on the GPU, and Triton keeps them under the keys that it will look for there.
+Triton compiles a kernel at its first launch, for the GPU in the machine, and caches it under a key of the kernel's
+source, constants, argument types and alignments, and Triton's version. Here `_Driver` takes the place of the GPU's
+driver: it reports a compute capability and launches nothing. A model on the meta device then requests the same kernels
+as on that GPU, and Triton caches them under the keys that the GPU's machine looks up.
 """
 
 import hashlib
@@ -27,58 +27,60 @@ from triton.runtime.cache import FileCacheManager, get_cache_manager
 
 from separation.errors import InputError
 from separation.models.base import SeparationModel
-from separation.models.kernels.operations import PROBE, kernel_of, start_probe
+from separation.models.kernels.registry import PROBE_SHAPE, kernel_of, launch_probe
 from separation.system.os_errors import output_errors
 
-BATCH_SIZES = (1, 2, 4, 8)  # that the engine takes on a GPU
+BATCH_SIZES = (1, 2, 4, 8)  # the engine uses no others on a GPU
+
+Launcher = Callable[..., Any]  # takes Triton's source and metadata of a kernel, returns the function that launches it
 
 
-def compile_for(models: Sequence[SeparationModel], capabilities: Sequence[int], folder: Path) -> int:
-    """Fill a folder with the kernels that models in float16 start on GPUs of these compute capabilities (90 for 9.0).
+def compile_kernels(models: Sequence[SeparationModel], capabilities: Sequence[int], folder: Path) -> int:
+    """Compile the kernels that models in float16 need on GPUs of these compute capabilities (90 means 9.0).
 
-    The models have no weights: they are on the meta device, and are changed. Returns how many kernels are compiled;
-    those that the folder has already are left as they are. Raises InputError without a C compiler, which makes what
-    starts the kernels, and OutputError where the folder cannot be written.
+    The models are on the meta device. Kernels that are already in the folder are not compiled again.
+    Returns the number of kernels that were compiled. Raises InputError if there is no C compiler, which the kernels'
+    launchers need, and OutputError if the folder cannot be written.
     """
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        raise InputError("kernels need a C compiler for what starts them, and there is none: install gcc")
+        raise InputError("no C compiler was found, and kernels need one for their launchers: install gcc")
     compiled = 0
 
-    def note(*, cache_hit: bool, **facts: Any) -> None:
+    def count(*, cache_hit: bool, **facts: Any) -> None:
         nonlocal compiled
         compiled += not cache_hit
 
     with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = str(folder)
-        knobs.cache.manager_class = FileCacheManager  # what other folders have does not count
+        knobs.cache.manager_class = FileCacheManager  # do not look in any other folder
         knobs.compilation.store_binary_only = True
-        knobs.compilation.listener = note
+        knobs.compilation.listener = count
         with output_errors(folder):
-            launchers = _Launchers()
+            launchers = _LauncherCompiler()
             for capability in capabilities:
-                with standing_in(capability, launchers):
+                with stand_in_driver(capability, launchers):
                     for model in models:
-                        start_kernels(model)
+                        request_kernels(model)
     return compiled
 
 
 @torch.inference_mode()
-def start_kernels(model: SeparationModel) -> None:
-    """Run a model, on the meta device, over chunks of its own length, in each batch size that the engine takes."""
-    start_probe(torch.empty(PROBE, device="meta"))
+def request_kernels(model: SeparationModel) -> None:
+    """Run a model on the meta device on chunks of its own length, with each of `BATCH_SIZES`."""
+    launch_probe(torch.empty(PROBE_SHAPE, device="meta"))
     samples = model.input_samples(model.chunk_samples) or model.chunk_samples
     for batch_size in BATCH_SIZES:
-        with _Kernels():
+        with _KernelMode():
             model(torch.empty(batch_size, model.channels, samples, device="meta"))
 
 
-class _Kernels(TorchDispatchMode):
-    """Takes the Triton kernel of each operation that has one, where else shapes alone would have its twin."""
+class _KernelMode(TorchDispatchMode):
+    """Launches the Triton kernels of our operations, which would otherwise run their references on meta tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.addmm.dtype_out:
-            return kwargs["out"]  # PyTorch does not know it for shapes alone
+            return kwargs["out"]  # PyTorch does not implement it for meta tensors
         if func.namespace != "separation":
             return func(*args, **kwargs)
         with self:
@@ -86,8 +88,8 @@ class _Kernels(TorchDispatchMode):
 
 
 @contextmanager
-def standing_in(capability: int, launchers: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """Within, Triton takes this for a machine with a GPU of that compute capability, on which kernels do nothing."""
+def stand_in_driver(capability: int, launchers: Launcher) -> Iterator[None]:
+    """Within the context, Triton sees a GPU of that compute capability, on which kernels do nothing."""
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_Driver(capability, launchers))
     try:
@@ -97,9 +99,9 @@ def standing_in(capability: int, launchers: Callable[[Any, Any], Any]) -> Iterat
 
 
 class _Driver:
-    """As much of a driver as Triton asks on the way to a kernel."""
+    """The part of Triton's driver interface that a launch uses."""
 
-    def __init__(self, capability: int, launchers: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, capability: int, launchers: Launcher) -> None:
         self.capability = capability
         self.launcher_cls = launchers
         self.utils = self
@@ -108,7 +110,7 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # by which kernels are kept: those of several GPUs stay apart
+        return self.capability  # Triton keeps kernels by device, so several capabilities stay apart
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -120,8 +122,8 @@ class _Driver:
         return None, None, 0, 0, 1024  # module, function, registers, spills, threads
 
 
-class _Launchers:
-    """Compiles the modules in C by which Triton reaches the driver and starts kernels, one for each signature."""
+class _LauncherCompiler:
+    """Compiles Triton's C modules: one that calls the driver, and a launcher for each signature of a kernel."""
 
     def __init__(self) -> None:
         self._build("cuda_utils", (Path(nvidia.dirname) / "driver.c").read_text())
@@ -134,13 +136,13 @@ class _Launchers:
 
     @staticmethod
     def _build(name: str, text: str) -> None:
-        """As `triton.runtime.build.compile_module_from_src` does, but for loading it, which needs the GPU's driver."""
-        kept = get_cache_manager(hashlib.sha256((text + build.platform_key()).encode()).hexdigest())
+        """Do what `triton.runtime.build.compile_module_from_src` does, but do not load the result: that needs a GPU."""
+        cached = get_cache_manager(hashlib.sha256((text + build.platform_key()).encode()).hexdigest())
         file = name + sysconfig.get_config_var("EXT_SUFFIX")
-        if kept.get_file(file) is not None:
+        if cached.get_file(file) is not None:
             return
         with tempfile.TemporaryDirectory() as folder:
-            # What is linked is looked up when it is loaded: until then an empty library of the driver's name will do.
+            # The module is linked against an empty libcuda.so.1: symbols are resolved when it is loaded.
             driver = Path(folder, "empty.c")
             driver.touch()
             soname = "-Wl,-soname,libcuda.so.1"
@@ -148,6 +150,7 @@ class _Launchers:
             Path(empty).rename(driver.with_name("libcuda.so.1"))
             source = Path(folder, f"{name}.c")
             source.write_text(text)
-            linked = ["-Wl,--no-as-needed", str(driver.with_name("libcuda.so.1"))]  # for nothing in it is needed yet
+            # Without --no-as-needed the linker would drop the empty library.
+            linked = ["-Wl,--no-as-needed", str(driver.with_name("libcuda.so.1"))]
             built = build._build(name, str(source), folder, [], nvidia.include_dirs, [], linked)
-            kept.put(Path(built).read_bytes(), file, binary=True)
+            cached.put(Path(built).read_bytes(), file, binary=True)

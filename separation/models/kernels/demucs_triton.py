@@ -1,9 +1,10 @@
-"""Triton kernels for the operations of hybrid_ops.py, whose docstrings say what each computes.
+"""Triton kernels for the operations of demucs_ops.py, which documents them.
 
-Sums and products are in float32. How a row is cut into programs does not depend on the batch, so neither does rounding.
+Sums and products are in float32. A row is divided into programs independently of the batch, so rounding does not depend
+on it either.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import Any
 
@@ -12,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from separation.models.kernels import hybrid_ops as ops
+from separation.models.kernels import demucs_ops
 
-BLOCK = 1024  # elements of a program that takes each alone
-TILE = 64  # positions
-MOST_PARTS = 128  # of which a row's sums are made up
-EPS = tl.constexpr(ops.EPS)
-SIZES = ["length", "tokens", "parts"]  # for which no other code is compiled: they are many, and a kernel takes a second
+BLOCK = 1024  # elements per program, in elementwise kernels
+TILE = 64  # positions that a product processes at once
+ROWS = 4  # tokens per program
+MOST_PARTS = 128  # the most programs that share a row; each contributes a partial sum
+EPS = tl.constexpr(demucs_ops.EPS)
+# Arguments that do not specialise a kernel: they have many values, and compiling a kernel takes a second.
+SIZES = ["length", "tokens", "parts"]
 
 
 @triton.jit
@@ -32,10 +35,10 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _whole(sums, row, part_size, size, parts, P: tl.constexpr):
-    """Mean and 1 / deviation of a row of `size` values from its parts' sums and squared deviations (Chan et al. 1979).
+def _load_moments(sums, row, part_size, size, parts, P: tl.constexpr):
+    """The mean and 1 / standard deviation of a row of `size` values, from the sums of its parts (Chan et al. 1979).
 
-    All parts have `part_size` values but the last, which has what is left.
+    Each part has `part_size` values, the last one those that remain.
     """
     p = tl.arange(0, P)
     at = sums + (row * parts + p) * 2
@@ -43,14 +46,14 @@ def _whole(sums, row, part_size, size, parts, P: tl.constexpr):
     squares = tl.load(at + 1, mask=p < parts, other=0.0)
     count = tl.maximum(tl.minimum(size - p * part_size, part_size), 1).to(tl.float32)
     mean = tl.sum(total) / size
-    apart = total / count - mean
-    variance = (tl.sum(squares) + tl.sum(tl.where(p < parts, count * apart * apart, 0.0))) / size
+    delta = total / count - mean
+    variance = (tl.sum(squares) + tl.sum(tl.where(p < parts, count * delta * delta, 0.0))) / size
     return mean, 1.0 / tl.sqrt(variance + EPS)
 
 
 @triton.jit
-def _note(sums, index, total, squares, count):
-    """Keeps a part's sum and its sum of squared deviations from its own mean."""
+def _store_sums(sums, index, total, squares, count):
+    """Store the sum of a part and its sum of squared deviations from the part's mean."""
     tl.store(sums + index * 2, total)
     tl.store(sums + index * 2 + 1, tl.maximum(squares - total * total / tl.maximum(count, 1).to(tl.float32), 0.0))
 
@@ -76,12 +79,12 @@ def _pack(
     tl.store(to, tl.where(there, values, 0.0), mask=inside)
 
 
-def pack(x: Tensor, mean: Tensor, std: Tensor, stride: int, padding: int, rows: int, dtype: torch.dtype) -> Tensor:
+def pack(x: Tensor, stats: list[Tensor], stride: int, padding: int, rows: int, dtype: torch.dtype) -> Tensor:
     batch, channels, length, positions, parts = x.shape
     out = x.new_empty(batch, rows, positions, stride * channels * parts, dtype=dtype)
     grid = (triton.cdiv(out[0].numel(), BLOCK), batch)
     sizes = positions, channels, parts, stride, rows, BLOCK
-    _pack[grid](x, mean, std, out, length, *x.stride(), padding, *sizes)
+    _pack[grid](x, *stats, out, length, *x.stride(), padding, *sizes)
     return out
 
 
@@ -115,8 +118,8 @@ def bias_glu(x: Tensor, bias: Tensor, table: Tensor | None) -> Tensor:
     _, length, positions, features = x.shape
     out = x.new_empty(*x.shape[:3], features // 2)
     grid = (triton.cdiv(out.numel(), BLOCK),)
-    some = bias if table is None else table
-    _bias_glu[grid](x, bias, some, out, out.numel(), length, positions, features // 2, table is not None, BLOCK)
+    pointer = bias if table is None else table  # Triton needs a tensor; without a table the kernel does not read it
+    _bias_glu[grid](x, bias, pointer, out, out.numel(), length, positions, features // 2, table is not None, BLOCK)
     return out
 
 
@@ -125,7 +128,7 @@ def _dconv_in(
     x, w, table, h, sums, length, parts, dilation, C: tl.constexpr, H: tl.constexpr, USED: tl.constexpr,
     TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
-    """The first convolution, to `h`, and the sums of what it gives."""
+    """Store the first convolution's output in `h`, and its sums."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     i = tl.arange(0, HB)
@@ -151,12 +154,12 @@ def _dconv_in(
         total += tl.sum(values, axis=1)
         squares += tl.sum(values * values, axis=1)
     count = tl.maximum(tl.minimum(length - part * TILES * T, TILES * T), 0) * USED
-    _note(sums, row * parts + part, tl.sum(total), tl.sum(squares), count)
+    _store_sums(sums, row * parts + part, tl.sum(total), tl.sum(squares), count)
 
 
 @triton.jit
 def _hidden(h, table, row, t, mean, scale, length, H: tl.constexpr, HB: tl.constexpr):
-    """What the second product takes: `h` normalised, and GELU."""
+    """The second product's input: the norm of `h`, then GELU."""
     i = tl.arange(0, HB)
     from_ = h + (row * length + t[:, None]) * H + i[None, :]
     values = tl.load(from_, mask=(t < length)[:, None] & (i < H)[None, :], other=0.0).to(tl.float32)
@@ -167,7 +170,7 @@ def _hidden(h, table, row, t, mean, scale, length, H: tl.constexpr, HB: tl.const
 
 @triton.jit
 def _product(hidden, w, table, c, C: tl.constexpr, H: tl.constexpr, HB: tl.constexpr):
-    """These columns of the second product, and their bias; columns that are not there are zeros."""
+    """The columns `c` of the second product plus its bias. Columns from C on are zero."""
     i = tl.arange(0, HB)
     mask = (i < H)[:, None] & (c < C)[None, :]
     weights = tl.load(w + i[:, None] * C + c[None, :], mask=mask, other=0.0)
@@ -180,10 +183,10 @@ def _dconv_sums(
     h, w, in_table, out_table, in_sums, out_sums, length, parts, C: tl.constexpr, H: tl.constexpr,
     USED: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
-    """The sums of what the second product gives, which is computed once more where it is used."""
+    """Store the sums of the second product. `_dconv_out` computes the product again, which saves memory traffic."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    mean, scale = _whole(in_sums, row, TILES * T * USED, length * USED, parts, P)
+    mean, scale = _load_moments(in_sums, row, TILES * T * USED, length * USED, parts, P)
     total = tl.zeros([T], tl.float32)
     squares = tl.zeros([T], tl.float32)
     for tile in range(TILES):
@@ -195,7 +198,7 @@ def _dconv_sums(
             total += tl.sum(y, axis=1)
             squares += tl.sum(y * y, axis=1)
     count = tl.maximum(tl.minimum(length - part * TILES * T, TILES * T), 0) * (2 * C)
-    _note(out_sums, row * parts + part, tl.sum(total), tl.sum(squares), count)
+    _store_sums(out_sums, row * parts + part, tl.sum(total), tl.sum(squares), count)
 
 
 @triton.jit
@@ -211,11 +214,11 @@ def _dconv_out(
     x, h, w, in_table, out_table, in_sums, out_sums, length, parts, C: tl.constexpr, H: tl.constexpr,
     USED: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, CB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
-    """The second product, its norm and GLU, added to `x`."""
+    """Add the second product, after its norm and GLU, to `x`."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    mean, scale = _whole(in_sums, row, TILES * T * USED, length * USED, parts, P)
-    out_mean, out_scale = _whole(out_sums, row, TILES * T * (2 * C), length * (2 * C), parts, P)
+    mean, scale = _load_moments(in_sums, row, TILES * T * USED, length * USED, parts, P)
+    out_mean, out_scale = _load_moments(out_sums, row, TILES * T * (2 * C), length * (2 * C), parts, P)
     for tile in range(TILES):
         t = (part * TILES + tile) * T + tl.arange(0, T)
         hidden = _hidden(h, in_table, row, t, mean, scale, length, H, HB)
@@ -230,23 +233,22 @@ def _dconv_out(
 
 
 def _columns(features: int, most: int) -> int:
-    """How many of them a product takes at once: those that leave none over, if there are."""
+    """The number of features that a product processes at once: if possible one that divides them."""
     return next((size for size in (64, 32, 16) if size <= most and features % size == 0), 16)
 
 
-def _cut(length: int, tile: int) -> tuple[int, int]:
-    """Of a row: into how many programs it is cut, and how many tiles each has."""
+def _divide(length: int, tile: int) -> tuple[int, int]:
+    """The number of programs that share a row, and the number of tiles that each processes."""
     tiles = triton.cdiv(triton.cdiv(length, tile), MOST_PARTS)
     return triton.cdiv(length, tile * tiles), tiles
 
 
-def dconv_(
-    x: Tensor, w_in: Tensor, in_table: Tensor, w_out: Tensor, out_table: Tensor, hidden: int, dilation: int
-) -> None:
+def dconv_(x: Tensor, layer_in: list[Tensor], layer_out: list[Tensor], hidden: int, dilation: int) -> None:
     assert x.is_contiguous()
+    (w_in, in_table), (w_out, out_table) = layer_in, layer_out
     rows, length, features = x.shape
     width = w_in.shape[2]
-    parts, tiles = _cut(length, TILE)
+    parts, tiles = _divide(length, TILE)
     h = x.new_empty(rows, length, width)
     in_sums, out_sums = x.new_empty(2, rows, parts, 2, dtype=torch.float32)
     blocks: dict[str, Any] = {"TILES": tiles, "T": TILE, "CB": _columns(features, 64)}
@@ -256,14 +258,14 @@ def dconv_(
     tables = w_out, in_table, out_table, in_sums, out_sums, length, parts
     blocks["P"] = triton.next_power_of_2(MOST_PARTS)
     _dconv_sums[(rows * parts,)](h, *tables, *sizes, **blocks)
-    blocks["CB"] = _columns(features, 32)  # values and gates: more of both would not fit the registers
+    blocks["CB"] = _columns(features, 32)  # more values and gates would not fit into the registers
     _dconv_out[(rows * parts,)](x, h, *tables, *sizes, **blocks)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "positions", "crop"])
 def _interleave(
     x, bias, skip, out, skip_item, rows, length, positions, crop,
-    STRIDE: tl.constexpr, C: tl.constexpr, SKIP: tl.constexpr, GELU: tl.constexpr, B: tl.constexpr,
+    STRIDE: tl.constexpr, C: tl.constexpr, SKIP: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * B + tl.arange(0, B)
@@ -272,22 +274,20 @@ def _interleave(
     n = e // C % positions
     at = e // (C * positions) + crop
     from_ = x + ((batch * rows + at // STRIDE) * positions + n) * (STRIDE * C) + at % STRIDE * C + c
-    y = tl.load(from_, mask=mask, other=0.0).to(tl.float32) + tl.load(bias + c)
-    if GELU:
-        y = _gelu(y)
+    y = _gelu(tl.load(from_, mask=mask, other=0.0).to(tl.float32) + tl.load(bias + c))
     if SKIP:
         y += tl.load(skip + batch * skip_item + e, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + batch * length * positions * C + e, y, mask=mask)
 
 
-def interleave(x: Tensor, bias: Tensor, skip: Tensor | None, stride: int, crop: int, length: int, gelu: bool) -> Tensor:
+def interleave(x: Tensor, bias: Tensor, skip: Tensor | None, crop: int, length: int) -> Tensor:
     assert x.is_contiguous() and (skip is None or skip[0].is_contiguous())
     batch, rows, positions, features = x.shape
-    out = x.new_empty(batch, length, positions, features // stride)
-    added, item = (out, 0) if skip is None else (skip, skip.stride(0))
+    out = x.new_empty(batch, length, positions, len(bias))
+    pointer, item = (out, 0) if skip is None else (skip, skip.stride(0))
     grid = (triton.cdiv(out[0].numel(), BLOCK), batch)
-    options = stride, features // stride, skip is not None, gelu, BLOCK
-    _interleave[grid](x, bias, added, out, item, rows, length, positions, crop, *options)
+    options = features // len(bias), len(bias), skip is not None, BLOCK
+    _interleave[grid](x, bias, pointer, out, item, rows, length, positions, crop, *options)
     return out
 
 
@@ -310,7 +310,7 @@ def _unpack_spectrum(
     y += tl.load(bias + c, mask=c < C, other=0.0)[None, :]
     imaginary = (f == 0)[:, None] & (c % 2 == 1)[None, :]
     y = tl.where(mask & (imaginary == 0), y * tl.load(std + batch) + tl.load(mean + batch), 0.0)
-    # Real and imaginary part stay side by side; the channel, which comes first there, is what is stored apart.
+    # In the result, the real and the imaginary part are neighbours and the channel comes first.
     y = tl.reshape(tl.permute(tl.reshape(y, [F, CB // 2, 2]), (1, 0, 2)), [CB // 2, F * 2])
     channel = tl.arange(0, CB // 2)
     inner = first * 2 + tl.arange(0, F * 2)
@@ -319,16 +319,15 @@ def _unpack_spectrum(
     tl.store(to, y, mask=(channel < C // 2)[:, None] & (inner < bins * 2)[None, :])
 
 
-def unpack_spectrum(
-    x: Tensor, bias: Tensor, mean: Tensor, std: Tensor, stride: int, crop: int, zeros: int, bins: int
-) -> Tensor:
+def unpack_spectrum(x: Tensor, bias: Tensor, stats: list[Tensor], crop: int, zero_frames: int) -> Tensor:
     assert x.is_contiguous()
     batch, rows, positions, features = x.shape
-    channels, block = features // stride, 64
-    frames = positions + 2 * zeros
+    channels, block = len(bias), 64
+    stride, frames = features // channels, positions + 2 * zero_frames
+    bins = rows * stride - 2 * crop + 1
     out = x.new_empty(batch, channels // 2, frames, bins, 2, dtype=torch.float32)
-    sizes = rows, positions, crop, zeros, bins, stride, channels, block, triton.next_power_of_2(channels)
-    _unpack_spectrum[(triton.cdiv(bins, block), frames, batch)](x, bias, mean, std, out, *sizes)
+    sizes = rows, positions, crop, zero_frames, bins, stride, channels, block, triton.next_power_of_2(channels)
+    _unpack_spectrum[(triton.cdiv(bins, block), frames, batch)](x, bias, *stats, out, *sizes)
     return out
 
 
@@ -376,18 +375,18 @@ def _add_waveform(
         tl.store(to, tl.load(to, mask=t < length, other=0.0) + y, mask=t < length)
 
 
-def add_waveform_(out: Tensor, x: Tensor, bias: Tensor, mean: Tensor, std: Tensor, stride: int, crop: int) -> None:
+def add_waveform_(out: Tensor, x: Tensor, bias: Tensor, stats: list[Tensor], crop: int) -> None:
     assert x.is_contiguous() and out.stride(2) == 1
     batch, channels, length = out.shape
     sizes = *out.stride()[:2], x[0].numel(), crop, length, channels, BLOCK
-    _add_waveform[(triton.cdiv(length, BLOCK), batch)](out, x, bias, mean, std, *sizes)
+    _add_waveform[(triton.cdiv(length, BLOCK), batch)](out, x, bias, *stats, *sizes)
 
 
 @triton.jit
 def _normed(x, inside, D: tl.constexpr):
-    """Each row of a tile, of which D columns are there, with mean 0 and variance 1."""
-    apart = tl.where(inside, x - (tl.sum(tl.where(inside, x, 0.0), axis=1) / D)[:, None], 0.0)
-    return apart * (1.0 / tl.sqrt(tl.sum(apart * apart, axis=1) / D + EPS))[:, None]
+    """Normalise each row of a tile to mean 0 and variance 1. `inside` marks its D columns."""
+    deviations = tl.where(inside, x - (tl.sum(tl.where(inside, x, 0.0), axis=1) / D)[:, None], 0.0)
+    return deviations * (1.0 / tl.sqrt(tl.sum(deviations * deviations, axis=1) / D + EPS))[:, None]
 
 
 @triton.jit
@@ -401,9 +400,6 @@ def _embed(x, gain, shift, table, sums, out, rows, tokens, D: tl.constexpr, R: t
     y += tl.load(table + (row % tokens)[:, None] * D + d[None, :], mask=mask, other=0.0)
     tl.store(sums + at, y, mask=mask)
     tl.store(out + at, _normed(y, (d < D)[None, :], D), mask=mask)
-
-
-ROWS = 4  # tokens of a program
 
 
 def embed(x: Tensor, gain: Tensor, shift: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -440,7 +436,7 @@ def _add_sums(
     x, y, gain, sums, tokens, parts, D: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr,
     DB: tl.constexpr,
 ):  # fmt: skip
-    """Adds `y * gain` to `x`, and takes the sums."""
+    """Add `y * gain` to `x`, and store the sums of the result."""
     item = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     d = tl.arange(0, DB)
@@ -456,7 +452,7 @@ def _add_sums(
         total += values
         squares += values * values
     count = tl.maximum(tl.minimum(tokens - part * TILES * R, TILES * R), 0) * D
-    _note(sums, item * parts + part, tl.sum(total), tl.sum(squares), count)
+    _store_sums(sums, item * parts + part, tl.sum(total), tl.sum(squares), count)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -469,7 +465,7 @@ def _group_norm(
     d = tl.arange(0, DB)
     gain = tl.load(norm_gain + d, mask=d < D, other=0.0)[None, :]
     shift = tl.load(norm_shift + d, mask=d < D, other=0.0)[None, :]
-    mean, scale = _whole(sums, item, TILES * R * D, tokens * D, parts, P)
+    mean, scale = _load_moments(sums, item, TILES * R * D, tokens * D, parts, P)
     for tile in range(TILES):
         n = (part * TILES + tile) * R + tl.arange(0, R)
         mask = (n < tokens)[:, None] & (d < D)[None, :]
@@ -483,7 +479,7 @@ def add_group_norm_(x: Tensor, y: Tensor, gain: Tensor, norm_gain: Tensor, norm_
     assert x.is_contiguous() and y.is_contiguous()
     batch, tokens, dim = x.shape
     out = torch.empty_like(y)
-    parts, tiles = _cut(tokens, ROWS)
+    parts, tiles = _divide(tokens, ROWS)
     sums = x.new_empty(batch, parts, 2)
     blocks: dict[str, Any] = {"TILES": tiles, "R": ROWS, "DB": triton.next_power_of_2(dim)}
     _add_sums[(batch * parts,)](x, y, gain, sums, tokens, parts, dim, **blocks)

@@ -1,8 +1,9 @@
-"""The hybrid networks of the Demucs family for a GPU: the package's weights, cast and folded once, in other layers.
+"""The hybrid networks of the Demucs family for a GPU: faster layers that use the demucs package's weights.
 
-A forward of the package casts each weight on its way and waits for the GPU several times. This one does neither, so
-that it can be captured as a CUDA graph. Tensors are channels last, `[B, F, N, C]` in the spectrogram's branch and
-`[B, 1, T, C]` in the waveform's, products are cuDNN's and cuBLAS', and what lies between them is in hybrid_ops.py.
+The package's forward casts every weight each time and waits for the GPU several times. These layers cast and fold the
+weights once and never wait, so a forward can be captured as a CUDA graph. Tensors are channels last: `[B, F, N, C]` in
+the spectrogram's branch and `[B, 1, T, C]` in the waveform's. Products are cuDNN's and cuBLAS's; the operations between
+them are in demucs_ops.py.
 """
 
 import copy
@@ -16,21 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from separation.models.attention import sdpa_attention
-from separation.models.kernels import hybrid_ops as ops
+from separation.models.kernels.demucs_ops import EPS, interleaved
 from separation.models.kernels.native import NotFusedError
-from separation.models.kernels.operations import run
-from separation.models.layers import make_one_piece
+from separation.models.kernels.registry import ops
+from separation.models.layers import join_weights
 
-ALIGNMENT = 8  # features: rows of 16 bytes, as tensor cores want them
-SIMPLE_BRANCH = 7  # modules of a DConv's layer without LSTM and attention
+ALIGNMENT = 8  # features are padded to a multiple of this: tensor cores work on rows of 16 bytes
+SIMPLE_BRANCH_MODULES = 7  # in a layer of DConv without LSTM and attention
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Chunks as all networks of a model take them; statistics are `[B]` in float32, of everything in a chunk."""
+    """The chunks that all networks of a model process. The statistics are `[B]` in float32, over a whole chunk."""
 
     spectrum: Tensor  # [B, C, F, N, 2], float32
-    spectrum_stats: tuple[Tensor, Tensor]  # mean and deviation
+    spectrum_stats: tuple[Tensor, Tensor]  # mean and standard deviation
     waveform: Tensor  # [B, C, T], float32
     waveform_stats: tuple[Tensor, Tensor]
 
@@ -49,11 +50,12 @@ def _parameter(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _table(*rows: Tensor) -> nn.Parameter:
+    """Vectors such as a bias and a norm's gain, stacked in float32."""
     return _parameter(torch.stack([row.detach().float() for row in rows]), torch.float32)
 
 
 class _Convolution(nn.Module):
-    """A convolution without bias, `[B, L, N, C] -> [B, L', N', C']`; the weight is `[C', C, kernel, kernel]`."""
+    """A convolution without a bias, `[B, L, N, C] -> [B, L', N', C']`, with a weight `[C', C, kernel, kernel]`."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, **options: tuple[int, int]) -> None:
         super().__init__()
@@ -67,13 +69,13 @@ class _Convolution(nn.Module):
 
 
 def _weight_2d(conv: Any) -> Tensor:
-    """A convolution's weight with two axes, the first of one element where it has only one."""
+    """A convolution's weight with two kernel axes. A 1-D convolution gets a first axis of size 1."""
     weight: Tensor = conv.weight
     return weight if weight.ndim == 4 else weight[:, :, None]
 
 
 class _Linear(nn.Module):
-    """A product on the last axis. A norm's gain and shift before it can be folded in."""
+    """A linear layer. The gain and bias of a norm before it can be folded into the weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, norm: Any = None) -> None:
         super().__init__()
@@ -90,7 +92,10 @@ class _Linear(nn.Module):
 
 
 class _GroupNorm(nn.Module):
-    """A bias and the group norm behind it, which the deepest layers have; `[B, L, N, C]`, the result in float32."""
+    """A bias and the group norm that follows it in the deepest layers, `[B, L, N, C]`; the result is float32.
+
+    `inject` is the waveform branch's output, which the two branches' common layer adds before the norm.
+    """
 
     def __init__(self, bias: Tensor, norm: Any) -> None:
         super().__init__()
@@ -104,11 +109,12 @@ class _GroupNorm(nn.Module):
             x = x + inject
         grouped = x.unflatten(-1, (self._groups, -1))
         variance, mean = torch.var_mean(grouped, dim=(1, 2, 4), correction=0, keepdim=True)
-        return ((grouped - mean) * (variance + ops.EPS).rsqrt()).flatten(3) * gain + shift
+        y: Tensor = ((grouped - mean) * (variance + EPS).rsqrt()).flatten(3) * gain + shift
+        return y
 
 
-class _Branch(nn.Module):
-    """A layer of DConv: see `separation::dconv_`."""
+class _ResidualBranch(nn.Module):
+    """A layer of DConv, computed by `dconv_` of demucs_ops.py."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -118,17 +124,18 @@ class _Branch(nn.Module):
         self.w_in = _parameter(F.pad(conv.weight.detach().permute(2, 1, 0), pad), dtype)
         self.in_table = _table(*(F.pad(row.detach(), pad) for row in (conv.bias, norm.weight, norm.bias)))
         self.w_out = _parameter(F.pad(back.weight.detach()[..., 0].T, (0, 0, *pad)), dtype)
-        # Values come before gates: what scales the branch scales the values, whose norm's gain is in float32.
+        # The layer's scale multiplies the GLU's output. It is folded into the norm of the values, the GLU's first half.
         scales = torch.cat([scale.scale.detach().float(), torch.ones_like(scale.scale)])
         self.out_table = _table(back.bias, back_norm.weight * scales, back_norm.bias * scales)
 
     def forward(self, x: Tensor) -> None:
-        tables = self.w_in, self.in_table, self.w_out, self.out_table
-        run.dconv_(x.flatten(0, 1), *tables, self._hidden, self._dilation)
+        """Add the branch to `[B, L, N, C]` in place."""
+        layers = (self.w_in, self.in_table), (self.w_out, self.out_table)
+        ops.dconv_(x.flatten(0, 1), *layers, self._hidden, self._dilation)
 
 
-class _DeepBranch(nn.Module):
-    """A layer of DConv that has an LSTM or attention over time: on few positions, so in plain operations."""
+class _DeepResidualBranch(nn.Module):
+    """A layer of DConv with an LSTM or attention over time. It has few positions, so it uses plain operations."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -137,34 +144,35 @@ class _DeepBranch(nn.Module):
         self.conv = _Convolution(_weight_2d(conv), dtype, **options)
         self.norm = _GroupNorm(conv.bias, norm)
         self.middle = nn.ModuleList(
-            _Memory(module, dtype) if _is(module, "BLSTM") else _LocalAttention(module, dtype) for module in middle
+            _FramedLSTM(module, dtype) if _is(module, "BLSTM") else _LocalAttention(module, dtype) for module in middle
         )
         self.back = _Linear(back.weight, None, dtype)
         self.back_norm = _GroupNorm(back.bias, back_norm)
         self.scale = _parameter(scale.scale, torch.float32)
 
     def forward(self, x: Tensor) -> None:
-        """Adds to `[R, 1, T, C]`."""
+        """Add the branch to `[R, 1, T, C]` in place."""
         h = F.gelu(self.norm(self.conv(x))).to(x.dtype)[:, 0]
         for module in self.middle:
             h = module(h)
         x += F.glu(self.back_norm(self.back(h[:, None])), dim=-1) * self.scale
 
 
-class _Memory(nn.Module):
-    """The package's BLSTM on `[R, T, C]`: long sequences in half overlapped frames, of which the middles are used."""
+class _FramedLSTM(nn.Module):
+    """The package's BLSTM on `[R, T, C]`. Uses the middles of half-overlapping frames if the sequence is long."""
 
     def __init__(self, plain: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.lstm = copy.deepcopy(plain.lstm).to(dtype)
-        make_one_piece(self.lstm)
+        join_weights(self.lstm)
         self.linear = _Linear(plain.linear.weight, plain.linear.bias, dtype)
         self._frame = plain.max_steps
 
     def forward(self, x: Tensor) -> Tensor:
         length, frame = x.shape[1], self._frame
         if frame is None or length <= frame:
-            return x + self.linear(self.lstm(x.transpose(0, 1))[0]).transpose(0, 1)
+            whole: Tensor = self.linear(self.lstm(x.transpose(0, 1))[0])
+            return x + whole.transpose(0, 1)
         hop = frame // 2
         frames = F.pad(x, (0, 0, 0, -length % hop + frame - hop)).unfold(1, frame, hop)  # [R, frames, C, frame]
         n = frames.shape[1]
@@ -176,9 +184,9 @@ class _Memory(nn.Module):
 
 
 class _LocalAttention(nn.Module):
-    """The package's LocalState on `[R, T, C]`: attention that each query makes fade with the distance, itself left out.
+    """The package's LocalState on `[R, T, C]`: attention that fades with the distance and excludes the query itself.
 
-    Its decays are all proportional to the distance, so they add up to one slope a query.
+    Each query has several decays, all proportional to the distance. They add up to one slope per query.
     """
 
     def __init__(self, plain: Any, dtype: torch.dtype) -> None:
@@ -201,16 +209,21 @@ class _LocalAttention(nn.Module):
         scores -= slopes.transpose(1, 2)[..., None] * distances * (0.5 * self._decays**-0.5)
         scores.masked_fill_(distances == 0, -100)
         mixed = scores.softmax(dim=-1).to(v.dtype) @ v
-        return x + self.project_out(mixed.transpose(1, 2).flatten(2))
+        projected: Tensor = self.project_out(mixed.transpose(1, 2).flatten(2))
+        return x + projected
 
 
-def _branches(dconv: Any, dtype: torch.dtype) -> nn.ModuleList:
+def _residual_branches(dconv: Any, dtype: torch.dtype) -> nn.ModuleList:
+    """The layers of a DConv, or none."""
     layers: Iterable[Any] = () if dconv is None else dconv.layers
-    return nn.ModuleList((_Branch if len(layer) == SIMPLE_BRANCH else _DeepBranch)(layer, dtype) for layer in layers)
+    return nn.ModuleList(
+        _ResidualBranch(layer, dtype) if len(layer) == SIMPLE_BRANCH_MODULES else _DeepResidualBranch(layer, dtype)
+        for layer in layers
+    )
 
 
-class _Gated(nn.Module):
-    """What follows a product that doubles the features: its bias, a norm in deep layers, a GLU, and a table."""
+class _Gate(nn.Module):
+    """A product's bias, in deep layers a norm, a GLU, and in the first encoder the addition of a table `[F, C]`."""
 
     def __init__(self, bias: Tensor, norm: Any, table: Tensor | None = None) -> None:
         super().__init__()
@@ -219,20 +232,22 @@ class _Gated(nn.Module):
         self.table = None if table is None else _parameter(table, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[B, L, N, 2 * C] -> [B, L, N, C]`."""
         if self.norm is None:
-            return run.bias_glu(x, self.bias, self.table)
+            gated: Tensor = ops.bias_glu(x, self.bias, self.table)
+            return gated
         y = F.glu(self.norm(x), dim=-1)
         return (y if self.table is None else y + self.table[:, None]).to(x.dtype)
 
 
 class _Encoder(nn.Module):
-    """An HEncLayer. The first one's input is what `separation::pack` gives. A table `[F, C]` is added to the result."""
+    """An HEncLayer. The first one takes the output of demucs_ops.pack. `table`, `[F, C]`, is added to the result."""
 
     def __init__(self, layer: Any, dtype: torch.dtype, *, first: bool = False, table: Tensor | None = None) -> None:
         super().__init__()
         weight, along = _weight_2d(layer.conv), 0 if layer.freq else 1
         stride, padding = [1, 1], [0, 0]
-        if first:  # neighbours are features there, and two steps make a kernel
+        if first:  # `pack` joined `stride` neighbours, so the kernel has two taps of `stride` times the features
             weight = weight.flatten(2).unflatten(2, (2, layer.stride)).permute(0, 3, 1, 2).flatten(1, 2)
             weight = weight.unsqueeze(3 - along)
         else:
@@ -240,33 +255,34 @@ class _Encoder(nn.Module):
         self.conv = _Convolution(weight, dtype, stride=(stride[0], stride[1]), padding=(padding[0], padding[1]))
         self.bias = _parameter(layer.conv.bias, torch.float32)
         self.empty = layer.empty
-        self._multiple = 1 if layer.freq or first else layer.stride  # of the length along time
+        self._multiple = 1 if layer.freq or first else layer.stride  # to which the length in time is padded
         if layer.empty:
             return
         self.norm = _GroupNorm(layer.conv.bias, layer.norm1) if isinstance(layer.norm1, nn.GroupNorm) else None
-        self.branches = _branches(layer.dconv, dtype)
+        self.branches = _residual_branches(layer.dconv, dtype)
         self.rewrite = _Linear(layer.rewrite.weight, None, dtype)
-        self.gate = _Gated(layer.rewrite.bias, layer.norm2, table)
+        self.gate = _Gate(layer.rewrite.bias, layer.norm2, table)
 
     def forward(self, x: Tensor, inject: Tensor | None = None) -> Tensor:
         if missing := -x.shape[2] % self._multiple:
             x = F.pad(x, (0, 0, 0, missing))
-        y = self.conv(x)
+        y: Tensor = self.conv(x)
         if self.empty:
             return y + self.bias.to(y.dtype)
         if self.norm is not None:
             y = F.gelu(self.norm(y, inject)).to(y.dtype)
         else:
-            run.bias_gelu_(y if inject is None else y.add_(inject), self.bias)
+            ops.bias_gelu_(y if inject is None else y.add_(inject), self.bias)
         for branch in self.branches:
             branch(y)
-        return self.gate(self.rewrite(y))
+        gated: Tensor = self.gate(self.rewrite(y))
+        return gated
 
 
 class _Upsampling(nn.Module):
-    """A transposed convolution of twice as many taps as its stride: a convolution of two taps, then interleaving.
+    """A transposed convolution whose kernel is twice its stride, as a convolution of two taps and interleaving.
 
-    Each pair of neighbours gives the `stride` values that lie between them. `channels` are those that are wanted.
+    Each pair of neighbours yields the `stride` values between them. Only the wanted `channels` are computed.
     """
 
     def __init__(self, layer: Any, dtype: torch.dtype, channels: slice) -> None:
@@ -280,13 +296,13 @@ class _Upsampling(nn.Module):
         self.bias = _parameter(layer.conv_tr.bias[channels], torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, L, N, C]` to `[B, L + 1, N, stride * C']`; along time `[B, 1, L, C]` to `[B, L + 1, 1, stride * C']`."""
-        y = self.conv(x)
+        """`[B, L, N, C]` to `[B, L + 1, N, stride * C']`; in time, `[B, 1, L, C]` to `[B, L + 1, 1, stride * C']`."""
+        y: Tensor = self.conv(x)
         return y.transpose(1, 2) if self._along else y
 
 
 class _Decoder(nn.Module):
-    """An HDecLayer behind the sum with its skip connection."""
+    """An HDecLayer, without the addition of the skip connection that comes first there."""
 
     def __init__(self, layer: Any, dtype: torch.dtype, channels: slice) -> None:
         super().__init__()
@@ -296,42 +312,48 @@ class _Decoder(nn.Module):
             padding = layer.rewrite.padding
             padding = padding if len(padding) == 2 else (0, *padding)
             self.rewrite = _Convolution(_weight_2d(layer.rewrite), dtype, padding=padding)
-            self.gate = _Gated(layer.rewrite.bias, layer.norm1)
-            self.branches = _branches(layer.dconv, dtype)
+            self.gate = _Gate(layer.rewrite.bias, layer.norm1)
+            self.branches = _residual_branches(layer.dconv, dtype)
         self.up = _Upsampling(layer, dtype, channels if layer.last else slice(None))
         self.norm = _GroupNorm(self.up.bias, layer.norm2) if isinstance(layer.norm2, nn.GroupNorm) else None
 
     def before(self, x: Tensor) -> Tensor:
-        """All before the transposed convolution, `[B, L, N, C]` to the same."""
+        """Everything before the transposed convolution, `[B, L, N, C] -> [B, L, N, C]`."""
         if self.empty:
             return x
-        y = self.gate(self.rewrite(x))
+        y: Tensor = self.gate(self.rewrite(x))
         for branch in self.branches:
             branch(y)
         return y
 
     def after(self, y: Tensor, skip: Tensor | None, length: int) -> Tensor:
-        """The transposed convolution, GELU, and the sum with the next layer's skip connection; `length` is of time."""
-        z = self.up(y)
+        """The transposed convolution, GELU, and the addition of the next layer's skip connection.
+
+        `length` is that of the result in time; the spectrogram's branch ignores it.
+        """
+        z: Tensor = self.up(y)
         if self._freq:
             length = z.shape[1] * self.up.stride - 2 * self.crop
         elif skip is not None:
             skip = skip.transpose(1, 2)
         if self.norm is None:
-            z = run.interleave(z, self.up.bias, skip, self.up.stride, self.crop, length, True)
+            z = ops.interleave(z, self.up.bias, skip, self.crop, length)
         else:
-            z = self.norm(ops.interleaved(z, self.up.stride))[:, self.crop : self.crop + length]
+            z = self.norm(interleaved(z, self.up.stride))[:, self.crop : self.crop + length]
             z = (F.gelu(z) if skip is None else F.gelu(z) + skip).to(y.dtype)
         return z if self._freq else z.transpose(1, 2)
 
 
 class _Attention(nn.Module):
-    """Attention on normalised tokens `[B, N, D]`, with the norms' gains and shifts folded in."""
+    """Attention on normalised tokens `[B, N, D]`; the norms' gains and biases are folded into the projections.
+
+    With one norm it is self-attention, with two it is cross-attention: a norm for the queries, one for keys and values.
+    """
 
     def __init__(self, plain: Any, norms: Sequence[Any], dtype: torch.dtype) -> None:
         super().__init__()
         weight, bias, dim = plain.in_proj_weight, plain.in_proj_bias, plain.in_proj_weight.shape[1]
-        parts = [slice(None)] if len(norms) == 1 else [slice(dim), slice(dim, None)]  # queries are of other tokens
+        parts = [slice(None)] if len(norms) == 1 else [slice(dim), slice(dim, None)]
         self.project_in = nn.ModuleList(
             _Linear(weight[part], bias[part], dtype, norm=norm) for part, norm in zip(parts, norms, strict=True)
         )
@@ -343,11 +365,12 @@ class _Attention(nn.Module):
         projected = [linear(x) for linear, x in zip(self.project_in, (tokens, other), strict=False)]
         parts = [part for each in projected for part in each.split(tokens.shape[-1], dim=-1)]
         q, k, v = (part.unflatten(-1, (self._heads, -1)).transpose(1, 2) for part in parts)
-        return self.project_out(self._attend(q, k, v).transpose(1, 2).flatten(2))
+        attended: Tensor = self.project_out(self._attend(q, k, v).transpose(1, 2).flatten(2))
+        return attended
 
 
 class _TransformerLayer(nn.Module):
-    """A layer of one branch, with attention to its own tokens or to the other branch's."""
+    """A layer of one branch that attends to the branch's own tokens or to the other branch's."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -362,14 +385,18 @@ class _TransformerLayer(nn.Module):
         self.table = _table(layer.gamma_2.scale, layer.norm_out.weight, layer.norm_out.bias)
 
     def forward(self, x: Tensor, tokens: Tensor, other: Tensor) -> Tensor:
-        """Changes the sum `x`, `[B, N, D]` in float32, of which `tokens` are the normalised form; gives that anew."""
-        tokens = run.add_norm_(x, self.attention(tokens, other), self.gain)
-        return run.add_group_norm_(x, self.down(F.gelu(self.up(tokens))), *self.table)
+        """Update the residual stream `x`, `[B, N, D]` in float32, in place, and return its normalised tokens.
+
+        `tokens` are the normalised tokens of `x` so far, `other` those of the other branch.
+        """
+        tokens = ops.add_norm_(x, self.attention(tokens, other), self.gain)
+        normalised: Tensor = ops.add_group_norm_(x, self.down(F.gelu(self.up(tokens))), *self.table)
+        return normalised
 
 
 @lru_cache(maxsize=8)
 def _positions(bins: int, frames: int, dim: int, max_period: float, device: torch.device) -> Tensor:
-    """Positions in a spectrogram, `[bins * frames, dim]`, or in time if there are no bins, `[frames, dim]`."""
+    """Position embeddings of a spectrogram, `[bins * frames, dim]`, or without bins of a waveform, `[frames, dim]`."""
     with torch.inference_mode(False):
         if not bins:
             features = torch.arange(dim // 2) / (dim // 2 - 1)
@@ -380,14 +407,14 @@ def _positions(bins: int, frames: int, dim: int, max_period: float, device: torc
         return torch.cat(both, dim=-1).flatten(0, 1).to(device)
 
 
-def _waves(places: int, frequencies: Tensor) -> Tensor:
-    """Cosines and sines, `[places, frequencies, 2]`."""
-    phases = torch.arange(places)[:, None] * frequencies
+def _waves(positions: int, frequencies: Tensor) -> Tensor:
+    """Cosines and sines, `[positions, frequencies, 2]`."""
+    phases = torch.arange(positions)[:, None] * frequencies
     return torch.stack([phases.cos(), phases.sin()], dim=-1)
 
 
 class _Transformer(nn.Module):
-    """The package's CrossTransformerEncoder, and the products around it that give it more features."""
+    """The package's CrossTransformerEncoder, with the linear layers around it that change the number of features."""
 
     def __init__(self, network: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -398,38 +425,38 @@ class _Transformer(nn.Module):
             for pair in zip(plain.layers, plain.layers_t, strict=True)
         )
         self._max_period = plain.max_period
-        ways = "channel_upsampler", "channel_upsampler_t", "channel_downsampler", "channel_downsampler_t"
-        linears = [getattr(network, way) for way in ways] if network.bottom_channels else []
-        self.ways = nn.ModuleList(_Linear(linear.weight, linear.bias, dtype) for linear in linears)
+        names = "channel_upsampler", "channel_upsampler_t", "channel_downsampler", "channel_downsampler_t"
+        layers = [getattr(network, name) for name in names] if network.bottom_channels else []
+        self.resamplers = nn.ModuleList(_Linear(layer.weight, layer.bias, dtype) for layer in layers)
 
     def forward(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, F, N, C]` and `[B, 1, T, C]` to the same."""
-        sums, tokens = [], []
+        """`[B, F, N, C]` and `[B, 1, T, C]` to the same shapes."""
+        streams, tokens = [], []
         for i, (branch, bins) in enumerate(((x, x.shape[1]), (xt, 0))):
-            wide = self.ways[i](branch) if self.ways else branch
+            wide = self.resamplers[i](branch) if self.resamplers else branch
             positions = _positions(bins, branch.shape[2], wide.shape[-1], self._max_period, x.device)
-            total, normalised = run.embed(wide.flatten(1, 2), *self.tables[i], positions)
-            sums.append(total)
+            stream, normalised = ops.embed(wide.flatten(1, 2), *self.tables[i], positions)
+            streams.append(stream)
             tokens.append(normalised)
         for layer, layer_t in self.layers:
-            tokens = [layer(sums[0], *tokens), layer_t(sums[1], *reversed(tokens))]
+            tokens = [layer(streams[0], *tokens), layer_t(streams[1], *reversed(tokens))]
         outputs = []
         for i, branch in enumerate((x, xt)):
-            output = sums[i].to(x.dtype).unflatten(1, branch.shape[1:3])
-            outputs.append(self.ways[2 + i](output) if self.ways else output)
+            output = streams[i].to(x.dtype).unflatten(1, branch.shape[1:3])
+            outputs.append(self.resamplers[2 + i](output) if self.resamplers else output)
         return outputs[0], outputs[1]
 
 
 class HybridNetwork(nn.Module):
-    """An HTDemucs or HDemucs of the package in these layers, for all its sources or for one of them.
+    """An HTDemucs or HDemucs of the package in these layers, for all its sources or for one.
 
-    Raises NotFusedError for a network of another structure than the published ones.
+    Raises NotFusedError for a network whose structure differs from the published ones.
     """
 
     def __init__(self, network: Any, dtype: torch.dtype, *, source: int | None = None) -> None:
         super().__init__()
-        if fault := _fault(network):
-            raise NotFusedError(f"it does not know {fault}")
+        if fault := _unsupported(network):
+            raise NotFusedError(f"it does not support {fault}")
         self._dtype = dtype
         emb, table = network.freq_emb, None
         if emb is not None:
@@ -442,9 +469,9 @@ class HybridNetwork(nn.Module):
             )
             for branch in (network.encoder, network.tencoder)
         )
-        channels = network.audio_channels  # of a source in the waveform; in the spectrogram each is two
+        channels = network.audio_channels  # the spectrogram has twice as many, real and imaginary parts
         decoders = (
-            nn.ModuleList(_Decoder(layer, dtype, _of_source(source, width)) for layer in branch)
+            nn.ModuleList(_Decoder(layer, dtype, _channels_of(source, width)) for layer in branch)
             for branch, width in ((network.decoder, 2 * channels), (network.tdecoder, channels))
         )
         self.encoder: Any
@@ -456,22 +483,23 @@ class HybridNetwork(nn.Module):
         self.transformer = _Transformer(network, dtype) if _has_transformer(network) else None
 
     def to_precision(self, dtype: torch.dtype) -> None:
-        """Cast what products take, which is in 16 bits, to others."""
+        """Cast the weights of products. Norms and biases of convolutions stay in float32."""
         for module in self.modules():
             if isinstance(module, _Convolution | _Linear | nn.LSTM):
                 module.to(dtype)
                 if isinstance(module, nn.LSTM):
-                    make_one_piece(module)
-            elif isinstance(module, _Branch):
+                    join_weights(module)
+            elif isinstance(module, _ResidualBranch):
                 module.w_in.data, module.w_out.data = module.w_in.to(dtype), module.w_out.to(dtype)
         self._dtype = dtype
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """What the last layers give before interleaving, which `spectra` and `add_waveforms` do."""
-        x = self._packed(inputs.spectrum, inputs.spectrum_stats)
-        xt = self._packed(inputs.waveform[..., None, None], inputs.waveform_stats).transpose(1, 2)
+        """The outputs of both branches' last layers, which `spectra` and `add_waveforms` finish."""
+        x = self._pack(inputs.spectrum, inputs.spectrum_stats)
+        xt = self._pack(inputs.waveform[..., None, None], inputs.waveform_stats).transpose(1, 2)
         skips, skips_t = [], []
-        lengths, lengths_t = [0], [inputs.waveform.shape[-1]]  # of time, before each layer; the first is not asked for
+        # The lengths in time before each layer. The spectrogram's first one is never used.
+        lengths, lengths_t = [0], [inputs.waveform.shape[-1]]
         for i, encode in enumerate(self.encoder):
             inject = None
             if i < len(self.tencoder):
@@ -484,7 +512,7 @@ class HybridNetwork(nn.Module):
             x = encode(x, inject)
             skips.append(x)
             lengths.append(x.shape[2])
-        x, xt = self._bottom(skips.pop(), skips_t[-1])
+        x, xt = self._bottleneck(skips.pop(), skips_t[-1])
         if len(skips_t) == len(self.tdecoder):
             skips_t.pop()
         offset = len(self.decoder) - len(self.tdecoder)
@@ -498,37 +526,37 @@ class HybridNetwork(nn.Module):
             x = decode.up(y) if decode.last else decode.after(y, skips.pop(), length)
         return x, xt
 
-    def _packed(self, x: Tensor, stats: tuple[Tensor, Tensor]) -> Tensor:
-        up = self.decoder[-1].up
-        rows = -(-x.shape[2] // up.stride) + 1
-        return run.pack(x, *stats, up.stride, self.decoder[-1].crop, rows, self._dtype)
+    def _pack(self, x: Tensor, stats: tuple[Tensor, Tensor]) -> Tensor:
+        stride = self.decoder[-1].up.stride
+        rows = -(-x.shape[2] // stride) + 1
+        packed: Tensor = ops.pack(x, stats, stride, self.decoder[-1].crop, rows, self._dtype)
+        return packed
 
-    def _bottom(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
-        """From the last encoders' outputs to the first decoders' inputs, which contain them as skip connections."""
+    def _bottleneck(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
+        """The last encoders' outputs to the first decoders' inputs, including their skip connections."""
         if self.transformer is None:
             return x, xt
         y, yt = self.transformer(x, xt)
         return x + y, xt + yt
 
     def spectra(self, x: Tensor, inputs: Inputs, zero_frames: int) -> Tensor:
-        """The spectrogram's branch as `[B, S * C, N + 2 * zero_frames, F + 1, 2]` in float32."""
-        decode, bins = self.decoder[-1], inputs.spectrum.shape[2] + 1
-        tables = decode.up.bias, *inputs.spectrum_stats
-        return run.unpack_spectrum(x, *tables, decode.up.stride, decode.crop, zero_frames, bins)
+        """The spectrogram's branch, `[B, S * C, N + 2 * zero_frames, F + 1, 2]` in float32."""
+        last = self.decoder[-1]
+        spectra: Tensor = ops.unpack_spectrum(x, last.up.bias, inputs.spectrum_stats, last.crop, zero_frames)
+        return spectra
 
     def add_waveforms(self, xt: Tensor, inputs: Inputs, out: Tensor) -> None:
-        """Adds the waveform's branch to `[B, S * C, T]` in float32."""
-        decode = self.tdecoder[-1]
-        tables = decode.up.bias, *inputs.waveform_stats
-        run.add_waveform_(out, xt, *tables, decode.up.stride, decode.crop)
+        """Add the waveform's branch to `out`, `[B, S * C, T]` in float32."""
+        last = self.tdecoder[-1]
+        ops.add_waveform_(out, xt, last.up.bias, inputs.waveform_stats, last.crop)
 
 
-def _of_source(source: int | None, width: int) -> slice:
+def _channels_of(source: int | None, width: int) -> slice:
     return slice(None) if source is None else slice(source * width, (source + 1) * width)
 
 
 def _is(module: Any, name: str) -> bool:
-    """Whether it is of that class of the demucs package, which only htdemucs.py imports."""
+    """Whether a module has that class of the demucs package, which only demucs_networks.py imports."""
     return type(module).__name__ == name
 
 
@@ -536,32 +564,32 @@ def _has_transformer(network: Any) -> bool:
     return getattr(network, "crosstransformer", None) is not None
 
 
-def _fault(network: Any) -> str:
-    """Why a network cannot be computed in these layers, empty if it can."""
+def _unsupported(network: Any) -> str:
+    """What these layers do not support in a network, or an empty string if they support all of it."""
     if not (network.cac and getattr(network, "hybrid", True)):
-        return "networks that mask amplitudes or have one branch"
+        return "networks that mask amplitudes or have only one branch"
     layers = [*network.encoder, *network.tencoder, *network.decoder, *network.tdecoder]
     if any(_is(layer, "MultiWrap") for layer in layers):
-        return "layers split into bands"
+        return "layers that are split into bands"
     first = network.encoder[0], network.tencoder[0], network.decoder[-1], network.tdecoder[-1]
     if any(layer.pad != layer.stride // 2 or layer.empty for layer in first):
         return "an outermost layer without padding"
     if any(layer.kernel_size != 2 * layer.stride for layer in (*first, *network.decoder, *network.tdecoder)):
-        return "kernels that are not twice their stride"
+        return "kernels whose size is not twice the stride"
     whole = [layer for layer in layers if not layer.empty]
     if any(layer.rewrite is None for layer in whole):
         return "layers without a rewrite"
     if any(set(layer.rewrite.kernel_size) != {1} for layer in whole if layer in [*network.encoder, *network.tencoder]):
         return "encoders whose rewrite has a context"
     branches = [branch for layer in whole if layer.dconv for branch in layer.dconv.layers]
-    if not all(map(_is_known_branch, branches)):
-        return "such residual branches"
-    if _has_transformer(network) and not _is_known_transformer(network.crosstransformer):
-        return "such a transformer"
+    if not all(map(_supports_branch, branches)):
+        return "the structure of its residual branches"
+    if _has_transformer(network) and not _supports_transformer(network.crosstransformer):
+        return "the structure of its transformer"
     return ""
 
 
-def _is_known_branch(branch: Any) -> bool:
+def _supports_branch(branch: Any) -> bool:
     conv, norm, _, *middle, _back, back_norm, _, _ = branch
     norms = isinstance(norm, nn.GroupNorm) and isinstance(back_norm, nn.GroupNorm)
     known = all(
@@ -570,7 +598,7 @@ def _is_known_branch(branch: Any) -> bool:
     return norms and known and conv.kernel_size == (3,)
 
 
-def _is_known_transformer(plain: Any) -> bool:
+def _supports_transformer(plain: Any) -> bool:
     layers = [*plain.layers, *plain.layers_t]
     norms = [plain.norm_in, plain.norm_in_t, *(layer.norm1 for layer in layers)]
     return (

@@ -108,10 +108,10 @@ def test_silence_stays_silence_and_near_silence_gives_numbers(kind: str) -> None
     "kind, changes, fault",
     [
         ("amplitudes", {}, "masks amplitudes"),
-        ("hdemucs", {"multi_freqs": [0.25]}, "layers split into bands"),
+        ("hdemucs", {"multi_freqs": [0.25]}, "layers that are split into bands"),
         ("hdemucs", {"context_enc": 1}, "a context"),
-        ("htdemucs", {"t_norm_first": False}, "such a transformer"),
-        ("htdemucs", {"t_emb": "cape"}, "such a transformer"),
+        ("htdemucs", {"t_norm_first": False}, "the structure of its transformer"),
+        ("htdemucs", {"t_emb": "cape"}, "the structure of its transformer"),
     ],
 )
 def test_networks_of_another_structure_stay_the_packages(
@@ -127,7 +127,7 @@ def test_networks_of_another_structure_stay_the_packages(
         model.fuse()
     assert model.networks["0"] is before
     (message,) = (record.message for record in caplog.records)
-    assert message.startswith("odd is computed by the demucs package's own layers: ") and fault in message
+    assert message.startswith("odd: using the demucs package's own layers (") and fault in message
 
 
 @pytest.mark.parametrize("precision, replaced", [(torch.float16, True), (torch.float32, False)])

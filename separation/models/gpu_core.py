@@ -1,0 +1,56 @@
+"""Models with a faster core for CUDA GPUs in 16-bit precisions, beside their plain layers."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor
+
+from separation.models.base import SeparationModel
+from separation.models.kernels.registry import triton_fault
+
+
+class GpuCoreModel(SeparationModel):
+    """A model whose `forward` uses `_gpu_core` where that is not None.
+
+    The core is made from the model's weights when they arrive on a GPU in 16 bits, and made again when they change.
+    A forward therefore allocates no weights and can be captured as a CUDA graph.
+    """
+
+    # Spectrograms [B, C, F, N, 2] and the indices of the wanted stems to spectrograms [B, S, C, N, F, 2]; all float32.
+    _gpu_core: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None
+    # The lowest compute capability for which `_gpu_core` is used. Triton's products need tensor cores of 8.0.
+    lowest_capability: ClassVar[tuple[int, int]] = (7, 5)
+
+    @abstractmethod
+    def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+        """The core for a GPU, made from the current weights."""
+
+    @property
+    @abstractmethod
+    def cast_weight(self) -> Tensor:
+        """One of the weights that `to_precision` casts."""
+
+    def fuse_for_gpu(self, dtype: torch.dtype) -> None:
+        self.to_precision(dtype)
+        self._gpu_core = self.make_gpu_core()
+
+    def to_precision(self, dtype: torch.dtype) -> None:
+        super().to_precision(dtype)
+        self._update_gpu_core()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        cast(Any, super())._apply(fn, recurse)
+        self._update_gpu_core()
+        return self
+
+    def _update_gpu_core(self) -> None:
+        weight = self.cast_weight
+        is_used = (
+            weight.is_cuda
+            and weight.dtype in (torch.float16, torch.bfloat16)
+            and torch.cuda.get_device_capability(weight.device) >= self.lowest_capability
+            and not triton_fault(weight.device)
+        )
+        self._gpu_core = self.make_gpu_core() if is_used else None
