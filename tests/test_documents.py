@@ -1,4 +1,4 @@
-"""YAML and JSON made to take all memory or time, or to be read as something else than they show."""
+"""Hostile YAML and JSON is refused in one sentence, before it takes memory or time."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from separation.errors import CheckpointError, RecipeError
 
 
 def bomb(levels: int, first: str, line: str) -> str:
-    """Lines of which each refers nine times to the one before."""
+    """Lines that each refer nine times to the one before."""
     lines = [f"a0: &a0 {first}"]
     lines += [f"a{n}: &a{n} {line.replace('@', ', '.join([f'*a{n - 1}'] * 9))}" for n in range(1, levels + 1)]
     return "\n".join(lines)
@@ -34,7 +34,7 @@ HOSTILE = {
     "merge keys": (bomb(8, "{x: 1}", "{<<: [@]}"), "line 5 .* more than 10,000 values"),
     "nested aliases": (bomb(8, "[x]", "[@]") + "\nstems: *a8", "line 5 .* more than 10,000 values"),
     "aliases as keys": (bomb(8, "!!python/tuple [x]", "!!python/tuple [@]"), "more than 10,000 values"),
-    "an alias of itself": ("a: &a [*a]", r"the alias \*a refers to a value that contains it"),
+    "an alias of the value that contains it": ("a: &a [*a]", r"the alias \*a refers to a value that contains it"),
     "a section that merges itself": ("a: &a {<<: *a, b: 1}", r"the alias \*a refers to a value that contains it"),
     "an unknown alias": ("a: *b", "found undefined alias"),
     "many values": ("a: [" + "1, " * 10_000 + "1]", "more than 10,000 values"),
@@ -52,31 +52,31 @@ HOSTILE = {
         "%YAML 1." + "9" * 5000 + "\n---\na: 1",
         "a number or a character in it is out of range",
     ),
-    "a text said to be a number": ("a: !!int many", "'many' is not of the type that its tag states"),
-    "nothing said to be a number": ("a: !!int ''", "'' is not of the type"),
-    "a text said to be a float": ("a: !!float many", "'many' is not of the type"),
-    "a text said to be true or false": ("a: !!bool perhaps", "'perhaps' is not of the type"),
-    "a list said to be a number": ("a: !!int [1]", "expected a scalar node"),
+    "a string tagged as a number": ("a: !!int many", "'many' is not of the type that its tag states"),
+    "an empty string tagged as a number": ("a: !!int ''", "'' is not of the type"),
+    "a string tagged as a float": ("a: !!float many", "'many' is not of the type"),
+    "a string tagged as a boolean": ("a: !!bool perhaps", "'perhaps' is not of the type"),
+    "a list tagged as a number": ("a: !!int [1]", "expected a scalar node"),
     "a date": ("a: !!timestamp 2024-01-01", "could not determine a constructor .*timestamp"),
     "bytes": ("a: !!binary aGVsbG8=", "could not determine a constructor .*binary"),
     "a set": ("a: !!set {b, c}", "could not determine a constructor .*set"),
     "an object": ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor .*python/object"),
-    "a key that stands twice": ("a: 1\nb: 2\na: 3", "line 3 .* the key 'a' appears twice"),
+    "a key that appears twice": ("a: 1\nb: 2\na: 3", "line 3 .* the key 'a' appears twice"),
     "a list as a key": ("? [a]\n: 1", "unhashable key"),
     "a tab": ("a:\n\tb: 1", "line 2 .* cannot start any token"),
     "a nul": ("a: \0", "cannot be read as YAML"),
     "an escaped nul": ('a: "\\0"', r"a string contains the control character '\\x00'"),
     "an escape for a terminal": ('a: "\\e[31m"', r"a string contains the control character '\\x1b'"),
-    "half a pair of surrogates": ('a: "\\ud800"', r"a string contains the control character '\\ud800'"),
+    "a lone surrogate": ('a: "\\ud800"', r"a string contains the control character '\\ud800'"),
     "a character beyond Unicode": ('a: "\\U00110000"', "a number or a character in it is out of range"),
     "a character far beyond Unicode": ('a: "\\Uffffffff"', "a number or a character in it is out of range"),
-    "a tag that is no UTF-8": ("a: !%ff b", "line 1 is not safe and valid YAML"),
+    "a tag that is not UTF-8": ("a: !%ff b", "line 1 is not safe and valid YAML"),
     "two documents": ("a: 1\n---\nb: 2", "expected a single document in the stream, but found another document"),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_yaml_is_one_sentence(kind: str, tmp_path: Path) -> None:
+def test_hostile_yaml_is_refused_in_one_sentence(kind: str, tmp_path: Path) -> None:
     text, message = HOSTILE[kind]
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(DocumentError, match=message) as caught:
@@ -85,9 +85,7 @@ def test_a_hostile_yaml_is_one_sentence(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["merge keys", "nested aliases", "many brackets", "many digits", "a nul"])
-def test_models_and_recipes_are_read_by_the_same_reader(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_and_recipes_have_the_same_reader(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine" / "all_4.yaml"
     path.write_text(HOSTILE[kind][0], encoding="utf-8")
@@ -98,7 +96,7 @@ def test_models_and_recipes_are_read_by_the_same_reader(
         recipes.load_recipe("mine", "all_4")
 
 
-def test_a_yaml_of_harmless_oddities_is_read(tmp_path: Path) -> None:
+def test_harmless_oddities_are_read(tmp_path: Path) -> None:
     text = """\
 \ufeff# A byte order mark, as Notepad writes it
 date: 2024-13-45
@@ -120,14 +118,14 @@ limits: [.inf, 1_000, 0x1f, null, yes]
     }
 
 
-def test_no_more_of_a_file_is_read_than_may_be(tmp_path: Path) -> None:
+def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").touch()
     os.truncate(tmp_path / "x.yaml", 10**12)  # a hole, which takes no space
     with pytest.raises(DocumentError, match="more than 262,144 bytes"):
         read_yaml(tmp_path / "x.yaml")
 
 
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "device.yaml").symlink_to("/dev/zero")
     (tmp_path / "folder.yaml").mkdir()
@@ -153,7 +151,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         (b"\xff", "codec can't decode"),
     ],
 )
-def test_a_hostile_json_is_one_sentence(text: str | bytes, message: str) -> None:
+def test_hostile_json_is_refused_in_one_sentence(text: str | bytes, message: str) -> None:
     with pytest.raises(DocumentError, match=message) as caught:
         read_json(text)
     assert "\n" not in str(caught.value)
@@ -169,7 +167,7 @@ def test_a_hostile_json_is_one_sentence(text: str | bytes, message: str) -> None
         (b"", "is not valid JSON"),
     ],
 )
-def test_a_hostile_safetensors_header_is_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_hostile_safetensors_header_is_refused_in_one_sentence(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(DocumentError, match=message):
         read_safetensors_header(tmp_path / "x.safetensors")
@@ -177,7 +175,7 @@ def test_a_hostile_safetensors_header_is_one_sentence(content: bytes, message: s
         read_config(tmp_path / "x.safetensors")
 
 
-def test_a_long_value_is_cut_in_a_message() -> None:
+def test_a_long_value_is_shortened_in_a_message() -> None:
     assert quoted("x") == "'x'" and quoted(["x" * 1000]) == "['" + "x" * 77 + "…"
 
 
@@ -187,7 +185,7 @@ def test_a_long_value_is_cut_in_a_message() -> None:
 URL = "https://example.com/x.ckpt"
 
 
-def test_every_file_of_the_project_is_far_below_the_limits() -> None:
+def test_the_projects_own_files_are_far_below_the_limits() -> None:
     for path in (PROJECT / "configs").rglob("*.yaml"):
         assert path.stat().st_size < MOST_BYTES / 10
         assert len(json.dumps(read_yaml(path))) < MOST_BYTES / 10

@@ -29,6 +29,7 @@ import torch
 
 import predict
 from helpers.common import PROJECT, needs_ffmpeg, quick_first
+from helpers.small_model import RunsCode
 from separation.audio.decode import decode
 from separation.audio.encode import encode
 from separation.audio.options import FORMATS, OutputOptions
@@ -635,28 +636,18 @@ def test_the_files_that_are_damaged_in_these_tests_are_intact(whole_files: dict[
 # Checkpoints
 
 
-class Code:
-    """A pickle of it makes a folder when it is loaded with code allowed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
-
-
 CONFIG = PROJECT / "configs" / "models" / "demo.yaml"
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
-def test_no_pickle_of_any_protocol_runs_code(form: str, protocol: int, tmp_path: Path) -> None:
+def test_no_pickle_runs_code(form: str, protocol: int, tmp_path: Path) -> None:
     path, ran = tmp_path / "x.ckpt", tmp_path / "ran"
     if form == "pickle":
-        path.write_bytes(pickle.dumps(Code(ran), protocol))
+        path.write_bytes(pickle.dumps(RunsCode(ran), protocol))
     else:
-        weights = {"state_dict": {"a": torch.zeros(1)}, "extra": Code(ran)}
+        weights = {"state_dict": {"a": torch.zeros(1)}, "extra": RunsCode(ran)}
         torch.save(weights, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(CheckpointError, match=r"loading it would run code|is damaged, incomplete or not a"):
         load_model(CONFIG, checkpoint=path)
@@ -664,28 +655,28 @@ def test_no_pickle_of_any_protocol_runs_code(form: str, protocol: int, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["other.pkl", "constants.pkl", "code/__torch__.py", "data.pkl.1"])
-def test_other_members_of_a_checkpoints_archive_are_not_unpickled(name: str, tmp_path: Path) -> None:
+def test_other_members_of_an_archive_are_not_unpickled(name: str, tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "x.ckpt")
     with zipfile.ZipFile(tmp_path / "x.ckpt", "a") as archive:
-        archive.writestr(f"x/{name}", pickle.dumps(Code(tmp_path / "ran")))
+        archive.writestr(f"x/{name}", pickle.dumps(RunsCode(tmp_path / "ran")))
     with pytest.raises(CheckpointError):
         load_model(CONFIG, checkpoint=tmp_path / "x.ckpt")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_second_pickle_under_the_first_ones_name_does_not_run_code(tmp_path: Path) -> None:
+def test_a_second_pickle_of_the_same_name_does_not_run_code(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "x.ckpt")
     with zipfile.ZipFile(tmp_path / "x.ckpt", "a") as archive:
-        archive.writestr("x/data.pkl", pickle.dumps(Code(tmp_path / "ran"), 2))
+        archive.writestr("x/data.pkl", pickle.dumps(RunsCode(tmp_path / "ran"), 2))
     with pytest.raises(CheckpointError, match="would run code"):
         load_model(CONFIG, checkpoint=tmp_path / "x.ckpt")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy", "tar", "safetensors", "whole module", "torchscript"])
-def test_other_archives_under_the_name_of_a_checkpoint_are_refused(kind: str, tmp_path: Path) -> None:
-    path, code = tmp_path / "x.ckpt", Code(tmp_path / "ran")
+def test_other_formats_named_like_a_checkpoint_are_refused(kind: str, tmp_path: Path) -> None:
+    path, code = tmp_path / "x.ckpt", RunsCode(tmp_path / "ran")
     if kind == "npz":
         np.savez(tmp_path / "x.npz", a=np.array([code], dtype=object))
         (tmp_path / "x.npz").rename(path)

@@ -16,9 +16,7 @@ def model_facts(name_or_path: str | Path) -> dict[str, Any]:
     and CheckpointError for a model that cannot be built.
     """
     model = read_config(name_or_path)
-    from separation.checkpoints.build import (
-        count_parameters,  # imports PyTorch, which an unknown model need not wait for
-    )
+    from separation.checkpoints.build import count_parameters  # imports PyTorch, only if there is such a model
 
     chunk_samples, overlap_samples = model.chunks(ChunkChoice())
     architecture, parameters = count_parameters(model)

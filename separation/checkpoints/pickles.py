@@ -5,6 +5,7 @@ holes (CVE-2025-32434). Here an opcode makes a plain value or does nothing. Clas
 calls a harmless stand-in. The opcodes are those of protocol 2 that PyTorch writes.
 """
 
+import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +17,19 @@ MOST_STEPS = 2_000_000  # a tensor takes some 30
 MOST_NAMES = 1000  # distinct classes and functions
 MOST_NAME_BYTES = 200
 
-_VALUES: dict[int, Callable[[], Any]] = {
-    ord("N"): lambda: None,
-    0x88: lambda: True,
-    0x89: lambda: False,
-    ord(")"): tuple,
-    ord("]"): list,
-    ord("}"): dict,
+_VALUES: dict[bytes, Callable[[], Any]] = {
+    pickle.NONE: lambda: None,
+    pickle.NEWTRUE: lambda: True,
+    pickle.NEWFALSE: lambda: False,
+    pickle.EMPTY_TUPLE: tuple,
+    pickle.EMPTY_LIST: list,
+    pickle.EMPTY_DICT: dict,
 }
-_NUMBERS = {ord("J"): "<i", ord("K"): "<B", ord("M"): "<H", ord("G"): ">d"}
-_STRINGS = {ord("X"): "<I", ord("U"): "<B"}  # with the format of their length
-_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
-_GETS = {ord("h"): "<B", ord("j"): "<I"}
-_PUTS = {ord("q"): "<B", ord("r"): "<I"}
+_NUMBERS = {pickle.BININT: "<i", pickle.BININT1: "<B", pickle.BININT2: "<H", pickle.BINFLOAT: ">d"}
+_STRINGS = {pickle.BINUNICODE: "<I", pickle.SHORT_BINSTRING: "<B"}  # with the format of their length
+_TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
+_GETS = {pickle.BINGET: "<B", pickle.LONG_BINGET: "<I"}
+_PUTS = {pickle.BINPUT: "<B", pickle.LONG_BINPUT: "<I"}
 
 
 class Ignored:
@@ -69,14 +70,15 @@ class Reader:
         exceptions too.
         """
         self._stack, self._marked, self._memo = [], [], {}
-        if self._take(1) != b"\x80" or self._take(1) != b"\x02":
+        if self._take(2) != pickle.PROTO + b"\x02":
             raise UnpicklingError("it is not a pickle of protocol 2")
-        while (code := self._take(1)[0]) != ord("."):
+        while (code := self._take(1)) != pickle.STOP:
             self._step(1)
             self._run(code)
         return self._stack.pop()
 
-    def _run(self, code: int) -> None:
+    def _run(self, code: bytes) -> None:
+        """Carry out an opcode."""
         stack = self._stack
         if code in _VALUES:
             stack.append(_VALUES[code]())
@@ -88,41 +90,41 @@ class Reader:
             self._memo[self._number(_PUTS[code])] = stack[-1]
         elif code in _STRINGS:
             stack.append(self._take(self._number(_STRINGS[code])).decode("utf-8", "surrogatepass"))
-        elif code == 0x8A:  # a long
+        elif code == pickle.LONG1:
             stack.append(int.from_bytes(self._take(self._number("<B")), "little", signed=True))
         elif code in _TUPLES:
             stack[-_TUPLES[code] :] = [tuple(stack[-_TUPLES[code] :])]
-        elif code == ord("("):
+        elif code == pickle.MARK:
             self._marked.append(stack)
             self._stack = []
-        elif code in b"teu":  # a tuple, list items or dictionary items since the mark
+        elif code in (pickle.TUPLE, pickle.APPENDS, pickle.SETITEMS):  # of the items since the mark
             self._stack = self._marked.pop()
             self._fill(code, stack)
-        elif code in b"as":  # one list item or dictionary item
-            n = 1 if code == ord("a") else 2
-            items = stack[-n:]
-            del stack[-n:]
-            self._fill(ord("e") if n == 1 else ord("u"), items)
+        elif code == pickle.APPEND:
+            self._fill(pickle.APPENDS, [stack.pop()])
+        elif code == pickle.SETITEM:
+            value, key = stack.pop(), stack.pop()
+            self._fill(pickle.SETITEMS, [key, value])
         else:
             self._refer(code)
 
-    def _fill(self, code: int, items: list[Any]) -> None:
+    def _fill(self, code: bytes, items: list[Any]) -> None:
         """Make a tuple of the items, or add them to the list or the dictionary on the stack."""
-        if code == ord("t"):
+        if code == pickle.TUPLE:
             self._stack.append(tuple(items))
         elif isinstance(self._stack[-1], Ignored):
             return
-        elif code == ord("e"):
+        elif code == pickle.APPENDS:
             _of(list, self._stack[-1]).extend(items)
         else:
             put(_of(dict, self._stack[-1]), zip(items[::2], items[1::2], strict=True))
 
-    def _refer(self, code: int) -> None:
-        """The opcodes that refer to something outside the pickle: names, calls, states and persistent ids."""
+    def _refer(self, code: bytes) -> None:
+        """Carry out an opcode that refers to something outside the pickle: a name, call, state or persistent id."""
         stack = self._stack
-        if code == ord("c"):
+        if code == pickle.GLOBAL:
             stack.append(self._name())
-        elif code in b"R\x81":  # a call, or a new object
+        elif code in (pickle.REDUCE, pickle.NEWOBJ):
             arguments, called = _of(tuple, stack.pop()), _of(Name, stack.pop())
             if called.call is None:
                 raise UnpicklingError(f"GLOBAL {called.name} is called")
@@ -130,14 +132,14 @@ class Reader:
             if isinstance(made, dict):
                 self._step(len(made))
             stack.append(made)
-        elif code == ord("b"):  # an object's state
+        elif code == pickle.BUILD:  # sets an object's state
             stack.pop()
             if isinstance(stack[-1], Name):
                 raise UnpicklingError(f"GLOBAL {stack[-1].name} is changed")
-        elif code == ord("Q"):
+        elif code == pickle.BINPERSID:
             stack.append(self._load_persistent(_of(tuple, stack.pop())))
         else:
-            raise UnpicklingError(f"it has the unknown opcode {code}")
+            raise UnpicklingError(f"it has the unknown opcode {code[0]}")
 
     def _name(self) -> Name:
         parts = []

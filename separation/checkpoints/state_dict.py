@@ -38,7 +38,7 @@ from separation.system.places import size_bytes
 logger = logging.getLogger("separation")
 
 MOST_NAME = 500  # characters in a weight's name
-READERS = 4  # threads: one alone does not use a fast disk to its full
+READERS = 4  # threads: one is too slow for a fast disk
 # Types by their name in the header of a safetensors file.
 DTYPES = {
     "F64": torch.float64,
@@ -56,7 +56,7 @@ DTYPES = {
 
 @contextlib.contextmanager
 def building(path: Path, most_weights: int) -> Iterator[None]:
-    """For the block that builds a network as the file describes it, with at most so many weights.
+    """For a block that builds the network that a file describes, with at most this many weights.
 
     Whatever goes wrong becomes a CheckpointError that names the file.
     """
@@ -95,7 +95,7 @@ class Stored:
 
 def open_weights(path: Path) -> Stored:
     """Open a weights file and find the state dict in what a trainer saved. The tensors are not read yet."""
-    with _damaged(path):
+    with _reading(path):
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
         refuse_suffix(path)
@@ -126,13 +126,13 @@ def read_weights(stored: Stored, dtypes: Mapping[str, torch.dtype]) -> dict[str,
         tensor = value()
         return tensor.to(dtype or tensor.dtype)
 
-    with _damaged(stored.path), ThreadPoolExecutor(READERS) as readers:
+    with _reading(stored.path), ThreadPoolExecutor(READERS) as readers:
         tensors = readers.map(read, stored.tensors.values(), map(dtypes.get, stored.tensors))
         return dict(zip(stored.tensors, tensors, strict=True))
 
 
 @contextlib.contextmanager
-def _damaged(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[None]:
     """For a block that reads the file: whatever goes wrong becomes a CheckpointError that names it."""
     try:
         with enough_memory(str(path)):
@@ -172,18 +172,19 @@ def _ignored(*arguments: Any) -> Ignored:
 
 
 # The classes and functions in Demucs' own files. Each gets a harmless stand-in; the real ones are not imported.
+_CLASSES = (
+    "demucs.demucs.Demucs",
+    "demucs.hdemucs.HDemucs",
+    "demucs.htdemucs.HTDemucs",
+    "diffq.diffq.DiffQuantizer",
+    "diffq.uniform.UniformQuantizer",
+)
+_IN_METRICS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_codecs.encode")
 STAND_INS = {
-    "demucs.demucs.Demucs": Name("demucs.demucs.Demucs"),
-    "demucs.hdemucs.HDemucs": Name("demucs.hdemucs.HDemucs"),
-    "demucs.wdemucs.WDemucs": Name("demucs.hdemucs.HDemucs"),  # an earlier name of it
-    "demucs.htdemucs.HTDemucs": Name("demucs.htdemucs.HTDemucs"),
-    "diffq.diffq.DiffQuantizer": Name("diffq.diffq.DiffQuantizer"),
-    "diffq.uniform.UniformQuantizer": Name("diffq.uniform.UniformQuantizer"),
+    **{name: Name(name) for name in _CLASSES},
+    **{name: Name(name, _ignored) for name in _IN_METRICS},
+    "demucs.wdemucs.WDemucs": Name("demucs.hdemucs.HDemucs"),  # its earlier name
     "fractions.Fraction": Name("fractions.Fraction", _fraction),
-    "numpy.dtype": Name("numpy.dtype", _ignored),  # in the training's metrics
-    "numpy.core.multiarray.scalar": Name("numpy.core.multiarray.scalar", _ignored),
-    "numpy._core.multiarray.scalar": Name("numpy._core.multiarray.scalar", _ignored),
-    "_codecs.encode": Name("_codecs.encode", _ignored),  # bytes in the metrics
 }
 
 # Objects of these packages stand beside the weights in what trainers save. The packages are not imported.

@@ -85,7 +85,7 @@ def _read_zip(file: IO[bytes], size: int, find: Callable[[str], Name]) -> Any:
             start, n_bytes = _place(file, members[f"{top}/data/{key}"], size)
             storages[key] = Storage(dtype, n_bytes // dtype.itemsize, start)
         if storages[key].dtype != dtype or n_items > storages[key].n_items:
-            raise UnpicklingError("a storage is announced in two ways")
+            raise UnpicklingError("a storage has two types or sizes")
         return storages[key]
 
     return Reader(_content(file, members[f"{top}/data.pkl"], size), find, load_storage).load()
@@ -100,7 +100,7 @@ def _read_older(file: IO[bytes], size: int, find: Callable[[str], Name]) -> Any:
         dtype = _dtype_of(kind)
         storage = storages.setdefault(key, Storage(dtype, n_items))
         if (storage.dtype, storage.n_items, view) != (dtype, n_items, None):
-            raise UnpicklingError("a storage is announced in two ways")
+            raise UnpicklingError("a storage has two types or sizes")
         return storage
 
     file.seek(0)
@@ -158,16 +158,16 @@ def _dictionary(items: Any = ()) -> dict[Any, Any]:
 def _with_attributes(called: Any, _: Any, arguments: Any, *__: Any) -> Any:
     """A tensor that was saved with attributes of its own, without them."""
     if not isinstance(called, Name) or called.call is None:
-        raise UnpicklingError("a tensor of another kind")
+        raise UnpicklingError("it has an unsupported kind of tensor")
     return called.call(*arguments)
 
 
 def _tensor(path: Path, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Callable[[], Tensor]:
     """A function that reads the tensor of this shape; strides are in items."""
     if not isinstance(storage, Storage) or not len(shape) == len(strides) <= MOST_AXES:
-        raise UnpicklingError("a tensor of another kind")
+        raise UnpicklingError("it has an unsupported kind of tensor")
     if not all(isinstance(number, int) and number >= 0 for number in (offset, *shape, *strides)):
-        raise UnpicklingError("a tensor of a negative size")
+        raise UnpicklingError("a tensor has a negative size")
     if offset + _span(shape, strides) > storage.n_items:
         raise UnpicklingError("a tensor is larger than its storage")
     return partial(read_tensor, path, storage, offset, shape, strides)
@@ -240,7 +240,7 @@ def _members(file: IO[bytes], size: int) -> dict[str, _Member]:
         file.seek(where)
         n_members, list_bytes, list_start = struct.unpack_from("<QQQ", file.read(56), 32)
     if list_bytes > MOST_DIRECTORY_BYTES:
-        raise UnpicklingError("too many members")
+        raise UnpicklingError("it has too many members")
     file.seek(list_start)
     listed, position, members = file.read(list_bytes), 0, {}
     for _ in range(n_members):
@@ -271,7 +271,7 @@ def _long_numbers(extra: bytes) -> Any:
 def _place(file: IO[bytes], member: _Member, size: int) -> tuple[int, int]:
     """The offset of a member's content, and its size in bytes."""
     if not member.is_stored:
-        raise UnpicklingError("a member is compressed: it could be of any size")
+        raise UnpicklingError("it has a compressed member, which could be of any size")
     file.seek(member.header)
     mark, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
     start = member.header + 30 + name_bytes + extra_bytes
@@ -283,6 +283,6 @@ def _place(file: IO[bytes], member: _Member, size: int) -> tuple[int, int]:
 def _content(file: IO[bytes], member: _Member, size: int) -> bytes:
     start, n_bytes = _place(file, member, size)
     if n_bytes > pickles.MOST_BYTES:
-        raise UnpicklingError(f"a pickle of {n_bytes:,} bytes")
+        raise UnpicklingError(f"it has a pickle of {n_bytes:,} bytes")
     file.seek(start)
     return file.read(n_bytes)

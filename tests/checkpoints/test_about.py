@@ -1,4 +1,4 @@
-"""`models show` says how a checkpoint is run, what it gives, how large it is, and where its files are."""
+"""`models show` prints the facts about a checkpoint."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_model_that_is_here_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_downloaded_model_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     facts = shown(capsys, "demo")
     path = PROJECT / "weights" / "demo" / "demo.safetensors"
     (file,) = facts.pop("files")
@@ -55,7 +55,7 @@ def test_a_model_that_is_here_is_shown_whole(capsys: pytest.CaptureFixture[str])
         ("scnet_xl_ihf", "scnet", 53_466_800, 485_100),
     ],
 )
-def test_a_model_that_is_not_here_is_shown_without_a_download(
+def test_a_model_is_shown_without_a_download(
     name: str, architecture: str, parameters: int, chunk_samples: int, weights: Path
 ) -> None:
     facts = model_facts(name)
@@ -68,7 +68,7 @@ def test_a_model_that_is_not_here_is_shown_without_a_download(
 
 
 @pytest.mark.parametrize("architecture", ["bs_roformer", None])
-def test_a_model_of_the_users_own_is_shown_by_its_path(
+def test_a_users_own_model_is_shown_by_its_path(
     tmp_path: Path, architecture: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_yaml(tmp_path, drop=("files",) if architecture else ("files", "architecture"))
@@ -81,14 +81,14 @@ def test_a_model_of_the_users_own_is_shown_by_its_path(
     assert (file["url"], file["sha256"], facts["licence"]) == (None, None, "not stated")
 
 
-def test_without_json_the_same_stands_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_json_the_facts_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "show", "htdemucs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "chunks        343980 samples (7.8 s), 171990 of overlap" in lines
     assert "parameters    41,984,456" in lines
 
 
-def test_what_cannot_be_shown_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_be_shown_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = write_yaml(tmp_path, audio={"chunk_size": "long"})
     for name, words in (("nonsense", "unknown model 'nonsense'"), (str(bad), "chunk_size must be a positive integer")):
         assert main(["models", "show", name]) == 2

@@ -1,4 +1,4 @@
-"""Files of Demucs need no YAML, and the bags of Demucs and UVR that name several of them load as they are."""
+"""Bags of Demucs and UVR, YAML files that combine several networks, load unchanged."""
 
 import shutil
 from pathlib import Path
@@ -24,16 +24,13 @@ def bag(folder: Path, models: Any, **more: Any) -> Path:
     return path
 
 
-def test_a_file_of_demucs_goes_before_a_bag_beside_it(tmp_path: Path) -> None:
+def test_a_weights_file_takes_precedence_over_a_bag_beside_it(tmp_path: Path) -> None:
     path = save(network("htdemucs"), tmp_path)
     bag(tmp_path, ["another"])
     assert read_config(path).source == path
 
 
-# Bags
-
-
-def test_a_bag_is_no_yaml_of_other_weights(tmp_path: Path) -> None:
+def test_a_bag_is_not_the_yaml_of_other_weights(tmp_path: Path) -> None:
     save(network("htdemucs"), tmp_path, "a0")
     bag(tmp_path, ["a0"])
     torch.save({"x.weight": torch.zeros(3)}, tmp_path / "odd.ckpt")
@@ -41,14 +38,14 @@ def test_a_bag_is_no_yaml_of_other_weights(tmp_path: Path) -> None:
         read_config(tmp_path / "odd.ckpt")
 
 
-def test_a_folder_of_a_bag_is_found_by_its_name(tmp_path: Path) -> None:
+def test_a_folder_with_a_bag_is_found_by_its_name(tmp_path: Path) -> None:
     for name in ("a0", "a1"):
         save(network("htdemucs"), tmp_path / "mine", name)
     bag(tmp_path / "mine", ["a0", "a1"])
     assert load_model(tmp_path / "mine").name == "mine"
 
 
-def test_a_bag_of_specialists_gives_each_stem_by_its_own(tmp_path: Path) -> None:
+def test_each_specialist_of_a_bag_gives_its_stem(tmp_path: Path) -> None:
     nets = [network("htdemucs", seed) for seed in (1, 2)]
     for name, net in zip(("f7e0c4bc", "d12395a8"), nets, strict=True):
         save(net, tmp_path, name)
@@ -70,7 +67,7 @@ def test_a_bag_of_specialists_gives_each_stem_by_its_own(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("weights", [{}, {"weights": [[1, 1], [1, 1]]}])
-def test_a_bag_of_equals_gives_their_mean(name: str, weights: dict[str, Any], tmp_path: Path) -> None:
+def test_equal_shares_give_the_mean(name: str, weights: dict[str, Any], tmp_path: Path) -> None:
     nets = [network(name, seed) for seed in (1, 2)]
     for number, net in enumerate(nets):
         save(net, tmp_path, f"a{number}")
@@ -85,7 +82,7 @@ def test_a_bag_of_equals_gives_their_mean(name: str, weights: dict[str, Any], tm
 
 
 @pytest.mark.parametrize("names", [("hdemucs", "hdemucs"), ("demucs", "hdemucs"), ("hdemucs", "demucs")])
-def test_a_bag_of_unequal_shares_gives_their_weighted_mean(names: tuple[str, str], tmp_path: Path) -> None:
+def test_unequal_shares_give_the_weighted_mean(names: tuple[str, str], tmp_path: Path) -> None:
     nets = [network(name, seed) for seed, name in enumerate(names)]
     for number, net in enumerate(nets):
         save(net, tmp_path, f"a{number}")
@@ -101,7 +98,7 @@ def test_a_bag_of_unequal_shares_gives_their_weighted_mean(names: tuple[str, str
     assert model.origin is not None and model.origin.hyper_parameters["shares"] == "((0.75, 0.0), (0.25, 1.0))"
 
 
-def test_a_bag_of_unequal_shares_separates_as_demucs_does(tmp_path: Path) -> None:
+def test_unequal_shares_separate_as_demucs_does(tmp_path: Path) -> None:
     nets, weights = [network("hdemucs", seed) for seed in (1, 2, 3)], [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
     for number, net in enumerate(nets):
         save(net, tmp_path, f"a{number}")
@@ -110,7 +107,7 @@ def test_a_bag_of_unequal_shares_separates_as_demucs_does(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", sorted(Path(demucs.__file__).parent.glob("remote/*.yaml")), ids=lambda path: path.stem)
-def test_every_bag_that_demucs_publishes_can_be_read(path: Path, tmp_path: Path) -> None:
+def test_every_published_bag_of_demucs_can_be_read(path: Path, tmp_path: Path) -> None:
     published = yaml.safe_load(path.read_text(encoding="utf-8"))
     sources = ["drums", "bass", "other", "vocals"]
     for number, name in enumerate(dict.fromkeys(published["models"])):
@@ -136,7 +133,7 @@ def test_a_bag_of_one_separates_as_demucs_does(tmp_path: Path) -> None:
     "name, segment, chunk_samples",
     [("hdemucs", 2, 88_200), ("htdemucs", 2, CHUNK_SAMPLES), ("hdemucs", None, CHUNK_SAMPLES)],
 )
-def test_a_bags_segment_is_its_chunk_unless_a_transformer_knows_shorter_ones(
+def test_the_segment_is_the_chunk_but_never_longer_than_a_transformers(
     tmp_path: Path, name: str, segment: int | None, chunk_samples: int
 ) -> None:
     save(network(name), tmp_path, "a0")
@@ -163,7 +160,7 @@ def test_a_bags_segment_is_its_chunk_unless_a_transformer_knows_shorter_ones(
         (["a0"], {"segment": "long"}, "segment must be a positive integer, not 'long'"),
     ],
 )
-def test_a_bag_that_cannot_be_opened_says_why(tmp_path: Path, models: Any, more: dict[str, Any], words: str) -> None:
+def test_an_invalid_bag_says_why(tmp_path: Path, models: Any, more: dict[str, Any], words: str) -> None:
     save(network("htdemucs"), tmp_path, "a0")
     save(network("hdemucs"), tmp_path, "h0")
     with pytest.raises(CheckpointError) as caught:

@@ -1,4 +1,4 @@
-"""Chunks are as long as a model was trained on, and half overlapped, unless somebody asks otherwise."""
+"""By default, a model runs on the chunk of its training, half overlapped; a user can ask for others."""
 
 import shlex
 from pathlib import Path
@@ -32,15 +32,13 @@ AUTO: Any = "auto"
         (ChunkChoice.of_container(9, 4), (396_900, 176_400), (485_100, 215_600)),
     ],
 )
-def test_what_is_asked_for_and_what_is_not_in_samples(
-    choice: ChunkChoice, free: tuple[int, int], fixed: tuple[int, int]
-) -> None:
+def test_choices_in_samples(choice: ChunkChoice, free: tuple[int, int], fixed: tuple[int, int]) -> None:
     assert choice.samples("scnet", 485_100, 44100, is_fixed=False) == free
     assert choice.samples("scnet", 485_100, 44100, is_fixed=True) == fixed
 
 
 @pytest.mark.parametrize("is_fixed", [False, True])
-def test_an_overlap_longer_than_a_models_own_chunk_names_the_model(is_fixed: bool) -> None:
+def test_an_overlap_longer_than_the_chunk_names_the_model(is_fixed: bool) -> None:
     words = r"^overlap \(3 s\) must be smaller than the chunk of short \(2\.98 s\): choose a smaller overlap, or auto$"
     with pytest.raises(InputError, match=words):
         ChunkChoice(AUTO, 3).samples("short", 131_584, 44100, is_fixed=is_fixed)
@@ -53,7 +51,7 @@ def test_every_shipped_model_runs_on_the_chunk_of_its_yaml(name: str) -> None:
     assert description.chunks(ChunkChoice()) == (own, own // 2)
 
 
-def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None:
+def test_a_users_own_model_runs_on_its_own_chunk(tmp_path: Path) -> None:
     path = write_yaml(tmp_path, audio={"chunk_size": 5000}, drop=("files",))
     model = load_model(path, checkpoint=write_weights(small_model().state_dict(), tmp_path / "x.ckpt"))
     plan = Separator.from_model(model).plans["small"]
@@ -62,7 +60,7 @@ def test_a_model_of_the_users_own_runs_on_its_own_chunks(tmp_path: Path) -> None
     assert (plan.chunk_samples, plan.overlap_samples) == (220_500, 88_200)
 
 
-def test_equal_chunks_spelt_differently_are_one_estimate_in_the_cache(tmp_path: Path) -> None:
+def test_equal_choices_are_one_estimate_in_the_cache(tmp_path: Path) -> None:
     (tmp_path / "song.wav").write_bytes(song(1))
     sizes = {"freqs_per_bands": (205,) * 5, "stft_n_fft": 2048, "stft_win_length": 2048, "stft_hop_length": 1024}
     weights = write_weights(small_model(**sizes).state_dict(), tmp_path / "x.ckpt")
@@ -77,7 +75,7 @@ def test_equal_chunks_spelt_differently_are_one_estimate_in_the_cache(tmp_path: 
     assert sorted(chunks) == [(352_800, 176_400)] * 2 + [(396_900, 198_450)] * 2  # of two stems
 
 
-def test_equal_chunks_spelt_differently_are_the_same_settings() -> None:
+def test_equal_choices_are_the_same_settings() -> None:
     def settings(options: str) -> Any:
         return __main__._settings(build_parser().parse_args(["separate", "x", "-o", "y", *shlex.split(options)]))
 

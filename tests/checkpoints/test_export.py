@@ -1,4 +1,4 @@
-"""ONNX files: ONNX Runtime gives what PyTorch gives, with the documented lines around it."""
+"""ONNX files: with the documented lines, ONNX Runtime gives the same stems as PyTorch."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ SOURCES = ["drums", "bass", "other", "vocals"]
 ROFORMER = {"dim": 8, "depth": 1, "stereo": True, "num_stems": 2, "dim_head": 4, "heads": 2, "stft_n_fft": 64}
 ROFORMER |= {"stft_hop_length": 16, "stft_win_length": 64}
 DEMUCS = {"sources": SOURCES, "channels": 4, "segment": "1/10", "depth": 2}
-# Of each architecture a small model: stems, samples in a chunk, hyper-parameters of `model:` and more of `audio:`.
+# A small model of each architecture: stems, chunk in samples, the `model:` section, and more of the `audio:` section.
 MODELS: dict[str, tuple[list[str], int, dict[str, Any], dict[str, Any]]] = {
     "bs_roformer": (
         ["vocals", "other"],
@@ -79,7 +79,7 @@ CODE = re.search(
 
 
 def write_model(architecture: str, folder: Path, **changes: Any) -> tuple[Path, Path]:
-    """Its YAML and its random weights."""
+    """The paths of the YAML and of random weights."""
     stems, chunk_size, hyper_parameters, audio = MODELS[architecture]
     document = {"architecture": architecture, "stems": stems, "model": hyper_parameters | changes}
     document |= {"audio": {"sample_rate": 44100, "chunk_size": chunk_size} | audio}
@@ -96,7 +96,7 @@ def noise(channels: int, samples: int) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", MODELS)
-def test_the_documented_lines_give_what_pytorch_gives(
+def test_the_documented_lines_give_the_same_stems_as_pytorch(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, weights = write_model(architecture, tmp_path)
@@ -130,7 +130,7 @@ def small(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_the_command_writes_one_file_and_says_what_is_in_it(
+def test_the_command_writes_one_file_and_prints_its_inputs_and_outputs(
     small: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "new" / "out.onnx"
@@ -144,7 +144,7 @@ def test_the_command_writes_one_file_and_says_what_is_in_it(
     assert logging.getLogger("torch.onnx").isEnabledFor(logging.WARNING)
 
 
-def test_without_onnxruntime_the_file_is_not_checked_and_the_line_says_so() -> None:
+def test_without_onnxruntime_the_printed_line_says_that_the_file_is_not_checked() -> None:
     line = str(Export(path=Path("x.onnx"), n_bytes=1_500_000, inputs={"a": [1]}, outputs={"b": [2]}, error=None))
     assert line == "x.onnx: 1.5 MB, a [1] -> b [2]; not checked, because onnxruntime is not installed"
 
@@ -158,7 +158,7 @@ def test_without_onnxruntime_the_file_is_not_checked_and_the_line_says_so() -> N
         (["out.onnx", "--model-path", "none.ckpt"], "there is no file none.ckpt"),
     ],
 )
-def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
+def test_an_impossible_export_is_one_error_and_leaves_nothing(
     arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     path = write_model("bs_roformer", tmp_path)[0]
@@ -180,13 +180,15 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("part", [{"cac": False}, {"hybrid": False, "hybrid_old": False}])
-def test_a_network_of_another_kind_cannot_be_exported(part: dict[str, Any], tmp_path: Path) -> None:
+def test_networks_that_mask_amplitudes_or_have_one_branch_cannot_be_exported(
+    part: dict[str, Any], tmp_path: Path
+) -> None:
     path = write_model("hdemucs", tmp_path, **part)[0]
     with pytest.raises(InputError, match="hdemucs cannot be exported: one of its networks masks amplitudes or has one"):
         export(path, tmp_path / "out.onnx", random=True)
 
 
-def test_networks_that_want_different_spectrograms_cannot_share_a_file() -> None:
+def test_networks_with_different_spectrograms_cannot_be_exported() -> None:
     config = HDemucs.Config(sources=["a"], channels=4, depth=1, nfft=512)
     model = HDemucs(config, identity(["a"], name="two"), members=2)
     assert model.transform(1000) is not None

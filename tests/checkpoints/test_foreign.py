@@ -1,4 +1,4 @@
-"""What other programs run is refused by what it is, not with a wish for a YAML; its relatives by their names."""
+"""Models that this program does not support are refused by name, not with a request for a YAML."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ END = "this architecture is not supported, use the program that it was made for"
 
 
 def vr_network() -> dict[str, torch.Tensor]:
-    """Names of weights as the VR networks of UVR 5 have them."""
+    """Weights with the names of UVR 5's VR networks."""
     names = ("enc1.conv1.conv.0", "enc1.conv2.conv.0", "dec4.conv.conv.0", "aspp.conv1.1.conv.0")
     bands = ("stg1_low_band_net", "stg1_high_band_net", "stg2_low_band_net", "stg3_full_band_net")
     return {f"{band}.{name}.weight": torch.zeros(2) for band in bands for name in names} | {
@@ -27,7 +27,7 @@ def vr_network() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("with_yaml", [False, True])
-def test_a_vr_network_is_told_by_its_weights(tmp_path: Path, with_yaml: bool) -> None:
+def test_a_vr_network_is_recognised_by_its_weights(tmp_path: Path, with_yaml: bool) -> None:
     weights = write_weights(vr_network(), tmp_path / "5_HP-Karaoke-UVR.pth")
     if with_yaml:
         write_yaml(tmp_path, drop=("files",)).rename(tmp_path / "other.yaml")
@@ -37,7 +37,7 @@ def test_a_vr_network_is_told_by_its_weights(tmp_path: Path, with_yaml: bool) ->
 
 
 @pytest.mark.parametrize("suffix, what", [(".onnx", "in ONNX form, such as UVR's MDX-Net"), (".h5", "for TensorFlow")])
-def test_a_file_for_another_runtime_is_told_by_its_ending(
+def test_a_file_for_another_runtime_is_recognised_by_its_suffix(
     tmp_path: Path, suffix: str, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / f"UVR_MDXNET_1{suffix}"
@@ -58,7 +58,7 @@ def test_a_file_for_another_runtime_is_told_by_its_ending(
     assert capsys.readouterr().err.startswith(f"error: there is no file {path}: ")
 
 
-def test_a_damaged_file_is_damaged_and_wants_no_yaml(tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_without_a_request_for_a_yaml(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(CheckpointError, match=r"x\.pth .* is damaged, incomplete or not a PyTorch checkpoint"):
         load_model(tmp_path / "x.pth")
@@ -82,7 +82,9 @@ def test_a_damaged_file_is_damaged_and_wants_no_yaml(tmp_path: Path) -> None:
         ({"model": None, "cls": "Bandit", "kwargs": {"in_channels": 1}}, "a Bandit v2"),
     ],
 )
-def test_a_yaml_of_a_relative_is_refused_by_its_name(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], what: str
+) -> None:
     drop = ("files",) if "architecture" in changes else ("files", "architecture")
     path = write_yaml(tmp_path, drop=drop, **changes)
     with pytest.raises(CheckpointError, match=rf"small\.yaml is .*{what}.*: {END}$"):
@@ -105,7 +107,7 @@ def test_a_yaml_of_a_relative_is_refused_by_its_name(tmp_path: Path, changes: di
     ],
 )
 @pytest.mark.parametrize("architecture", ["bs_roformer", None])
-def test_weights_of_a_relative_are_refused_by_its_name(
+def test_the_weights_of_an_unsupported_model_are_refused_by_name(
     tmp_path: Path, key: str, what: str, architecture: str | None
 ) -> None:
     weights = write_weights(small_model().state_dict() | {key: torch.zeros(2)}, tmp_path / "x.ckpt")
@@ -114,7 +116,7 @@ def test_weights_of_a_relative_are_refused_by_its_name(
         load_model(path, checkpoint=weights)
 
 
-def test_a_relative_of_the_users_own_is_listed_beside_the_others(
+def test_an_unsupported_model_in_the_users_folder_does_not_hide_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SEPARATION_MODELS", str(tmp_path))

@@ -1,6 +1,6 @@
-"""Damaged and altered YAML files and checkpoints of every architecture: each loads, or is refused with one sentence.
+"""Altered YAML files and checkpoints of every architecture: each loads, or is refused in one sentence.
 
-A number is the seed of one case: `python tests/checkpoints/test_fuzzed_models.py FOLDER 123` writes that one again.
+Every case has a seed: `python tests/checkpoints/test_fuzzed_models.py FOLDER 123` writes case 123 again.
 """
 
 import io
@@ -107,7 +107,7 @@ GLOBALS += ["demucs.hdemucs\nHDemucs", "argparse\nNamespace", "_codecs\nencode",
 
 
 def altered(value: Any, random: random.Random) -> Any:
-    """A document with one of its values, deep or not, replaced, removed, doubled or put elsewhere."""
+    """The document with one value, at any depth, replaced, removed, added or swapped."""
     if isinstance(value, dict | list) and value and random.random() < 0.85:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         key = random.choice(keys)
@@ -135,10 +135,10 @@ def altered(value: Any, random: random.Random) -> Any:
 
 
 def cut_up(content: bytes, random: random.Random) -> bytes:
-    """Bytes of which a few are changed, or parts removed, doubled or moved."""
+    """The bytes with some of them changed, removed, doubled or replaced."""
     data = bytearray(content)
     for _ in range(random.choice((1, 1, 2, 5))):
-        region = random.choice((64, 512, 4096, len(data)))  # headers are hit as often as weights
+        region = random.choice((64, 512, 4096, len(data)))  # changes headers as often as weights
         start = random.choice((0, max(0, len(data) - region)))
         a, b = sorted(start + random.randrange(1 + min(region, len(data))) for _ in range(2))
         part = bytes(data[a:b])
@@ -163,7 +163,7 @@ def cut_up(content: bytes, random: random.Random) -> bytes:
 
 
 def with_a_size(document: dict[str, Any], random: random.Random) -> dict[str, Any]:
-    """The section of a network in which one number, or one of a list, is another."""
+    """The `model:` section with another number for one key, or for some of a list."""
     model = dict(document["model"])
     known = [field.name for field in fields(ARCHITECTURES[document["architecture"]].Config)]
     key, size = random.choice(known), random.choice([*NUMBERS, 100, 1000, 4096, 100_000])
@@ -196,7 +196,7 @@ def altered_yaml(document: dict[str, Any], random: random.Random) -> bytes:
 
 
 def altered_pickle(content: bytes, random: random.Random) -> bytes:
-    """A pickle of whole opcodes, of which a few are changed, removed, doubled or exchanged."""
+    """The pickle with some of its opcodes changed, removed, doubled or exchanged; all stay whole."""
     starts = [position for _, _, position in pickletools.genops(content) if position is not None]
     codes = [content[a:b] for a, b in itertools.pairwise([*starts, len(content)])]
     for _ in range(random.choice((1, 1, 2, 5))):
@@ -224,7 +224,7 @@ def altered_pickle(content: bytes, random: random.Random) -> bytes:
 
 
 def altered_archive(content: bytes, random: random.Random) -> bytes:
-    """An archive that is whole, with one of its members damaged, removed, doubled, compressed or renamed."""
+    """The archive with one of its members damaged, removed, compressed or renamed."""
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as whole, zipfile.ZipFile(stream, "w") as crafted:
         names = whole.namelist()
@@ -251,7 +251,7 @@ def altered_archive(content: bytes, random: random.Random) -> bytes:
 
 
 def altered_header(content: bytes, random: random.Random) -> bytes:
-    """A safetensors file whose header is valid JSON with values that are not."""
+    """The safetensors file with a header that is valid JSON but has wrong values."""
     n_bytes = int.from_bytes(content[:8], "little")
     header = altered(json.loads(content[8 : 8 + n_bytes]), random)
     if isinstance(header, dict) and isinstance(header.get("__metadata__"), dict) and random.random() < 0.5:
@@ -279,7 +279,7 @@ def as_file(weights: dict[str, Tensor], form: str, blueprint: Blueprint | None) 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], dict[str, bytes]]]:
-    """For each architecture, and for the demo, its document and its checkpoint in each format."""
+    """The YAML and the checkpoint, in each format, of each architecture and of the demo model."""
     folder = tmp_path_factory.mktemp("whole")
     return whole_models(folder)
 
@@ -303,7 +303,7 @@ def whole_models(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, byte
 
 
 def write_case(number: int, whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], folder: Path) -> Path:
-    """A folder with a YAML file and a checkpoint, of which one is altered."""
+    """A folder with a YAML file and a checkpoint; one of them is altered."""
     chance = random.Random(number)
     name = chance.choice([*DOCUMENTS] * 4 + ["demo"])
     document, files = whole[name]
@@ -337,9 +337,7 @@ def check(numbers: range, whole: dict[str, tuple[dict[str, Any], dict[str, bytes
 
 
 @pytest.mark.slow
-def test_the_models_that_are_altered_are_whole(
-    whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
-) -> None:
+def test_the_unaltered_models_load(whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path) -> None:
     paths = []
     for name, (document, files) in whole.items():
         for form, content in files.items():
@@ -354,14 +352,14 @@ def test_the_models_that_are_altered_are_whole(
 
 
 @pytest.mark.slow
-def test_altered_models_load_or_are_refused_with_one_sentence(
+def test_altered_models_load_or_are_refused_in_one_sentence(
     whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
 ) -> None:
     check(range(N_QUICK), whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_any_number_of_bands_in_a_checkpoint_is_one_sentence(
+def test_any_number_of_bands_in_a_checkpoint_is_refused_in_one_sentence(
     whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
 ) -> None:
     document, files = whole["mel_band_roformer"]
@@ -379,7 +377,7 @@ def test_any_number_of_bands_in_a_checkpoint_is_one_sentence(
 
 
 @pytest.mark.slow
-def test_thousands_of_altered_models_load_or_are_refused_with_one_sentence(
+def test_thousands_of_altered_models_load_or_are_refused_in_one_sentence(
     whole: dict[str, tuple[dict[str, Any], dict[str, bytes]]], tmp_path: Path
 ) -> None:
     check(range(N_QUICK, N_SLOW), whole, tmp_path)

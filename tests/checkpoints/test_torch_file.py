@@ -110,7 +110,7 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     # Archives
     "compressed.ckpt": (
         archive(saved(text("x" * 2**26)), method=zipfile.ZIP_DEFLATED),
-        r"a member is compressed: it could be of any size",
+        r"a compressed member, which could be of any size",
     ),
     "announces_gigabytes.ckpt": (with_sizes(archive(saved(tensor())), b"x/data.pkl", 2**32 - 2), "is damaged"),
     "storage_beyond_the_end.ckpt": (with_sizes(archive(saved(tensor())), b"x/data/0", 2**31), "is damaged"),
@@ -162,12 +162,12 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
         archive(
             saved(call("torch._tensor._rebuild_from_type_v2", b"(ctorch\nFloatStorage\nN" + numbers(2**31) + b"Nt"))
         ),
-        "a tensor of another kind",
+        "an unsupported kind of tensor",
     ),
     "encode.ckpt": (archive(saved(call("_codecs.encode", b"(" + text("x") + text("utf-16") + b"t"))), "no state dict"),
     "complex_text.ckpt": (archive(saved(call("fractions.Fraction", b"(" + DOUBLING + b"t"))), "run code .fractions"),
     # Storages and tensors
-    "huge_storage.ckpt": (archive(saved(tensor(stored=storage(HUGE)))), "a storage is announced in two ways"),
+    "huge_storage.ckpt": (archive(saved(tensor(stored=storage(HUGE)))), "a storage has two types or sizes"),
     "huge_storage.th": (older(older_tensor(HUGE), struct.pack("<q", HUGE)), "is damaged"),
     "other_size.th": (older(older_tensor(4), struct.pack("<q", 8) + bytes(32)), "is damaged"),
     "missing_storage.th": (older(older_tensor(4), b"", b"]"), "is damaged"),
@@ -175,7 +175,7 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "unknown_storage.ckpt": (archive(saved(tensor(stored=storage(4, "QInt8Storage")))), r"run code \(torch\.QInt8"),
     "two_types.ckpt": (
         archive(saved(b"(" + tensor() + tensor(stored=storage(4, "LongStorage")) + b"t")),
-        "a storage is announced in two ways",
+        "a storage has two types or sizes",
     ),
     "expanded.ckpt": (archive(saved(tensor(shape=numbers(HUGE), strides=numbers(0)))), "larger than the file"),
     "expanded_in_all_axes.ckpt": (
@@ -185,9 +185,12 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "overlapping.ckpt": (archive(saved(tensor(shape=numbers(4, 4), strides=numbers(1, 1)))), "larger than its storage"),
     "beyond_its_storage.ckpt": (archive(saved(tensor(offset=1))), "a tensor is larger than its storage"),
     "far_beyond.ckpt": (archive(saved(tensor(offset=2**200))), "a tensor is larger than its storage"),
-    "negative_stride.ckpt": (archive(saved(tensor(strides=numbers(-1)))), "a tensor of a negative size"),
-    "many_axes.ckpt": (archive(saved(tensor(shape=numbers(*[1] * 999), strides=numbers(*[1] * 999)))), "another kind"),
-    "no_numbers.ckpt": (archive(saved(tensor(shape=b"(" + text("4") + b"t"))), "a tensor of a negative size"),
+    "negative_stride.ckpt": (archive(saved(tensor(strides=numbers(-1)))), "a tensor has a negative size"),
+    "many_axes.ckpt": (
+        archive(saved(tensor(shape=numbers(*[1] * 999), strides=numbers(*[1] * 999)))),
+        "unsupported kind",
+    ),
+    "no_numbers.ckpt": (archive(saved(tensor(shape=b"(" + text("4") + b"t"))), "a tensor has a negative size"),
     "shared_by_many.ckpt": (
         archive(
             b"\x80\x02}"

@@ -1,4 +1,4 @@
-"""Weights are found in whatever trainers wrap them in; of several, it is said which are taken."""
+"""State dicts are found in the layouts of all trainers, and a warning names a choice between several."""
 
 import argparse
 import logging
@@ -33,7 +33,7 @@ def state() -> State:
 
 
 def other(state: State) -> State:
-    """Weights that must not be taken."""
+    """Weights that must not be used."""
     return {key: value + 1 for key, value in state.items()}
 
 
@@ -53,20 +53,18 @@ def assert_loads(folder: Path, saved: Any, state: State) -> None:
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "ema_model.", "net.", "module.", "model.", "ema.", "network."])
 @pytest.mark.parametrize("above", ["", "model.", "module._orig_mod."])
-def test_wrappers_names_are_dropped(tmp_path: Path, state: State, prefix: str, above: str) -> None:
+def test_wrappers_prefixes_are_dropped(tmp_path: Path, state: State, prefix: str, above: str) -> None:
     assert_loads(tmp_path, prefixed(state, above + prefix), state)
 
 
 @pytest.mark.parametrize("within", ["_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."])
-def test_layers_that_were_compiled_or_wrapped_alone_have_their_own_names(
-    tmp_path: Path, state: State, within: str
-) -> None:
+def test_prefixes_of_single_compiled_or_wrapped_layers_are_dropped(tmp_path: Path, state: State, within: str) -> None:
     wrapped = {key.replace("layers.0.1.", f"layers.0.1.{within}"): value for key, value in state.items()}
     assert wrapped.keys() != state.keys()
     assert_loads(tmp_path, wrapped, state)
 
 
-def test_the_file_of_a_wrapped_network_has_other_things_under_other_names(
+def test_other_modules_beside_a_wrapped_network_are_left_out(
     tmp_path: Path, state: State, caplog: pytest.LogCaptureFixture
 ) -> None:
     extra = {"loss.window": torch.ones(4), "metric.total": torch.zeros(1)}
@@ -75,7 +73,7 @@ def test_the_file_of_a_wrapped_network_has_other_things_under_other_names(
     assert caplog.messages == [f"{tmp_path / 'x.ckpt'}: using the weights model.*, not those of loss, metric"]
 
 
-def test_pytorchs_averaged_model_counts_beside_its_weights(tmp_path: Path, state: State) -> None:
+def test_a_file_of_pytorchs_averaged_model_loads(tmp_path: Path, state: State) -> None:
     averaged = AveragedModel(small_model())
     averaged.update_parameters(small_model())
     saved = averaged.state_dict()
@@ -84,7 +82,7 @@ def test_pytorchs_averaged_model_counts_beside_its_weights(tmp_path: Path, state
 
 
 @pytest.mark.parametrize("plain", ["model.", "online_model.", "net."])
-def test_the_moving_average_is_taken_of_two_in_one_state_dict(
+def test_the_moving_average_in_one_state_dict_is_used(
     tmp_path: Path, state: State, plain: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = prefixed(other(state), plain) | prefixed(state, "ema_model.") | {"step": torch.ones(1)}
@@ -97,7 +95,7 @@ def test_the_moving_average_is_taken_of_two_in_one_state_dict(
 
 @pytest.mark.parametrize("name", ["ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema"])
 @pytest.mark.parametrize("plain", ["state_dict", "model"])
-def test_the_moving_average_is_taken_of_two_state_dicts(
+def test_the_state_dict_of_the_moving_average_is_used(
     tmp_path: Path, state: State, name: str, plain: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = {plain: other(state), name: {"decay": 0.999, "module": prefixed(state, "module.")}, "epoch": 7}
@@ -106,16 +104,16 @@ def test_the_moving_average_is_taken_of_two_state_dicts(
     assert caplog.messages == [f"{tmp_path / 'x.ckpt'}: using the moving average {name!r}, not {plain!r}"]
 
 
-def test_an_average_without_names_is_no_average(tmp_path: Path, state: State) -> None:
+def test_an_average_without_names_is_not_used(tmp_path: Path, state: State) -> None:
     saved = {"state_dict": state, "ema": {"decay": 0.999, "shadow_params": list(state.values())}}
     assert_loads(tmp_path, saved, state)
 
 
-# What is saved beside the weights
+# Objects beside the weights
 
 
 def made_elsewhere(monkeypatch: pytest.MonkeyPatch, module: str, name: str, base: type = object) -> type:
-    """A class of a module that is there while the file is written and not when it is read."""
+    """A class in a module that exists while the file is written but not when it is read."""
     found = type(name, (base,), {"__module__": module})
     parts = module.split(".")
     for depth in range(len(parts)):
@@ -126,7 +124,7 @@ def made_elsewhere(monkeypatch: pytest.MonkeyPatch, module: str, name: str, base
 
 
 def lightning_file(state: State, path: Path) -> Path:
-    """A checkpoint as PyTorch Lightning writes it, with hyper-parameters of OmegaConf."""
+    """A checkpoint as PyTorch Lightning writes it, with hyper-parameters in OmegaConf's classes."""
     with pytest.MonkeyPatch.context() as patch:
         attributes = made_elsewhere(patch, "pytorch_lightning.utilities.parsing", "AttributeDict", dict)
         callback = made_elsewhere(patch, "pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
@@ -159,7 +157,7 @@ def test_a_file_of_lightning_loads_without_its_packages(tmp_path: Path, state: S
 
 
 @pytest.mark.parametrize("module", ["trainer.configs", "shutil", "os_helpers"])
-def test_an_object_of_any_other_package_is_refused_by_its_name(
+def test_an_object_of_another_package_is_refused_by_name(
     tmp_path: Path, state: State, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -169,14 +167,14 @@ def test_an_object_of_any_other_package_is_refused_by_its_name(
         open_weights(tmp_path / "x.ckpt")
 
 
-def test_a_file_without_any_weights_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_file_without_weights_is_not_a_checkpoint(tmp_path: Path) -> None:
     for saved in ({"epoch": 3, "model": {"lr": 0.1}}, [1, 2], {}, {"state_dict": {}}):
         torch.save(saved, tmp_path / "x.ckpt")
         with pytest.raises(CheckpointError, match="has no state dict"):
             open_weights(tmp_path / "x.ckpt")
 
 
-def test_dictionaries_within_each_other_are_looked_into_once() -> None:
+def test_nested_dictionaries_are_searched_once() -> None:
     bomb: dict[str, Any] = {}
     for _ in range(40):
         bomb = {f"k{number}": bomb for number in range(40)}
@@ -186,10 +184,10 @@ def test_dictionaries_within_each_other_are_looked_into_once() -> None:
     assert state_dict_in({"ema": bomb, "state": round_and_round, "state_dict": weights}) == (weights, [])
     assert state_dict_in(round_and_round) == ({}, [])
     round_and_round["net"] = weights
-    assert state_dict_in(round_and_round) == ({}, [])  # which of its levels is meant?
+    assert state_dict_in(round_and_round) == ({}, [])  # ambiguous: every level has a state dict
 
 
-def test_plain_and_compiled_layers_side_by_side_are_both_kept(tmp_path: Path, state: State) -> None:
+def test_plain_and_compiled_layers_are_both_kept(tmp_path: Path, state: State) -> None:
     torch.save({"layers.a": torch.zeros(2), "layers._orig_mod.a": torch.ones(2)}, tmp_path / "x.ckpt")
     assert set(open_weights(tmp_path / "x.ckpt").tensors) == {"layers.a", "layers._orig_mod.a"}
 

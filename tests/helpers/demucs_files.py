@@ -1,4 +1,4 @@
-"""Small networks of the demucs package, and their files as that package writes them."""
+"""Small networks of the demucs package, and their files as it writes them."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from separation import Separator
 from separation.engine.options import EngineOptions
 
 SOURCES = ["drums", "bass"]
-CHUNK_SAMPLES = 11024  # of which a quarter is a whole number
+CHUNK_SAMPLES = 11024  # divisible by 4
 ARGUMENTS: dict[str, Any] = {"channels": 8, "segment": Fraction(CHUNK_SAMPLES, 44100), "dconv_init": 0.5}
 TRANSFORMER = ARGUMENTS | {"t_layers": 1, "t_heads": 2, "t_dropout": 0.02}
 CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -32,7 +32,7 @@ CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 def network(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A network whose weights are those that its file will hold, in half precision."""
+    """A network with its weights rounded to half precision, as its file stores them."""
     network_class, arguments = CLASSES[name]
     torch.manual_seed(seed)
     net = network_class(SOURCES, **(arguments | changes)).eval()
@@ -41,7 +41,7 @@ def network(name: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def package(net: Any) -> dict[str, Any]:
-    """What demucs' serialize_model and tools.export make of a network."""
+    """The value that demucs' serialize_model and tools.export save."""
     args, kwargs = net._init_args_kwargs
     training_args = {"dset": {"sources": SOURCES}, "optim": {"lr": 3e-4}, "quant": {"diffq": None}}
     metrics = ({"sdr": 7.5}, {"sdr": np.float64(7.25), "sdr_med": np.float32(7.5)})
@@ -51,7 +51,7 @@ def package(net: Any) -> dict[str, Any]:
 
 
 def save(net: Any, folder: Path, name: str = "0123abcd") -> Path:
-    """Its file, written by demucs: `0123abcd-` and the start of its sha256."""
+    """The network's file, written by demucs: its name is `0123abcd-` and the start of its sha256."""
     folder.mkdir(exist_ok=True)
     save_with_checksum(package(net), folder / f"{name}.th")
     (path,) = folder.glob(f"{name}-*.th")
@@ -60,7 +60,7 @@ def save(net: Any, folder: Path, name: str = "0123abcd") -> Path:
 
 
 def config(folder: Path, name: str, files: int = 1, **changes: Any) -> Path:
-    """A YAML of that architecture; the weights of its files are `x0.th`, …"""
+    """A YAML of that architecture, with the weights files `x0.th`, …"""
     arguments = ARGUMENTS | (TRANSFORMER if name == "htdemucs" else {}) | changes
     return write_yaml(
         folder,
@@ -73,13 +73,13 @@ def config(folder: Path, name: str, files: int = 1, **changes: Any) -> Path:
 
 
 def song(length: int = 30_000) -> Tensor:
-    """Its mean is 0: where the song has ended, demucs goes on with the mean and this engine with silence."""
+    """Noise with a mean of 0: behind the end of a song, demucs pads with the mean and this engine with zeros."""
     noise = torch.randn(2, length, generator=torch.Generator().manual_seed(0)) * 0.2
     return noise - noise.mean()
 
 
 def by_demucs(net: nn.Module, mixture: Tensor) -> Tensor:
-    """What demucs itself makes of a song, with its normalisation."""
+    """The stems that demucs itself gives, with its normalisation."""
     mono = mixture.mean(dim=0)
     mean, std = mono.mean(), mono.std() + 1e-8
     with torch.no_grad():
@@ -94,7 +94,7 @@ def assert_separates_as(model: Any, net: nn.Module) -> None:
 
 
 def demucs_file(path: Path, **changes: Any) -> HTDemucs:
-    """Write a network of demucs' own as demucs 4.1 does, with these changes of what it says of its arguments."""
+    """Write a network as demucs 4.1 does, with these changes in the description of its arguments."""
     arguments = {"sources": ["drums", "bass"], "channels": 8, "bottom_channels": 0, "t_layers": 1, "t_heads": 2}
     arguments |= {"nfft": 2048, "samplerate": 44100}
     network = HTDemucs(**arguments, segment=Fraction(1, 4)).eval()

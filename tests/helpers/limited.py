@@ -1,7 +1,7 @@
-"""Loads models one after the other, in a process of its own with little memory and time for each.
+"""Loads models one after the other in a process with little memory and time for each.
 
-`python limited.py PATH ...` prints a line of JSON for each path: the path, what came of it, and how much memory the
-process has used at most. A path is a YAML file with weights beside it, or a folder of both.
+`python limited.py PATH ...` prints a line of JSON for each path: the path, the result, and the peak memory of the
+process in MiB. A path is a YAML file with weights beside it, or a folder with both.
 """
 
 import faulthandler
@@ -13,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-CPU_SECONDS = 15.0  # for each; of the processor, for a machine may be busy with other things
-SECONDS = 300  # for each, where it waits for something
-MIB = 1024  # beyond what PyTorch has taken
+CPU_SECONDS = 15.0  # for each model; not wall-clock time, because the machine may be busy
+SECONDS = 300  # for each model that waits for something
+MIB = 1024  # in addition to PyTorch's own memory
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         taken = int(pages.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MIB * 2**20, resource.RLIM_INFINITY))
     for path in sys.argv[1:]:
-        signal.alarm(SECONDS)  # both end this process even while a library hangs
+        signal.alarm(SECONDS)  # both timers end this process even if a library hangs
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
             separation.checkpoints.load.load_model(path)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def load_all(paths: list[Path]) -> dict[Path, tuple[str, int]]:
-    """For each path what came of it, and by how many MiB the process had grown since the first one."""
+    """For each path, the result, and by how many MiB the process had grown since the first path."""
     answers: dict[Path, tuple[str, int]] = {}
     first = 0
     while len(answers) < len(paths):

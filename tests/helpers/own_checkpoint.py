@@ -20,7 +20,7 @@ def own_model() -> BSRoFormer:
 
 
 def put(folder: Path, *names: str) -> None:
-    """Files of these names: weights and YAML files that fit each other."""
+    """Write files of these names: weights and YAML files that fit each other."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name.endswith((".yaml", ".yml")):

@@ -51,7 +51,7 @@ def identity(
     sample_rate: int = 44100,
     chunk_samples: int = 4096,
 ) -> Identity:
-    """What a model that a test builds is called, gives and takes."""
+    """The identity of a model that a test builds."""
     return Identity(name=name, stems=tuple(stems), sample_rate=sample_rate, chunk_samples=chunk_samples)
 
 
@@ -66,20 +66,20 @@ def chunks(samples: int = 256) -> Tensor:
 
 
 def assert_near(estimates: Tensor, expected: Tensor) -> None:
-    """But for rounding, which on some CPUs depends on where weights lie in memory and what is computed beside them."""
+    """Equal but for rounding, which on some CPUs depends on the weights' alignment and on the batch."""
     assert estimates.shape == expected.shape
     assert (estimates - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def assert_same_model(model: torch.nn.Module, expected: torch.nn.Module, chunk: Tensor) -> None:
-    """The same weights to the last bit, and estimates that differ by rounding alone."""
+    """The weights are identical, and the estimates differ only by rounding."""
     found, right = model.state_dict(), expected.state_dict()
     assert found.keys() == right.keys() and all(torch.equal(found[key], right[key]) for key in right)
     assert_near(model(chunk), expected(chunk))
 
 
 def assert_half_precision_is_near(model: SeparationModel, precision: torch.dtype, decibels: float) -> None:
-    """The model computes in this precision, but for its norms, with so much SDR to what it gives in float32."""
+    """In this precision, the SDR to the float32 estimates is higher than this; norms stay in float32."""
     noise = torch.randn(1, 2, model.chunk_samples) * 0.1
     with torch.inference_mode():
         exact = model(noise)
@@ -89,7 +89,7 @@ def assert_half_precision_is_near(model: SeparationModel, precision: torch.dtype
 
 
 def assert_chunks_are_alone(model: SeparationModel) -> None:
-    """An estimate does not depend on the chunks beside it in the batch."""
+    """An estimate does not depend on the other chunks of the batch."""
     noise = torch.randn(3, 2, model.chunk_samples) * torch.tensor([0.01, 0.1, 1.0])[:, None, None]
     with torch.inference_mode():
         alone = torch.cat([model(chunk[None]) for chunk in noise])
@@ -107,7 +107,7 @@ def write_weights(state: dict[str, Tensor], path: Path) -> Path:
 
 
 def quick_model() -> BSRoFormer:
-    """A random network of one stem that separates hours in minutes: few bands, and frames of 2048 samples."""
+    """A fast random network with one stem: few bands, and frames of 2048 samples."""
     torch.manual_seed(0)
     changes = {"num_stems": 1, "freqs_per_bands": (205,) * 5, "stft_n_fft": 2048, "stft_win_length": 2048}
     config = BSRoFormerConfig(**HYPER_PARAMETERS | changes | {"stft_hop_length": 1024})
@@ -125,7 +125,7 @@ class RunsCode:
 
 
 def convert_to(folder: Path, saved: dict[str, Any], name: str = "x.ckpt") -> tuple[Path, str]:
-    """Save a checkpoint and convert it; its converted file and the sha256 of the checkpoint itself."""
+    """Save a checkpoint and convert it. Returns the converted file and the checkpoint's sha256."""
     folder.mkdir(exist_ok=True)
     torch.save(saved, folder / name)
     target = (folder / name).with_suffix(".safetensors")

@@ -86,7 +86,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def run_at_once(weights: Path, codes: list[str]) -> list[str]:
-    """Runs each code in a process of its own, all from the moment when all are ready; what they printed after it."""
+    """Run each code in a process of its own, all at the same moment. Returns what each printed."""
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "SEPARATION_WEIGHTS": str(weights)}
     start = """
 from separation.checkpoints.description import WeightFile
