@@ -1,7 +1,7 @@
 """Which loudspeaker each channel of a file is meant for, and how the channels are mixed down to stereo.
 
 The file's own information counts: the mask of WAV, RF64, W64 and FLAC, the layout of CAF, AIFF and MOV, the order of
-Ogg, and what ffmpeg tells about other formats.
+Ogg, and ffmpeg's answer for other formats.
 """
 
 import re
@@ -51,7 +51,7 @@ _MIRROR = str.maketrans("LR", "RL")
 
 @dataclass(frozen=True)
 class Layout:
-    """The loudspeaker of each channel, in the order of the file. `is_guessed` if the file does not tell."""
+    """The loudspeaker of each channel, in the order of the file. `is_guessed` if the file does not name them."""
 
     speakers: tuple[str, ...]
     is_guessed: bool = False
@@ -82,7 +82,7 @@ def _to_right(speaker: str) -> float:
     return -_to_left(speaker) if speaker in _INVERTED else _to_left(speaker.translate(_MIRROR))
 
 
-# The layouts of WAV, FLAC, AIFF and ffmpeg by the number of channels, for files that do not tell their own.
+# The layouts of WAV, FLAC, AIFF and ffmpeg by the number of channels, for files that do not name theirs.
 _USUAL = {
     1: "C",
     2: "L R",
@@ -143,22 +143,22 @@ FFMPEG_LAYOUTS = {
 
 
 def usual_layout(channels: int, name: str) -> Layout:
-    """The layout of a file that does not tell its own. Raises `AudioError` for more than 8 channels."""
+    """The layout of a file that does not name its own. Raises `AudioError` for more than 8 channels."""
     if channels not in _USUAL:
         raise AudioError(f"{name} has {channels} channels: mix it down to 8 or fewer")
     return Layout(tuple(_USUAL[channels].split()), is_guessed=channels > 2)
 
 
 def layout_of_file(reader: ByteReader, channels: int, name: str) -> Layout:
-    """The layout of a file that libsndfile reads; the usual one if the file does not tell."""
+    """The layout of a file that libsndfile reads; the usual one if the file names none."""
     guess = usual_layout(channels, name)
     return _checked(_speakers(reader, channels) if channels > 1 else None, channels) or guess
 
 
 def layout_of_mov(reader: ByteReader, track_id: int, channels: int) -> Layout | None:
-    """The layout of a PCM track in a MOV; None if the file does not tell.
+    """The layout of a PCM track in a MOV; None if the file names none.
 
-    Older versions of ffmpeg get the order of PCM tracks wrong. In encoded tracks, the decoder gives the order.
+    Older versions of ffmpeg get the order of PCM tracks wrong. In encoded tracks, the decoder defines the order.
     """
     content = _mov_layout(reader, track_id)
     return _checked(_core_audio_speakers(content) if content else None, channels)
@@ -181,7 +181,7 @@ def layout_by_mask(text: str, channels: int) -> Layout | None:
 
 
 def _checked(speakers: Sequence[str] | None, channels: int) -> Layout | None:
-    """None if the file tells nothing useful, or a layout with another number of channels, which ffmpeg ignores too."""
+    """None if the layout is useless, or has another number of channels than the file. ffmpeg ignores it then, too."""
     if speakers is None or len(speakers) != channels:
         return None
     is_useful = any(speaker != _UNKNOWN and (_to_left(speaker) or _to_right(speaker)) for speaker in speakers)
@@ -197,11 +197,11 @@ def _mask_speakers(mask: int) -> list[str]:
     return [_MASK[bit] if bit < len(_MASK) else _UNKNOWN for bit in bits]
 
 
-# What files tell about their channels
+# How files name the loudspeakers of their channels
 
 
 def _speakers(reader: ByteReader, channels: int) -> Sequence[str] | None:
-    """The loudspeakers that a file tells, in the order of its channels, or None."""
+    """The loudspeakers that a file names, in the order of its channels, or None."""
     top = reader.get(0, 4)
     if top in _LAYOUT_CHUNKS:
         return _chunk_speakers(reader, top)
@@ -214,7 +214,7 @@ def _speakers(reader: ByteReader, channels: int) -> Sequence[str] | None:
     return _flac_speakers(reader, start + 4) or _USUAL[channels].split()
 
 
-_LAYOUT_CHUNKS = {  # the chunk that tells the layout, by a file's first four bytes
+_LAYOUT_CHUNKS = {  # the chunk that holds the layout, by a file's first four bytes
     **dict.fromkeys((b"RIFF", b"RF64", b"BW64", b"RIFX"), b"fmt "),
     b"riff": b"fmt " + bytes.fromhex("f3acd3118cd100c04f8edb8a"),
     b"FORM": b"CHAN",  # AIFF
@@ -382,14 +382,14 @@ def _mov_layout(reader: ByteReader, track_id: int) -> bytes | None:
         for start, stop in _atoms(reader, track, b"mdia", b"minf", b"stbl", b"stsd"):
             description = reader.get(start, min(stop - start, _MAX_START_BYTES))
             at = description.find(b"chan")
-            return description[at + 8 :] if at > 0 else None  # behind the atom's kind and version
+            return description[at + 8 :] if at > 0 else None  # after the atom's kind and version
     return None
 
 
 def _has_other_id(reader: ByteReader, track: ByteRange, track_id: int) -> bool:
     for start, _ in _atoms(reader, track, b"tkhd"):
         header = reader.get(start, 24)
-        at = 20 if header[:1] == b"\1" else 12  # behind two times, of 64 or 32 bits by the version
+        at = 20 if header[:1] == b"\1" else 12  # after two times, of 64 or 32 bits by the version
         if int.from_bytes(header[at : at + 4], "big") != track_id:
             return True
     return False

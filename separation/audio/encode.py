@@ -63,7 +63,7 @@ def encode(
 
     Raises:
         InputError: the format cannot have the waveform's sample rate.
-        OutputError: the folder is full or cannot be written to. No partial file is left behind.
+        OutputError: the folder is full or cannot be written to. No partial file is left after.
     """
     check_rate(options.format, waveform.sample_rate)
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
@@ -152,7 +152,7 @@ def _removed_on_error(partial: Path) -> Iterator[None]:
 
 def _zero_time(file: "_RecordingFile") -> None:
     """Zero the time in the PEAK chunk of a float WAV or RF64, so that the same samples give the same file."""
-    file.seek(12)  # behind RIFF, the size and WAVE
+    file.seek(12)  # after RIFF, the size and WAVE
     while len(head := file.read(8)) == 8 and head[:4] != b"data":
         n_bytes = int.from_bytes(head[4:], "little")
         if head[:4] == b"PEAK":

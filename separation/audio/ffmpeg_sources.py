@@ -34,7 +34,7 @@ _ENTRIES = f"format=format_name,duration:format_tags:stream_tags:{tracks.ENTRIES
 
 @dataclass(frozen=True)
 class _Probed:
-    """What ffprobe tells about a file, and which of its tracks are the song.
+    """ffprobe's answer about a file, and which of its tracks are the song.
 
     Args:
         container: ffmpeg's names of the format.

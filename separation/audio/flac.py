@@ -22,7 +22,7 @@ _LAST_INFO_HEADER = b"\x80\0\0\x22"  # begins STREAMINFO if no other metadata fo
 _INFO_BYTES = 34
 _MAX_METADATA_BLOCKS = 100_000
 _MAX_HEADER_BYTES = 16  # of a frame's header
-_MAX_TAIL_BYTES = 2**17  # the last frame's header and the tags behind it lie within
+_MAX_TAIL_BYTES = 2**17  # the last frame's header and the tags after it lie within
 _SCAN_BYTES = 2**18
 _MAX_FALSE_HEADERS = 100_000  # a hostile file can hold millions
 _MAX_RUNS = 2000
@@ -106,7 +106,7 @@ def _starts_stream(reader: ByteReader, position: int) -> bool:
 
 
 def _after_metadata(reader: ByteReader, position: int) -> int:
-    """The first byte behind the metadata blocks that begin at a position."""
+    """The first byte after the metadata blocks that begin at a position."""
     for _ in range(_MAX_METADATA_BLOCKS):
         header = reader.get(position, 4)
         if len(header) < 4:
@@ -158,7 +158,7 @@ def file_of(song: FlacSong, run: FrameRun) -> list[Piece]:
 
 
 def n_extra_bytes(path: Path, song: FlacSong, runs: list[FrameRun]) -> int:
-    """How many bytes behind the last intact frame do not belong to a tag."""
+    """How many bytes after the last intact frame do not belong to a tag."""
     end = runs[-1].ranges[-1][1] if runs else song.first_frame
     with ByteReader.open(path) as reader:
         return next(mark.start for mark in _possible_ends(reader, song) if mark.start >= end) - end
@@ -199,7 +199,7 @@ def _end_of_first(reader: ByteReader, frames: list[_Frame]) -> int | None:
 
 def _frame_headers(reader: ByteReader, song: FlacSong) -> Iterator[_Frame]:
     """Everything that looks like the header of a frame."""
-    # The search begins behind STREAMINFO, since the lengths of the other metadata blocks may be wrong.
+    # The search begins after STREAMINFO, since the lengths of the other metadata blocks may be wrong.
     position, n_false = song.start + 8 + _INFO_BYTES, 0
     while position < song.end:
         data = reader.get(position, _SCAN_BYTES)[: song.end - position]

@@ -1,7 +1,7 @@
 """Streams of bare frames (MPEG audio, AAC in ADTS, AC-3, E-AC-3): which frames a file has, and where some are missing.
 
 Such a stream has no timestamps, and at most one count of its frames, in a Xing or VBRI header. A frame counts if its
-header is in step with its neighbours: it stands where the frame before it ends. The bytes in between are gaps.
+header is in step with its neighbours, that is, it begins where the previous frame ends. Other bytes are gaps.
 """
 
 import re
@@ -20,7 +20,7 @@ _MAX_GAPS = 2000
 _DECODER_DELAY = 529  # samples, in MP3 decoders
 EXTRA_SAMPLES = 8190  # per channel: the most that an MP3 encoder may add before and after the song
 _ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # they write a checksum into the Xing header
-_HEAD_BYTES = 192  # enough for a frame's header and the Xing or VBRI header behind it
+_HEAD_BYTES = 192  # enough for a frame's header and the Xing or VBRI header after it
 _MAX_LEAD_BYTES = 2**20
 _MAX_TAIL_BYTES = 2**16
 
@@ -129,7 +129,7 @@ CODECS = {  # by ffmpeg's name of the format
 class Gap(NamedTuple):
     """Bytes between two runs that do not belong to a frame."""
 
-    frame: int  # how many frames of the part stand before it
+    frame: int  # the number of frames before it, in the part
     n_bytes: int  # 0 if there is only a tag
 
 
@@ -148,10 +148,10 @@ class Part:
     announced: int = 0  # frames, by that header; 0 if unknown
     skipped: int = 0  # samples at the start that decoders drop, by LAME's header
     padding: int = 0  # samples that the encoder added at the end, by LAME's header
-    is_info_intact: bool = True  # as far as LAME's checksum tells
+    is_info_intact: bool = True  # by LAME's checksum, if there is one
     is_cut: bool = False  # the file ends within a frame, which is not counted
     n_lead: int = 0  # bytes before the first frame of the file that are neither tags nor zeros
-    n_extra: int = 0  # bytes behind the last frame that are neither tags nor zeros
+    n_extra: int = 0  # bytes after the last frame that are neither tags nor zeros
 
     @property
     def is_cbr(self) -> bool:
@@ -181,7 +181,7 @@ class Part:
 
     @property
     def least_samples(self) -> int:
-        """The least samples per channel that a decoder should give: it may round by a frame or two."""
+        """The fewest samples per channel that a decoder should return: it may drop a frame or two."""
         return self.song_samples - 2 * self.header.n_samples
 
     @property
@@ -231,7 +231,7 @@ class _FrameFinder:
         return self._reader.get(position, _HEAD_BYTES)
 
     def _measure_ends(self) -> None:
-        """Count the bytes before and behind all frames."""
+        """Count the bytes before and after all frames."""
         first, last = self._parts[0], self._parts[-1]
         first_frame = (first.info or first.runs[0])[0]
         lead = self._reader.get(self._start, min(first_frame - self._start, _MAX_LEAD_BYTES))
@@ -240,27 +240,35 @@ class _FrameFinder:
 
     def _take(self, header: Header, head: bytes) -> None:
         """Add the frame at the current position, which is in step with the last one or the first after a gap."""
-        part, start = self._parts[-1], self._position
-        stop = start + header.n_bytes
+        frame = (self._position, self._position + header.n_bytes)
         info = _xing_info(head)
-        if info is not None:
-            if part.n_frames or part.info:  # another file begins
-                part = self._new_part(header)
-            part.info = (start, stop)
-            part.announced, part.skipped, part.padding = info
-            part.is_info_intact = header.n_bytes < _HEAD_BYTES or _is_info_intact(head)
+        if info is None:
+            self._add_frame(header, head, frame)
         else:
-            if part.runs and part.runs[-1][1] != start:
-                part.gaps.append(Gap(part.n_frames, 0))
-            append_range(part.runs, start, stop)
-            if not part.n_frames and not part.info and _is_info_without_mark(head):
-                part.is_info_intact = False
-            part.n_frames += 1
-            part.n_bytes += header.n_bytes
-            part.sizes = (min(part.sizes[0], header.n_bytes), max(part.sizes[1], header.n_bytes))
-            self._check(part)
-        self._last = (start, stop)
-        self._position = stop
+            self._add_info(header, head, frame, info)
+        self._last = frame
+        self._position = frame[1]
+
+    def _add_info(self, header: Header, head: bytes, frame: ByteRange, info: tuple[int, int, int]) -> None:
+        """Add a frame with a Xing or VBRI header."""
+        part = self._parts[-1]
+        if part.n_frames or part.info:  # another file begins
+            part = self._new_part(header)
+        part.info = frame
+        part.announced, part.skipped, part.padding = info
+        part.is_info_intact = header.n_bytes < _HEAD_BYTES or _is_info_intact(head)
+
+    def _add_frame(self, header: Header, head: bytes, frame: ByteRange) -> None:
+        part = self._parts[-1]
+        if part.runs and part.runs[-1][1] != frame[0]:
+            part.gaps.append(Gap(part.n_frames, 0))
+        append_range(part.runs, *frame)
+        if not part.n_frames and not part.info and _is_info_without_mark(head):
+            part.is_info_intact = False
+        part.n_frames += 1
+        part.n_bytes += header.n_bytes
+        part.sizes = (min(part.sizes[0], header.n_bytes), max(part.sizes[1], header.n_bytes))
+        self._check(part)
 
     def _new_part(self, header: Header) -> Part:
         self._parts.append(Part(header, self._codec is MPEG))
@@ -388,6 +396,6 @@ def _checksum(data: bytes) -> int:
 
 
 def side_bytes(head: bytes) -> int:
-    """The length of an MP3 frame's side information. A Xing header stands behind it."""
+    """The length of an MP3 frame's side information. A Xing header follows it."""
     mpeg1, mono = head[1] >> 3 & 3 == 3, head[3] >> 6 == 3
     return (17 if mono else 32) if mpeg1 else (9 if mono else 17)

@@ -88,7 +88,7 @@ def find_audio(reader: ByteReader, name: str) -> Audio | None:
 def chunks(reader: ByteReader) -> Iterator[tuple[bytes, int, int]]:
     """The kind, first byte and announced size of each chunk in a container of `_CONTAINERS`.
 
-    Stops behind a chunk whose size is impossible.
+    Stops after a chunk whose size is impossible.
     """
     container = _CONTAINERS[reader.get(0, 4)]
     position = container.first

@@ -19,21 +19,21 @@ _MAX_RESERVOIR_FRAMES = 9  # an MP3 frame's data may begin this many frames befo
 
 
 class Hole(NamedTuple):
-    frame: int  # how many frames of the part stand before it
-    n_frames: int  # missing there; 0 if only foreign bytes are there
+    frame: int  # the number of frames before it, in the part
+    n_frames: int  # missing; 0 if there are only foreign bytes
 
 
 def find_holes(part: Part, damage: Damage) -> list[Hole]:
     """The places in a part where frames are missing, and how many.
 
-    If the file counts its frames, the count tells how many are missing in all. Else the bytes in the gaps tell, if all
-    frames have the same size. Frames that are missing at the end, and gaps whose frames cannot be counted, are reported
-    to `damage`.
+    The total is known if the file counts its frames. Otherwise, if all frames have the same size, the sizes of the gaps
+    give the numbers. Frames that are missing at the end, and gaps whose frames cannot be counted, are reported to
+    `damage`.
     """
     gaps = [gap for gap in part.gaps if gap.n_bytes]
     mean_bytes = part.n_bytes / part.n_frames
     lengths = [gap.n_bytes / mean_bytes for gap in gaps]  # in frames
-    # Whether a gap has the size of whole frames. If so, frames were overwritten there.
+    # Whether a gap has the size of whole frames. If so, frames were overwritten.
     fits = [part.is_cbr and round(n) > 0 and abs(n - round(n)) * mean_bytes <= 2 for n in lengths]
     missing = _counted(part, lengths, fits, damage) if part.announced else _uncounted(part, lengths, fits, damage)
     if not part.is_info_intact:
@@ -115,7 +115,7 @@ def _xing_frame(info: bytes, header: bytes, n_frames: int) -> bytes:
 
 
 def _silenced(reader: ByteReader, start: int, stop: int) -> tuple[list[Piece], int]:
-    """The first MP3 frames behind a gap, silenced where their data begin in lost frames and would decode to noise.
+    """The first MP3 frames after a gap, silenced where their data begin in lost frames and would decode to noise.
 
     Their own data stay, because later frames may use them. Returns also where the unchanged frames begin.
     """

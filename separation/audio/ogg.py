@@ -71,7 +71,7 @@ class Link:
     header_numbers: list[int] = field(default_factory=list)
     runs: list[PageRun] = field(default_factory=list)
     is_ended: bool = False  # its last page is marked as the last
-    end_granule: int = -1  # of a damaged page behind the last intact one, which `is_ended` then describes
+    end_granule: int = -1  # of a damaged page after the last intact one, which `is_ended` then describes
     n_bad_pages: int = 0
 
     @property

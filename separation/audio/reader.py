@@ -38,7 +38,7 @@ class ByteReader:
         return self._window[offset : offset + n_bytes]
 
     def find(self, mark: bytes, position: int) -> int:
-        """The first position, from the given one on, at which these bytes stand; the file's size if nowhere."""
+        """The position of the first mark from `position` on; the file's size if there is none."""
         while position < self.size:
             data = self.get(position, _SEARCH_BYTES)
             if (at := data.find(mark)) >= 0:

@@ -23,7 +23,7 @@ from separation.audio.waveform import BLOCK_SAMPLES, TAGS, silent
 
 _SAMPLE_BYTES = {"PCM_S8": 1, "PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4}
 _SAMPLE_BYTES |= {"FLOAT": 4, "DOUBLE": 8}
-_UNKNOWN_SAMPLES = 2**62  # libsndfile gives this number or a larger one for a file of unknown length
+_UNKNOWN_SAMPLES = 2**62  # this number of samples or more means that libsndfile does not know the length
 _MAX_HOLE_SECONDS = 24 * 3600
 
 
@@ -106,17 +106,23 @@ def open_whole(job: Job, stack: contextlib.ExitStack) -> list[Source]:
         if sound.subtype not in _SAMPLE_BYTES:
             return []
         limit = audio.n_there // (_SAMPLE_BYTES[sound.subtype] * sound.channels)
-        sound = stack.enter_context(
-            _Sound(
-                stack.enter_context(_FileFrom(job.path, audio.start)),
-                samplerate=sound.samplerate,
-                channels=sound.channels,
-                subtype=sound.subtype,
-                endian=sound.endian,
-                format="RAW",
-            )
-        )
+        sound = _open_raw(job, sound, audio, stack)
     return [Source(sound.samplerate, _layout(job, sound.channels), limit, _all_blocks(job, sound, limit), tags)]
+
+
+def _open_raw(job: Job, sound: _Sound, audio: Audio, stack: contextlib.ExitStack) -> _Sound:
+    """Opens the samples of a file as raw audio, so that libsndfile ignores the header's sizes."""
+    file = stack.enter_context(_FileFrom(job.path, audio.start))
+    raw = _Sound(
+        file,
+        samplerate=sound.samplerate,
+        channels=sound.channels,
+        subtype=sound.subtype,
+        endian=sound.endian,
+        format="RAW",
+    )
+    stack.enter_context(raw)
+    return raw
 
 
 def _all_blocks(job: Job, sound: _Sound, limit: int) -> Blocks:
@@ -145,7 +151,7 @@ def _must_ignore_header(job: Job, sound: _Sound, audio: Audio) -> bool:
             else:
                 job.damage.add_doubt(fault)
         elif missing < 0:
-            job.damage.add_note(f"{-missing} bytes behind its audio do not belong there")
+            job.damage.add_note(f"{-missing} bytes after its audio do not belong there")
             return False
     elif missing > 0:
         job.damage.add_unknown_cut("it ends within its audio")
@@ -167,7 +173,7 @@ def _open_mp3(job: Job, sound: _Sound, tags: dict[str, str], chatter: Chatter) -
             for part in parts
         ]
     (part,) = parts
-    # Padding behind the last frame would be an error to libsndfile, so reading stops at the last frame.
+    # Padding after the last frame would be an error to libsndfile, so reading stops at the last frame.
     limit = part.n_samples if part.is_layer_iii else sound.frames
     # If no header counts the samples, libsndfile guesses their number from the bitrate, and stops there. Its number
     # leaves out the samples that the encoder added.
@@ -268,7 +274,7 @@ def _hole(job: Job, n_samples: int, due: int, rate: int, channels: int) -> Block
 
 
 def _exactly(job: Job, pieces: Pieces, n_samples: int, channels: int) -> Blocks:
-    """`n_samples` samples of a file, with silence at the end if libsndfile gives fewer."""
+    """`n_samples` samples of a file, with silence at the end if libsndfile returns fewer."""
     done = 0
     with pieces, contextlib.suppress(DecoderError):
         sound = _open(pieces, Chatter())
@@ -308,7 +314,7 @@ def _mended_ogg(job: Job, chain: ogg.Chain, link: ogg.Link, rate: int) -> Blocks
     for i, run in enumerate(link.runs):
         is_start = i == 0 and link.starts_whole
         start = n_samples
-        if not is_start:  # the granule position tells where the run ends, so count its samples first
+        if not is_start:  # the granule position is that of the run's end, so count its samples first
             n_in_run = sum(map(len, _ogg_blocks(job, link, run)))
             start = max(n_samples, round((link.n_samples(run.granule) - origin) * scale) - n_in_run)
         is_first_block = True

@@ -96,7 +96,7 @@ class Sound:
 def find_sound(streams: Sequence[Stream], container: Sequence[str], name: str) -> Sound:
     """The song among the streams of a file: the default track, or the first one.
 
-    Tracks of one channel that belong together are joined. If there are several tracks, a warning tells which is taken.
+    Tracks of one channel that belong together are joined. If there are several tracks, a warning names the choice.
     Raises `AudioError` if there is no audio, or none that can be decoded.
 
     Args:
@@ -168,7 +168,7 @@ def _tags(stream: Stream) -> dict[str, str]:
 
 
 def _loudspeaker(stream: Stream) -> str:
-    """ffmpeg's name of the loudspeaker of a track with one channel; empty if the track does not tell."""
+    """ffmpeg's name of the loudspeaker of a track with one channel; empty if the track does not name it."""
     layout = str(stream.get("channel_layout", ""))
     named = re.fullmatch(r"(?:1 channels? \()?([A-Z0-9]+)\)?", layout)
     return named[1] if named and named[1] in FFMPEG_CHANNELS else "FC" if layout == "mono" else ""

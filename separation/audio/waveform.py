@@ -246,7 +246,7 @@ class Readable(Protocol):
 
 
 def read_padded(source: Readable, start: int, stop: int) -> Tensor:
-    """As `Waveform.read`, with zeros before the first sample and behind the last one."""
+    """As `Waveform.read`, with zeros before the first sample and after the last one."""
     first, last = min(max(start, 0), source.n_samples), min(max(stop, 0), source.n_samples)
     return torch.nn.functional.pad(source.read(first, last), (first - start, stop - last))
 

@@ -72,7 +72,7 @@ def find_songs(path: Path) -> list[WavPackSong]:
 
 
 def _block(reader: ByteReader, position: int) -> _Block | None:
-    """The block whose header stands at a position; None if there is no valid header."""
+    """The block at a position; None if there is no valid header."""
     header = reader.get(position, _HEADER.size)
     if len(header) < _HEADER.size or header[:4] != _MARK:
         return None
@@ -95,7 +95,7 @@ def _is_in_place(reader: ByteReader, position: int, block: _Block, due: int) -> 
 
 
 def _next_continues(reader: ByteReader, position: int, block: _Block) -> bool:
-    """Whether the block after this one goes on with the next sample, or the file ends there."""
+    """Whether the next block continues with the next sample, or the file ends."""
     end = block.start + block.n_samples
     if block.total_samples and end > block.total_samples:
         return False

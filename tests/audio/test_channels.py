@@ -187,7 +187,7 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "aiff": lambda path, channels, mask: aiff(path, channels, core_audio(BITMAP, mask)),
     "aiff, layout last": lambda path, channels, mask: aiff(path, channels, core_audio(BITMAP, mask), layout_last=True),
     "flac": flac,
-    "flac behind ID3": id3_flac,
+    "flac after ID3": id3_flac,
 }
 
 

@@ -48,7 +48,7 @@ def flipped(content: bytes, at: int) -> bytes:
 
 def check(answers: list[Answer], n_jobs: int) -> None:
     assert len(answers) == n_jobs
-    assert not [answer for answer in answers if answer.left], "files stayed behind"
+    assert not [answer for answer in answers if answer.left], "files stayed after"
     for answer in answers:
         if answer.refusal:
             assert repr(f"{answer.number}-{answer.name}") in answer.refusal

@@ -24,7 +24,7 @@ def ape(n_bytes: int, *, is_header: bool) -> bytes:
         (id3v2(300, flags=16), 320),  # with a footer
         (b"TAG" + bytes(125), 128),
         (ape(500, is_header=True), 532),
-        (ape(500, is_header=False), 32),  # a footer, behind its items
+        (ape(500, is_header=False), 32),  # a footer, after its items
         (b"ID3\4\0", 0),
         (b"APETAGEX", 0),
         (b"\xff\xfb\x90\x64", 0),
