@@ -28,7 +28,8 @@ import separation
 from helpers.common import METRICS, PROJECT, SONG
 from separation import EngineOptions, OutputOptions
 from separation.checkpoints import catalogue
-from separation.cli.main import build_parser, main
+from separation.cli.main import main
+from separation.cli.parser import build_parser
 from separation.engine import recipes
 
 DOCUMENTS = sorted(

@@ -11,7 +11,7 @@ import separation
 from helpers.common import PROJECT
 from helpers.house import imports, modules
 from separation import device
-from separation.cli import main as __main__
+from separation.engine import options
 from separation.models import attention
 
 # A package or module imports only from lower floors. There are no import cycles.
@@ -105,7 +105,7 @@ def test_what_is_printed_goes_through_one_function_for_people_and_one_for_json()
     }
     del printing["predict"]  # whose stdout is the prediction's log
     assert {name: count for name, count in printing.items() if count} == {
-        "separation.cli.main": 2,
+        "separation.cli.printing": 2,
         "separation.evaluation.bench": 2,
         "separation.cli.process": 2,
         "separation.web.errors": 1,
@@ -117,7 +117,7 @@ def test_what_is_printed_goes_through_one_function_for_people_and_one_for_json()
 )
 def test_only_the_command_line_imports_what_measures_and_exports(module: str) -> None:
     users = {name for name, path in modules().items() if module in imports(path)}
-    assert users == {"separation.cli.main"}
+    assert users == {"separation.cli.commands"}
 
 
 def modules_after(code: str) -> set[str]:
@@ -182,8 +182,8 @@ build(read_config("htdemucs_6s"))
 
 
 def test_the_command_line_offers_what_the_engine_does() -> None:
-    assert tuple(device.PRECISIONS) == __main__.PRECISIONS
-    assert attention.NAMES == __main__.ATTENTIONS
+    assert ("auto", *device.PRECISIONS) == options.PRECISIONS
+    assert options.ATTENTIONS == attention.NAMES
 
 
 def test_the_public_names_are_pinned_and_there() -> None:

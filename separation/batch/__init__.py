@@ -1,1 +1,1 @@
-"""Many songs: found, separated, recorded, spread over a cluster."""
+"""Many songs: finds them, separates them, records what is done, and spreads the work over a cluster."""

@@ -1,8 +1,8 @@
-"""Songs over the machines of a Ray cluster: a worker for each GPU, or for a node without one, and a song at a time.
+"""Separates songs on the machines of a Ray cluster, with a worker for each GPU and for each node without one.
 
-Every machine needs this package, the weights or a way to download them, and the songs and the output folder under the
-same paths: a shared file system. What is done is told by the records beside the stems, not by the cluster: a song that
-a worker had finished when it died is not done again, and one that it had not finished is done by another.
+Every machine needs this package, the weights or a way to download them, and a shared file system with the songs and the
+output folder under the same paths. If a worker dies, another one separates its song. The records beside the stems tell
+which songs are done, so finished songs are never separated again.
 """
 
 import logging
@@ -12,75 +12,87 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from separation.batch.songs import Job, Outcome, Song, separate_song, until
+from separation.batch.job import Job, Outcome, Song
+from separation.batch.run import cancellable, separate_song
+from separation.engine.separator import Separator
 from separation.errors import InputError, SeparationError
 from separation.progress import Progress
 
-if TYPE_CHECKING:
-    from separation.engine.separator import Separator
-
-ATTEMPTS = 3  # a song, or a place for a worker, that so many workers died on is given up
+MAX_DEATHS = 3  # of workers, before their song or their place in the cluster is given up
 CONNECT_SECONDS = 10.0
-LOOK_SECONDS = 2.0  # how often new nodes are looked for
-STOP_SECONDS = 60.0  # how long workers may take to reach a chunk's end and remove their files
+POLL_SECONDS = 2.0  # how often to look for new nodes
+STOP_SECONDS = 60.0  # how long workers may take to finish a chunk and remove their files
 
 logger = logging.getLogger("separation")
 
-Place = tuple[str, int]  # a node, and the index of a GPU there
+Place = tuple[str, int]  # where a worker runs: a node, and the index of one of its GPUs
 
 
 class Worker:
-    """A process on some machine that holds the models."""
+    """A process on one of the machines, with its own models."""
 
-    def __init__(self, load: Callable[[], "Separator"]) -> None:
+    def __init__(self, load: Callable[[], Separator]) -> None:
         self._load = load
         self._stopped = threading.Event()
 
+    @cached_property
+    def _separator(self) -> Separator:
+        return self._load()
+
     def load(self) -> str:
-        """Load the models; returns what went wrong."""
+        """Load the models; returns the error, or an empty text."""
         try:
-            self._separator = self._load()
+            self._separator  # noqa: B018
         except SeparationError as e:
             return f"{e} (on {socket.gethostname()})"
         return ""
 
     def separate(self, song: Song, job: Job) -> Outcome:
+        """Separate a song."""
         if not song.path.exists():
             host = socket.gethostname()
-            error = f"{song.path.name!r} is not there on {host}: --ray needs a file system that all machines share"
+            error = f"{song.path.name!r} does not exist on {host}: give --ray songs on a shared file system"
             return Outcome(song.path, "failed", error)
-        progress = until(self._stopped, Progress())
-        return separate_song(song, job, self._separator, progress)
+        return separate_song(song, job, self._separator, cancellable(Progress(), self._stopped))
 
     def stop(self) -> None:
-        """Cancel the song at hand."""
+        """Cancel the current song."""
         self._stopped.set()
 
 
-def run(songs: Sequence[Song], job: Job, load: Callable[[], "Separator"], address: str) -> Iterator[Outcome]:
-    """Do the songs, whose paths are absolute, on the cluster at that address; yields each when it is over.
+def run(songs: Sequence[Song], job: Job, load: Callable[[], Separator], address: str) -> Iterator[Outcome]:
+    """Separate the songs on a cluster and yield each outcome as soon as it is known.
 
-    `load` makes a worker's separator. Nodes that come later take part. When the iterator is closed, the songs at hand
-    are cancelled, and no file of them stays. Until then `sys.stdout` is stderr, for what Ray has to say.
+    Nodes may join at any time. If the iterator is closed, the songs in progress are cancelled and leave no file behind.
+    While it runs, `sys.stdout` is stderr, because Ray prints messages.
 
-    Raises InputError if no cluster answers, SeparationError if it has no worker, or no worker can load the models.
+    Args:
+        songs: songs with absolute paths.
+        job: what to do with each.
+        load: makes a worker's separator; it is pickled.
+        address: the cluster's address, or `auto`.
+
+    Raises:
+        InputError: no cluster answers.
+        SeparationError: no worker is left, or none can load the models.
     """
     host, _, port = address.rpartition(":")
     try:
         if host and port.isdecimal() and "/" not in host:
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()  # Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()  # Ray retries for minutes
         ray.init(address, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as e:
         reason = str(e).strip().partition("\n")[0]
-        raise InputError(f"no Ray cluster can be used at {address!r}: {reason}") from e
+        raise InputError(f"no Ray cluster answers at {address!r} ({reason}): check the address") from e
     cluster = _Cluster(load)
-    with redirect_stdout(sys.stderr):  # Ray's own messages, which it prints from a thread
+    with redirect_stdout(sys.stderr):  # Ray prints messages from a thread
         try:
             yield from cluster.run(deque(songs), job)
         finally:
@@ -89,13 +101,15 @@ def run(songs: Sequence[Song], job: Job, load: Callable[[], "Separator"], addres
 
 
 class _Cluster:
-    def __init__(self, load: Callable[[], "Separator"]) -> None:
+    """The workers, and what each of them is doing."""
+
+    def __init__(self, load: Callable[[], Separator]) -> None:
         self._load = load
         self._workers: dict[Place, Any] = {}
         self._idle: list[Place] = []
-        self._busy: dict[Any, tuple[Place, Song | None]] = {}  # what is waited for; without a song: for the models
+        self._busy: dict[Any, tuple[Place, Song | None]] = {}  # by Ray's reference; without a song, models are loading
         self._deaths: Counter[Place | Song] = Counter()
-        self._refused: dict[Place, str] = {}  # places that get no worker any more, and why
+        self._given_up: dict[Place, str] = {}  # places that get no more workers, and why
 
     def run(self, waiting: deque[Song], job: Job) -> Iterator[Outcome]:
         while waiting or any(song for _, song in self._busy.values()):
@@ -104,71 +118,74 @@ class _Cluster:
                 place, song = self._idle.pop(), waiting.popleft()
                 self._busy[self._workers[place].separate.remote(song, job)] = place, song
             if not self._busy:
-                why = next(iter(self._refused.values()), "it has no node with a CPU or a GPU for this")
-                raise SeparationError(f"no worker of the Ray cluster is left: {why}")
-            for reference in ray.wait(list(self._busy), timeout=LOOK_SECONDS)[0]:
-                place, of = self._busy.pop(reference)
+                why = next(iter(self._given_up.values()), "no node has a free CPU or GPU")
+                raise SeparationError(f"the Ray cluster has no worker left ({why}): check its nodes")
+            for reference in ray.wait(list(self._busy), timeout=POLL_SECONDS)[0]:
+                place, current = self._busy.pop(reference)
                 try:
                     answer = ray.get(reference)
-                except RayTaskError:  # raised by our own code: an error of ours, as it would be here
+                except RayTaskError:  # our own code raised it: a bug, as it would be without a cluster
                     raise
                 except RayError as e:
-                    died_on = self._bury(place, of, e)
-                    if of and died_on:
-                        yield Outcome(of.path, "failed", died_on)
-                    elif of:
-                        waiting.appendleft(of)
+                    error = self._remove_dead(place, current, e)
+                    if current and error:
+                        yield Outcome(current.path, "failed", error)
+                    elif current:
+                        waiting.appendleft(current)
                     continue
-                if of:
+                if current:
                     yield answer
                 elif answer:
                     logger.warning("a worker is left out: %s", answer)
-                    self._refused[place] = answer
+                    self._given_up[place] = answer
                     ray.kill(self._workers.pop(place))
                     continue
                 self._idle.append(place)
 
     def _start_workers(self) -> None:
-        """A worker for every place that has none."""
-        for node in ray.nodes():
+        """Start a worker at every place that has none."""
+        nodes: list[dict[str, Any]] = ray.nodes()
+        for node in nodes:
             resources = node["Resources"]
             n_cpus, n_gpus = resources.get("CPU", 0), int(resources.get("GPU", 0))
             for index in range(n_gpus or int(n_cpus > 0)):
                 place = node["NodeID"], index
-                if not node["Alive"] or place in self._workers or place in self._refused:
+                if not node["Alive"] or place in self._workers or place in self._given_up:
                     continue
                 self._workers[place] = (
                     ray.remote(Worker)
                     .options(
                         num_cpus=n_cpus / max(1, n_gpus),
                         num_gpus=int(n_gpus > 0),
-                        max_concurrency=2,  # `stop` beside `separate`
+                        max_concurrency=2,  # so that `stop` runs during `separate`
                         scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
                     )
                     .remote(self._load)
                 )
                 self._busy[self._workers[place].load.remote()] = place, None
 
-    def _bury(self, place: Place, song: Song | None, error: RayError) -> str:
-        """A worker died; returns why its song is given up, if it is."""
-        # Those that are idle on its node may be gone as well, and would cost the song its attempts one after the other.
+    def _remove_dead(self, place: Place, song: Song | None, error: RayError) -> str:
+        """Remove a worker that died. Returns an error if its song is given up."""
+        # Idle workers on the same node may be dead too. Each of them would count as another death of the song.
         for lost in [place, *(idle for idle in self._idle if idle[0] == place[0])]:
-            ray.kill(self._workers.pop(lost))  # it may only have been out of reach
+            ray.kill(self._workers.pop(lost))  # it may only be unreachable
         self._idle = [idle for idle in self._idle if idle in self._workers]
         reason = str(error).strip().partition("\n")[0]
         logger.warning("a worker died%s: %s", f" on {song.path.name}" if song else "", reason)
-        fallen = song or place
-        self._deaths[fallen] += 1
-        if self._deaths[fallen] < ATTEMPTS:
+        cause = song or place
+        self._deaths[cause] += 1
+        if self._deaths[cause] < MAX_DEATHS:
             return ""
         if song is None:
-            self._refused[place] = f"{ATTEMPTS} workers died while they loaded the models, the last as {reason}"
-        return f"{ATTEMPTS} workers died while they separated it, the last as {reason}: separate it alone to see why"
+            self._given_up[place] = f"{MAX_DEATHS} workers died while loading the models, the last with: {reason}"
+            return ""
+        name = repr(song.path.name)
+        return f"{MAX_DEATHS} workers died while separating {name} ({reason}): separate it alone to see why"
 
     def stop(self) -> None:
-        """Let every worker cancel its song and remove its files."""
-        at_work = {reference: place for reference, (place, song) in self._busy.items() if song}
-        for place in at_work.values():
+        """Have every worker cancel its song and remove its files."""
+        separating = {reference: place for reference, (place, song) in self._busy.items() if song}
+        for place in separating.values():
             self._workers[place].stop.remote()
-        if at_work:
-            ray.wait(list(at_work), num_returns=len(at_work), timeout=STOP_SECONDS)
+        if separating:
+            ray.wait(list(separating), num_returns=len(separating), timeout=STOP_SECONDS)

@@ -1,4 +1,4 @@
-"""Which songs are meant by files, folders and globs."""
+"""Finds the songs in files, folders and globs."""
 
 import os
 import re
@@ -12,49 +12,50 @@ from functools import cache
 from pathlib import Path
 
 from separation.audio.suffixes import AUDIO_OR_VIDEO
-from separation.batch.songs import Outcome, Song
+from separation.batch.job import Outcome, Song
 from separation.errors import InputError
 from separation.system.record import PAGE, Record, stem_files
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 @dataclass
 class Found:
-    """The songs, what cannot be one, and what was passed over in folders."""
+    """The songs, what cannot be separated, and what was skipped in folders."""
 
     songs: list[Song] = field(default_factory=list)
     failed: list[Outcome] = field(default_factory=list)
-    passed_over: set[Path] = field(default_factory=set)  # files by their suffixes
-    links: set[Path] = field(default_factory=set)  # to folders, which are not entered
+    skipped_files: set[Path] = field(default_factory=set)  # files without a suffix of audio or video
+    skipped_links: set[Path] = field(default_factory=set)  # symbolic links to folders
 
     def note(self) -> str:
-        """What was passed over, as a sentence; empty if nothing was."""
+        """A sentence about what was skipped; empty if nothing was."""
         parts = []
-        if self.passed_over:
-            found = sorted(path.suffix.lower() or "no suffix" for path in self.passed_over)
-            suffixes = Counter(found).most_common()
-            more = ", …" if len(suffixes) > 5 else ""
-            kinds = ", ".join(f"{suffix} {number}" for suffix, number in suffixes[:5]) + more
-            parts.append(f"{_count(self.passed_over, 'file')} without a suffix of audio or video ({kinds})")
-        if self.links:
-            more = ", …" if len(self.links) > 1 else ""
-            parts.append(f"{_count(self.links, 'linked folder')} ({str(min(self.links))!r}{more})")
-        return f"passed over: {' and '.join(parts)}: name a file or folder itself to have it tried" if parts else ""
+        if self.skipped_files:
+            suffixes = sorted(path.suffix.lower() or "no suffix" for path in self.skipped_files)
+            counts = Counter(suffixes).most_common()
+            more = ", …" if len(counts) > 5 else ""
+            listed = ", ".join(f"{suffix} {number}" for suffix, number in counts[:5]) + more
+            parts.append(f"{_count(self.skipped_files, 'file')} without a suffix of audio or video ({listed})")
+        if self.skipped_links:
+            more = ", …" if len(self.skipped_links) > 1 else ""
+            parts.append(f"{_count(self.skipped_links, 'linked folder')} ({str(min(self.skipped_links))!r}{more})")
+        return f"skipped {' and '.join(parts)}: name a file or folder to include it" if parts else ""
 
 
 def find(given: Sequence[str], output: Path) -> Found:
-    """The songs that are meant by paths of files and folders and by globs, and what cannot be one.
+    """Find the songs in files, folders and globs.
 
-    A song's folder is `output/<its name without suffix>`; that of one within a folder, or below the part of a glob that
-    has no wildcard, is at the same place below `output`. Of folders and globs only files with a suffix of audio or
-    video are taken, and none that are hidden, below `output`, or stems of a record beside them; folders that are
-    symbolic links are not entered. A name that is there is itself, also where it has wildcards. Raises InputError if
-    `output` is itself a folder that songs are taken from.
+    The stems of a file go to `output/<name without suffix>`. The structure of a folder, or of a glob below its first
+    wildcard, is kept below `output`. In folders and globs, only files with a suffix of audio or video count. Hidden
+    files, files below `output` and stems that a record lists do not count, and linked folders are not entered. A path
+    that exists is taken literally, even if it has wildcards.
+
+    Raises InputError if `output` is one of the folders to search.
     """
     search = _Search(output)
     for text in given:
-        search.take(text)
+        search.add(text)
     return search.finish()
 
 
@@ -69,32 +70,33 @@ class _Search:
         self._found.songs = _without_clashes(list(self._songs.values()), self._found.failed)
         return self._found
 
-    def take(self, text: str) -> None:
+    def add(self, text: str) -> None:
         path = Path(text)
         if os.path.isdir(path):
             if os.path.realpath(path) == os.path.realpath(self._output):
                 raise InputError(
-                    f"the stems would go among the songs of {text!r}: choose another folder, such as {path / 'stems'}"
+                    f"{text!r} is both the output folder and a folder of songs: choose another output folder, such as "
+                    f"{str(path / 'stems')!r}"
                 )
-            self._take_below(path, [], text)
+            self._add_below(path, [], text)
         elif os.path.exists(path):
-            self._add(path, path.parent)
-        elif _ADDRESS.match(text):
+            self._add_song(path, path.parent)
+        elif _URL.match(text):
             self._fail(path, f"{text!r} is a URL: download the song, then give its file")
         elif _is_pattern(text):
             below, rest = _literal_prefix(path)
-            rest += ["**"] if text.endswith(("/", os.sep)) else []  # folders alone, as for a shell
+            rest += ["**"] if text.endswith(("/", os.sep)) else []  # only folders, as in a shell
             if os.path.isdir(below):
-                self._take_below(below, rest, text)
+                self._add_below(below, rest, text)
             else:
                 self._fail(path, f"{str(below)!r} in {text!r} {_why_missing(below)}: check the path")
         else:
             self._fail(path, f"{text!r} {_why_missing(path)}: check the path")
 
-    def _take_below(self, below: Path, pattern: Sequence[str], text: str) -> None:
-        """Add the songs below a folder, or those that a pattern means there, with the same places below the output."""
+    def _add_below(self, below: Path, pattern: Sequence[str], text: str) -> None:
+        """Add the songs below a folder that match a pattern."""
         output = _resolved(self._output)
-        skipped = None if _is_below(_resolved(below), output) else output  # above the songs, it has all of them
+        skipped = None if _is_below(_resolved(below), output) else output  # unless the songs are inside the output
         n_failed, stems = len(self._found.failed), False
         sources = []
         for place in self._matches(below, pattern):
@@ -104,15 +106,15 @@ class _Search:
                 elif path.suffix.lower() in AUDIO_OR_VIDEO:
                     sources.append(path)
                 else:
-                    self._found.passed_over.add(path)
+                    self._found.skipped_files.add(path)
         for source in sources:
-            self._add(source, below)
+            self._add_song(source, below)
         if stems and not sources:
-            self._fail(Path(text), f"{text!r} holds only stems that this program made: give the songs they came from")
+            self._fail(Path(text), f"{text!r} has only stems that this program made: give the songs they came from")
         elif not sources and n_failed == len(self._found.failed):
-            self._fail(Path(text), f"there is no audio file in {text!r}: check the path")
+            self._fail(Path(text), f"{text!r} has no audio file: check the path")
 
-    def _add(self, path: Path, below: Path) -> None:
+    def _add_song(self, path: Path, below: Path) -> None:
         relative = path.relative_to(below)
         relative = Path(relative.name) if ".." in relative.parts else relative
         name = relative.name if relative.stem == ".." else relative.stem
@@ -121,11 +123,12 @@ class _Search:
     def _fail(self, path: Path, error: str) -> None:
         self._found.failed.append(Outcome(path, "failed", error))
 
-    def _refuse(self, error: OSError) -> None:
-        self._fail(Path(error.filename), f"cannot read folder {error.filename!r}: {error.strerror}")
+    def _fail_folder(self, error: OSError) -> None:
+        path = error.filename
+        self._fail(Path(path), f"cannot read the folder {path!r} ({error.strerror}): check its permissions")
 
     def _files(self, place: Path, skipped: Path | None) -> Iterator[Path]:
-        """Those in a folder and all below it, or the file itself if it is one; none that are hidden or skipped."""
+        """The file `place`, or all files below the folder `place`, except hidden ones and those below `skipped`."""
         if skipped and _is_below(_resolved(place), skipped):
             return
         if not os.path.isdir(place):
@@ -135,29 +138,30 @@ class _Search:
             yield from (folder / name for name in files)
 
     def _walk(self, place: Path, skipped: Path | None) -> Iterator[tuple[Path, list[str]]]:
-        """A folder and all below it, each with the names of its files."""
-        for where, folders, files in os.walk(place, onerror=self._refuse):
+        """The folder `place` and all folders below it, each with the names of its files."""
+        for where, folders, files in os.walk(place, onerror=self._fail_folder):
             folder = Path(where)
-            seen = [name for name in sorted(folders) if not name.startswith(".")]
-            links = [name for name in seen if (folder / name).is_symlink()]
-            self._found.links.update(folder / name for name in links)
-            folders[:] = [name for name in seen if name not in links and _resolved(folder / name) != skipped]
+            visible = [name for name in sorted(folders) if not name.startswith(".")]
+            links = [name for name in visible if (folder / name).is_symlink()]
+            self._found.skipped_links.update(folder / name for name in links)
+            folders[:] = [name for name in visible if name not in links and _resolved(folder / name) != skipped]
             yield folder, [name for name in sorted(files) if not name.startswith(".")]
 
     def _matches(self, below: Path, parts: Sequence[str]) -> list[Path]:
-        """What is meant by a pattern's parts; `**` is any number of folders."""
+        """The files and folders that a pattern matches, given its parts; `**` matches any number of folders."""
         places = [below]
         for index, part in enumerate(parts):
             if part != "**":
-                places = [match for place in places for match in self._named(place, part)]
+                places = [match for place in places for match in self._entries(place, part)]
                 continue
             places = [place for place in places if os.path.isdir(place)]
-            if index < len(parts) - 1:  # else they are taken with all below them anyway
+            if index < len(parts) - 1:  # at the end, everything below a folder counts anyway
                 folders = (folder for place in places for folder, _ in self._walk(place, None))
                 places = list(dict.fromkeys(folders))
         return places
 
-    def _named(self, folder: Path, part: str) -> list[Path]:
+    def _entries(self, folder: Path, part: str) -> list[Path]:
+        """The folder's entries that a part of a pattern matches."""
         if os.path.lexists(folder / part):
             return [folder / part]
         if not _is_pattern(part) or not os.path.isdir(folder):
@@ -165,13 +169,13 @@ class _Search:
         try:
             names = sorted(os.listdir(folder))
         except OSError as e:
-            self._refuse(e)
+            self._fail_folder(e)
             return []
         return [folder / name for name in names if fnmatch(name, part) and (part[0] == "." or name[0] != ".")]
 
 
 def _literal_prefix(path: Path) -> tuple[Path, list[str]]:
-    """The part of a pattern that is taken as it is, since it has no wildcard or is there by that name; and the rest."""
+    """Splits a pattern before its first wildcard; a wildcard in a name that exists does not count."""
     below, rest = Path(path.anchor), list(path.parts[bool(path.anchor) :])
     while rest and (not _is_pattern(rest[0]) or os.path.lexists(below / rest[0])):
         below /= rest.pop(0)
@@ -179,7 +183,7 @@ def _literal_prefix(path: Path) -> tuple[Path, list[str]]:
 
 
 def _resolved(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # `Path.resolve` raises for a link that leads to itself
+    return Path(os.path.realpath(path))  # `Path.resolve` raises for a link to itself
 
 
 def _is_below(path: Path, folder: Path) -> bool:
@@ -204,27 +208,27 @@ def _why_missing(path: Path) -> str:
 
 
 def _stems_in(folder: Path) -> set[str]:
-    """The names of the files in a folder that this program wrote."""
+    """The names of the files in a folder that its record lists."""
     record = Record.read(folder)
     return {file.name for file in record.files}.union(*map(stem_files, record.runs))
 
 
 def _without_clashes(songs: list[Song], failed: list[Outcome]) -> list[Song]:
-    """The songs that have their folder for themselves; the others have failed."""
+    """The songs that do not share their folder for stems; the others are added to `failed`."""
     owners: dict[str, list[Song]] = {}
     for song in songs:
-        owners.setdefault(_as_one_disk_sees_it(song.folder), []).append(song)
+        owners.setdefault(_comparable(song.folder), []).append(song)
     for rivals in owners.values():
         if len(rivals) > 1:
             names = " and ".join(repr(str(song.path)) for song in rivals)
             folder = str(rivals[0].folder)
-            error = f"more than one song would be written to {folder!r}, {names}: separate each with its own -o"
+            error = f"{names} would share the folder {folder!r}: separate each with its own -o"
             failed += (Outcome(song.path, "failed", error) for song in rivals)
     return [rivals[0] for rivals in owners.values() if len(rivals) == 1]
 
 
-def _as_one_disk_sees_it(path: Path) -> str:
-    """macOS and Windows take names for one that differ in capitals or in how an accent is put together."""
+def _comparable(path: Path) -> str:
+    """The path in a form that is equal for equal files: macOS and Windows ignore case and how accents are composed."""
     text = str(path)
     return unicodedata.normalize("NFC", text).casefold() if sys.platform in ("darwin", "win32") else text
 

@@ -1,4 +1,4 @@
-"""The demo: the shipped song through the shipped weights, scored against its true stems, with a picture and a page."""
+"""The demo: separates the shipped song with the shipped weights and scores it against its true stems."""
 
 import time
 from pathlib import Path
@@ -23,7 +23,7 @@ from separation.system.record import RECORD, check_targets
 SONG = shipped("weights") / "demo" / "song.flac"
 TRUE_STEMS = shipped("weights") / "demo" / "stems"
 CHOICES = ("vocals_instrumental", "all_6")
-SEPARATED = 0.7  # the share of the job, in the progress, that is done by then; the rest is the page
+SEPARATED = 0.7  # the share of the progress that the stems take; the page takes the rest
 
 
 def run_demo(
@@ -33,12 +33,11 @@ def run_demo(
     overwrite: bool = False,
     progress: Progress = Progress(),
 ) -> str:
-    """Separate the demo song into `folder/vocals_instrumental` and `folder/all_6` and draw `folder/stems.svg`
-    and `folder/stems.html`.
+    """Separate the demo song into two folders, `vocals_instrumental` and `all_6`; draw `stems.svg` and `stems.html`.
 
-    What an earlier run wrote there is replaced; other files are refused before any work, unless `overwrite`.
+    Returns text to print: a table with the SDR in dB, the level in dBFS and the file of each stem, and the speed.
 
-    Returns a table as text: stem, SDR in dB against the true stem, level in dBFS, file; then the speed.
+    Raises OutputError before any work if a file would be replaced that this program did not write, unless `overwrite`.
     """
     started = time.monotonic()
     for choice in CHOICES:
@@ -84,7 +83,7 @@ def _read(path: Path) -> torch.Tensor:
 
 
 def _true_stem(stem: str) -> torch.Tensor:
-    """The true stem; of `instrumental`, everything that was mixed but the vocals."""
+    """The true stem, `[2, T]`. For `instrumental`, the sum of all others but the vocals."""
     if stem != "instrumental":
         return _read(TRUE_STEMS / f"{stem}.ogg")
     return torch.stack([_read(path) for path in sorted(TRUE_STEMS.glob("*.ogg")) if path.stem != "vocals"]).sum(dim=0)

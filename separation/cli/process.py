@@ -1,7 +1,4 @@
-"""The process of the command line: streams that may be closed or full, signals, and the exit code.
-
-`run` is what the command `separation` and `python -m separation` call, by way of `separation.cli.start`.
-"""
+"""The process of the command line: signals, the exit code, and output streams that are closed or full."""
 
 import io
 import os
@@ -14,18 +11,18 @@ from separation.system import signals
 
 
 def run() -> NoReturn:
-    """Run the command line and exit: 0 success, 2 bad input or usage, 128 + a signal's number, 1 anything else.
+    """Run the command line and exit: 0 for success, 2 for bad usage or input, 128 + number for a signal, else 1.
 
-    What cannot be printed, because a disk is full or a reader has gone, never keeps songs from being done. Of stdout it
-    makes the exit code 1 in the end.
+    If a stream cannot be written to, because a disk is full or a reader has gone, songs are still separated. If that
+    stream is stdout, the exit code is 1.
     """
     stopping = signals.install()
     _open_descriptors()
-    out, sys.stdout = _lasting(sys.stdout, 1)
-    _, sys.stderr = _lasting(sys.stderr, 2)
-    sys.unraisablehook = _unraisable
-    # PyTorch's threads then wait asleep. Spinning, as they would, they take the cores from the fused layers' threads
-    # and from other processes: two songs at once took longer than one after the other. Read as PyTorch is imported.
+    out, sys.stdout = _forgiving(sys.stdout, 1)
+    _, sys.stderr = _forgiving(sys.stderr, 2)
+    sys.unraisablehook = _print_unraisable
+    # Makes PyTorch's idle threads sleep instead of spin. Spinning threads take the cores from the fused layers' threads
+    # and from other processes: two songs at once took longer than one after the other. PyTorch reads this on import.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     main = import_module("separation.cli.main").main
     try:
@@ -39,15 +36,15 @@ def run() -> NoReturn:
         code = e.code if isinstance(e.code, int) else 0
     sys.stdout.flush()
     if out.error is not None and code == 0:
-        if not isinstance(out.error, BrokenPipeError):  # whoever read it has seen enough: `| head`
+        if not isinstance(out.error, BrokenPipeError):  # the reader has seen enough, as in `| head`
             print(f"error: cannot write to the standard output: {out.error.strerror}", file=sys.stderr)
         code = 1
     stopping.code = code
     sys.exit(code)
 
 
-class _Lasting(io.RawIOBase):
-    """A file that is written to. After an error, which it keeps, it takes everything and writes nothing."""
+class _Forgiving(io.RawIOBase):
+    """A file to write to. It keeps the first error and then discards everything."""
 
     def __init__(self, raw: io.RawIOBase) -> None:
         self._raw = raw
@@ -59,7 +56,7 @@ class _Lasting(io.RawIOBase):
         try:
             while rest and self.error is None:
                 written = self._raw.write(rest)
-                if written is None:  # a pipe or a terminal that the caller of the program has made non-blocking
+                if written is None:  # the parent process has made the pipe or terminal non-blocking
                     select.select([], [self._raw], [])
                 rest = rest[written or 0 :]
         except OSError as e:
@@ -76,12 +73,12 @@ class _Lasting(io.RawIOBase):
         return self._raw.isatty()
 
 
-def _lasting(stream: Any, descriptor: int) -> tuple[_Lasting, TextIO]:
-    """The stream as one whose errors are kept; None, whose descriptor was closed, as one that nobody reads."""
+def _forgiving(stream: Any, descriptor: int) -> tuple[_Forgiving, TextIO]:
+    """Replace a standard stream, or open one on the descriptor if the parent process has closed it."""
     if stream is None:
-        raw = _Lasting(io.FileIO(descriptor, "w", closefd=False))
+        raw = _Forgiving(io.FileIO(descriptor, "w", closefd=False))
         return raw, io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace")
-    raw = _Lasting(getattr(stream.buffer, "raw", stream.buffer))
+    raw = _Forgiving(getattr(stream.buffer, "raw", stream.buffer))
     buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
     text = io.TextIOWrapper(
         buffer,
@@ -94,13 +91,13 @@ def _lasting(stream: Any, descriptor: int) -> tuple[_Lasting, TextIO]:
 
 
 def _open_descriptors() -> None:
-    """Open those of stdin, stdout and stderr that are closed: else songs get them, and what libraries print."""
+    """Open stdin, stdout and stderr if they are closed. Otherwise a song's file would get that descriptor."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
-def _unraisable(raised: Any) -> None:
-    """An exception that Python cannot pass on; `signals.check` raises a signal's again."""
+def _print_unraisable(raised: Any) -> None:
+    """Print an exception that Python cannot raise, unless a signal caused it, which `signals.check` raises again."""
     if not issubclass(raised.exc_type, KeyboardInterrupt | SystemExit):
         sys.__unraisablehook__(raised)

@@ -1,10 +1,9 @@
-"""What `python -m separation` and the command `separation` import first.
+"""The entry point of `separation` and `python -m separation`.
 
-Ctrl-C ends the program at once and without a traceback from here on, until `run` says otherwise: the imports take a
-while.
+The imports take a while. Until `run` handles signals, Ctrl-C ends the program at once and without a traceback.
 """
 
-import _signal  # type: ignore[import-not-found]  # `signal` without the enumerations, which take a while too
+import _signal  # type: ignore[import-not-found]  # `signal` also imports enumerations, which takes time
 
 if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

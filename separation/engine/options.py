@@ -6,6 +6,10 @@ from typing import Literal
 from separation.checkpoints.chunk_choice import ChunkChoice, Seconds
 from separation.errors import InputError
 
+# Spelt out because `separation.device` and `separation.models.attention` import PyTorch; a test compares them.
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+ATTENTIONS = ("auto", "fused", "triton", "sage", "sdpa", "itemwise", "einsum")
+
 
 @dataclass(frozen=True)
 class EngineOptions:

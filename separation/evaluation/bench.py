@@ -262,7 +262,7 @@ def _separator(
     models: dict[str, SeparationModel], selection: Selection, options: EngineOptions = EngineOptions()
 ) -> Separator:
     """A separator that uses the selection's models, already loaded."""
-    if selection.model_name is None:
+    if selection.model is None:
         return Separator(selection.load(), pool=LoadedModels(models), options=options)
     (model,) = models.values()
     return Separator.from_model(model, two_stems=selection.two_stems, options=options)
@@ -401,8 +401,8 @@ class _Job:
     def from_json(cls, text: str) -> Self:
         fields = json.loads(text)
         selection = fields["selection"]
-        if selection["model_path"] is not None:
-            selection["model_path"] = Path(selection["model_path"])
+        for name in ("model_dir", "model_path"):
+            selection[name] = None if selection[name] is None else Path(selection[name])
         paths = {name: Path(fields[name]) for name in ("song", "folder")}
         return cls(**fields | paths | {"selection": Selection(**selection)})
 

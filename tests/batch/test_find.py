@@ -1,4 +1,4 @@
-"""Files, folders and globs mean the songs one thinks, and what is not taken is said."""
+"""Files, folders and globs give the expected songs, and a note says what was skipped."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from helpers.common import needs_ffmpeg
 from separation.audio.decode import decode
 from separation.audio.suffixes import AUDIO_OR_VIDEO
 from separation.batch.find import Found, find
-from separation.batch.songs import Song
+from separation.batch.job import Song
 from separation.cli.main import main
 from separation.errors import InputError
 from separation.system.record import RECORD, Record, Written
@@ -39,7 +39,7 @@ def found_in(folder: Path, *given: str, output: str = "out") -> tuple[dict[str, 
     return songs, found
 
 
-def test_a_folder_is_mirrored_without_hidden_files_other_suffixes_and_stems(tmp_path: Path) -> None:
+def test_the_structure_of_a_folder_is_kept_without_hidden_files_other_suffixes_and_stems(tmp_path: Path) -> None:
     music = tmp_path / "music"
     make(music, "b.WAV", "a/1. intro.flac", "a/deep/c.mp3", ".hidden.wav", ".trash/d.wav", "cover.jpg", "stems/e.wav")
     found = find([str(music)], music / "stems")
@@ -55,11 +55,11 @@ def test_a_folder_is_mirrored_without_hidden_files_other_suffixes_and_stems(tmp_
     "given, expected",
     [
         (["*.wav"], {"x.wav": "x"}),
-        (["a/*"], {"a/y.wav": "y", "a/b/z.flac": "b/z"}),  # of what matches, folders with all below them
-        (["**/*.wav"], {"x.wav": "x", "a/y.wav": "a/y"}),  # nothing of the output folder
+        (["a/*"], {"a/y.wav": "y", "a/b/z.flac": "b/z"}),  # a folder that matches counts with everything below it
+        (["**/*.wav"], {"x.wav": "x", "a/y.wav": "a/y"}),  # not the output folder
         (["**"], {"x.wav": "x", "a/y.wav": "a/y", "a/b/z.flac": "a/b/z"}),
         (["a/**/*.flac"], {"a/b/z.flac": "b/z"}),
-        (["*/**"], {"a/y.wav": "a/y", "a/b/z.flac": "a/b/z"}),  # folders alone
+        (["*/**"], {"a/y.wav": "a/y", "a/b/z.flac": "a/b/z"}),  # only folders
         (["*/"], {"a/y.wav": "a/y", "a/b/z.flac": "a/b/z"}),
         (["a/[bc]/?.flac"], {"a/b/z.flac": "b/z"}),
         (["a", "a/y.wav"], {"a/y.wav": "y", "a/b/z.flac": "b/z"}),  # once
@@ -67,7 +67,7 @@ def test_a_folder_is_mirrored_without_hidden_files_other_suffixes_and_stems(tmp_
         (["*/../x.wav"], {"a/../x.wav": "x"}),  # never above the output folder
     ],
 )
-def test_files_folders_and_globs_mean_these_songs(
+def test_files_folders_and_globs_give_these_songs(
     given: list[str], expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path, "x.wav", "a/y.wav", "a/b/z.flac", "a/notes.txt", "picture.jpg", "out/w/bass.wav")
@@ -90,7 +90,7 @@ def test_files_folders_and_globs_mean_these_songs(
         ("Album [02]*", {"Album 0/d.wav": "Album 0/d"}),  # no such name: a pattern
     ],
 )
-def test_a_name_that_is_there_is_itself_also_where_it_has_wildcards(
+def test_a_path_that_exists_is_taken_literally_even_with_wildcards(
     given: str, expected: dict[str, str], tmp_path: Path
 ) -> None:
     make(tmp_path, "odd [1].wav", "Album [2020]/a.wav", "Album [2020]/CD [1]/b.wav", "Album 0/d.wav", "wh?t*/c.wav")
@@ -114,15 +114,15 @@ def test_the_output_folder_may_be_above_the_songs(tmp_path: Path, monkeypatch: p
         ("good.wav/nothing.wav", "'{}' does not exist: check the path"),
         ("x" * 300, "'{}' cannot be read (File name too long): check the path"),
         ("gone.wav", "'{}' is a link to 'elsewhere.wav', which does not exist: check the path"),
-        ("*.ogg", "there is no audio file in '{}': check the path"),
-        ("empty", "there is no audio file in '{}': check the path"),
+        ("*.ogg", "'{}' has no audio file: check the path"),
+        ("empty", "'{}' has no audio file: check the path"),
         ("none/[ab]*.wav", "'{folder}/none' in '{}' does not exist: check the path"),
-        ("stems/song", "'{}' holds only stems that this program made: give the songs they came from"),
-        ("stems", "'{}' holds only stems that this program made: give the songs they came from"),
-        ("stems/*/*.wav", "'{}' holds only stems that this program made: give the songs they came from"),
+        ("stems/song", "'{}' has only stems that this program made: give the songs they came from"),
+        ("stems", "'{}' has only stems that this program made: give the songs they came from"),
+        ("stems/*/*.wav", "'{}' has only stems that this program made: give the songs they came from"),
     ],
 )
-def test_what_is_no_song_fails_with_its_cause_and_the_whole_path(given: str, error: str, tmp_path: Path) -> None:
+def test_what_cannot_be_a_song_fails_with_the_reason_and_the_whole_path(given: str, error: str, tmp_path: Path) -> None:
     make(tmp_path, "good.wav")
     (tmp_path / "gone.wav").symlink_to("elsewhere.wav")
     (tmp_path / "empty").mkdir()
@@ -134,12 +134,12 @@ def test_what_is_no_song_fails_with_its_cause_and_the_whole_path(given: str, err
 
 
 @pytest.mark.parametrize("address", ["https://example.com/song.mp3", "HTTP://x/*.wav?a=[1]", "s3://music/song.wav"])
-def test_an_address_is_told_from_a_path(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_url_is_refused(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["separate", address, "-o", str(tmp_path / "out"), *DEMO]) == 2
     assert capsys.readouterr().err == f"error: {address!r} is a URL: download the song, then give its file\n"
 
 
-def test_songs_that_would_share_a_folder_are_both_told_how_to_go_on(tmp_path: Path) -> None:
+def test_songs_that_would_share_a_folder_all_fail_and_say_what_to_do(tmp_path: Path) -> None:
     make(tmp_path, "good.wav", "twice.wav", "twice.flac", "a/twice.wav")
     songs, found = found_in(tmp_path, "good.wav", "twice.wav", "twice.flac", "a")
     assert list(songs) == ["good.wav"]
@@ -154,7 +154,7 @@ def test_songs_that_would_share_a_folder_are_both_told_how_to_go_on(tmp_path: Pa
 
 
 @pytest.mark.parametrize("platform, clash", [("linux", False), ("darwin", True), ("win32", True)])
-def test_names_that_are_one_to_the_disk_clash_there(
+def test_names_that_the_disk_takes_for_equal_clash(
     platform: str, clash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path, "a/Caf\u00e9.wav", "b/cafe\u0301.wav")
@@ -163,14 +163,14 @@ def test_names_that_are_one_to_the_disk_clash_there(
     assert (len(songs), len(found.failed)) == ((0, 2) if clash else (2, 0))
 
 
-def test_an_output_among_the_songs_of_a_folder_is_refused(tmp_path: Path) -> None:
+def test_the_folder_of_the_songs_is_refused_as_the_output(tmp_path: Path) -> None:
     make(tmp_path, "a/song.wav")
-    with pytest.raises(InputError, match="would go among the songs"):
+    with pytest.raises(InputError, match="is both the output folder and a folder of songs"):
         find([str(tmp_path / "a")], tmp_path / "a" / ".." / "a")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_read_fails(tmp_path: Path) -> None:
     make(tmp_path, "a/x.wav", "y.wav")
     (tmp_path / "a").chmod(0)
     try:
@@ -181,14 +181,13 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         (tmp_path / "a").chmod(0o700)
     assert list(songs) == ["y.wav"]
     (failed,) = found.failed
-    assert (
-        failed.path == tmp_path / "a" and failed.error == f"cannot read folder {str(failed.path)!r}: Permission denied"
-    )
+    assert failed.path == tmp_path / "a"
+    assert failed.error == f"cannot read the folder {str(failed.path)!r} (Permission denied): check its permissions"
     assert globbed == [failed]
     assert "x.wav' cannot be read (Permission denied)" in named[0].error
 
 
-def test_stems_beside_songs_are_no_songs(tmp_path: Path) -> None:
+def test_stems_beside_songs_are_not_songs(tmp_path: Path) -> None:
     make(tmp_path, "1.wav")
     write_stems(tmp_path / "stems" / "1", "vocals.wav", "instrumental.wav")
     for given in (".", "**/*.wav", "**"):
@@ -197,32 +196,32 @@ def test_stems_beside_songs_are_no_songs(tmp_path: Path) -> None:
         assert not found.failed and not found.note()
 
 
-def test_what_is_passed_over_in_folders_is_counted_once(
+def test_skipped_files_are_counted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(tmp_path / "music", "cover.jpg", "a/cover.JPG", "notes.txt", "README", ".hidden.jpg")
     monkeypatch.chdir(tmp_path)
     assert main(["separate", "music", "music/**/*", "-o", "out", *DEMO]) == 2
     assert caplog.messages == [
-        "passed over: 4 files without a suffix of audio or video (.jpg 2, .txt 1, no suffix 1): "
-        "name a file or folder itself to have it tried"
+        "skipped 4 files without a suffix of audio or video (.jpg 2, .txt 1, no suffix 1): "
+        "name a file or folder to include it"
     ]
 
 
-def test_of_many_suffixes_that_are_passed_over_five_are_named(tmp_path: Path) -> None:
+def test_five_of_many_skipped_suffixes_are_named(tmp_path: Path) -> None:
     make(tmp_path, *(f"x.{letter}" for letter in "abcdef"))
     note = found_in(tmp_path, ".")[1].note()
     assert "6 files" in note and "(.a 1, .b 1, .c 1, .d 1, .e 1, …)" in note
 
 
-def test_linked_folders_are_not_entered_unless_named_and_that_is_said(tmp_path: Path) -> None:
+def test_linked_folders_are_skipped_unless_named(tmp_path: Path) -> None:
     make(tmp_path, "elsewhere/x.wav", "music/y.wav")
     (tmp_path / "music" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "music" / "circle").symlink_to(tmp_path / "music")
     for given in ("music", "music/**", "music/**/*.wav"):
         songs, found = found_in(tmp_path, given)
         assert songs == {"music/y.wav": "y"}
-        assert found.note().startswith(f"passed over: 2 linked folders ({str(tmp_path / 'music' / 'circle')!r}, …): ")
+        assert found.note().startswith(f"skipped 2 linked folders ({str(tmp_path / 'music' / 'circle')!r}, …): ")
     for given in ("music/link", "music/li*"):
         songs, found = found_in(tmp_path, given)
         assert list(songs) == ["music/link/x.wav"] and not found.note()
@@ -239,7 +238,7 @@ VIDEO = {".avi": (), ".mpg": (), ".wmv": (), ".ts": (), ".flv": (), ".3gp": ("-a
 
 
 @needs_ffmpeg
-def test_what_works_when_named_is_taken_from_a_folder(tmp_path: Path) -> None:
+def test_videos_in_a_folder_are_songs(tmp_path: Path) -> None:
     (tmp_path / "song.wav").write_bytes(common.song(0.3))
     (tmp_path / "videos").mkdir()
     for suffix, options in VIDEO.items():
@@ -252,7 +251,7 @@ def test_what_works_when_named_is_taken_from_a_folder(tmp_path: Path) -> None:
             assert wave.n_samples > 0.2 * wave.sample_rate
 
 
-def test_the_suffixes_are_small_letters_behind_a_dot_and_none_of_pictures() -> None:
+def test_suffixes_are_lowercase_and_none_is_of_pictures_or_texts() -> None:
     assert {".wav", ".mp3", ".flac", ".m4a", ".mkv", *VIDEO} < AUDIO_OR_VIDEO
     assert all(
         suffix == suffix.lower() and suffix.startswith(".") and suffix.count(".") == 1 for suffix in AUDIO_OR_VIDEO

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
+from helpers.command_line import settings_of
 from helpers.common import song
 from helpers.small_model import HYPER_PARAMETERS, small_model, write_weights, write_yaml
 from separation import Cache, Separator
 from separation.checkpoints import catalogue
 from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.checkpoints.load import load_model
-from separation.cli import main as __main__
-from separation.cli.main import build_parser
 from separation.engine.options import EngineOptions
 from separation.errors import InputError
 
@@ -77,7 +76,7 @@ def test_equal_choices_are_one_estimate_in_the_cache(tmp_path: Path) -> None:
 
 def test_equal_choices_are_the_same_settings() -> None:
     def settings(options: str) -> Any:
-        return __main__._settings(build_parser().parse_args(["separate", "x", "-o", "y", *shlex.split(options)]))
+        return settings_of(*shlex.split(options))
 
     usual = settings("--recipe demo")
     for options in ("--chunk-size 8 --overlap 4", "--chunk-size 8", "--overlap 4", "--chunk-size auto --overlap auto"):

@@ -1,4 +1,4 @@
-"""The process of the command line: whatever becomes of its streams, songs are done, and the exit code is right."""
+"""Songs are separated and the exit code is right, even if a stream is closed or full, or a signal comes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import common
-from helpers.common import PROJECT, below, slow
+from helpers.common import PROJECT, below, slow, started
 from separation.cli.main import main
 from separation.system.record import RECORD
 
@@ -35,7 +35,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(folder: Path, redirections: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`separate` of the folder's songs in a shell, with these redirections or a pipe behind it."""
+    """Run `separate` on the folder's songs in a shell, with redirections or a pipe."""
     command = [sys.executable, "-m", "separation", "separate", str(folder / "music"), "-o", str(folder / "out")]
     line = f"{shlex.join([*command, '--recipe', 'demo'])} {redirections}"
     return subprocess.run(
@@ -68,7 +68,7 @@ NO_SPACE = "error: cannot write to the standard output: No space left on device"
         ("2>&1 | head -0", 1, 0, []),
     ],
 )
-def test_streams_that_are_closed_or_full_change_the_exit_code_at_most(
+def test_closed_and_full_streams_change_only_the_exit_code(
     redirections: str, code: int, out: int, err: list[str], done: Path
 ) -> None:
     run = shell(done, redirections)
@@ -78,9 +78,7 @@ def test_streams_that_are_closed_or_full_change_the_exit_code_at_most(
 
 @needs_full
 @pytest.mark.parametrize("redirections", [">&- 2>&-", slow(">/dev/full 2>/dev/full"), slow("| head -0")])
-def test_all_songs_are_done_and_recorded_whatever_becomes_of_the_streams(
-    redirections: str, done: Path, tmp_path: Path
-) -> None:
+def test_all_songs_are_separated_even_if_nothing_can_be_printed(redirections: str, done: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(done / "music", tmp_path / "music")).parent
     (copy / "music" / "0.wav").write_text("words")
     run = shell(copy, redirections)
@@ -98,13 +96,13 @@ def test_help_that_cannot_be_printed_is_exit_code_1(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (1, f"{NO_SPACE}\n")
 
 
-def test_a_pipe_that_does_not_block_gets_all(done: Path) -> None:
+def test_a_non_blocking_pipe_gets_every_line(done: Path) -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     command = [sys.executable, "-m", "separation", "models", "list", "--json"]
     with subprocess.Popen(command, cwd=PROJECT, stdout=writing, env=ENVIRONMENT) as run:
         os.close(writing)
-        time.sleep(0.5)  # the pipe is full by then if it holds less than all
+        time.sleep(0.5)  # the pipe is full by then, unless it holds everything
         with open(reading, encoding="utf-8") as pipe:
             lines = pipe.read().splitlines()
     assert run.returncode == 0
@@ -141,13 +139,13 @@ def test_a_signal_during_the_imports_ends_the_program_without_a_traceback(
             assert run.poll() is None
         run.send_signal(number)
         told = [line for line in run.stderr.read().splitlines() if not line.startswith("import time:")]
-    assert run.returncode in (128 + number, -number)  # which is the same to a shell
+    assert run.returncode in (128 + number, -number)  # the same to a shell
     assert told in ([], ["cancelled"])
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_signals_that_the_caller_ignores_stay_ignored(number: signal.Signals, done: Path) -> None:
+def test_signals_that_the_parent_process_ignores_stay_ignored(number: signal.Signals, done: Path) -> None:
     command = [sys.executable, "-m", "separation", "separate", done / "music", "-o", done / "out", "--recipe", "demo"]
     with subprocess.Popen(
         command,
@@ -161,3 +159,29 @@ def test_signals_that_the_caller_ignores_stay_ignored(number: signal.Signals, do
             run.send_signal(number)
         _, err = run.communicate(timeout=60)
     assert (run.returncode, err.splitlines()) == (0, ["2 songs: 2 skipped"])
+
+
+@pytest.mark.parametrize("own, expected", [(None, "passive"), ("active", "active")])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(own: str | None, expected: str) -> None:
+    code = """
+import os, runpy, sys
+sys.argv = ["separation", "models", "list"]
+try:
+    runpy.run_module("separation", run_name="__main__")
+except SystemExit:
+    assert "torch" not in sys.modules  # which reads the variable when it is imported
+    print(os.environ["OMP_WAIT_POLICY"])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": own} if own else {}
+    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1:] == [expected], run.stderr
+
+
+def test_a_reader_that_goes_away_causes_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    with started("models", "list") as run:
+        assert run.stdout and run.stderr
+        assert run.stdout.readline()
+        run.stdout.close()
+        assert (run.stderr.read(), run.wait(60)) == ("", 1)

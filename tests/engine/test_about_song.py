@@ -21,7 +21,8 @@ from helpers import common
 from helpers.common import below, slow
 from helpers.house import modules
 from separation import EstimateError, InputError, OutputError, Separator
-from separation.batch.songs import Job, Song, separate_song
+from separation.batch.job import Job, Song
+from separation.batch.run import separate_song
 from separation.cli.main import main
 from separation.engine.about_song import about_song
 from separation.engine.cache import Cache

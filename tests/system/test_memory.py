@@ -1,4 +1,4 @@
-"""Memory that is not enough is one sentence, and the other songs go on."""
+"""Too little memory is one clear error, and the other songs are still separated."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from separation.system.memory import enough_memory, lacks_memory
 HUGE = 2**60
 
 
-def primitive() -> None:
+def fail_in_onednn() -> None:
     raise RuntimeError("could not create a primitive")
 
 
@@ -31,12 +31,12 @@ SHORTAGES: dict[str, Callable[[], Any]] = {
     "PyTorch": lambda: torch.empty(HUGE, dtype=torch.uint8),
     "numpy": lambda: np.empty(HUGE, dtype=np.uint8),
     "Python": lambda: bytes(HUGE),
-    "oneDNN": primitive,
+    "oneDNN": fail_in_onednn,
 }
 
 
 @pytest.mark.parametrize("kind", SHORTAGES)
-def test_what_libraries_say_of_memory_that_is_not_there_is_known(kind: str) -> None:
+def test_out_of_memory_errors_of_libraries_are_recognised(kind: str) -> None:
     with (
         pytest.raises(EstimateError, match=r"^'song\.wav' needs more memory than") as raised,
         enough_memory("'song.wav'"),
@@ -57,7 +57,7 @@ def test_what_libraries_say_of_memory_that_is_not_there_is_known(kind: str) -> N
         RuntimeError("bad allocation"),
     ],
 )
-def test_words_of_other_systems_and_moments_are_known(error: Exception) -> None:
+def test_out_of_memory_errors_of_other_systems_are_recognised(error: Exception) -> None:
     assert lacks_memory(error)
 
 
@@ -70,14 +70,14 @@ def test_words_of_other_systems_and_moments_are_known(error: Exception) -> None:
         AudioError("'can't allocate memory.wav' does not exist: check the path"),
     ],
 )
-def test_what_is_no_lack_of_this_computers_memory_passes_through(error: Exception) -> None:
+def test_other_errors_pass_through(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, enough_memory("'song.wav'"):
         raise error
     assert raised.value is error
 
 
 @pytest.mark.parametrize("kind", ["PyTorch", "oneDNN"])
-def test_a_song_that_is_too_much_for_the_memory_does_not_stop_the_others(
+def test_a_song_that_needs_too_much_memory_does_not_stop_the_others(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("1.wav", "2.wav", "3.wav"):
@@ -86,7 +86,7 @@ def test_a_song_that_is_too_much_for_the_memory_does_not_stop_the_others(
 
     def short(model: BSRoFormer, chunks: torch.Tensor) -> torch.Tensor:
         calls.append(None)
-        if len(calls) == 3:  # the second song, for each has two chunks
+        if len(calls) == 3:  # the second song, since each has two chunks
             SHORTAGES[kind]()
         return forward(model, chunks)
 
@@ -100,7 +100,7 @@ def test_a_song_that_is_too_much_for_the_memory_does_not_stop_the_others(
     assert len(captured.err.splitlines()) == 2 and not (tmp_path / "out" / "2").exists()
 
 
-def test_a_song_in_memory_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_that_needs_too_much_memory_is_an_estimate_error(monkeypatch: pytest.MonkeyPatch) -> None:
     separator = Separator("demo", options=EngineOptions(device="cpu"))
     monkeypatch.setattr(BSRoFormer, "forward", lambda *_: SHORTAGES["PyTorch"]())
     with pytest.raises(EstimateError, match="the mixture needs more memory"):
@@ -108,7 +108,7 @@ def test_a_song_in_memory_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of a process's memory that counts libraries")
-def test_too_little_memory_to_import_pytorch_is_one_sentence(tmp_path: Path) -> None:
+def test_too_little_memory_to_import_pytorch_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "song.wav").write_bytes(common.song(0.3))
     command = [sys.executable, "-m", "separation", "separate", tmp_path / "song.wav", "-o", tmp_path / "out"]
     run = subprocess.run(

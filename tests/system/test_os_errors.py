@@ -1,3 +1,5 @@
+"""A failed write is an OutputError that names the place, the reason and the way out."""
+
 import errno
 import os
 from pathlib import Path

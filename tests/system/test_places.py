@@ -1,4 +1,4 @@
-"""Where configs and weights are found, in a checkout and in an installed package, and where downloads and caches go."""
+"""Configs and weights are found in a checkout and in an installed package; downloads and caches have their folders."""
 
 import sys
 from pathlib import Path
@@ -30,18 +30,18 @@ def test_a_checkout_uses_its_own_folders() -> None:
     assert shipped("weights") == weights_folder() == PROJECT / "weights"
 
 
-def test_an_installed_package_uses_what_is_inside_it_and_downloads_into_the_users_folder(
+def test_an_installed_package_reads_its_own_files_and_downloads_to_the_users_folder(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (installed.parent / "configs").mkdir()  # which another package may have brought
+    (installed.parent / "configs").mkdir()  # another package's
     assert shipped("configs") == installed / "configs"
     assert shipped("weights") == installed / "weights"
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert weights_folder() == tmp_path / "data" / "music-separation" / "weights"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the folders that Linux has")
-def test_the_users_folders_are_where_linux_keeps_data_and_caches(
+@pytest.mark.skipif(sys.platform != "linux", reason="these folders are those of Linux")
+def test_linux_keeps_data_and_caches_in_the_users_home(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
@@ -51,7 +51,7 @@ def test_the_users_folders_are_where_linux_keeps_data_and_caches(
     assert cache_folder() == tmp_path / ".cache" / "music-separation"
 
 
-def test_an_environment_variable_overrides_both(
+def test_an_environment_variable_moves_the_weights(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEPARATION_WEIGHTS", str(tmp_path / "mine"))
@@ -67,6 +67,6 @@ def test_an_environment_variable_overrides_both(
         ("-c", "python -m separation"),
     ],
 )
-def test_messages_call_the_program_as_the_user_does(started: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_name_the_program_as_it_was_started(started: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [started])
     assert program() == name

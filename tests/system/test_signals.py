@@ -10,18 +10,21 @@ import pytest
 
 from helpers import common
 from helpers.common import below
-from separation.batch.songs import RECORD, Job, Song, separate_song, unfinished
+from separation.batch.done import unfinished
+from separation.batch.job import Job, Song
+from separation.batch.run import separate_song
 from separation.engine.options import EngineOptions
 from separation.engine.separator import Separator
 from separation.progress import Progress
 from separation.system import signals
 from separation.system.output import OutputFolder
+from separation.system.record import RECORD
 from separation.system.signals import Stopping, uninterrupted
 
 
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stopping]:
-    """This process, as if it were the command line's."""
+    """Handle signals in this process as the command line does."""
     before = {number: signal.getsignal(number) for number in signals.NUMBERS}
     monkeypatch.setattr(signals, "_stopping", None)
     found = signals.install()
@@ -32,7 +35,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stopping]:
 
 
 @pytest.mark.parametrize("number", signals.NUMBERS)
-def test_signals_wait_for_the_end_of_what_must_not_be_interrupted(number: int, stopping: Stopping) -> None:
+def test_signals_wait_for_the_end_of_an_uninterrupted_block(number: int, stopping: Stopping) -> None:
     steps = []
 
     def work() -> None:
@@ -49,10 +52,10 @@ def test_signals_wait_for_the_end_of_what_must_not_be_interrupted(number: int, s
     if number != signal.SIGINT:
         assert raised.value.code == 128 + number
     with pytest.raises(type(raised.value)):
-        signals.check()  # whoever catches it, the next progress callback raises it again
+        signals.check()  # the next progress callback raises it again
 
 
-def test_threads_are_not_concerned_and_other_handlers_come_back() -> None:
+def test_other_threads_change_no_handler_and_the_main_thread_restores_them() -> None:
     before = {number: signal.getsignal(number) for number in signals.NUMBERS}
     ran = []
 
@@ -69,15 +72,15 @@ def test_threads_are_not_concerned_and_other_handlers_come_back() -> None:
     signals.check()  # no signal came
 
 
-def test_an_echo_of_a_signal_changes_nothing(stopping: Stopping) -> None:
+def test_an_echo_of_a_signal_is_ignored(stopping: Stopping) -> None:
     with pytest.raises(SystemExit):
         signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("step", ["publish", "write"])  # the files are moved, the record is written
-def test_a_signal_while_a_song_takes_its_place_leaves_it_finished_and_recorded(
+@pytest.mark.parametrize("step", ["publish", "write"])
+def test_a_signal_while_a_song_is_published_leaves_it_finished_and_recorded(
     step: str, stopping: Stopping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "song.wav").write_bytes(common.song(0.3))

@@ -1,0 +1,165 @@
+"""Which songs are done.
+
+The record beside a song's stems says from which file and with which settings they were made. So a run that was stopped
+resumes, on this machine or another.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from separation.batch.job import Job, Outcome, Song
+from separation.errors import OutputError, SeparationError
+from separation.system.output import OutputFolder
+from separation.system.record import PAGE, RECORD, Record, check_targets, stem_files
+
+
+def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple[list[Song], list[Outcome]]:
+    """The songs that are left to do, and the outcomes of the others.
+
+    A song is skipped if its stems are complete and were made from this file with these settings, unless `force`. It
+    fails if its stems would replace files that do not belong to it.
+    """
+    left, outcomes = [], []
+    for song in songs:
+        run = None if force else find_run(song, job)
+        if run is not None and not needs_page(song, job, run):
+            outcomes.append(outcome_of(song, "skipped", run))
+            continue
+        try:
+            check_folder(song, job, run)
+            if force:  # so that a run which is stopped can be resumed without `force`
+                _forget(song.folder, job.settings)
+            left.append(song)
+        except SeparationError as e:
+            outcomes.append(Outcome(song.path, "failed", str(e)))
+    return left, outcomes
+
+
+def find_run(song: Song, job: Job) -> dict[str, Any] | None:
+    """The recorded run that made the song's stems with the job's settings, if they are all complete."""
+    file = SongFile(song)
+    for run in Record.read(song.folder).runs:
+        if run["settings"] == job.settings and file.is_source(run["source"]):
+            sizes = {song.folder / name: n_bytes for name, n_bytes in run["stems"].values()}
+            if all(os.path.isfile(path) and path.stat().st_size == n_bytes for path, n_bytes in sizes.items()):
+                return run
+    return None
+
+
+def check_folder(song: Song, job: Job, run: dict[str, Any] | None) -> None:
+    """Check that the files which are not in the song's `run` yet may be written.
+
+    Raises:
+        OutputError: one would replace another song's stem, or a file that this program did not write.
+        InputError: one would replace the song.
+    """
+    names = [] if run else [f"{stem}.{job.output.format}" for stem in job.stems]
+    names += [PAGE] if needs_page(song, job, run or {}) else []
+    check_targets(song.folder, [*names, RECORD], overwrite=job.output.overwrite, song=song.path)
+    if job.output.overwrite:
+        return
+    file = SongFile(song)
+    for other in Record.read(song.folder).runs:
+        source = other["source"]
+        if file.is_other_song(source) and any(os.path.exists(song.folder / name) for name in stem_files(other)):
+            path = os.path.normpath(song.folder / source.get("path", source["name"]))
+            raise OutputError(
+                f"{str(song.folder)!r} has the stems of another song, {path!r}: choose another output folder, or "
+                "replace them with --overwrite"
+            )
+
+
+def needs_page(song: Song, job: Job, run: dict[str, Any]) -> bool:
+    """Whether the listening page is wanted and not there as the run's record says."""
+    page = song.folder / PAGE
+    return job.report and not (os.path.isfile(page) and page.stat().st_size == run.get("page_bytes"))
+
+
+def outcome_of(song: Song, status: str, run: dict[str, Any], error: str = "") -> Outcome:
+    """The outcome of a song whose stems are complete."""
+    stems = {stem: song.folder / name for stem, (name, _) in run["stems"].items()}
+    facts = {key: run[key] for key in ("duration_seconds", "elapsed_seconds", "gain")}
+    page = song.folder / PAGE if "page_bytes" in run else None
+    return Outcome(song.path, status, error, stems, facts, page, list(run.get("warnings", [])))
+
+
+def add_run(folder: Path, run: dict[str, Any]) -> None:
+    """Add a run to the folder's record."""
+    _write(folder, Record.read(folder).with_run(run))
+
+
+def _forget(folder: Path, settings: dict[str, Any]) -> None:
+    """Remove the run with these settings from the folder's record."""
+    record = Record.read(folder)
+    if any(run["settings"] == settings for run in record.runs):
+        _write(folder, record.without_run(settings))
+
+
+def _write(folder: Path, record: Record) -> None:
+    with OutputFolder(folder) as output:
+        output.write(record)
+
+
+class SongFile:
+    """A song's file, to compare with the sources in records.
+
+    A file is the same if its path relative to the stems, its size and its modification time are the same, or else if
+    its content is.
+    """
+
+    def __init__(self, song: Song) -> None:
+        self._song = song
+        self._sha256 = ""
+
+    def source(self) -> dict[str, Any]:
+        """The source to record; empty if the file cannot be read, for which decoding has a better error."""
+        try:
+            facts = self._song.path.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                return {}
+            return {
+                "name": self._song.path.name,
+                "path": self._relative_path(),
+                "bytes": facts.st_size,
+                "mtime_ns": facts.st_mtime_ns,
+                "sha256": self._checksum(),
+            }
+        except OSError:
+            return {}
+
+    def is_source(self, source: dict[str, Any]) -> bool:
+        """Whether a recorded source is this file with this content."""
+        try:
+            facts = self._song.path.stat()
+            if source.get("bytes") != facts.st_size:
+                return False
+            if self._has_path_of(source) and source.get("mtime_ns") == facts.st_mtime_ns:
+                return True
+            return "sha256" in source and source["sha256"] == self._checksum()
+        except OSError:
+            return False
+
+    def is_other_song(self, source: dict[str, Any]) -> bool:
+        """Whether a recorded source is another song, rather than this file or an earlier version of it."""
+        return "name" in source and not self._has_path_of(source) and not self.is_source(source)
+
+    def _has_path_of(self, source: dict[str, Any]) -> bool:
+        if "path" not in source:  # an earlier version wrote the record
+            return bool(source.get("name") == self._song.path.name)
+        return bool(source["path"] == self._relative_path())
+
+    def _relative_path(self) -> str:
+        try:
+            return Path(os.path.relpath(self._song.path, self._song.folder)).as_posix()
+        except ValueError:  # on another drive of Windows
+            return Path(os.path.abspath(self._song.path)).as_posix()
+
+    def _checksum(self) -> str:
+        if not self._sha256:
+            with self._song.path.open("rb") as file:
+                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._sha256

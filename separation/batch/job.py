@@ -1,0 +1,121 @@
+"""What to do with songs, and what became of them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from separation.audio.options import OutputOptions
+from separation.checkpoints.catalogue import files_for, read_config
+from separation.checkpoints.description import WeightFile
+from separation.checkpoints.files import file_state, local_path
+from separation.engine.options import EngineOptions
+from separation.engine.recipes import Combination, Estimate
+from separation.engine.selection import Selection
+
+
+@dataclass(frozen=True)
+class Song:
+    """A song's file, and the folder for its stems."""
+
+    path: Path
+    folder: Path
+
+    def absolute(self) -> Self:
+        return type(self)(self.path.absolute(), self.folder.absolute())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with each song.
+
+    Args:
+        settings: everything that decides the content of the stems' files; see `stem_settings`.
+        stems: the stems to write, which are known before a model is loaded.
+        output: how to write them.
+        accept_damaged: also separate songs of which a large or unknown part is missing.
+        report: also write a listening page.
+    """
+
+    settings: dict[str, Any]
+    stems: tuple[str, ...] = ()
+    output: OutputOptions = OutputOptions()
+    accept_damaged: bool = False
+    report: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a song.
+
+    Attributes:
+        path: the song's file.
+        status: `done`, `skipped` because it was done before, or `failed`.
+        error: why it failed.
+        stems: the paths of the stems' files, by stem.
+        facts: `duration_seconds`, `elapsed_seconds` and `gain`; empty if the song has no stems.
+        page: the path of the listening page.
+        warnings: the warnings about the song; for a skipped song, those of the run that made its stems.
+    """
+
+    path: Path
+    status: str
+    error: str = ""
+    stems: dict[str, Path] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    page: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOptions) -> dict[str, Any]:
+    """Everything that decides the content of the stems' files, as a JSON object.
+
+    Options that only decide where or how fast a song is separated are left out. Records hold this object, and a song is
+    skipped if its record has an equal one. If a key or a value is spelt differently, finished songs are separated
+    again.
+
+    Raises InputError, such as RecipeError, for a selection or a length of chunks that cannot be used.
+    """
+    models = selection.models()
+    descriptions = {name: read_config(name) for name in models}
+    settings: dict[str, Any] = {
+        "model_name": selection.model_name,
+        "model_dir": _resolved(selection.model_dir),
+        "model_path": _resolved(selection.model_path),
+        "two_stems": selection.two_stems,
+        "precision": engine.precision,
+        "attention": engine.attention,
+        "chunks": {name: list(description.chunks(engine.chunks)) for name, description in descriptions.items()},
+        "format": output.format,
+        "sample_rate": output.sample_rate,
+        **output.encoding,
+    }
+    if selection.model is None:
+        sources = {stem: _text(source) for stem, source in selection.load().outputs.items()}
+        settings |= {"recipe": selection.recipe, "stems": selection.stems, "sources": sources}
+    files = [file for name, stems in models.items() for file in files_for(descriptions[name], stems)]
+    return settings | {"weights": _weights(files, selection.model_path)}
+
+
+def _weights(files: list[WeightFile], model_path: Path | None) -> dict[str, Any]:
+    """The checksum of each file; for files without a known checksum, their size and modification time."""
+    weights: dict[str, Any] = {file.name: file.sha256 for file in files}
+    unknown = [local_path(file) for file in files if file.url is None and file.sha256 is None]
+    paths = [path for path in ([model_path] if model_path else unknown) if path.exists()]
+    return weights | {path.name: list(file_state(path)) for path in paths}
+
+
+def _resolved(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
+
+
+def _text(parts: Combination) -> str:
+    """A weighted sum of estimates as text. Records hold it, so the names in it stay as they are."""
+    terms = [f"({_estimate_text(estimate)}, {weight!r})" for estimate, weight in parts]
+    return f"({', '.join(terms)}{',' if len(terms) == 1 else ''})"
+
+
+def _estimate_text(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "None"
+    run = estimate.run
+    return f"Estimate(run=Run(model={run.model!r}, input={_text(run.input)}), stem={estimate.stem!r})"

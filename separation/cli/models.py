@@ -1,0 +1,120 @@
+"""The commands below `models`."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from separation.checkpoints import about, catalogue, files
+from separation.checkpoints.download import fetch
+from separation.cli.printing import print_error, print_json, print_line, print_lines
+from separation.errors import InputError, SeparationError
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """Print every checkpoint. One that cannot be used does not stop the others."""
+    names, failed = catalogue.available(), []
+    width = max(map(len, names))
+    if not args.json:
+        print_line(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':17}  STEMS")
+    for name in names:
+        try:
+            facts = _facts(name)
+        except SeparationError as e:
+            failed.append(name)
+            if args.json:
+                print_json(json.dumps({"name": name, "error": str(e)}))
+            else:
+                print_line(f"{name:{width}}  error: {e}")
+            continue
+        if args.json:
+            print_json(json.dumps(facts))
+            continue
+        size = f"{facts['bytes'] / 1e6:.0f} MB" if facts["bytes"] else "?"
+        here, architecture = "here" if facts["here"] else "-", facts["architecture"] or "?"
+        print_line(f"{name:{width}}  {here:4}  {size:>7}  {architecture:17}  {', '.join(facts['stems'])}")
+        print_line(f"    quality: {facts['quality']}; licence: {facts['licence']}")
+    if failed:
+        print_error(f"{len(failed)} of {len(names)} models cannot be used: check {', '.join(failed)}")
+    return 2 if failed else 0
+
+
+def _facts(name: str) -> dict[str, Any]:
+    model = catalogue.read_config(name)
+    return {
+        "name": name,
+        "architecture": model.architecture,
+        "stems": model.stems,
+        "bytes": files.known_bytes(model.files),
+        "here": catalogue.is_here(name),
+        "licence": model.licence,
+        "quality": model.quality,
+    }
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print what is known of a checkpoint."""
+    facts = about.model_facts(args.model)
+    print_json(json.dumps(facts)) if args.json else print_lines(about.as_text(facts))
+    return 0
+
+
+def download(args: argparse.Namespace) -> int:
+    """Download checkpoints and print the paths of their files."""
+
+    def download_one(name: str) -> None:
+        for file in catalogue.read_config(name).files:
+            print_line(fetch(file))
+
+    return _for_each(args.names, download_one)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare the files of checkpoints with their checksums."""
+
+    def verify_one(name: str) -> None:
+        for file in catalogue.read_config(name).files:
+            path, converted = files.local_path(file), files.converted_path(file)
+            if converted:
+                print_line(f"{converted}: right (converted from {path.name})")
+            if path.exists() or (args.names and not converted):
+                is_known = files.verify(path, file)
+                print_line(f"{path}: {'right' if is_known else 'here, but its sha256 is not known'}")
+
+    return _for_each(args.names or catalogue.available(), verify_one)
+
+
+def _for_each(names: Sequence[str], job: Callable[[str], None]) -> int:
+    """Do the job for each model; one that fails does not stop the others. Returns the exit code."""
+    failed = False
+    for name in names:
+        try:
+            job(name)
+        except SeparationError as e:
+            print_error(e)
+            failed = True
+    return 2 if failed else 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a checkpoint's weights as safetensors."""
+    from separation.checkpoints.convert import convert as write_safetensors
+
+    write_safetensors(args.checkpoint, args.output, overwrite=args.overwrite)
+    print_line(args.output)
+    return 0
+
+
+def compile_kernels(args: argparse.Namespace) -> int:
+    """Compile the kernels of models for GPUs."""
+    import torch
+
+    from separation.checkpoints.build import model_for_gpu
+
+    try:
+        from separation.models.kernels import compile_ahead
+    except ImportError as e:
+        raise InputError(f"Triton cannot be imported ({e}): install PyTorch for CUDA") from e
+    models = [model_for_gpu(name, torch.float16) for name in args.names]
+    print_line(f"{args.output}: {compile_ahead.compile_kernels(models, args.gpu, args.output)} kernels compiled")
+    return 0

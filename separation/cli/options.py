@@ -1,0 +1,69 @@
+"""Turns the arguments of a command into options of the engine."""
+
+import argparse
+from collections.abc import Sequence
+
+from separation.audio.options import OutputOptions
+from separation.checkpoints.description import YAML_SUFFIXES
+from separation.engine.options import EngineOptions
+from separation.engine.selection import Selection
+from separation.errors import InputError
+
+_ENGINE = {  # arguments by the fields of EngineOptions
+    "device": "device",
+    "precision": "precision",
+    "attention": "attention",
+    "batch_size": "batch_size",
+    "chunk_seconds": "chunk_size",
+    "overlap_seconds": "overlap",
+}
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """The options for the engine; those that the command does not have keep their defaults."""
+    return EngineOptions(**{field: getattr(args, name) for field, name in _ENGINE.items() if hasattr(args, name)})
+
+
+def output_options(args: argparse.Namespace) -> OutputOptions:
+    """The options for the stems' files."""
+    return OutputOptions(
+        args.format,
+        sample_rate=args.sample_rate,
+        mp3_bitrate=args.mp3_bitrate,
+        wav_depth=args.wav_depth,
+        flac_depth=args.flac_depth,
+        overwrite=args.overwrite,
+    )
+
+
+def selection(args: argparse.Namespace) -> Selection:
+    """The models to run. Raises InputError for arguments that exclude each other."""
+    for model in ("--model-name", "--model-path"):
+        for other in ("--stems", "--recipe"):
+            if is_given(args, model) and is_given(args, other):
+                raise InputError(f"{model} gives all stems of one model and excludes {other}: leave one of them out")
+    if args.model_dir is not None and (args.model_name is None or args.model_path is not None):
+        raise InputError("--model-dir needs --model-name and excludes --model-path: name a model in that folder")
+    if args.model_path is not None and args.model_path.suffix in YAML_SUFFIXES:
+        raise InputError(f"--model-path {args.model_path} is a YAML file: give it to --model-name, and weights here")
+    return Selection(
+        recipe=args.recipe or Selection.recipe,
+        stems=args.stems or Selection.stems,
+        two_stems=getattr(args, "two_stems", None),
+        model_name=args.model_name,
+        model_dir=args.model_dir,
+        model_path=args.model_path,
+    )
+
+
+def refuse_beside(flag: str, options: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise InputError if one of the options is given, because it has no effect beside the flag."""
+    for option in options:
+        if is_given(args, option):
+            raise InputError(f"{flag} does not take {option}: leave one of them out")
+
+
+def is_given(args: argparse.Namespace, option: str) -> bool:
+    """Whether an option, such as `--batch-size`, differs from its default."""
+    name = option.removeprefix("--").replace("-", "_")
+    return bool(getattr(args, name) != args.parser.get_default(name))

@@ -1,0 +1,237 @@
+"""Many songs are separated, with workers or without; a run that was stopped resumes."""
+
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.command_line import files_in, json_lines, separate, separating, write_songs
+from helpers.common import below, read
+from separation.audio.options import OutputOptions
+from separation.batch import run
+from separation.batch.find import find
+from separation.batch.job import Job, Outcome, Song
+from separation.engine import chunking
+from separation.engine.options import EngineOptions
+from separation.engine.selection import Selection
+from separation.engine.separator import Separator
+from separation.progress import Progress
+from separation.system.record import RECORD
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def temporary(folder: Path) -> list[Path]:
+    return below(folder, ".separating-*")
+
+
+def test_bad_songs_do_not_stop_the_others_and_a_second_run_skips_finished_songs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    music, out = tmp_path / "music", tmp_path / "out"
+    write_songs(music, "1.wav", "a/2.wav", "a/3.wav")
+    (music / "a" / "bad.mp3").write_text("words")
+    (music / "empty.flac").touch()
+    assert separate(music, "-o", out, "--json") == 2
+    captured = capsys.readouterr()
+    first = {Path(line["song"]).name: line for line in json_lines(captured.out)}
+    assert {name: line["status"] for name, line in first.items()} == {
+        "1.wav": "done",
+        "2.wav": "done",
+        "3.wav": "done",
+        "bad.mp3": "failed",
+        "empty.flac": "failed",
+    }
+    told = captured.err.splitlines()
+    assert told[-1] == "5 songs: 3 done, 2 failed" and len(told) == 3
+    assert any(line.startswith(f"error: {music / 'a' / 'bad.mp3'}: 'bad.mp3' is not audio") for line in told)
+    assert files_in(out) == sorted(
+        f"{song}/{file}" for song in ("1", "a/2", "a/3") for file in ("vocals.wav", "instrumental.wav", RECORD)
+    )
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")}
+    (music / "a" / "bad.mp3").unlink()
+    (music / "empty.flac").unlink()
+    monkeypatch.setattr(run, "load_separator", None)  # no model is loaded
+    assert separate(music, "-o", out, "--json") == 0
+    captured = capsys.readouterr()
+    for line in json_lines(captured.out):
+        assert line == first[Path(line["song"]).name] | {"status": "skipped"}
+    assert captured.err == "3 songs: 3 skipped\n"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")} == before
+    assert separate(music / "1.wav", "-o", out) == 0
+    assert capsys.readouterr() == ("1.wav: done already (use --force-refresh to separate it again)\n", "")
+
+
+def test_a_page_is_added_to_finished_stems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_songs(tmp_path, "1.wav")
+    assert separate(tmp_path / "1.wav", "-o", tmp_path / "out") == 0
+    before = (tmp_path / "out" / "1" / "vocals.wav").stat().st_mtime_ns
+    for status in ("done", "skipped"):
+        capsys.readouterr()
+        assert separate(tmp_path / "1.wav", "-o", tmp_path / "out", "--report", "--json") == 0
+        assert json_lines(capsys.readouterr().out)[0]["status"] == status
+    assert (tmp_path / "out" / "1" / "stems.html").exists()
+    assert (tmp_path / "out" / "1" / "vocals.wav").stat().st_mtime_ns == before
+
+
+@contextmanager
+def no_bar(name: str) -> Iterator[Progress]:
+    yield Progress()
+
+
+def job(format: str = "wav") -> Job:
+    return Job({}, output=OutputOptions(format))
+
+
+def test_workers_write_the_same_files_and_use_the_model_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{n}.wav" for n in range(5)]
+    write_songs(tmp_path / "music", *names, seconds=2)
+    separator = Separator("demo", options=EngineOptions(device="cpu", chunk_seconds=4, overlap_seconds=1))
+    alone, found = {}, find([str(tmp_path / "music")], tmp_path / "alone").songs
+    for outcome in run.run(found, job(), [separator], workers=1, bar=no_bar):
+        alone[outcome.path.name] = read(outcome.stems["vocals"])
+    estimate, running, others = chunking._SongRun._estimates, threading.Lock(), []
+
+    def watched(*arguments: Any) -> Any:
+        others.append(not running.acquire(blocking=False))
+        try:
+            time.sleep(0.05)
+            return estimate(*arguments)
+        finally:
+            running.release()
+
+    monkeypatch.setattr(chunking._SongRun, "_estimates", watched)
+    found = find([str(tmp_path / "music")], tmp_path / "together").songs
+    outcomes = list(run.run(found, job(), [separator], workers=3, bar=no_bar))
+    assert len(others) >= 5 and not any(others)
+    assert sorted(outcome.path.name for outcome in outcomes) == names
+    for outcome in outcomes:
+        assert outcome.status == "done"
+        assert np.array_equal(read(outcome.stems["vocals"]), alone[outcome.path.name])
+
+
+def test_several_separators_work_at_once_on_one_song_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, busy, others = threading.Barrier(3, timeout=60), {name: threading.Lock() for name in "abc"}, []
+
+    def separated(song: Song, job: Job, separator: str, progress: object) -> Outcome:
+        others.append(not busy[separator].acquire(blocking=False))
+        together.wait()  # until all three have a song
+        busy[separator].release()
+        return Outcome(song.path, "done", facts={"by": separator})
+
+    monkeypatch.setattr(run, "separate_song", separated)
+    found = [Song(tmp_path / f"{n}.wav", tmp_path / f"{n}") for n in range(9)]
+    separators: Any = ["a", "b", "c"]
+    outcomes = list(run.run(found, job(), separators, workers=1, bar=no_bar))
+    assert {outcome.path for outcome in outcomes} == {song.path for song in found}
+    assert {outcome.facts["by"] for outcome in outcomes} == {"a", "b", "c"}
+    assert len(others) == 9 and not any(others)
+
+
+@pytest.mark.parametrize(
+    "device, n_songs, expected",
+    [
+        ("cuda", 5, ["cuda:0", "cuda:1", "cuda:2"]),
+        ("auto", 2, ["cuda:0", "cuda:1"]),
+        ("cuda:1", 5, ["cuda:1"]),
+    ],
+)
+def test_each_gpu_with_a_song_gets_a_separator(
+    device: str, n_songs: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(run, "load_separator", lambda selection, options, *, refresh: options.device)
+    assert run.load_separators(Selection("demo"), EngineOptions(device=device), n_songs) == expected
+
+
+def test_there_are_no_more_workers_than_songs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[str] = set()
+
+    def separated(song: Song, job: Job, separator: object, progress: object) -> Outcome:
+        threads.add(threading.current_thread().name)
+        return Outcome(song.path, "done")
+
+    monkeypatch.setattr(run, "separate_song", separated)
+    separators: Any = ["a"]
+    (outcome,) = run.run([Song(tmp_path / "1.wav", tmp_path / "1")], job(), separators, workers=3, bar=no_bar)
+    assert outcome.status == "done" and threads == {threading.main_thread().name}
+
+
+@pytest.mark.parametrize("format", ["wav", "mp3"])
+def test_closing_the_iterator_stops_workers_and_removes_unfinished_files(format: str, tmp_path: Path) -> None:
+    write_songs(tmp_path / "music", *(f"{n}.wav" for n in range(6)), seconds=10)
+    separator = Separator("demo", options=EngineOptions(device="cpu"))
+    found = find([str(tmp_path / "music")], tmp_path / "out").songs
+    running = run.run(found, job(format), [separator], workers=3, bar=no_bar)
+    next(running)
+    running.close()
+    assert not temporary(tmp_path)
+    folders = list((tmp_path / "out").iterdir())
+    assert 1 <= len(folders) <= 3  # more if the songs in progress had been finished
+    for folder in folders:
+        assert files_in(folder) == [RECORD, f"instrumental.{format}", f"vocals.{format}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_workers_and_a_second_run_resumes(number: int, tmp_path: Path) -> None:
+    music, out = tmp_path / "music", tmp_path / "out"
+    write_songs(music, *(f"{n}.wav" for n in range(6)), seconds=12)
+    with separating(music, "-o", out, "--workers", "2") as process:
+        wait_until(lambda: below(out, RECORD) and len(temporary(out)) == 2, process)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    done = {path.parent.name for path in out.rglob(RECORD)}
+    assert 1 <= len(done) < 6
+    assert {path.name for path in out.iterdir()} == done and not temporary(out)
+    assert told.splitlines()[-1 if number == signal.SIGTERM else -2].startswith("6 songs: ")
+    with separating(music, "-o", out, "--workers", "2", "--json") as process:
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    statuses = {Path(line["song"]).stem: line["status"] for line in json_lines(printed)}
+    assert statuses == {f"{n}": "skipped" if f"{n}" in done else "done" for n in range(6)}
+
+
+def test_the_next_run_removes_what_a_killed_one_left_behind(tmp_path: Path) -> None:
+    music, out = tmp_path / "music", tmp_path / "out"
+    write_songs(music, "1.wav", seconds=60)
+    with separating(music, "-o", out) as process:
+        wait_until(lambda: below(out, "waveform-*"), process)
+        process.kill()
+    assert temporary(out)
+    write_songs(music, "1.wav", seconds=0.3)
+    assert separate(music, "-o", out) == 0
+    assert files_in(out) == ["1/" + RECORD, "1/instrumental.wav", "1/vocals.wav"] and not temporary(out)
+
+
+@pytest.mark.slow
+def test_the_temporary_folder_of_a_running_process_stays(tmp_path: Path) -> None:
+    music, out = tmp_path / "music", tmp_path / "out"
+    write_songs(music, "1.wav", seconds=60)
+    with separating(music, "-o", out) as process:
+        wait_until(lambda: below(out, "waveform-*"), process)
+        process.send_signal(signal.SIGSTOP)
+        (alive,) = temporary(out)
+        write_songs(music, "1.wav", seconds=0.3)
+        assert separate(music / "1.wav", "-o", out) == 0
+        assert temporary(out) == [alive] and list(alive.glob("waveform-*"))
+        process.send_signal(signal.SIGCONT)
+        process.communicate(timeout=60)
+    assert process.returncode == 0 and not temporary(out)
