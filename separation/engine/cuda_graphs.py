@@ -36,7 +36,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self, *, decompose: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch annotates no __init__ here
         self.waits: list[str] = []
         self.used: dict[int, UntypedStorage] = {}  # memory that existed before, by address
         self._made: set[int] = set()

@@ -43,7 +43,8 @@ def load_song(folder: Path, stems: list[str]) -> np.ndarray:
     if not packed.exists():
         audio = np.stack([soundfile.read(folder / f"{stem}.wav", dtype="float32")[0].T for stem in stems])
         np.save(packed, np.round(audio * 32767).astype(np.int16))
-    return np.load(packed, mmap_mode="r")
+    stems_of_song: np.ndarray = np.load(packed, mmap_mode="r")
+    return stems_of_song
 
 
 def stretch(audio: np.ndarray, factor: float) -> np.ndarray:

@@ -70,7 +70,7 @@ def request_kernels(model: SeparationModel) -> None:
     launch_probe(torch.empty(PROBE_SHAPE, device="meta"))
     samples = model.input_samples(model.chunk_samples) or model.chunk_samples
     for batch_size in BATCH_SIZES:
-        with _KernelMode():
+        with _KernelMode():  # type: ignore[no-untyped-call]  # PyTorch annotates no __init__ here
             model(torch.empty(batch_size, model.channels, samples, device="meta"))
 
 

@@ -10,7 +10,7 @@ from triton import knobs
 from triton.runtime.cache import FileCacheManager
 
 
-class PrecompiledCache(FileCacheManager):
+class PrecompiledCache(FileCacheManager):  # type: ignore[misc]  # Triton has no types
     """Looks a kernel up in Triton's own cache, then in the folder. The folder is never written and may be moved."""
 
     def get_file(self, filename: str) -> str | None:
