@@ -122,20 +122,20 @@ def _probe(job: Job) -> _Probed:
 
 @dataclass(frozen=True)
 class _Songs:
-    """Opens the songs of a file. What `stack` holds is closed when all of them are decoded."""
+    """Opens the songs of a file. `stack` closes files and ends ffmpeg when all songs are decoded."""
 
     probed: _Probed
     stack: ExitStack
 
     def whole(self, announced: float) -> Source:
-        """The file as it is, which announces so many seconds."""
+        """The file as it is, with the length that it announces in seconds."""
         job, rate = self.probed.job, self.probed.sample_rate
         lead = silent(round(_lead_seconds(self.probed) * rate), self.probed.sound.n_channels)
         blocks = chain(lead, self._decoded(Input(job.path), announced))
         return self._source(blocks, float(self.probed.answer["format"].get("duration", 0)))
 
     def from_pieces(self, demuxer: str, pieces: Sequence[Piece], seconds: float) -> Source:
-        """The good parts of a damaged or joined file. They announce so many seconds."""
+        """The intact parts of a damaged or joined file, which should last `seconds`."""
         path = self.probed.job.path
         file = self.stack.enter_context(Pieces(path, pieces))
         return self._source(self._decoded(Input(path, demuxer, file.blocks()), seconds), seconds)
@@ -147,10 +147,10 @@ class _Songs:
     def _mended(self, codec: Codec, part: Part) -> Blocks:
         job = self.probed.job
         holes = find_holes(part, job.damage)
-        with whole_frames(part, job.path) as pieces:
-            source = Input(job.path, codec.demuxer, pieces.blocks())
-            blocks = self._decoded(source, part.song_samples / part.header.sample_rate)
-            yield from with_silence(blocks, part, holes, self.probed.sample_rate, job.damage)
+        pieces = self.stack.enter_context(whole_frames(part, job.path))  # stays open as long as ffmpeg reads it
+        source = Input(job.path, codec.demuxer, pieces.blocks())
+        blocks = self._decoded(source, part.song_samples / part.header.sample_rate)
+        yield from with_silence(blocks, part, holes, self.probed.sample_rate, job.damage)
 
     def _source(self, blocks: Blocks, seconds: float) -> Source:
         probed, tags = self.probed, self.probed.tags

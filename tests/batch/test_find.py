@@ -10,7 +10,6 @@ import pytest
 from helpers import common
 from helpers.common import needs_ffmpeg
 from separation.audio.decode import decode
-from separation.audio.suffixes import AUDIO_OR_VIDEO
 from separation.batch.find import Found, find
 from separation.batch.job import Song
 from separation.cli.main import main
@@ -249,11 +248,3 @@ def test_videos_in_a_folder_are_songs(tmp_path: Path) -> None:
     for song in found.songs:
         with decode(song.path, tmp_path) as wave:
             assert wave.n_samples > 0.2 * wave.sample_rate
-
-
-def test_suffixes_are_lowercase_and_none_is_of_pictures_or_texts() -> None:
-    assert {".wav", ".mp3", ".flac", ".m4a", ".mkv", *VIDEO} < AUDIO_OR_VIDEO
-    assert all(
-        suffix == suffix.lower() and suffix.startswith(".") and suffix.count(".") == 1 for suffix in AUDIO_OR_VIDEO
-    )
-    assert not {".jpg", ".png", ".txt", ".html", ".json", ".cue", ".m3u", ".log", ".pdf", ".lrc"} & AUDIO_OR_VIDEO
