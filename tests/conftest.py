@@ -1,11 +1,11 @@
-"""Fixtures, and how the tests are spread over processes."""
+"""Shared fixtures, and the distribution of tests over processes."""
 
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-# Beside another process of tests, each computes on one thread: read as PyTorch is imported, also by what it starts.
+# With several test processes, each computes on one thread. PyTorch reads this when it is imported, also in children.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,17 +16,17 @@ from helpers.weights_server import Server
 from separation import device
 from separation.checkpoints import download
 
-os.environ["SEPARATION_CACHE"] = "off"  # a test of something else must not find what another one kept
+os.environ["SEPARATION_CACHE"] = "off"  # so that no test finds another test's estimates
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for the whole suite; none beside this one for some files, which they would only delay."""
+    """Two processes for the whole suite; only this one for single files, which others would delay."""
     return 2 if config.args == config.getini("testpaths") else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file, which share servers and songs, run in one process; those of a served container in one too."""
+    """Tests of a file run in one process, because they share servers and songs, as do those of a served container."""
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder == "served" else item.path.stem))
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def gpu_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What PyTorch says of a GPU: 300 bytes are in use, the most were 5000, and 1000 since that was reset."""
+    """A GPU as PyTorch reports it: 300 bytes in use, a peak of 5000, and of 1000 after the peak is reset."""
     peaks = [5000, 1000]
     monkeypatch.setattr(device, "_earlier_peaks", {})
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 300)
@@ -69,7 +69,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Models this small only lose time to more."""
+    """Small models are slower with more threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

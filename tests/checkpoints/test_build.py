@@ -169,7 +169,9 @@ def test_the_lists_of_architectures_with_attention_and_int8_are_complete(name: s
 
 
 def test_random_weights_depend_on_the_seed_only(tmp_path: Path) -> None:
-    path = write_yaml(tmp_path, model=HYPER_PARAMETERS | {"depth": 2})  # whose layers share their rotary frequencies
+    path = write_yaml(
+        tmp_path, model=HYPER_PARAMETERS | {"depth": 2}
+    )  # two layers, which share their rotary frequencies
     before = torch.get_rng_state()
     first, again, other = (random_weights(path, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -178,7 +180,7 @@ def test_random_weights_depend_on_the_seed_only(tmp_path: Path) -> None:
     save_file(first, tmp_path / "random.safetensors")
     model = load_model(path, checkpoint=tmp_path / "random.safetensors")
     assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
-    assert "channel_downsampler.weight" in random_weights("htdemucs")  # as in a file, without the class's own prefix
+    assert "channel_downsampler.weight" in random_weights("htdemucs")  # as in a file, without the prefix of our class
 
 
 def test_random_weights_need_hyper_parameters_that_tell_the_architecture(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_name_in_the_catalogue_takes_precedence_over_a_file(tmp_path: Path, mo
         ("x.v1.ckpt.yaml", ["other.yaml"]),
         ("model_data/mdx_c_configs/x.v1.yaml", ["other.yaml"]),  # as in UVR's folders
         ("config_of_some_roformer.yaml", []),
-        ("whatever.yml", ["y.yaml", "y.ckpt", "config_z.yaml", "z.pth"]),  # the others belong to other weights
+        ("whatever.yml", ["y.yaml", "y.ckpt", "config_z.yaml", "z.pth"]),  # the others belong to y and z
     ],
 )
 def test_weights_find_their_yaml(tmp_path: Path, config: str, others: list[str]) -> None:

@@ -71,7 +71,7 @@ def test_equal_choices_are_one_estimate_in_the_cache(tmp_path: Path) -> None:
         separator = Separator.from_model(model, cache=cache, options=EngineOptions(**choice))
         separator.separate_file(tmp_path / "song.wav", tmp_path / "out")
     chunks = [(entry.settings["chunk_samples"], entry.settings["overlap_samples"]) for entry in cache.entries()]
-    assert sorted(chunks) == [(352_800, 176_400)] * 2 + [(396_900, 198_450)] * 2  # of two stems
+    assert sorted(chunks) == [(352_800, 176_400)] * 2 + [(396_900, 198_450)] * 2  # for two stems
 
 
 def test_equal_choices_are_the_same_settings() -> None:

@@ -34,7 +34,9 @@ def test_a_converted_checkpoint_is_the_same_model_and_names_its_source(
 ) -> None:
     angles = [key for key in state if key.endswith("rotary_embed.freqs")]
     saved = {f"module.{key}": state[angles[0]] if key in angles else value for key, value in state.items()}
-    assert len({value.data_ptr() for value in saved.values()}) < len(saved)  # shared, which safetensors refuses
+    assert len({value.data_ptr() for value in saved.values()}) < len(
+        saved
+    )  # some share memory, which safetensors refuses
     target, sha256 = convert_to(tmp_path / "out", {"epoch": 3, "state_dict": saved})
     assert target.stat().st_mode == (target.parent / "x.ckpt").stat().st_mode
     with safe_open(target, framework="pt") as opened:
@@ -78,7 +80,7 @@ def test_an_unwritable_target_is_an_error(tmp_path: Path, state: dict[str, Tenso
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save(state, tmp_path / "x.ckpt")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes; to write more fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes; writing more fails as on a full disk
     try:
         with pytest.raises(OutputError, match=r"cannot write to '.*x\.safetensors' \(.*too large") as caught:
             convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")

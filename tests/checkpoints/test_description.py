@@ -452,7 +452,7 @@ def test_the_default_sample_rate_is_44100(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, stems",
     [
-        ([("num_stems: 1", "num_stems: 2")], ("vocals", "other")),  # one output a stem, whatever the target was
+        ([("num_stems: 1", "num_stems: 2")], ("vocals", "other")),  # one output per stem, although there is a target
         (
             [("target_instrument: Vocals", "target_instrument: null"), ("num_stems: 1", "num_stems: 2")],
             ("vocals", "other"),
@@ -499,7 +499,7 @@ def test_published_checkpoints_have_the_published_chunk_and_number_of_parameters
     assert len(published) > 60
     for each in published:
         document = {key: each[key] for key in ("audio", "model", "training", "inference", "hdemucs") if each.get(key)}
-        if not (each["training"] or {}).get("instruments") or "<stem>" in each["stems"]:  # which are not known
+        if not (each["training"] or {}).get("instruments") or "<stem>" in each["stems"]:  # the stems are not published
             document["stems"] = [stem.strip("<>") for stem in each["stems"]]
         path = tmp_path / f"{each['name']}.yaml"
         path.write_text(json.dumps(document), encoding="utf-8")

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
 def test_a_safetensors_file_of_demucs_needs_no_yaml(tmp_path: Path) -> None:
     own = demucs_file(tmp_path / "0123abcd.safetensors")
-    (tmp_path / "some_bag.yaml").write_text("models: ['0123abcd']\n")  # as Demucs has them beside its files
+    (tmp_path / "some_bag.yaml").write_text("models: ['0123abcd']\n")  # as Demucs publishes them beside its files
     model = load_model(tmp_path / "0123abcd.safetensors")
     assert (model.stems, model.chunk_samples, model.sample_rate) == (("drums", "bass"), 11025, 44100)
-    assert torch.allclose(model(chunks(11025)), own(chunks(11025)), atol=1e-5)  # another attention
+    assert torch.allclose(model(chunks(11025)), own(chunks(11025)), atol=1e-5)  # the attention backends differ
 
 
 @pytest.mark.parametrize("segment", ["long", "1e999999999", "1/0", None, {"_type": "fraction", "numerator": "1"}])

@@ -75,7 +75,7 @@ def test_stamps_and_records_are_not_written_through_symbolic_links(server: Serve
     (weights / "mine.txt").write_text("mine")
     (weights / "x.bin.verified").symlink_to("mine.txt")
     assert fetch(weight_file(server.url, name="x.bin"), quiet=True).read_bytes() == CONTENT
-    assert fetch(weight_file(server.url, name="x.bin"), quiet=True).exists()  # hashed, for lack of a stamp
+    assert fetch(weight_file(server.url, name="x.bin"), quiet=True).exists()  # hashed again, because there is no stamp
     (weights / "checksums.lock.part").symlink_to("mine.txt")
     with pytest.raises(OutputError, match=r"cannot write to '.*checksums\.lock' \(it is a symbolic link"):
         fetch(unstated(server.url), quiet=True)
@@ -133,7 +133,7 @@ def test_the_start_of_a_sha256_is_compared_and_the_whole_recorded(server: Server
     assert (weights / "checksums.lock").read_text().startswith(SHA256)
     assert verify(path, unstated(server.url, sha256=SHA256[:8]))
     with pytest.raises(CheckpointError, match=rf"has the sha256 {SHA256} instead of 00000000: delete it"):
-        verify(path, unstated(server.url, sha256="0" * 8))  # the publisher's word goes before what was recorded
+        verify(path, unstated(server.url, sha256="0" * 8))  # the published digits take precedence over the record
 
 
 def test_simultaneous_records_lose_no_line(server: Server, weights: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_converted_file_replaces_its_checkpoint_without_a_checksum(
 ) -> None:
     _, sha256 = convert_to(weights, state, "small.ckpt")
     (weights / "small.ckpt").unlink()
-    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    monkeypatch.setattr(hashlib, "file_digest", None)  # so that hashing is an error
     config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": sha256, "url": "http://127.0.0.1:1/x"}])
     assert_same_model(load_model(config), small_model(), chunks())
     assert is_here(str(config))

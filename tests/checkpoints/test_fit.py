@@ -142,7 +142,7 @@ def test_a_wrong_size_is_named_with_its_key(
     assert sentence.startswith(f"x ({weights}) does not fit {path}: ") and "\n" not in sentence
     assert sentence.endswith(": correct the YAML, or use the one that the weights were published with")
     assert said in sentence
-    assert sentence.count("; ") == said.count("; ")  # and nothing else disagrees
+    assert sentence.count("; ") == said.count("; ")  # no other key is named
 
 
 @pytest.mark.parametrize("architecture", DOCUMENTS)

@@ -97,7 +97,7 @@ def test_an_unknown_stem_is_an_error(tmp_path: Path) -> None:
 def test_a_loaded_model_does_not_need_its_file(tmp_path: Path, state: dict[str, Tensor], suffix: str) -> None:
     path = write_weights(state, tmp_path / f"x{suffix}")
     model = load_model(write_yaml(tmp_path), checkpoint=path)
-    with path.open("r+b") as stream:  # in place: memory mapped from the file would change too
+    with path.open("r+b") as stream:  # in place, so that a memory map would change too
         stream.write(bytes(path.stat().st_size))
     assert_same_model(model, small_model(), chunks())
 

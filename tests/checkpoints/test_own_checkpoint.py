@@ -19,23 +19,6 @@ from helpers.small_model import write_weights
 from helpers.weights_server import Server
 from separation.cli.main import main
 
-# Weights, and the YAML beside them
-
-
-# Folders and pairs, by a path without a suffix
-
-
-# The architecture
-
-
-# Files that describe themselves
-
-
-# The user's own folder of models
-
-
-# The command line
-
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -67,7 +50,7 @@ def run(*arguments: object) -> int:
     return main([*map(str, arguments), "--device", "cpu", "--precision", "fp32"])
 
 
-def test_separate_takes_weights_alone_and_a_name_in_a_folder(
+def test_separate_accepts_weights_and_a_name_in_a_folder(
     tmp_path: Path, song: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path / "own", "x.ckpt", "x.yaml")
@@ -103,7 +86,7 @@ def test_separate_takes_weights_alone_and_a_name_in_a_folder(
         (["--model-path", "alone.ckpt"], "alone.ckpt needs the YAML file that it was published with"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_found_is_one_line(
+def test_a_checkpoint_that_cannot_be_found_is_one_error(
     tmp_path: Path,
     song: Path,
     options: list[str],
@@ -122,7 +105,7 @@ def test_a_checkpoint_that_cannot_be_found_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_bench_takes_weights_alone_and_a_name_in_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bench_accepts_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "x.ckpt", "x.yaml")
     weights = tmp_path / "x.ckpt"
     chunk = ["--chunk-size", 4, "--overlap", 1]
@@ -133,13 +116,13 @@ def test_bench_takes_weights_alone_and_a_name_in_a_folder(tmp_path: Path, capfd:
 
 
 @pytest.mark.slow
-def test_a_cold_start_takes_a_name_in_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_cold_start_accepts_a_name_in_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "x.ckpt", "x.yaml")
     assert run("bench", "--cold-start", "--model-dir", tmp_path, "--model-name", "x", "--json") == 0
     assert json.loads(capfd.readouterr().out)["weight_bytes"] == (tmp_path / "x.ckpt").stat().st_size
 
 
-# The documents
+# Documentation
 
 
 def test_the_documented_steps_add_a_checkpoint(

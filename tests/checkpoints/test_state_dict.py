@@ -155,12 +155,12 @@ def test_a_file_cannot_call_the_classes_that_it_may_name(
     network_class = CLASSES[name][0]
     saved = {"state": {"a": torch.zeros(1)}, "extra": Call(network_class, SOURCES, 2, 8)}
     torch.save(saved, tmp_path / "x.th", _use_new_zipfile_serialization=zipped)
-    # In the older format PyTorch does not get as far: classes of modules lie there beside their source text.
+    # The older format stores a module's class with its source, which the reader does not support.
     refusal = rf"loading it would run code \(demucs\.{name}\.\w+\)" if zipped else "is damaged, incomplete"
     with pytest.raises(CheckpointError, match=refusal):
         load_model(config(tmp_path, name), checkpoint=tmp_path / "x.th")
     torch.load(tmp_path / "x.th", weights_only=False)
-    assert built == [network_class.__name__, network_class.__name__]  # the YAML's and, by PyTorch, the pickle's
+    assert built == [network_class.__name__, network_class.__name__]  # once for the YAML and once by torch.load
 
 
 def opcodes(*parts: bytes) -> bytes:
@@ -172,7 +172,7 @@ def opcodes(*parts: bytes) -> bytes:
     "what",
     [
         b"cdemucs.hdemucs\nHDemucs\n)\x81",  # NEWOBJ
-        b"cdemucs.hdemucs\nHDemucs\n)\x81}b",  # and BUILD
+        b"cdemucs.hdemucs\nHDemucs\n)\x81}b",  # NEWOBJ and BUILD
         b"cdemucs.hdemucs\nHDemucs\n}b",  # BUILD on the class itself
         b"cfractions\nFraction\n)\x81",
     ],
@@ -187,7 +187,7 @@ def test_no_opcode_creates_an_object_of_a_class_that_a_file_may_name(
             crafted.writestr(name.replace("whole", "x"), opcodes(what) if is_pickle else whole.read(name))
     with pytest.raises(CheckpointError, match=r"is refused|is damaged, incomplete"):
         load_model(config(tmp_path, "hdemucs"), checkpoint=tmp_path / "x.th")
-    assert built == ["HDemucs"]  # the YAML's
+    assert built == ["HDemucs"]  # for the YAML
 
 
 @pytest.mark.parametrize("text", ["1e999999999", "9" * 30, "1/0", "nan", "-1"])

@@ -1,4 +1,4 @@
-"""What many tests share: where the optional things are, the demo song, and the contract's words."""
+"""Shared by many tests: marks for optional programs, the demo song, and names of the contract."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from separation.checkpoints import catalogue
 
-# glibc gives back at once what is freed: slow, but else it holds back some 100 MiB more or less, and no leak is seen.
+# Makes glibc return freed memory at once. Otherwise it keeps some 100 MiB, more or less, which would hide a leak.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 PROJECT = Path(__file__).parents[2]
 SHARED = PROJECT.parent / "shared"
@@ -40,13 +40,13 @@ STEMS = {
 }
 QUICK: dict[str, Any] = {"stems": "vocals_instrumental", "output_format": "wav", "chunk_size": 4, "overlap": 1}
 QUICK |= {"sample_rate": 44100, "mp3_bitrate": 320, "two_stems": "none", "recipe": "default"}
-# What `parseProgressFromLogs` of npm `replicate` reads: percent, something between bars, done/total.
+# The line that `parseProgressFromLogs` of npm `replicate` parses: percent, anything between bars, done/total.
 PROGRESS_LINE = re.compile(r"\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
 METRICS = ["audio_seconds", "times_realtime", "model_load_seconds", "device", "peak_memory_mib"]
 
 
 def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
-    """The demo song, cut or repeated to that length, as a float WAV file or a FLAC file."""
+    """The demo song, cut or repeated to this length, as a float WAV file or a FLAC file."""
     audio, rate = soundfile.read(SONG, dtype="float32")
     audio = np.resize(audio, (int(seconds * rate), 2)) * np.float32(gain)
     file = io.BytesIO()
@@ -55,22 +55,22 @@ def song(seconds: float, *, gain: float = 1.0, format: str = "WAV") -> bytes:
 
 
 def quick_first(values: Iterable[Any], n_quick: int) -> list[Any]:
-    """Values for parametrize, of which those behind the first few are for the slow tests."""
+    """Values for `parametrize`; all but the first `n_quick` are slow tests."""
     return [value if i < n_quick else slow(value) for i, value in enumerate(values)]
 
 
 def slow(value: Any) -> Any:
-    """A value, or a row of them, that is for the slow tests."""
+    """A value for `parametrize`, or a tuple of values, that is a slow test."""
     return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
 
 
 def quick_models() -> list[Any]:
-    """The names of all checkpoints, of which the bags of four networks are for the slow tests."""
+    """The names of all checkpoints for `parametrize`; the bags of four networks are slow tests."""
     return [slow(name) if name.startswith("mdx_extra") else name for name in catalogue.available()]
 
 
 def below(folder: Path, pattern: str) -> list[Path]:
-    """What has such a name below a folder, which others may be changing."""
+    """The paths below a folder whose name matches the pattern. The folder may change meanwhile."""
     found = ((where, name) for where, folders, files in os.walk(folder) for name in (*folders, *files))
     return [Path(where, name) for where, name in found if fnmatch(name, pattern)]
 
@@ -81,7 +81,7 @@ def read(file: Path | bytes) -> NDArray[np.float32]:
 
 @contextmanager
 def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """The command line in a process that Ctrl-C, which a shell's background job ignores, reaches."""
+    """The command line in a process that Ctrl-C interrupts; a shell's background jobs ignore it."""
     with subprocess.Popen(
         [sys.executable, "-m", "separation", *map(str, arguments)],
         cwd=PROJECT,

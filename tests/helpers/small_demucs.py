@@ -16,14 +16,14 @@ from separation.models.htdemucs import Demucs, DemucsModel, HDemucs, HTDemucs
 SOURCES = ("drums", "bass", "other", "vocals")
 CHUNK_SAMPLES = 22050
 SMALL = {"sources": SOURCES, "channels": 8, "segment": Fraction(CHUNK_SAMPLES, 44100), "dconv_init": 0.5}
-# Three classes, and Hybrid Demucs as half of mdx_extra is: it masks amplitudes.
+# The three classes, and a Hybrid Demucs that masks amplitudes, like two of mdx_extra's networks.
 KINDS: dict[str, tuple[type[DemucsModel], dict[str, Any]]] = {
     "htdemucs": (HTDemucs, SMALL | {"bottom_channels": 16, "t_layers": 2, "t_heads": 2, "dconv_mode": 3}),
     "hdemucs": (HDemucs, SMALL),
     "amplitudes": (HDemucs, SMALL | {"cac": False, "hybrid_old": True, "norm_starts": 999}),
     "demucs": (Demucs, SMALL | {"lstm_layers": 1}),
 }
-# Of a song: a sample, less than a chunk, chunks, and last chunks from a sample up.
+# Lengths of songs: one sample, less than a chunk, whole chunks, and last chunks of various lengths.
 LENGTHS = [1, 1000, 22050, 22051, 30000, 40000, 70001]
 
 
