@@ -1,4 +1,4 @@
-"""cog.yaml, predict.py as Cog's static parser sees it, and the Predictor called from Python."""
+"""cog.yaml, predict.py as seen by Cog's static parser, and the Predictor called from Python."""
 
 import ast
 import dataclasses
@@ -117,13 +117,13 @@ def test_the_image_has_what_the_project_needs(config: dict[str, Any]) -> None:
     assert f"cog=={build['sdk_version']}" in pins
 
 
-def test_kernels_that_were_compiled_before_go_into_the_image(config: dict[str, Any]) -> None:
+def test_kernels_compiled_before_the_build_are_copied_into_the_image(config: dict[str, Any]) -> None:
     folder = dict(entry.split("=", 1) for entry in config["environment"])["SEPARATION_KERNELS"]
     copied = (PROJECT / ".dockerignore").read_text(encoding="utf-8").split()
     assert folder == "/src/weights/kernels" and copied.index("!weights/kernels") > copied.index("weights/*")
 
 
-def test_exactly_the_weights_of_recipe_standard_without_its_drum_kit_are_baked_each_with_its_sha256(
+def test_the_image_has_exactly_the_checked_weights_of_standard_without_the_drum_kit(
     config: dict[str, Any],
 ) -> None:
     folder = dict(entry.split("=", 1) for entry in config["environment"])["SEPARATION_WEIGHTS"]
@@ -136,7 +136,7 @@ def test_exactly_the_weights_of_recipe_standard_without_its_drum_kit_are_baked_e
     needed = {(file.url, file.sha256, f"{folder}/{file.name}") for file in files}
     baked = []
     for run in config["build"]["run"]:
-        assert "\n" not in run["command"].strip()  # Cog refuses it
+        assert "\n" not in run["command"].strip()  # Cog rejects line breaks
         curl, check, *rest = run["command"].split(" && ")
         downloaded = re.fullmatch(r"curl .*--fail .*--output (\S+) (\S+)", curl)
         checked = re.fullmatch(r'echo "([0-9a-f]{64})  (\S+)" \| sha256sum -c', check)
@@ -156,7 +156,7 @@ def test_exactly_the_weights_of_recipe_standard_without_its_drum_kit_are_baked_e
 
 
 def run_in_build(command: str, folder: Path, content: bytes) -> subprocess.CompletedProcess[str]:
-    """Run one of the image's build commands in `folder` in place of /weights, with a curl that brings this content."""
+    """Run a build command in `folder` instead of /weights, with a curl that delivers this content."""
     (folder / "content").write_bytes(content)
     curl = folder / "curl"
     curl.write_text(f"""#!/bin/sh
@@ -183,12 +183,12 @@ def test_an_altered_download_fails_the_build(config: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize("nesting", [None, "state_dict"])
-def test_the_images_converted_checkpoint_loads_without_its_source_and_without_a_checksum(
+def test_the_converted_checkpoint_of_the_image_loads_without_its_source_or_a_checksum(
     config: dict[str, Any], weights: Path, tmp_path: Path, nesting: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = small_model().state_dict()
     angles = [key for key in state if key.endswith("rotary_embed.freqs")]
-    state |= dict.fromkeys(angles, state[angles[0]])  # shared, which safetensors refuses
+    state |= dict.fromkeys(angles, state[angles[0]])  # shared tensors, which safetensors refuses
     saved = tmp_path / "saved.ckpt"
     torch.save({nesting: state} if nesting else state, saved)
     sha256 = hashlib.sha256(saved.read_bytes()).hexdigest()
@@ -206,17 +206,17 @@ def test_the_images_converted_checkpoint_loads_without_its_source_and_without_a_
     ):
         assert by_image.metadata() == by_command.metadata() | {"source_name": file.name}
         assert set(by_image.keys()) == set(by_command.keys())
-    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    monkeypatch.setattr(hashlib, "file_digest", None)  # fails if it is called
     model = load_model(write_yaml(tmp_path, files=[{"name": file.name, "sha256": sha256}]))
     assert_same_model(model, small_model(), chunks())
 
 
-def test_the_images_other_weights_are_not_hashed_again(
+def test_the_other_weights_of_the_image_are_not_hashed_again(
     config: dict[str, Any], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = b"weights" * 1000
     sha256 = hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(hashlib, "file_digest", None)  # calling it would be an error
+    monkeypatch.setattr(hashlib, "file_digest", None)  # fails if it is called
     for file in read_config("htdemucs_ft").files[:3]:
         (command,) = (run["command"] for run in config["build"]["run"] if f"{file.sha256}  " in run["command"])
         command = command.replace(str(file.sha256), sha256).replace(str(file.bytes), str(len(content)))
@@ -224,19 +224,19 @@ def test_the_images_other_weights_are_not_hashed_again(
         assert ran.returncode == 0, ran.stderr
         baked = dataclasses.replace(file, bytes=len(content), sha256=sha256)
         assert fetch(baked) == weights / file.name
-        os.utime(weights / file.name)  # changed: now it would be hashed
+        os.utime(weights / file.name)  # touched, so it would be hashed again
         with pytest.raises(TypeError):
             fetch(baked)
 
 
-# predict.py as Cog's static parser sees it
+# predict.py as seen by Cog's static parser
 
 
 def methods() -> dict[str, ast.FunctionDef]:
     tree = ast.parse((PROJECT / "predict.py").read_text(encoding="utf-8"))
     (predictor,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Predictor")
     assert [ast.unparse(base) for base in predictor.bases] == ["BasePredictor"]
-    return {node.name: node for node in predictor.body if isinstance(node, ast.FunctionDef)}  # no async ones
+    return {node.name: node for node in predictor.body if isinstance(node, ast.FunctionDef)}  # excludes async methods
 
 
 def inputs() -> list[tuple[ast.arg, ast.Call]]:
@@ -271,7 +271,7 @@ def test_the_signature_is_the_contract_in_plain_literals() -> None:
     assert returned is not None and ast.unparse(returned) == "List[Path]"
 
 
-def test_no_comment_and_no_joined_strings_stand_in_an_input() -> None:
+def test_inputs_have_no_comments_or_joined_strings() -> None:
     with (PROJECT / "predict.py").open("rb") as file:
         tokens = [token for token in tokenize.tokenize(file.readline) if token.type != tokenize.NL]
     for _, call in inputs():
@@ -302,7 +302,7 @@ def song_folders(temporary: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that temporary files go to."""
+    """The folder for temporary files."""
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
@@ -326,7 +326,7 @@ def audio(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("stems, format, rate", [("vocals_instrumental", "wav", 44100), ("all_4", "flac", 48000.0)])
-def test_floats_for_ints_are_taken(
+def test_floats_are_accepted_for_ints(
     predictor: predict.Predictor, audio: Path, stems: str, format: str, rate: float
 ) -> None:
     files = predictor.predict(audio, stems, format, 8.0, 1.0, rate, 192.0, "none", "default")
@@ -336,7 +336,7 @@ def test_floats_for_ints_are_taken(
 
 @pytest.mark.parametrize("stems", STEMS)
 @pytest.mark.parametrize("format", ["wav", "mp3", "flac"])
-def test_every_choice_gives_files_that_decode_in_the_contracts_order(
+def test_every_choice_gives_decodable_files_in_the_order_of_the_contract(
     predictor: predict.Predictor, audio: Path, stems: str, format: str
 ) -> None:
     files = predictor.predict(audio, **QUICK | {"stems": stems, "output_format": format})
@@ -344,7 +344,7 @@ def test_every_choice_gives_files_that_decode_in_the_contracts_order(
     assert {read(file).shape for file in files} == {(44100, 2)}
 
 
-def test_estimates_are_kept_only_if_the_environment_says_so(
+def test_estimates_are_cached_only_if_the_environment_says_so(
     predictor: predict.Predictor, audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert predictor.cache is None
@@ -358,7 +358,7 @@ def test_estimates_are_kept_only_if_the_environment_says_so(
 
 
 @pytest.mark.parametrize("bitrate", [128, 192, 320.0])
-def test_mp3_files_have_the_asked_bitrate(predictor: predict.Predictor, tmp_path: Path, bitrate: float) -> None:
+def test_mp3_files_have_the_requested_bitrate(predictor: predict.Predictor, tmp_path: Path, bitrate: float) -> None:
     audio = tmp_path / "song.wav"
     audio.write_bytes(song(4))
     files = predictor.predict(audio, **QUICK | {"output_format": "mp3", "mp3_bitrate": bitrate})
@@ -367,7 +367,7 @@ def test_mp3_files_have_the_asked_bitrate(predictor: predict.Predictor, tmp_path
 
 
 @pytest.mark.parametrize("stem", ["vocals", "drums", "bass", "other", "guitar", "piano"])
-def test_two_stems_are_that_stem_and_the_song_without_it_whatever_stems_says(
+def test_two_stems_are_the_stem_and_the_rest_of_the_song_whatever_stems_says(
     predictor: predict.Predictor, audio: Path, stem: str
 ) -> None:
     files = predictor.predict(audio, **QUICK | {"two_stems": stem, "stems": "all_4"})
@@ -375,7 +375,7 @@ def test_two_stems_are_that_stem_and_the_song_without_it_whatever_stems_says(
     assert np.abs(read(files[0]) + read(files[1]) - read(audio)).max() <= 1e-6
 
 
-def test_the_figures_of_a_prediction_are_recorded_with_their_units(
+def test_the_metrics_of_a_prediction_are_recorded_in_their_units(
     predictor: predict.Predictor, audio: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: dict[str, Any] = {}
@@ -393,7 +393,7 @@ def test_the_figures_of_a_prediction_are_recorded_with_their_units(
     }
 
 
-def test_each_predictions_folder_goes_when_the_next_begins(
+def test_a_predictions_folder_is_removed_when_the_next_one_starts(
     predictor: predict.Predictor, audio: Path, temporary: Path
 ) -> None:
     first = predictor.predict(audio, **QUICK)
@@ -414,7 +414,7 @@ def test_each_predictions_folder_goes_when_the_next_begins(
         (None, {"output_format": "ogg"}, InputError, "'ogg'"),
     ],
 )
-def test_a_failed_prediction_says_why_leaves_no_folder_and_the_next_is_right(
+def test_a_failed_prediction_says_why_and_does_not_affect_the_next(
     predictor: predict.Predictor,
     audio: Path,
     temporary: Path,
@@ -450,7 +450,7 @@ def test_a_cancelled_prediction_leaves_no_folder(
     assert stem_folders(temporary) == []
 
 
-def test_the_log_is_progress_that_npm_replicate_reads_and_names_no_path(
+def test_the_log_is_progress_for_npm_replicate_and_names_no_path(
     predictor: predict.Predictor, tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     audio = tmp_path / "song.wav"
@@ -473,7 +473,7 @@ def test_the_log_is_progress_that_npm_replicate_reads_and_names_no_path(
 @pytest.mark.parametrize(
     "audio", ["/etc/passwd", str(SONG), "file:///etc/passwd", b"/etc/passwd", 3, None, "x" * 10**6]
 )
-def test_what_is_not_a_path_is_refused_in_a_sentence_that_names_it(
+def test_an_audio_that_is_not_a_path_is_refused_and_named(
     predictor: predict.Predictor, temporary: Path, audio: object
 ) -> None:
     with pytest.raises(InputError, match=r"^audio is .*: give a URL .*or a file$") as caught:
@@ -484,22 +484,22 @@ def test_what_is_not_a_path_is_refused_in_a_sentence_that_names_it(
 
 @pytest.fixture
 def upload(predictor: predict.Predictor) -> Callable[[bytes], URLPath]:
-    """What Cog hands over for a file sent as a data URI."""
+    """Makes what Cog passes for a data URI."""
     return lambda content: URLPath(source="data:", filename="song.wav", fileobj=io.BytesIO(content))
 
 
-def test_an_upload_is_read_once_under_its_name_and_does_not_stay(
+def test_an_upload_is_separated_and_then_deleted(
     predictor: predict.Predictor, temporary: Path, upload: Callable[[bytes], URLPath]
 ) -> None:
     audio = upload(song(1))
-    assert audio.convert() is audio  # Cog's part: it is left unread
+    assert audio.convert() is audio  # Cog calls this; the upload stays unread
     files = predictor.predict(audio, **QUICK)
     assert np.abs(read(files[0]) + read(files[1]) - read(song(1))).max() <= 1e-6
     assert stem_folders(temporary) == [files[0].parent] and song_folders(temporary) == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "....wav"])
-def test_an_upload_without_a_name_or_with_one_of_dots_is_separated(
+def test_an_upload_without_a_name_or_named_with_dots_is_separated(
     predictor: predict.Predictor, temporary: Path, name: str
 ) -> None:
     audio = URLPath(source="data:", filename=name, fileobj=io.BytesIO(song(0.3)))
@@ -508,7 +508,7 @@ def test_an_upload_without_a_name_or_with_one_of_dots_is_separated(
     assert song_folders(temporary) == []
 
 
-def test_an_upload_over_the_limit_in_mebibytes_is_refused_and_one_of_just_so_much_is_taken(
+def test_an_upload_is_accepted_up_to_the_limit_and_refused_beyond_it(
     temporary: Path, upload: Callable[[bytes], URLPath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEPARATION_RECIPE", "demo")
@@ -523,7 +523,7 @@ def test_an_upload_over_the_limit_in_mebibytes_is_refused_and_one_of_just_so_muc
 
 
 class EvenModel(SeparationModel):
-    """Gives each of its stems an equal share of the mixture."""
+    """Gives each stem an equal share of the mixture."""
 
     channels = 2
 
@@ -538,7 +538,7 @@ class EvenModel(SeparationModel):
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
-    """The models that the engine loads from here on, in order; each is an EvenModel of that name."""
+    """The models that the engine loads from now on, in order, each an EvenModel."""
     models: list[EvenModel] = []
 
     def load_model(name: str, *, stems: tuple[str, ...], **_: Any) -> EvenModel:
@@ -550,16 +550,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
 
 
 @pytest.mark.parametrize("name", ["SEPARATION_MAX_SECONDS", "SEPARATION_MAX_MIB"])
-def test_a_limit_that_is_no_number_ends_setup_with_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_fails_if_a_limit_is_not_a_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "3h")
     with pytest.raises(InputError, match=f"^{name} is '3h': set it to a number above 0, or leave it out$"):
         predict.Predictor().setup()
 
 
 @pytest.mark.parametrize("name", ["SEPARATION_LOCAL_URLS", "SEPARATION_PRIVATE_URLS"])
-def test_a_switch_that_is_neither_on_nor_off_ends_setup_with_one_sentence(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_setup_fails_if_a_switch_is_neither_on_nor_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "yes")
     with pytest.raises(InputError, match=f"^{name} is 'yes': set it to on or off, or leave it out$"):
         predict.Predictor().setup()
@@ -567,14 +565,14 @@ def test_a_switch_that_is_neither_on_nor_off_ends_setup_with_one_sentence(
 
 @pytest.fixture
 def with_standard(temporary: Path, loaded: list[EvenModel], monkeypatch: pytest.MonkeyPatch) -> predict.Predictor:
-    """A server as it is without environment variables."""
+    """A predictor without environment variables."""
     monkeypatch.delenv("SEPARATION_RECIPE", raising=False)
     predictor = predict.Predictor()
     predictor.setup()
     return predictor
 
 
-def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own_once(
+def test_setup_warms_up_the_models_of_all_4_and_all_6_loads_its_own_once(
     audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
 ) -> None:
     expected = [("bs_roformer_viperx_1297", ("vocals",)), ("htdemucs_ft", ("drums", "bass", "other"))]
@@ -590,7 +588,7 @@ def test_setup_loads_and_runs_what_vocals_and_all_4_need_and_all_6_loads_its_own
 def with_viperx(
     temporary: Path, loaded: list[EvenModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> predict.Predictor:
-    """A server of the demo recipe, on which of the standard one only BS-RoFormer's weights are."""
+    """A predictor of the demo recipe that also has BS-RoFormer's weights, but no others of the standard recipe."""
     monkeypatch.setenv("SEPARATION_RECIPE", "demo")
     monkeypatch.setenv("SEPARATION_WEIGHTS", str(tmp_path))
     (tmp_path / read_config("bs_roformer_viperx_1297").files[0].name).touch()
@@ -599,7 +597,7 @@ def with_viperx(
     return predictor
 
 
-def test_a_prediction_may_choose_another_recipe_for_itself_alone(
+def test_a_prediction_may_choose_a_recipe_without_affecting_others(
     audio: Path, with_viperx: predict.Predictor, loaded: list[EvenModel]
 ) -> None:
     for recipe in ("standard", "default", "demo"):
@@ -612,7 +610,7 @@ def test_a_prediction_may_choose_another_recipe_for_itself_alone(
     "changes",
     [{"stems": "all_4"}, {"stems": "all_6"}, {"stems": "drum_kit"}, {"two_stems": "drums"}, {"two_stems": "guitar"}],
 )
-def test_a_recipe_of_which_weights_are_missing_is_refused_unless_it_is_the_servers_own(
+def test_a_recipe_with_missing_weights_is_refused_unless_it_is_the_servers_own(
     audio: Path,
     with_viperx: predict.Predictor,
     loaded: list[EvenModel],
@@ -635,7 +633,7 @@ def test_a_recipe_of_which_weights_are_missing_is_refused_unless_it_is_the_serve
 @pytest.mark.parametrize(
     "chunk_size, overlap, samples", [(8, 4, 200_000), (8, 3, 8 * 44100), (9, 4, 9 * 44100), (4, 1, 4 * 44100)]
 )
-def test_a_model_runs_on_its_own_chunks_by_default_and_on_what_is_asked_for_else(
+def test_a_model_runs_on_its_own_chunks_by_default_and_on_requested_ones_otherwise(
     audio: Path,
     with_standard: predict.Predictor,
     loaded: list[EvenModel],
@@ -643,12 +641,12 @@ def test_a_model_runs_on_its_own_chunks_by_default_and_on_what_is_asked_for_else
     overlap: int,
     samples: int,
 ) -> None:
-    assert [model.length for model in loaded] == [200_000, 200_000]  # by setup
+    assert [model.length for model in loaded] == [200_000, 200_000]  # during setup
     with_standard.predict(audio, **QUICK | {"chunk_size": chunk_size, "overlap": overlap})
     assert loaded[0].length == samples
 
 
-def test_two_stems_run_no_model_that_they_do_not_need(
+def test_two_stems_run_only_the_models_they_need(
     audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
 ) -> None:
     with_standard.predict(audio, **QUICK | {"two_stems": "drums"})
@@ -659,7 +657,7 @@ def test_two_stems_run_no_model_that_they_do_not_need(
     assert [(model.name, model.stems, model.runs) for model in loaded[2:]] == [("htdemucs_6s", ("drums",), 1)]
 
 
-def test_the_drum_kit_is_made_of_the_drums_by_a_model_that_is_loaded_when_first_asked_for(
+def test_the_drum_kit_is_separated_from_the_drums_by_a_model_loaded_on_first_use(
     audio: Path, with_standard: predict.Predictor, loaded: list[EvenModel]
 ) -> None:
     files = with_standard.predict(audio, **QUICK | {"stems": "drum_kit"})
@@ -667,4 +665,4 @@ def test_the_drum_kit_is_made_of_the_drums_by_a_model_that_is_loaded_when_first_
     assert [file.name for file in files] == [f"{stem}.wav" for stem in kit]
     assert [(model.name, model.stems, model.runs) for model in loaded[2:]] == [("drumsep", kit, 1)]
     for file in files:
-        assert np.abs(read(file) - read(audio) / 15).max() <= 1e-6  # a third of the song, and a fifth of that
+        assert np.abs(read(file) - read(audio) / 15).max() <= 1e-6  # a fifth of a third of the song

@@ -1,4 +1,4 @@
-"""Chromium without a window, driven by the W3C WebDriver protocol through Debian's chromedriver alone."""
+"""Headless Chromium, driven through chromedriver by the W3C WebDriver protocol."""
 
 import http.client
 import json
@@ -11,12 +11,12 @@ from typing import Any, Self
 
 from helpers.served_process import wait_for
 
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # how the protocol marks a reference to an element
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key for references to elements
 SHIFT, HOME, LEFT, RIGHT = "\ue008", "\ue011", "\ue012", "\ue014"
 
 
 class Browser:
-    """A fresh Chromium whose profile and log lie in `folder`, which must be empty."""
+    """A fresh Chromium with its profile and log in `folder`, which must be empty."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -56,26 +56,26 @@ class Browser:
         return self._request("POST", f"{self._session}/{path}", body)
 
     def developer(self, command: str, **parameters: Any) -> Any:
-        """A command of the Chrome DevTools Protocol."""
+        """Run a command of the Chrome DevTools Protocol."""
         return self.command("goog/cdp/execute", cmd=command, params=parameters)
 
     def open(self, page: Path | str) -> None:
-        """Open a file or an address."""
+        """Open a file or a URL."""
         self.command("url", url=page if isinstance(page, str) else page.resolve().as_uri())
 
     def choose(self, selector: str, *files: Path) -> None:
-        """Choose files, as in the dialog that a click on a file input opens."""
+        """Choose files in a file input."""
         self.command(f"element/{self.find(selector)[ELEMENT]}/value", text="\n".join(map(str, files)))
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What the script, the body of a function, returns."""
+        """Run a script, the body of a function, and return its result."""
         return self.command("execute/sync", script=script, args=list(arguments))
 
     def find(self, selector: str) -> Any:
         return self.command("element", using="css selector", value=selector)
 
     def click(self, selector: str, *, at: float = 0.5, down: float = 0.5, pointer: str = "mouse") -> None:
-        """Click or, with the pointer `touch`, tap an element at these shares of its width and height."""
+        """Click an element at these shares of its width and height, or tap it if `pointer` is `touch`."""
         element = self.find(selector)
         script = "arguments[0].scrollIntoView({block: 'center'}); return arguments[0].getBoundingClientRect()"
         box = self.run(script, element)
@@ -89,22 +89,22 @@ class Browser:
         self.command("actions", actions=[action])
 
     def press(self, *keys: str) -> None:
-        """Press keys together, letters as themselves, others as the constants above."""
+        """Press keys together: characters, or the constants above."""
         steps = [{"type": "keyDown", "value": key} for key in keys]
         steps += [{"type": "keyUp", "value": key} for key in reversed(keys)]
         self.command("actions", actions=[{"type": "key", "id": "keyboard", "actions": steps}])
 
     def label(self, selector: str) -> str:
-        """An element's name, as assistive technology is told it."""
+        """The accessible name of an element."""
         path = f"{self._session}/element/{self.find(selector)[ELEMENT]}/computedlabel"
         return str(self._request("GET", path))
 
     def console(self) -> list[str]:
-        """What the pages said since the last call, errors among it."""
+        """The messages in the console since the last call, including errors."""
         return [entry["message"] for entry in self.command("se/log", type="browser")]
 
     def requests(self) -> list[str]:
-        """The addresses that the pages asked for since the last call."""
+        """The URLs that the pages requested since the last call."""
         messages = [json.loads(entry["message"])["message"] for entry in self.command("se/log", type="performance")]
         sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
         return [parameters["request"]["url"] for parameters in sent]

@@ -1,4 +1,4 @@
-"""Cog's real server, started on this project for a test and stopped after it, and a web server that it can talk to."""
+"""Cog's real server running this project, and a web server that it can talk to."""
 
 import base64
 import http.client
@@ -21,13 +21,14 @@ from typing import Any
 from helpers.common import PROJECT, read
 
 SCHEMA = PROJECT / "tests" / "served" / "openapi.json"
-COGLETS_FOLDERS = Path("/tmp/coglet/predictions")  # coglet 0.23.1 makes one a prediction here, whatever TMPDIR says
-# The demo's weights on one thread of a CPU: the same everywhere, and slow enough to be met in mid-song.
+COGLETS_FOLDERS = Path("/tmp/coglet/predictions")  # coglet 0.23.1 creates one per prediction here, whatever TMPDIR says
+# The demo weights on one CPU thread: the same everywhere, and slow enough to interrupt.
 DEMO = {"SEPARATION_RECIPE": "demo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ASYNC = {"Prefer": "respond-async"}
 
 
 def wait_for(condition: Callable[[], object], what: str, *, seconds: float = 90) -> None:
+    """Wait until the condition holds. `what` names it in the failure."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
@@ -35,10 +36,10 @@ def wait_for(condition: Callable[[], object], what: str, *, seconds: float = 90)
 
 
 def children(process: int) -> list[int]:
-    """The ids of a process's children; threads of it may end meanwhile."""
+    """The ids of a process's children."""
     found: list[int] = []
     for task in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):
+        with suppress(OSError):  # the thread has ended meanwhile
             found += map(int, task.read_text().split())
     return found
 
@@ -56,13 +57,13 @@ def decoded(uri: str) -> tuple[str, Any]:
 class Server:
     """`python -m cog.server.http` in a process group of its own.
 
-    It runs in a folder of links to the project's files, beside the schema that Cog's build writes: without that Cog
-    checks no input. `temporary` is where its temporary files go, `log` what it prints. Songs may come from this
-    machine, unless `environment` says otherwise.
+    It runs in a folder of links to the project's files, with the schema that `cog build` would write; without a schema,
+    Cog checks no input. `temporary` is the folder of its temporary files, `log` its output. It may download songs from
+    this machine, unless `environment` says otherwise.
 
     Args:
-        folder: an empty folder for all that.
-        arguments: more of the command line, such as `--upload-url`.
+        folder: an empty folder to work in.
+        arguments: more command line arguments, such as `--upload-url`.
         environment: more environment variables, such as SEPARATION_RECIPE.
     """
 
@@ -77,7 +78,7 @@ class Server:
         shutil.copyfile(SCHEMA, project / ".cog" / "openapi_schema.json")
         for name in ("predict.py", "separation", "configs", "weights"):
             (project / name).symlink_to(PROJECT / name)
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the server starts a bare `python`
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the server runs plain `python`
         environment = {"SEPARATION_LOCAL_URLS": "on"} | environment
         environment |= {"PATH": path, "PORT": str(self.port), "TMPDIR": str(self.temporary)}
         environment |= {"COG_PREDICT_TYPE_STUB": "predict.py:Predictor"}
@@ -104,21 +105,21 @@ class Server:
             self.process.wait()
         for prediction in self.predictions():
             shutil.rmtree(COGLETS_FOLDERS / prediction, ignore_errors=True)
-        try:  # its worker, should that not have ended with it
+        try:  # stop its worker, if that is still running
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
 
     @property
     def worker(self) -> int:
-        """The id of the process that runs the Predictor."""
+        """The process id of the worker, which runs the Predictor."""
         (worker,) = children(self.process.pid)
         return worker
 
     def request(
         self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
     ) -> tuple[int, Any]:
-        """The status and the answer, from JSON or else as text, to a body of bytes or of what JSON can hold."""
+        """Send bytes or JSON. Returns the status and the body, parsed if it is JSON, else as text."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             content = body if isinstance(body, bytes) else json.dumps(body)
@@ -133,7 +134,7 @@ class Server:
             return response.status, answer
 
     def health(self) -> dict[str, Any]:
-        """The answer of the health check once setup is over, well or badly."""
+        """The health check's response after setup has succeeded or failed."""
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -146,22 +147,22 @@ class Server:
         raise AssertionError(f"the server did not come up:\n{self.log.read_text()}")
 
     def post(self, inputs: object, *, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, Any]:
-        """POST /predictions, again while the server is busy."""
+        """POST /predictions; retries while the server is busy."""
         while True:
             status, answer = self.request("POST", "/predictions", {"input": inputs, **fields}, headers)
-            if status != 409:  # the answer to a prediction comes a little before its slot is free again
+            if status != 409:  # a response is sent shortly before its slot is free again
                 return status, answer
             time.sleep(0.05)
 
     def predict(self, audio: bytes | str, **inputs: Any) -> dict[str, Any]:
-        """The answer to a prediction on a file's content or a URL."""
+        """Run a prediction on a file's content or a URL."""
         uri = data_uri(audio) if isinstance(audio, bytes) else audio
         status, prediction = self.post({"audio": uri, **inputs})
         assert status == 200
         return prediction
 
     def start(self, audio: bytes, *, id: str, inputs: dict[str, Any], **fields: Any) -> None:
-        """Begin a prediction and do not wait for it."""
+        """Start a prediction without waiting for it."""
         status, answer = self.post({"audio": data_uri(audio), **inputs}, headers=ASYNC, id=id, **fields)
         assert status == 202
         assert answer == {"id": id, "status": "starting"}
@@ -173,12 +174,12 @@ class Server:
         wait_for(lambda: self.request("GET", "/health-check")[1]["status"] == "READY", "the end of the prediction")
 
     def events(self, about: str) -> list[dict[str, str]]:
-        """The log's entries about predictions that hold these words: each has `message` and `prediction_id`."""
+        """The log entries of predictions that contain `about`; each has `message` and `prediction_id`."""
         lines = [line for line in self.log.read_text().splitlines() if '"prediction_id"' in line and about in line]
         return [json.loads(line)["fields"] for line in lines]
 
     def predictions(self) -> list[str]:
-        """The ids of all predictions that began, in order."""
+        """The ids of all predictions that started, in order."""
         return [event["prediction_id"] for event in self.events("Starting prediction")]
 
     def printed(self, id: str) -> list[str]:
@@ -186,7 +187,7 @@ class Server:
         return [event["message"] for event in self.events(f'"{id}"') if "source" in event]
 
     def leftovers(self) -> set[str]:
-        """The names of what lies among the temporary files, without PyTorch's own folder."""
+        """The names of the temporary files, without PyTorch's own folder."""
         return {path.name for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")}
 
 
@@ -203,10 +204,10 @@ class Request:
 
 
 class Receiver:
-    """A web server that keeps every request in `requests`.
+    """A web server that records every request in `requests`.
 
-    It answers GET from `files`, by path: content, or a str for a redirect to that path; and all else, a webhook or an
-    upload, with the status that `answer` gives for it.
+    It answers GET from `files`, which maps paths to contents or, for redirects, to other paths. It answers all other
+    requests, such as webhooks and uploads, with the status that `answer` returns.
     """
 
     def __init__(self, address: str = "127.0.0.1") -> None:
@@ -242,7 +243,7 @@ class Receiver:
                 self.wfile.write(content)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Keeps quiet."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer((address, 0), Handler)
         self.url = f"http://{address}:{self._server.server_port}"
@@ -258,11 +259,11 @@ class Receiver:
         self._thread.join()
 
     def bodies(self) -> list[dict[str, Any]]:
-        """What the webhooks said so far, in order."""
+        """The bodies of the webhooks so far, in order."""
         return [request.json for request in self.requests if request.method == "POST"]
 
     def wait_for_end(self) -> dict[str, Any]:
-        """The first webhook that says that its prediction is over."""
+        """Wait for the first webhook of a finished prediction and return its body."""
         final = ("succeeded", "failed", "canceled")
         wait_for(lambda: any(body["status"] in final for body in self.bodies()), "the completed webhook")
         return next(body for body in self.bodies() if body["status"] in final)

@@ -1,1 +1,1 @@
-"""The HTTP API, proved on Cog's real server."""
+"""Tests of the HTTP API on Cog's real server."""

@@ -1,4 +1,4 @@
-"""One server with the demo recipe for the whole folder."""
+"""One server with the demo recipe for all modules."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""As it is without settings, the server fetches nothing from its own machine: neither Cog nor the predictor does."""
+"""By default, neither Cog nor the predictor downloads from the server's own machine."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]"])
-def test_a_url_that_leads_to_the_servers_machine_is_not_fetched(closed: Server, receiver: Receiver, host: str) -> None:
+def test_a_url_of_the_servers_own_machine_is_refused(closed: Server, receiver: Receiver, host: str) -> None:
     receiver.files["/song.wav"] = b"secret"
     port = receiver.url.rpartition(":")[2]
     prediction = closed.predict(f"http://{host}:{port}/song.wav")
@@ -32,7 +32,7 @@ def test_a_url_that_leads_to_the_servers_machine_is_not_fetched(closed: Server, 
     "url",
     ["http://127.0.0.1:{port}/health-check", "http://169.254.169.254/latest/meta-data/", "http://0.0.0.0:{port}/"],
 )
-def test_neither_the_server_itself_nor_the_clouds_metadata_is_fetched(closed: Server, url: str) -> None:
+def test_the_server_itself_and_the_clouds_metadata_are_refused(closed: Server, url: str) -> None:
     prediction = closed.predict(url.format(port=closed.port))
     assert prediction["status"] == "failed"
     assert ", which this server does not download from: " in prediction["error"]

@@ -1,4 +1,4 @@
-"""What a hostile or mistaken request to Cog's real server gets, and what it cannot get."""
+"""Hostile and mistaken requests to Cog's real server get clear errors and nothing else."""
 
 import base64
 import gzip
@@ -34,7 +34,7 @@ def wav(seconds: float) -> bytes:
 
 
 class HostileServer(Server):
-    """Cog's server with the demo recipe and, in SEPARATION_WEIGHTS, no weights of another."""
+    """Cog's server with the demo recipe and no other weights in SEPARATION_WEIGHTS."""
 
     def __init__(self, temporary: Path, **environment: str) -> None:
         self.weights = Path(environment["SEPARATION_WEIGHTS"])
@@ -63,7 +63,7 @@ class Web(http.server.BaseHTTPRequestHandler):
         try:
             self.wfile.writelines(self.body())
         except OSError:
-            return  # the other side has heard enough
+            return  # the client has closed the connection
 
     def body(self) -> Iterator[bytes]:
         if self.path == "/endless":
@@ -85,12 +85,12 @@ class Web(http.server.BaseHTTPRequestHandler):
             yield wav(1)
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[tuple[str, list[str]]]:
-    """The address of a web server and the paths that are asked of it."""
+    """The URL of a web server and the list of the paths requested from it."""
     handler = type("Handler", (Web,), {"requested": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
@@ -103,7 +103,7 @@ def web() -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, web: tuple[str, list[str]]) -> Iterator[HostileServer]:
-    """One with low limits."""
+    """A server with low limits."""
     folder = tmp_path_factory.mktemp("server")
     weights = tmp_path_factory.mktemp("weights")
     environment = {"SEPARATION_WEIGHTS": str(weights), "https_proxy": web[0]}
@@ -114,7 +114,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, web: tuple[str, list[str]])
 
 
 def answer(server: HostileServer, audio: Any, **inputs: Any) -> dict[str, Any]:
-    """The prediction; whatever becomes of it, its error and its log name no path of the server."""
+    """Run a prediction. Its error and its log must not name a path on the server, and a failed one leaves no file."""
     status, prediction = server.post({"audio": audio, **inputs})
     assert status == 200
     told = prediction.get("error", "").replace(str(audio), "") + prediction["logs"]
@@ -134,14 +134,14 @@ def error(server: HostileServer, audio: Any, **inputs: Any) -> str:
 
 
 def assert_works(server: HostileServer, audio: str | None = None) -> None:
-    """`audio` is the address of `wav(1)`, or it is uploaded."""
+    """A prediction succeeds. `audio` is the URL of `wav(1)`; without it, that is uploaded."""
     prediction = answer(server, audio or data_uri(wav(1)))
     assert prediction["status"] == "succeeded", prediction
     stems = [soundfile.read(io.BytesIO(base64.b64decode(uri.partition(",")[2])))[0] for uri in prediction["output"]]
     assert np.abs(sum(stems) - soundfile.read(io.BytesIO(wav(1)))[0]).max() <= 1e-6
 
 
-# Where the song comes from
+# Sources of songs
 
 
 @pytest.mark.parametrize(
@@ -162,22 +162,20 @@ def assert_works(server: HostileServer, audio: str | None = None) -> None:
         "",
     ],
 )
-def test_only_http_and_https_and_uploads_are_taken(audio: str, server: HostileServer) -> None:
-    sentence = f"audio is {audio!r}: give a URL that begins with http:// or https:// in small letters, or a file"
-    assert error(server, audio).endswith(f"InputError: {sentence}")
+def test_only_http_https_and_uploads_are_accepted(audio: str, server: HostileServer) -> None:
+    message = f"audio is {audio!r}: give a URL that begins with http:// or https:// in small letters, or a file"
+    assert error(server, audio).endswith(f"InputError: {message}")
 
 
 @pytest.mark.parametrize("path", ["a/song", "to-song", "packed-song"])
-def test_a_song_behind_a_url_a_redirect_or_a_content_encoding_is_separated(
+def test_a_song_from_a_url_a_redirect_or_with_a_content_encoding_is_separated(
     path: str, server: HostileServer, web: tuple[str, list[str]]
 ) -> None:
     assert_works(server, f"{web[0]}/{path}")
 
 
 @pytest.mark.parametrize("path", ["to-file", "to-ftp"])
-def test_no_redirect_to_another_scheme_is_followed(
-    path: str, server: HostileServer, web: tuple[str, list[str]]
-) -> None:
+def test_a_redirect_to_another_scheme_is_refused(path: str, server: HostileServer, web: tuple[str, list[str]]) -> None:
     assert f"'{path}' could not be downloaded (InvalidSchema): check the URL" in error(server, f"{web[0]}/{path}")
 
 
@@ -193,7 +191,7 @@ def test_no_redirect_to_another_scheme_is_followed(
         ("words/" + "x" * 1000, "x" * 199 + "~"),
     ],
 )
-def test_a_downloaded_file_keeps_its_name_but_no_folder(
+def test_a_downloaded_file_keeps_its_name_without_folders(
     path: str, name: str, server: HostileServer, web: tuple[str, list[str]]
 ) -> None:
     assert f"AudioError: '{name}' is not audio" in error(server, f"{web[0]}/{path}")
@@ -210,19 +208,19 @@ def test_a_downloaded_file_keeps_its_name_but_no_folder(
         ("http://", "'song' could not be downloaded (InvalidURL)"),
     ],
 )
-def test_a_download_that_fails_is_told_in_one_sentence(
+def test_a_failed_download_has_a_one_line_error(
     url: str, reason: str, server: HostileServer, web: tuple[str, list[str]]
 ) -> None:
     assert f"InputError: {reason}: check the URL" in error(server, url.replace("{web}", web[0]))
 
 
-# How much it is
+# Limits
 
 
 @pytest.mark.parametrize("path", ["endless", "gzip"])
-def test_an_endless_body_is_read_up_to_the_limit(path: str, server: HostileServer, web: tuple[str, list[str]]) -> None:
-    sentence = f"AudioError: '{path}' has more than 2 MiB, the limit here: send a smaller file"
-    assert error(server, f"{web[0]}/{path}").endswith(sentence)
+def test_an_endless_download_stops_at_the_limit(path: str, server: HostileServer, web: tuple[str, list[str]]) -> None:
+    message = f"AudioError: '{path}' has more than 2 MiB, the limit here: send a smaller file"
+    assert error(server, f"{web[0]}/{path}").endswith(message)
     assert_works(server)
 
 
@@ -255,7 +253,7 @@ def test_a_download_can_be_cancelled(server: HostileServer, web: tuple[str, list
     assert_works(server)
 
 
-def test_a_small_file_that_decodes_to_hours_is_stopped_at_the_limit(server: HostileServer) -> None:
+def test_decoding_a_small_file_to_hours_stops_at_the_limit(server: HostileServer) -> None:
     file = io.BytesIO()
     soundfile.write(file, np.zeros(8000 * 3600, dtype=np.int16), 8000, format="FLAC")
     content = bytearray(file.getvalue())
@@ -275,7 +273,7 @@ def test_a_playlist_reads_neither_other_files_nor_the_network(
     assert len(web[1]) == n_requested
 
 
-def test_a_damaged_mp3_is_one_warning_in_the_predictions_log_and_nothing_of_the_decoders(server: HostileServer) -> None:
+def test_a_damaged_mp3_is_one_warning_in_the_log_without_decoder_messages(server: HostileServer) -> None:
     file = io.BytesIO()
     soundfile.write(file, np.zeros((20 * 44100, 2)), 44100, format="MP3")
     content = bytearray(file.getvalue())
@@ -285,22 +283,22 @@ def test_a_damaged_mp3_is_one_warning_in_the_predictions_log_and_nothing_of_the_
     assert "MPEG" not in logs and "mpg123" not in logs
 
 
-# What the server lacks
+# Failures of the server
 
 
-def test_another_recipe_than_the_servers_downloads_nothing(server: HostileServer, web: tuple[str, list[str]]) -> None:
+def test_a_recipe_other_than_the_servers_downloads_nothing(server: HostileServer, web: tuple[str, list[str]]) -> None:
     n_requested = len(web[1])
-    sentence = "RecipeError: recipe 'standard' is not on this server, which runs 'demo': leave recipe at 'default'"
+    message = "RecipeError: recipe 'standard' is not on this server, which runs 'demo': leave recipe at 'default'"
     for inputs in ({}, {"stems": "all_6"}, {"two_stems": "drums"}):
-        assert error(server, data_uri(wav(1)), recipe="standard", **inputs).endswith(sentence)
+        assert error(server, data_uri(wav(1)), recipe="standard", **inputs).endswith(message)
     assert len(web[1]) == n_requested and list(server.weights.iterdir()) == []
 
 
-def assert_operator_reads(sentence: str, server: HostileServer) -> None:
-    deadline = time.monotonic() + 10  # the log is written beside the answer
-    while sentence not in server.log.read_text() and time.monotonic() < deadline:
+def assert_operator_reads(message: str, server: HostileServer) -> None:
+    deadline = time.monotonic() + 10  # the log and the response are written concurrently
+    while message not in server.log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert sentence in server.log.read_text()
+    assert message in server.log.read_text()
 
 
 SERVER_FAILED = "Error: the server failed ({}): try again, or ask its operator to read the log"
@@ -309,7 +307,7 @@ SERVER_FAILED = "Error: the server failed ({}): try again, or ask its operator t
 @pytest.mark.parametrize(
     "limit, where", [(2**15, "[Errno 27] File too large"), (2**18, "cannot write to '{temporary}/stems-")]
 )
-def test_a_disk_that_takes_no_more_is_told_without_its_paths_which_are_in_the_servers_log(
+def test_a_full_disk_is_reported_without_paths_and_logged_with_them(
     limit: int, where: str, server: HostileServer
 ) -> None:
     before = resource.prlimit(server.worker, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -321,34 +319,34 @@ def test_a_disk_that_takes_no_more_is_told_without_its_paths_which_are_in_the_se
     assert_works(server)
 
 
-def test_a_lost_folder_for_temporary_files_is_told_without_its_path(server: HostileServer) -> None:
+def test_a_missing_temporary_folder_is_reported_without_its_path(server: HostileServer) -> None:
     elsewhere = server.temporary.with_name("elsewhere")
     server.temporary.rename(elsewhere)
     try:
-        sentence = error(server, data_uri(wav(1)))
+        message = error(server, data_uri(wav(1)))
     finally:
         elsewhere.rename(server.temporary)
-    assert sentence.endswith("Separation" + SERVER_FAILED.format("No such file or directory"))
+    assert message.endswith("Separation" + SERVER_FAILED.format("No such file or directory"))
     assert_operator_reads(f"No such file or directory: '{server.temporary}/song-", server)
     for stems in server.temporary.glob("stems-*"):
-        shutil.rmtree(stems)  # those of the prediction before could not be removed
+        shutil.rmtree(stems)  # the previous prediction's stems, which could not be removed
     assert_works(server)
 
 
-def test_weights_that_are_not_right_are_told_without_their_path(server: HostileServer) -> None:
+def test_wrong_weights_are_reported_without_their_path(server: HostileServer) -> None:
     path = server.weights / "model_bs_roformer_ep_317_sdr_12.9755.ckpt"
     path.write_bytes(b"altered")
     try:
-        sentence = error(server, data_uri(wav(1)), recipe="standard")
+        message = error(server, data_uri(wav(1)), recipe="standard")
     finally:
         path.unlink()
-    assert sentence.endswith("Checkpoint" + SERVER_FAILED.format("CheckpointError"))
+    assert message.endswith("Checkpoint" + SERVER_FAILED.format("CheckpointError"))
     assert_operator_reads(f"{path} has 7 bytes instead of 639,331,213", server)
     assert_works(server)
 
 
 @pytest.mark.slow
-def test_weights_of_the_servers_own_recipe_that_cannot_be_downloaded_are_told_without_their_folder(
+def test_weights_that_cannot_be_downloaded_are_reported_without_their_folder(
     tmp_path: Path, web: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project, temporary, weights = tmp_path / "project", tmp_path / "temporary", tmp_path / "weights"
@@ -361,7 +359,7 @@ def test_weights_of_the_servers_own_recipe_that_cannot_be_downloaded_are_told_wi
     monkeypatch.setattr(served_process, "PROJECT", project)
     with HostileServer(temporary, SEPARATION_WEIGHTS=str(weights), https_proxy=web[0]) as server:
         assert server.health()["status"] == "READY", server.log.read_text()
-        sentence = error(server, data_uri(wav(1)), stems="all_6")
-        assert sentence.endswith("Download" + SERVER_FAILED.format("DownloadError"))
+        message = error(server, data_uri(wav(1)), stems="all_6")
+        assert message.endswith("Download" + SERVER_FAILED.format("DownloadError"))
         assert_operator_reads(f"5c90dfd2.safetensors is not in {weights}/htdemucs_6s and could not be", server)
         assert_works(server)

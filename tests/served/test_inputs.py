@@ -1,4 +1,4 @@
-"""What the server takes as input, and what it says to all else."""
+"""Valid inputs are accepted, and all others get an error with the right status."""
 
 import json
 from typing import Any
@@ -10,11 +10,11 @@ from helpers.common import read, song
 from helpers.served_process import SCHEMA, Receiver, Server, data_uri, decoded
 
 SHORT = {"chunk_size": 4, "overlap": 1}
-MOST_BYTES = 100 * 2**20  # of a request's body, by coglet
+MOST_BYTES = 100 * 2**20  # coglet's limit on the body of a request
 SCHEMAS = json.loads(SCHEMA.read_text(encoding="utf-8"))["components"]["schemas"]
 
 
-# Where the song comes from
+# Sources of songs
 
 
 @pytest.mark.parametrize("path", ["/song.wav", "/song", "/song.flac?token=1", "/my%20song.txt", "/a/.hidden"])
@@ -34,14 +34,14 @@ def test_a_redirect_is_followed(server: Server, receiver: Receiver) -> None:
     assert [request.path for request in receiver.requests] == ["/here", "/there.wav"]
 
 
-def test_a_redirect_in_a_circle_is_given_up(server: Server, receiver: Receiver) -> None:
+def test_a_redirect_loop_fails(server: Server, receiver: Receiver) -> None:
     receiver.files["/song.wav"] = "/song.wav"
     assert server.predict(f"{receiver.url}/song.wav", **SHORT)["status"] == "failed"
     assert 1 < len(receiver.requests) < 50
 
 
 @pytest.mark.parametrize("kind", ["audio/wav", "audio/mpeg", "text/plain"])
-def test_a_data_uri_is_a_song_whatever_kind_it_claims(server: Server, kind: str) -> None:
+def test_a_data_uri_is_a_song_whatever_its_media_type(server: Server, kind: str) -> None:
     assert server.predict(data_uri(song(1), kind), **SHORT)["status"] == "succeeded"
 
 
@@ -55,7 +55,7 @@ def test_a_data_uri_is_a_song_whatever_kind_it_claims(server: Server, kind: str)
     ],
     ids=["missing", "empty", "words", "cut"],
 )
-def test_a_url_without_a_whole_song_fails_with_one_sentence(
+def test_a_url_without_a_complete_song_fails_with_a_one_line_error(
     server: Server, receiver: Receiver, files: dict[str, bytes | str], said: str
 ) -> None:
     receiver.files = files
@@ -74,24 +74,24 @@ def test_a_url_without_a_whole_song_fails_with_one_sentence(
         (None, {"chunk_size": 4, "overlap": 8}, "overlap (8 s) must be smaller than the chunk size (4 s)"),
     ],
 )
-def test_a_bad_song_or_choice_fails_with_one_sentence(
+def test_a_bad_song_or_option_fails_with_a_one_line_error(
     server: Server, content: bytes | None, inputs: dict[str, Any], said: str
 ) -> None:
     before = server.leftovers()
     prediction = server.predict(song(1) if content is None else content, **inputs)
     assert prediction["status"] == "failed"
     assert said in prediction["error"]
-    assert prediction["error"].startswith("Prediction failed: Prediction failed: ")  # coglet says it twice
+    assert prediction["error"].startswith("Prediction failed: Prediction failed: ")  # coglet repeats it
     assert "\n" not in prediction["error"] and str(server.temporary) not in prediction["error"]
     assert prediction["logs"] in ("", f"decoding\n  0%|{' ' * 20}| 0/20\n")
     assert server.leftovers() <= before
 
 
-# 422, with the field's name
+# Wrong values
 
 
 def wrong_values() -> list[tuple[str, object]]:
-    """Of every input in the schema: another type, null, an unknown choice, the first values out of range."""
+    """For every input in the schema: other types, null, an unknown choice, the nearest values out of range."""
     wrong: list[tuple[str, object]] = []
     for name, described in SCHEMAS["Input"]["properties"].items():
         wrong += [(name, ["a list"]), (name, None), (name, True)]
@@ -128,19 +128,19 @@ def test_all_wrong_values_are_named_at_once(server: Server) -> None:
     assert sorted(error["loc"][-1] for error in answer["detail"]) == ["audio", "overlap", "sample_rate", "stems"]
 
 
-def test_the_ends_of_a_range_are_taken(server: Server) -> None:
+def test_the_ends_of_a_range_are_accepted(server: Server) -> None:
     for chunk_size, overlap in ((4, 1), (30, 8)):
-        assert "is empty" in server.predict(b"", chunk_size=chunk_size, overlap=overlap)["error"]  # so predict was run
+        assert "is empty" in server.predict(b"", chunk_size=chunk_size, overlap=overlap)["error"]  # predict was called
 
 
-def test_an_unknown_input_is_ignored_without_a_word(server: Server) -> None:
+def test_an_unknown_input_is_ignored_silently(server: Server) -> None:
     prediction = server.predict(song(1), stem="vocals", **SHORT)
     assert prediction["status"] == "succeeded"
     assert len(prediction["output"]) == 2
     assert prediction["logs"].splitlines()[0] == "decoding"
 
 
-# Requests that are none
+# Malformed requests
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"audio=song.wav"])
@@ -155,7 +155,7 @@ def test_json_of_another_shape_is_answered_422(server: Server, body: bytes) -> N
     assert server.request("POST", "/predictions", body)[0] == 422
 
 
-def test_a_body_of_another_kind_is_answered_415(server: Server) -> None:
+def test_a_body_of_another_media_type_is_answered_415(server: Server) -> None:
     assert server.request("POST", "/predictions", b"{}", {"Content-Type": "text/plain"})[0] == 415
 
 
@@ -174,7 +174,5 @@ def test_a_body_beyond_100_mib_is_answered_413(server: Server, n_bytes: int, sta
         ("GET", "/nothing", 404),
     ],
 )
-def test_what_the_server_does_not_have_is_answered_404_or_405(
-    server: Server, method: str, path: str, status: int
-) -> None:
+def test_unknown_paths_and_methods_are_answered_404_or_405(server: Server, method: str, path: str, status: int) -> None:
     assert server.request(method, path)[0] == status

@@ -1,4 +1,4 @@
-"""One prediction at a time, and what each leaves behind: nothing, however it ends."""
+"""The server runs one prediction at a time, and none leaves anything behind, however it ends."""
 
 import http.client
 import json
@@ -18,12 +18,12 @@ from helpers.common import GIVES_BACK, PROGRESS_LINE, song
 from helpers.served_process import ASYNC, COGLETS_FOLDERS, DEMO, Receiver, Server, data_uri, decoded, wait_for
 
 SHORT = {"chunk_size": 4, "overlap": 1}
-LONG = song(180, format="FLAC")  # 61 chunks of SHORT, some seconds of work
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux' /proc")
+LONG = song(180, format="FLAC")  # 61 chunks with the options SHORT; takes some seconds
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc (Linux)")
 
 
 def stems_of(server: Server) -> list[NDArray[np.float32]]:
-    """The samples of each stem of a prediction, always the same one."""
+    """The samples of each stem of the same short prediction."""
     prediction = server.predict(song(2), stems="all_4", **SHORT)
     assert prediction["status"] == "succeeded"
     return [decoded(uri)[1] for uri in prediction["output"]]
@@ -39,13 +39,13 @@ def percent(lines: list[str]) -> int:
 
 
 def start_long(server: Server, receiver: Receiver, id: str, *, until: int = 25) -> None:
-    """Begin a long prediction whose end `receiver` hears of; back when that much per cent of it is done."""
+    """Start a long prediction that calls the webhook `receiver` at its end. Returns when `until` per cent are done."""
     server.start(LONG, id=id, inputs=SHORT, webhook=receiver.url, webhook_events_filter=["completed"])
     wait_for(lambda: percent(server.printed(id)) >= until, f"{until} % of the prediction")
 
 
 def resources(pid: int) -> dict[str, int]:
-    """Threads, open files and resident MiB of a process."""
+    """The threads, open files and resident MiB of a process."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {
         "threads": int(status["Threads"]),
@@ -59,7 +59,7 @@ def is_running(pid: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-# While one runs
+# During a prediction
 
 
 def test_a_second_request_while_busy_is_answered_409(server: Server, receiver: Receiver) -> None:
@@ -73,7 +73,7 @@ def test_a_second_request_while_busy_is_answered_409(server: Server, receiver: R
     assert receiver.wait_for_end()["status"] == "canceled"
 
 
-def test_the_same_put_again_joins_the_prediction_while_it_runs_and_starts_another_after(
+def test_repeating_a_put_joins_the_running_prediction_and_later_starts_another(
     server: Server, receiver: Receiver
 ) -> None:
     request = {
@@ -85,7 +85,7 @@ def test_the_same_put_again_joins_the_prediction_while_it_runs_and_starts_anothe
     before = server.predictions().count("put")
     status, first = server.request("PUT", "/predictions/put", request, ASYNC)
     assert (status, first) == (202, {"id": "put", "status": "starting"})
-    for headers in (ASYNC, {}):  # even without asking for it, the second answer does not wait for the stems
+    for headers in (ASYNC, {}):  # a repeated PUT never waits, not even without the header
         status, again = server.request("PUT", "/predictions/put", request, headers)
         assert status == 202
         assert again["id"] == "put" and again["status"] in ("starting", "processing")
@@ -100,17 +100,17 @@ def test_the_same_put_again_joins_the_prediction_while_it_runs_and_starts_anothe
     assert server.predictions().count("put") - before == 2
 
 
-def test_a_put_of_another_id_than_its_bodys_is_answered_422(server: Server) -> None:
+def test_a_put_whose_id_differs_from_its_bodys_is_answered_422(server: Server) -> None:
     status, answer = server.request("PUT", "/predictions/one", {"id": "other", "input": {"audio": data_uri(b"")}})
     assert status == 422
     assert answer["detail"][0]["loc"] == ["body", "id"]
 
 
-# Cancelled, failed, given up
+# Cancelled and failed predictions
 
 
 @needs_proc
-def test_a_cancel_in_mid_song_ends_it_within_a_chunk_and_leaves_nothing_behind(
+def test_a_cancel_during_a_song_takes_effect_within_a_chunk_and_leaves_nothing(
     server: Server, receiver: Receiver, expected: list[NDArray[np.float32]]
 ) -> None:
     held = []
@@ -122,21 +122,21 @@ def test_a_cancel_in_mid_song_ends_it_within_a_chunk_and_leaves_nothing_behind(
         completed = receiver.wait_for_end()
         assert completed["status"] == "canceled"
         assert "output" not in completed and "error" not in completed
-        # The server's log has both in order. One line may have been on its way; the chunk that ran then never ends.
+        # The log has both in order. One progress line may have been on its way; the current chunk is never finished.
         messages = [event["message"] for event in server.events(f'"{id}"')]
         after = messages[messages.index("Cancelling prediction") :]
         assert len([message for message in after if PROGRESS_LINE.match(message)]) <= 1
         assert percent(completed["logs"].splitlines()) < 50
         assert server.leftovers() <= before
-        assert not any(name.startswith("stems-") for name in server.leftovers())  # the last one's went when this began
-        assert server.cancel(id) == 404  # it is over
+        assert not any(name.startswith("stems-") for name in server.leftovers())  # removed when this prediction started
+        assert server.cancel(id) == 404  # it has ended
         held.append(resources(server.worker))
-    assert held[1]["files"] <= held[0]["files"]  # threads and memory: with the hundred below
+    assert held[1]["files"] <= held[0]["files"]  # threads and memory: see the hundred predictions below
     for samples, right in zip(stems_of(server), expected, strict=True):
         np.testing.assert_array_equal(samples, right)
 
 
-def test_a_synchronous_request_is_answered_when_its_prediction_is_cancelled(server: Server, receiver: Receiver) -> None:
+def test_cancelling_a_synchronous_prediction_answers_its_request(server: Server, receiver: Receiver) -> None:
     server.wait_until_idle()
     body = json.dumps({"input": {"audio": data_uri(LONG), **SHORT}})
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -150,7 +150,7 @@ def test_a_synchronous_request_is_answered_when_its_prediction_is_cancelled(serv
     assert (prediction["id"], prediction["status"]) == ("waiting", "canceled")
 
 
-def test_a_client_that_hangs_up_cancels_its_synchronous_prediction(server: Server, receiver: Receiver) -> None:
+def test_a_client_that_disconnects_cancels_its_synchronous_prediction(server: Server, receiver: Receiver) -> None:
     server.wait_until_idle()
     body = {"input": {"audio": data_uri(LONG), **SHORT}, "id": "left", "webhook": receiver.url}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -170,7 +170,7 @@ def test_a_client_that_hangs_up_cancels_its_synchronous_prediction(server: Serve
     ],
     ids=["words", "cut", "empty", "overlap"],
 )
-def test_a_failed_prediction_leaves_the_next_unharmed(
+def test_a_failed_prediction_does_not_affect_the_next(
     server: Server, expected: list[NDArray[np.float32]], content: bytes | None, inputs: dict[str, Any]
 ) -> None:
     failed = server.predict(song(1) if content is None else content, **inputs)
@@ -182,14 +182,12 @@ def test_a_failed_prediction_leaves_the_next_unharmed(
 
 @pytest.mark.slow
 @needs_proc
-def test_a_hundred_predictions_of_all_kinds_leave_no_memory_thread_or_file_behind(
-    tmp_path: Path, receiver: Receiver
-) -> None:
+def test_a_hundred_predictions_leak_no_memory_threads_or_files(tmp_path: Path, receiver: Receiver) -> None:
     audio = song(6)
     with Server(tmp_path, **DEMO, **GIVES_BACK) as server:
         assert server.health()["status"] == "READY"
         seen: list[dict[str, int]] = []
-        for index in range(110):  # 10 to warm up: thread pools grow to their size; one in ten is cancelled, one fails
+        for index in range(110):  # 10 to warm up the thread pools; of ten, one fails and one is cancelled
             if index % 10 == 3:
                 assert server.predict(b"words", **SHORT)["status"] == "failed"
             elif index % 10 == 7:
@@ -212,24 +210,24 @@ def test_a_hundred_predictions_of_all_kinds_leave_no_memory_thread_or_file_behin
         )
         print(f"after 10 to 40 predictions {early}, after 80 to 110 {late}")
         for key in ("threads", "files", "parent_threads", "parent_files"):
-            assert late[key] - early[key] < 4  # one may just be ending; of the failed predictions alone it would be 7
-        # MiB. 70 predictions lie between the two: each that kept its song's samples (2 MiB) would show as 140.
+            assert late[key] - early[key] < 4  # one may be ending; a leak in failed predictions alone would be 7
+        # MiB. There are 70 predictions in between: leaking the samples of each song (2 MiB) would be 140.
         assert late["resident"] - early["resident"] < 16
         assert late["parent_resident"] - early["parent_resident"] < 16
-        # coglet's own, one folder a prediction for the container's life, whatever TMPDIR says: two empty folders each.
+        # coglet keeps a folder for each prediction, whatever TMPDIR says; it must hold no files.
         for prediction in server.predictions():
             assert not [path for path in (COGLETS_FOLDERS / prediction).rglob("*") if path.is_file()]
 
 
-# The server's own begin and end
+# Start and end of the server
 
 
 @pytest.mark.slow
-def test_a_server_without_weights_and_network_says_at_once_which_file_is_missing(tmp_path: Path) -> None:
+def test_a_server_without_weights_or_network_reports_the_missing_file_at_setup(tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
+        closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
         environment = {"SEPARATION_RECIPE": "standard", "SEPARATION_WEIGHTS": str(weights), "https_proxy": proxy}
         with Server(tmp_path, **environment) as server:
@@ -242,9 +240,7 @@ def test_a_server_without_weights_and_network_says_at_once_which_file_is_missing
 
 @needs_proc
 @pytest.mark.slow
-def test_sigterm_in_mid_song_ends_the_server_and_leaves_nothing_half_written(
-    tmp_path: Path, receiver: Receiver
-) -> None:
+def test_sigterm_during_a_song_stops_the_server_and_leaves_no_partial_files(tmp_path: Path, receiver: Receiver) -> None:
     with Server(tmp_path, **DEMO) as server:
         assert server.health()["status"] == "READY"
         start_long(server, receiver, "ended", until=10)

@@ -1,4 +1,4 @@
-"""Predictions that succeed: at once or later, each choice, and how the stems come back."""
+"""Successful predictions: synchronous and asynchronous, each choice, and how the stems are returned."""
 
 import base64
 import re
@@ -30,9 +30,7 @@ def test_a_song_alone_gives_stems_that_add_up_to_it(server: Server) -> None:
 
 @pytest.mark.parametrize("stems", STEMS)
 @pytest.mark.parametrize("format", KINDS)
-def test_every_choice_of_stems_and_format_gives_that_many_files_of_that_kind(
-    server: Server, stems: str, format: str
-) -> None:
+def test_every_choice_of_stems_and_format_gives_the_right_files(server: Server, stems: str, format: str) -> None:
     prediction = server.predict(song(1), stems=stems, output_format=format, **SHORT)
     assert prediction["status"] == "succeeded"
     files = [decoded(uri) for uri in prediction["output"]]
@@ -40,17 +38,17 @@ def test_every_choice_of_stems_and_format_gives_that_many_files_of_that_kind(
     assert {samples.shape for _, samples in files} == {(44_100, 2)}
 
 
-def test_the_answer_carries_the_figures_of_the_prediction(server: Server) -> None:
+def test_the_response_has_the_metrics_of_the_prediction(server: Server) -> None:
     figures = server.predict(song(20), **SHORT)["metrics"]
     assert set(METRICS) <= set(figures)
     assert figures["audio_seconds"] == 20.0
-    assert 0.99 < figures["times_realtime"] / (20 / figures["predict_time"]) < 5  # predict_time holds a little more
+    assert 0.99 < figures["times_realtime"] / (20 / figures["predict_time"]) < 5  # predict_time includes a little more
     assert 0 < figures["model_load_seconds"] < 60
     assert re.fullmatch(r"cpu|mps|cuda(:\d+)?", figures["device"])
     assert 100 < figures["peak_memory_mib"] < 100_000
 
 
-def test_two_stems_come_in_mp3_of_the_asked_bitrate(server: Server) -> None:
+def test_two_stems_are_mp3_files_of_the_requested_bitrate(server: Server) -> None:
     prediction = server.predict(
         song(3), two_stems="drums", output_format="mp3", mp3_bitrate=128, recipe="demo", **SHORT
     )
@@ -62,7 +60,7 @@ def test_two_stems_come_in_mp3_of_the_asked_bitrate(server: Server) -> None:
         assert len(base64.b64decode(content)) * 8 / 3000 == pytest.approx(128, rel=0.06)
 
 
-def test_six_stems_at_another_rate_say_that_they_were_scaled(server: Server) -> None:
+def test_the_log_of_six_loud_stems_at_another_rate_says_that_they_were_scaled(server: Server) -> None:
     loud = song(1, gain=16)
     prediction = server.predict(loud, stems="all_6", output_format="flac", chunk_size=4.0, overlap=1, sample_rate=48000)
     assert prediction["status"] == "succeeded"
@@ -72,7 +70,7 @@ def test_six_stems_at_another_rate_say_that_they_were_scaled(server: Server) -> 
     assert "all stems are scaled by" in prediction["logs"]
 
 
-def test_the_temporary_files_are_those_of_the_last_prediction_alone(server: Server) -> None:
+def test_only_the_last_predictions_temporary_files_are_kept(server: Server) -> None:
     server.predict(song(1), **SHORT)
     first = server.leftovers()
     server.predict(song(1), **SHORT)
@@ -81,7 +79,7 @@ def test_the_temporary_files_are_those_of_the_last_prediction_alone(server: Serv
     assert gone.startswith("stems-") and new.startswith("stems-")
 
 
-def test_an_asynchronous_prediction_is_answered_202_and_ends_with_the_same_stems(
+def test_an_asynchronous_prediction_is_answered_202_and_gives_the_same_stems(
     server: Server, receiver: Receiver
 ) -> None:
     expected = server.predict(song(2), **SHORT)["output"]
@@ -95,7 +93,7 @@ def test_an_asynchronous_prediction_is_answered_202_and_ends_with_the_same_stems
 
 
 @pytest.mark.parametrize("prefer", ["wait", "wait=1", "Respond-Async", "respond-async, wait=5"])
-def test_any_other_preference_is_answered_with_the_finished_prediction(server: Server, prefer: str) -> None:
+def test_any_other_preference_waits_for_the_finished_prediction(server: Server, prefer: str) -> None:
     status, prediction = server.post({"audio": data_uri(song(1)), **SHORT}, id="preferred", headers={"Prefer": prefer})
     assert status == 200
     assert prediction["id"] == "preferred"
@@ -119,10 +117,10 @@ def uploading(tmp_path_factory: pytest.TempPathFactory, uploads: Receiver) -> It
         yield server
 
 
-def test_uploaded_stems_come_in_any_order_and_are_told_apart_by_file_name(
+def test_uploaded_stems_come_in_any_order_and_are_identified_by_file_name(
     server: Server, uploading: Server, uploads: Receiver
 ) -> None:
-    direct = server.predict(song(2), stems="all_4", **SHORT)["output"]  # in the contract's order
+    direct = server.predict(song(2), stems="all_4", **SHORT)["output"]  # in the order of the contract
     uploads.requests.clear()
 
     answered: list[str] = []
@@ -146,7 +144,7 @@ def test_uploaded_stems_come_in_any_order_and_are_told_apart_by_file_name(
         np.testing.assert_array_equal(by_name[stem], decoded(uri)[1])
 
 
-def test_an_upload_that_is_refused_fails_the_prediction_and_not_the_next(uploading: Server, uploads: Receiver) -> None:
+def test_a_refused_upload_fails_only_its_own_prediction(uploading: Server, uploads: Receiver) -> None:
     uploads.answer = lambda request: 500
     failed = uploading.predict(song(1), **SHORT)
     assert failed["status"] == "failed"
@@ -155,7 +153,7 @@ def test_an_upload_that_is_refused_fails_the_prediction_and_not_the_next(uploadi
     assert uploading.predict(song(1), **SHORT)["status"] == "succeeded"
 
 
-def test_webhooks_name_uploaded_stems_by_url(uploading: Server, uploads: Receiver, receiver: Receiver) -> None:
+def test_webhooks_have_the_urls_of_uploaded_stems(uploading: Server, uploads: Receiver, receiver: Receiver) -> None:
     uploads.answer = lambda request: 200
     status, _ = uploading.post({"audio": data_uri(song(1)), **SHORT}, headers=ASYNC, webhook=receiver.url)
     assert status == 202

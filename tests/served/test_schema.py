@@ -1,4 +1,4 @@
-"""The schema that clients read: a changed name, default, choice or range shows as a difference."""
+"""The published schema: any change of a name, default, choice or range shows as a difference."""
 
 import difflib
 import json
@@ -15,8 +15,8 @@ from cog._inspector import create_predictor
 from helpers.common import PROJECT
 from helpers.served_process import SCHEMA, Server
 
-HOW_TO_RENEW = (
-    "the inputs are a published contract; if the change is meant, renew the file in the project's folder: "
+HOW_TO_UPDATE = (
+    "the inputs are a published contract: if the change is intended, write the file again in the project's folder: "
     "pip install --target /tmp/cog cog==0.16.12 && "
     "PYTHONPATH=/tmp/cog python -m cog.command.openapi_schema > tests/served/openapi.json"
 )
@@ -27,10 +27,10 @@ def committed() -> dict[str, Any]:
 
 
 def check(found: object, expected: object) -> None:
-    """Fail with the lines that differ, unless both say the same in JSON."""
+    """Fail with a diff unless both are the same JSON."""
     texts = [json.dumps(schema, indent=2, sort_keys=True).splitlines() for schema in (expected, found)]
     difference = "\n".join(difflib.unified_diff(*texts, "committed", "now", n=6, lineterm=""))
-    assert not difference, f"{HOW_TO_RENEW}\n{difference}"
+    assert not difference, f"{HOW_TO_UPDATE}\n{difference}"
 
 
 def test_the_server_gives_the_committed_schema(server: Server) -> None:
@@ -41,7 +41,7 @@ def test_the_server_gives_the_committed_schema(server: Server) -> None:
 
 def test_the_committed_schema_is_what_cog_reads_from_the_predictor() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the names BasePredictor and predict
+        warnings.simplefilter("ignore", DeprecationWarning)  # about the names BasePredictor and predict
         fields = create_predictor("predict", "Predictor").inputs
     schemas = committed()["components"]["schemas"]
     read = {

@@ -1,4 +1,4 @@
-/** npm replicate and the client against the container itself, without Replicate's routes around it. */
+/** npm's replicate and the client on a container outside Replicate. */
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import test, { before, beforeEach } from "node:test";
@@ -19,7 +19,7 @@ before(async () => {
 
 beforeEach(() => idle(plain()));
 
-test("replicate.run with a version gives the stems' files in the contract's order", async () => {
+test("replicate.run with a version returns the stems in the order of the contract", async () => {
   const output = (await replicate.run(MODEL, { input: { audio: song, output_format: "flac" } })) as FileOutput[];
   assert.equal(output.length, 2);
   for (const file of output) {
@@ -28,7 +28,7 @@ test("replicate.run with a version gives the stems' files in the contract's orde
   }
 });
 
-test("predictions.create with a version answers with the finished prediction", async () => {
+test("predictions.create with a version returns the finished prediction", async () => {
   const input = { audio: song, output_format: "mp3", two_stems: "drums" };
   const prediction = await replicate.predictions.create({ version: "any", input });
   assert.equal(prediction.status, "succeeded");
@@ -36,7 +36,7 @@ test("predictions.create with a version answers with the finished prediction", a
   assert.ok((prediction.metrics as Record<string, unknown>)["audio_seconds"]);
 });
 
-test("the client names the stems, and reports the whole job at once", async () => {
+test("the client names the stems and reports only the end of the job", async () => {
   const shares: number[] = [];
   const onProgress = (share: number): void => void shares.push(share);
   const stems = await separator.separate(song, { stems: "all_6", output_format: "flac", onProgress });
@@ -45,7 +45,7 @@ test("the client names the stems, and reports the whole job at once", async () =
   assert.deepEqual(shares, [1]);
 });
 
-test("a failed prediction is an error with the container's sentence", async () => {
+test("a failed prediction is an error with the container's message", async () => {
   await assert.rejects(separator.separate(song, { chunk_size: 4, overlap: 8 }), (error) => {
     assert.ok(error instanceof PredictionError);
     assert.equal(error.status, "failed");
@@ -56,12 +56,12 @@ test("a failed prediction is an error with the container's sentence", async () =
   assert.ok((await separator.separate(song)).vocals);
 });
 
-test("an input out of its range is refused with its name", async () => {
+test("an input out of range is refused by name", async () => {
   await assert.rejects(separator.separate(song, { chunk_size: 99 }), /status 422 .*chunk_size/);
 });
 
-test("a file cannot be uploaded to the container itself, which is an error and not a prediction", async () => {
-  // The container refuses the route before it has read the file, which may end the connection first.
+test("uploading a file to the container is an error and starts no prediction", async () => {
+  // The container refuses the route before it has read the file, which may close the connection first.
   await assert.rejects(separator.separate(new Blob(["x"])), /files failed with status 404|fetch failed/);
 });
 

@@ -1,7 +1,6 @@
 /**
- * What stands between a client and a container on Replicate, as far as the tests need it: the /v1 routes, a queue,
- * uploaded files, the place where stems are delivered, and signed webhooks. For tests only: it checks one fixed token,
- * and keeps everything in memory.
+ * The parts of Replicate's API that the tests need in front of a container: the /v1 routes, a queue, file uploads, the
+ * delivery of stems, and signed webhooks. For tests only: it accepts one fixed token and keeps everything in memory.
  *
  * The container is the real coglet, started with `--upload-url {origin}/upload`.
  */
@@ -13,7 +12,7 @@ import type { FileObject, Prediction, WebhookEventType } from "replicate";
 
 export const TOKEN = "r8_for_tests";
 
-/** One sending of a webhook, and the status that was answered to it; 0 if the connection failed. */
+/** An attempt to send a webhook. `answer` is the response's status, or 0 if the connection failed. */
 export interface Delivery {
   webhookId: string;
   event: WebhookEventType;
@@ -25,7 +24,7 @@ interface Job {
   prediction: Prediction & { logs: string };
   over: Promise<void>;
   end: () => void;
-  /** The webhooks of one prediction go out one after the other. */
+  /** The webhooks of a prediction are sent one after another. */
   webhooks: Promise<void>;
 }
 
@@ -34,7 +33,7 @@ const ATTEMPTS = 6;
 export class Gateway {
   readonly secret = `whsec_${randomBytes(24).toString("base64")}`;
   readonly deliveries: Delivery[] = [];
-  /** Seconds that the upload of a stem takes, so that a test can choose the order in which they end. */
+  /** Seconds that the upload of a stem takes; with it, tests choose the order in which uploads end. */
   uploadSeconds: (stem: string) => number = () => 0;
 
   readonly #coglet: string;
@@ -43,7 +42,7 @@ export class Gateway {
   readonly #files = new Map<string, { name: string; bytes: Buffer; type: string }>();
   #queue: Promise<void> = Promise.resolve();
 
-  /** @param coglet where the container answers, such as http://127.0.0.1:5000 */
+  /** @param coglet the container's URL, such as http://127.0.0.1:5000 */
   constructor(coglet: string) {
     this.#coglet = coglet;
     this.#server = createServer((request, response) => {
@@ -66,17 +65,17 @@ export class Gateway {
     return `http://127.0.0.1:${(this.#server.address() as AddressInfo).port}`;
   }
 
-  /** How many predictions were ever created. */
+  /** The number of predictions created so far. */
   get created(): number {
     return this.#jobs.size;
   }
 
-  /** The prediction that is neither over nor in the queue. */
+  /** The prediction that is running. */
   running(): string | undefined {
     return [...this.#jobs.values()].find(({ prediction }) => prediction.status === "processing")?.prediction.id;
   }
 
-  /** All webhooks of a prediction that is over, once they have been sent. */
+  /** Waits for the end of a prediction and of its webhooks, and returns their deliveries. */
   async webhooksOf(id: string): Promise<Delivery[]> {
     const job = this.#jobs.get(id)!;
     await job.over;
@@ -92,7 +91,7 @@ export class Gateway {
     const route = `${request.method} ${path}`;
     let match: RegExpExecArray | null;
 
-    // The container's side: its inputs, its stems and its news.
+    // For the container: its inputs, its stems and its webhooks.
     if ((match = /^GET (\/(?:files|delivery)\/.+)$/.exec(route))) {
       const file = this.#files.get(match[1]!);
       if (!file) return send(response, 404, { detail: "no such file" });
@@ -112,7 +111,7 @@ export class Gateway {
       return;
     }
 
-    // The client's side.
+    // For the client.
     if (request.headers.authorization !== `Bearer ${TOKEN}`) {
       return send(response, 401, { title: "Unauthenticated", detail: "You did not pass a valid token", status: 401 });
     }
@@ -181,7 +180,7 @@ export class Gateway {
     return job;
   }
 
-  /** Hands the prediction to the container, which takes one at a time, and waits until it is over. */
+  /** Runs the prediction on the container, which accepts one at a time, and waits for its end. */
   async #perform({ prediction, over }: Job): Promise<void> {
     if (prediction.status === "canceled") return;
     for (;;) {
@@ -192,13 +191,13 @@ export class Gateway {
       });
       if (answer.status === 202) return over;
       const body = await answer.text();
-      // The last prediction's end is told a little before its place is free again.
+      // 409: the container announces the end of a prediction shortly before it is ready for the next.
       if (answer.status !== 409) return this.#update(this.#jobs.get(prediction.id)!, { status: "failed", error: body });
       await sleep(50);
     }
   }
 
-  /** The container's news. What comes after the end is ignored: coglet's webhooks may overtake each other. */
+  /** Handles a webhook of the container. Webhooks after the final one are ignored: coglet's may overtake each other. */
   #update(job: Job, news: Partial<Pick<Prediction, "status" | "logs" | "output" | "error" | "metrics">>): void {
     const { prediction } = job;
     if (isOver(prediction)) return;
@@ -223,7 +222,7 @@ export class Gateway {
     if (answer.status === 404) this.#update(job, { status: "canceled" }); // still in the queue
   }
 
-  /** Sends one webhook. Only the last one of a prediction is sent again if it is not answered with 2xx. */
+  /** Sends a webhook. Only the final one of a prediction is retried if the response is not 2xx. */
   async #deliver(
     id: string,
     url: string,
@@ -244,7 +243,7 @@ export class Gateway {
   }
 }
 
-/** The three headers that Replicate signs a webhook with. */
+/** The three headers of a webhook that Replicate has signed. */
 export function signatureHeaders(
   secret: string,
   id: string,

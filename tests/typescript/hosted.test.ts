@@ -1,4 +1,4 @@
-/** The client and the Worker with the hosted shapes: gateway.ts in front of the container, signed webhooks into D1. */
+/** The client and the Worker as on Replicate: gateway.ts in front of the container, signed webhooks into D1. */
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import test, { after, afterEach, before, beforeEach } from "node:test";
@@ -32,7 +32,7 @@ after(async () => {
 beforeEach(() => receiver.database.batch([receiver.database.prepare("DELETE FROM jobs")]));
 afterEach(() => void (gateway.uploadSeconds = () => 0));
 
-test("by name: uploads that end in another order do not mix up the stems", async () => {
+test("by name: stems are not mixed up if their uploads end in another order", async () => {
   const inputs = { stems: "all_6", output_format: "flac" } as const;
   const direct = new Separator({ model: "owner/separation:any", auth: "unused", baseUrl: plain() });
   const expected = await contents(await direct.separate(song, inputs));
@@ -59,13 +59,13 @@ test("by version: replicate.run and the client", async () => {
   assert.ok((await versioned.separate(song, { two_stems: "bass", pollSeconds: 0.1 })).no_bass);
 });
 
-test("replicate.run returns nothing if its wait is over before the song is; the client waits by itself", async () => {
+test("replicate.run returns nothing if the song takes longer than its wait; the client keeps waiting", async () => {
   const wait = { mode: "block", timeout: 1 } as const;
   assert.equal(await replicate.run("owner/separation", { input: { audio: longSong }, wait }), null);
   await replicate.predictions.cancel(await until(() => gateway.running()));
 });
 
-test("progress rises from below a half to the whole while the client waits", async () => {
+test("progress rises from less than a half to 1 while the client waits", async () => {
   const shares: number[] = [];
   const onProgress = (share: number): void => void shares.push(share);
   await separator.separate(longSong, { output_format: "mp3", pollSeconds: 0.1, onProgress });
@@ -75,7 +75,7 @@ test("progress rises from below a half to the whole while the client waits", asy
   assert.deepEqual(shares, [...new Set(shares)].sort((a, b) => a - b));
 });
 
-test("a song given as a Blob or as bytes is uploaded and gives the stems that its data URI gives", async () => {
+test("a song as a Blob or as bytes is uploaded and gives the same stems as its data URI", async () => {
   const bytes = await readFile(songFile());
   const options = { output_format: "flac", pollSeconds: 0.1 } as const;
   const expected = await samples(await separator.separate(song, options));
@@ -84,7 +84,7 @@ test("a song given as a Blob or as bytes is uploaded and gives the stems that it
   }
 });
 
-test("start: the signed webhook of the end puts the stems' URLs into D1", async () => {
+test("start: the signed final webhook stores the stems' URLs in D1", async () => {
   const id = await separator.start(song, { stems: "all_4", output_format: "mp3", webhook: receiver.url });
   const deliveries = await gateway.webhooksOf(id);
   assert.deepEqual(deliveries.map(({ event, answer }) => [event, answer]), [["completed", 200]]);
@@ -96,7 +96,7 @@ test("start: the signed webhook of the end puts the stems' URLs into D1", async 
   assert.equal(new Set(Object.values(await contents(stems))).size, 4);
 });
 
-test("webhooks of every stage leave the row of the end", async () => {
+test("after the webhooks of every stage, the row is that of the final one", async () => {
   const { id } = await replicate.predictions.create({
     model: "owner/separation",
     input: { audio: longSong, output_format: "mp3" },
@@ -109,7 +109,7 @@ test("webhooks of every stage leave the row of the end", async () => {
   assert.deepEqual((await receiver.rows()).map((row) => [row.replicate_id, row.status]), [[id, "succeeded"]]);
 });
 
-test("a webhook whose row could not be stored is sent again and stored then", async () => {
+test("a webhook that could not be stored is retried and then stored", async () => {
   await receiver.database.prepare("DROP TABLE jobs").run();
   const id = await separator.start(song, { output_format: "mp3", webhook: receiver.url });
   await until(() => gateway.deliveries.find(({ webhookId, answer }) => webhookId.includes(id) && answer === 500));
@@ -120,35 +120,35 @@ test("a webhook whose row could not be stored is sent again and stored then", as
   assert.deepEqual((await receiver.rows()).map((row) => [row.replicate_id, row.status]), [[id, "succeeded"]]);
 });
 
-test("a webhook repeats its prediction's inputs, so a large data URI makes one that the Worker refuses", async () => {
+test("a webhook repeats the inputs, so the Worker refuses one with a large data URI", async () => {
   const [inline, uploaded] = [dataUri(Buffer.from(await longSong.arrayBuffer())), longSong];
   const failing = { chunk_size: 4, overlap: 8, webhook: receiver.url };
   const answers = [];
   for (const each of [inline, uploaded]) {
     answers.push((await gateway.webhooksOf(await separator.start(each, failing))).at(-1)!.answer);
   }
-  assert.notEqual(answers[0], 200); // 413, or the connection ended before all was sent
+  assert.notEqual(answers[0], 200); // 413, or the connection was closed during the upload
   assert.equal(answers[1], 200);
   assert.equal((await receiver.rows()).length, 1);
 });
 
-test("a failed prediction is an error with the container's sentence, in the client and in D1", async () => {
-  const sentence = /InputError: .*overlap.*/;
+test("a failed prediction has the container's message in the client and in D1", async () => {
+  const message = /InputError: .*overlap.*/;
   const failing = { chunk_size: 4, overlap: 8, webhook: receiver.url };
   const error: unknown = await separator.separate(song, { ...failing, pollSeconds: 0.1 }).catch((reason) => reason);
   assert.ok(error instanceof PredictionError);
   assert.equal(error.status, "failed");
-  assert.match(error.message, sentence);
+  assert.match(error.message, message);
   await gateway.webhooksOf(error.predictionId);
   const [row] = await receiver.rows();
   assert.deepEqual(row, { replicate_id: error.predictionId, status: "failed", stems: null, error: error.message });
 });
 
-test("a song that is not audio fails with a sentence", async () => {
+test("a song that is not audio fails with a message", async () => {
   await assert.rejects(separator.separate(new Blob(["no song"]), { pollSeconds: 0.1 }), /AudioError: /);
 });
 
-test("aborting cancels the prediction in the container, and the next one is right", async () => {
+test("aborting cancels the prediction in the container and does not affect the next", async () => {
   const abort = new AbortController();
   const reason = new Error("the user left");
   const waiting = separator.separate(longSong, {
@@ -166,7 +166,7 @@ test("aborting cancels the prediction in the container, and the next one is righ
   assert.ok((await separator.separate(song, { pollSeconds: 0.1 })).vocals);
 });
 
-test("a prediction that somebody else cancels is an error; one that waits in the queue is canceled there", async () => {
+test("a prediction that somebody else cancels is an error, even in the queue", async () => {
   const first = separator.separate(longSong, { output_format: "flac", pollSeconds: 0.1, webhook: receiver.url });
   const running = await until(() => gateway.running());
   const queued = await separator.start(song, { output_format: "mp3", webhook: receiver.url });
@@ -178,19 +178,19 @@ test("a prediction that somebody else cancels is an error; one that waits in the
   await assert.rejects(first, { name: "PredictionError", status: "canceled", message });
 });
 
-test("an aborted signal starts nothing", async () => {
+test("an aborted signal starts no prediction", async () => {
   const before = gateway.created;
   await assert.rejects(separator.separate(song, { signal: AbortSignal.abort() }), { name: "AbortError" });
   assert.equal(gateway.created, before);
 });
 
-test("a wrong token and an unknown prediction are errors that say so", async () => {
+test("a wrong token and an unknown prediction are clear errors", async () => {
   const stranger = new Separator({ model: "owner/separation", auth: "r8_wrong", baseUrl: `${gateway.origin}/v1` });
   await assert.rejects(stranger.separate(song), /status 401/);
   await assert.rejects(replicate.predictions.get("none"), /status 404/);
 });
 
-test("the client runs in a Worker, without Node's modules there: from its start to the row in D1", async () => {
+test("the client runs in a Worker without Node's modules", async () => {
   const server = JSON.stringify({ model: "owner/separation", auth: TOKEN, baseUrl: `${gateway.origin}/v1` });
   const inputs = JSON.stringify({ output_format: "mp3", webhook: receiver.url });
   const id = await runInWorker(`const separator = new Separator(${server});

@@ -1,4 +1,4 @@
--- The jobs, one row a prediction. `stems` is a JSON object, a URL a stem by the stem's name.
+-- One row for each prediction. `stems` is a JSON object that maps the names of stems to URLs.
 CREATE TABLE IF NOT EXISTS jobs (
   replicate_id TEXT PRIMARY KEY,
   status TEXT NOT NULL,
@@ -6,7 +6,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   error TEXT
 );
 
--- The webhooks that were handled in the last minutes, so that none is handled twice.
+-- The webhooks handled in the last minutes, so that none is handled twice.
 CREATE TABLE IF NOT EXISTS deliveries (
   webhook_id TEXT PRIMARY KEY,
   sent_at INTEGER NOT NULL

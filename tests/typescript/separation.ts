@@ -1,5 +1,5 @@
 /**
- * Separates songs with the container on Replicate. Copy this file as it is; all that it needs is npm's `replicate`.
+ * Separates songs with the container on Replicate. Copy this file unchanged; its only dependency is npm's `replicate`.
  *
  *     const separator = new Separator({ model: "owner/name:version" });
  *     const { vocals, drums } = await separator.separate(songUrl, { stems: "all_4", output_format: "mp3" });
@@ -17,25 +17,25 @@ const STEMS = {
 export type StemsChoice = keyof typeof STEMS;
 export type TwoStems = "none" | "vocals" | "drums" | "bass" | "other" | "guitar" | "piano";
 
-/** The container's inputs beside the song. Left out, each has the container's default. */
+/** The container's inputs besides the song. All are optional; the container has defaults. */
 export interface Inputs<S extends StemsChoice = StemsChoice, T extends TwoStems = TwoStems> {
-  /** Which stems to extract; vocals_instrumental unless given. */
+  /** The stems to extract; default vocals_instrumental. */
   stems?: S;
-  /** wav (32-bit float) unless given; flac is 24 bit. */
+  /** wav (32-bit float, the default), mp3, or flac (24 bit). */
   output_format?: "wav" | "mp3" | "flac";
   /** Seconds, 4 to 30. */
   chunk_size?: number;
-  /** Seconds that neighbouring chunks share, 1 to 8 and below chunk_size. */
+  /** Seconds that neighbouring chunks share, 1 to 8 and less than chunk_size. */
   overlap?: number;
   sample_rate?: 44100 | 48000;
   /** kbit/s */
   mp3_bitrate?: 128 | 192 | 320;
-  /** This stem and the song minus it, in place of `stems`. */
+  /** This stem and the song minus it, instead of `stems`. */
   two_stems?: T;
   recipe?: "default" | "standard" | "sw" | "demo";
 }
 
-/** A URL a stem, by the stem's name: exactly the names that the choice of stems gives. */
+/** The URL of each stem by its name. The names follow from the inputs. */
 export type StemUrls<S extends StemsChoice = StemsChoice, T extends TwoStems = TwoStems> = T extends "none"
   ? S extends StemsChoice
     ? Record<(typeof STEMS)[S][number], string>
@@ -43,23 +43,23 @@ export type StemUrls<S extends StemsChoice = StemsChoice, T extends TwoStems = T
   : Record<T | `no_${T}`, string>;
 
 /**
- * A song: an http(s) URL, or the file itself, which is uploaded to Replicate first. A data URI works too, but every
- * webhook repeats it, and worker.ts takes none of more than 1 MiB.
+ * A song: an http(s) URL, or the file's content, which is first uploaded to Replicate. A data URI works too, but every
+ * webhook repeats it, and worker.ts refuses webhooks of more than 1 MiB.
  */
 export type Song = string | Blob | Uint8Array<ArrayBuffer>;
 
-export interface Waiting {
-  /** Replicate calls it as well as this one waits, if it is given. */
+export interface WaitOptions {
+  /** A webhook that Replicate calls in addition. */
   webhook?: string;
   /** Cancels the prediction on the server; `separate` then throws the signal's reason. */
   signal?: AbortSignal;
-  /** Told the share of the job that is done, from 0 to 1, whenever it has grown. */
+  /** Called with the share of the job that is done, 0 to 1, whenever it has grown. */
   onProgress?: (share: number) => void;
-  /** Seconds between two looks at the prediction; 1 unless given. */
+  /** Seconds between two polls; default 1. */
   pollSeconds?: number;
 }
 
-/** A prediction that failed or was canceled; the message is the server's own sentence where it gave one. */
+/** The prediction failed or was canceled. The message is the server's error, if there is one. */
 export class PredictionError extends Error {
   override readonly name = "PredictionError";
   readonly predictionId: string;
@@ -72,7 +72,7 @@ export class PredictionError extends Error {
   }
 }
 
-/** A prediction that succeeded, but not with the stems that were asked for. */
+/** The prediction succeeded, but its stems are not the requested ones. */
 export class StemsError extends Error {
   override readonly name = "StemsError";
 }
@@ -82,9 +82,9 @@ export class Separator {
   readonly #replicate: Replicate;
 
   /**
-   * @param options.model "owner/name:version"; "owner/name" alone if Replicate lists the model as an official one.
-   * @param options.auth Replicate's token; the environment's REPLICATE_API_TOKEN unless given.
-   * @param options.baseUrl A container's own address, where there is no Replicate around it.
+   * @param options.model "owner/name:version", or "owner/name" for official models of Replicate.
+   * @param options.auth Replicate's token; default: the environment variable REPLICATE_API_TOKEN.
+   * @param options.baseUrl The URL of a container that runs outside Replicate.
    */
   constructor({ model, ...options }: { model: `${string}/${string}`; auth?: string; baseUrl?: string }) {
     const version = model.split(":")[1];
@@ -93,14 +93,14 @@ export class Separator {
   }
 
   /**
-   * Separates a song and waits for it, however long it takes.
+   * Separates a song and waits for its stems, however long it takes.
    *
-   * @throws PredictionError if the prediction failed or was canceled by somebody else.
-   * @throws StemsError if an expected stem is missing, or one came twice.
+   * @throws PredictionError if the prediction failed or somebody else canceled it.
+   * @throws StemsError if a stem is missing or duplicated.
    */
   async separate<S extends StemsChoice = "vocals_instrumental", T extends TwoStems = "none">(
     song: Song,
-    options: Inputs<S, T> & Waiting = {},
+    options: Inputs<S, T> & WaitOptions = {},
   ): Promise<StemUrls<S, T>> {
     const { webhook, signal, onProgress, pollSeconds = 1, ...inputs } = options;
     signal?.throwIfAborted();
@@ -121,7 +121,7 @@ export class Separator {
     return stemsByName(prediction.output, expectedStems(inputs)) as StemUrls<S, T>;
   }
 
-  /** Starts a separation and returns the prediction's id; the webhook is called once, when it is over. */
+  /** Starts a separation and returns the prediction's id. The webhook is called once, at the end. */
   async start(song: Song, { webhook, ...inputs }: Inputs & { webhook: string }): Promise<string> {
     return (await this.#create(song, inputs, webhook)).id;
   }
@@ -135,14 +135,14 @@ export class Separator {
     });
   }
 
-  // Not left to `predictions.create`: where an upload fails it sends the file within the request, up to 10 MB, instead.
+  // `predictions.create` could upload the file, too. But if that fails, it puts files of up to 10 MB into the request.
   async #upload(song: Blob | Uint8Array<ArrayBuffer>): Promise<string> {
     const file = await this.#replicate.files.create(song instanceof Blob ? song : new Blob([song]));
     return file.urls.get;
   }
 }
 
-/** The names of the stems that these inputs give, in the order of the contract. */
+/** The names of the stems for these inputs, in the order of the contract. */
 export function expectedStems(inputs: { stems?: string; two_stems?: string }): readonly string[] {
   const { stems = "vocals_instrumental", two_stems = "none" } = inputs;
   if (two_stems !== "none") return [two_stems, `no_${two_stems}`];
@@ -151,17 +151,17 @@ export function expectedStems(inputs: { stems?: string; two_stems?: string }): r
 }
 
 /**
- * A prediction's output by the names of its stems, told from the files' names: the order of the list is that in which
- * the uploads happened to end.
+ * A prediction's output by stem. File names identify the stems, because the list has the order in which the uploads
+ * happened to end.
  *
- * A container that runs without Replicate around it answers with data URIs, which have no names. It encodes one file
- * after the other, so there, and only there, the order is the contract's.
+ * A container outside Replicate returns data URIs, which have no names. It encodes the files one after another, so only
+ * in this case the order is that of the contract.
  *
  * @throws StemsError if the names are not exactly the expected ones.
  */
 export function stemsByName(output: unknown, expected: readonly string[]): Record<string, string> {
   if (!Array.isArray(output) || !output.every((url) => typeof url === "string")) {
-    throw new StemsError(`the prediction's output is not a list of URLs but ${JSON.stringify(output)?.slice(0, 200)}`);
+    throw new StemsError(`the prediction's output is not a list of URLs: ${JSON.stringify(output)?.slice(0, 200)}`);
   }
   const urls: string[] = output;
   const nameless = urls.length === expected.length && urls.every((url) => url.startsWith("data:"));
@@ -173,13 +173,13 @@ export function stemsByName(output: unknown, expected: readonly string[]): Recor
   return stems;
 }
 
-/** "vocals" of "https://host/path/vocals.wav?query"; a URL of anything else but a stem is called "(no name)". */
+/** "vocals" for "https://host/path/vocals.wav?query", and "(no name)" for a URL that is not a stem's. */
 function fileStem(url: string): string {
   const path = URL.canParse(url) ? new URL(url).pathname : "";
   return /\/([a-z_]+)\.(?:wav|mp3|flac)$/.exec(path)?.[1] ?? "(no name)";
 }
 
-/** Waits, but not longer than until the signal. */
+/** Waits for some seconds or until the signal is aborted. */
 function pause(seconds: number, signal: AbortSignal | undefined): Promise<void> {
   return new Promise((resolve) => {
     const wake = (): void => {

@@ -1,4 +1,4 @@
-/** What the tests that need the container get from their starter: where it answers, and songs. */
+/** The containers and songs that pytest provides for the tests. */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 
@@ -8,16 +8,16 @@ function given(name: string): string {
   return value;
 }
 
-/** The container by itself, http://127.0.0.1:port. */
+/** A container outside Replicate, http://127.0.0.1:port. */
 export const plain = (): string => given("PLAIN_CONTAINER");
-/** The container that uploads its stems to http://127.0.0.1:{gatewayPort}/upload. */
+/** A container that uploads its stems to http://127.0.0.1:{gatewayPort}/upload. */
 export const uploading = (): string => given("UPLOADING_CONTAINER");
 export const gatewayPort = (): number => Number(given("GATEWAY_PORT"));
-/** FLAC files, of two seconds and of ninety. */
+/** FLAC files of two and ninety seconds. */
 export const songFile = (): string => given("SONG");
 export const longSongFile = (): string => given("LONG_SONG");
 
-/** Waits for the container's one place: an answer comes a little before it is free again. */
+/** Waits until the container is ready: it responds to a prediction shortly before. */
 export async function idle(container: string): Promise<void> {
   for (;;) {
     const health = (await (await fetch(`${container}/health-check`)).json()) as { status: string };
@@ -30,7 +30,7 @@ export function dataUri(bytes: Buffer): string {
   return `data:audio/flac;base64,${bytes.toString("base64")}`;
 }
 
-/** The sha256 of what a stem's URL gives, by the stem's name. */
+/** The sha256 of each stem's file, by the stem's name. */
 export async function contents(stems: Record<string, string>): Promise<Record<string, string>> {
   const hashes: Record<string, string> = {};
   for (const [name, url] of Object.entries(stems)) {
@@ -41,7 +41,7 @@ export async function contents(stems: Record<string, string>): Promise<Record<st
   return hashes;
 }
 
-/** The checksum of a FLAC stem's samples, as its header has it, by the stem's name: its tags hold the song's file name. */
+/** The MD5 of each FLAC stem's samples, from its header. (The tags differ: they have the song's file name.) */
 export async function samples(stems: Record<string, string>): Promise<Record<string, string>> {
   const checksums: Record<string, string> = {};
   for (const [name, url] of Object.entries(stems)) {

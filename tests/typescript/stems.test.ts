@@ -1,4 +1,4 @@
-/** Stems are told apart by their files' names, whatever their order. No server. */
+/** Stems are identified by their file names in any order. No server is needed. */
 import assert from "node:assert/strict";
 import test from "node:test";
 import { expectedStems, stemsByName, StemsError } from "./separation.js";
@@ -6,7 +6,7 @@ import { expectedStems, stemsByName, StemsError } from "./separation.js";
 const SIX = ["vocals", "drums", "bass", "guitar", "piano", "other"];
 const url = (name: string): string => `https://replicate.delivery/xezq/Zf3/${name}.flac?Expires=1&Signature=/bass.wav`;
 
-test("stems are told by name in each of the 720 orders of six", () => {
+test("six stems are identified by name in all 720 orders", () => {
   const right = Object.fromEntries(SIX.map((name) => [name, url(name)]));
   const orders = (names: string[]): string[][] =>
     names.length > 0
@@ -17,7 +17,7 @@ test("stems are told by name in each of the 720 orders of six", () => {
   for (const order of all) assert.deepEqual({ ...stemsByName(order.map(url), SIX) }, right);
 });
 
-test("stems that are missing, repeated, unknown or without a name are an error that says which there are", () => {
+test("missing, duplicate, unknown or nameless stems are an error that lists the stems", () => {
   for (const [names, got] of [
     [["vocals"], "vocals"],
     [["vocals", "vocals"], "vocals, vocals"],
@@ -34,14 +34,14 @@ test("stems that are missing, repeated, unknown or without a name are an error t
   }
 });
 
-test("data URIs have no names and count only if all are such, one a stem", () => {
+test("data URIs are accepted only if there is exactly one for each stem", () => {
   const [one, two] = ["data:audio/wav;base64,AAAA", "data:audio/wav;base64,BBBB"];
   assert.deepEqual(stemsByName([one, two], ["vocals", "instrumental"]), { vocals: one, instrumental: two });
   assert.throws(() => stemsByName([one], ["vocals", "instrumental"]), /got \(no name\)/);
   assert.throws(() => stemsByName([url("vocals"), one], ["vocals", "instrumental"]), /got vocals, \(no name\)/);
 });
 
-test("the expected stems follow the inputs, and the container's defaults where they say nothing", () => {
+test("the expected stems follow from the inputs and the container's defaults", () => {
   assert.deepEqual(expectedStems({}), ["vocals", "instrumental"]);
   assert.deepEqual(expectedStems({ stems: "all_6" }), SIX);
   assert.deepEqual(expectedStems({ stems: "all_6", two_stems: "none" }), SIX);

@@ -1,6 +1,6 @@
-"""The TypeScript client and the Worker for webhooks, compiled strictly and run against the real coglet.
+"""The TypeScript client and the webhook Worker compile strictly and pass their tests against the real coglet.
 
-What is tested, and the tests themselves, are the .ts files beside this one; here they get what they need.
+Both, and their tests, are the .ts files beside this one. This module starts the containers that they need.
 """
 
 import os
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def run(folder: Path, *command: str, **environment: str) -> str:
-    """What a command says. Where it fails, that is the test's message."""
+    """The output of a command. If it fails, the output is the failure's message."""
     done = subprocess.run(
         command,
         cwd=folder,
@@ -39,7 +39,7 @@ def run(folder: Path, *command: str, **environment: str) -> str:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The demo recipe's container twice, by itself and as on Replicate, and two songs, as variables for the tests."""
+    """Environment variables for the tests: two containers with the demo recipe, one as on Replicate, and two songs."""
     (tmp_path / "song.flac").write_bytes(song(2, format="FLAC"))
     (tmp_path / "long_song.flac").write_bytes(song(90, format="FLAC"))
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-/** What must not compile: each line below "@ts-expect-error" is an error, or else tsc complains. Nothing here runs. */
+/** Code that must not compile: tsc fails unless each line after "@ts-expect-error" is an error. Nothing here runs. */
 import { Separator } from "./separation.js";
 
 export async function checkedByTheCompiler(separator: Separator, song: string): Promise<void> {
@@ -11,17 +11,17 @@ export async function checkedByTheCompiler(separator: Separator, song: string): 
   ({ vocals: "", drums: "", bass: "", other: "" }) satisfies typeof four;
   // @ts-expect-error all_4 has no guitar
   four.guitar;
-  // @ts-expect-error a stem is a URL and never undefined
+  // @ts-expect-error a stem's URL is never undefined
   four.vocals satisfies undefined;
 
   const six = await separator.separate(song, { stems: "all_6" });
   six.piano satisfies string;
-  // @ts-expect-error only vocals_instrumental has it
+  // @ts-expect-error only vocals_instrumental has an instrumental
   six.instrumental;
 
   const kit = await separator.separate(song, { stems: "drum_kit", recipe: "standard" });
   ({ kick: "", snare: "", toms: "", hihat: "", cymbals: "" }) satisfies typeof kit;
-  // @ts-expect-error the drum kit is all in pieces
+  // @ts-expect-error drum_kit has no drums
   kit.drums;
 
   const two = await separator.separate(song, { stems: "all_4", two_stems: "drums" });
@@ -29,12 +29,12 @@ export async function checkedByTheCompiler(separator: Separator, song: string): 
   // @ts-expect-error two_stems replaces stems
   two.bass;
   (await separator.separate(song, { two_stems: "guitar" })).no_guitar satisfies string;
-  // @ts-expect-error the container offers it only with the rest of the drum kit
+  // @ts-expect-error two_stems does not offer pieces of the drum kit
   await separator.separate(song, { two_stems: "kick" });
 
   const either = await separator.separate(song, { stems: song ? "all_4" : "all_6" });
   either.drums satisfies string;
-  // @ts-expect-error only one of the two choices has it
+  // @ts-expect-error only one of the two choices has this stem
   either.guitar;
 
   // @ts-expect-error no such choice
@@ -49,10 +49,10 @@ export async function checkedByTheCompiler(separator: Separator, song: string): 
   await separator.separate(song, { recipe: "best" });
   // @ts-expect-error no such input
   await separator.separate(song, { shifts: 2 });
-  // @ts-expect-error a number is no song
+  // @ts-expect-error a number is not a song
   await separator.separate(1);
   // @ts-expect-error start needs a webhook
   await separator.start(song, { stems: "all_4" });
-  // @ts-expect-error a model has an owner
+  // @ts-expect-error a model needs an owner
   new Separator({ model: "separation" });
 }

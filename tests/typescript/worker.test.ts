@@ -1,4 +1,4 @@
-/** The Worker in workerd, with a real D1. The sender is this file, which signs as the hosted service does. */
+/** The Worker in workerd with a real D1. The tests send webhooks, signed like Replicate's. */
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
 import test, { after, before, beforeEach } from "node:test";
@@ -20,7 +20,7 @@ beforeEach(async () => {
 });
 
 function prediction(changes: object = {}): string {
-  // The instrumental's upload ended first.
+  // The instrumental was uploaded first.
   const whole = { id: "p1", status: "succeeded", input: { audio: "x" }, output: [INSTRUMENTAL, VOCALS], error: null };
   return JSON.stringify({ ...whole, ...changes });
 }
@@ -41,7 +41,7 @@ async function isRefused(expected: (number | string)[], body: string, headers: R
   assert.deepEqual(await receiver.rows(), rows);
 }
 
-test("a signed webhook is stored, its stems by name", async () => {
+test("a signed webhook is stored with its stems by name", async () => {
   assert.deepEqual(await send(prediction(), signatureHeaders(SECRET, messageId(), prediction())), [200, "stored"]);
   const [row, ...others] = await receiver.rows();
   assert.deepEqual(others, []);
@@ -53,7 +53,7 @@ test("a signed webhook is stored, its stems by name", async () => {
   });
 });
 
-test("the signature is the one that npm replicate takes for valid", async () => {
+test("npm's replicate accepts the same signature", async () => {
   const headers = signatureHeaders(SECRET, "msg_1", prediction());
   const [id, timestamp, signature] = Object.values(headers) as [string, string, string];
   assert.equal(await validateWebhook({ id, timestamp, signature, body: prediction(), secret: SECRET }), true);
@@ -66,7 +66,7 @@ test("one valid signature among several is enough", async () => {
   assert.deepEqual(await send(prediction(), headers), [200, "stored"]);
 });
 
-test("a forgery is answered with 401 and stores nothing", async () => {
+test("a forged signature is answered with 401 and stores nothing", async () => {
   const body = prediction();
   const headers = signatureHeaders(SECRET, messageId(), body);
   const signature = headers["webhook-signature"];
@@ -83,14 +83,14 @@ test("a forgery is answered with 401 and stores nothing", async () => {
   for (const forged of forgeries) await isRefused(FORGED, body, forged);
 });
 
-test("a body that was tampered with is answered with 401, be it by one space", async () => {
+test("a body changed by a single space is answered with 401", async () => {
   const headers = signatureHeaders(SECRET, messageId(), prediction());
   await isRefused(FORGED, prediction().replace("replicate.delivery", "evil.example"), headers);
   await isRefused(FORGED, `${prediction()} `, headers);
   await isRefused(FORGED, "", headers);
 });
 
-test("a webhook without one of the headers is answered with 401", async () => {
+test("a webhook with a missing header is answered with 401", async () => {
   for (const missing of ["webhook-id", "webhook-timestamp", "webhook-signature"] as const) {
     const { [missing]: _, ...headers } = signatureHeaders(SECRET, messageId(), prediction());
     await isRefused(INCOMPLETE, prediction(), headers);
@@ -98,7 +98,7 @@ test("a webhook without one of the headers is answered with 401", async () => {
   }
 });
 
-test("a timestamp older or younger than five minutes is answered with 401, though signed", async () => {
+test("a signed timestamp more than five minutes off is answered with 401", async () => {
   for (const seconds of [-302, 310, -86400, 86400]) {
     await isRefused(STALE, prediction(), signatureHeaders(SECRET, messageId(), prediction(), now() + seconds));
   }
@@ -111,7 +111,7 @@ test("a timestamp older or younger than five minutes is answered with 401, thoug
   }
 });
 
-test("a replay is answered with 401, with the same or with a renewed timestamp, also many at once", async () => {
+test("replays are answered with 401, with the same or a new timestamp, even many at once", async () => {
   const id = messageId();
   const headers = signatureHeaders(SECRET, id, prediction());
   const answers = await Promise.all(Array.from({ length: 20 }, () => send(prediction(), headers)));
@@ -120,7 +120,7 @@ test("a replay is answered with 401, with the same or with a renewed timestamp, 
   await isRefused(REPLAYED, prediction(), signatureHeaders(SECRET, id, prediction(), now() + 3));
 });
 
-test("the replay of an earlier stage does not take a prediction back", async () => {
+test("a replayed earlier stage does not change a later row", async () => {
   const starting = prediction({ status: "starting", output: null });
   const headers = signatureHeaders(SECRET, messageId(), starting);
   assert.deepEqual(await send(starting, headers), [200, "stored"]);
@@ -130,7 +130,7 @@ test("the replay of an earlier stage does not take a prediction back", async () 
   assert.equal((await receiver.rows())[0]!.status, "processing");
 });
 
-test("handled ids are forgotten only when their timestamp alone refuses them", async () => {
+test("handled ids are deleted only when their timestamp is too old", async () => {
   const ids = async (): Promise<unknown[]> =>
     (await receiver.database.prepare("SELECT * FROM deliveries").all()).results.map((row) => row["webhook_id"]);
   const insert = receiver.database.prepare("INSERT INTO deliveries VALUES (?1, ?2)");
@@ -139,7 +139,7 @@ test("handled ids are forgotten only when their timestamp alone refuses them", a
   assert.deepEqual((await ids()).sort(), ["new", "young"]);
 });
 
-test("a webhook that could not be stored is stored when it is sent again with the same id", async () => {
+test("a webhook that could not be stored is stored on a retry with the same id", async () => {
   const id = messageId();
   await receiver.database.prepare("DROP TABLE jobs").run();
   const [status] = await send(prediction(), signatureHeaders(SECRET, id, prediction(), now() - 10));
@@ -149,7 +149,7 @@ test("a webhook that could not be stored is stored when it is sent again with th
   assert.equal((await receiver.rows()).length, 1);
 });
 
-test("another webhook for a prediction that is over is answered with 200 and changes nothing", async () => {
+test("another webhook for a finished prediction is answered with 200 and changes nothing", async () => {
   await send(prediction(), signatureHeaders(SECRET, messageId(), prediction()));
   const rows = await receiver.rows();
   const later = [
@@ -186,7 +186,7 @@ test("failed, canceled and incomplete predictions are stored with their error", 
   ]);
 });
 
-test("signed but no prediction is answered with 400, another method with 405, too long a body with 413", async () => {
+test("no prediction is answered with 400, another method with 405, too large a body with 413", async () => {
   for (const body of ["[]", "null", '"p1"', "{", "{}", prediction({ id: 7 }), prediction({ status: "done" })]) {
     await isRefused([400, "the webhook's body is not a prediction"], body, signatureHeaders(SECRET, messageId(), body));
   }
@@ -200,13 +200,13 @@ test("signed but no prediction is answered with 400, another method with 405, to
   assert.deepEqual(await send(nearly, signatureHeaders(SECRET, messageId(), nearly)), [200, "stored"]);
 });
 
-test("quotes and letters beyond ASCII in a prediction are stored as they are", async () => {
+test("quotes and non-ASCII characters are stored unchanged", async () => {
   const body = prediction({ status: "failed", output: null, error: `it's "müde" \u{1f3b5}'); DROP TABLE jobs;--` });
   await send(body, signatureHeaders(SECRET, messageId(), body));
   assert.equal((await receiver.rows())[0]!.error, `it's "müde" \u{1f3b5}'); DROP TABLE jobs;--`);
 });
 
-test("a Worker without the right kind of secret stores nothing", async () => {
+test("a Worker with a malformed secret stores nothing", async () => {
   for (const secret of ["", "whsec_", "whsec_%", Buffer.from("no prefix").toString("base64")]) {
     const broken = await startReceiver(secret);
     try {

@@ -1,23 +1,23 @@
 /**
- * A Cloudflare Worker that receives Replicate's webhooks and keeps each prediction's stems in D1 (schema.sql).
+ * A Cloudflare Worker that receives Replicate's webhooks and stores each prediction's stems in D1 (schema.sql).
  *
- * Who may change a row: a request signed with the account's secret, sent in the last five minutes, and not handled
- * before. Everything else is answered with 401 and changes nothing.
+ * A request may change a row only if it is signed with the account's secret, was sent within the last five minutes, and
+ * has not been handled before. All others are answered with 401.
  *
- * - A replay is a `webhook-id` that was already handled. Replicate keeps the id and renews the timestamp when it sends
- *   a webhook again because it got no 2xx. The id is stored in one transaction with the row, so a webhook whose row
- *   could not be stored (500) is not taken for a replay when it comes again. If only the answer was lost, the second
- *   sending is a 401, which does no harm: the row is there.
- * - Ids are kept as long as their timestamp is young enough to pass; after that the timestamp is what refuses a replay.
- * - A prediction's row only goes forward (starting, processing, over) and then stays as it is. Another webhook for it,
- *   with an id of its own, is answered with 200 and changes nothing: Replicate may send one twice, and an earlier
- *   stage's webhook may come after the last one's.
+ * - A replay is a request whose `webhook-id` has been handled. When Replicate retries a webhook because it got no 2xx,
+ *   it keeps the id and renews the timestamp. The id is stored in the same transaction as the row, so the retry of a
+ *   webhook that could not be stored (500) does not count as a replay. If only the response was lost, the retry gets a
+ *   harmless 401: the row is there.
+ * - Ids are kept until their timestamp is too old; from then on, the timestamp alone refuses a replay.
+ * - A prediction's row only moves forward (starting, processing, finished) and then never changes. Further webhooks
+ *   with other ids are answered with 200 and change nothing: Replicate may send one twice, and an earlier stage's
+ *   webhook may arrive after the final one.
  */
 import { expectedStems, stemsByName, StemsError } from "./separation.js";
 
 export interface Env {
   DB: D1Database;
-  /** What GET /v1/webhooks/default/secret answers: whsec_ and base64. */
+  /** From GET /v1/webhooks/default/secret: whsec_ and base64. */
   REPLICATE_WEBHOOK_SECRET: string;
 }
 
@@ -35,10 +35,10 @@ interface Job {
 export default {
   async fetch(request: Request, env: Env): Promise<Response> {
     if (request.method !== "POST") {
-      return answer(405, "send a webhook with POST", { allow: "POST" });
+      return answer(405, "the method is not allowed: send webhooks with POST", { allow: "POST" });
     }
     const body = await readBody(request);
-    if (body === null) return answer(413, `a webhook has at most ${MAX_BODY_BYTES} bytes`);
+    if (body === null) return answer(413, `the webhook has more than ${MAX_BODY_BYTES} bytes`);
 
     const id = request.headers.get("webhook-id");
     const timestamp = request.headers.get("webhook-timestamp");
@@ -75,7 +75,7 @@ function answer(status: number, text: string, headers?: Record<string, string>):
   return new Response(`${text}\n`, { status, ...(headers && { headers }) });
 }
 
-/** The raw bytes, which are what was signed; null if there are too many, of which no more than that are read. */
+/** The raw bytes, because these are signed; null if there are more than MAX_BODY_BYTES. Does not read more. */
 async function readBody(request: Request): Promise<Uint8Array<ArrayBuffer> | null> {
   const body = new Uint8Array(MAX_BODY_BYTES);
   let size = 0;
@@ -88,12 +88,12 @@ async function readBody(request: Request): Promise<Uint8Array<ArrayBuffer> | nul
 }
 
 /**
- * Whether one of the space-separated signatures ("v1," and base64; several while a secret is being replaced) is the
- * HMAC-SHA256 of id, timestamp and body. `verify` compares in constant time.
+ * Whether one of the space-separated signatures ("v1," and base64) is the HMAC-SHA256 of id, timestamp and body. There
+ * are several while a secret is being replaced. `verify` compares in constant time.
  */
 async function isSigned(prefix: string, body: Uint8Array, signatures: string, secret: string): Promise<boolean> {
   const secretBytes = secret.startsWith("whsec_") ? fromBase64(secret.slice("whsec_".length)) : null;
-  if (!secretBytes?.length) throw new Error("REPLICATE_WEBHOOK_SECRET is not whsec_ followed by base64");
+  if (!secretBytes?.length) throw new Error("REPLICATE_WEBHOOK_SECRET is malformed: set it to whsec_ followed by base64");
   const key = await crypto.subtle.importKey("raw", secretBytes, { name: "HMAC", hash: "SHA-256" }, false, ["verify"]);
   const prefixBytes = new TextEncoder().encode(prefix);
   const signed = new Uint8Array(prefixBytes.length + body.length);
@@ -111,7 +111,7 @@ function fromBase64(text: string): Uint8Array<ArrayBuffer> | null {
   return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }
 
-/** The row that a prediction gives; null if the body is not a prediction. */
+/** The row for a prediction; null if the body is not a prediction. */
 function readJob(body: Uint8Array): Job | null {
   let prediction: { id?: unknown; status?: unknown; input?: unknown; output?: unknown; error?: unknown } | null;
   try {

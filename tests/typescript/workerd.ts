@@ -1,4 +1,4 @@
-/** Workers in the real workerd, with a real D1, for the tests: bundled as wrangler does it, run by miniflare. */
+/** Workers in the real workerd with a real D1, for the tests: bundled like wrangler does, run by miniflare. */
 import { readFile } from "node:fs/promises";
 import { build } from "esbuild";
 import { Miniflare } from "miniflare";
@@ -44,7 +44,7 @@ export async function createTables(database: Database): Promise<void> {
   }
 }
 
-/** Runs `body`, in which `Separator` and `request` are known, in a Worker, and returns its answer as text. */
+/** Runs `body` in a Worker, with `Separator` and `request` in scope, and returns its response as text. */
 export async function runInWorker(body: string): Promise<string> {
   const code = `import { Separator } from "./separation.js";
     export default { async fetch(request) { ${body} } };`;
