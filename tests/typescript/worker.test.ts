@@ -194,7 +194,7 @@ test("no prediction is answered with 400, another method with 405, too large a b
     assert.equal((await send("", signatureHeaders(SECRET, messageId(), ""), method))[0], 405);
   }
   const long = prediction({ logs: "x".repeat(2 ** 20) });
-  await isRefused([413, "a webhook has at most 1048576 bytes"], long, signatureHeaders(SECRET, messageId(), long));
+  await isRefused([413, "the webhook has more than 1048576 bytes"], long, signatureHeaders(SECRET, messageId(), long));
   const nearly = prediction({ logs: "x".repeat(2 ** 20 - prediction({ logs: "" }).length) });
   assert.equal(nearly.length, 2 ** 20);
   assert.deepEqual(await send(nearly, signatureHeaders(SECRET, messageId(), nearly)), [200, "stored"]);

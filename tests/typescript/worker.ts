@@ -93,7 +93,7 @@ async function readBody(request: Request): Promise<Uint8Array<ArrayBuffer> | nul
  */
 async function isSigned(prefix: string, body: Uint8Array, signatures: string, secret: string): Promise<boolean> {
   const secretBytes = secret.startsWith("whsec_") ? fromBase64(secret.slice("whsec_".length)) : null;
-  if (!secretBytes?.length) throw new Error("REPLICATE_WEBHOOK_SECRET is malformed: set it to whsec_ followed by base64");
+  if (!secretBytes?.length) throw new Error("REPLICATE_WEBHOOK_SECRET is malformed: set it to whsec_ and base64");
   const key = await crypto.subtle.importKey("raw", secretBytes, { name: "HMAC", hash: "SHA-256" }, false, ["verify"]);
   const prefixBytes = new TextEncoder().encode(prefix);
   const signed = new Uint8Array(prefixBytes.length + body.length);
