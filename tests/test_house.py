@@ -38,7 +38,7 @@ FLOORS = {
 
 
 # ffmpeg, a fresh Python, a compiler
-PROGRAMS = {"separation.audio.ffmpeg", "separation.evaluation.bench", "separation.models.kernels.native"}
+PROGRAMS = {"separation.audio.ffmpeg", "separation.evaluation.cold_start", "separation.models.kernels.native"}
 
 
 def room(module: str) -> str:
@@ -106,14 +106,19 @@ def test_what_is_printed_goes_through_one_function_for_people_and_one_for_json()
     del printing["predict"]  # whose stdout is the prediction's log
     assert {name: count for name, count in printing.items() if count} == {
         "separation.cli.printing": 2,
-        "separation.evaluation.bench": 2,
+        "separation.evaluation.cold_start": 2,
         "separation.cli.process": 2,
         "separation.web.errors": 1,
     }
 
 
 @pytest.mark.parametrize(
-    "module", ["separation.evaluation.bench", "separation.evaluation.evaluate", "separation.checkpoints.export"]
+    "module",
+    [
+        "separation.evaluation.cold_start",
+        "separation.evaluation.evaluate",
+        "separation.checkpoints.export",
+    ],
 )
 def test_only_the_command_line_imports_what_measures_and_exports(module: str) -> None:
     users = {name for name, path in modules().items() if module in imports(path)}

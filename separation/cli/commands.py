@@ -50,7 +50,8 @@ def serve(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Measure speed and print the result."""
-    from separation.evaluation.bench import cold_start, engine_speed
+    from separation.evaluation.bench import engine_speed
+    from separation.evaluation.cold_start import cold_start
 
     selected = selection(args)
     result: Any

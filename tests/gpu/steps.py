@@ -25,7 +25,7 @@ from names import DEMO, DRUMSEP, HTDEMUCS, HTDEMUCS_FT, KIM, MDX23C, SCNET, SCNE
 from results import ENGINE, Results
 from separation.engine.selection import Selection
 from separation.engine.separator import SAMPLE_RATE, Separator
-from separation.evaluation.bench import cold_start
+from separation.evaluation.cold_start import cold_start
 from separation.evaluation.metrics import sdr
 from separation.models import SeparationModel
 from timing import (
