@@ -180,7 +180,7 @@ test("failed, canceled and incomplete predictions are stored with their error", 
     ["f", "failed", null, "Prediction failed: AudioError: not audio"],
     ["c", "canceled", null, null],
     ["i", "failed", null, "expected the stems vocals, drums, bass, other, got instrumental, vocals"],
-    ["n", "failed", null, "the prediction's output is not a list of URLs but null"],
+    ["n", "failed", null, "the prediction's output is not a list of URLs: null"],
     ["u", "failed", null, "unknown choice of stems: all_5"],
     ["t", "succeeded", '{"no_drums":"https://h/no_drums.mp3","drums":"https://h/drums.mp3"}', null],
   ]);
