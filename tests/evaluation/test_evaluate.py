@@ -91,7 +91,7 @@ def test_the_files_of_separate_score_like_the_engines_output(
     head, *rows, _ = given.splitlines()  # the last line says what to install
     for one, other in zip(given.splitlines(), again.splitlines(), strict=True):
         assert without_numbers(one) == without_numbers(other)
-        assert numbers(one) == pytest.approx(numbers(other), abs=0.02)  # the sum is rounded otherwise
+        assert numbers(one) == pytest.approx(numbers(other), abs=0.02)  # the sum is rounded differently
     assert head.split() == ["song", "stem", "SDR", "MUSDB", "SDR", "MDX23", "SI-SDR", "SIR", "SAR"]
     assert [row.split()[:2] for row in rows] == [["song", "instrumental"], ["song", "vocals"]]
     true = sum(audio for stem, audio in cut(stems, 0, 4).items() if stem != "vocals")

@@ -116,8 +116,8 @@ def test_any_text_gives_valid_xml_and_long_text_is_shortened(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "seconds, ticks",
     [
-        (10.1, [0, 2, 4, 6, 8]),  # a tick at 10 s would be 99 % of the way
-        (10.2, [0, 2, 4, 6, 8, 10]),  # 98 %
+        (10.1, [0, 2, 4, 6, 8]),  # a tick at 10 s would be at 99%
+        (10.2, [0, 2, 4, 6, 8, 10]),  # 98%
         (8, [0, 1, 2, 3, 4, 5, 6, 7]),
         (8.01, [0, 2, 4, 6]),
         (240, [0, 30, 60, 90, 120, 150, 180, 210]),

@@ -1,4 +1,4 @@
-"""Servers of the local page, and a browser for it."""
+"""Servers of the local page."""
 
 import signal
 from collections.abc import Iterator

@@ -148,7 +148,7 @@ def test_a_request_in_progress_is_answered_however_many_connections_follow(
 
         def page() -> bytes:
             half_open = [stack.enter_context(client.connect(HALF)) for _ in range(20)]
-            assert half_open[0].recv(1) == b""  # it has made way
+            assert half_open[0].recv(1) == b""  # it was closed to make room
             return real()
 
         monkeypatch.setattr(serve, "page", page)

@@ -153,7 +153,7 @@ def test_a_full_disk_is_reported_without_a_path(
         status, message = idle.ask("POST", "/songs", {"name": "song.wav", "bytes": 1000} | QUICK)
     assert status == 507 and message.startswith("the server's disk has no room for 'song.wav'")
     id = idle.announce(bytes(1000))
-    (tmp_path / id).write_text("in the way")  # as any other error of the file system
+    (tmp_path / id).write_text("in the way")  # stands for any other file system error
     status, message = idle.ask("PUT", f"/songs/{id}", bytes(1000))
     assert (status, message) == (500, idle.status(id)["problem"])
     assert message == "the server failed (Not a directory): try again, or ask its operator to read the log"
@@ -266,15 +266,15 @@ def test_a_song_expires_if_it_was_never_sent_or_finished_long_ago(
 @pytest.mark.slow
 def test_finished_songs_expire_unless_they_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with idle_server(tmp_path, keep_seconds=3) as (client, songs, _):
-        working = threading.Thread(target=songs.run, daemon=True)  # which ends with this process
+        working = threading.Thread(target=songs.run, daemon=True)  # ends with this process
         working.start()
         id = client.send(song(1))
         wait_for(lambda: client.status(id)["state"] == "done", "the end of the song")
-        for _ in range(5):  # whoever fetches it keeps it
+        for _ in range(5):  # each download keeps it
             time.sleep(1)
             assert client.ask("GET", f"/songs/{id}/vocals.flac")[0] == 200
         wait_for(lambda: client.ask("GET", f"/songs/{id}")[0] == 404, "its removal")
-        wait_for(lambda: not list(tmp_path.iterdir()), "its files' removal")
+        wait_for(lambda: not list(tmp_path.iterdir()), "the removal of its files")
         monkeypatch.setattr(queue, "ANNOUNCED_SECONDS", 0)
         announced = client.announce(b"1")
         wait_for(lambda: client.ask("GET", f"/songs/{announced}")[0] == 404, "the removal of what was never sent")

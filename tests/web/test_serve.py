@@ -76,8 +76,8 @@ def test_pages_of_other_sites_cannot_announce_send_or_remove(idle: Client, heade
     assert idle.ask("POST", "/songs", order, **headers)[0] == 403
     assert idle.ask("PUT", f"/songs/{id}", b"1", **headers)[0] == 403
     assert idle.ask("DELETE", f"/songs/{id}", **headers)[0] == 403
-    assert idle.ask("OPTIONS", "/songs", **headers)[0] == 204  # what a browser asks before it sends such a header
-    assert not [name for name in idle.headers if name.lower().startswith("access-control-")]  # and takes for a no
+    assert idle.ask("OPTIONS", "/songs", **headers)[0] == 204  # a browser's preflight request
+    assert not [name for name in idle.headers if name.lower().startswith("access-control-")]  # so it refuses
     assert idle.status(id)["state"] == "announced"
     assert idle.ask("DELETE", f"/songs/{id}", Origin=f"http://{idle.host}")[0] == 200
 
