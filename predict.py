@@ -132,7 +132,7 @@ def _receive(audio: object, folder: str, max_mib: float, allowed: Allowed) -> Pa
     """
     if not isinstance(audio, os.PathLike):
         raise InputError(
-            f"audio is {audio!r:.100}: give a URL that begins with http:// or https:// in small letters, or a file"
+            f"audio is {audio!r:.100}: give a URL that begins with http:// or https:// in lower case, or a file"
         )
     if not isinstance(audio, URLPath):
         return Path(audio)
@@ -157,7 +157,7 @@ def _content(audio: URLPath, name: str, allowed: Allowed) -> Generator[bytes, No
 
 
 class _ProgressLog:
-    """Prints each stage and, every 5 %, a progress bar in the form that `npm replicate` parses from the logs."""
+    """Prints each stage and, every 5%, a progress bar in the form that `npm replicate` parses from the logs."""
 
     def __init__(self) -> None:
         self._stage, self._printed = "", -1

@@ -163,7 +163,7 @@ def assert_works(server: HostileServer, audio: str | None = None) -> None:
     ],
 )
 def test_only_http_https_and_uploads_are_accepted(audio: str, server: HostileServer) -> None:
-    message = f"audio is {audio!r}: give a URL that begins with http:// or https:// in small letters, or a file"
+    message = f"audio is {audio!r}: give a URL that begins with http:// or https:// in lower case, or a file"
     assert error(server, audio).endswith(f"InputError: {message}")
 
 
