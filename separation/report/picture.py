@@ -66,15 +66,7 @@ TOP_HERTZ = 16000
 FREQUENCY_TICKS = {200: "200 Hz", 1000: "1 kHz", 4000: "4 kHz", 10000: "10 kHz"}
 RANGE_DECIBELS = 70
 SHADES = 96  # fewer: a smaller file; more: smoother colours
-COLOUR_STOPS = (
-    "#10122b",
-    "#2c1d63",
-    "#6b2a86",
-    "#b53c7c",
-    "#ea6458",
-    "#fba85b",
-    "#fdf3c8",
-)  # ever lighter
+COLOUR_STOPS = ("#10122b", "#2c1d63", "#6b2a86", "#b53c7c", "#ea6458", "#fba85b", "#fdf3c8")  # ever lighter
 
 
 @dataclass(frozen=True)
