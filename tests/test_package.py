@@ -1,4 +1,4 @@
-"""What pyproject.toml says of the package, and a wheel of it that is installed and used."""
+"""The metadata in pyproject.toml is right, and an installed wheel works."""
 
 import importlib.metadata
 import os
@@ -22,8 +22,8 @@ import separation
 from helpers.common import PROJECT
 from helpers.house import imports, modules
 
-# What is imported where another package has brought it: Triton has no wheels but for Linux, where PyTorch brings it.
-BROUGHT = {"triton": "torch", "onnx-ir": "onnxscript", "numba": "librosa"}
+# Packages that others install. Triton has wheels only for Linux, where PyTorch depends on it.
+INDIRECT = {"triton": "torch", "onnx-ir": "onnxscript", "numba": "librosa"}
 USERS_TEN = [
     "cog",
     "torch",
@@ -54,17 +54,17 @@ def pins() -> dict[str, Requirement]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it needs
+# Dependencies
 
 
-def test_what_is_imported_is_declared_and_what_is_declared_is_imported(project: dict[str, Any]) -> None:
+def test_the_dependencies_are_the_packages_that_are_imported(project: dict[str, Any]) -> None:
     distributions = importlib.metadata.packages_distributions()
     top_level = {name.split(".")[0] for path in modules().values() for name in imports(path)}
     outside = top_level - set(sys.stdlib_module_names) - {"separation"}
-    imported = {canonicalize_name(distributions.get(name, [name])[0]) for name in outside} - set(BROUGHT)
+    imported = {canonicalize_name(distributions.get(name, [name])[0]) for name in outside} - set(INDIRECT)
     metadata = project["project"]
     optional = [line for lines in metadata["optional-dependencies"].values() for line in lines]
-    assert imported | {"onnx"} == set(requirements(metadata["dependencies"] + optional))  # which onnxscript needs
+    assert imported | {"onnx"} == set(requirements(metadata["dependencies"] + optional))  # onnxscript needs onnx
 
 
 def test_only_the_container_needs_a_server(project: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def test_only_the_container_needs_a_server(project: dict[str, Any]) -> None:
     assert set(requirements(metadata["optional-dependencies"]["container"])) == {"cog", "requests", "urllib3"}
 
 
-def test_the_package_asks_for_ranges_and_the_container_for_versions_within_them(project: dict[str, Any]) -> None:
+def test_the_container_pins_versions_within_the_ranges_of_the_package(project: dict[str, Any]) -> None:
     ranges = requirements(project["project"]["dependencies"])
     server = requirements(project["project"]["optional-dependencies"]["container"])
     assert all("==" not in str(range_) and range_.specifier for range_ in ranges.values())
@@ -86,16 +86,16 @@ def test_the_package_asks_for_ranges_and_the_container_for_versions_within_them(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it says of itself
+# Metadata
 
 
-def test_the_version_is_written_once(project: dict[str, Any]) -> None:
+def test_the_version_is_written_in_one_place(project: dict[str, Any]) -> None:
     assert "version" in project["project"]["dynamic"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "separation.__version__"}
     assert Version(separation.__version__) > Version("0")
 
 
-def test_the_changelog_begins_with_the_version() -> None:
+def test_the_changelog_starts_with_the_current_version() -> None:
     text = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## (\S+) - \d{4}-\d{2}-\d{2}$", text, re.MULTILINE)
     assert versions[0] == separation.__version__
@@ -125,23 +125,23 @@ def test_the_files_that_ci_runs_again_for_other_cpus_are_there() -> None:
     assert [name for name in named if not (PROJECT / name).is_file()] == []
 
 
-def test_all_packages_are_in_the_wheel_by_name(project: dict[str, Any]) -> None:
+def test_the_wheel_lists_all_packages(project: dict[str, Any]) -> None:
     folders = [path.parent for path in (PROJECT / "separation").rglob("__init__.py")]
     named = {".".join(folder.relative_to(PROJECT).parts) for folder in folders}
     assert named | {"separation.configs", "separation.weights"} == set(project["tool"]["setuptools"]["packages"])
 
 
-def test_the_oldest_python_is_the_one_that_is_checked(project: dict[str, Any]) -> None:
+def test_mypy_checks_for_the_oldest_python(project: dict[str, Any]) -> None:
     assert project["project"]["requires-python"] == f">={project['tool']['mypy']['python_version']}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A wheel
+# The wheel
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the wheel is built from, away from the checkout: building leaves files behind."""
+    """A copy of the sources, because building leaves files behind."""
     if Version(importlib.metadata.version("setuptools")) < Version("77"):
         pytest.skip("needs setuptools 77 or later (pip install -r requirements-dev.txt)")
     folder = tmp_path_factory.mktemp("source")
@@ -150,12 +150,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unwanted = shutil.ignore_patterns("__pycache__", "*.verified")
     for name in ("separation", "configs", "weights/demo"):
         shutil.copytree(PROJECT / name, folder / name, ignore=unwanted)
-    (folder / "weights" / "mine.ckpt").write_bytes(b"what a user has downloaded")
+    (folder / "weights" / "mine.ckpt").write_bytes(b"downloaded by a user")
     return folder
 
 
 def build(source: Path, kind: str, target: Path) -> Path:
-    """A `wheel` or an `sdist` of the source, by its own build backend."""
+    """Build a `wheel` or an `sdist` with the build backend of the project."""
     code = f"import sys, setuptools.build_meta as backend; print(backend.build_{kind}(sys.argv[1]))"
     ran = subprocess.run([sys.executable, "-c", code, str(target)], cwd=source, capture_output=True, check=True)
     return target / ran.stdout.decode().splitlines()[-1]
@@ -168,7 +168,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of a fresh environment with the wheel, which sees the packages of this one but not the checkout."""
+    """The scripts of a fresh environment with the wheel. It has the packages of this one, but not the checkout."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site_packages = next(folder.glob("lib/python*/site-packages"))
@@ -183,7 +183,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A home that is empty, and nothing that leads to the checkout."""
+    """An empty home, and no variable that points to the checkout."""
     (tmp_path / "home").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "PYTHON", "SEPARATION"))}
     return kept | {"HOME": str(tmp_path / "home")}
@@ -202,7 +202,7 @@ def files_in(wheel: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_file_of_the_package_configs_and_the_demo_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_the_package_the_configs_and_the_demo_and_nothing_else(wheel: Path) -> None:
     folders = {"separation": "separation", "configs": "separation/configs"}
     expected = {
         f"{target}/{path.relative_to(PROJECT / folder).as_posix()}"
@@ -218,7 +218,7 @@ def test_a_wheel_holds_every_file_of_the_package_configs_and_the_demo_and_nothin
 
 
 @pytest.mark.slow
-def test_an_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
     sdist = build(source, "sdist", tmp_path)
     shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
     again = build(next((tmp_path / "unpacked").iterdir()), "wheel", tmp_path)
@@ -226,7 +226,7 @@ def test_an_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_installed_command_separates_the_demo_anywhere_without_a_network_or_a_writable_installation(
+def test_the_installed_command_needs_neither_a_network_nor_a_writable_installation(
     installed: Path, empty: Path, environment: dict[str, str]
 ) -> None:
     package = next(installed.parent.glob("lib/python*/site-packages/separation"))
@@ -245,23 +245,23 @@ def test_the_installed_command_separates_the_demo_anywhere_without_a_network_or_
 
 
 @pytest.mark.slow
-def test_the_installed_command_is_told_apart_by_its_messages_and_says_its_version(
+def test_the_installed_command_prints_its_own_name_and_version(
     installed: Path, empty: Path, environment: dict[str, str]
 ) -> None:
-    def says(*command: str) -> str:
+    def output(*command: str) -> str:
         ran = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=True)
         return ran.stdout
 
     script, python = str(installed / "separation"), str(installed / "python")
-    assert says(script, "--version") == says(python, "-m", "separation", "--version")
-    assert says(script, "--version") == f"separation {separation.__version__}\n"
-    assert says(python, "-c", "import importlib.metadata as m; print(m.version('music-separation'))") == (
+    assert output(script, "--version") == output(python, "-m", "separation", "--version")
+    assert output(script, "--version") == f"separation {separation.__version__}\n"
+    assert output(python, "-c", "import importlib.metadata as m; print(m.version('music-separation'))") == (
         f"{separation.__version__}\n"
     )
-    assert says(script, "--help").startswith("usage: separation [")
-    assert says(python, "-m", "separation", "--help").startswith("usage: python -m separation [")
-    assert "bs_roformer_viperx_1297" in says(script, "models", "list")
-    folder = says(python, "-c", "from separation.system.places import weights_folder; print(weights_folder())")
+    assert output(script, "--help").startswith("usage: separation [")
+    assert output(python, "-m", "separation", "--help").startswith("usage: python -m separation [")
+    assert "bs_roformer_viperx_1297" in output(script, "models", "list")
+    folder = output(python, "-c", "from separation.system.places import weights_folder; print(weights_folder())")
     assert folder == f"{environment['HOME']}/.local/share/music-separation/weights\n"
 
 
@@ -276,7 +276,7 @@ def served(installed: Path, empty: Path, environment: dict[str, str]) -> Iterato
 
 
 @pytest.mark.slow
-def test_the_installed_command_ends_in_order_when_it_is_told_to(served: "subprocess.Popen[str]") -> None:
+def test_the_installed_command_ends_on_a_signal(served: "subprocess.Popen[str]") -> None:
     assert served.stdout is not None and "is the page" in served.stdout.readline()
     served.send_signal(signal.SIGHUP)
     assert served.wait(20) == 128 + signal.SIGHUP

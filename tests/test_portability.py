@@ -1,4 +1,4 @@
-"""What Windows lacks, nothing needs."""
+"""Nothing needs what Windows lacks."""
 
 import ast
 import json
@@ -45,14 +45,14 @@ NAMES |= {
 }
 NAMES |= {"alarm", "setitimer", "pause", "epoll", "kqueue", "poll", "select", "preexec_fn", "pass_fds"}
 OWNERS = {"os", "signal", "select", "socket", "subprocess"}
-# The first compiles for a CPU's bfloat16, which is looked for on Linux alone; the second waits for a pipe that does not
-# block, as none does on Windows.
+# The first compiles for a CPU with bfloat16, which is detected only on Linux. The second waits for a non-blocking pipe,
+# which Windows does not have.
 LINUX_ONLY = {("separation.models.kernels.native", "getuid"), ("separation.cli.process", "select")}
 
-# The process of a song, in which they are missing.
+# Runs the command line without Unix's modules and signals.
 WINDOWS = f"""
 import signal, subprocess, sys
-import filelock  # which has what Windows has in place of fcntl
+import filelock  # imports what it needs on Windows instead of fcntl
 for name in {sorted(MODULES - {"posix"})}:
     sys.modules[name] = None  # importing it fails
 subprocess.Popen.kill = lambda process: process.send_signal(9)
@@ -65,7 +65,7 @@ run()
 
 
 def names_in(path: Path) -> set[str]:
-    """The attributes of OWNERS, the keywords and the imported names in a file."""
+    """The attributes of OWNERS, the keyword arguments and the imported names in a file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in OWNERS:
@@ -78,30 +78,30 @@ def names_in(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("module", modules())
-def test_no_module_uses_what_only_unix_has(module: str) -> None:
+def test_no_module_uses_names_that_only_unix_has(module: str) -> None:
     used = {(module, name) for name in names_in(modules()[module]) & NAMES}
     assert used <= LINUX_ONLY
 
 
-def test_the_names_that_are_looked_for_are_unixs() -> None:
-    """A misspelt one would be found nowhere."""
+def test_the_names_to_avoid_exist_on_unix() -> None:
+    """Otherwise a misspelt name would never be found."""
     import select
     import signal
     import socket
 
     if sys.platform != "linux":
-        pytest.skip("compares with what Linux has")
+        pytest.skip("compares with the names of Linux")
     there = {name for module in (os, select, signal, socket) for name in dir(module)}
     assert NAMES - there <= {"kqueue", "lockf_", "preexec_fn", "pass_fds"}
 
 
 @needs_ffmpeg
-def test_a_song_is_separated_where_unixs_modules_and_signals_are_missing(tmp_path: Path) -> None:
+def test_a_song_is_separated_without_unixs_modules_and_signals(tmp_path: Path) -> None:
     samples, rate = soundfile.read(SONG, frames=44100)
     soundfile.write(tmp_path / "song.wav", samples, rate)
     environment = os.environ | {"SEPARATION_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", WINDOWS, "separate", str(tmp_path / "song.wav"), "--recipe", "demo", "--json"]
-    for output, format in (("one", "wav"), ("two", "mp3")):  # the second from the cache
+    for output, format in (("one", "wav"), ("two", "mp3")):  # the second comes from the cache
         options = ["-o", str(tmp_path / output), "--format", format, "--device", "cpu"]
         ran = subprocess.run(
             [*command, *options], cwd=PROJECT, env=environment, capture_output=True, text=True, check=False

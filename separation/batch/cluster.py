@@ -144,8 +144,8 @@ class _Cluster:
 
     def _start_workers(self) -> None:
         """Start a worker at every place that has none."""
-        nodes: list[dict[str, Any]] = ray.nodes()
-        for node in nodes:
+        list_nodes: Callable[[], list[dict[str, Any]]] = ray.nodes  # which Ray has not typed
+        for node in list_nodes():
             resources = node["Resources"]
             n_cpus, n_gpus = resources.get("CPU", 0), int(resources.get("GPU", 0))
             for index in range(n_gpus or int(n_cpus > 0)):

@@ -60,6 +60,8 @@ def find(given: Sequence[str], output: Path) -> Found:
 
 
 class _Search:
+    """Collects songs, and what cannot be separated."""
+
     def __init__(self, output: Path) -> None:
         self._output = output
         self._found = Found()
@@ -67,10 +69,12 @@ class _Search:
         self._stems_in: Callable[[Path], set[str]] = cache(_stems_in)
 
     def finish(self) -> Found:
+        """What was found; songs that would share a folder fail."""
         self._found.songs = _without_clashes(list(self._songs.values()), self._found.failed)
         return self._found
 
     def add(self, text: str) -> None:
+        """Add the songs in a file, folder or glob."""
         path = Path(text)
         if os.path.isdir(path):
             if os.path.realpath(path) == os.path.realpath(self._output):

@@ -76,7 +76,8 @@ def evaluate(args: argparse.Namespace) -> int:
         unused = ["--recipe", "--stems", "--model-name", "--model-dir", "--model-path", "--chunk-size", "--overlap"]
         refuse_beside("--estimates", [*unused, "--batch-size", "--attention", "--device", "--precision"], args)
     selected, options = selection(args), engine_options(args)
-    selected.check(options)
+    if not args.estimates:
+        selected.check(options)
     references = find_songs(args.references)  # before a checkpoint is downloaded
     estimates = find_songs(args.estimates) if args.estimates else _load(selected, options)
     with song_bar("evaluate") as progress:
@@ -123,7 +124,7 @@ def cache_list(args: argparse.Namespace) -> int:
         print_line(entry)
     total = sum(entry.bytes for entry in entries)
     size = f"{total / 2**30:.2f} of {cache.limit_bytes / 2**30:.4g} GiB"
-    print_line(f"{len(entries)} estimates in {cache.folder}: {size}")
+    print_line(f"{len(entries)} estimate{'' if len(entries) == 1 else 's'} in {cache.folder}: {size}")
     return 0
 
 

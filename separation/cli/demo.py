@@ -12,7 +12,7 @@ from separation.audio.waveform import SAMPLE_RATE
 from separation.engine.options import EngineOptions
 from separation.engine.pool import ModelPool
 from separation.engine.recipes import load_recipe
-from separation.engine.separator import Separator
+from separation.engine.separator import Separator, StemFiles
 from separation.evaluation.metrics import level_dbfs, sdr
 from separation.progress import Progress
 from separation.report.page import Report, write_report
@@ -40,44 +40,53 @@ def run_demo(
     Raises OutputError before any work if a file would be replaced that this program did not write, unless `overwrite`.
     """
     started = time.monotonic()
+    picture, page = folder / "stems.svg", folder / "stems.html"
+    check_targets(folder, [picture.name, page.name, RECORD], overwrite=overwrite)
     for choice in CHOICES:
         stems = [f"{stem}.wav" for stem in load_recipe("demo", choice).stems]
         check_targets(folder / choice, [*stems, RECORD], overwrite=overwrite)
-    picture, page = folder / "stems.svg", folder / "stems.html"
-    check_targets(folder, [picture.name, page.name, RECORD], overwrite=overwrite)
     pool = ModelPool(options)
-    lines = [f"{'stems':20} {'stem':13} {'SDR dB':>7} {'level dBFS':>11}  file"]
-    rows: list[Row] = []
-    scores: dict[str, float] = {}
-    separating, duration = 0.0, 0.0
+    separated: dict[str, StemFiles] = {}
     for index, choice in enumerate(CHOICES):
-        separator = Separator("demo", choice, pool=pool)
-        share = progress.part(SEPARATED * index / len(CHOICES), SEPARATED * (index + 1) / len(CHOICES))
-        files = separator.separate_file(SONG, folder / choice, OutputOptions(overwrite=overwrite), progress=share)
-        separating += files.elapsed_seconds
-        duration += files.duration_seconds
-        for stem, path in files.items():
-            estimate, reference = _read(path), _true_stem(stem)
-            scores[stem], level = sdr(reference, estimate), level_dbfs(estimate)
-            lines.append(f"{choice:20} {stem:13} {scores[stem]:7.2f} {level:11.1f}  {path}")
-            if choice == CHOICES[-1]:
-                rows.append(Row(stem, estimate, SAMPLE_RATE, f"SDR {scores[stem]:.1f} dB"))
-    mixture = _read(SONG)
-    draw(picture, [Row("mixture", mixture, SAMPLE_RATE), *rows], title="The demo song", overwrite=overwrite)
-    report = Report("The demo song", SONG, files, scores)
+        part = progress.part(SEPARATED * index / len(CHOICES), SEPARATED * (index + 1) / len(CHOICES))
+        output = OutputOptions(overwrite=overwrite)
+        separated[choice] = Separator("demo", choice, pool=pool).separate_file(
+            SONG, folder / choice, output, progress=part
+        )
+    scores = {choice: {stem: _score(stem, path) for stem, path in files.items()} for choice, files in separated.items()}
+    drawn, drawn_scores = separated[CHOICES[-1]], {stem: sdr_db for stem, (sdr_db, _) in scores[CHOICES[-1]].items()}
+    rows = [Row(stem, _read(path), SAMPLE_RATE, f"SDR {drawn_scores[stem]:.1f} dB") for stem, path in drawn.items()]
+    draw(picture, [Row("mixture", _read(SONG), SAMPLE_RATE), *rows], title="The demo song", overwrite=overwrite)
+    report = Report("The demo song", SONG, drawn, drawn_scores)
     write_report(report, page, overwrite=overwrite, progress=progress.part(SEPARATED, 1))
+    table = [f"{'stems':20} {'stem':13} {'SDR dB':>7} {'level dBFS':>11}  file"]
+    for choice, files in separated.items():
+        for stem, path in files.items():
+            sdr_db, level = scores[choice][stem]
+            table.append(f"{choice:20} {stem:13} {sdr_db:7.2f} {level:11.1f}  {path}")
+    duration = sum(files.duration_seconds for files in separated.values())
+    elapsed = sum(files.elapsed_seconds for files in separated.values())
     total = time.monotonic() - started
-    lines += [
-        "",
-        f"picture: {picture}",
-        f"page to listen: {page}",
-        f"{duration:.1f} s of audio separated in {separating:.1f} s: {duration / separating:.1f} times real-time "
-        f"({total:.1f} s with loading and drawing; {pool.choice.reason})",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *table,
+            "",
+            f"picture: {picture}",
+            f"page to listen: {page}",
+            f"{duration:.1f} s of audio separated in {elapsed:.1f} s: {duration / elapsed:.1f} times real-time "
+            f"({total:.1f} s with loading and drawing; {pool.choice.reason})",
+        ]
+    )
+
+
+def _score(stem: str, path: Path) -> tuple[float, float]:
+    """A stem's SDR in dB, and its level in dBFS."""
+    estimate = _read(path)
+    return sdr(_true_stem(stem), estimate), level_dbfs(estimate)
 
 
 def _read(path: Path) -> torch.Tensor:
+    """The samples of a file, `[2, T]`."""
     with TemporaryDirectory() as folder, decode(path, Path(folder)) as wave:
         return wave.read(0, wave.n_samples)
 

@@ -1,4 +1,4 @@
-"""Songs over the nodes of a Ray cluster: each is done once, also if a node dies in the middle of one."""
+"""Each song is separated once on a Ray cluster, even if a node dies in the middle of one."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 class Nodes:
-    """Processes of `ray start`, each with all that it started; the first has no CPU to give."""
+    """Nodes of a cluster, each a process of `ray start`; the first offers no CPU."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,11 +59,11 @@ class Nodes:
             time.sleep(0.1)
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """As if its machine lost power: all of its processes at once."""
+        """Kill all processes of a node at once, as if its machine lost power."""
         family = [node.pid]
         for process in family:
             family += children(process)
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # none sees another die
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none sees another die
             for process in family:
                 with suppress(ProcessLookupError):
                     os.kill(process, number)
@@ -73,7 +73,7 @@ class Nodes:
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, for the names of sockets
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, because Ray's sockets are below it
     nodes = Nodes(folder)
     host, port = nodes.address.split(":")
     try:
@@ -107,14 +107,14 @@ def separating(*arguments: str | Path) -> AbstractContextManager[subprocess.Pope
     return started(*command(*arguments))
 
 
-def at_hand(out: Path) -> set[Path]:
-    """The songs' folders that a worker is at work in."""
+def in_progress(out: Path) -> set[Path]:
+    """The folders of the songs in progress."""
     return {path.parent.parent for path in below(out, "waveform-*")}
 
 
 def wait_for(n: int, out: Path, run: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while len(at_hand(out)) < n:
+    while len(in_progress(out)) < n:
         assert time.monotonic() < deadline and run.poll() is None, run.communicate()
         time.sleep(0.02)
 
@@ -122,11 +122,13 @@ def wait_for(n: int, out: Path, run: subprocess.Popen[str]) -> None:
 def lines(text: str) -> dict[str, dict[str, Any]]:
     found = [json.loads(line) for line in text.splitlines()]
     songs = {Path(line["song"]).stem: line for line in found}
-    assert len(songs) == len(found)  # each was told once
+    assert len(songs) == len(found)  # each was printed once
     return songs
 
 
-def test_a_killed_nodes_songs_are_done_elsewhere_and_a_cancelled_run_goes_on(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_killed_nodes_songs_move_to_another_and_a_cancelled_run_resumes(
+    nodes: Nodes, tmp_path: Path
+) -> None:
     music, out = tmp_path / "music", tmp_path / "out"
     (music / "a").mkdir(parents=True)
     for index in range(N_SONGS):
@@ -134,7 +136,7 @@ def test_a_killed_nodes_songs_are_done_elsewhere_and_a_cancelled_run_goes_on(nod
     (music / "bad.flac").write_text("words")
     options = [music, "-o", out, "--ray", nodes.address, "--json"]
 
-    with separating(*options) as run:  # cancelled while two songs are at hand
+    with separating(*options) as run:  # cancelled while two songs are in progress
         wait_for(2, out, run)
         run.send_signal(signal.SIGINT)
         printed, told = run.communicate(timeout=120)
@@ -143,7 +145,7 @@ def test_a_killed_nodes_songs_are_done_elsewhere_and_a_cancelled_run_goes_on(nod
     assert not list(out.rglob(".separating-*")) and len(before) < N_SONGS
     assert {path.name for path in (out / "a").glob("*")} == set(before) or not before
 
-    with separating(*options) as run:  # one of two nodes is killed while two songs are at hand
+    with separating(*options) as run:  # one of two nodes is killed while two songs are in progress
         wait_for(2, out, run)
         nodes.kill(nodes.running[1])
         printed, told = run.communicate(timeout=300)
@@ -163,10 +165,10 @@ def test_a_killed_nodes_songs_are_done_elsewhere_and_a_cancelled_run_goes_on(nod
         assert np.abs(alone - together).max() <= 1e-5
 
 
-def test_a_cluster_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_cluster_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "1.wav").write_bytes(common.song(0.3))
     with separating(tmp_path / "1.wav", "-o", tmp_path / "out", "--ray", f"127.0.0.1:{free_port()}") as run:
         _, told = run.communicate(timeout=120)
     assert run.returncode == 2, told
-    assert told.splitlines()[-1].startswith("error: no Ray cluster can be used at '127.0.0.1:")
+    assert told.splitlines()[-1].startswith("error: no Ray cluster answers at '127.0.0.1:")
     assert not (tmp_path / "out").exists()

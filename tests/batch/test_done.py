@@ -1,6 +1,7 @@
 """A song with complete stems is skipped. Only with --overwrite are files of the user or stems of others replaced."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -381,6 +382,55 @@ def test_a_song_that_has_changed_is_separated_again(copy: Path) -> None:
     os.utime(copy / "a" / "01.wav")
     assert separate(copy / "a" / "01.wav", "-o", copy / "out") == 0
     assert not np.array_equal(read(copy / "out" / "01" / "vocals.wav"), before)
+
+
+EARLIER = """{
+ "version": 1,
+ "runs": [
+  {
+   "source": %s,
+   "settings": {
+    "precision": "auto",
+    "model_name": null,
+    "model_dir": null,
+    "model_path": null,
+    "attention": "auto",
+    "two_stems": null,
+    "format": "wav",
+    "sample_rate": 44100,
+    "wav_depth": "32f",
+    "recipe": "demo",
+    "stems": "vocals_instrumental",
+    "sources": {
+     "vocals": "((Estimate(run=Run(model='demo', input=((None, 1.0),)), stem='vocals'), 1.0),)",
+     "instrumental": "((None, 1.0), (Estimate(run=Run(model='demo', input=((None, 1.0),)), stem='vocals'), -1.0))"
+    },
+    "chunks": {"demo": [352800, 176400]},
+    "weights": {"demo/demo.safetensors": "e9b307729fd3a66b82723e58dfcc631ffa5b600d3a0562b0f9fa5d8e56026bef"}
+   },
+   "stems": {"vocals": ["vocals.wav", 35400], "instrumental": ["instrumental.wav", 35406]},
+   "duration_seconds": 0.1,
+   "elapsed_seconds": 1.2602410190011142,
+   "gain": 1.0,
+   "warnings": [],
+   "finished": "2026-11-26T22:28:41+00:00"
+  }
+ ],
+ "files": [["vocals.wav", 35400, 1795732121982484692], ["instrumental.wav", 35406, 1795732121982484692]]
+}"""
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_song_with_a_record_of_version_0_2_0_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    song, folder = write_song(tmp_path / "1.wav"), tmp_path / "out" / "1"
+    folder.mkdir(parents=True)
+    (folder / "vocals.wav").write_bytes(bytes(35400))
+    (folder / "instrumental.wav").write_bytes(bytes(35406))
+    facts = song.stat()
+    source = {"name": "1.wav", "path": "../../1.wav", "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    (folder / RECORD).write_text(EARLIER % json.dumps(source), encoding="utf-8")
+    assert separate(song, "-o", tmp_path / "out") == 0
+    assert capsys.readouterr().out.startswith("1.wav: done already")
 
 
 def downgrade_record(folder: Path) -> None:
