@@ -126,9 +126,7 @@ def lines(text: str) -> dict[str, dict[str, Any]]:
     return songs
 
 
-def test_a_killed_nodes_songs_move_to_another_and_a_cancelled_run_resumes(
-    nodes: Nodes, tmp_path: Path
-) -> None:
+def test_a_killed_nodes_songs_move_to_another_and_a_cancelled_run_resumes(nodes: Nodes, tmp_path: Path) -> None:
     music, out = tmp_path / "music", tmp_path / "out"
     (music / "a").mkdir(parents=True)
     for index in range(N_SONGS):
