@@ -91,7 +91,7 @@ class Cache:
     ) -> None:
         self.folder = default_folder() if folder is None else Path(folder)
         if limit_bytes is None:
-            limit_bytes = int(positive("SEPARATION_CACHE_GIB", LIMIT_GIB, otherwise="SEPARATION_CACHE=off") * 2**30)
+            limit_bytes = int(positive("SEPARATION_CACHE_GIB", LIMIT_GIB, otherwise="set SEPARATION_CACHE=off") * 2**30)
         self.limit_bytes = limit_bytes
         self.refresh = refresh
         self._has_warned = False
