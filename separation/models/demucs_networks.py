@@ -129,7 +129,7 @@ def _bound(blueprint: Blueprint) -> tuple[type[nn.Module], inspect.BoundArgument
     network = CLASSES.get(blueprint.class_name)
     if network is None:
         raise CheckpointError(
-            f"it describes a {escaped(blueprint.class_name)}: use a file of one of {', '.join(CLASSES)}"
+            f"it describes the class {escaped(blueprint.class_name)}: use a file of one of {', '.join(CLASSES)}"
         )
     signature = inspect.signature(network)
     known = {name: value for name, value in blueprint.kwargs.items() if name in signature.parameters}

@@ -14,8 +14,6 @@ from separation import CheckpointError, Separator, load_model
 from separation.checkpoints.build import build
 from separation.checkpoints.catalogue import read_config
 from separation.engine.options import EngineOptions
-from separation.evaluation.metrics import sdr
-from separation.models.kernels import mdx23c_gpu
 from separation.models.mdx23c import MDX23C
 
 
@@ -89,40 +87,6 @@ def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: 
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 35), (torch.float16, 50)])
 def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: float, norm: str) -> None:
     assert_half_precision_is_near(small_mdx23c(norm=norm), precision, decibels)
-
-
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"norm": "BatchNorm", "act": "relu", "num_subbands": 2},
-        {"norm": "GroupNorm4", "act": "elu0.7", "scale": [1, 2], "num_blocks_per_scale": 3, "chunk_size": 64 * 20},
-    ],
-    ids=str,
-)
-def test_the_layers_for_a_gpu_equal_the_plain_ones(
-    monkeypatch: pytest.MonkeyPatch, channels_last: bool, changes: dict
-) -> None:
-    monkeypatch.setattr(mdx23c_gpu, "CHANNELS_LAST", channels_last)
-    model = small_mdx23c(**changes)
-    for value in model.state_dict().values():
-        if value.ndim == 1:  # of a norm: gains of exactly one would hide a mistake
-            value.add_(torch.rand_like(value) * 0.2)
-    chunks = torch.randn(2, 2, model.config.chunk_size) * torch.tensor([0.1, 0.01])[:, None, None]
-    fewer = model.only(("cymbals", "snare"))
-    with torch.inference_mode():
-        expected = model(chunks)
-        model._gpu_core = fewer._gpu_core = model.make_gpu_core()
-        got, some = model(chunks), fewer(chunks)
-        assert (got - expected).abs().amax((1, 2, 3)).le(1e-5 * expected.abs().amax((1, 2, 3))).all()
-        assert (some - expected[:, [4, 1]]).abs().max() <= 1e-5 * expected.abs().max()
-        model.prepare(torch.float16)  # the pretended arrival on a GPU is over
-        plain = model(chunks)
-        model._gpu_core = model.make_gpu_core()
-        fast = model(chunks)
-    exact, plain, fast = (estimates[0].flatten(0, 1) for estimates in (expected, plain, fast))
-    assert sdr(exact, fast) > max(50, sdr(exact, plain) - 1)
 
 
 def test_the_estimate_does_not_depend_on_the_chunks_beside_it() -> None:

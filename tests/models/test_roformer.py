@@ -1,26 +1,18 @@
 """Both RoFormers: the community's layouts key for key, and parity with an independent implementation."""
 
-import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import librosa
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
-from helpers.common import PROJECT
 from helpers.small_model import identity
 from separation.checkpoints.load import load_model
 from separation.errors import CheckpointError
 from separation.models import ARCHITECTURES
-from separation.models.bs_roformer import BSRoFormerConfig
-from separation.models.layers import LinearAttention, RotaryEmbedding
-from separation.models.mel_band_roformer import MelBandRoFormerConfig, mel_bands
 from separation.models.roformer import RoFormer
 
 peer = pytest.importorskip("pymss_core.modules.bs_roformer", reason="needs pymss-core")
@@ -154,68 +146,6 @@ def test_tables_that_a_file_holds_beside_the_weights_are_not_in_the_way(tmp_path
         load_model(tmp_path / "x.yaml", checkpoint=tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize("num_bands, n_fft, sample_rate", [(60, 2048, 44100), (40, 1024, 44100), (48, 4096, 16000)])
-def test_mel_bands_lie_between_the_edges_of_slaneys_scale(num_bands: int, n_fft: int, sample_rate: int) -> None:
-    """It is linear up to 1 kHz, that is 15 mels, and has 27 mels for each factor of 6.4 above."""
-    highest = 15 + 27 * math.log(sample_rate / 2 / 1000, 6.4)
-    mels = [highest * i / (num_bands + 1) for i in range(num_bands + 2)]
-    hertz = [mel * 1000 / 15 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
-    edges = [frequency * n_fft / sample_rate for frequency in hertz]  # in bins
-    first = [0, *(math.floor(edge) + 1 for edge in edges[1:num_bands])]
-    stop = [*(math.ceil(edge) for edge in edges[2:-1]), n_fft // 2 + 1]
-    assert mel_bands(num_bands, n_fft, sample_rate) == tuple(map(range, first, stop))
-
-
-@pytest.mark.slow
-def test_mel_bands_need_no_folder_that_can_be_written_to_but_the_temporary_one(tmp_path: Path) -> None:
-    packages = Path(librosa.__file__).parents[1]
-    shut = "".join(
-        f"mount --bind {path} {path} && mount -o remount,bind,ro {path} && " for path in (packages, tmp_path)
-    )
-    unshare = ["unshare", "-rnm", "sh", "-c"]
-    if subprocess.run([*unshare, f"{shut} true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs unshare and mount without privileges")
-    code = "from separation.models.mel_band_roformer import mel_bands; print(len(mel_bands(60, 2048, 44100)))"
-    command = f"{shut} HOME={tmp_path} exec {sys.executable} -c '{code}'"
-    ran = subprocess.run([*unshare, command], cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert ran.stdout == "60\n", ran.stderr
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary_embedding_turns_each_pair_of_features_by_its_angle(dtype: torch.dtype) -> None:
-    x = torch.randn(2, 4, 300, 16).to(dtype)
-    rotary = RotaryEmbedding(16)
-    frequencies = torch.tensor([10_000 ** (-i / 16) for i in range(0, 16, 2)], dtype=torch.float64)
-    torch.testing.assert_close(rotary.freqs.double(), frequencies, rtol=1e-6, atol=0)
-    assert dict(rotary.named_buffers()) == {} and list(rotary.state_dict()) == ["freqs"]
-    turn = torch.polar(torch.ones(300, 8, dtype=torch.float64), torch.outer(torch.arange(300).double(), frequencies))
-    turned = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2)
-    assert rotary(x).dtype == dtype
-    # An angle of up to 300 radians is a float32, half a unit in whose last place is 1.5e-5.
-    tolerance = 2e-4 if dtype == torch.float32 else 2**-7
-    assert ((rotary(x).double() - turned).abs() / (1 + turned.abs())).max() <= tolerance
-
-
-def test_an_attention_head_too_small_for_positions_is_an_error() -> None:
-    with pytest.raises(ValueError, match="dim_head is too small"):
-        RotaryEmbedding(2)
-
-
-def test_linear_attention_equals_its_definition_head_by_head() -> None:
-    torch.manual_seed(0)
-    layer = LinearAttention(24, heads=3, dim_head=8).eval()
-    layer.norm.gamma.data += torch.randn(24) * 0.1
-    layer.temperature.data += torch.randn(3, 1, 1) * 0.1
-    x = torch.randn(1, 50, 24)
-    normed = layer.norm(x)[0]
-    heads = []
-    for head in range(3):
-        q, k, v = (layer.to_qkv[0].weight[part * 24 + head * 8 :][:8] @ normed.T for part in range(3))  # [8, tokens]
-        q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
-        heads.append(torch.softmax(8 * layer.temperature[head].exp() * q @ k.T, dim=1) @ v)
-    assert (layer(x)[0] - torch.cat(heads).T @ layer.to_out[1].weight.T).abs().max() <= 1e-6
-
-
 def test_linear_transformers_have_the_communitys_keys_and_come_first() -> None:
     model = make_model("bs_roformer", depth=1, linear_transformer_depth=1)
     assert len(model.layers[0]) == 3
@@ -275,13 +205,3 @@ def test_the_estimate_scales_with_the_input_and_silence_stays_silent(family: str
     with torch.inference_mode():
         assert (model(chunks * 1e-3) * 1e3 - model(chunks)).abs().max() <= 1e-5
         assert torch.equal(model(torch.zeros(1, 2, 20_000)), torch.zeros(1, 1, 2, 20_000))
-
-
-def test_bands_that_do_not_fill_the_spectrum_are_an_error_with_both_counts() -> None:
-    with pytest.raises(ValueError, match=r"adds up to 10 bins.*1025"):
-        BSRoFormerConfig(dim=8, depth=1, freqs_per_bands=(5, 5))
-
-
-def test_more_mel_bands_than_bins_can_fill_are_an_error_with_both_counts() -> None:
-    with pytest.raises(ValueError, match=r"num_bands 500 is too many for stft_n_fft 2048"):
-        MelBandRoFormerConfig(dim=8, depth=1, num_bands=500)

@@ -1,11 +1,6 @@
-"""The GPU's layers equal the plain ones, and each Triton kernel its twin; no GPU is needed."""
+"""The RoFormers' layers for a GPU compute what the plain layers do, here on the CPU."""
 
 import copy
-import inspect
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,89 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import triton_cases
-from helpers.common import PROJECT, quick_first
 from helpers.small_model import identity, small_model
 from separation.checkpoints.load import load_model
 from separation.evaluation.metrics import sdr
 from separation.models.base import SeparationModel
 from separation.models.kernels.native import NotFusedError
 from separation.models.mel_band_roformer import MelBandRoFormer, MelBandRoFormerConfig
-
-triton = pytest.importorskip("triton", reason="needs Triton")
-from separation.models.kernels import roformer_triton as triton_kernels  # noqa: E402 - it imports Triton
-
-CAPABILITIES = [90, 75, 80, 86, 89, 100, 120]
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-NAMES = sorted({name for name, _, _ in triton_cases.cases(torch.float16)})
-ALLOWED = {"fp32": 1e-6, "fp16": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def errors() -> dict[str, float]:
-    """The kernels' errors by Triton's interpreter, which must be chosen before Triton is imported."""
-    paths = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
-    ran = subprocess.run(
-        [sys.executable, triton_cases.__file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found: dict[str, float] = json.loads(ran.stdout)
-    return found
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_kernel_equals_its_plain_twin(errors: dict[str, float], name: str, precision: str) -> None:
-    assert errors[f"{name} {precision}"] <= ALLOWED[precision]
-
-
-def test_kernels_refuse_what_lies_in_another_order() -> None:
-    x, ones = torch.randn(8, 16), torch.ones(8)
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (triton_kernels.rms_norm, (x.T, ones, ones, torch.float32)),
-        (triton_kernels.gate, (torch.randn(2, 4, 4, 2).mT, x, 0)),
-        (triton_kernels.gate, (torch.randn(2, 4, 2, 4), torch.randn(16, 8).T, 0)),
-        (triton_kernels.glu_into_, (x, torch.randn(2, 16, 8).mT)),
-        (triton_kernels.glu_into_, (torch.randn(16, 8).T, torch.randn(2, 8, 16))),
-    ]
-    for kernel, arguments in calls:
-        with pytest.raises(AssertionError):
-            kernel(*arguments)
-
-
-def test_every_kernel_has_a_case() -> None:
-    functions = inspect.getmembers(triton_kernels, inspect.isfunction)
-    own = {name for name, value in functions if value.__module__ == triton_kernels.__name__ and name[0] != "_"}
-    assert own - {"add_product_"} == set(NAMES)  # which is a product by cuBLAS
-
-
-@pytest.mark.parametrize("capability", quick_first(CAPABILITIES, 2))
-def test_the_kernels_compile_for_every_gpu_kind(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    compiled = set()
-
-    def build(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
-        options = {name: constants.pop(name) for name in ("maxnreg", "num_stages") if name in constants}
-        signature = dict.fromkeys(kernel.arg_names, "constexpr")
-        signature |= {name: kind(value) for name, value in zip(kernel.arg_names, arguments, strict=False)}
-        source = triton.compiler.ASTSource(kernel, signature, constants)
-        target = GPUTarget("cuda", capability, 32)
-        compiled.add(triton.compile(source, target=target, options=options).name)
-
-    monkeypatch.setattr(triton_kernels, "launch", build)
-    for name, arguments, _ in triton_cases.cases(torch.float16):
-        getattr(triton_kernels, name)(*arguments)
-    assert len(compiled) == len(NAMES)
-
-
-def kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return TYPES[value.dtype]
-    return "i32" if isinstance(value, int) else "fp32"
 
 
 def mel_model() -> MelBandRoFormer:
