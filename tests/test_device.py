@@ -1,4 +1,4 @@
-"""device: each choice is the best there is, with its reason; what is not there is an error that says so."""
+"""The choice of a device and a precision; a missing device is an error."""
 
 import logging
 import os
@@ -14,26 +14,26 @@ from separation import device
 from separation.errors import InputError
 
 
-def test_auto_is_a_device_that_is_there_with_a_reason() -> None:
+def test_auto_chooses_an_available_device_and_gives_a_reason() -> None:
     choice = device.choose()
     torch.zeros(1, device=choice.device, dtype=choice.precision)
     assert str(choice.device) in choice.reason
     assert "(" in choice.reason
 
 
-def test_what_is_asked_for_is_taken() -> None:
+def test_a_requested_choice_is_made() -> None:
     choice = device.choose("cpu", "fp32")
     assert (choice.device.type, choice.precision) == ("cpu", torch.float32)
     assert choice.reason == "device cpu (requested), precision fp32 where a model supports it (requested)"
 
 
-def test_a_gpu_computes_in_float16_with_a_reason() -> None:
+def test_auto_precision_on_a_gpu_is_float16() -> None:
     assert device.choose_precision("auto", torch.device("cuda")) == torch.float16
     assert "closer to float32" in device._precision("auto", torch.device("cuda"))[1]
 
 
 @pytest.mark.parametrize("instructions, dtype", [("avx512_bf16", torch.bfloat16), ("", torch.float32)])
-def test_a_cpu_computes_in_bfloat16_where_it_has_the_instructions(
+def test_auto_precision_on_a_cpu_is_bfloat16_if_it_has_the_instructions(
     instructions: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "bfloat16_instructions", lambda: instructions)
@@ -49,14 +49,14 @@ def test_an_unknown_device_is_an_error(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is there")
-def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_do() -> None:
+def test_a_missing_gpu_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(InputError, match="PyTorch sees no CUDA GPU: use --device cpu or auto"):
         device.choose("cuda")
 
 
 @pytest.fixture
 def nvidia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with an NVIDIA GPU that PyTorch cannot use: the file that tells its driver's version."""
+    """A machine with an NVIDIA GPU that PyTorch cannot use. Returns the file with its driver's version."""
     version = tmp_path / "version"
     kernel_module = "NVIDIA UNIX Open Kernel Module for x86_64  470.82.01  Release Build"
     version.write_text(f"NVRM version: {kernel_module}\nGCC version: 12.3.0\n", encoding="ascii")
@@ -93,9 +93,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error_with_its_driver_and_what_to_d
 
 
 @pytest.mark.parametrize("reason", ["hidden", "hidden by -1", "not in this container", "PyTorch for CPUs"])
-def test_a_gpu_that_is_not_for_this_program_leaves_the_cpu(
-    reason: str, nvidia: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hidden_gpu_is_no_error(reason: str, nvidia: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason.startswith("hidden"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1" if "-1" in reason else "")
     elif reason == "PyTorch for CPUs":
@@ -106,7 +104,7 @@ def test_a_gpu_that_is_not_for_this_program_leaves_the_cpu(
     assert device.choose().device.type == "cpu"
 
 
-def test_only_auto_and_cuda_without_a_number_mean_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_auto_and_cuda_mean_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     for name in ("auto", "cuda"):
@@ -142,13 +140,13 @@ ANOTHER = [
 
 
 @pytest.mark.parametrize("error", [*OUT_OF_MEMORY, *ANOTHER], ids=str)
-def test_what_says_that_a_gpus_memory_was_not_enough_is_told_from_other_errors(error: Exception) -> None:
+def test_out_of_memory_errors_are_told_from_others(error: Exception) -> None:
     assert device.is_out_of_memory(error) == (error in OUT_OF_MEMORY)
 
 
 @pytest.fixture
 def numerics() -> Iterator[None]:
-    """What CUDA computes with is as before afterwards."""
+    """Restores CUDA's settings after the test."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     names = [
         (matmul, "allow_tf32"),
@@ -166,7 +164,7 @@ def numerics() -> Iterator[None]:
         setattr(place, name, value)
 
 
-def test_cuda_computes_what_is_asked_for_and_says_so(numerics: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_is_made_exact_and_deterministic_once(numerics: None, caplog: pytest.LogCaptureFixture) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     with caplog.at_level(logging.INFO):
         device.settle_numerics()
@@ -179,7 +177,7 @@ def test_cuda_computes_what_is_asked_for_and_says_so(numerics: None, caplog: pyt
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
-def test_what_rounding_depends_on_of_a_gpu_is_its_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_identity_of_a_gpu_is_its_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.identity(torch.device("cpu")) == "cpu"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "NVIDIA T4")
     monkeypatch.setattr(device, "memory_limit_bytes", lambda gpu: 15 << 30)
@@ -197,14 +195,14 @@ def test_int8_is_for_a_cpu() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_peak_memory_without_a_gpu_is_that_of_the_process_in_bytes() -> None:
+def test_peak_memory_on_a_cpu_is_that_of_the_process_in_bytes() -> None:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     high_water = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert high_water * 0.95 <= device.peak_memory_bytes(torch.device("cpu")) < everything
 
 
-def test_what_something_needs_of_a_gpus_memory_is_measured_and_the_peak_so_far_not_forgotten(
+def test_measuring_needed_memory_does_not_lose_the_earlier_peak(
     gpu_statistics: None,
 ) -> None:
     gpu, ran = torch.device("cuda"), []
@@ -215,14 +213,14 @@ def test_what_something_needs_of_a_gpus_memory_is_measured_and_the_peak_so_far_n
 
 
 @pytest.mark.parametrize("disturbed", [0, 2, 99])
-def test_a_measurement_that_another_thread_disturbs_is_made_again(
+def test_a_measurement_is_repeated_if_another_thread_interferes(
     disturbed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, in_use = [], [1000]
 
     def run() -> None:
         runs.append(True)
-        in_use[0] += 50 * (len(runs) <= disturbed)  # a model that is loaded
+        in_use[0] += 50 * (len(runs) <= disturbed)  # another thread loads a model
 
     monkeypatch.setattr(device, "_earlier_peaks", {})
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: in_use[0])
@@ -233,7 +231,7 @@ def test_a_measurement_that_another_thread_disturbs_is_made_again(
     assert needed == 700 + 50 * (disturbed == 99)
 
 
-def test_peak_memory_on_a_gpu_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_on_a_gpu_is_that_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"cuda": 123, "cuda:1": 456}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: peaks[str(gpu)])
     assert {name: device.peak_memory_bytes(torch.device(name)) for name in peaks} == peaks

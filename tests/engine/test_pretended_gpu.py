@@ -191,7 +191,7 @@ def test_kernels_and_bytes_are_counted_and_views_are_free(gpu: PretendedGPU) -> 
     assert counts.names == {"zero_": 1, "add": 1, "mul_": 1, "mm": 1}
 
 
-def test_an_operation_of_another_namespace_is_one_kernel_and_runs_its_twin(gpu: PretendedGPU) -> None:
+def test_an_operation_of_another_namespace_is_one_kernel_and_runs_its_reference(gpu: PretendedGPU) -> None:
     library = torch.library.Library("pretended_test", "FRAGMENT")
     library.define("turn(Tensor(a!) x, Tensor angles) -> ()")
     library.define("double(Tensor x) -> Tensor")
@@ -341,7 +341,7 @@ def test_threads_see_it_and_nothing_is_left_when_it_is_gone() -> None:
             kept = torch.zeros(1, device="cuda")
         assert vars(torch.cuda) == before and not torch.cuda.is_available()
         assert type(pool.submit(torch.zeros, 1).result()) is Tensor
-        with pytest.raises(RuntimeError, match="after that was removed"):
+        with pytest.raises(RuntimeError, match="after the GPU was removed"):
             kept + 1
 
 

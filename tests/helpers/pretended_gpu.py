@@ -1,16 +1,16 @@
-"""A pretended CUDA GPU: tensors that say cuda:0 and are computed on the CPU. The whole GPU path runs without a GPU.
+"""A pretended CUDA GPU: tensors report the device cuda:0 but are computed on the CPU, so GPU code runs without a GPU.
 
     with pretended_gpu() as gpu, gpu.counted() as counts:
         model(chunks.to("cuda"))
     assert not counts.waits
 
-It is as strict as a GPU. Tensors of two devices do not meet. A copy to page-locked memory that the host does not wait
-for has not arrived before an event, a stream or the device is waited for: until then the memory holds NaN. Memory is
-counted, and what does not fit is a `torch.OutOfMemoryError`. A CUDA graph computes nothing until it is replayed, and
-then on what its inputs hold.
+It is as strict as a GPU. Operations on tensors of two devices fail. An asynchronous copy to page-locked memory arrives
+when the host waits for an event, a stream or the device; until then the memory contains NaN. Memory is counted, and
+exceeding it raises `torch.OutOfMemoryError`. A CUDA graph computes nothing until it is replayed, and then uses the
+current contents of its inputs.
 
-It counts what a GPU would be asked to do: `Counts`. Within `shapes_alone()` nothing is computed, so that chunks of any
-size take neither time nor memory. Importing this file changes nothing, and all is as before when the context is left.
+`Counts` records the work of the GPU. Within `shapes_alone()` nothing is computed, so that chunks of any size take
+neither time nor memory. Importing this module changes nothing, and leaving the context restores everything.
 """
 
 import contextlib
@@ -37,35 +37,35 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 DEVICE = torch.device("cuda", 0)
-ALIGNED_BYTES = 16  # at which the rows of an attention kernel's q, k and v must begin
+ALIGNED_BYTES = 16  # the alignment of the rows of q, k and v that attention kernels need
 
-# Of namespace aten; in all others, every operation is one kernel.
+# Operations of the namespace aten. In other namespaces every operation is one kernel.
 COPIES = {"copy_", "_to_copy"}
 WAITING = {"equal", "allclose", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 LAUNCHING_NOTHING = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
 LAUNCHING_NOTHING |= {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift", "lift_fresh", "_local_scalar_dense"}
-ONLY_WRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # they do not read what they change
+ONLY_WRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # these do not read the tensor that they change
 ATTENTION = {f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")}
-# Of half precision these are summed up in float32, as on a GPU, where a CPU would be slow, or cannot.
+# In half precision these accumulate in float32, as on a GPU. CPUs are slow at them or do not support them.
 IN_FLOAT32 = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution", "lstm", "cudnn_batch_norm"}
-WHOLE = {"lstm"}  # not taken apart: cuDNN has a kernel for it
+WHOLE = {"lstm"}  # not divided into other operations, because cuDNN has a kernel for it
 
 
 @dataclass
 class Counts:
-    """What was asked of the GPU. Places are the innermost lines outside of PyTorch."""
+    """The work of the GPU. Places are the innermost source lines outside of PyTorch."""
 
-    kernels: int = 0  # operations that launch any
-    bytes: int = 0  # that these read and write: each argument and result once, views not at all
-    names: Counter[str] = field(default_factory=Counter)  # the kernels, by operation
-    waits: list[str] = field(default_factory=list)  # of the host for the GPU: what, and where
-    uploads: list[str] = field(default_factory=list)  # from memory that is not page-locked, or that the host waits for
-    hazards: list[str] = field(default_factory=list)  # what GPUs were seen to compute otherwise than CPUs
+    kernels: int = 0  # operations that launch kernels
+    bytes: int = 0  # that they read and write: each argument and result once, views not at all
+    names: Counter[str] = field(default_factory=Counter)  # the number of kernels by operation
+    waits: list[str] = field(default_factory=list)  # where the host waits for the GPU, and for what
+    uploads: list[str] = field(default_factory=list)  # blocking copies, or copies from memory that is not page-locked
+    hazards: list[str] = field(default_factory=list)  # operations that real GPUs compute differently from CPUs
 
 
 class PretendedTensor(torch.Tensor):
-    """A tensor that says cuda:0; `inner` is on the CPU, or on the meta device."""
+    """A tensor that reports the device cuda:0. `inner` is on the CPU or the meta device."""
 
     inner: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -102,18 +102,18 @@ class PretendedTensor(torch.Tensor):
         return memo[id(self)]
 
     def record_stream(self, stream: "Stream") -> None:
-        """Nothing: memory is never used again before it is free."""
+        """Does nothing, because memory is never reused too early."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PretendedTensor({self.inner!r})"
 
 
 class _Mode(TorchDispatchMode):
-    """Sees also what makes tensors from nothing. Each thread has its own; they last as long as the thread."""
+    """Intercepts operations without tensor arguments too. Each thread has its own mode for its whole lifetime."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # what guards against torch.compile takes as long as a small operation
+        return False  # the guard against torch.compile takes as long as a small operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -127,12 +127,12 @@ _gpus: list["PretendedGPU"] = []  # the one that is installed, if any
 
 def _installed() -> "PretendedGPU":
     if not _gpus:
-        raise RuntimeError("a tensor of a pretended GPU is used after that was removed")
+        raise RuntimeError("a tensor of a pretended GPU is used after the GPU was removed")
     return _gpus[0]
 
 
 class Stream:
-    """A queue of work; `clock` says up to which piece of each stream's work what is queued next has to wait for."""
+    """A queue of work. `clock` maps each stream to the piece of its work for which the next piece here must wait."""
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.device = DEVICE
@@ -161,7 +161,7 @@ class Stream:
 
 
 class Event:
-    """A place in a stream's work."""
+    """A position in a stream's work."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self.clock: dict[Stream, int] = {}
@@ -184,7 +184,7 @@ class Event:
 
 
 class Graph:
-    """A CUDA graph: the work that was captured, done at each replay on the memory that it was captured with."""
+    """A CUDA graph. Each replay repeats the captured work on the captured memory."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._work: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []  # see `add`
@@ -201,7 +201,11 @@ class Graph:
                 _spoil(result)
 
     def add(self, compute: Callable[[], Any], new: Callable[[Any], Any], results: Any, touched: list[Tensor]) -> None:
-        """What computes, which of its results are new, those when it was captured, and all that it reads and writes."""
+        """Add a piece of work.
+
+        `compute` does it, `new` selects its new results, `results` are those of the capture, and `touched` are all
+        tensors that it reads and writes.
+        """
         self._work.append((compute, new, results))
         self._touched += touched
 
@@ -246,7 +250,7 @@ def _on_stream(stream: Stream | None) -> Iterator[None]:
 
 
 def _spoil(tensor: Tensor) -> None:
-    """Fill a tensor with what nobody can take for a result."""
+    """Fill a tensor with values that cannot be mistaken for a result."""
     if not tensor.is_meta:
         floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
         with torch.inference_mode():
@@ -254,33 +258,35 @@ def _spoil(tensor: Tensor) -> None:
 
 
 class PretendedGPU:
-    """The GPU's memory, the work that is under way, and the counters."""
+    """The GPU's memory, its pending work, and the counters."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
         self.total_bytes = 80 * 2**30
-        self.memory_fraction = 1.0  # of the total, that this process may have
-        self.out_of_memory: Exception = torch.OutOfMemoryError("CUDA out of memory.")  # what is raised
-        self.races: list[str] = []  # memory that is used before what another stream, or the host, does with it is done
+        self.memory_fraction = 1.0  # the share of the total that this process may use
+        self.out_of_memory: Exception = torch.OutOfMemoryError("CUDA out of memory.")  # raised if memory runs out
+        self.races: list[str] = []  # uses of memory with which another stream or the host has not finished
         self.peak_bytes = 0
         self._shapes_alone = False
         self._allocated = 0
-        self._freed: deque[int] = deque()  # by finalizers, which may run anywhere
+        self._freed: deque[int] = deque()  # appended to by finalizers, which may run in any thread
         self._storages: set[int] = set()
-        self._pinned: dict[int, Tensor] = {}  # page-locked memory by address; kept, so that none is used again
+        self._pinned: dict[int, Tensor] = {}  # page-locked memory by address; kept, so that no address is reused
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
-        self._under_way: list[tuple[Stream, int, Callable[[], object]]] = []  # copies that have not arrived
-        self._writers: dict[int, tuple[Stream, int]] = {}  # by storage: whose work it is, and its number
-        self._latest: dict[Stream, int] = {}  # the last piece of each stream's work
-        self._seen: dict[Stream, int] = {}  # that the host has waited for
+        self._pending: list[tuple[Stream, int, Callable[[], object]]] = []  # copies that have not arrived
+        self._writers: dict[
+            int, tuple[Stream, int]
+        ] = {}  # by storage: the last stream that wrote, and its work's number
+        self._latest: dict[Stream, int] = {}  # the number of the last piece of each stream's work
+        self._seen: dict[Stream, int] = {}  # the last piece for which the host has waited
         self._default_stream = Stream()
-        self._own = threading.local()  # a thread's current stream, and the graph that it captures
+        self._own = threading.local()  # a thread's current stream and the graph that it is capturing
         self._counters: list[Counts] = []
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Counts]:
-        """Count what all threads ask of the GPU within."""
+        """Count the work of all threads on the GPU within the context."""
         counts = Counts()
         self._counters.append(counts)
         try:
@@ -290,7 +296,7 @@ class PretendedGPU:
 
     @contextlib.contextmanager
     def shapes_alone(self) -> Iterator[None]:
-        """Within, results have their shapes and hold nothing; what asks for a value gets what passes a check."""
+        """Within the context, results have shapes but no values; reading a value returns one that passes checks."""
         self._shapes_alone = True
         try:
             yield
@@ -331,7 +337,7 @@ class PretendedGPU:
     def _is_pinned(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._pinned
 
-    # Work that is under way
+    # Pending work
 
     @property
     def stream(self) -> Stream:
@@ -344,7 +350,7 @@ class PretendedGPU:
 
     @property
     def capture(self) -> Graph | None:
-        """The graph that the current thread captures."""
+        """The graph that the current thread is capturing."""
         return getattr(self._own, "capture", None)
 
     @capture.setter
@@ -352,7 +358,7 @@ class PretendedGPU:
         self._own.capture = graph
 
     def order(self, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
-        """Put a piece of work into the current stream; what it reads must be done by then."""
+        """Queue a piece of work in the current stream. Records a race if the tensors it reads are not ready."""
         if self.capture is not None or self._shapes_alone:
             return
         stream = self.stream
@@ -365,21 +371,21 @@ class PretendedGPU:
             self._writers |= {tensor.untyped_storage()._cdata: (stream, number) for tensor in written}
 
     def _later(self, finish: Callable[[], object]) -> None:
-        """Finish the current stream's last piece of work when the host waits for it."""
+        """Finish the current stream's last piece of work only when the host waits for it."""
         with self._lock:
-            self._under_way.append((self.stream, self._latest.get(self.stream, 0), finish))
+            self._pending.append((self.stream, self._latest.get(self.stream, 0), finish))
 
     def arrive(self, clock: dict[Stream, int]) -> None:
-        """The host has seen the work up to there done."""
+        """Finish the pending work up to `clock`: the host knows that it is done."""
         with self._lock, torch.inference_mode():
             self._seen |= {stream: max(number, self._seen.get(stream, 0)) for stream, number in clock.items()}
-            due = [work for work in self._under_way if work[1] <= clock.get(work[0], 0)]
-            self._under_way = [work for work in self._under_way if work not in due]
+            due = [work for work in self._pending if work[1] <= clock.get(work[0], 0)]
+            self._pending = [work for work in self._pending if work not in due]
             for _, _, finish in due:
                 finish()
 
     def wait(self, what: str, clock: dict[Stream, int] | None = None) -> None:
-        """The host waits until the GPU has done its work up to there, by default the current stream's."""
+        """Count a wait of the host, and finish the work up to `clock`, by default that of the current stream."""
         if self.capture is not None:
             raise _not_while_capturing(what)
         self._note("waits", what)
@@ -389,7 +395,7 @@ class PretendedGPU:
         self.wait("torch.cuda.synchronize", dict(self._latest))
 
     def finish(self) -> None:
-        """Finish all copies, unseen."""
+        """Finish all copies without counting a wait."""
         self.arrive(dict(self._latest))
 
     def _note(self, counter: str, what: str) -> None:
@@ -407,7 +413,7 @@ class PretendedGPU:
         if not ours and not to_gpu:
             return self._on_cpu(func, name, args, kwargs)
         if name not in WHOLE and _is_composite(func):
-            with _Mode():  # for what it makes from nothing
+            with _Mode():  # intercepts the tensors that it creates
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         if name in COPIES and (len(ours) < len(leaves) or not to_gpu):
             return self._transfer(func, name, args, kwargs)
@@ -442,7 +448,7 @@ class PretendedGPU:
             arrived = torch.zeros_like(target) if self._shapes_alone else source.inner.to(target.dtype, copy=True)
             if non_blocking and self._is_pinned(target):
                 if self.capture is not None:
-                    raise RuntimeError("a pretended CUDA graph knows no copies to the host")
+                    raise RuntimeError("a pretended CUDA graph supports no copies to the host")
                 _spoil(target)
                 self._later(functools.partial(target.copy_, arrived))
             else:
@@ -462,11 +468,11 @@ class PretendedGPU:
 
     def _check_unchanged(self, source: Tensor, as_queued: Tensor, place: str) -> None:
         if not torch.equal(source.contiguous().view(torch.uint8), as_queued.contiguous().view(torch.uint8)):
-            self.races.append(f"page-locked memory was written to while the GPU copied it, as asked for at {place}")
+            self.races.append(f"page-locked memory was written while the GPU copied it, as requested at {place}")
 
     def _check_devices(self, func: Any, name: str, leaves: list[Tensor]) -> None:
         others = [leaf for leaf in leaves if not isinstance(leaf, PretendedTensor) and leaf.dim() > 0]
-        if others and name in INDEXING:  # a GPU takes indices from the host, and copies them
+        if others and name in INDEXING:  # a GPU accepts indices on the host and copies them
             self._note("uploads", f"indices {list(others[0].shape)} from the host")
         elif others:
             raise RuntimeError(
@@ -481,7 +487,7 @@ class PretendedGPU:
             self.wait(name)
         elif name in INDEXING:
             masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-            if masks and not (len(args) > 2 and args[2].numel() == 1):  # one value for all is filled in without
+            if masks and not (len(args) > 2 and args[2].numel() == 1):  # filling in a single value needs no wait
                 self.wait("boolean mask")
 
     def _check_hazards(self, name: str, args: tuple[Any, ...]) -> None:
@@ -512,7 +518,7 @@ class PretendedGPU:
         return result
 
     def _execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute on what is inside; the results are the GPU's."""
+        """Compute on the inner tensors and return the results as the GPU's tensors."""
         inner_args = tuple(_mapped(self._inner, value) for value in args)
         inner_kwargs = {key: _mapped(self._inner, value) for key, value in kwargs.items()}
         if inner_kwargs.get("device") is not None:
@@ -523,13 +529,13 @@ class PretendedGPU:
         if self.capture is not None and not aliased:
             touched = [*_tensors((*inner_args, *inner_kwargs.values(), result))]
             self.capture.add(compute, functools.partial(_new, func), _new(func, result), touched)
-        # Within inference mode too, a view of a tensor that was made outside of it is of that one's kind.
+        # Even in inference mode, a view of a tensor that was made outside of it is not an inference tensor.
         inference = torch.is_inference_mode_enabled() and not (aliased and not args[0].is_inference())
         with torch.inference_mode(inference):
             return self._returned(func, args, kwargs, result)
 
     def _returned(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """The results as the GPU's tensors; of arguments that were changed, those themselves."""
+        """The results as the GPU's tensors. A result that is a changed argument is that argument itself."""
         changed = _written(func, args, kwargs)
         if not changed:
             return _mapped(self._wrap, result)
@@ -548,7 +554,7 @@ class PretendedGPU:
         return PretendedTensor(inner)
 
     def _kernel(self, func: Any) -> Callable[..., Any]:
-        """What does on the CPU, or on shapes alone, what this operation does on a GPU."""
+        """The function that computes an operation on the CPU or, without values, on shapes."""
         name = func._schema.name.removeprefix("aten::")
         if name in ATTENTION:
             return functools.partial(_attention, n_results=len(func._schema.returns))
@@ -561,17 +567,18 @@ class PretendedGPU:
         if name == "convolution" and self._shapes_alone:
             return functools.partial(_convolution_shapes, func)
         if self._shapes_alone and name == "_local_scalar_dense":
-            return lambda tensor: True  # as what is checked would be
+            return lambda tensor: True  # passes checks
         if self._shapes_alone and name == "equal":
             return lambda first, second: False
         if self._shapes_alone and func.namespace != "aten" and not _has_kernel(func, "Meta"):
-            return functools.partial(func.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))  # its twin
+            cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+            return functools.partial(func.redispatch, cpu)  # the operation's reference
         plain = _batch_norm if name == "cudnn_batch_norm" else func
         return functools.partial(_in_float32, plain) if name in IN_FLOAT32 and not _changes(func) else plain
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among arguments or results, and within lists of them."""
+    """The tensors among arguments or results, also within lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -584,14 +591,14 @@ def _inners(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """An argument or a result, with the function done to it if it is a tensor, or to those in it."""
+    """An argument or a result, with the function applied to it if it is a tensor, or to the tensors in it."""
     if isinstance(value, Tensor):
         return function(value)
     return type(value)(_mapped(function, each) for each in value) if isinstance(value, list | tuple) else value
 
 
 def _place() -> str:
-    """The innermost line that runs outside of PyTorch and this file."""
+    """The innermost source line outside of PyTorch and this file."""
     frame = inspect.currentframe()
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -611,7 +618,7 @@ def _has_kernel(func: Any, key: str) -> bool:
 
 
 def _is_composite(func: Any) -> bool:
-    """Whether the operation is made of others on every device, which a GPU then sees."""
+    """Whether the operation is composed of others on every device, so that a GPU only runs those."""
     return func.namespace == "aten" and _has_kernel(func, "CompositeImplicitAutograd")
 
 
@@ -621,14 +628,14 @@ def _returns_views(func: Any) -> bool:
 
 
 def _changed_alias(value: Any) -> str | None:
-    """The letter that an operation's schema gives an argument that it changes, or a result that is one."""
+    """The letter in an operation's schema for an argument that it changes, or for a result that is such an argument."""
     info = value.alias_info
     return next(iter(info.before_set)) if info is not None and info.is_write else None
 
 
 @functools.cache
 def _changes(func: Any) -> dict[str, str]:
-    """The arguments that the operation changes, each with its letter."""
+    """The arguments that the operation changes, each mapped to its letter."""
     return {argument.name: alias for argument in func._schema.arguments if (alias := _changed_alias(argument))}
 
 
@@ -637,14 +644,14 @@ def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """By letter: the arguments that the operation changes."""
+    """The arguments that the operation changes, by letter."""
     changes = _changes(func)
     given = _named(func, args, kwargs) if changes else {}
     return {alias: given[name] for name, alias in changes.items() if name in given}
 
 
 def _listed(func: Any, result: Any) -> tuple[Any, ...]:
-    """What the operation returns, one value for each return of its schema."""
+    """The operation's results, one value for each return of its schema."""
     n_results = len(func._schema.returns)
     return tuple(result) if n_results > 1 else (result,) if n_results else ()
 
@@ -662,7 +669,7 @@ def _launches(func: Any, name: str, result: Any) -> bool:
 
 
 def _traffic_bytes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Of each argument that is read, and of each argument and new result that is written."""
+    """The bytes of all arguments that are read, and of all arguments and new results that are written."""
     changes = _changes(func)
     total = _size_bytes(_new(func, result))
     for argument, value in _named(func, args, kwargs).items():
@@ -672,7 +679,7 @@ def _traffic_bytes(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _size_bytes(values: Iterable[Any]) -> int:
-    """What tensors take; what is repeated along a dimension counts once."""
+    """The size of tensors. Values that are repeated along a dimension count once."""
     return sum(
         tensor.element_size() * math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
         for tensor in _tensors(values)
@@ -684,7 +691,7 @@ _PLAIN_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *options: Any, n_results: int, **named: Any) -> tuple[Any, ...]:
-    """The fused kernels of a GPU, whose result lies token by token."""
+    """A GPU's fused kernels, whose result is contiguous by token."""
     rows = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     if not q.is_meta:
         rows.copy_(_PLAIN_ATTENTION(q, k, v, scale=named.get("scale")))
@@ -702,7 +709,7 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
 
 
 def _in_float32(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The results are of the first argument's type."""
+    """Compute in float32 and return results of the first argument's type."""
     dtype = next(_tensors(args)).dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return compute(*args, **kwargs)
@@ -721,7 +728,7 @@ def _lstm_shapes(x: Tensor, states: list[Tensor], weights: list[Tensor], *option
 
 
 def _convolution_shapes(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    """As cuDNN: channels last where the input or the weight has them there."""
+    """Like cuDNN, return channels last if the input or the weight has channels last."""
     y = convolve(x, weight, *options)
     last = torch.channels_last
     are_last = (t.ndim == 4 and t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
@@ -729,13 +736,13 @@ def _convolution_shapes(convolve: Callable[..., Tensor], x: Tensor, weight: Tens
 
 
 def _attend(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """F.scaled_dot_product_attention, which asks a GPU's driver which kernel to take before it calls any."""
+    """F.scaled_dot_product_attention, which would ask the GPU's driver which kernel to use."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> Tensor:
         if not isinstance(q, PretendedTensor):
             return plain(q, k, v, *options, **named)
         if options or named.keys() - {"scale"}:
-            raise RuntimeError("a pretended GPU knows no attention with a mask, dropout or grouped heads")
+            raise RuntimeError("a pretended GPU supports no attention with a mask, dropout or grouped heads")
         if q.itemsize == 2:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, **named)[0]
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False, **named)[0]
@@ -744,7 +751,7 @@ def _attend(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _starting(start: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
-    """threading.Thread.start, of threads that see the pretended GPU as the one that starts them does."""
+    """threading.Thread.start for threads that see the pretended GPU too."""
 
     def start_within(thread: threading.Thread) -> None:
         run = thread.run
@@ -760,7 +767,7 @@ def _starting(start: Callable[[threading.Thread], None]) -> Callable[[threading.
 
 
 def _forget_by_device() -> None:
-    """Empty the caches of tables that functions of this project keep for each device."""
+    """Clear the caches of this project's functions that depend on a device."""
     for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "separation"]:
         for value in vars(module).values():
             if hasattr(value, "cache_clear") and any(
@@ -771,7 +778,7 @@ def _forget_by_device() -> None:
 
 
 def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
-    """What stands for the functions and classes of torch.cuda."""
+    """The replacements of torch.cuda's functions and classes."""
 
     def properties(device: Any = None) -> SimpleNamespace:
         major, minor = gpu.capability
@@ -839,9 +846,11 @@ def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedGPU]:
-    """A CUDA GPU is there, for this thread and those that are started within."""
+    """Within the context, there is a CUDA GPU for this thread and for threads that it starts."""
     assert not _gpus, "one pretended GPU at a time"
-    importlib.import_module("torch._dynamo")  # keeps a list of PyTorch's functions as they are when it is first needed
+    importlib.import_module(
+        "torch._dynamo"
+    )  # on import it lists PyTorch's functions, which must not be the replaced ones
     gpu = PretendedGPU(capability)
     torch._C._ensureCUDADeviceGuardSet()
     lifted = torch._C._only_lift_cpu_tensors()
@@ -850,11 +859,12 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedGPU
     with pytest.MonkeyPatch.context() as patch:
         for name, function in _cuda_functions(gpu).items():
             patch.setattr(torch.cuda, name, function)
-        patch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)  # it would lay out an LSTM's weights
+        # Otherwise PyTorch would rearrange an LSTM's weights for cuDNN.
+        patch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)
         patch.setattr(F, "scaled_dot_product_attention", _attend(F.scaled_dot_product_attention))
         patch.setattr(threading.Thread, "start", _starting(threading.Thread.start))
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # for these are of another class
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(values, device="cuda") is then a copy from the CPU
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # the GPU's tensors have another class
+        torch._C._set_only_lift_cpu_tensors(True)  # makes torch.tensor(values, device="cuda") a copy from the CPU
         _gpus.append(gpu)
         try:
             with _Mode():

@@ -1,4 +1,4 @@
-"""Small Demucs models, and what the demucs package makes of the same mixture."""
+"""Small Demucs models, and the demucs package's estimates for the same mixture."""
 
 from fractions import Fraction
 from typing import Any

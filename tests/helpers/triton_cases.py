@@ -1,6 +1,6 @@
-"""Small inputs for each Triton kernel. Run as a program under TRITON_INTERPRET=1, it compares each with its plain twin.
+"""Small inputs for the RoFormers' Triton kernels. Under TRITON_INTERPRET=1, compares each with its reference.
 
-It prints a JSON object: by operation and precision, the relative error.
+Prints a JSON object: the relative error for each operation and precision.
 """
 
 import json
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from separation.models.kernels import roformer_ops as ops
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}  # the interpreter is wrong in bf16
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}  # Triton's interpreter is wrong in bf16
 TOKENS, SEQUENCES, HEADS, SIZE = 13, 5, 3, 32
 
 
 def cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...], Callable[..., Tensor]]]:
-    """Operations' names, their arguments, and how to see the result: `seen(result, *arguments)`."""
+    """The name of each operation, its arguments, and a function `(result, *arguments)` that returns its output."""
     torch.manual_seed(0)
     inner, total = HEADS * SIZE, TOKENS * SEQUENCES
     rows = torch.randn(total, 3 * inner + 8).to(dtype)
@@ -43,8 +43,8 @@ def changed(result: Any, *arguments: Any) -> Tensor:
     return arguments[0]
 
 
-def own(arguments: tuple[Any, ...]) -> list[Any]:
-    """The same arguments, of which nobody else changes the tensors; their strides stay as they are."""
+def copied(arguments: tuple[Any, ...]) -> list[Any]:
+    """Copies of the arguments with the same strides."""
     return [_copy(a) if isinstance(a, Tensor) else a for a in arguments]
 
 
@@ -58,10 +58,10 @@ if __name__ == "__main__":
 
     errors: dict[str, float] = {}
     for precision, dtype in PRECISIONS.items():
-        for name, arguments, seen in cases(dtype):
-            by_kernel, by_twin = own(arguments), own(arguments)
-            got = seen(getattr(triton_kernels, name)(*by_kernel), *by_kernel).float()
-            expected = seen(getattr(ops, name)(*by_twin), *by_twin).float()
+        for name, arguments, output in cases(dtype):
+            by_kernel, by_reference = copied(arguments), copied(arguments)
+            got = output(getattr(triton_kernels, name)(*by_kernel), *by_kernel).float()
+            expected = output(getattr(ops, name)(*by_reference), *by_reference).float()
             error = float((got - expected).norm() / expected.norm())
             errors[f"{name} {precision}"] = max(error, errors.get(f"{name} {precision}", 0.0))
     print(json.dumps(errors))

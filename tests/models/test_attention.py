@@ -1,4 +1,4 @@
-"""attention: every backend equals the definition, and the one that is used is chosen once, with the reason."""
+"""Attention backends equal their reference, and the choice of one has a reason."""
 
 import logging
 import re
@@ -23,13 +23,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("backend", ["sdpa", "itemwise"])
 @pytest.mark.parametrize("shape", [(3, 2, 37, 16), (5, 8, 801, 64), (40, 8, 62, 64), (2, 2, 2100, 16)])
-def test_every_backend_equals_the_plain_definition(backend: str, shape: tuple[int, ...]) -> None:
+def test_every_backend_equals_the_reference(backend: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, *shape)
     assert (BACKENDS[backend](q, k, v) - einsum_attention(q, k, v)).abs().max() <= 1e-5
 
 
-def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_choice_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_attention("einsum", CPU, torch.float32).name == "einsum"
     monkeypatch.setenv("SEPARATION_ATTENTION", "einsum")
     choice = choose_attention("auto", CPU, torch.float32)
@@ -40,7 +40,7 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_attention("auto", CPU, torch.bfloat16)
 
 
-def test_what_is_asked_for_and_does_not_work_is_an_error_with_the_reason() -> None:
+def test_a_requested_backend_that_does_not_work_is_an_error_with_the_reason() -> None:
     with pytest.raises(InputError, match=r"^attention backend 'sage' does not work here \(No module named"):
         choose_attention("sage", CPU, torch.bfloat16)
     with pytest.raises(InputError, match=r"'fused' does not work here \(it is for CPUs in bf16\): use auto"):
@@ -65,10 +65,10 @@ def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "failing, reason", [(broken, "no kernel image is available"), (wrong, "its result is wrong by 100%")]
 )
-def test_a_link_of_the_gpus_chain_that_fails_gives_way_to_the_next(
+def test_auto_falls_back_to_the_next_candidate_of_a_gpu(
     link: str, following: str, failing: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The GPU's chain, tried on the CPU.
+    # The candidates of a GPU, tried on the CPU.
     monkeypatch.setattr(attention, "_candidates", lambda device, dtype: (link, following))
     monkeypatch.setitem(BACKENDS, link, failing)
     choice = choose_attention("auto", CPU, torch.float32)
@@ -77,7 +77,7 @@ def test_a_link_of_the_gpus_chain_that_fails_gives_way_to_the_next(
 
 
 @pytest.mark.parametrize("gain, is_taken", [(1.04, True), (0.96, True), (1.06, False), (0.94, False)])
-def test_a_backend_may_differ_from_the_definition_by_less_than_5_percent(
+def test_a_backend_may_differ_from_the_reference_by_less_than_5_percent(
     gain: float, is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_candidates", lambda device, dtype: ("sage", "sdpa"))
@@ -90,7 +90,7 @@ def test_a_backend_may_differ_from_the_definition_by_less_than_5_percent(
 @pytest.mark.parametrize(
     "failing, reason", [(broken, "no kernel image is available"), (wrong, "its result is wrong by 100%")]
 )
-def test_the_last_link_of_the_cpus_chain_in_bfloat16_is_the_plain_definition(
+def test_auto_falls_back_to_the_reference_on_a_cpu_in_bfloat16(
     failing: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "library", no_library)
@@ -100,7 +100,7 @@ def test_the_last_link_of_the_cpus_chain_in_bfloat16_is_the_plain_definition(
     assert choice.reason == f"not fused: no compiler; not itemwise: {reason}; the fastest that works here"
 
 
-def test_a_backend_that_does_not_know_the_models_head_size_gives_way_to_the_next(
+def test_auto_skips_a_backend_that_does_not_support_the_head_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def only_64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def test_a_backend_that_does_not_know_the_models_head_size_gives_way_to_the_next
         choose_attention("sage", CPU, torch.float32, 48)
 
 
-def test_a_model_is_asked_for_the_size_of_its_heads(
+def test_backends_are_tried_with_the_models_head_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[int] = []
@@ -131,13 +131,13 @@ def test_a_model_is_asked_for_the_size_of_its_heads(
     )
 
 
-def test_the_kernel_that_sdpa_takes_is_named() -> None:
+def test_the_reason_names_the_kernel_of_sdpa() -> None:
     assert choose_attention("sdpa", CPU, torch.float32).reason == "requested, with PyTorch's flash kernel"
     with sdpa_kernel(SDPBackend.MATH):
         assert choose_attention("sdpa", CPU, torch.float32).reason == "requested, with PyTorch's math kernel"
 
 
-def test_sage_is_used_where_the_package_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sage_is_used_if_its_package_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     package = ModuleType("sageattention")
     package.sageattn = lambda q, k, v, tensor_layout, is_causal: einsum_attention(q, k, v)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sageattention", package)
@@ -145,7 +145,7 @@ def test_sage_is_used_where_the_package_is_there(monkeypatch: pytest.MonkeyPatch
     assert choose_attention("auto", CPU, torch.float32).name == "sage"
 
 
-def test_each_device_and_precision_has_its_chain() -> None:
+def test_each_device_and_precision_has_its_candidates() -> None:
     cuda = torch.device("cuda")
     assert attention._candidates(cuda, torch.bfloat16) == ("triton", "sdpa", "einsum")
     assert attention._candidates(cuda, torch.float32) == ("sdpa", "einsum")
@@ -153,7 +153,7 @@ def test_each_device_and_precision_has_its_chain() -> None:
     assert attention._candidates(CPU, torch.float32) == ("sdpa", "einsum")
 
 
-def test_without_any_that_works_the_error_names_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_backend_works_the_error_names_the_fault_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sdpa", "einsum"):
         monkeypatch.setitem(BACKENDS, name, broken)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What all architectures share."""
+"""The common code of all architectures."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""When a model's core for GPUs is made and used."""
+"""When a model's core for GPUs is made."""
 
 from collections.abc import Callable
 

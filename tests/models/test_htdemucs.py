@@ -1,4 +1,4 @@
-"""The Demucs family: the demucs package's networks under this project's chunking give what its apply_model gives."""
+"""The Demucs family under this project's chunking equals the demucs package's apply_model."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_several_networks_equal_the_bag_that_averages_them() -> None:
         assert error <= 1e-4
 
 
-def test_specialists_equal_the_bag_and_only_those_asked_for_are_there() -> None:
+def test_specialists_equal_the_bag_and_only_requested_ones_are_built() -> None:
     nets = [network(seed) for seed in range(4)]
     mixture = song(50_000)
     bag = BagOfModels(nets, [[float(i == j) for j in range(4)] for i in range(4)])
@@ -58,7 +58,7 @@ def test_specialists_equal_the_bag_and_only_those_asked_for_are_there() -> None:
     assert relative_error(run(model, mixture, 0.25), by_demucs(bag, mixture)[[1, 0]]) <= 1e-4
 
 
-def test_of_loaded_specialists_only_those_asked_for_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_specialists_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of([network(seed) for seed in range(3)], specialists=("drums", "bass", "other"))
     monkeypatch.setattr(pool_module, "load_model", lambda name, **options: model)
     ran: list[str] = []
@@ -76,7 +76,7 @@ def test_of_loaded_specialists_only_those_asked_for_run(monkeypatch: pytest.Monk
     assert next(alone.parameters()) is next(every.parameters())
 
 
-def test_a_network_of_all_stems_is_itself_for_any_of_them() -> None:
+def test_a_network_of_all_stems_returns_all_of_them_for_any_request() -> None:
     model = model_of([network(0)])
     assert model.only(("bass",)) is model
     assert model.stems == SOURCES
@@ -84,7 +84,7 @@ def test_a_network_of_all_stems_is_itself_for_any_of_them() -> None:
 
 @pytest.mark.parametrize("precision, decibels", quick_first([(torch.bfloat16, 25), (torch.float16, 42)], 1))
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_stays_near_float32(kind: str, precision: torch.dtype, decibels: float) -> None:
+def test_half_precision_stays_close_to_float32(kind: str, precision: torch.dtype, decibels: float) -> None:
     model = model_of([network(0, kind)], kind)
     mixture = song(30_000)
     exact = run(model, mixture, 0.25)
@@ -96,7 +96,7 @@ def test_half_precision_stays_near_float32(kind: str, precision: torch.dtype, de
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_input_gives_the_same_samples_and_other_chunks_of_a_batch_do_not_matter(kind: str) -> None:
+def test_estimates_are_reproducible_and_independent_of_the_batch(kind: str) -> None:
     model = model_of([network(0, kind)], kind)
     mixture = song(60_000)
     alone = run(model, mixture, 0.25)
@@ -105,7 +105,7 @@ def test_the_same_input_gives_the_same_samples_and_other_chunks_of_a_batch_do_no
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_silence_gives_silence_and_near_silence_gives_numbers(kind: str) -> None:
+def test_silence_gives_silence_and_near_silence_gives_finite_samples(kind: str) -> None:
     model = model_of([network(0, kind)], kind)
     assert not run(model, torch.zeros(2, 30_000), 0.25).any()
     click = torch.zeros(2, 30_000)

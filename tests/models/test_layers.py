@@ -1,4 +1,4 @@
-"""The parts that the RoFormers share."""
+"""The layers of the RoFormers."""
 
 import math
 
@@ -15,7 +15,7 @@ def test_the_bias_of_polar_keys_turns_them_back_by_at_most_one_turn() -> None:
     embedding.bias.data[:] = biases[:, None]
     with torch.no_grad():
         across, along = embedding(torch.zeros(1, 5, 1, 2), is_key=True).unflatten(-1, (2, 2)).unbind(dim=-2)
-    angles = torch.atan2(along, across)[0, :, 0]  # of the token at position 0: the bias alone
+    angles = torch.atan2(along, across)[0, :, 0]  # at position 0 these are the biases
     distance = torch.remainder(angles - expected[:, None] + math.pi, 2 * math.pi) - math.pi
     assert distance.abs().max() < 1e-5
 
@@ -30,7 +30,7 @@ def test_rotary_embedding_turns_each_pair_of_features_by_its_angle(dtype: torch.
     turn = torch.polar(torch.ones(300, 8, dtype=torch.float64), torch.outer(torch.arange(300).double(), frequencies))
     turned = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2)
     assert rotary(x).dtype == dtype
-    # An angle of up to 300 radians is a float32, half a unit in whose last place is 1.5e-5.
+    # A float32 angle of up to 300 radians has a rounding error of up to 1.5e-5.
     tolerance = 2e-4 if dtype == torch.float32 else 2**-7
     assert ((rotary(x).double() - turned).abs() / (1 + turned.abs())).max() <= tolerance
 

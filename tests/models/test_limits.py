@@ -1,4 +1,4 @@
-"""Sizes in a YAML that no network has are refused before anything is built of them."""
+"""Hyper-parameters beyond the limits are refused before a network is built from them."""
 
 import math
 from fractions import Fraction
@@ -91,7 +91,7 @@ def refusal(path: Path) -> str:
         ("demucs", DEMUCS, {"growth": 1e300}, "growth is 1e\\+300, more than 1048576"),
     ],
 )
-def test_a_size_that_no_network_has_is_refused_before_it_is_built(
+def test_a_size_beyond_the_limits_is_refused_before_the_network_is_built(
     architecture: str, model: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, architecture, model | changes)
@@ -112,10 +112,10 @@ def test_a_size_that_no_network_has_is_refused_before_it_is_built(
         ("hdemucs", DEMUCS),
     ],
 )
-def test_any_value_of_any_key_builds_or_is_one_sentence(
+def test_any_value_of_any_key_builds_or_raises_a_one_line_error(
     architecture: str, model: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert "is missing and has no url" in refusal(write(tmp_path, architecture, model))  # it builds
+    assert "is missing and has no url" in refusal(write(tmp_path, architecture, model))  # the network builds
     for key in model:
         for value in SIZES:
             refusal(write(tmp_path, architecture, model | {key: value}))
@@ -135,7 +135,7 @@ def test_stems_are_counted_before_the_network_is_built(tmp_path: Path, monkeypat
     assert not built
 
 
-def test_what_published_checkpoints_have_is_within_the_limits() -> None:
+def test_published_checkpoints_are_within_the_limits() -> None:
     for name in available():
         description = read_config(name)
         assert description.architecture is not None

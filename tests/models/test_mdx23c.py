@@ -1,4 +1,4 @@
-"""MDX23C: the community's layout key for key, and parity with an independent implementation."""
+"""MDX23C has the community's layout and equals an independent implementation."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from separation.models.mdx23c import MDX23C
 
 
 def make_pair(stems: int, **changes: Any) -> tuple[MDX23C, torch.nn.Module]:
-    """This project's model and the reference with the same random weights."""
+    """This project's model and the independent implementation, with the same random weights."""
     reference = pytest.importorskip("pymss_core.modules.mdx23c_tfc_tdf_v3", reason="needs pymss-core")
     from pymss_core.config import to_attrdict
 
@@ -31,7 +31,7 @@ def make_pair(stems: int, **changes: Any) -> tuple[MDX23C, torch.nn.Module]:
     theirs = reference.TFC_TDF_net(to_attrdict(document)).eval()
     with torch.no_grad():
         for key, value in theirs.state_dict().items():
-            if value.is_floating_point():  # norm gains of exactly one would hide a mistake
+            if value.is_floating_point():  # a mistake would not show with gains of exactly one
                 value.add_(torch.rand_like(value) * 0.2 if key.endswith("var") else torch.randn_like(value) * 0.02)
     with torch.device("meta"):
         ours = MDX23C(config_of(stems, **changes), identity(STEMS[:stems]))
@@ -47,7 +47,7 @@ def make_pair(stems: int, **changes: Any) -> tuple[MDX23C, torch.nn.Module]:
         (4, {"norm": "GroupNorm4", "act": "elu1.0", "num_subbands": 2}),
         (2, {"act": "relu", "scale": [2, 4], "growth": 0, "bottleneck_factor": 2}),
         (2, {"norm": "GroupNorm2", "num_blocks_per_scale": 3, "scale": [1, 2], "chunk_size": 64 * 20}),
-        # The public checkpoints' layouts, an eighth as wide and as long: InstVoc HQ 2, and DrumSep
+        # The layouts of InstVoc HQ 2 and DrumSep, an eighth as wide and as long
         (2, {"n_fft": 8192, "hop_length": 1024, "dim_f": 4096, "chunk_size": 1024 * 31, "num_scales": 5}),
         (5, {"n_fft": 2048, "hop_length": 512, "dim_f": 1024, "chunk_size": 512 * 127, "num_scales": 5, "growth": 16}),
     ],
@@ -75,7 +75,7 @@ def test_output_equals_the_independent_implementation_at_full_width() -> None:
 
 
 @pytest.mark.parametrize("name, parameters", [("mdx23c_instvoc_hq_2", 111_990_272), ("drumsep", 109_376_576)])
-def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: int) -> None:
+def test_the_public_checkpoints_have_so_many_parameters(name: str, parameters: int) -> None:
     description = read_config(name)
     model = build(description, ())
     assert isinstance(model, MDX23C) and model.config.audio_channels == 2
@@ -85,11 +85,11 @@ def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: 
 
 @pytest.mark.parametrize("norm", ["InstanceNorm", "BatchNorm", "GroupNorm4"])
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 35), (torch.float16, 50)])
-def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: float, norm: str) -> None:
+def test_half_precision_stays_close_to_float32(precision: torch.dtype, decibels: float, norm: str) -> None:
     assert_half_precision_is_near(small_mdx23c(norm=norm), precision, decibels)
 
 
-def test_the_estimate_does_not_depend_on_the_chunks_beside_it() -> None:
+def test_an_estimate_does_not_depend_on_the_other_chunks_of_the_batch() -> None:
     assert_chunks_are_alone(small_mdx23c())
 
 
@@ -99,7 +99,7 @@ def test_silence_in_silence_out() -> None:
         assert not model(torch.zeros(1, 2, model.config.chunk_size)).any()
 
 
-def test_the_stems_that_were_asked_for_are_the_same_without_the_others() -> None:
+def test_requested_stems_are_the_same_without_the_others() -> None:
     model = small_mdx23c()
     chunks = torch.randn(1, 2, model.config.chunk_size) * 0.1
     fewer = model.only(("snare", "hihat", "cymbals")).only(("cymbals", "snare"))
@@ -110,7 +110,7 @@ def test_the_stems_that_were_asked_for_are_the_same_without_the_others() -> None
 
 
 def write_files(folder: Path, *, audio: dict | None = None, **model: Any) -> tuple[Path, Path]:
-    """A community YAML, whose `audio:` and `model:` sections both have `num_channels`, and its weights."""
+    """A community YAML and its weights. Both its `audio:` and its `model:` section have `num_channels`."""
     document = {
         "architecture": "mdx23c",
         "audio": {**AUDIO, **(audio or {})},
@@ -125,7 +125,7 @@ def write_files(folder: Path, *, audio: dict | None = None, **model: Any) -> tup
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_song_is_separated_in_chunks_of_the_models_own_length(tmp_path: Path, batch_size: int) -> None:
+def test_a_song_is_separated_in_chunks_of_the_models_length(tmp_path: Path, batch_size: int) -> None:
     path, weights = write_files(tmp_path)
     model = load_model(path, checkpoint=weights)
     assert isinstance(model, MDX23C) and model.config.num_channels == 8 and model.channels == 2
@@ -159,7 +159,7 @@ def test_a_song_is_separated_in_chunks_of_the_models_own_length(tmp_path: Path, 
         ),
     ],
 )
-def test_a_bad_configuration_is_one_clear_sentence(tmp_path: Path, audio: dict, model: dict, message: str) -> None:
+def test_an_invalid_configuration_is_a_one_line_error(tmp_path: Path, audio: dict, model: dict, message: str) -> None:
     path, weights = write_files(tmp_path, audio=audio, **model)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(path, checkpoint=weights)

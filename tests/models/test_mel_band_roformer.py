@@ -16,7 +16,7 @@ from separation.models.mel_band_roformer import MelBandRoFormer, MelBandRoFormer
 
 @pytest.mark.parametrize("num_bands, n_fft, sample_rate", [(60, 2048, 44100), (40, 1024, 44100), (48, 4096, 16000)])
 def test_mel_bands_lie_between_the_edges_of_slaneys_scale(num_bands: int, n_fft: int, sample_rate: int) -> None:
-    """It is linear up to 1 kHz, that is 15 mels, and has 27 mels for each factor of 6.4 above."""
+    """The scale is linear up to 1 kHz (15 mels); above, it has 27 mels for each factor of 6.4."""
     highest = 15 + 27 * math.log(sample_rate / 2 / 1000, 6.4)
     mels = [highest * i / (num_bands + 1) for i in range(num_bands + 2)]
     hertz = [mel * 1000 / 15 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
@@ -27,7 +27,7 @@ def test_mel_bands_lie_between_the_edges_of_slaneys_scale(num_bands: int, n_fft:
 
 
 @pytest.mark.slow
-def test_mel_bands_need_no_folder_that_can_be_written_to_but_the_temporary_one(tmp_path: Path) -> None:
+def test_mel_bands_need_no_writable_folder_but_the_temporary_one(tmp_path: Path) -> None:
     packages = Path(librosa.__file__).parents[1]
     shut = "".join(
         f"mount --bind {path} {path} && mount -o remount,bind,ro {path} && " for path in (packages, tmp_path)

@@ -1,4 +1,4 @@
-"""Both RoFormers: the community's layouts key for key, and parity with an independent implementation."""
+"""Both RoFormers have the community's layouts and equal an independent implementation."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,11 @@ from separation.models.roformer import RoFormer
 
 peer = pytest.importorskip("pymss_core.modules.bs_roformer", reason="needs pymss-core")
 PEERS = {"bs_roformer": peer.BSRoformer, "mel_band_roformer": peer.MelBandRoformer}
-PEER_DEFAULTS = {"time_transformer_depth": 1, "freq_transformer_depth": 1, "zero_dc": False}  # where they differ
+PEER_DEFAULTS = {
+    "time_transformer_depth": 1,
+    "freq_transformer_depth": 1,
+    "zero_dc": False,
+}  # where the peer's defaults differ
 FAMILIES = pytest.mark.parametrize("family", PEERS)
 
 BANDS_1024 = (4,) * 32 + (8,) * 16 + (32,) * 8 + (1,)  # 513 bins
@@ -33,16 +37,16 @@ def make_model(family: str, **hyper: Any) -> RoFormer:
 
 
 def make_pair(family: str, **hyper: Any) -> tuple[RoFormer, torch.nn.Module]:
-    """This project's model and the peer's with the same random weights."""
+    """This project's model and the peer's, with the same random weights."""
     torch.manual_seed(0)
-    if family == "mel_band_roformer":  # whose mask MLPs the peer builds as the community does only if told so
+    if family == "mel_band_roformer":  # only with these does the peer build the community's mask MLPs
         theirs_alone = {"match_input_audio_length": True, "mlp_hidden_layers": hyper.get("mask_estimator_depth", 1)}
     else:
         theirs_alone = {}
     theirs = PEERS[family](**(PEER_DEFAULTS | hyper | theirs_alone)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
-            if parameter.requires_grad:  # norm gains of exactly one would hide a mistake
+            if parameter.requires_grad:  # a mistake would not show with gains of exactly one
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     architecture: Any = ARCHITECTURES[family]
     with torch.device("meta"):
@@ -128,7 +132,7 @@ def test_keys_tell_the_architectures_apart(family: str) -> None:
             assert all(any(re.fullmatch(pattern, key) for key in keys) for pattern in patterns) == (name == family)
 
 
-def test_tables_that_a_file_holds_beside_the_weights_are_not_in_the_way(tmp_path: Path) -> None:
+def test_tables_beside_the_weights_in_a_file_are_ignored(tmp_path: Path) -> None:
     state = make_model("mel_band_roformer").state_dict()
     tables = {"freq_indices": torch.arange(9), "num_bands_per_freq": torch.ones(1025)}
     document = {
@@ -165,7 +169,7 @@ def test_linear_transformers_have_the_communitys_keys_and_come_first() -> None:
 
 @FAMILIES
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 35), (torch.float16, 50)])
-def test_half_precision_stays_near_float32(family: str, precision: torch.dtype, decibels: float) -> None:
+def test_half_precision_stays_close_to_float32(family: str, precision: torch.dtype, decibels: float) -> None:
     model = make_model(family, linear_transformer_depth=1)
     chunks = torch.randn(1, 2, 12_000) * 0.1
     with torch.inference_mode():
@@ -177,7 +181,7 @@ def test_half_precision_stays_near_float32(family: str, precision: torch.dtype, 
 
 
 @FAMILIES
-def test_the_estimate_does_not_depend_on_the_chunks_beside_it(family: str) -> None:
+def test_an_estimate_does_not_depend_on_the_other_chunks_of_the_batch(family: str) -> None:
     model = make_model(family, num_stems=2, linear_transformer_depth=1)
     chunks = torch.randn(3, 2, 20_000) * 0.1
     with torch.inference_mode():
@@ -187,7 +191,7 @@ def test_the_estimate_does_not_depend_on_the_chunks_beside_it(family: str) -> No
 
 
 @FAMILIES
-def test_fewer_stems_are_the_same_stems(family: str) -> None:
+def test_requested_stems_are_the_same_without_the_others(family: str) -> None:
     model = make_model(family, num_stems=3)
     chunks = torch.randn(1, 2, 8_000)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""SCNet: the community's layout key for key, and parity with an independent implementation."""
+"""SCNet has the community's layout and equals an independent implementation."""
 
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,24 @@ from separation.models.scnet import SCNet, SCNetConfig
 
 
 def make_pair(**hyper: Any) -> tuple[SCNet, torch.nn.Module]:
-    """This project's model and the reference with the same random weights."""
+    """This project's model and the independent implementation, with the same random weights."""
     reference = pytest.importorskip("pymss_core.modules.scnet", reason="needs pymss-core")
     torch.manual_seed(0)
     theirs = reference.SCNet(**hyper).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)  # norm gains of exactly one would hide a mistake
+            parameter.add_(torch.randn_like(parameter) * 0.02)  # a mistake would not show with gains of exactly one
     with torch.device("meta"):
         ours = SCNet(SCNetConfig(**hyper), identity(hyper["sources"]))
     ours.load(theirs.state_dict())
     return ours, theirs
 
 
-@pytest.mark.filterwarnings("ignore:A window was not provided")  # the reference's, which means ones
+@pytest.mark.filterwarnings("ignore:A window was not provided")  # the other implementation means a window of ones
 @pytest.mark.parametrize(
     "length, changes",
     [
-        (12_800, {}),  # one frame more than hops; it must be even
+        (12_800, {}),  # there is one frame more than hops, and the number of frames must be even
         (12_928, {}),
         (12_927, {}),
         (12_000, {**XL_IHF, "num_dplayer": 4}),
@@ -71,7 +71,7 @@ def test_output_equals_the_independent_implementation_at_full_width(changes: dic
 @pytest.mark.parametrize(
     "name, parameters, normalised", [("scnet_xl_ihf", 53_466_800, False), ("scnet", 10_578_768, True)]
 )
-def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: int, normalised: bool) -> None:
+def test_the_public_checkpoints_have_so_many_parameters(name: str, parameters: int, normalised: bool) -> None:
     description = read_config(name)
     model = build(description, ())
     assert isinstance(model, SCNet) and model.config.sources == description.stems
@@ -81,15 +81,15 @@ def test_the_public_checkpoints_configs_are_of_this_size(name: str, parameters: 
 
 
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 30), (torch.float16, 45)])
-def test_half_precision_stays_near_float32(precision: torch.dtype, decibels: float) -> None:
+def test_half_precision_stays_close_to_float32(precision: torch.dtype, decibels: float) -> None:
     assert_half_precision_is_near(small_scnet(), precision, decibels)
 
 
-def test_the_estimate_does_not_depend_on_the_chunks_beside_it() -> None:
+def test_an_estimate_does_not_depend_on_the_other_chunks_of_the_batch() -> None:
     assert_chunks_are_alone(small_scnet())
 
 
-def test_the_stems_that_were_asked_for_are_the_same_without_the_others() -> None:
+def test_requested_stems_are_the_same_without_the_others() -> None:
     model = small_scnet()
     chunks = torch.randn(1, 2, 12_000) * 0.1
     fewer = model.only(("bass", "other", "vocals")).only(("vocals", "bass"))
@@ -115,7 +115,7 @@ def write_files(folder: Path, *, inference: dict | None = None, **model: Any) ->
     return path, weights
 
 
-def test_int8_is_what_auto_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_int8_falls_back_to_the_precision_of_auto(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, weights = write_files(tmp_path)
     models = [load_model(path, checkpoint=weights, precision=precision) for precision in ("auto", "int8")]
     chunks = torch.randn(1, 2, 12_000) * 0.1
@@ -136,7 +136,7 @@ def test_a_song_is_separated_in_chunks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_the_track_is_normalised_where_the_yaml_says_so(
+def test_the_track_is_normalised_if_the_yaml_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool
 ) -> None:
     path, weights = write_files(tmp_path, inference={"normalize": normalize, "num_overlap": 4})
@@ -166,7 +166,7 @@ def test_the_track_is_normalised_where_the_yaml_says_so(
         ({"dims": [4, 8, 12, 20]}, r"small\.ckpt\) does not fit .*: model\.dims is \[4, 8, 12, 20\], the weights have"),
     ],
 )
-def test_a_bad_configuration_is_one_clear_sentence(tmp_path: Path, model: dict, message: str) -> None:
+def test_an_invalid_configuration_is_a_one_line_error(tmp_path: Path, model: dict, message: str) -> None:
     path, weights = write_files(tmp_path, **model)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(path, checkpoint=weights)

@@ -1,4 +1,4 @@
-"""What the shapes of weights tell."""
+"""Lookups in the shapes of weights."""
 
 import pytest
 

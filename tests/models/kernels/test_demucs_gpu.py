@@ -1,4 +1,4 @@
-"""The Demucs family's layers for a GPU compute what the demucs package's own do, here on the CPU."""
+"""The Demucs family's layers for a GPU equal those of the demucs package, here on the CPU."""
 
 import copy
 from typing import Any
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fused(model: DemucsModel, dtype: torch.dtype = torch.float32) -> HybridDemucs:
-    """A copy with the layers for a GPU, in that precision."""
+    """A copy of the model with the layers for a GPU."""
     other = copy.deepcopy(model)
     assert isinstance(other, HybridDemucs)
     other.to_precision(dtype)
@@ -39,7 +39,7 @@ def decibels(got: Tensor, exact: Tensor) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("length", [CHUNK_SAMPLES, CHUNK_SAMPLES - 1, 1025, 300, 1])
 @pytest.mark.parametrize("kind", HYBRIDS)
-def test_in_float32_they_give_what_the_package_gives(kind: str, length: int) -> None:
+def test_in_float32_they_equal_the_package(kind: str, length: int) -> None:
     model = model_of([network(0, kind)], kind)
     error = relative_error(fused(model)(chunks(length)), model(chunks(length)))
     print(f"{kind}, {length} samples: {error:.1e}")
@@ -48,7 +48,7 @@ def test_in_float32_they_give_what_the_package_gives(kind: str, length: int) -> 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_long_chunks_give_what_the_package_gives_where_an_lstm_runs_in_frames() -> None:
+def test_long_chunks_on_which_an_lstm_runs_in_frames_equal_the_package() -> None:
     model = model_of([network(0, "hdemucs")], "hdemucs")
     x = chunks(300 * 1024, 1)
     assert relative_error(fused(model)(x), model(x)) <= 1e-5
@@ -56,7 +56,7 @@ def test_long_chunks_give_what_the_package_gives_where_an_lstm_runs_in_frames() 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", HYBRIDS)
-def test_in_half_precision_they_are_as_near_to_float32_as_autocast(kind: str) -> None:
+def test_in_half_precision_they_are_as_close_to_float32_as_autocast(kind: str) -> None:
     model = model_of([network(0, kind)], kind)
     exact = model(chunks())
     plain = copy.deepcopy(model)
@@ -70,7 +70,7 @@ def test_in_half_precision_they_are_as_near_to_float32_as_autocast(kind: str) ->
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_specialists_and_members_give_what_the_packages_networks_give() -> None:
+def test_specialists_and_averaged_networks_equal_the_package() -> None:
     nets = [network(seed) for seed in range(3)]
     model = model_of(nets, specialists=("bass", "other", "drums"))
     quick, exact = fused(model), model(chunks())
@@ -96,7 +96,7 @@ def test_a_copy_in_float16_can_be_cast_to_bfloat16(kind: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", HYBRIDS)
-def test_silence_stays_silence_and_near_silence_gives_numbers(kind: str) -> None:
+def test_silence_stays_silent_and_near_silence_gives_finite_samples(kind: str) -> None:
     quick = fused(model_of([network(0, kind)], kind), torch.float16)
     assert not quick(torch.zeros(1, 2, CHUNK_SAMPLES)).any()
     click = torch.zeros(1, 2, CHUNK_SAMPLES)
@@ -114,7 +114,7 @@ def test_silence_stays_silence_and_near_silence_gives_numbers(kind: str) -> None
         ("htdemucs", {"t_emb": "cape"}, "the structure of its transformer"),
     ],
 )
-def test_networks_of_another_structure_stay_the_packages(
+def test_unsupported_networks_stay_the_packages(
     kind: str, changes: dict[str, Any], fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     architecture, arguments = KINDS[kind]
@@ -131,10 +131,10 @@ def test_networks_of_another_structure_stay_the_packages(
 
 
 @pytest.mark.parametrize("precision, replaced", [(torch.float16, True), (torch.float32, False)])
-def test_on_a_gpu_and_in_16_bits_they_replace_the_packages(precision: torch.dtype, replaced: bool) -> None:
+def test_they_replace_the_packages_networks_on_a_gpu_in_16_bits(precision: torch.dtype, replaced: bool) -> None:
     model = model_of([network(0)])
     model.prepare(precision, attention="sdpa")
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # for fake ones are of another class
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # fake tensors have another class
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to("cuda")
@@ -145,7 +145,7 @@ def test_on_a_gpu_and_in_16_bits_they_replace_the_packages(precision: torch.dtyp
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations, and refuses those for which the host would wait for a GPU."""
+    """Counts operations, and fails for those that make the host wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,13 +160,13 @@ class Watch(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", HYBRIDS)
-def test_a_forward_waits_for_nothing_and_has_few_operations(kind: str) -> None:
+def test_a_forward_never_waits_and_has_few_operations(kind: str) -> None:
     model = model_of([network(0, kind)], kind)
-    with Watch(), pytest.raises(AssertionError, match="_local_scalar_dense"):  # it does see what the package does
+    with Watch(), pytest.raises(AssertionError, match="_local_scalar_dense"):  # the package's networks do wait
         model(chunks())
     quick = fused(model, torch.float16)
     quick(chunks())
     with Watch() as watch:
         quick(chunks())
     print(f"{kind}: {watch.count} operations")
-    assert kind == "hdemucs" or watch.count <= 170  # a CPU takes an LSTM apart, where a GPU has a kernel
+    assert kind == "hdemucs" or watch.count <= 170  # a CPU divides an LSTM into operations, a GPU has a kernel

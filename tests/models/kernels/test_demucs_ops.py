@@ -1,4 +1,4 @@
-"""The Triton kernels of the Demucs family compute what their plain twins do, and compile, without a GPU."""
+"""The Triton kernels of the Demucs family equal their references, and compile, without a GPU."""
 
 import inspect
 import os
@@ -18,8 +18,8 @@ from separation.models.kernels import demucs_ops
 from separation.models.kernels.registry import ops
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton reads when it is imported
-DTYPES = [torch.float32, torch.float16]  # in bfloat16 the interpreter is wrong
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
+DTYPES = [torch.float32, torch.float16]  # Triton's interpreter is wrong in bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -38,7 +38,7 @@ def kernels() -> ModuleType:
 
 @pytest.mark.slow
 @not_interpreted
-def test_in_the_interpreter_kernels_give_what_their_twins_give() -> None:
+def test_in_tritons_interpreter_kernels_equal_their_references() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     ran = subprocess.run(
         command, cwd=PROJECT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
@@ -55,14 +55,14 @@ def table(*shape: int) -> Tensor:
 
 
 def moved(argument: Any, device: str) -> Any:
-    """A copy of the argument, whose tensors, which may be in a list, are on the device."""
+    """Copy the argument to the device if it is a tensor or a list of tensors."""
     if isinstance(argument, list):
         return [moved(each, device) for each in argument]
     return argument.to(device, copy=True) if isinstance(argument, Tensor) else argument
 
 
 def assert_same(kernels: ModuleType, name: str, *arguments: Any) -> None:
-    """The kernel and its twin give the same and change their arguments in the same way, to one rounding."""
+    """The kernel and its reference return the same and change their arguments alike, up to one rounding."""
     copies = [moved(value, "cpu") for value in arguments]
     if ON_GPU:
         arguments = tuple(moved(value, "cuda") for value in arguments)
@@ -116,7 +116,7 @@ def test_dconv(
 def test_interleave(kernels: ModuleType, dtype: torch.dtype, positions: int) -> None:
     x, bias = random(2, 7, positions, 4 * 24, dtype=dtype), random(24)
     assert_same(kernels, "interleave", x, bias, None, 2, 24)
-    skips = random(2, 30, positions, 24, dtype=dtype)[:, 3:26]  # items lie further apart than they are long
+    skips = random(2, 30, positions, 24, dtype=dtype)[:, 3:26]  # the distance between items exceeds their length
     assert_same(kernels, "interleave", x, bias, skips, 2, 23)
 
 
@@ -131,7 +131,7 @@ def test_unpack_spectrum(kernels: ModuleType, dtype: torch.dtype, channels: int)
 @interpreted
 @pytest.mark.parametrize("n_frames", [7, 2])
 def test_overlap_add(kernels: ModuleType, n_frames: int) -> None:
-    window = torch.hann_window(64) + 0.01  # so that the ends are not divided by nothing
+    window = torch.hann_window(64) + 0.01  # avoids a division by zero at the ends
     assert_same(kernels, "overlap_add", random(2, 3, n_frames, 64), window, 16, 5, 16 * n_frames + 32)
 
 
@@ -161,26 +161,26 @@ def operations() -> list[str]:
 
 
 class Launches:
-    """Stands for a kernel, and notes what it is launched with."""
+    """Takes the place of a kernel and records the arguments of its launches."""
 
-    def __init__(self, kernel: Any, noted: list[tuple[Any, dict[str, Any]]]) -> None:
-        self.kernel, self.noted = kernel, noted
+    def __init__(self, kernel: Any, launched: list[tuple[Any, dict[str, Any]]]) -> None:
+        self.kernel, self.launched = kernel, launched
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         assert all(0 < size < 2**16 for size in grid[1:]) and 0 < grid[0] < 2**31
         return self.launch
 
     def launch(self, *arguments: Any, **options: Any) -> None:
-        self.noted.append((self.kernel, inspect.signature(self.kernel.fn).bind(*arguments, **options).arguments))
+        self.launched.append((self.kernel, inspect.signature(self.kernel.fn).bind(*arguments, **options).arguments))
 
 
 def launches(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All kernels with arguments of the shapes of htdemucs' outermost and widest layers, of a batch of 8."""
-    noted: list[Any] = []
+    """All kernels, with arguments that have the shapes of htdemucs's outermost and widest layers for a batch of 8."""
+    launched: list[Any] = []
     names = [name for name, value in vars(kernels).items() if type(value).__name__ == "JITFunction"]
     for name in names:
         if any(f" {name}[" in inspect.getsource(getattr(kernels, each)) for each in operations()):
-            monkeypatch.setattr(kernels, name, Launches(getattr(kernels, name), noted))
+            monkeypatch.setattr(kernels, name, Launches(getattr(kernels, name), launched))
     empty = partial(torch.empty, device="meta", dtype=dtype)
     exact = partial(torch.empty, device="meta")
     stats = [exact(8), exact(8)]
@@ -206,16 +206,16 @@ def launches(kernels: ModuleType, dtype: torch.dtype, monkeypatch: pytest.Monkey
         kernels.embed(y, *gains[:2], exact(2688, dim))
         kernels.add_norm_(x, y, gains[0])
         kernels.add_group_norm_(x, y, *gains)
-    assert {kernel.fn.__name__ for kernel, _ in noted} == {
+    assert {kernel.fn.__name__ for kernel, _ in launched} == {
         name for name in names if isinstance(getattr(kernels, name), Launches)
     }
-    return noted
+    return launched
 
 
 @not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("capability", quick_first([90, 75, 80, 86, 89, 100, 120], 1))
-def test_kernels_compile_for_every_gpu(
+def test_the_kernels_compile_for_every_kind_of_gpu(
     kernels: ModuleType, capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton

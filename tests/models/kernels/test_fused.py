@@ -1,4 +1,4 @@
-"""fused: the layers in C++ equal their plain twins in PyTorch, and are done without where they cannot be had."""
+"""The layers in C++ equal their references in PyTorch, and unsupported ones fall back to these."""
 
 import copy
 import logging
@@ -26,7 +26,7 @@ from separation.models.roformer import RoFormer
 
 
 def with_random_gains(module: nn.Module) -> nn.Module:
-    """Norm gains and biases of exactly one and zero would hide a mistake."""
+    """Change norm gains and biases, since a mistake would not show with ones and zeros."""
     generator = torch.Generator().manual_seed(1)
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -40,7 +40,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def make_transformer(dim: int, heads: int, dim_head: int, depth: int = 1, *, with_all: bool = False) -> Transformer:
-    """`with_all`: with the parts that only some checkpoints have, a norm of the output and biases of the attention."""
+    """With `with_all`, the transformer has the parts of some checkpoints: an output norm and biases of attention."""
     torch.manual_seed(0)
     sizes = {"heads": heads, "dim_head": dim_head, "positions": RotaryEmbedding(dim_head)}
     make_attention = partial(Attention, dim, **sizes, backend="einsum")
@@ -57,7 +57,7 @@ def make_transformer(dim: int, heads: int, dim_head: int, depth: int = 1, *, wit
 @pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (30, 20), (2, 600), (5, 33)])
 @pytest.mark.parametrize("dim, heads, dim_head", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])
 @pytest.mark.parametrize("with_all", [False, True])
-def test_a_fused_transformer_equals_the_plain_one(
+def test_a_fused_transformer_equals_the_reference(
     sequences: int, tokens: int, dim: int, heads: int, dim_head: int, with_all: bool
 ) -> None:
     transformer = make_transformer(dim, heads, dim_head, depth=2, with_all=with_all)
@@ -69,7 +69,7 @@ def test_a_fused_transformer_equals_the_plain_one(
 
 
 class InBytes(nn.Module):
-    """A linear layer whose operands are whole numbers up to 127, times a scale a column of weights and a row of x.
+    """A linear layer whose operands are integers up to 127, times a scale per column of weights and per row of x.
 
     Behind a norm, with its gain in the weights; otherwise what it is given is in bfloat16.
     """
@@ -89,9 +89,9 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def in_bytes(transformer: Transformer) -> Transformer:
-    """The plain twin of the fused layers with int8."""
-    twin = copy.deepcopy(transformer)
-    for attention, feed_forward in twin.layers:
+    """The reference for the fused layers with int8."""
+    reference = copy.deepcopy(transformer)
+    for attention, feed_forward in reference.layers:
         norm, up, _, _, down = feed_forward.net
         attention.to_qkv = InBytes(attention.to_qkv, attention.norm.gamma)
         attention.to_gates = InBytes(attention.to_gates, attention.norm.gamma)
@@ -99,20 +99,20 @@ def in_bytes(transformer: Transformer) -> Transformer:
         feed_forward.net[1], feed_forward.net[4] = InBytes(up, norm.gamma), InBytes(down)
         attention.norm.gamma.fill_(1), norm.gamma.fill_(1)
         attention.attend = lambda *qkv: einsum_attention(*(each.bfloat16().float() for each in qkv))
-    return twin
+    return reference
 
 
 @needs_fused
 @pytest.mark.parametrize("part, error", [("attention", 0.005), ("feed-forward", 0.001)])  # unrounded 0.01
 @pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (2, 600), (5, 33)])
 @pytest.mark.parametrize("dim, heads, dim_head", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])
-def test_a_fused_transformer_in_bytes_equals_the_plain_one_whose_operands_are_rounded(
+def test_a_fused_transformer_in_int8_equals_a_plain_one_with_rounded_operands(
     part: str, error: float, sequences: int, tokens: int, dim: int, heads: int, dim_head: int
 ) -> None:
     transformer = make_transformer(dim, heads, dim_head, with_all=True)
     attention, feed_forward = transformer.layers[0]
     other = feed_forward.net[4] if part == "attention" else attention.to_out[0]
-    other.weight.zero_(), other.bias.zero_()  # or one's rounding would change what the other's hits
+    other.weight.zero_(), other.bias.zero_()  # otherwise the rounding of one part would change the input of the other
     transformer.norm = nn.Identity()
     levels = torch.tensor([1e-3, 0.1, 10.0])[torch.arange(tokens) % 3, None]
     x = torch.randn(sequences, tokens, dim) * levels
@@ -153,7 +153,7 @@ def test_fused_attention_takes_tensors_in_any_order_in_memory(order: tuple[int, 
 
 
 @needs_fused
-def test_fused_attention_holds_for_scores_far_apart() -> None:
+def test_fused_attention_supports_scores_that_differ_widely() -> None:
     transformer = make_transformer(64, 2, 32)
     transformer.layers[0][0].to_qkv.weight *= 30
     x = torch.randn(4, 70, 64)
@@ -166,7 +166,7 @@ def test_fused_attention_holds_for_scores_far_apart() -> None:
 
 @needs_fused
 @pytest.mark.parametrize("linear_layers", [1, 2, 3])
-def test_fused_bands_equal_the_plain_ones(linear_layers: int) -> None:
+def test_fused_bands_equal_the_reference(linear_layers: int) -> None:
     torch.manual_seed(0)
     widths = (4,) * 5 + (516, 34, 130)
     split = with_random_gains(BandSplit(72, widths))
@@ -205,7 +205,7 @@ PRECISIONS = pytest.mark.parametrize("precision", [torch.bfloat16, torch.int8])
 @needs_fused
 @FAMILIES
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 40), (torch.int8, 33)])
-def test_a_fused_model_is_near_float32(
+def test_a_fused_model_is_close_to_float32(
     family: str, hyper: dict[str, Any], precision: torch.dtype, decibels: float
 ) -> None:
     model = make_model(family, **hyper)
@@ -219,7 +219,7 @@ def test_a_fused_model_is_near_float32(
 @needs_fused
 @FAMILIES
 @PRECISIONS
-def test_a_fused_models_samples_depend_neither_on_the_batch_nor_on_the_threads(
+def test_a_fused_model_depends_neither_on_the_batch_nor_on_the_threads(
     family: str, hyper: dict[str, Any], precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(family, **hyper)
@@ -235,7 +235,7 @@ def test_a_fused_models_samples_depend_neither_on_the_batch_nor_on_the_threads(
 
 @needs_fused
 @pytest.mark.parametrize("int8", [False, True])
-def test_nan_is_not_lost_in_fused_layers(int8: bool) -> None:
+def test_fused_layers_propagate_nan(int8: bool) -> None:
     transformer = make_transformer(64, 2, 32, with_all=True)
     plain = with_random_gains(MaskEstimator(64, (8, 8), linear_layers=2, expansion=1))
     x = torch.randn(1, 50, 2, 64)
@@ -259,7 +259,7 @@ def test_nan_is_not_lost_in_fused_layers(int8: bool) -> None:
         ({"dim_head": 32, "use_pope": True}, "it does not support polar positions"),
     ],
 )
-def test_what_is_not_known_falls_back_and_the_reason_is_logged(
+def test_unsupported_layers_fall_back_and_the_reason_is_logged(
     family: str, hyper: dict[str, int], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hyper = {"dim": 32, "depth": 1, "heads": 2, "stereo": True} | hyper
@@ -278,7 +278,7 @@ def test_what_is_not_known_falls_back_and_the_reason_is_logged(
 
 
 @needs_fused
-def test_int8_is_the_precision_of_what_can_be_fused_and_only_if_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_int8_is_used_only_if_requested_and_only_by_fused_layers(caplog: pytest.LogCaptureFixture) -> None:
     chunk = torch.randn(1, 2, 40_000, generator=torch.Generator().manual_seed(0)) * 0.1
     with torch.inference_mode():
         estimates = {name: load_model("demo", precision=name) for name in ("int8", "bf16", "fp32")}

@@ -1,4 +1,4 @@
-"""MDX23C's layers for a GPU compute what its plain layers do, here on the CPU."""
+"""MDX23C's layers for a GPU equal its plain layers, here on the CPU."""
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ from separation.models.kernels import mdx23c_gpu
     ],
     ids=str,
 )
-def test_the_layers_for_a_gpu_equal_the_plain_ones(
+def test_the_gpu_core_equals_the_plain_layers(
     monkeypatch: pytest.MonkeyPatch, channels_last: bool, changes: dict
 ) -> None:
     monkeypatch.setattr(mdx23c_gpu, "CHANNELS_LAST", channels_last)
     model = small_mdx23c(**changes)
     for value in model.state_dict().values():
-        if value.ndim == 1:  # of a norm: gains of exactly one would hide a mistake
+        if value.ndim == 1:  # of a norm: a mistake would not show with gains of exactly one
             value.add_(torch.rand_like(value) * 0.2)
     chunks = torch.randn(2, 2, model.config.chunk_size) * torch.tensor([0.1, 0.01])[:, None, None]
     fewer = model.only(("cymbals", "snare"))
@@ -34,7 +34,7 @@ def test_the_layers_for_a_gpu_equal_the_plain_ones(
         got, some = model(chunks), fewer(chunks)
         assert (got - expected).abs().amax((1, 2, 3)).le(1e-5 * expected.abs().amax((1, 2, 3))).all()
         assert (some - expected[:, [4, 1]]).abs().max() <= 1e-5 * expected.abs().max()
-        model.prepare(torch.float16)  # the pretended arrival on a GPU is over
+        model.prepare(torch.float16)  # drops the core
         plain = model(chunks)
         model._gpu_core = model.make_gpu_core()
         fast = model(chunks)

@@ -15,7 +15,7 @@ from separation.models.kernels import native
 from separation.models.kernels.native import NotFusedError
 
 
-def test_int8_without_the_fused_layers_is_what_auto_is_and_says_why(
+def test_int8_without_fused_layers_falls_back_and_says_why(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -28,7 +28,7 @@ def test_int8_without_the_fused_layers_is_what_auto_is_and_says_why(
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The cache folder, still empty, of a program that has not loaded the library yet."""
+    """The cache folder, which does not exist yet, of a program that has not loaded the library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     native.library.cache_clear()
@@ -37,7 +37,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @needs_fused
-def test_the_library_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_compiled_once_and_cached(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native.library()
     (kept,) = fresh.iterdir()
     assert kept.suffix == ".so"
@@ -48,7 +48,7 @@ def test_the_library_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 @needs_fused
-def test_a_cache_folder_that_cannot_be_written_is_done_without(fresh: Path) -> None:
+def test_another_folder_is_used_if_the_cache_cannot_be_written(fresh: Path) -> None:
     fresh.parent.write_text("a file in its place")
     native.library()
     assert len(list(fresh.parents[1].glob("music-separation-*/*.so"))) == 1
@@ -56,7 +56,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(fresh: Path) -> N
 
 @pytest.mark.slow
 @needs_fused
-def test_a_library_that_others_could_have_put_there_is_not_loaded(fresh: Path) -> None:
+def test_a_library_in_a_folder_that_others_can_write_is_not_loaded(fresh: Path) -> None:
     fresh.mkdir(parents=True)
     fresh.chmod(0o777)
     native.library()
@@ -66,7 +66,7 @@ def test_a_library_that_others_could_have_put_there_is_not_loaded(fresh: Path) -
 
 
 @needs_fused
-def test_a_compiler_that_fails_is_named_with_what_it_says(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failing_compiler_is_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-std=c++1"))
     with pytest.raises(NotFusedError, match=r"^c\+\+ cannot compile fused\.cpp \(.*error.*-std=c\+\+1"):
         native.library()

@@ -1,4 +1,4 @@
-"""Precompiled kernels are looked for after Triton's own cache, in a folder that is only read."""
+"""Precompiled kernels are looked up after Triton's own cache, in a folder that is only read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from separation.models.kernels.precompiled import PrecompiledCache, use_precompi
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a precompiled kernel under the key `key`, and an empty cache of Triton's."""
+    """A folder with a precompiled kernel under the key `key`, while Triton's own cache is empty."""
     folder = tmp_path / "kernels"
     (folder / "key").mkdir(parents=True)
     for name in ("norm.cubin", "norm.json", "__grp__norm.json"):

@@ -1,4 +1,4 @@
-"""The RoFormers' layers for a GPU compute what the plain layers do, here on the CPU."""
+"""The RoFormers' layers for a GPU equal the plain layers, here on the CPU."""
 
 import copy
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def mel_model() -> MelBandRoFormer:
 
 
 def varied(model: SeparationModel) -> SeparationModel:
-    """With gains and biases that training has moved away from one and zero."""
+    """Move gains and biases away from one and zero, as training does."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith(("gamma", "bias")):
@@ -44,7 +44,7 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.inference_mode()
-def test_the_gpus_layers_equal_the_plain_ones(kind: str) -> None:
+def test_the_layers_for_a_gpu_equal_the_plain_ones(kind: str) -> None:
     model = varied(MODELS[kind]())
     chunks = torch.randn(3, 2, 700)
     expected = model(chunks)
@@ -54,7 +54,7 @@ def test_the_gpus_layers_equal_the_plain_ones(kind: str) -> None:
 
 @pytest.mark.parametrize("more", [{"use_pope": True}, {"linear_transformer_depth": 1}, {"skip_connection": True}])
 @torch.inference_mode()
-def test_a_model_of_other_layers_is_left_as_it_was(more: dict[str, Any]) -> None:
+def test_a_model_with_unsupported_layers_is_left_unchanged(more: dict[str, Any]) -> None:
     model = small_model(**more)
     chunks = torch.randn(1, 2, 700)
     expected = model(chunks)
@@ -65,7 +65,7 @@ def test_a_model_of_other_layers_is_left_as_it_was(more: dict[str, Any]) -> None
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[tuple[SeparationModel, Tensor, Tensor]]:
-    """The demo model, chunks and what it gives for them in float32."""
+    """The demo model, chunks, and its estimates in float32."""
     model = load_model("demo", device="cpu", precision="fp32", attention="sdpa")
     chunks = torch.randn(2, 2, 44100, generator=torch.Generator().manual_seed(0)) * 0.1
     with torch.inference_mode():
@@ -73,7 +73,7 @@ def demo() -> Iterator[tuple[SeparationModel, Tensor, Tensor]]:
 
 
 @torch.inference_mode()
-def test_half_precision_is_near_to_float32(demo: tuple[SeparationModel, Tensor, Tensor]) -> None:
+def test_half_precision_is_close_to_float32(demo: tuple[SeparationModel, Tensor, Tensor]) -> None:
     plain, chunks, expected = demo
     model = copy.deepcopy(plain)
     model.prepare(torch.float16, attention="triton")
@@ -86,7 +86,9 @@ def test_half_precision_is_near_to_float32(demo: tuple[SeparationModel, Tensor, 
 
 
 @torch.inference_mode()
-def test_a_chunk_does_not_depend_on_those_beside_it(demo: tuple[SeparationModel, Tensor, Tensor]) -> None:
+def test_an_estimate_does_not_depend_on_the_other_chunks_of_the_batch(
+    demo: tuple[SeparationModel, Tensor, Tensor],
+) -> None:
     plain, chunks, _ = demo
     model = copy.deepcopy(plain)
     model.prepare(torch.float32, attention="triton")

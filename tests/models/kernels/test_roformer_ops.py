@@ -1,4 +1,4 @@
-"""The RoFormers' Triton kernels compute what their references do, and compile, without a GPU."""
+"""The RoFormers' Triton kernels equal their references, and compile, without a GPU."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ ALLOWED = {"fp32": 1e-6, "fp16": 1e-3}
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    """The kernels' errors by Triton's interpreter, which must be chosen before Triton is imported."""
+    """The kernels' errors in Triton's interpreter, in another process because it must be enabled before the import."""
     paths = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
     ran = subprocess.run(
         [sys.executable, triton_cases.__file__],
@@ -40,11 +40,11 @@ def errors() -> dict[str, float]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kernel_equals_its_plain_twin(errors: dict[str, float], name: str, precision: str) -> None:
+def test_a_kernel_equals_its_reference(errors: dict[str, float], name: str, precision: str) -> None:
     assert errors[f"{name} {precision}"] <= ALLOWED[precision]
 
 
-def test_kernels_refuse_what_lies_in_another_order() -> None:
+def test_kernels_refuse_unsupported_strides() -> None:
     x, ones = torch.randn(8, 16), torch.ones(8)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (triton_kernels.rms_norm, (x.T, ones, ones, torch.float32)),
@@ -61,11 +61,11 @@ def test_kernels_refuse_what_lies_in_another_order() -> None:
 def test_every_kernel_has_a_case() -> None:
     functions = inspect.getmembers(triton_kernels, inspect.isfunction)
     own = {name for name, value in functions if value.__module__ == triton_kernels.__name__ and name[0] != "_"}
-    assert own - {"add_product_"} == set(NAMES)  # which is a product by cuBLAS
+    assert own - {"add_product_"} == set(NAMES)  # computed by cuBLAS
 
 
 @pytest.mark.parametrize("capability", quick_first(CAPABILITIES, 2))
-def test_the_kernels_compile_for_every_gpu_kind(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+def test_the_kernels_compile_for_every_kind_of_gpu(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
 
     compiled = set()

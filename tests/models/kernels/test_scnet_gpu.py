@@ -1,4 +1,4 @@
-"""SCNet's layers for a GPU compute what its plain layers do, here on the CPU."""
+"""SCNet's layers for a GPU equal its plain layers, here on the CPU."""
 
 from typing import Any
 
@@ -27,13 +27,13 @@ from separation.models.kernels import scnet_gpu
     ],
     ids=str,
 )
-def test_the_layers_for_a_gpu_equal_the_plain_ones(
+def test_the_gpu_core_equals_the_plain_layers(
     monkeypatch: pytest.MonkeyPatch, largest: int, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(scnet_gpu, "MOST_LSTM_FEATURES", largest)
     model = small_scnet(**changes)
     for value in model.state_dict().values():
-        if value.ndim == 1:  # norm gains of exactly one would hide a mistake
+        if value.ndim == 1:  # a mistake would not show with gains of exactly one
             value.add_(torch.randn_like(value) * 0.1)
     chunks = torch.randn(2, model.channels, 12_000) * torch.tensor([0.1, 0.01])[:, None, None]
     fewer = model.only(("vocals", "bass"))

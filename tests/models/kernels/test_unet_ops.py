@@ -1,4 +1,4 @@
-"""The operations between the products of MDX23C and SCNet: each Triton kernel equals its plain twin, and compiles."""
+"""The Triton kernels of MDX23C and SCNet equal their references, and compile, without a GPU."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ from separation.models.kernels import scnet_gpu, unet_ops
 from separation.models.kernels.registry import ops
 
 pytest.importorskip("triton", reason="needs Triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it is read when Triton is imported: a process of its own
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 TYPES = [torch.float32, torch.float16]
-# The shared memory that a program can have at most: of GeForce 30 to 50, and of data centres' Hopper and Blackwell.
+# The most shared memory of a program on GeForce 30 to 50, and on Hopper and Blackwell in data centres.
 SHARED_BYTES, SHARED_BYTES_OF_DATA_CENTRES = 101_376, 232_448
 ERRORS = {torch.float32: 2e-6, torch.float16: 2e-3}
 
@@ -39,7 +39,7 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
 
 
 def both(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """What the kernel gives, and what its twin gives."""
+    """The results of the kernel and of its reference."""
     from separation.models.kernels import unet_triton
 
     return getattr(unet_triton, name)(*arguments), getattr(unet_ops, name)(*arguments)
@@ -47,8 +47,8 @@ def both(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that starts the other")
-def test_the_kernels_equal_their_twins(request: pytest.FixtureRequest) -> None:
-    chosen = ["-k", "twin and not gpu", "-m", request.config.getoption("-m")]
+def test_in_tritons_interpreter_kernels_equal_their_references(request: pytest.FixtureRequest) -> None:
+    chosen = ["-k", "reference and not gpu", "-m", request.config.getoption("-m")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, __file__]
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -62,7 +62,9 @@ def interpreted(test: Callable) -> Callable:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(1, 2100, 3), slow(2, 70, 66), slow(2, 1, 3)])
 @pytest.mark.parametrize("features_last", [True, False])
-def test_moments_and_norms_equal_the_twins(dtype: torch.dtype, shape: tuple[int, ...], features_last: bool) -> None:
+def test_moments_and_norms_equal_the_references(
+    dtype: torch.dtype, shape: tuple[int, ...], features_last: bool
+) -> None:
     x = noise(*shape) * 3 + 5
     x = (x if features_last else x.transpose(1, 2).contiguous().transpose(1, 2)).to(dtype)
     gain, bias = noise(shape[2]), noise(shape[2] + 1)[:-1]
@@ -74,7 +76,7 @@ def test_moments_and_norms_equal_the_twins(dtype: torch.dtype, shape: tuple[int,
 
 @interpreted
 @pytest.mark.parametrize("activation", range(4))
-def test_activations_equal_the_twins(activation: int) -> None:
+def test_activations_equal_the_references(activation: int) -> None:
     x, moments = noise(2, 20, 8), noise(2, 2, 8).abs()
     assert_near(*both("normalise", x, [moments, noise(8), noise(9)[:-1]], activation, 0.7, torch.float32))
 
@@ -82,7 +84,7 @@ def test_activations_equal_the_twins(activation: int) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(2, 700, 12), slow(3, 33, 8)])
-def test_a_norm_over_rows_equals_the_twin(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_a_norm_over_rows_equals_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = (noise(*shape) * 2 + 1).to(dtype)
     assert_near(*both("normalise_rows", x, noise(shape[2]), noise(shape[2] + 1)[:-1]))
 
@@ -93,7 +95,7 @@ def test_a_norm_over_rows_equals_the_twin(dtype: torch.dtype, shape: tuple[int, 
     "hidden, features, kernel, frames", [pytest.param(3, 12, 5, 33, marks=pytest.mark.slow), (16, 64, 3, 7)]
 )
 @pytest.mark.parametrize("activation", [unet_ops.NONE, unet_ops.GELU])
-def test_a_gated_branch_equals_the_twin(
+def test_a_gated_branch_equals_the_reference(
     dtype: torch.dtype, hidden: int, features: int, kernel: int, frames: int, activation: int
 ) -> None:
     x, gated = noise(2, 3, frames, features, dtype=dtype), noise(2, 3, frames, 2 * hidden, dtype=dtype)
@@ -101,7 +103,7 @@ def test_a_gated_branch_equals_the_twin(
     table, bias = noise(3, hidden), noise(features)
     outs = [torch.zeros(2, 5, frames, features, dtype=dtype) for _ in range(2)]
     arguments = x, gated, [taps, table, weight, bias], activation
-    both_into = [out[:, 1:4] for out in outs]  # as a band among others
+    both_into = [out[:, 1:4] for out in outs]  # between other bands
     from separation.models.kernels import unet_triton
 
     unet_triton.gated_branch_(both_into[0], *arguments)
@@ -114,13 +116,13 @@ def test_a_gated_branch_equals_the_twin(
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("hidden", [16, slow(32)])
-def test_an_lstm_equals_the_twin(dtype: torch.dtype, axis: int, hidden: int) -> None:
+def test_an_lstm_equals_the_reference(dtype: torch.dtype, axis: int, hidden: int) -> None:
     gates = noise(2, 5, 9, 8 * hidden, dtype=dtype)
     weight = (noise(2, hidden, 4, hidden) * hidden**-0.5).to(dtype)
     assert_near(*both("lstm", gates, weight, axis))
 
 
-def test_kernels_refuse_what_lies_in_another_order() -> None:
+def test_kernels_refuse_unsupported_strides() -> None:
     from separation.models.kernels import unet_triton
 
     x, ones, apart = noise(2, 3, 8, 16), torch.ones(16), noise(2, 3, 16, 8).mT
@@ -138,7 +140,7 @@ def test_kernels_refuse_what_lies_in_another_order() -> None:
             kernel(*arguments)
 
 
-def test_the_twin_of_the_lstm_is_pytorchs() -> None:
+def test_the_reference_lstm_equals_pytorchs() -> None:
     torch.manual_seed(0)
     lstm, x = torch.nn.LSTM(16, 16, bidirectional=True), noise(2, 5, 9, 16)
     gates = torch.cat([x @ w.T + b + c for w, _, b, c in lstm.all_weights], dim=-1)
@@ -150,7 +152,7 @@ def test_the_twin_of_the_lstm_is_pytorchs() -> None:
 
 
 def on_gpu(argument: Any) -> Any:
-    """The argument with its tensors, which may be in a list, on the GPU."""
+    """Copy the argument to the GPU if it is a tensor or a list of tensors."""
     if isinstance(argument, list):
         return [on_gpu(each) for each in argument]
     return argument.cuda() if isinstance(argument, Tensor) else argument
@@ -161,8 +163,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, rea
 
 @needs_gpu
 @pytest.mark.parametrize("dtype, error", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_the_kernels_equal_their_twins_on_a_gpu(dtype: torch.dtype, error: float) -> None:
-    """At sizes of the public checkpoints, which an interpreter would need hours for."""
+def test_the_kernels_equal_their_references_on_a_gpu(dtype: torch.dtype, error: float) -> None:
+    """At the sizes of public checkpoints, for which Triton's interpreter would take hours."""
     gain, bias, x = noise(128), noise(129)[:-1], (noise(2, 16_384, 128) + 1).to(dtype)
     moments = unet_ops.moments(x, False)
     calls: list[tuple[Any, ...]] = [
@@ -195,11 +197,11 @@ def test_the_kernels_equal_their_twins_on_a_gpu(dtype: torch.dtype, error: float
 
 
 @needs_gpu
-@pytest.mark.filterwarnings("error")  # as PyTorch's, that an LSTM's weights are not in one piece
+@pytest.mark.filterwarnings("error")  # such as PyTorch's, that an LSTM's weights are not in one block of memory
 @pytest.mark.parametrize("dtype, decibels", [(torch.float16, 40), (torch.bfloat16, 25)])
 @pytest.mark.parametrize("make", [small_mdx23c, small_scnet], ids=["MDX23C", "SCNet"])
 @pytest.mark.parametrize("largest", [0, 256], ids=["PyTorch's LSTM", "our LSTM"])
-def test_a_gpu_gives_what_the_cpu_gives_and_can_be_captured(
+def test_a_forward_on_a_gpu_equals_the_cpus_and_can_be_captured(
     monkeypatch: pytest.MonkeyPatch, make: Any, dtype: torch.dtype, decibels: float, largest: int
 ) -> None:
     monkeypatch.setattr(scnet_gpu, "MOST_LSTM_FEATURES", largest)
@@ -229,7 +231,7 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 def launches(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, hidden_sizes: tuple[int, ...]
 ) -> list[tuple[Any, tuple, dict[str, int]]]:
-    """Kernel, arguments and constants of every launch that the models' sizes lead to."""
+    """The kernel, arguments and constants of every launch for the sizes of the models."""
     from separation.models.kernels import unet_triton
 
     found: list[tuple[Any, tuple, dict[str, int]]] = []
@@ -245,7 +247,7 @@ def launches(
             unet_triton.normalise(x, [moments, gain, gain], unet_ops.GELU, 0.0, dtype)
         x = torch.empty(1, 8192, 256)
         unet_triton.normalise(x, [unet_triton.moments(x, True), gain, gain], unet_ops.NONE, 0.0, dtype)
-        for hidden in hidden_sizes:  # of the LSTM, and a quarter of it of a branch of the encoder
+        for hidden in hidden_sizes:  # of the LSTM; the encoder's branches have a quarter of it
             small, x = hidden // 4, torch.empty(1, 64, 476, hidden, dtype=dtype)
             unet_triton.normalise_rows(x[0], gain, gain)
             gated = torch.empty(1, 64, 476, 2 * small, dtype=dtype)
@@ -285,7 +287,7 @@ def compiled(kernel: Any, arguments: tuple, constants: dict[str, int], capabilit
         *(pytest.param(number, (64, 256), marks=pytest.mark.slow) for number in (75, 80, 86, 89, 90, 100, 120)),
     ],
 )
-def test_every_kernel_compiles_without_a_card(
+def test_every_kernel_compiles_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, hidden_sizes: tuple[int, ...]
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
