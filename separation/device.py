@@ -122,7 +122,7 @@ def identity(device: torch.device) -> str:
 
 
 @cache
-def settle_numerics() -> None:
+def make_cuda_deterministic() -> None:
     """Make CUDA exact and deterministic, where PyTorch's defaults prefer speed."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False  # on by default
@@ -145,7 +145,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return _precision(name, device)[0]
 
 
-def floats_of(precision: torch.dtype, device: torch.device) -> torch.dtype:
+def float_precision(precision: torch.dtype, device: torch.device) -> torch.dtype:
     """The precision itself; for int8 the precision of everything that is not computed in int8."""
     return choose_precision("auto", device) if precision == torch.int8 else precision
 

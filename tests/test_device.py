@@ -157,9 +157,9 @@ def numerics() -> Iterator[None]:
         (cudnn, "benchmark"),
     ]
     before = [getattr(place, name) for place, name in names]
-    device.settle_numerics.cache_clear()
+    device.make_cuda_deterministic.cache_clear()
     yield
-    device.settle_numerics.cache_clear()
+    device.make_cuda_deterministic.cache_clear()
     for (place, name), value in zip(names, before, strict=True):
         setattr(place, name, value)
 
@@ -167,8 +167,8 @@ def numerics() -> Iterator[None]:
 def test_cuda_is_made_exact_and_deterministic_once(numerics: None, caplog: pytest.LogCaptureFixture) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     with caplog.at_level(logging.INFO):
-        device.settle_numerics()
-        device.settle_numerics()
+        device.make_cuda_deterministic()
+        device.make_cuda_deterministic()
     assert [record.getMessage().split()[:3] for record in caplog.records] == [["CUDA:", "TF32", "off,"]]
     assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark

@@ -184,7 +184,7 @@ def follow(model: SeparationModel, stored: Mapping[str, Stored]) -> None:
     for part, file in stored.items():
         if file.blueprint is not None:
             with building(file.path, size_bytes(file.path)):
-                model.follow(part, file.blueprint)
+                model.rebuild(part, file.blueprint)
     model.to("meta")
 
 

@@ -32,10 +32,10 @@ from separation.checkpoints.download import fetch
 from separation.checkpoints.files import file_state, known_sha256, loaded_sha256
 from separation.checkpoints.fit import check_fit
 from separation.checkpoints.state_dict import Stored, open_weights, read_weights
-from separation.device import choose_device, choose_precision, floats_of
+from separation.device import choose_device, choose_precision, float_precision
 from separation.documents import escaped
 from separation.errors import CheckpointError, InputError
-from separation.models.attention import LAYERS, AttentionChoice, choose_attention
+from separation.models.attention import LAYER_BACKENDS, AttentionChoice, choose_attention
 from separation.models.base import Origin, SeparationModel
 from separation.models.kernels.native import NotFusedError, library
 
@@ -87,7 +87,7 @@ def load_model(
         _warn_of_ignored(description.source, description.ignored)
     device = choose_device(device) if isinstance(device, str) else device
     asked = choose_precision(precision, device) if isinstance(precision, str) else precision
-    floats = floats_of(asked, device)
+    floats = float_precision(asked, device)
     files = files_for(description, stems)
     paths: list[Path] = []
     if description.architecture is None:
@@ -97,7 +97,7 @@ def load_model(
         description, specialists_of(files)
     )  # before the download, which a mistake in the YAML need not wait for
     choice = choose_attention(attention, device, floats, model.head_size) if model.head_size else None
-    needs_weights = choice is not None and choice.name in LAYERS
+    needs_weights = choice is not None and choice.name in LAYER_BACKENDS
 
     paths = paths or _weight_paths(description, files, checkpoint)
     checksums = _checksums(files, paths, given=checkpoint is not None)

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from separation.device import settle_numerics
+from separation.device import make_cuda_deterministic
 from separation.system.threads import Threads
 
 P = ParamSpec("P")
@@ -44,7 +44,7 @@ _threads_lock = threading.Lock()
 def compute_thread(device: torch.device) -> ComputeThread:
     """The compute thread of a device; started by the first call."""
     if device.type == "cuda":
-        settle_numerics()
+        make_cuda_deterministic()
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     with _threads_lock:
         if device not in _threads:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from separation.audio.waveform import SAMPLE_RATE
 from separation.checkpoints.build import random_weights
 from separation.checkpoints.load import load_model
-from separation.device import choose, floats_of, peak_memory_bytes
+from separation.device import choose, float_precision, peak_memory_bytes
 from separation.engine.options import EngineOptions
 from separation.engine.pool import LoadedModels
 from separation.engine.selection import Selection
@@ -161,7 +161,7 @@ def engine_speed(
         run_seconds = [_seconds(lambda: separator.separate(mixture)) for _ in range(runs)]
         peak_bytes = _memory_bytes(choice.device)[1]
 
-        floats = floats_of(choice.precision, choice.device)
+        floats = float_precision(choice.precision, choice.device)
         costs: dict[str, _Cost] = {}
         for name, model in models.items():
             plan = separator.plans[model.name]

@@ -1,7 +1,7 @@
 """Attention backends, and the choice of one for a device and a precision, with the reason.
 
 A backend is a function `(q, k, v) -> out` of `[B, heads, tokens, dim_head]`, without mask or dropout. If the choice is
-one of `LAYERS`, a RoFormer replaces whole layers instead (kernels/fused.py, kernels/roformer_gpu.py).
+one of `LAYER_BACKENDS`, a RoFormer replaces whole layers instead (kernels/fused.py, kernels/roformer_gpu.py).
 """
 
 import ctypes
@@ -98,7 +98,7 @@ BACKENDS: dict[str, AttentionBackend] = {
     "einsum": einsum_attention,
 }
 NAMES = ("auto", *BACKENDS)
-LAYERS = ("fused", "triton")
+LAYER_BACKENDS = ("fused", "triton")
 
 
 @dataclass(frozen=True)

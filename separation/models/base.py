@@ -148,7 +148,7 @@ class SeparationModel(nn.Module):
         """
         return {}
 
-    def follow(self, part: str, blueprint: Blueprint) -> None:
+    def rebuild(self, part: str, blueprint: Blueprint) -> None:
         """Rebuild a part, without weights, from its file's blueprint. Does nothing if the architecture has none."""
 
     def input_samples(self, length: int) -> int | None:
@@ -189,8 +189,9 @@ class SeparationModel(nn.Module):
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         """Set the precision and the attention backend.
 
-        The backends of `separation.models.attention.LAYERS` build new layers from the weights, so `load` must come
-        before. With any other backend `load` comes after, and reads the weights in the types of the state dict.
+        The `LAYER_BACKENDS` of models/attention.py build new layers from the weights, so `load` must come before. With
+        any other backend `load` comes after, and reads the weights in the types of the state dict.
+
         Raises NotFusedError for layers that the backend does not support; the model is then unchanged.
         """
         if dtype != torch.float32:

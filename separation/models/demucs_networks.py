@@ -111,7 +111,7 @@ def network_of(blueprint: Blueprint) -> nn.Module:
 def description_of(blueprint: Blueprint) -> dict[str, Any]:
     """A file's description of its network, in the form of a YAML's content. Raises what `network_of` raises.
 
-    It leaves out the network's sizes, since `DemucsModel.follow` builds the network from the file.
+    It leaves out the network's sizes, since `DemucsModel.rebuild` builds the network from the file.
     """
     network, bound = _bound(blueprint)
     bound.apply_defaults()

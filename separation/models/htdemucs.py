@@ -69,7 +69,7 @@ class DemucsModel(SeparationModel):
     def key_prefix(cls, part: str) -> str:
         return f"networks.{part}."
 
-    def follow(self, part: str, blueprint: Blueprint) -> None:
+    def rebuild(self, part: str, blueprint: Blueprint) -> None:
         network: Any = demucs_networks.network_of(blueprint)
         before: Any = self.networks[part]
         fits = isinstance(network, self.Network) or (

@@ -144,7 +144,7 @@ class LinearAttention(nn.Module):
         self.heads = heads
         self.norm = RMSNorm(dim)
         self.to_qkv = nn.Sequential(nn.Linear(dim, inner * 3, bias=False))
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))  # the logarithm of a factor of the scores
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))  # the logarithm of a factor for the scores
         self.to_out = nn.Sequential(nn.Identity(), nn.Linear(inner, dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -107,13 +107,13 @@ class GpuTransformer(GpuLayer):
         output: Tensor = self.output(stream if in_order else stream.transpose(0, 1))
         return output
 
-    def _attend(self, rows: Tensor, tables: tuple[Tensor, Tensor], apart: int) -> Tensor:
+    def _attend(self, rows: Tensor, tables: tuple[Tensor, Tensor], token_stride: int) -> Tensor:
         """Attention on rows of q, k, v and gates, `[R, W]` to `[R, heads * dim_head]`. Overwrites the rows."""
         tokens = len(tables[0])
-        if apart == 1 and tokens <= MOST_SHORT_TOKENS and self._supports_short:
+        if token_stride == 1 and tokens <= MOST_SHORT_TOKENS and self._supports_short:
             attended: Tensor = ops.attend_short(rows, *tables, self.heads)
             return attended
-        return attend(rows, tables, self.heads, apart)
+        return attend(rows, tables, self.heads, token_stride)
 
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each `[tokens, dim_head / 2]`. Cached for one length, since all chunks have the same."""

@@ -29,15 +29,15 @@ def add_product_(x: Tensor, rows: Tensor, weight: Tensor) -> None:
     x += (rows.float() @ weight.float().T).to(x.dtype)
 
 
-@operation("rotate_(Tensor(a!) rows, Tensor cos, Tensor sin, int heads, int apart) -> ()")
-def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> None:
+@operation("rotate_(Tensor(a!) rows, Tensor cos, Tensor sin, int heads, int token_stride) -> ()")
+def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, token_stride: int) -> None:
     """Apply rotary positions in place to the first `heads` heads of each row of `[R, W]`.
 
-    The tables are `[N, dim_head / 2]`. Neighbouring tokens are `apart` rows from each other, so row r is at position
-    `r // apart % N`.
+    The tables are `[N, dim_head / 2]`. Neighbouring tokens are `token_stride` rows from each other, so row r is at
+    position `r // token_stride % N`.
     """
     tokens, pairs = cos.shape
-    part = rows[:, : heads * 2 * pairs].view(-1, tokens, apart, heads, pairs, 2)
+    part = rows[:, : heads * 2 * pairs].view(-1, tokens, token_stride, heads, pairs, 2)
     even, odd = part.float().unbind(-1)
     c, s = (table[:, None, None] for table in (cos, sin))
     part.copy_(torch.stack((even * c - odd * s, odd * c + even * s), dim=-1))
@@ -54,16 +54,16 @@ def gate(attended: Tensor, rows: Tensor, first: int) -> Tensor:
     return (attended.float() * gates).to(attended.dtype).reshape(len(rows), -1)
 
 
-def attend(rows: Tensor, tables: tuple[Tensor, Tensor], heads: int, apart: int) -> Tensor:
+def attend(rows: Tensor, tables: tuple[Tensor, Tensor], heads: int, token_stride: int) -> Tensor:
     """Attention with rotary positions and gates, `[R, W]` to `[R, H * dim_head]`. Rotates q and k in place.
 
-    A row holds q, k and v of all heads, then the heads' gates. See `rotate_` for the tables and `apart`.
+    A row holds q, k and v of all heads, then the heads' gates. See `rotate_` for the tables and `token_stride`.
     """
     cos, sin = tables
     tokens, size = len(cos), 2 * cos.shape[1]
-    ops.rotate_(rows, cos, sin, 2 * heads, apart)
-    by_token = rows[:, : 3 * heads * size].view(-1, tokens, apart, 3, heads, size)
-    if apart == 1:
+    ops.rotate_(rows, cos, sin, 2 * heads, token_stride)
+    by_token = rows[:, : 3 * heads * size].view(-1, tokens, token_stride, 3, heads, size)
+    if token_stride == 1:
         q, k, v = by_token.squeeze(2).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     else:

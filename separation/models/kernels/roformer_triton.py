@@ -71,14 +71,14 @@ def add_product_(x: Tensor, rows: Tensor, weight: Tensor) -> None:
     torch.addmm(x, rows, weight.T, torch.float32, out=x)  # cuBLAS adds to x in place
 
 
-@triton.jit(do_not_specialize=["total", "tokens", "apart", "stride"])
+@triton.jit(do_not_specialize=["total", "tokens", "token_stride", "stride"])
 def _rotate(
     rows,
     cos,
     sin,
     total,
     tokens,
-    apart,
+    token_stride,
     stride,
     UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -91,13 +91,13 @@ def _rotate(
     mask = (row < total)[:, None] & (column < WIDTH)[None, :]
     at = rows + row[:, None] * (stride * UNIT) + column[None, :]
     even, odd = tl.split(tl.load(at, mask=mask, other=0.0).to(tl.float32).reshape(ROWS, BLOCK // 2, 2))
-    position = ((row // apart) % tokens)[:, None] * PAIRS + (tl.arange(0, BLOCK // 2) % PAIRS)[None, :]
+    position = ((row // token_stride) % tokens)[:, None] * PAIRS + (tl.arange(0, BLOCK // 2) % PAIRS)[None, :]
     c, s = tl.load(cos + position), tl.load(sin + position)
     rotated = tl.join(even * c - odd * s, odd * c + even * s).reshape(ROWS, BLOCK)
     tl.store(at, rotated.to(rows.dtype.element_ty), mask=mask)
 
 
-def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> None:
+def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, token_stride: int) -> None:
     tokens, pairs = cos.shape
     width = heads * 2 * pairs
     block = triton.next_power_of_2(width)
@@ -106,7 +106,7 @@ def rotate_(rows: Tensor, cos: Tensor, sin: Tensor, heads: int, apart: int) -> N
     launch(
         _rotate,
         (triton.cdiv(len(rows), at_once),),
-        *(rows, cos, sin, len(rows), tokens, apart, rows.stride(0) // unit),
+        *(rows, cos, sin, len(rows), tokens, token_stride, rows.stride(0) // unit),
         UNIT=unit,
         WIDTH=width,
         PAIRS=pairs,
