@@ -770,7 +770,7 @@ def _forget_by_device() -> None:
     """Clear the caches of this project's functions that depend on a device."""
     for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "separation"]:
         for value in vars(module).values():
-            if hasattr(value, "cache_clear") and any(
+            if isinstance(value, functools._lru_cache_wrapper) and any(
                 parameter.annotation in (torch.device, "torch.device")
                 for parameter in inspect.signature(value.__wrapped__).parameters.values()
             ):
