@@ -141,7 +141,7 @@ def with_architecture(description: Checkpoint, stored: Stored | None = None) -> 
         found = [name for name in found if _takes(replace(description, architecture=name))]
     if len(found) != 1:
         raise CheckpointError(
-            f"{description.source} does not tell its architecture ({' or '.join(found) or 'none has all its keys'}): "
+            f"{description.source} does not tell its architecture ({' or '.join(found) or 'none fits its keys'}): "
             f"add the line `architecture: NAME`, one of {', '.join(ARCHITECTURES)}"
         )
     return replace(description, architecture=found[0])

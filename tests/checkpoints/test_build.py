@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import save_file
 
 from helpers.common import quick_models
-from helpers.demucs_files import CLASSES, network
+from helpers.demucs_files import ARGUMENTS, CLASSES, SOURCES, config, network
 from helpers.own_checkpoint import COMMUNITY, SIZES, own_model, put
 from helpers.small_model import HYPER_PARAMETERS, chunks, small_model, write_weights, write_yaml
 from separation import Separator
@@ -189,5 +189,19 @@ def test_random_weights_need_hyper_parameters_that_tell_the_architecture(tmp_pat
     (tmp_path / "x.yaml").write_text(
         yaml.safe_dump(COMMUNITY | {"model": HYPER_PARAMETERS | SIZES | {"hyper_streams": 4}})
     )
-    with pytest.raises(CheckpointError, match=r"x\.yaml does not tell its architecture \(none has all its keys\): add"):
+    with pytest.raises(CheckpointError, match=r"x\.yaml does not tell its architecture \(none fits its keys\): add"):
         random_weights(tmp_path / "x.yaml")
+
+
+def test_an_architecture_whose_hyper_parameters_are_missing_is_not_chosen(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(COMMUNITY | {"model": {"stereo": True}}))
+    with pytest.raises(CheckpointError, match=r"x\.yaml does not tell its architecture \(none fits its keys\): add"):
+        random_weights(tmp_path / "x.yaml")
+
+
+def test_random_weights_are_scaled_as_the_architecture_does_at_the_start_of_a_training(tmp_path: Path) -> None:
+    path = config(tmp_path, "demucs")
+    torch.manual_seed(3)
+    expected = CLASSES["demucs"][0](SOURCES, **ARGUMENTS).state_dict()
+    found = random_weights(path, seed=3)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], value) for key, value in expected.items())

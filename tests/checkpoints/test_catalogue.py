@@ -179,10 +179,10 @@ def test_an_invalid_yaml_does_not_hide_the_other_models(models: Path, capsys: py
     assert "a      " in captured.out and "demo  " in captured.out
     fault = f"{models / 'z.yaml'}: audio is missing: add it as a section"
     assert "\nz      " in captured.out and f"  error: {fault}\n" in captured.out
-    assert captured.err == f"error: 1 of {len(available())} models cannot be used: z\n"
+    assert captured.err == f"error: 1 of {len(available())} models cannot be used: check z\n"
     assert main(["models", "list", "--json"]) == 2
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["name"] for row in rows] == available() and rows[-1] == {"name": "z", "error": fault}
     assert main(["models", "verify", "a"]) == 0
-    said = f"{models / 'a.ckpt'}: here, but no sha256 is known to compare it with\n"
+    said = f"{models / 'a.ckpt'}: here, but its sha256 is not known\n"
     assert capsys.readouterr().out == said

@@ -124,4 +124,4 @@ def test_an_unsupported_model_in_the_users_folder_does_not_hide_the_others(
     assert main(["models", "list"]) == 2
     captured = capsys.readouterr()
     assert f"error: {tmp_path / 'vr.pth'} is a VR network of Ultimate Vocal Remover 5: {END}\n" in captured.out
-    assert "htdemucs_ft " in captured.out and "models cannot be used: vr\n" in captured.err
+    assert "htdemucs_ft " in captured.out and "models cannot be used: check vr\n" in captured.err

@@ -72,17 +72,26 @@ def test_separate_accepts_weights_and_a_name_in_a_folder(
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--model-dir", "own"], "--model-dir needs --model-name, a name in that folder, and excludes --model-path"),
+        (
+            ["--model-dir", "own"],
+            "--model-dir needs --model-name and excludes --model-path: name a model in that folder",
+        ),
         (["--model-dir", "own", "--model-name", "x", "--model-path", "x.ckpt"], "excludes --model-path"),
         (
             ["--model-dir", "own", "--model-name", "y"],
             "there is no model 'y' in own: put a folder y, y.yaml or y.ckpt there",
         ),
-        (["--model-path", "own/x.yaml"], "--model-path own/x.yaml is a YAML file: give that to --model-name"),
+        (["--model-path", "own/x.yaml"], "--model-path own/x.yaml is a YAML file: give it to --model-name"),
         (["--model-path", "own/y.ckpt"], "there is no file "),
-        (["--model-path", "own/x.ckpt", "--stems", "all_4"], "--model-path gives all stems of one model, and does not"),
-        (["--model-name", "demo", "--stems", "vocals_instrumental"], "does not take --stems: leave one of them out"),
-        (["--model-name", "demo", "--recipe", "standard"], "--model-name gives all stems of one model, and does not"),
+        (
+            ["--model-path", "own/x.ckpt", "--stems", "all_4"],
+            "--model-path gives all stems of one model and excludes --stems",
+        ),
+        (["--model-name", "demo", "--stems", "vocals_instrumental"], "excludes --stems: leave one of them out"),
+        (
+            ["--model-name", "demo", "--recipe", "standard"],
+            "--model-name gives all stems of one model and excludes --recipe",
+        ),
         (["--model-path", "alone.ckpt"], "alone.ckpt needs the YAML file that it was published with"),
     ],
 )
