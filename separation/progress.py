@@ -1,4 +1,4 @@
-"""How far a job has come, told to whoever asked for it."""
+"""Progress of a job, reported to a callback."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,10 +8,15 @@ Report = Callable[[float, str], None]  # (share of the job done, 0 to 1; stage)
 
 @dataclass(frozen=True)
 class Progress:
-    """Reports how much of a job is done, or of the part of a larger job between two shares.
+    """Reports the progress of a job, or of the part of a larger job between two shares.
 
-    Call it with the share of its own part, from 0 to 1, and the stage. An exception that `report` raises cancels the
-    job. Without `report`, nothing is reported.
+    Call it with the share that is done of this part, 0 to 1, and the stage. An exception that `report` raises cancels
+    the job.
+
+    Args:
+        report: called with the share that is done of the whole job, 0 to 1, and the stage; None reports nothing.
+        start, stop: the shares of the whole job at which this part starts and stops.
+        stage: the default stage.
     """
 
     report: Report | None = None
@@ -24,7 +29,7 @@ class Progress:
             self.report(self.start + (self.stop - self.start) * share, stage or self.stage)
 
     def part(self, start: float, stop: float, stage: str = "") -> "Progress":
-        """The progress of the part of this job between two shares, whose stage has that name unless it says another."""
+        """The progress of a part of this job, between two shares of it; `stage` is the part's default stage."""
         width = self.stop - self.start
         return replace(
             self, start=self.start + width * start, stop=self.start + width * stop, stage=stage or self.stage

@@ -14,12 +14,12 @@ from separation.batch.done import SongFile, add_run, check_folder, find_run, nee
 from separation.batch.job import Job, Outcome, Song
 from separation.checkpoints.load import load_model
 from separation.device import parallel_devices
-from separation.engine.about_song import about_song
 from separation.engine.cache import chosen_cache
 from separation.engine.options import EngineOptions
 from separation.engine.pool import ModelPool
 from separation.engine.selection import Selection
 from separation.engine.separator import Separator
+from separation.engine.song_context import song_context
 from separation.errors import SeparationError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
@@ -135,7 +135,7 @@ def separate_song(song: Song, job: Job, separator: Separator, progress: Progress
     run, status = find_run(song, job), "skipped"
     warnings: list[str] = []
     try:
-        with about_song(song.path.name) as warnings:
+        with song_context(song.path.name) as warnings:
             check_folder(song, job, run)
             if run is None:
                 run, status = _write_stems(song, job, separator, progress, warnings), "done"

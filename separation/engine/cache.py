@@ -1,13 +1,13 @@
-"""Estimates kept on disk, so that a song that was separated before is not computed again.
+"""A cache of estimates on disk, so that a song is not computed twice.
 
-An estimate is kept under all that its samples depend on: the decoded song, the weights, the settings and the code that
-computes it. It is two files: KEY.f32 holds the samples as a Waveform's own file does, and KEY.json says when it was
-made, of which song and with which settings, and has the checksum of both. Written under another name and renamed, so
-that an entry is complete or not there, also where a process is killed; a checksum that does not fit is a miss. Nothing
-is fsynced: what a power failure leaves incomplete, the checksum finds.
+The key of an estimate is a hash of everything that its samples depend on: the decoded song, the weights, the settings,
+and the code that computes it. An entry is two files: KEY.f32 holds the samples as a Waveform's file does, and KEY.json
+holds facts about them, the settings, and a checksum of both files. Files are written under another name and renamed, so
+that killing the process leaves whole entries or none. A wrong checksum is a cache miss. Nothing is fsynced: the
+checksum detects what a power failure damages.
 
-The folder is locked for moments only: while files are renamed or removed. Does without PyTorch, for
-`python -m separation cache list`.
+The folder is locked only while files are renamed or removed. This module does not import PyTorch, so that
+`separation cache list` is fast.
 """
 
 import contextlib
@@ -34,35 +34,36 @@ from separation.system.places import cache_folder, size_bytes
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-LIMIT_GIB = 8.0  # unless SEPARATION_CACHE_GIB says otherwise: 25 songs of four minutes, each in four stems
-# The packages that compute an estimate from a decoded song. A change to any file of theirs, or to a module beside them,
+LIMIT_GIB = 8.0  # the default of SEPARATION_CACHE_GIB: 25 songs of four minutes in four stems
+# The packages that compute an estimate from a decoded song. A change to any of their files, or to a module beside them,
 # makes all older entries stale.
 ENGINE = ("audio", "checkpoints", "engine", "models")
 
-DAMAGED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)  # what a description then raises
+DAMAGED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)  # what reading a damaged KEY.json raises
 
-PREFIX, LOCK = "estimate-", "estimates-lock"  # names that nobody else's files have, for the folder may hold others
+# Names that no other program uses: the folder may hold other files, which stay.
+PREFIX, LOCK = "estimate-", "estimates-lock"
 
 logger = logging.getLogger("separation")
 
 
-class Kept(NamedTuple):
-    """An estimate out of the cache, whole and compared with its checksum."""
+class Hit(NamedTuple):
+    """An estimate from the cache; its checksum is right."""
 
     file: io.FileIO  # float32 samples, open for reading
-    facts: dict[str, Any]  # what was given with them
+    facts: dict[str, Any]  # as given to `put`
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What `python -m separation cache list` shows of an estimate."""
+    """An estimate as `separation cache list` shows it."""
 
     key: str
     bytes: int  # of both files
     last_used: datetime
     made: datetime
     facts: dict[str, Any]  # song, seconds, model, …
-    settings: dict[str, Any]  # all that the samples depend on
+    settings: dict[str, Any]  # everything that the samples depend on
 
     def __str__(self) -> str:
         made, used = (f"{time.astimezone():%Y-%m-%d %H:%M}" for time in (self.made, self.last_used))
@@ -80,10 +81,17 @@ class Entry:
 
 
 class Cache:
-    """Estimates in a folder of at most `limit_bytes`; when it is full, those go first that were not used for longest.
+    """A folder of estimates that evicts the least recently used ones. Threads and processes may share a folder.
 
-    With `refresh` nothing that is there is used, and all is kept anew. Threads and processes may share a folder. One
-    that cannot be written to is said once and then left alone: the cache never makes a separation fail.
+    The cache never makes a separation fail: if the folder cannot be used, it logs one warning and goes on without.
+
+    Args:
+        folder: created when the first estimate is stored; None means the user's cache folder.
+        limit_bytes: the most that the folder may hold; None means SEPARATION_CACHE_GIB, or LIMIT_GIB without it.
+        refresh: use nothing that is stored, and store everything again.
+
+    Raises:
+        InputError: SEPARATION_CACHE_GIB is not a number above 0.
     """
 
     def __init__(
@@ -96,28 +104,31 @@ class Cache:
         self.refresh = refresh
         self._has_warned = False
 
-    def get(self, settings: Mapping[str, Any]) -> Kept | None:
-        """What was kept under these settings, or None; the caller closes the file. A damaged entry is removed."""
+    def get(self, settings: Mapping[str, Any]) -> Hit | None:
+        """Look up an estimate by its settings; None on a cache miss. The caller closes the file.
+
+        A damaged entry is removed, and a warning is logged.
+        """
         if self.refresh:
             return None
         key = _key(settings)
         data, description = self._paths(key)
         try:
-            if (kept := self._read(key)) is not None:
-                return kept
-            with self._locked():  # without it, the two files may have been of two makings
-                if (kept := self._read(key)) is not None:
-                    return kept
+            if (hit := self._read(key)) is not None:
+                return hit
+            with self._locked():  # again: another process may have replaced one of the two files in between
+                if (hit := self._read(key)) is not None:
+                    return hit
                 _remove(data, description)
-            logger.warning(f"{data} was damaged: it is removed and computed again")
-        except FileNotFoundError:  # a miss; half an entry goes when the next one is kept
+            logger.warning(f"{data} was damaged: removed, the estimate is computed again")
+        except FileNotFoundError:  # a cache miss; the next `put` removes half an entry
             return None
         except OSError as e:
             self._warn(e)
         return None
 
-    def _read(self, key: str) -> Kept | None:
-        """What is kept under this key; None if its checksum does not fit."""
+    def _read(self, key: str) -> Hit | None:
+        """The entry of a key; None if its checksum is wrong. Raises FileNotFoundError if there is none."""
         data, description = self._paths(key)
         text = description.read_bytes()
         with ExitStack() as stack:
@@ -125,12 +136,17 @@ class Cache:
             if (facts := _checked(key, text, file)) is None:
                 return None
             stack.pop_all()
-        with contextlib.suppress(OSError):  # in a read-only folder the order of use stays as it is
+        with contextlib.suppress(OSError):  # a read-only folder keeps its order of use
             os.utime(description)
-        return Kept(file, facts)
+        return Hit(file, facts)
 
     def put(self, settings: Mapping[str, Any], blocks: Iterable[bytes], n_bytes: int, facts: Mapping[str, Any]) -> None:
-        """Keep samples of `n_bytes` in all, and some facts about them, under these settings."""
+        """Store an estimate under its settings.
+
+        Args:
+            blocks: the float32 samples, `n_bytes` in total.
+            facts: what to store with them, as JSON.
+        """
         if n_bytes > self.limit_bytes:
             return
         try:
@@ -149,22 +165,22 @@ class Cache:
             for block in blocks:
                 part.write(block)
                 digest.update(block)
-            part.close()  # as Windows wants it of what is renamed
+            part.close()  # Windows renames no open file
             body = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "facts": facts, "settings": settings}
-            digest.update(_plain(body))
+            digest.update(_json(body))
             with self._part() as json_part:
-                json_part.write(_plain({"sha256": digest.hexdigest(), **body}))
+                json_part.write(_json({"sha256": digest.hexdigest(), **body}))
                 json_part.close()
                 with self._locked():
-                    description.unlink(missing_ok=True)  # at no time does it stand beside other samples than its own
+                    description.unlink(missing_ok=True)  # it must never lie beside other samples than its own
                     os.replace(part.name, data)
                     os.replace(json_part.name, description)
 
     @contextlib.contextmanager
     def _part(self, n_bytes: int = 0) -> Iterator["tempfile._TemporaryFileWrapper[bytes]"]:
-        """A new file under another name, for which room is made; if it still has that name in the end, it is removed.
+        """A temporary file, after making room for it; removed at the end unless it was renamed.
 
-        A lock beside it is held as long: where it is not, a process that was killed has left the file behind.
+        A lock beside it is held meanwhile. If nobody holds the lock, a killed process left the file behind.
         """
         with ExitStack() as stack:
             with self._locked():
@@ -175,15 +191,14 @@ class Cache:
                 stack.callback(_remove, Path(part.name), _lock_of(Path(part.name)))
                 stack.enter_context(lock(_lock_of(Path(part.name))))
                 stack.enter_context(part)
-                part.truncate(n_bytes)  # what others count
+                part.truncate(n_bytes)  # reserves the size, which other processes count
             yield part
 
     def _make_room(self, n_bytes: int) -> None:
-        """Remove what killed processes left behind, and then, as far as need be, the entries not used for longest."""
-        total = n_bytes
-        entries: list[tuple[int, int, tuple[Path, Path]]] = []
+        """Evict the least recently used entries until `n_bytes` more fit."""
         self._sweep()
-        total += sum(map(size_bytes, self.folder.glob(f"{PREFIX}*.part")))
+        total = n_bytes + sum(map(size_bytes, self.folder.glob(f"{PREFIX}*.part")))
+        entries: list[tuple[int, int, tuple[Path, Path]]] = []
         keys = {path.stem for suffix in ("f32", "json") for path in self.folder.glob(f"{'[0-9a-f]' * 64}.{suffix}")}
         for key in keys:
             data, description = self._paths(key)
@@ -200,11 +215,11 @@ class Cache:
             total -= size
 
     def entries(self) -> list[Entry]:
-        """What is there, last used first. Raises OutputError for a folder that cannot be read."""
+        """All entries, the last used first. Raises OutputError if the folder cannot be read."""
         found = []
-        with self._reporting("read the cache in"):
+        with self._output_errors("read the cache in"):
             for description in self.folder.glob(f"{'[0-9a-f]' * 64}.json"):
-                with contextlib.suppress(FileNotFoundError, *DAMAGED):  # removed meanwhile, or damaged
+                with contextlib.suppress(FileNotFoundError, *DAMAGED):  # removed by another process, or damaged
                     text = json.loads(description.read_bytes())
                     status = description.stat()
                     found.append(
@@ -220,15 +235,15 @@ class Cache:
         return sorted(found, key=lambda entry: entry.last_used, reverse=True)
 
     def clear(self) -> None:
-        """Remove all entries, and nothing else that lies in the folder. Raises OutputError if that cannot be done."""
-        with self._reporting("clear the cache in"), contextlib.suppress(FileNotFoundError), self._locked():
+        """Remove all entries, and no other files in the folder. Raises OutputError if they cannot be removed."""
+        with self._output_errors("clear the cache in"), contextlib.suppress(FileNotFoundError), self._locked():
             self._sweep()
             for suffix in ("json", "f32"):
                 for path in self.folder.glob(f"{'[0-9a-f]' * 64}.{suffix}"):
                     path.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Remove what killed processes left behind."""
+        """Remove the temporary files of killed processes."""
         for part in self.folder.glob(f"{PREFIX}*.part"):
             with contextlib.suppress(TimeoutError), lock(_lock_of(part), wait=False):
                 _remove(part)
@@ -244,22 +259,28 @@ class Cache:
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
-            logger.warning(f"the cache in {self.folder} is not used ({error.strerror or error})")
+            logger.warning(
+                f"the cache in {self.folder} cannot be used ({error.strerror or error}): continuing without it"
+            )
         self._has_warned = True
 
-    def _reporting(self, doing: str) -> contextlib.AbstractContextManager[None]:
+    def _output_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return output_errors(self.folder, doing=doing, elsewhere="set SEPARATION_CACHE to another folder")
 
 
 def default_folder() -> Path:
-    """stems/ in the program's folder of the user's caches."""
+    """The folder `stems` in this program's part of the user's cache folder."""
     return cache_folder() / "stems"
 
 
 def chosen_cache(*, default: bool, refresh: bool = False) -> Cache | None:
-    """What the environment variable SEPARATION_CACHE says: `off`, `on`, or a folder; without it as `default` says.
+    """The cache that the environment variable SEPARATION_CACHE chooses: `off` (None), `on`, or a folder.
 
-    Raises InputError where SEPARATION_CACHE_GIB is not a number above 0.
+    Raises InputError if SEPARATION_CACHE_GIB is not a number above 0.
+
+    Args:
+        default: whether to cache if the variable is not set.
+        refresh: as in `Cache`.
     """
     chosen = os.environ.get("SEPARATION_CACHE") or ("on" if default else "off")
     if chosen.lower() in ("off", "no", "false", "0"):
@@ -269,7 +290,7 @@ def chosen_cache(*, default: bool, refresh: bool = False) -> Cache | None:
 
 @cache
 def engine_version() -> str:
-    """The same as long as the code that computes is the same, here and in the packages that it stands on."""
+    """A hash of the code that computes estimates, and the versions of the packages that it uses."""
     package = Path(__file__).parents[1]
     files = [*package.glob("*.py"), *(path for folder in ENGINE for path in package.joinpath(folder).rglob("*"))]
     digest = hashlib.sha256()
@@ -280,16 +301,16 @@ def engine_version() -> str:
 
 
 def _key(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_plain(settings)).hexdigest()
+    return hashlib.sha256(_json(settings)).hexdigest()
 
 
-def _plain(value: Mapping[str, Any]) -> bytes:
-    """As JSON, in which a float is exact and the order of keys does not matter."""
+def _json(value: Mapping[str, Any]) -> bytes:
+    """JSON, which stores floats exactly; the order of keys does not matter."""
     return json.dumps(value, sort_keys=True, default=str).encode()
 
 
 def _checked(key: str, text: bytes, file: io.FileIO) -> dict[str, Any] | None:
-    """The facts in a description, if it is that of this key and of the samples in the file."""
+    """The facts in the text of a KEY.json; None if its key or the checksum of both files is wrong."""
     try:
         body = json.loads(text)
         checksum = body.pop("sha256")
@@ -299,7 +320,7 @@ def _checked(key: str, text: bytes, file: io.FileIO) -> dict[str, Any] | None:
     except DAMAGED:
         return None
     digest = hashlib.file_digest(file, "sha256")
-    digest.update(_plain(body))
+    digest.update(_json(body))
     file.seek(0)
     return facts if digest.hexdigest() == checksum else None
 

@@ -1,17 +1,17 @@
-"""configs/recipes/<recipe>/<stems>.yaml -> Recipe: which model gives which stem.
+"""Recipes: which models give which stems. Each choice of stems is a file, configs/recipes/<recipe>/<stems>.yaml.
 
-A recipe has a line a stem, in the order of the output: its name and its source.
+The file has one line per stem, in the order of the output: its name and its source.
 
     vocals: MODEL                   a model in configs/models, run on the mixture
     drums: MODEL after vocals       run on the mixture minus that stem, or minus `vocals and bass`
     kick: MODEL of drums            run on that stem, or on the sum `drums and bass`
-    instrumental: residual          the mixture minus the other stems that are given
-    bass: [SOURCE, SOURCE]          the mean of several
+    instrumental: residual          the mixture minus the other stems of the output
+    bass: [SOURCE, SOURCE]          the mean of several sources
     bass: {SOURCE: 2, SOURCE: 1}    their weighted mean
-    (drums): SOURCE                 in brackets: needed on the way, not given
+    (drums): SOURCE                 in brackets: used by other lines, but not part of the output
 
-All of this is linear: a stem is a weighted sum of the mixture and of what models estimate, and so is what a model is
-run on. A recipe is resolved into these sums, and they are all that the engine needs.
+All of this is linear: every stem, and every input of a model, is a weighted sum of the mixture and of models'
+estimates. A recipe is resolved into these sums, which are all that the engine needs.
 """
 
 import re
@@ -27,24 +27,24 @@ from separation.system.places import shipped
 FOLDER = shipped("configs") / "recipes"
 RESIDUAL = "residual"
 MOST_LINES = 64
-MOST_STEPS = 6  # models on the way to a stem; what it takes to compare two estimates grows with their power
+MOST_STEPS = 6  # models in a chain; the time to compare two estimates grows exponentially with it
 
 _KEY = re.compile(r"(?P<bracket>\()?(?P<stem>[\w-]{1,64})(?(bracket)\))")
 _SOURCE = re.compile(rf"(?!{RESIDUAL} )(?P<model>\S+)(?: (?P<word>of|after) (?P<stems>\S+(?: and \S+)*))?")
 
-Combination = tuple[tuple["Estimate | None", float], ...]  # a sum of estimates, each with its weight; None: the mixture
+Combination = tuple[tuple["Estimate | None", float], ...]  # a weighted sum of estimates; None stands for the mixture
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model that is run over an input, once."""
+    """One run of a model over an input."""
 
     model: str
     input: Combination
 
 
 class Estimate(NamedTuple):
-    """What a run gives for a stem."""
+    """A model's output for a stem in one run."""
 
     run: Run
     stem: str
@@ -55,26 +55,26 @@ MIXTURE: Combination = ((None, 1.0),)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe for one choice of stems, e.g. `standard`, `all_4`."""
+    """A recipe for one choice of stems, such as `standard`, `all_4`."""
 
     name: str
     choice: str
-    outputs: dict[str, Combination]  # stem -> what it is, in the order of the output
+    outputs: dict[str, Combination]  # by stem, in the order of the output
 
     @property
     def stems(self) -> tuple[str, ...]:
-        """The stems that come out, in order."""
+        """The names of the stems, in order."""
         return tuple(self.outputs)
 
     @property
     def runs(self) -> dict[Run, tuple[str, ...]]:
-        """What the stems need, each run once and after those that it needs, with the stems that are taken from it."""
+        """The runs that are needed, each with the stems to take from it. A run comes after the runs it depends on."""
         return self.runs_without(lambda estimate: False)
 
     def runs_without(self, is_known: Callable[[Estimate], bool]) -> dict[Run, tuple[str, ...]]:
-        """As `runs`, less those estimates that are known and what only they need.
+        """As `runs`, without estimates that are known already and without what only they need.
 
-        `is_known` is asked once for each that is needed.
+        `is_known` is called once for each estimate that is needed.
         """
         needed = self._estimates(is_known)
         runs = dict.fromkeys(estimate.run for estimate in needed)
@@ -82,16 +82,16 @@ class Recipe:
 
     @property
     def models(self) -> dict[str, tuple[str, ...]]:
-        """The models that are needed, each once, with the stems that are taken from it."""
+        """The models that are needed, each with the stems to take from it."""
         models: dict[str, tuple[str, ...]] = {}
         for run, stems in self.runs.items():
             models[run.model] = tuple(dict.fromkeys((*models.get(run.model, ()), *stems)))
         return models
 
     def two_stems(self, stem: str) -> "Recipe":
-        """The recipe that gives this stem and `no_<stem>`, the mixture minus it, and needs only what this stem needs.
+        """The recipe for only this stem and `no_<stem>`, the mixture minus it.
 
-        Raises RecipeError for a stem that is none of the recipe's.
+        Raises RecipeError if the recipe does not have the stem.
         """
         if stem not in self.outputs:
             raise _no_stem(self.name, stem, self.stems)
@@ -99,7 +99,7 @@ class Recipe:
         return replace(self, outputs={stem: self.outputs[stem], f"no_{stem}": rest})
 
     def _estimates(self, is_known: Callable[[Estimate], bool]) -> list[Estimate]:
-        """Those that the stems need and that are not known, each once and after those that its run needs."""
+        """The unknown estimates that the stems need. An estimate comes after the estimates that its run depends on."""
         needed: list[Estimate] = []
         asked: set[Estimate] = set()
 
@@ -117,22 +117,22 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The recipes that there are."""
+    """The names of all recipes."""
     return sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir())
 
 
 def choices(name: str) -> list[str]:
-    """The choices of stems that a recipe offers."""
+    """The choices of stems in a recipe."""
     return sorted(path.stem for path in (FOLDER / name).glob("*.yaml"))
 
 
 def load_recipe(name: str, choice: str, *, two_stems: str | None = None) -> Recipe:
     """Read `configs/recipes/<name>/<choice>.yaml`.
 
-    With `two_stems`, what gives that stem and the mixture minus it: by this choice or, where it has no such stem, by
-    the recipe's first one that has.
+    With `two_stems`, the result is the recipe for only that stem and the mixture minus it. The stem is taken from this
+    choice or, if that has no such stem, from the recipe's first choice that does.
 
-    Raises RecipeError for an unknown recipe, choice or stem, or a file that does not make sense.
+    Raises RecipeError if there is no such recipe, choice or stem, or if a file is wrong.
     """
     if name not in names():
         raise RecipeError(f"unknown recipe {name!r}: choose one of {', '.join(names())}")
@@ -150,25 +150,25 @@ def load_recipe(name: str, choice: str, *, two_stems: str | None = None) -> Reci
 
 
 def one_model(name: str, stems: tuple[str, ...]) -> Recipe:
-    """The recipe that gives these stems of one model, run on the mixture."""
+    """The recipe for these stems of one model, run on the mixture."""
     return Recipe(name, "all", {stem: _estimate(name, MIXTURE, stem) for stem in stems})
 
 
 def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
-    """The recipe that these lines of YAML describe; whether there are such models is not looked at.
+    """The recipe that these lines of YAML describe; it does not check that the models exist.
 
-    Raises RecipeError for lines that do not make sense.
+    Raises RecipeError if the lines do not make sense.
     """
     where = f"{choice}.yaml of recipe {name!r}"
     if len(lines) > MOST_LINES:
-        raise RecipeError(f"{where} has {len(lines):,} lines: leave it at {MOST_LINES} stems")
-    sources: dict[str, list[tuple[re.Match[str], float]]] = {}
+        raise RecipeError(f"{where} has {len(lines):,} lines: write at most {MOST_LINES}")
+    sources: dict[str, list[_Source]] = {}
     given: list[str] = []
     for key, value in lines.items():
         match = _KEY.fullmatch(key) if isinstance(key, str) else None
         if match is None:
             raise RecipeError(
-                f"{where}: {quoted(key)} is not a stem: write its name, or (NAME) if it is not to be given"
+                f"{where}: {quoted(key)} is not a stem: write its name, or (NAME) if it is not part of the output"
             )
         stem = match["stem"]
         if stem in sources:
@@ -177,45 +177,77 @@ def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:
         given += [] if match["bracket"] else [stem]
     if not given:
         raise RecipeError(f"{where} gives no stem: write at least one without brackets")
-    resolved: dict[str, Combination] = {}
-    steps: dict[str, int] = {}
+    resolver = _Resolver(where, sources, given)
+    return Recipe(name, choice, {stem: resolver.stem(stem) for stem in given})
 
-    def stem_sum(stem: str, above: tuple[str, ...]) -> Combination:
+
+class _Source(NamedTuple):
+    """One source on a line, with its share of the stem."""
+
+    text: str
+    model: str
+    word: str | None  # `of` or `after`
+    stems: tuple[str, ...]  # behind that word
+    share: float
+
+
+class _Resolver:
+    """Resolves the lines of a recipe into sums of estimates.
+
+    Args:
+        where: the start of error messages.
+        sources: the sources of each line, by stem.
+        given: the stems of the output.
+    """
+
+    def __init__(self, where: str, sources: Mapping[str, list[_Source]], given: list[str]) -> None:
+        self._where, self._sources, self._given = where, sources, given
+        self._resolved: dict[str, Combination] = {}
+        self._steps: dict[str, int] = {}  # models in the chain to a stem
+
+    def stem(self, stem: str, above: tuple[str, ...] = ()) -> Combination:
+        """The sum for a stem; `above` are the stems that need it, outermost first."""
         if stem in above:
             circle = " needs ".join((*above[above.index(stem) :], stem))
-            raise RecipeError(f"{where}: {circle}: give one of them a source that does without the others")
-        if stem not in resolved:
-            parts = ((source_sum(source, stem, (*above, stem)), weight) for source, weight in sources[stem])
-            resolved[stem] = _sum(*parts)
-        return resolved[stem]
+            raise RecipeError(f"{self._where}: {circle}: give one of them a source that does not need the others")
+        if stem not in self._resolved:
+            parts = [(self._source(source, stem, above), source.share) for source in self._sources[stem]]
+            self._resolved[stem] = _sum(*parts)
+        return self._resolved[stem]
 
-    def source_sum(source: re.Match[str], stem: str, above: tuple[str, ...]) -> Combination:
-        model, word = source["model"], source["word"]
-        named = source["stems"].split(" and ") if word else []
-        for other in named:
-            if other not in sources:
+    def _source(self, source: _Source, stem: str, above: tuple[str, ...]) -> Combination:
+        needed = self._needed(source, stem)
+        others = [(self.stem(other, (*above, stem)), 1.0) for other in needed]
+        self._count_steps(stem, needed)
+        if source.word == "of":
+            return _estimate(source.model, _sum(*others), stem)
+        rest = _sum((MIXTURE, 1.0), *((other, -1.0) for other, _ in others))
+        return rest if source.model == RESIDUAL else _estimate(source.model, rest, stem)
+
+    def _needed(self, source: _Source, stem: str) -> list[str]:
+        """The stems that a source needs, in the order of the lines, so that equal inputs are recognised as equal."""
+        named: Iterable[str] = source.stems
+        for other in source.stems:
+            if other not in self._sources:
                 raise RecipeError(
-                    f"{where}: {stem}: {quoted(source[0])} needs {escaped(other)}, which has no line: write one, in "
-                    f"brackets as `({escaped(other)}): MODEL` if it is not to be given"
+                    f"{self._where}: {stem}: {quoted(source.text)} needs {escaped(other)}, which has no line: write "
+                    f"one, in brackets as `({escaped(other)}): MODEL` if it is not part of the output"
                 )
-        if model == RESIDUAL:
-            named = [other for other in given if other != stem]
+        if source.model == RESIDUAL:
+            named = [other for other in self._given if other != stem]
             if not named:
                 raise RecipeError(
-                    f"{where}: {stem}: no other stem is given that could be taken from the mixture: write a model"
+                    f"{self._where}: {stem}: there is no other stem to subtract from the mixture: write a model"
                 )
-        # In the order of the lines, so that the same input is seen to be the same, however it is written.
-        needed = [other for other in sources if other in named]
-        others = [stem_sum(other, above) for other in needed]
-        steps[stem] = max(steps.get(stem, 0), 1 + max((steps[other] for other in needed), default=0))
-        if steps[stem] > MOST_STEPS:
-            raise RecipeError(f"{where}: {stem} needs more than {MOST_STEPS - 1} others in turn: leave some out")
-        if word == "of":
-            return _estimate(model, _sum(*((other, 1.0) for other in others)), stem)
-        rest = _sum((MIXTURE, 1.0), *((other, -1.0) for other in others))
-        return rest if model == RESIDUAL else _estimate(model, rest, stem)
+        return [other for other in self._sources if other in named]
 
-    return Recipe(name, choice, {stem: stem_sum(stem, ()) for stem in given})
+    def _count_steps(self, stem: str, needed: list[str]) -> None:
+        steps = 1 + max((self._steps[other] for other in needed), default=0)
+        self._steps[stem] = max(self._steps.get(stem, 0), steps)
+        if self._steps[stem] > MOST_STEPS:
+            raise RecipeError(
+                f"{self._where}: {stem} needs a chain of more than {MOST_STEPS - 1} other stems: leave some out"
+            )
 
 
 def _read(name: str, choice: str) -> Recipe:
@@ -236,13 +268,13 @@ def _read(name: str, choice: str) -> Recipe:
     return recipe
 
 
-def _sources(value: object, where: str) -> list[tuple[re.Match[str], float]]:
-    """The sources on a line, taken apart, each with its share of the mean."""
+def _sources(value: object, where: str) -> list[_Source]:
+    """The sources on a line. `where` is the start of error messages."""
     if isinstance(value, dict):
         pairs: list[tuple[Any, Any]] = list(value.items())
     else:
         pairs = [(source, 1.0) for source in (value if isinstance(value, list) else [value])]
-    sources: list[tuple[re.Match[str], float]] = []
+    sources: list[_Source] = []
     for source, weight in pairs or [(value, 1.0)]:
         match = _SOURCE.fullmatch(source) if isinstance(source, str) else None
         if match is None:
@@ -254,9 +286,10 @@ def _sources(value: object, where: str) -> list[tuple[re.Match[str], float]]:
             raise RecipeError(
                 f"{where}: the weight of {quoted(source)} is {quoted(weight)}: write a number above 0 and below 1e9"
             )
-        sources.append((match, weight))
-    total = sum(weight for _, weight in sources)
-    return [(source, weight / total) for source, weight in sources]
+        stems = tuple(match["stems"].split(" and ")) if match["word"] else ()
+        sources.append(_Source(match[0], match["model"], match["word"], stems, weight))
+    total = sum(source.share for source in sources)
+    return [source._replace(share=source.share / total) for source in sources]
 
 
 def _estimate(model: str, input: Combination, stem: str) -> Combination:
@@ -264,7 +297,7 @@ def _estimate(model: str, input: Combination, stem: str) -> Combination:
 
 
 def _sum(*parts: tuple[Combination, float]) -> Combination:
-    """The sum of combinations, each times a factor; what cancels out is left out."""
+    """The sum of combinations, each multiplied by a factor, without estimates that cancel out."""
     weights: dict[Estimate | None, float] = {}
     for combination, factor in parts:
         for estimate, weight in combination:
@@ -272,5 +305,5 @@ def _sum(*parts: tuple[Combination, float]) -> Combination:
     return tuple((estimate, weight) for estimate, weight in weights.items() if weight)
 
 
-def _no_stem(recipe: str, stem: str, there: Iterable[str]) -> RecipeError:
-    return RecipeError(f"recipe {recipe!r} has no stem {stem!r}: choose one of {', '.join(there)}")
+def _no_stem(recipe: str, stem: str, stems: Iterable[str]) -> RecipeError:
+    return RecipeError(f"recipe {recipe!r} has no stem {stem!r}: choose one of {', '.join(stems)}")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from separation.audio.options import OutputOptions
-from separation.engine.about_song import about_song
 from separation.engine.pool import ModelPool
 from separation.engine.recipes import load_recipe
 from separation.engine.separator import Separator
+from separation.engine.song_context import song_context
 from separation.errors import AudioError, InputError, SeparationError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
@@ -145,7 +145,7 @@ class SongQueue:
                 song = self._waiting[0]
                 song.state, song.share = "separating", 0.0
             try:
-                with errors_without_paths(), about_song(song.name):
+                with errors_without_paths(), song_context(song.name):
                     self._separate(song)
             except SeparationError as e:
                 self._finish(song, "failed", str(e))

@@ -1,4 +1,4 @@
-"""cache: what was computed once is not computed again, and gives the same files to the last bit."""
+"""cache: an estimate is computed once, and a cache hit gives the same files, bit for bit."""
 
 import inspect
 import json
@@ -33,6 +33,7 @@ from separation.cli.parser import build_parser
 from separation.engine import cache as cache_module
 from separation.engine import recipes
 from separation.engine.cache import ENGINE, LIMIT_GIB, LOCK, chosen_cache, default_folder, engine_version
+from separation.engine.cached_estimates import EstimateSettings
 from separation.engine.options import EngineOptions
 from separation.engine.recipes import Recipe, resolve
 from separation.system.locks import lock
@@ -70,13 +71,13 @@ def separator(
 
 
 def contents(files: dict[str, Path]) -> dict[str, bytes]:
-    """What is in the files, but for the time of writing, which libsndfile puts into the PEAK chunk of a float WAV."""
+    """The contents of files, without the time of writing, which libsndfile puts into a float WAV's PEAK chunk."""
     found = {stem: path.read_bytes() for stem, path in files.items()}
     return {stem: re.sub(rb"(?s)(PEAK.{8})....", rb"\1", data, count=1) for stem, data in found.items()}
 
 
 def runs(separator: Separator, song: Path, out: Path, **options: Any) -> tuple[dict[str, bytes], set[str]]:
-    """What the files hold, and the models that ran, by the stages of the progress."""
+    """Separate a song; returns the contents of the files, and the models that ran, as seen in the progress."""
     stages: set[str] = set()
     files = separator.separate_file(
         song, out, OutputOptions(**options), progress=lambda share, stage: stages.add(stage)
@@ -85,19 +86,19 @@ def runs(separator: Separator, song: Path, out: Path, **options: Any) -> tuple[d
 
 
 def state(cache: Cache) -> dict[str, int]:
-    """Which samples there are, told from such that were written anew."""
+    """The entries, with numbers that change when an entry is written again."""
     return {path.stem: path.stat().st_ino for path in cache.folder.glob("*.f32")}
 
 
-# A hit gives what a miss gives
+# A hit gives the same as a miss
 
 
 @pytest.mark.parametrize("options", [{}, {"format": "flac", "gain": 3}])
-def test_a_hit_runs_no_model_and_gives_the_same_files_to_the_last_bit(
+def test_a_hit_runs_no_model_and_gives_the_same_files_bit_for_bit(
     options: dict[str, Any], pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
 ) -> None:
     options = dict(options)
-    if options.pop("gain", None):  # so loud that FLAC needs all stems to be scaled
+    if options.pop("gain", None):  # so loud that all stems must be scaled for FLAC
         audio, _ = soundfile.read(song, dtype="float32")
         song = tmp_path / "loud.wav"
         soundfile.write(song, audio * 3, RATE, subtype="FLOAT")
@@ -108,10 +109,10 @@ def test_a_hit_runs_no_model_and_gives_the_same_files_to_the_last_bit(
     assert cold[0] == first[0] == hit[0]
 
 
-def test_a_kept_waveform_is_the_same_to_the_last_bit(cache: Cache, tmp_path: Path) -> None:
+def test_a_cached_waveform_is_the_same_bit_for_bit(cache: Cache, tmp_path: Path) -> None:
     noise = torch.randn(2, 300_000, generator=torch.Generator().manual_seed(0))
     with Waveform(tmp_path) as wave:
-        for block in noise.split(77_777, dim=1):  # on which the last digits of mean and std depend
+        for block in noise.split(77_777, dim=1):  # the last digits of mean and std depend on the blocks
             wave.append(block)
         cache.put(SETTINGS, wave.raw(), wave.n_samples * 8, {"statistics": wave.statistics})
         kept = cache.get(SETTINGS)
@@ -119,10 +120,10 @@ def test_a_kept_waveform_is_the_same_to_the_last_bit(cache: Cache, tmp_path: Pat
         with Waveform(StoredSamples(kept.file, wave.n_samples, kept.facts["statistics"])) as again:
             assert torch.equal(again.read(0, 300_000), noise) and again.sample_rate == RATE
             assert (again.peak, again.mean, again.std) == (wave.peak, wave.mean, wave.std)
-    assert cache.entries()  # closing it has left it there
+    assert cache.entries()  # closing the waveform did not delete the entry
 
 
-def test_the_song_is_told_by_its_samples_alone(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
+def test_a_song_is_identified_by_its_samples_alone(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
     runs(separator(pool, cache), song, tmp_path / "first")
     audio, _ = soundfile.read(song, dtype="int16")
     other = tmp_path / "quite another name.flac"
@@ -130,7 +131,7 @@ def test_the_song_is_told_by_its_samples_alone(pool: ModelPool, song: Path, cach
         file.title = "A title"
         file.write(audio)
     assert runs(separator(pool, cache), other, tmp_path / "flac")[1] == set()
-    audio[RATE, 0] ^= 1  # the least that can differ
+    audio[RATE, 0] ^= 1  # the smallest possible difference
     soundfile.write(tmp_path / "song.wav", audio, RATE, subtype="PCM_16")
     assert runs(separator(pool, cache), tmp_path / "song.wav", tmp_path / "other")[1] == {"demo"}
 
@@ -145,7 +146,7 @@ def test_more_stems_compute_only_what_is_missing(pool: ModelPool, song: Path, ca
     assert all_4 == (runs(separator(pool, None, stems="all_4"), song, tmp_path / "cold four")[0], set())
 
 
-def test_what_only_estimates_that_are_there_need_is_neither_read_nor_computed(
+def test_estimates_that_only_cached_estimates_depend_on_are_neither_read_nor_computed(
     pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
 ) -> None:
     lines = {"(drums)": "demo", "bass": "demo of drums", "vocals": "demo after drums"}
@@ -154,21 +155,21 @@ def test_what_only_estimates_that_are_there_need_is_neither_read_nor_computed(
     drums = next(entry.key for entry in cache.entries() if entry.settings["stem"] == "drums")
     (cache.folder / f"{drums}.json").unlink()
     assert runs(separator(pool, cache, chained), song, tmp_path / "hit") == (first[0], set())
-    # Where they are needed again, what is there is used and gives the same.
+    # When they are needed again, the remaining entries are used, and the result is the same.
     vocals = next(entry.key for entry in cache.entries() if entry.settings["stem"] == "vocals")
     (cache.folder / f"{vocals}.json").unlink()
     assert runs(separator(pool, cache, chained), song, tmp_path / "again") == (first[0], {"demo"})
 
 
 @pytest.mark.slow
-def test_a_model_over_another_input_is_a_miss(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
+def test_a_model_run_on_another_input_is_a_miss(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
     for source in ("demo after drums", "demo after bass", "demo of bass"):
         recipe = resolve("mine", "test", {"vocals": source, "(drums)": "demo", "(bass)": "demo"})
         cold = runs(separator(pool, None, recipe), song, tmp_path / "cold")
         assert runs(separator(pool, cache, recipe), song, tmp_path / "first") == cold
 
 
-def test_what_was_finished_before_a_run_was_cancelled_is_kept(
+def test_estimates_that_were_complete_before_a_cancellation_are_cached(
     pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
 ) -> None:
     chained = resolve("mine", "test", {"drums": "demo", "bass": "demo of drums"})
@@ -183,21 +184,23 @@ def test_what_was_finished_before_a_run_was_cancelled_is_kept(
     assert not list(cache.folder.glob("*.part"))
 
 
-def test_refreshing_computes_and_keeps_anew(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
+def test_refreshing_computes_and_stores_everything_again(
+    pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
+) -> None:
     first = runs(separator(pool, cache), song, tmp_path / "first")
     before = state(cache)
     assert runs(separator(pool, Cache(cache.folder, refresh=True)), song, tmp_path / "anew") == first
     assert set(state(cache)) == set(before) and not set(state(cache).items()) & set(before.items())
 
 
-# What makes a miss, and what does not
+# Which options cause a miss
 
 BASE = ("--recipe", "demo", "--stems", "all_6", "--device", "cpu", "--precision", "fp32", "--chunk-size", "4")
 BASE += ("--overlap", "1")
 HIT, MISS = True, False
-# For every option of `separate` whether another value of it changes an estimate. SONG and the like are put in below.
+# For each option of `separate`, whether another value changes an estimate. The test replaces OTHER and the like.
 OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
-    "songs": [(HIT, ())],  # and see above
+    "songs": [(HIT, ())],  # other songs are tested above
     "output": [(HIT, ("-o", "OTHER"))],
     "format": [(HIT, ("--format", "flac")), (HIT, ("--format", "mp3"))],
     "sample_rate": [(HIT, ("--sample-rate", "48000")), (HIT, ("--sample-rate", "source"))],
@@ -208,7 +211,7 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "overwrite": [(HIT, ("--overwrite",))],
     "accept_damaged": [(HIT, ("--accept-damaged",))],
     "workers": [(HIT, ("--workers", "2"))],
-    "ray": [],  # which separates elsewhere
+    "ray": [],  # separates on other machines
     "json": [(HIT, ("--json",))],
     "verbose": [(HIT, ("-v",))],
     "force_refresh": [(MISS, ("--force-refresh",))],
@@ -229,7 +232,7 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
 
 @pytest.fixture(scope="module")
 def base(song: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache after a run with BASE."""
+    """The folder of a cache after a run with BASE."""
     folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEPARATION_CACHE", str(folder / "cache"))
@@ -237,7 +240,7 @@ def base(song: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cache"
 
 
-def test_every_option_of_separate_says_whether_it_changes_an_estimate() -> None:
+def test_the_table_names_every_option_of_separate() -> None:
     options = vars(build_parser().parse_args(["separate", "song", "-o", "out"]))
     assert set(options) - {"command", "parser"} == set(OPTIONS)
 
@@ -247,7 +250,7 @@ def test_every_option_of_separate_says_whether_it_changes_an_estimate() -> None:
     quick_first((case for cases in OPTIONS.values() for case in cases), 14),
     ids=lambda value: " ".join(map(str, [value])),
 )
-def test_an_option_is_a_miss_if_it_changes_an_estimate_and_a_hit_if_not(
+def test_an_option_causes_a_miss_if_and_only_if_it_changes_an_estimate(
     is_hit: bool,
     option: tuple[str, ...],
     base: Path,
@@ -271,7 +274,7 @@ def other_folder(folder: Path) -> Path:
 
 
 def copied_model(folder: Path) -> Path:
-    """A folder with the demo's YAML and weights under another name."""
+    """A folder with a copy of the demo's YAML and weights under another name."""
     (folder / "models" / "copy").mkdir(parents=True)
     shutil.copy(PROJECT / "weights" / "demo" / "demo.safetensors", folder / "models" / "copy" / "mine.safetensors")
     document = yaml.safe_load((PROJECT / "configs" / "models" / "demo.yaml").read_text(encoding="utf-8"))
@@ -289,7 +292,7 @@ def changed_weights(folder: Path) -> Path:
 
 
 def write_recipes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the demo's, one that asks the same of the model and one that asks something else."""
+    """Write two recipes beside the demo's: one that needs the same estimates, and one that needs others."""
     shutil.copytree(recipes.FOLDER / "demo", folder / "demo")
     for name, source in (("same", "[demo, demo]"), ("other", "demo after drums")):
         (folder / name).mkdir(parents=True)
@@ -297,7 +300,7 @@ def write_recipes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "FOLDER", folder)
 
 
-# Whatever else Python offers: a new option must be named here, or be part of the key.
+# The arguments of the Python API that are not part of the key: a new argument must be added here or to the key.
 OFFERED = {
     Separator.__init__: {"recipe", "stems", "pool"},
     Separator.from_model: {"model"},
@@ -308,24 +311,24 @@ OFFERED = {
 
 
 @pytest.mark.parametrize("function", OFFERED, ids=lambda function: function.__qualname__)
-def test_python_offers_nothing_that_the_key_does_not_know_of(function: Callable[..., Any]) -> None:
+def test_every_argument_of_the_python_api_is_listed_or_part_of_the_key(function: Callable[..., Any]) -> None:
     decided = {"self", "cache", "two_stems", "options", "batch_size", "chunk_seconds", "overlap_seconds"}
     assert set(inspect.signature(function).parameters) - decided == OFFERED[function]
 
 
 @pytest.mark.slow
-def test_the_key_has_the_device_the_code_and_all_that_a_yaml_says_of_a_model(
+def test_the_key_contains_the_device_the_code_and_everything_in_a_models_yaml(
     pool: ModelPool, song: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied_model(tmp_path) / "copy"
 
-    def made_anew() -> bool:
+    def is_computed() -> bool:
         before = state(cache)
         model = load_model(folder, device="cpu")
         Separator.from_model(model, cache=cache, two_stems="vocals", options=SHORT).separate_file(song, tmp_path)
         return state(cache) != before
 
-    assert made_anew() and not made_anew()
+    assert is_computed() and not is_computed()
     document = yaml.safe_load((folder / "mine.yaml").read_text(encoding="utf-8"))
     stems = document["stems"]
     for change in (
@@ -336,19 +339,21 @@ def test_the_key_has_the_device_the_code_and_all_that_a_yaml_says_of_a_model(
     ):
         changed = {key: value for key, value in (document | change).items() if value is not None}
         (folder / "mine.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
-        assert made_anew() == ("licence" not in change)
+        assert is_computed() == ("licence" not in change)
     with monkeypatch.context() as patch:
-        patch.setattr("separation.engine.separator.engine_version", lambda: "another")
-        assert made_anew()
+        patch.setattr("separation.engine.cached_estimates.engine_version", lambda: "another")
+        assert is_computed()
     one = separator(pool, cache)
     (estimate, _), *_ = one.recipe.outputs["vocals"]
     assert estimate is not None
-    here = one._settings(estimate, {})
-    one.device = torch.device("mps")
-    assert {key for key, value in one._settings(estimate, {}).items() if value != here[key]} == {"device", "batch_size"}
+    on_cpu, on_mps = (
+        EstimateSettings(one.models, one.plans, torch.device(name), batch_size=1).of(estimate, {})
+        for name in ("cpu", "mps")
+    )
+    assert {key for key, value in on_mps.items() if value != on_cpu[key]} == {"device"}
 
 
-def test_the_engines_version_changes_with_each_file_of_the_folders_that_compute_and_with_no_other(
+def test_the_engine_version_changes_with_each_file_that_computes_and_with_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Path(
@@ -368,7 +373,7 @@ def test_the_engines_version_changes_with_each_file_of_the_folders_that_compute_
     assert engine_version.__wrapped__() != version
 
 
-def test_whatever_the_separator_imports_is_in_the_engines_version() -> None:
+def test_every_package_that_the_separator_imports_is_part_of_the_engine_version() -> None:
     reached, waiting = set(), ["separation.engine.separator"]
     while waiting:
         module = waiting.pop()
@@ -379,7 +384,7 @@ def test_whatever_the_separator_imports_is_in_the_engines_version() -> None:
     assert folders == {*ENGINE, "system"}  # which writes files and computes nothing
 
 
-def test_the_engines_version_names_the_packages_that_compute() -> None:
+def test_the_engine_version_names_the_installed_packages_that_compute() -> None:
     assert "torch 2" in engine_version() and "demucs 4" in engine_version()
 
 
@@ -394,7 +399,7 @@ def test_weights_that_changed_after_they_were_loaded_are_an_error(tmp_path: Path
         Separator.from_model(model, cache=cache)
 
 
-def test_a_model_that_was_not_loaded_from_a_file_needs_to_do_without(cache: Cache) -> None:
+def test_a_model_that_was_not_loaded_from_a_file_cannot_use_the_cache(cache: Cache) -> None:
     model = small_model()
     with pytest.raises(CheckpointError, match="turn the cache off"):
         Separator.from_model(model, cache=cache)
@@ -420,7 +425,7 @@ def truncate(path: Path) -> None:
 
 
 def exchange(path: Path) -> None:
-    """Another whole entry under this one's name."""
+    """Replace an entry by another complete entry."""
     other = Cache(path.parent / "other")
     other.put({"something": "else"}, [b"1234"], 4, FACTS)
     for file in other.folder.iterdir():
@@ -441,7 +446,7 @@ def exchange(path: Path) -> None:
         (".json", lambda path: path.write_text("[" * 100_000)),
     ],
 )
-def test_a_damaged_entry_is_said_once_and_removed(
+def test_a_damaged_entry_is_removed_with_one_warning(
     suffix: str, damage: Callable[[Path], object], cache: Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.put(SETTINGS, [b"12345678"], 8, FACTS)
@@ -450,7 +455,7 @@ def test_a_damaged_entry_is_said_once_and_removed(
     for _ in range(2):
         assert cache.get(SETTINGS) is None
     assert not list(cache.folder.glob("*.*"))
-    assert caplog.messages == [f"{data} was damaged: it is removed and computed again"]
+    assert caplog.messages == [f"{data} was damaged: removed, the estimate is computed again"]
 
 
 def test_a_damaged_estimate_is_computed_again(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
@@ -461,7 +466,7 @@ def test_a_damaged_estimate_is_computed_again(pool: ModelPool, song: Path, cache
 
 
 @pytest.mark.parametrize("suffix", [".f32", ".json"])
-def test_half_an_entry_is_a_miss_and_goes(suffix: str, cache: Cache) -> None:
+def test_half_an_entry_is_a_miss_and_is_removed_later(suffix: str, cache: Cache) -> None:
     cache.put(SETTINGS, [b"1234"], 4, FACTS)
     (half,) = cache.folder.glob(f"*{suffix}")
     half.unlink()
@@ -470,7 +475,7 @@ def test_half_an_entry_is_a_miss_and_goes(suffix: str, cache: Cache) -> None:
     assert len(list(cache.folder.glob("*.*"))) == 2
 
 
-def test_a_folder_that_cannot_be_used_is_said_once_and_the_song_is_separated(
+def test_if_the_folder_cannot_be_used_there_is_one_warning_and_the_song_is_separated(
     pool: ModelPool, song: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -478,12 +483,13 @@ def test_a_folder_that_cannot_be_used_is_said_once_and_the_song_is_separated(
     for _ in range(2):
         cache = Cache(tmp_path / "file")
         assert runs(separator(pool, cache), song, tmp_path / "out") == cold
-    assert caplog.messages == [f"'song.wav': the cache in {cache.folder} is not used (Not a directory)"] * 2
+    words = f"the cache in {tmp_path / 'file'} cannot be used (Not a directory): continuing without it"
+    assert caplog.messages == [f"'song.wav': {words}"] * 2
     with pytest.raises(OutputError, match="set SEPARATION_CACHE to another folder"):
         cache.clear()
 
 
-def test_a_full_disk_is_said_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_warning_and_leaves_no_partial_files(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     script = tmp_path / "script.py"
@@ -498,8 +504,9 @@ print(*sorted(path.suffix for path in cache.folder.iterdir()))
     commands = f"mount -t tmpfs -o size=1m tmpfs {disk} && PYTHONPATH={PROJECT} exec {sys.executable} {script}"
     ran = subprocess.run(["unshare", "-rm", "sh", "-c", commands], capture_output=True, text=True, check=False)
     if "unshare" in ran.stderr or "mount:" in ran.stderr:
-        pytest.skip(f"needs a disk of its own: {ran.stderr.strip()}")
-    assert ran.stderr.splitlines() == [f"the cache in {disk}/cache is not used (No space left on device)"]
+        pytest.skip(f"cannot mount a disk: {ran.stderr.strip()}")
+    words = f"the cache in {disk}/cache cannot be used (No space left on device): continuing without it"
+    assert ran.stderr.splitlines() == [words]
     assert ran.stdout.split() == [".f32"] * 3 + [".json"] * 3
 
 
@@ -510,7 +517,7 @@ def keys_of(cache: Cache) -> set[int]:
     return {entry.settings["number"] for entry in cache.entries()}
 
 
-def test_what_was_not_used_for_longest_goes_first_and_the_limit_holds(tmp_path: Path) -> None:
+def test_the_least_recently_used_entries_are_evicted_and_the_limit_holds(tmp_path: Path) -> None:
     cache = Cache(tmp_path, limit_bytes=14_000)
     for number in range(3):
         cache.put({"number": number}, [bytes(2000)] * 2, 4000, FACTS)
@@ -526,7 +533,7 @@ def test_what_was_not_used_for_longest_goes_first_and_the_limit_holds(tmp_path: 
     assert keys_of(cache) == {4}
 
 
-def test_an_entry_that_is_removed_while_it_is_read_is_read_to_its_end(cache: Cache) -> None:
+def test_an_entry_that_is_removed_while_it_is_open_can_be_read_to_its_end(cache: Cache) -> None:
     cache.put(SETTINGS, [b"1234"], 4, FACTS)
     kept = cache.get(SETTINGS)
     cache.clear()
@@ -535,7 +542,7 @@ def test_an_entry_that_is_removed_while_it_is_read_is_read_to_its_end(cache: Cac
     kept.file.close()
 
 
-def test_a_song_that_the_cache_cannot_hold_in_all_its_stems_is_not_kept(
+def test_a_song_whose_stems_do_not_all_fit_into_the_cache_is_not_cached(
     pool: ModelPool, song: Path, tmp_path: Path
 ) -> None:
     cache = Cache(tmp_path / "cache", limit_bytes=3 * 2 * RATE * 8)  # in three stems
@@ -551,7 +558,7 @@ def python(code: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", prelude + code], cwd=PROJECT, text=True, **options)
 
 
-def test_a_process_that_is_killed_while_it_writes_leaves_no_entry_and_the_next_one_cleans_up(cache: Cache) -> None:
+def test_killing_a_process_while_it_writes_leaves_no_entry_and_the_next_process_cleans_up(cache: Cache) -> None:
     code = f"""
 def blocks():
     yield b"12"
@@ -562,7 +569,7 @@ Cache({str(cache.folder)!r}).put({SETTINGS!r}, blocks(), 4, {FACTS!r})
     with python(code, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == "half\n"
         cache.put({"another": 1}, [b"1234"], 4, FACTS)
-        assert len(list(cache.folder.glob("*.part"))) == 1  # it is alive: its file stays
+        assert len(list(cache.folder.glob("*.part"))) == 1  # the writer is alive: its file stays
         writer.send_signal(signal.SIGKILL)
     assert cache.get(SETTINGS) is None and len(cache.entries()) == 1
     cache.put({"yet another": 1}, [b"1234"], 4, FACTS)
@@ -570,7 +577,7 @@ Cache({str(cache.folder)!r}).put({SETTINGS!r}, blocks(), 4, {FACTS!r})
     assert len(cache.entries()) == 2
 
 
-def test_a_process_that_is_killed_at_any_moment_leaves_whole_entries_or_none(cache: Cache) -> None:
+def test_killing_a_process_at_any_moment_leaves_whole_entries_or_none(cache: Cache) -> None:
     code = f"""
 cache = Cache({str(cache.folder)!r}, limit_bytes=200_000)
 number = 0
@@ -586,15 +593,15 @@ while True:
             writer.kill()
         for entry in cache.entries():
             kept = cache.get(entry.settings)
-            assert kept is not None  # and so it is whole
+            assert kept is not None  # its checksum is right
             with kept.file as file:
                 assert file.read() == bytes([kept.facts["of"]]) * 20_000
 
 
-def test_processes_that_read_write_and_clear_one_folder_never_meet_anothers_half(cache: Cache) -> None:
+def test_processes_that_share_a_folder_never_read_half_an_entry(cache: Cache) -> None:
     code = f"""
 import logging
-logging.basicConfig()  # a damaged entry would be said
+logging.basicConfig()  # prints the warning about a damaged entry
 cache = Cache({str(cache.folder)!r}, limit_bytes=100_000)
 own = int(sys.argv[1]) if len(sys.argv) > 1 else os.getpid() % 251
 hits = 0
@@ -620,7 +627,9 @@ print(hits)
 
 
 @pytest.mark.slow
-def test_two_processes_with_the_same_song_are_both_right(song: Path, cache: Cache, tmp_path: Path) -> None:
+def test_two_processes_that_separate_the_same_song_both_give_the_right_stems(
+    song: Path, cache: Cache, tmp_path: Path
+) -> None:
     environment = os.environ | {"SEPARATION_CACHE": str(cache.folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "separation", "separate", str(song), "--json", *BASE]
     both = [
@@ -639,7 +648,7 @@ def test_two_processes_with_the_same_song_are_both_right(song: Path, cache: Cach
         assert np.array_equal(samples, soundfile.read(files[0][entry.settings["stem"]], dtype="float32")[0])
 
 
-def test_a_process_that_holds_the_lock_delays_those_that_write_and_no_reader(cache: Cache) -> None:
+def test_the_lock_delays_writers_but_not_readers(cache: Cache) -> None:
     cache.put(SETTINGS, [b"1234"], 4, FACTS)
     code = f"""
 cache = Cache({str(cache.folder)!r})
@@ -658,7 +667,7 @@ print(cache.get({SETTINGS!r}) is not None, flush=True)
 # The command line and the environment
 
 
-def test_the_command_line_keeps_lists_and_clears(
+def test_the_command_line_lists_and_clears_the_cache(
     base: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(base, tmp_path / "cache"))
@@ -685,7 +694,7 @@ def test_the_command_line_keeps_lists_and_clears(
 
 
 @pytest.mark.slow
-def test_evaluate_uses_what_separate_kept(
+def test_evaluate_uses_the_estimates_that_separate_cached(
     base: Path, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(Path(shutil.copytree(base, tmp_path / "cache")))
@@ -698,7 +707,7 @@ def test_evaluate_uses_what_separate_kept(
     assert state(cache) == before
 
 
-def test_the_environment_says_where_the_cache_is_and_how_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_choose_the_folder_and_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEPARATION_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "music-separation" / "stems"
@@ -725,6 +734,6 @@ def test_the_environment_says_where_the_cache_is_and_how_large(tmp_path: Path, m
     assert main(["cache", "list"]) == 2
 
 
-def test_others_cannot_read_what_is_kept(cache: Cache) -> None:
+def test_other_users_cannot_read_the_cache(cache: Cache) -> None:
     cache.put(SETTINGS, [b"1234"], 4, FACTS)
     assert {path.stat().st_mode & 0o077 for path in [cache.folder, *cache.folder.glob("*.*")]} == {0}

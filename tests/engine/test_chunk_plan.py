@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from separation.engine.chunk_plan import Chunk, ChunkPlan, fades, read_extended
-from separation.engine.song import Samples
+from separation.engine.song_waveforms import Samples
 from separation.errors import InputError
 
 

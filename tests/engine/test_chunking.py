@@ -16,7 +16,7 @@ from torch import Tensor
 from separation.engine import chunking
 from separation.engine.chunk_plan import ChunkPlan
 from separation.engine.chunking import Level, ReadyModel, separate
-from separation.engine.song import Samples
+from separation.engine.song_waveforms import Samples
 from separation.errors import EstimateError
 from separation.progress import Progress
 

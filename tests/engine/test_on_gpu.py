@@ -21,7 +21,7 @@ from separation.engine.chunking import ReadyModel, separate
 from separation.engine.compute_thread import compute_thread
 from separation.engine.cuda_graphs import Graphed, captured
 from separation.engine.options import EngineOptions
-from separation.engine.song import Samples
+from separation.engine.song_waveforms import Samples
 from separation.evaluation.metrics import sdr
 from separation.models.attention import BACKENDS, choose_attention, einsum_attention
 from separation.models.base import SeparationModel

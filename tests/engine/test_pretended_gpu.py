@@ -33,7 +33,7 @@ from separation.checkpoints.load import load_model
 from separation.engine.chunk_plan import ChunkPlan
 from separation.engine.chunking import ReadyModel, separate
 from separation.engine.options import EngineOptions
-from separation.engine.song import Samples
+from separation.engine.song_waveforms import Samples
 from separation.evaluation.metrics import sdr
 from separation.models import ARCHITECTURES
 

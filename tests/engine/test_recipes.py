@@ -1,4 +1,4 @@
-"""recipes: a file of a few lines says which model gives which stem."""
+"""recipes: a file with one line per stem chooses the models."""
 
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,17 @@ def over_mixture(stem: str, model: str = "m") -> Estimate:
 
 
 @pytest.mark.parametrize("name, choice", ALL)
-def test_a_recipe_gives_the_stems_of_the_contract_in_order_from_models_that_there_are(name: str, choice: str) -> None:
+def test_a_recipe_gives_the_stems_of_the_contract_in_order_from_existing_models(name: str, choice: str) -> None:
     assert load_recipe(name, choice).stems == ORDER[choice]
 
 
-def test_the_recipes_and_their_choices_are_the_designs() -> None:
+def test_the_shipped_recipes_have_the_designed_choices() -> None:
     four = ["all_4", "all_6", "drum_kit", "vocals_instrumental"]
     expected = {"demo": [choice for choice in four if choice != "drum_kit"], "standard": four, "sw": four}
     assert {name: recipes.choices(name) for name in recipes.names()} == expected
 
 
-def test_the_standard_recipe_is_the_designs() -> None:
+def test_the_standard_recipe_uses_the_designed_models() -> None:
     vocals, full = load_recipe("standard", "vocals_instrumental"), load_recipe("standard", "all_4")
     assert vocals.models == {"bs_roformer_viperx_1297": ("vocals",)}
     sung = over_mixture("vocals", "bs_roformer_viperx_1297")
@@ -48,7 +48,7 @@ def test_the_standard_recipe_is_the_designs() -> None:
     assert load_recipe("standard", "all_6").models["htdemucs_6s"] == ("drums", "bass", "guitar", "piano", "other")
 
 
-def test_the_drum_kit_is_taken_out_of_the_drums_alone() -> None:
+def test_the_drum_kit_is_separated_from_the_drums_alone() -> None:
     drums, kit = load_recipe("standard", "drum_kit").runs.items()
     assert drums == (Run("htdemucs_ft", MIXTURE), ("drums",))
     assert kit == (Run("drumsep", ((over_mixture("drums", "htdemucs_ft"), 1.0),)), ORDER["drum_kit"])
@@ -77,20 +77,22 @@ def test_sw_takes_every_stem_from_one_model_in_one_run() -> None:
         ("a: m after c\nc: n", {"a": {Estimate(Run("m", ((None, 1.0), (over_mixture("c", "n"), -1.0))), "a"): 1}}),
     ],
 )
-def test_a_line_is_a_sum_of_the_mixture_and_of_estimates(text: str, expected: dict[str, dict[Any, float]]) -> None:
+def test_a_line_resolves_to_a_sum_of_the_mixture_and_estimates(
+    text: str, expected: dict[str, dict[Any, float]]
+) -> None:
     outputs = recipe(text).outputs
     assert {stem: dict(outputs[stem]) for stem in expected} == expected
     assert "c" not in outputs or "(c)" not in text
 
 
-def test_what_is_run_on_the_same_input_is_one_run_however_that_is_written() -> None:
+def test_a_model_runs_once_on_the_same_input_however_it_is_written() -> None:
     mine = recipe("a: m\nb: m\nc: n after a and b\nd: n after b and a\n(e): n of a and b\nf: n after e")
     assert [run.model for run in mine.runs] == ["m", "n", "n", "n"]
     assert list(mine.runs.values()) == [("a", "b"), ("c", "d"), ("e",), ("f",)]
     assert mine.models == {"m": ("a", "b"), "n": ("c", "d", "e", "f")}
 
 
-def test_a_run_comes_after_those_that_it_needs_and_what_nothing_needs_does_not_come() -> None:
+def test_a_run_comes_after_the_runs_it_depends_on_and_unneeded_runs_are_left_out() -> None:
     mine = recipe("c: m after b and a\nb: m after a\na: n\n(x): unused\nd: residual")
     assert [(run.model, stems) for run, stems in mine.runs.items()] == [("n", ("a",)), ("m", ("b",)), ("m", ("c",))]
 
@@ -98,7 +100,7 @@ def test_a_run_comes_after_those_that_it_needs_and_what_nothing_needs_does_not_c
 # Two stems
 
 
-def test_one_stem_and_the_rest_need_only_the_runs_of_that_stem() -> None:
+def test_two_stems_need_only_the_runs_of_that_stem() -> None:
     mine = recipe("a: m\nb: m\nc: n of b\nd: residual")
     two = mine.two_stems("c")
     assert two.stems == ("c", "no_c")
@@ -109,7 +111,7 @@ def test_one_stem_and_the_rest_need_only_the_runs_of_that_stem() -> None:
         mine.two_stems("e")
 
 
-def test_the_mixture_without_the_residual_is_what_the_residual_leaves_out() -> None:
+def test_the_mixture_minus_the_residual_is_the_sum_of_the_other_stems() -> None:
     two = recipe("a: m\nb: n\nrest: residual").two_stems("rest")
     assert dict(two.outputs["no_rest"]) == {over_mixture("a"): 1, over_mixture("b", "n"): 1}
 
@@ -126,7 +128,7 @@ def test_the_mixture_without_the_residual_is_what_the_residual_leaves_out() -> N
         ("all_4", "snare", ["htdemucs_ft", "drumsep"]),
     ],
 )
-def test_two_stems_follow_the_choice_or_else_the_first_that_has_the_stem(
+def test_two_stems_come_from_the_choice_or_else_from_the_first_choice_that_has_the_stem(
     choice: str, stem: str, models: list[str]
 ) -> None:
     two = load_recipe("standard", choice, two_stems=stem)
@@ -134,7 +136,7 @@ def test_two_stems_follow_the_choice_or_else_the_first_that_has_the_stem(
     assert list(two.models) == models
 
 
-def test_a_stem_that_no_choice_of_the_recipe_has_is_an_error_that_names_those_there_are() -> None:
+def test_an_unknown_stem_is_an_error_that_lists_the_stems() -> None:
     words = "'demo' has no stem 'kick': choose one of vocals, drums, bass, other, guitar, piano, instrumental"
     with pytest.raises(RecipeError, match=words):
         load_recipe("demo", "all_4", two_stems="kick")
@@ -172,17 +174,20 @@ def test_a_stem_that_no_choice_of_the_recipe_has_is_an_error_that_names_those_th
             "vocals: demo after drums",
             r"vocals: 'demo after drums' needs drums, which has no line: write one, in brackets as `\(drums\)",
         ),
-        ("vocals: demo of vocals", "vocals needs vocals: give one of them a source that does without the others"),
+        ("vocals: demo of vocals", "vocals needs vocals: give one of them a source that does not need the others"),
         ("vocals: demo after bass\nbass: demo of vocals", "vocals needs bass needs vocals: give one"),
         ("vocals: residual\nother: residual", "vocals needs other needs vocals: give one"),
         ("bass: demo\nvocals: demo after other\nother: residual", "vocals needs other needs vocals"),
-        ("a0: m\n" + "\n".join(f"a{n}: m of a{n - 1}" for n in range(1, 60)), "a6 needs more than 5 others in turn"),
-        ("\n".join(f"a{n}: m" for n in range(65)), "has 65 lines: leave it at 64 stems"),
+        (
+            "a0: m\n" + "\n".join(f"a{n}: m of a{n - 1}" for n in range(1, 60)),
+            "a6 needs a chain of more than 5 other stems: leave some out",
+        ),
+        ("\n".join(f"a{n}: m" for n in range(65)), "has 65 lines: write at most 64"),
         ("v: m\n" + "x" * 65 + ": m", r"'x{65}' is not a stem"),
         ("v: m of " + "x" * 10_000, r"'m of x{73}… needs x{79}…, which has no line"),
         ("v: {m: 1e308, n: 1e308}", "the weight of 'm' is 1e\\+308: write a number above 0 and below 1e9"),
-        ("vocals: residual", "vocals: no other stem is given that could be taken from the mixture: write a model"),
-        ("vocals: residual\n(drums): demo", "vocals: no other stem is given"),
+        ("vocals: residual", "vocals: there is no other stem to subtract from the mixture: write a model"),
+        ("vocals: residual\n(drums): demo", "vocals: there is no other stem"),
         (
             "vocals: unheard_of",
             ", vocals: unknown model 'unheard_of': use one of .*htdemucs",
@@ -193,7 +198,7 @@ def test_a_stem_that_no_choice_of_the_recipe_has_is_an_error_that_names_those_th
         ),
     ],
 )
-def test_a_recipe_that_makes_no_sense_is_an_error_that_says_where_and_what_to_write(
+def test_a_wrong_recipe_is_an_error_that_says_where_and_what_to_write(
     text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -205,7 +210,7 @@ def test_a_recipe_that_makes_no_sense_is_an_error_that_says_where_and_what_to_wr
     assert str(caught.value).startswith("all_4.yaml of recipe 'mine'")
 
 
-def test_an_unknown_recipe_or_choice_is_an_error_that_names_those_there_are() -> None:
+def test_an_unknown_recipe_or_choice_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(RecipeError, match=r"'best'.*demo, standard"):
         load_recipe("best", "all_4")
     for two_stems in (None, "vocals"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from helpers.small_model import identity
 from separation.engine.chunk_plan import ChunkPlan
 from separation.engine.chunking import ReadyModel, separate
-from separation.engine.song import Samples
+from separation.engine.song_waveforms import Samples
 from separation.models.htdemucs import Demucs, DemucsModel, HDemucs, HTDemucs
 
 SOURCES = ("drums", "bass", "other", "vocals")

@@ -1,4 +1,4 @@
-"""The waveforms of one song: the mixture, the estimates, and the sums made of them."""
+"""The waveforms of one song: the mixture, the models' estimates, and the sums that a recipe makes of them."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -16,7 +16,7 @@ from separation.audio.waveform import Growing, Waveform
 from separation.engine.recipes import Combination, Estimate, Recipe
 from separation.system.threads import Threads
 
-BLOCK_SAMPLES = 65536  # that are added up at once
+BLOCK_SAMPLES = 65536  # samples that are added up at once
 
 
 class Samples(Growing):
@@ -29,44 +29,47 @@ class Samples(Growing):
 
     @classmethod
     def of(cls, samples: Tensor) -> "Samples":
-        """These samples on the CPU, without a copy if they are contiguous."""
+        """These samples on the CPU, `[2, T]`, without a copy if they are contiguous."""
         return cls(samples.shape[1], np.ascontiguousarray(samples.numpy()))
 
     def append(self, block: Tensor) -> None:
+        """Append `[2, n]` float32."""
         self.samples[:, self._there : self._there + block.shape[1]] = block
         self._grow(block.shape[1])
 
     def read(self, start: int, stop: int) -> Tensor:
+        """Samples `[start, stop)`, `[2, stop - start]`; waits for samples that are still missing."""
         self._wait(stop)
         return self.samples[:, start:stop]
 
     @property
     def peak(self) -> float:
+        """The largest magnitude; NaN if there is a NaN."""
         lowest, highest = torch.aminmax(self.samples)
         return max(-float(lowest), float(highest))
 
     @property
     def mean(self) -> float:
+        """The mean of the mono mixture."""
         return float(self._mono().mean())
 
     @property
     def std(self) -> float:
+        """The unbiased standard deviation of the mono mixture; 0 for fewer than two samples."""
         return float(self._mono().std(ddof=1)) if self.n_samples > 1 else 0.0
 
     def _mono(self) -> NDArray[np.float64]:
-        # In numpy, for sums in torch depend on the number of threads.
+        # In numpy, because sums in torch depend on the number of threads.
         mono: NDArray[np.float64] = np.add(*self.samples.numpy(), dtype=np.float64)
         mono /= 2
         return mono
 
 
 Wave = TypeVar("Wave", Samples, Waveform)
-Find = Callable[[Estimate], Wave | None]  # an estimate that is there from before, if it is
-Keep = Callable[[Estimate, Wave], None]
 
 
-class _Sum(Generic[Wave]):
-    """Waveforms added up, each times its weight, as they are read."""
+class _WeightedSum(Generic[Wave]):
+    """A weighted sum of waveforms, computed whenever it is read."""
 
     def __init__(self, parts: list[tuple[Wave, float]]) -> None:
         self._parts: list[tuple[Wave, float]] = parts
@@ -83,107 +86,116 @@ class _Sum(Generic[Wave]):
             yield self.read(start, min(start + BLOCK_SAMPLES, self.n_samples))
 
 
-class Song(Generic[Wave]):
-    """The waveforms of a song: the mixture, what models estimate, and what is made of these.
+class SongWaveforms(Generic[Wave]):
+    """The waveforms of one song: the mixture, the models' estimates, and sums of them.
 
-    Inside the `with` block a thread makes what was asked for by `wave` and `fill`, and the inputs of runs, as the
-    estimates come. An exception there closes all waveforms, so that who waits for more samples of one ends.
+    Sums are requested with `sum_of` and `fill`. Inside the `with` block, a thread computes them as the estimates grow.
+    If it fails, or an exception leaves the block, the waveforms are closed, so that their readers stop waiting.
 
     Args:
-        new: makes an empty waveform of the song's length.
-        find: gives an estimate that is there from before, if it is.
+        new: returns an empty waveform of the song's length.
+        find: returns a cached estimate, or None.
+
+    Attributes:
+        estimates: the waveform of each estimate; that of None is the mixture.
+        runs: the model runs that are needed because their estimates are not cached, in order, each with its stems.
     """
 
     def __init__(
-        self, recipe: Recipe, mixture: Wave, new: Callable[[], Wave], find: "Find[Wave] | None" = None
+        self,
+        recipe: Recipe,
+        mixture: Wave,
+        new: Callable[[], Wave],
+        find: Callable[[Estimate], Wave | None] = lambda estimate: None,
     ) -> None:
         self.n_samples = mixture.n_samples
         self.estimates: dict[Estimate | None, Wave] = {None: mixture}
         self._new: Callable[[], Wave] = new
         self._sums: dict[Combination, Wave] = {}
-        self._filled: list[tuple[int, Wave, Iterator[Tensor]]] = []  # by the number of the last run that is needed
-        self._threads = Threads(max_workers=2)  # one makes sums, one does what is asked for
+        self._to_fill: list[tuple[int, Wave, Iterator[Tensor]]] = []  # with the number of the last run that is needed
+        self._threads = Threads(max_workers=2)  # one for the sums, one for background jobs
         self._filling: Future[None] | None = None
         self._jobs: list[Future[None]] = []
 
-        def is_known(estimate: Estimate) -> bool:
-            if find and (found := find(estimate)) is not None:
-                self.estimates[estimate] = found
-            return estimate in self.estimates
+        def is_cached(estimate: Estimate) -> bool:
+            if (cached := find(estimate)) is not None:
+                self.estimates[estimate] = cached
+            return cached is not None
 
-        self.runs = recipe.runs_without(is_known)
+        self.runs = recipe.runs_without(is_cached)
         self.estimates |= {Estimate(run, stem): new() for run, stems in self.runs.items() for stem in stems}
         for run in self.runs:
-            self.wave(run.input)
+            self.sum_of(run.input)
 
-    def wave(self, parts: Combination) -> Wave:
-        """The sum, which the thread will make; or the one waveform that it is."""
+    def sum_of(self, parts: Combination) -> Wave:
+        """The waveform of a sum, which the thread fills. A single estimate with weight 1 is returned as it is."""
         readable = self.readable(parts)
-        if not isinstance(readable, _Sum):
+        if not isinstance(readable, _WeightedSum):
             return readable
         if parts not in self._sums:
             self._sums[parts] = self._new()
             self.fill(self._sums[parts], parts, readable.blocks())
         return self._sums[parts]
 
-    def readable(self, parts: Combination) -> "Wave | _Sum[Wave]":
-        """The sum, added up anew whenever it is read; or the one waveform that it is."""
+    def readable(self, parts: Combination) -> "Wave | _WeightedSum[Wave]":
+        """The sum as something to read from once: it is not stored, but computed by each read."""
         if [weight for _, weight in parts] == [1.0]:
             return self.estimates[parts[0][0]]
-        return _Sum([(self.estimates[estimate], weight) for estimate, weight in parts])
+        return _WeightedSum([(self.estimates[estimate], weight) for estimate, weight in parts])
 
     def fill(self, wave: Wave, parts: Combination, blocks: Iterator[Tensor]) -> None:
-        """Have the thread append blocks, which come of these estimates, to a waveform."""
+        """Have the thread append `blocks`, which are computed from the estimates in `parts`, to a waveform."""
         numbers = {run: number for number, run in enumerate(self.runs)}
         last = max((numbers.get(estimate.run, -1) for estimate, _ in parts if estimate), default=-1)
-        self._filled.append((last, wave, blocks))
+        self._to_fill.append((last, wave, blocks))
 
-    def _fill(self) -> None:
-        # Those that the same runs make grow together.
-        for _, group in groupby(sorted(self._filled, key=itemgetter(0)), key=itemgetter(0)):
-            for _ in zip_longest(*(_appending(wave, blocks) for _, wave, blocks in group)):
-                pass
-
-    def _filled_or_failed(self, filling: "Future[None]") -> None:
-        """Once `check` knows the error, who waits for what will not come may end too."""
-        if filling.exception():
-            for _, wave, _ in self._filled:
-                wave.close()
-
-    def in_background(self, job: Callable[[], None]) -> None:
-        self._jobs.append(self._threads.submit(job))
-
-    def check(self) -> None:
-        """Raise what a thread has failed with, if one has."""
-        for job in (self._filling, *self._jobs):
-            if job and job.done():
-                job.result()
-
-    def complete(self, parts: Combination) -> Wave:
-        """The sum, once it is made."""
-        wave = self.wave(parts)
+    def wait_for(self, parts: Combination) -> Wave:
+        """The waveform of a sum, once it is complete. Raises the error of a thread that failed."""
+        wave = self.sum_of(parts)
         while not wave.is_complete(0.2):
             self.check()
         return wave
 
     def finish(self, waiting: Callable[[], None] = lambda: None) -> None:
-        """Wait until all sums are made; `waiting` is called now and then: raise from it to cancel."""
+        """Wait until all sums are complete; `waiting` is called every 0.2 s: raise from it to cancel."""
         while self._filling and wait([self._filling], timeout=0.2).not_done:
             waiting()
         self.check()
 
+    def in_background(self, job: Callable[[], None]) -> None:
+        """Run a job on another thread. The end of the `with` block waits for it."""
+        self._jobs.append(self._threads.submit(job))
+
+    def check(self) -> None:
+        """Raise the error of a thread that failed, if there is one."""
+        for job in (self._filling, *self._jobs):
+            if job and job.done():
+                job.result()
+
+    def _fill(self) -> None:
+        # Waveforms that need the same runs grow together.
+        for _, group in groupby(sorted(self._to_fill, key=itemgetter(0)), key=itemgetter(0)):
+            for _ in zip_longest(*(_appending(wave, blocks) for _, wave, blocks in group)):
+                pass
+
+    def _close_if_failed(self, filling: "Future[None]") -> None:
+        # As a callback of the future: by the time that readers stop waiting, `check` raises the cause.
+        if filling.exception():
+            for _, wave, _ in self._to_fill:
+                wave.close()
+
     def __enter__(self) -> Self:
-        if self._filled:
+        if self._to_fill:
             self._filling = self._threads.submit(self._fill)
-            self._filling.add_done_callback(self._filled_or_failed)
+            self._filling.add_done_callback(self._close_if_failed)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        wait(self._jobs)  # what a run gave is kept, whatever comes after it
+        wait(self._jobs)  # finished estimates are cached, whatever happens later
         if error is not None:
-            for wave in (*self.estimates.values(), *(wave for _, wave, _ in self._filled)):
+            for wave in (*self.estimates.values(), *(wave for _, wave, _ in self._to_fill)):
                 wave.close()
         self._threads.shutdown()
         if error is None:

@@ -1,4 +1,4 @@
-"""Warnings name their song, are given once, above the bars, and are in its JSON, however many songs are at work."""
+"""song_context: warnings and errors name their song, each warning is logged once, and a full disk is a clear error."""
 
 import errno
 import json
@@ -24,9 +24,9 @@ from separation import EstimateError, InputError, OutputError, Separator
 from separation.batch.job import Job, Song
 from separation.batch.run import separate_song
 from separation.cli.main import main
-from separation.engine.about_song import about_song
 from separation.engine.cache import Cache
 from separation.engine.options import EngineOptions
+from separation.engine.song_context import song_context
 from separation.progress import Progress
 from separation.system.record import RECORD
 from separation.system.threads import Threads
@@ -34,12 +34,12 @@ from separation.system.threads import Threads
 logger = logging.getLogger("separation")
 
 
-def test_a_warning_names_its_song_once_and_only_while_the_song_is_at_hand(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_in_the_context_names_its_song_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with about_song("a 100%.wav") as warnings:
+    with song_context("a 100%.wav") as warnings:
         logger.warning("is %s", "loud")
         logger.warning("'a 100%.wav' is damaged")
-        with about_song("other.wav") as inner:
+        with song_context("other.wav") as inner:
             logger.warning("is loud")
             assert inner is warnings
         logger.info("of no concern")
@@ -49,11 +49,11 @@ def test_a_warning_names_its_song_once_and_only_while_the_song_is_at_hand(caplog
     assert caplog.messages == [*told, "of no concern", "is loud"]
 
 
-def test_threads_know_the_song_of_whoever_gave_them_the_job() -> None:
+def test_a_thread_names_the_song_of_the_caller_that_submitted_the_job() -> None:
     with Threads(max_workers=1) as threads:
         found = {}
         for name in "ab":
-            with about_song(name) as warnings:
+            with song_context(name) as warnings:
                 threads.submit(logger.warning, "from %s's thread", name).result()
                 list(threads.map(logger.warning, [f"again {name}"]))
             found[name] = warnings
@@ -61,7 +61,7 @@ def test_threads_know_the_song_of_whoever_gave_them_the_job() -> None:
     assert found == {name: [f"'{name}': from {name}'s thread", f"'{name}': again {name}"] for name in "ab"}
 
 
-def test_only_threads_that_know_their_song_are_started_while_a_song_is_at_hand() -> None:
+def test_only_the_loading_of_weights_uses_threads_that_do_not_know_their_song() -> None:
     users = {name for name, path in modules().items() if "ThreadPoolExecutor" in path.read_text(encoding="utf-8")}
     assert users == {
         "separation.system.threads",
@@ -70,19 +70,19 @@ def test_only_threads_that_know_their_song_are_started_while_a_song_is_at_hand()
 
 
 @pytest.mark.parametrize("kind", [OutputError, EstimateError])
-def test_errors_of_disks_and_models_name_the_song(kind: type[Exception]) -> None:
-    with pytest.raises(kind) as raised, about_song("a.wav"):
+def test_errors_about_disks_and_models_name_the_song(kind: type[Exception]) -> None:
+    with pytest.raises(kind) as raised, song_context("a.wav"):
         raise kind("the disk is full")
     assert str(raised.value) == "'a.wav': the disk is full"
-    with pytest.raises(kind) as raised, about_song("a.wav"):
+    with pytest.raises(kind) as raised, song_context("a.wav"):
         raise kind("no room for 'a.wav'")
     assert str(raised.value) == "no room for 'a.wav'"
-    with pytest.raises(InputError, match=r"^wrong$"), about_song("a.wav"):
+    with pytest.raises(InputError, match=r"^wrong$"), song_context("a.wav"):
         raise InputError("wrong")
 
 
 def write_songs(folder: Path) -> dict[str, list[str]]:
-    """Songs, some of which there is something to say about; the words by the songs' names."""
+    """Write songs, some of which cause warnings; returns words of the expected warnings by the songs' names."""
     samples = common.read(common.song(0.1))
     loud = samples / np.abs(samples).max() * 8
     folder.mkdir()
@@ -97,7 +97,7 @@ def write_songs(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("workers", [slow("1"), "3"])
-def test_each_songs_json_has_its_warnings_and_each_is_printed_once(
+def test_the_json_of_a_song_has_its_warnings_and_each_is_printed_once(
     workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = write_songs(tmp_path / "music")
@@ -119,7 +119,7 @@ def test_each_songs_json_has_its_warnings_and_each_is_printed_once(
         assert sorted(caplog.messages) == (told if status == "done" else [])
 
 
-def test_a_song_that_fails_has_its_warnings_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_song_has_its_warnings_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = np.zeros((1000, 6), dtype=np.float32)
     samples[500] = np.nan
     soundfile.write(tmp_path / "song.wav", samples, 44100, subtype="FLOAT")
@@ -130,7 +130,7 @@ def test_a_song_that_fails_has_its_warnings_too(tmp_path: Path, capsys: pytest.C
     assert [warning[:26] for warning in line["warnings"]] == ["'song.wav' has 6 channels "]
 
 
-def test_warnings_are_lines_of_their_own_above_the_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_are_printed_above_the_progress_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = write_songs(tmp_path / "music")
     terminal, ours = pty.openpty()
     seen = bytearray()
@@ -160,12 +160,12 @@ def test_warnings_are_lines_of_their_own_above_the_bars(tmp_path: Path, monkeypa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Disks that are full
+# Full disks
 
 
 @contextmanager
 def largest_file(n_bytes: int) -> Iterator[None]:
-    """Files cannot have more bytes: an error as on a full disk, for a user's quota too."""
+    """Limits the size of files: a larger one is an error, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:
@@ -179,7 +179,7 @@ def separator() -> Separator:
     return Separator("demo", options=EngineOptions(device="cpu"))
 
 
-SAMPLES_BYTES = 4410 * 2 * 4  # of the song below, as samples in a temporary file or a stem without its header
+SAMPLES_BYTES = 4410 * 2 * 4  # of the song below, without a header
 FULL: dict[str, tuple[int, str, Any]] = {
     "a temporary file": (SAMPLES_BYTES - 1, "cannot write to ", []),
     "a stem": (SAMPLES_BYTES, "cannot write ", []),
@@ -189,7 +189,7 @@ FULL: dict[str, tuple[int, str, Any]] = {
 
 
 @pytest.mark.parametrize("what", FULL)
-def test_a_full_disk_is_a_sentence_with_the_song_and_the_folder(
+def test_a_full_disk_is_an_error_that_names_the_song_and_the_folder(
     what: str, separator: Separator, tmp_path: Path
 ) -> None:
     n_bytes, words, left = FULL[what]
@@ -210,9 +210,11 @@ def test_a_full_disk_is_a_sentence_with_the_song_and_the_folder(
     assert bool(outcome.stems) == (what == "the page")
 
 
-def test_a_cache_on_a_full_disk_is_a_warning_of_the_song(tmp_path: Path) -> None:
+def test_a_cache_on_a_full_disk_is_a_warning_that_names_the_song(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    with about_song("song.wav") as warnings, largest_file(1000):
+    with song_context("song.wav") as warnings, largest_file(1000):
         cache.put({"a": 1}, [bytes(5000)], 5000, {})
-    assert warnings == [f"'song.wav': the cache in {tmp_path / 'cache'} is not used ({os.strerror(errno.EFBIG)})"]
+    reason = os.strerror(errno.EFBIG)
+    cache_warning = f"the cache in {tmp_path / 'cache'} cannot be used ({reason}): continuing without it"
+    assert warnings == [f"'song.wav': {cache_warning}"]
     assert not below(tmp_path / "cache", "*.part") and not below(tmp_path / "cache", "*.f32")

@@ -1,0 +1,131 @@
+"""song_waveforms: sums of estimates grow with them, and an error ends every wait."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from separation.audio.waveform import Waveform
+from separation.engine.recipes import MIXTURE, Combination, Estimate, Recipe, Run, resolve
+from separation.engine.song_waveforms import BLOCK_SAMPLES, Samples, SongWaveforms
+
+N_SAMPLES = BLOCK_SAMPLES + 1000
+RECIPE = resolve("test", "test", {"vocals": "m", "drums": "m", "instrumental": "residual"})
+RUN = Run("m", MIXTURE)
+VOCALS, DRUMS = Estimate(RUN, "vocals"), Estimate(RUN, "drums")
+
+
+def noise(seed: int) -> Tensor:
+    return torch.randn(2, N_SAMPLES, generator=torch.Generator().manual_seed(seed))
+
+
+def new() -> Samples:
+    return Samples(N_SAMPLES)
+
+
+def song(recipe: Recipe = RECIPE) -> SongWaveforms[Samples]:
+    return SongWaveforms(recipe, Samples.of(noise(0)), new)
+
+
+def test_samples_have_the_statistics_of_a_waveform(tmp_path: object) -> None:
+    samples = Samples.of(noise(1) * 0.3 + 0.1)
+    with Waveform(tmp_path) as wave:
+        wave.append(samples.samples)
+        assert samples.peak == wave.peak
+        assert samples.mean == pytest.approx(wave.mean, rel=1e-12)
+        assert samples.std == pytest.approx(wave.std, rel=1e-12)
+    assert Samples.of(torch.ones(2, 1)).std == 0
+
+
+def test_a_reader_of_samples_waits_until_they_are_appended() -> None:
+    samples, read = Samples(4), []
+    thread = threading.Thread(target=lambda: read.append(samples.read(0, 4).tolist()))
+    thread.start()
+    samples.append(torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
+    samples.append(torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
+    thread.join(20)
+    assert read == [[[1, 2, 3, 4]] * 2]
+
+
+def test_an_estimate_with_weight_1_is_its_own_sum() -> None:
+    waves = song()
+    assert waves.sum_of(RECIPE.outputs["vocals"]) is waves.estimates[VOCALS]
+    assert waves.sum_of(MIXTURE) is waves.estimates[None]
+
+
+def test_a_sum_is_filled_once_while_its_estimates_grow() -> None:
+    waves = song()
+    residual = RECIPE.outputs["instrumental"]
+    total = waves.sum_of(residual)
+    assert waves.sum_of(residual) is total
+    vocals, drums = noise(1), noise(2)
+    with waves:
+        for part in (slice(0, BLOCK_SAMPLES), slice(BLOCK_SAMPLES, N_SAMPLES)):
+            waves.estimates[VOCALS].append(vocals[:, part])
+            waves.estimates[DRUMS].append(drums[:, part])
+            assert torch.equal(total.read(part.start, part.stop), (noise(0) - vocals - drums)[:, part])
+        assert waves.wait_for(residual) is total
+        waves.finish()
+
+
+def test_cached_estimates_need_no_run_and_hold_their_samples() -> None:
+    cached = Samples.of(noise(1))
+    waves = SongWaveforms(RECIPE, Samples.of(noise(0)), new, lambda estimate: cached if estimate == VOCALS else None)
+    assert waves.runs == {RUN: ("drums",)}
+    assert waves.estimates[VOCALS] is cached
+    everything = SongWaveforms(RECIPE, Samples.of(noise(0)), new, lambda estimate: cached)
+    assert everything.runs == {}
+
+
+def test_a_sum_that_fails_closes_its_waveform_and_the_error_is_raised_by_check() -> None:
+    class FillError(Exception):
+        pass
+
+    def blocks() -> Iterator[Tensor]:
+        raise FillError
+        yield
+
+    def wait(waves: SongWaveforms[Samples], wave: Samples) -> None:
+        with waves:
+            with pytest.raises(ValueError, match="closed"):
+                wave.read(0, 1)
+            waves.check()
+
+    waves, wave = song(), new()
+    parts: Combination = ((VOCALS, 1.0),)
+    waves.fill(wave, parts, blocks())
+    with pytest.raises(FillError):
+        wait(waves, wave)
+
+
+def test_an_exception_in_the_block_ends_every_wait() -> None:
+    waves = song()
+    total = waves.sum_of(RECIPE.outputs["instrumental"])
+    with pytest.raises(KeyboardInterrupt), waves:
+        raise KeyboardInterrupt
+    for wave in (total, waves.estimates[VOCALS]):
+        with pytest.raises(ValueError, match="closed"):
+            wave.read(0, 1)
+
+
+def test_the_end_of_the_block_waits_for_background_jobs_and_raises_their_errors() -> None:
+    class JobError(Exception):
+        pass
+
+    begin, done = threading.Event(), []
+
+    def job() -> None:
+        begin.wait(20)
+        done.append(True)
+
+    def fail() -> None:
+        raise JobError
+
+    with SongWaveforms(RECIPE, Samples.of(noise(0)), new) as waves:
+        waves.in_background(job)
+        begin.set()
+    assert done == [True]
+    with pytest.raises(JobError), SongWaveforms(RECIPE, Samples.of(noise(0)), new) as waves:
+        waves.in_background(fail)
