@@ -1,7 +1,6 @@
 """The commands and their options."""
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +9,7 @@ from separation import __version__
 from separation.audio.options import FLAC_DEPTHS, FORMATS, MP3_BITRATES, SAMPLE_RATES, WAV_DEPTHS
 from separation.cli import commands, models
 from separation.cli.separate import separate
+from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, seconds
 from separation.engine.options import ATTENTIONS, PRECISIONS
 from separation.engine.recipes import choices, names
 from separation.engine.selection import Selection
@@ -42,13 +42,20 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Commands:
-    """The commands below a parser."""
+    """Adds commands to a parser."""
 
     def __init__(self, parser: Parser) -> None:
         self._parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
 
-    def add(self, name: str, description: str, *examples: str) -> Parser:
-        """Add a command with its description, one sentence, and examples: the arguments after its name."""
+    def add(self, name: str, command: Command, usage: str, description: str, *examples: str) -> Parser:
+        """Add a command that calls a function. Its description is one sentence; examples are what follows its name."""
+        parser = self.add_group(name, description, *examples)
+        parser.usage = f"%(prog)s {usage}".rstrip()
+        parser.set_defaults(command=command, parser=parser)
+        return parser
+
+    def add_group(self, name: str, description: str, *examples: str) -> Parser:
+        """Add a command that has commands of its own."""
         words = description[0].lower() + description[1:].removesuffix(".")
         return self._parsers.add_parser(name, help=words, description=description, epilog=_epilog(examples))
 
@@ -61,8 +68,8 @@ def _epilog(examples: tuple[str, ...]) -> str:
 def build_parser() -> Parser:
     """The parser of the command line.
 
-    What it returns for a command has two attributes besides the arguments: `command`, the function to call with it, and
-    `parser`, the command's own parser.
+    Its namespaces have two attributes besides the arguments: `command`, the function to call with the namespace, and
+    `parser`, the parser of that command.
     """
     parser = Parser(
         prog=program(),
@@ -70,54 +77,54 @@ def build_parser() -> Parser:
         epilog=f"{_epilog(('separate song.mp3 -o stems',))}\n\n`%(prog)s COMMAND --help` describes a command.",
     )
     parser.set_defaults(verbose=False)
-    adding = _Commands(parser)
-    for add in (_add_demo, _add_separate, _add_serve, _add_evaluate, _add_null, _add_bench, _add_models):
-        add(adding)
-    _add_cache(adding)
-    _add_export(adding)
+    parent = _Commands(parser)
+    _add_demo(parent)
+    _add_separate(parent)
+    _add_serve(parent)
+    _add_evaluate(parent)
+    _add_null(parent)
+    _add_bench(parent)
+    _add_models(parent)
+    _add_cache(parent)
+    _add_export(parent)
     parser.add_last().add_argument(
         "--version", action="version", version=f"separation {__version__}", help="print the version"
     )
     return parser
 
 
-def _runs(parser: Parser, command: Command, usage: str) -> None:
-    parser.set_defaults(command=command, parser=parser)
-    parser.usage = f"%(prog)s {usage}".rstrip()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
-def _add_demo(adding: _Commands) -> None:
-    demo = adding.add("demo", "Separate the song that ships with the program.", "-o stems")
-    _runs(demo, commands.demo, "[OPTIONS]")
+def _add_demo(parent: _Commands) -> None:
+    demo = parent.add("demo", commands.demo, "[OPTIONS]", "Separate the song that ships with the program.", "-o stems")
     group = demo.add_argument_group("output options")
     group.add_argument(
-        "-o", "--output", type=_path, default=Path("stems"), metavar="DIR", help="folder to write to (default: stems)"
+        "-o", "--output", type=path, default=Path("stems"), metavar="DIR", help="folder to write to (default: stems)"
     )
     group.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
     _add_device_options(demo.add_argument_group("device options"))
     demo.add_last(verbose=True)
 
 
-def _add_separate(adding: _Commands) -> None:
-    parser = adding.add(
+def _add_separate(parent: _Commands) -> None:
+    parser = parent.add(
         "separate",
+        separate,
+        "[OPTIONS] -o DIR SONG [SONG ...]",
         "Separate songs into stems.",
         "song.mp3 -o stems",
         "music -o stems --stems all_4 --format mp3",
         "'music/**/*.flac' -o karaoke --two-stems vocals",
     )
-    _runs(parser, separate, "[OPTIONS] -o DIR SONG [SONG ...]")
     parser.add_argument_group("arguments").add_argument(
-        "songs", nargs="+", type=_given, metavar="SONG", help="file, folder or glob"
+        "songs", nargs="+", type=given, metavar="SONG", help="file, folder or glob"
     )
     model = _add_model_options(parser)
     model.add_argument(
         "--two-stems",
-        type=_given,
+        type=given,
         metavar="STEM",
         help="give only this stem and no_STEM, the song minus it; any stem that the recipe has",
     )
@@ -125,12 +132,12 @@ def _add_separate(adding: _Commands) -> None:
     engine = _add_engine_options(parser)
     engine.add_argument(
         "--workers",
-        type=_count,
+        type=count,
         default=1,
         metavar="N",
         help="songs at once on each GPU: some are decoded and encoded while the model works on another (default: 1)",
     )
-    engine.add_argument("--ray", type=_given, metavar="ADDRESS", help="use the machines of this Ray cluster, or `auto`")
+    engine.add_argument("--ray", type=given, metavar="ADDRESS", help="use the machines of this Ray cluster, or `auto`")
     songs = parser.add_argument_group("song options")
     songs.add_argument(
         "--force-refresh", action="store_true", help="separate finished songs again, and ignore cached estimates"
@@ -146,14 +153,14 @@ def _add_separate(adding: _Commands) -> None:
 def _add_output_options(parser: Parser) -> None:
     group = parser.add_argument_group("output options")
     group.add_argument(
-        "-o", "--output", type=_path, required=True, metavar="DIR", help="write the stems to DIR/<song>/<stem>.<format>"
+        "-o", "--output", type=path, required=True, metavar="DIR", help="write the stems to DIR/<song>/<stem>.<format>"
     )
     group.add_argument(
         "--format", default="wav", choices=FORMATS, metavar="NAME", help=f"{_listed(FORMATS)} (default: wav)"
     )
     group.add_argument(
         "--sample-rate",
-        type=_sample_rate,
+        type=sample_rate,
         default=44100,
         choices=SAMPLE_RATES,
         metavar="HZ",
@@ -176,13 +183,18 @@ def _add_output_options(parser: Parser) -> None:
     group.add_argument("--overwrite", action="store_true", help=f"{_OVERWRITE}, and stems of other songs")
 
 
-def _add_serve(adding: _Commands) -> None:
-    serve = adding.add("serve", "Open a page in the browser to separate songs and listen to stems.", "--port 8000")
-    _runs(serve, commands.serve, "[OPTIONS]")
+def _add_serve(parent: _Commands) -> None:
+    serve = parent.add(
+        "serve",
+        commands.serve,
+        "[OPTIONS]",
+        "Open a page in the browser to separate songs and listen to stems.",
+        "--port 8000",
+    )
     group = serve.add_argument_group("page options")
     group.add_argument(
         "--host",
-        type=_given,
+        type=given,
         default="127.0.0.1",
         metavar="ADDRESS",
         help="address to listen on; 0.0.0.0 lets in the whole network, without a password (default: 127.0.0.1)",
@@ -195,50 +207,53 @@ def _add_serve(adding: _Commands) -> None:
     serve.add_last(verbose=True)
 
 
-def _add_evaluate(adding: _Commands) -> None:
-    evaluate = adding.add(
+def _add_evaluate(parent: _Commands) -> None:
+    evaluate = parent.add(
         "evaluate",
+        commands.evaluate,
+        "[OPTIONS] --references DIR",
         "Score stems against the true ones: SDR, SI-SDR, SIR and SAR.",
         "--references true --estimates stems",
         "--references musdb18hq/test --stems all_4",
     )
-    _runs(evaluate, commands.evaluate, "[OPTIONS] --references DIR")
     group = evaluate.add_argument_group("songs")
     group.add_argument(
-        "--references", type=_path, required=True, metavar="DIR", help="the true stems: DIR/<song>/<stem>.wav"
+        "--references", type=path, required=True, metavar="DIR", help="the true stems: DIR/<song>/<stem>.wav"
     )
     group.add_argument(
-        "--estimates", type=_path, metavar="DIR", help="the stems to score; without it, the mixtures are separated"
+        "--estimates", type=path, metavar="DIR", help="the stems to score; without it, the mixtures are separated"
     )
     _add_model_options(evaluate)
     _add_engine_options(evaluate)
     evaluate.add_last(verbose=True).add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _add_null(adding: _Commands) -> None:
-    null = adding.add(
+def _add_null(parent: _Commands) -> None:
+    null = parent.add(
         "null",
+        commands.null,
+        "A B",
         "Print what is left of one recording minus another, in dB.",
         "stems/song song.flac",
         "stems/song other/song",
     )
-    _runs(null, commands.null, "A B")
     arguments = null.add_argument_group("arguments")
-    arguments.add_argument("first", type=_path, metavar="A", help="file, or folder of files")
+    arguments.add_argument("first", type=path, metavar="A", help="file, or folder of files")
     arguments.add_argument(
-        "second", type=_path, metavar="B", help="file or folder to subtract; or the song that the stems in A sum to"
+        "second", type=path, metavar="B", help="file or folder to subtract; or the song that the stems in A sum to"
     )
     null.add_last()
 
 
-def _add_bench(adding: _Commands) -> None:
-    bench = adding.add(
+def _add_bench(parent: _Commands) -> None:
+    bench = parent.add(
         "bench",
+        commands.bench,
+        "[OPTIONS]",
         "Measure how fast a recipe or a model is on this machine.",
         "--recipe demo --runs 5",
         "--model-name htdemucs --random-weights",
     )
-    _runs(bench, commands.bench, "[OPTIONS]")
     group = bench.add_argument_group("measurement options")
     group.add_argument("--seconds", type=int, default=30, metavar="S", help="seconds of music in a run (default: 30)")
     group.add_argument("--runs", type=int, default=3, metavar="N", help="runs after a warm-up (default: 3)")
@@ -255,89 +270,110 @@ def _add_bench(adding: _Commands) -> None:
     bench.add_last(verbose=True).add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _add_export(adding: _Commands) -> None:
-    export = adding.add("export", "Write a model as an ONNX file, for programs without PyTorch.", "demo demo.onnx")
-    _runs(export, commands.export, "[OPTIONS] MODEL OUT.onnx")
+def _add_export(parent: _Commands) -> None:
+    export = parent.add(
+        "export",
+        commands.export,
+        "[OPTIONS] MODEL OUT.onnx",
+        "Write a model as an ONNX file, for programs without PyTorch.",
+        "demo demo.onnx",
+    )
     arguments = export.add_argument_group("arguments")
-    arguments.add_argument("model", type=_given, metavar="MODEL", help="name, or path of a YAML file or of weights")
-    arguments.add_argument("output", type=_path, metavar="OUT.onnx", help="file to write")
+    arguments.add_argument("model", type=given, metavar="MODEL", help="name, or path of a YAML file or of weights")
+    arguments.add_argument("output", type=path, metavar="OUT.onnx", help="file to write")
     group = export.add_argument_group("options")
-    group.add_argument("--model-path", type=_path, metavar="FILE", help="weights to use instead of the model's own")
+    group.add_argument("--model-path", type=path, metavar="FILE", help="weights to use instead of the model's own")
     group.add_argument("--random-weights", action="store_true", help="use random weights, to try it without a download")
     group.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     export.add_last()
 
 
-def _add_models(adding: _Commands) -> None:
-    parser = adding.add("models", "List, show, download, verify, convert or compile models.", "list")
+def _add_models(parent: _Commands) -> None:
+    parser = parent.add_group("models", "List, show, download, verify, convert or compile models.", "list")
     below = _Commands(parser)
-    listing = below.add("list", "List every model, and whether it is downloaded.", "--json")
-    _runs(listing, models.list_models, "[OPTIONS]")
+    listing = below.add(
+        "list", models.list_models, "[OPTIONS]", "List every model, and whether it is downloaded.", "--json"
+    )
     listing.add_last().add_argument("--json", action="store_true", help="print a JSON object for each model")
 
-    show = below.add("show", "Show a model's stems, chunks, parameters, licence and files.", "htdemucs_ft")
-    _runs(show, models.show, "[OPTIONS] NAME")
+    show = below.add(
+        "show",
+        models.show,
+        "[OPTIONS] NAME",
+        "Show a model's stems, chunks, parameters, licence and files.",
+        "htdemucs_ft",
+    )
     show.add_argument_group("arguments").add_argument(
-        "model", type=_given, metavar="NAME", help="name, or path of a YAML file or of weights"
+        "model", type=given, metavar="NAME", help="name, or path of a YAML file or of weights"
     )
     show.add_last().add_argument("--json", action="store_true", help="print one JSON object")
 
-    download = below.add("download", "Download models.", "bs_roformer_viperx_1297 htdemucs_ft")
-    _runs(download, models.download, "NAME [NAME ...]")
+    download = below.add(
+        "download", models.download, "NAME [NAME ...]", "Download models.", "bs_roformer_viperx_1297 htdemucs_ft"
+    )
     download.add_argument_group("arguments").add_argument(
-        "names", nargs="+", type=_given, metavar="NAME", help="model to download"
+        "names", nargs="+", type=given, metavar="NAME", help="model to download"
     )
     download.add_last()
 
-    verify = below.add("verify", "Compare the files of models with their checksums.", "demo")
-    _runs(verify, models.verify, "[NAME ...]")
+    verify = below.add(
+        "verify", models.verify, "[NAME ...]", "Compare the files of models with their checksums.", "demo"
+    )
     verify.add_argument_group("arguments").add_argument(
-        "names", nargs="*", type=_given, metavar="NAME", help="model to verify (default: all that are downloaded)"
+        "names", nargs="*", type=given, metavar="NAME", help="model to verify (default: all that are downloaded)"
     )
     verify.add_last()
 
-    convert = below.add("convert", "Write weights in the format that loads fastest.", "FILE.ckpt FILE.safetensors")
-    _runs(convert, models.convert, "[OPTIONS] CHECKPOINT OUT.safetensors")
+    convert = below.add(
+        "convert",
+        models.convert,
+        "[OPTIONS] CHECKPOINT OUT.safetensors",
+        "Write weights in the format that loads fastest.",
+        "FILE.ckpt FILE.safetensors",
+    )
     arguments = convert.add_argument_group("arguments")
-    arguments.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="file to read")
-    arguments.add_argument("output", type=_path, metavar="OUT.safetensors", help="file to write")
+    arguments.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="file to read")
+    arguments.add_argument("output", type=path, metavar="OUT.safetensors", help="file to write")
     convert.add_argument_group("options").add_argument(
         "--overwrite", action="store_true", help="replace the file if it exists"
     )
     convert.add_last()
 
     compiling = below.add(
-        "compile", "Compile GPU kernels ahead of time, without a GPU.", "htdemucs_ft --gpu 90 -o kernels"
+        "compile",
+        models.compile_kernels,
+        "[OPTIONS] -o DIR NAME [NAME ...]",
+        "Compile GPU kernels ahead of time, without a GPU.",
+        "htdemucs_ft --gpu 90 -o kernels",
     )
-    _runs(compiling, models.compile_kernels, "[OPTIONS] -o DIR NAME [NAME ...]")
     compiling.add_argument_group("arguments").add_argument(
-        "names", nargs="+", type=_given, metavar="NAME", help="model to compile for"
+        "names", nargs="+", type=given, metavar="NAME", help="model to compile for"
     )
     group = compiling.add_argument_group("options")
     group.add_argument(
         "--gpu",
-        type=_capabilities,
+        type=capabilities,
         default="80,86,89,90",
         metavar="80,90",
         help="compute capabilities times ten (default: 80,86,89,90)",
     )
     group.add_argument(
-        "-o", "--output", type=_path, required=True, metavar="DIR", help="folder to fill, for SEPARATION_KERNELS"
+        "-o", "--output", type=path, required=True, metavar="DIR", help="folder to fill, for SEPARATION_KERNELS"
     )
     compiling.add_last()
     parser.add_last()
 
 
-def _add_cache(adding: _Commands) -> None:
-    parser = adding.add("cache", "List or clear cached estimates.", "list")
+def _add_cache(parent: _Commands) -> None:
+    parser = parent.add_group("cache", "List or clear cached estimates.", "list")
     below = _Commands(parser)
-    listing = below.add("list", "List the cached estimates, and when each was made.", "--json")
-    _runs(listing, commands.cache_list, "[OPTIONS]")
+    listing = below.add(
+        "list", commands.cache_list, "[OPTIONS]", "List the cached estimates, and when each was made.", "--json"
+    )
     listing.add_last().add_argument(
         "--json", action="store_true", help="print a JSON object for each estimate, with all its settings"
     )
-    clear = below.add("clear", "Remove all cached estimates.", "")
-    _runs(clear, commands.cache_clear, "")
+    clear = below.add("clear", commands.cache_clear, "", "Remove all cached estimates.", "")
     clear.add_last()
     parser.add_last()
 
@@ -350,28 +386,26 @@ def _add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("model options")
     all_choices = sorted({choice for name in names() for choice in choices(name)})
     group.add_argument(
-        "--stems", type=_given, metavar="NAME", help=f"{_listed(all_choices)} (default: {Selection.stems})"
+        "--stems", type=given, metavar="NAME", help=f"{_listed(all_choices)} (default: {Selection.stems})"
+    )
+    group.add_argument("--recipe", type=given, metavar="NAME", help=f"{_listed(names())} (default: {Selection.recipe})")
+    group.add_argument("--model-name", type=given, metavar="NAME", help="all stems of one model, instead of a recipe")
+    group.add_argument(
+        "--model-dir", type=path, metavar="DIR", help="folder of that model: DIR/NAME, or DIR/NAME.yaml and NAME.ckpt"
     )
     group.add_argument(
-        "--recipe", type=_given, metavar="NAME", help=f"{_listed(names())} (default: {Selection.recipe})"
-    )
-    group.add_argument("--model-name", type=_given, metavar="NAME", help="all stems of one model, instead of a recipe")
-    group.add_argument(
-        "--model-dir", type=_path, metavar="DIR", help="folder of that model: DIR/NAME, or DIR/NAME.yaml and NAME.ckpt"
-    )
-    group.add_argument(
-        "--model-path", type=_path, metavar="FILE", help="weights of your own, with their YAML file beside them"
+        "--model-path", type=path, metavar="FILE", help="weights of your own, with their YAML file beside them"
     )
     group.add_argument(
         "--chunk-size",
-        type=_seconds,
+        type=seconds,
         default="auto",
         metavar="S",
         help="4 to 30 seconds, or `auto` for what a model was trained on (default: auto)",
     )
     group.add_argument(
         "--overlap",
-        type=_seconds,
+        type=seconds,
         default="auto",
         metavar="S",
         help="1 to 8 seconds, or `auto` for half a chunk (default: auto)",
@@ -391,7 +425,7 @@ def _add_engine_options(parser: Parser) -> argparse._ArgumentGroup:
     )
     group.add_argument(
         "--batch-size",
-        type=_batch_size,
+        type=batch_size,
         default="auto",
         metavar="N",
         help="chunks to compute at once, or `auto` (default: auto)",
@@ -401,7 +435,7 @@ def _add_engine_options(parser: Parser) -> argparse._ArgumentGroup:
 
 def _add_device_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--device", type=_given, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+        "--device", type=given, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
     group.add_argument(
         "--precision",
@@ -412,48 +446,6 @@ def _add_device_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-
-
 def _listed(values: list[str] | tuple[int | str, ...]) -> str:
     *others, last = map(str, values)
     return f"{', '.join(others)} or {last}"
-
-
-def _given(text: str) -> str:
-    if not text:  # often an unset variable of a shell; as a path it would be the current folder
-        raise argparse.ArgumentTypeError("it is empty: give a value, or leave it out")
-    return text
-
-
-def _path(text: str) -> Path:
-    return Path(_given(text))
-
-
-def _batch_size(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be auto or a whole number from 1 up")
-    return text if text == "auto" else int(text)
-
-
-def _seconds(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be auto or a whole number of seconds")
-    return text if text == "auto" else int(text)
-
-
-def _sample_rate(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 up")
-    return int(text)
-
-
-def _capabilities(text: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d{1,2}(,[1-9]\d{1,2})*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be compute capabilities times ten, such as 80,90")
-    return [int(number) for number in text.split(",")]

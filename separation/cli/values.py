@@ -1,0 +1,50 @@
+"""Converts the values of arguments. argparse prints the errors of these functions behind the argument's name."""
+
+import re
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+
+def given(text: str) -> str:
+    """Any text but an empty one."""
+    if not text:  # often an unset variable of a shell; as a path it would be the current folder
+        raise ArgumentTypeError("it is empty: give a value, or leave it out")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path."""
+    return Path(given(text))
+
+
+def batch_size(text: str) -> int | str:
+    """`auto`, or a number of chunks."""
+    if text != "auto" and not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} must be auto or a whole number from 1 up")
+    return text if text == "auto" else int(text)
+
+
+def seconds(text: str) -> int | str:
+    """`auto`, or whole seconds."""
+    if text != "auto" and not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} must be auto or a whole number of seconds")
+    return text if text == "auto" else int(text)
+
+
+def sample_rate(text: str) -> int | str:
+    """Hertz, or a name, which the parser's choices check."""
+    return int(text) if text.isdecimal() else text
+
+
+def count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} must be a whole number from 1 up")
+    return int(text)
+
+
+def capabilities(text: str) -> list[int]:
+    """Compute capabilities times ten, with commas between them."""
+    if not re.fullmatch(r"[1-9]\d{1,2}(,[1-9]\d{1,2})*", text):
+        raise ArgumentTypeError(f"{text!r} must be compute capabilities times ten, such as 80,90")
+    return [int(number) for number in text.split(",")]

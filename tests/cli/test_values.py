@@ -1,0 +1,49 @@
+"""Values of arguments are converted, and wrong ones explained."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, seconds
+
+
+@pytest.mark.parametrize(
+    "convert, text, value",
+    [
+        (given, "x", "x"),
+        (path, "a/b", Path("a/b")),
+        (batch_size, "auto", "auto"),
+        (batch_size, "4", 4),
+        (seconds, "auto", "auto"),
+        (seconds, "8", 8),
+        (sample_rate, "44100", 44100),
+        (sample_rate, "source", "source"),
+        (count, "1", 1),
+        (capabilities, "80", [80]),
+        (capabilities, "75,90,100", [75, 90, 100]),
+    ],
+)
+def test_a_value_is_converted(convert: Callable[[str], Any], text: str, value: object) -> None:
+    assert convert(text) == value
+
+
+@pytest.mark.parametrize(
+    "convert, text, error",
+    [
+        (given, "", "it is empty: give a value, or leave it out"),
+        (path, "", "it is empty"),
+        (batch_size, "-1", "'-1' must be auto or a whole number"),
+        (seconds, "1.5", "'1.5' must be auto or a whole number of seconds"),
+        (count, "0", "'0' must be a whole number from 1 up"),
+        (count, "two", "'two' must be a whole number from 1 up"),
+        (capabilities, "8", "'8' must be compute capabilities times ten"),
+        (capabilities, "80,", "'80,' must be compute capabilities times ten"),
+        (capabilities, "8.0", "'8.0' must be compute capabilities times ten"),
+    ],
+)
+def test_a_wrong_value_is_explained(convert: Callable[[str], Any], text: str, error: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=error):
+        convert(text)
