@@ -1,1 +1,1 @@
-"""Checkpoints: described, found, downloaded, read, loaded."""
+"""Checkpoints: their descriptions, their files, and the models that are built and loaded from them."""

@@ -1,6 +1,7 @@
 """Loading models: from named files, in each precision, and of several networks."""
 
 import gc
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -116,6 +117,14 @@ def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path: Path, state: d
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_the_origin_of_given_weights_is_their_own_sha256(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = write_weights(state, tmp_path / "x.ckpt")
+    config = write_yaml(tmp_path, files=[{"name": "small.ckpt", "sha256": "0" * 64}])
+    model = load_model(config, checkpoint=path)
+    assert model.origin is not None
+    assert model.origin.weights["0"]() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # Devices and precisions
