@@ -160,7 +160,7 @@ class Cache:
         key = _key(settings)
         data, description = self._paths(key)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._part(n_bytes) as part:
+        with self._temporary_file(n_bytes) as part:
             digest = hashlib.sha256()
             for block in blocks:
                 part.write(block)
@@ -168,7 +168,7 @@ class Cache:
             part.close()  # Windows renames no open file
             body = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "facts": facts, "settings": settings}
             digest.update(_json(body))
-            with self._part() as json_part:
+            with self._temporary_file() as json_part:
                 json_part.write(_json({"sha256": digest.hexdigest(), **body}))
                 json_part.close()
                 with self._locked():
@@ -177,7 +177,7 @@ class Cache:
                     os.replace(json_part.name, description)
 
     @contextlib.contextmanager
-    def _part(self, n_bytes: int = 0) -> Iterator["tempfile._TemporaryFileWrapper[bytes]"]:
+    def _temporary_file(self, n_bytes: int = 0) -> Iterator["tempfile._TemporaryFileWrapper[bytes]"]:
         """A temporary file, after making room for it; removed at the end unless it was renamed.
 
         A lock beside it is held meanwhile. If nobody holds the lock, a killed process left the file behind.

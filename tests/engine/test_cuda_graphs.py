@@ -1,4 +1,4 @@
-"""CUDA graphs on a pretended GPU: replayed where that gives what the model gives, and only there."""
+"""cuda_graphs, on a pretended GPU: a graph is used if and only if its replay gives the model's estimates."""
 
 import gc
 import logging
@@ -37,7 +37,7 @@ def pretended_card() -> Iterator[object]:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What was said so far of how models run."""
+    """The log lines so far about how models run."""
     caplog.set_level(logging.INFO)
     return lambda: [record.getMessage() for record in caplog.records if "graph" in record.getMessage()]
 
@@ -59,13 +59,13 @@ class Counted:
 
 
 @torch.inference_mode()
-def test_a_graph_gives_what_the_model_gives_and_does_not_call_it(said: Callable[[], list[str]]) -> None:
+def test_a_graph_gives_the_models_estimates_without_calling_it(said: Callable[[], list[str]]) -> None:
     model = Counted(two_stems)
     graphed = captured("small", model, SHAPE, GPU)
     assert isinstance(graphed, Graphed) and said() == ["small: runs as a CUDA graph, batches of 4"]
     calls = model.calls
     batches = torch.randn(3, *SHAPE)
-    got = [graphed(batch.to(GPU)) for batch in batches]  # none is taken back by the next replay
+    got = [graphed(batch.to(GPU)) for batch in batches]  # the next replay overwrites none of them
     assert all(torch.equal(each.cpu(), two_stems(batch)) for each, batch in zip(got, batches, strict=True))
     assert model.calls == calls
     assert torch.equal(graphed(batches[0, :3].to(GPU)).cpu(), two_stems(batches[0, :3]))
@@ -73,18 +73,20 @@ def test_a_graph_gives_what_the_model_gives_and_does_not_call_it(said: Callable[
 
 
 @torch.inference_mode()
-def test_a_capture_needs_little_memory_beside_the_graphs_own() -> None:
+def test_a_capture_needs_little_more_memory_than_its_graph() -> None:
     shape = (8, 2, 100_000)
     torch.cuda.reset_peak_memory_stats()
     graphed = captured("small", two_stems, shape, GPU)
     assert isinstance(graphed, Graphed)
-    estimates = 8 * 2 * 2 * 100_000 * 4  # bytes; the model's own, and the batch, of half of their size, are needed
+    estimates = 8 * 2 * 2 * 100_000 * 4  # bytes; the model's own estimates and the batch, half as large, are needed
     assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() < 2.5 * estimates
 
 
 @pytest.mark.parametrize("fails_at_the_end", [False, True])
 @torch.inference_mode()
-def test_a_capture_without_memory_keeps_none(fails_at_the_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_runs_out_of_memory_frees_its_memory(
+    fails_at_the_end: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def end(graph: object) -> None:
         gpu_end(graph)
         if fails_at_the_end:
@@ -98,7 +100,7 @@ def test_a_capture_without_memory_keeps_none(fails_at_the_end: bool, monkeypatch
 
     gpu_end = pretended.Graph.capture_end
     monkeypatch.setattr(pretended.Graph, "capture_end", end)
-    captured("small", two_stems, SHAPE, GPU)  # what graphs share is made once
+    captured("small", two_stems, SHAPE, GPU)  # creates what all graphs share
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *place: None)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *place: None)
     before = torch.cuda.memory_allocated()
@@ -114,7 +116,7 @@ def test_a_capture_without_memory_keeps_none(fails_at_the_end: bool, monkeypatch
 
 
 @torch.inference_mode()
-def test_what_a_graph_reads_is_kept_for_it() -> None:
+def test_tensors_that_a_graph_reads_stay_alive() -> None:
     tables = [torch.full((100,), 2.0, device=GPU)]
     graphed = captured("small", lambda batch: (batch * tables[0]).unsqueeze(1), SHAPE, GPU)
     assert isinstance(graphed, Graphed)
@@ -141,7 +143,7 @@ def test_what_a_graph_reads_is_kept_for_it() -> None:
     ],
 )
 @torch.inference_mode()
-def test_a_model_that_waits_for_the_cpu_has_no_graph_and_none_is_tried(
+def test_a_model_that_waits_for_the_cpu_is_never_captured(
     wait: Callable[[Tensor], Tensor], said: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*arguments: object) -> None:
@@ -157,7 +159,7 @@ def test_a_model_that_waits_for_the_cpu_has_no_graph_and_none_is_tried(
 
 
 @torch.inference_mode()
-def test_what_needs_no_wait_is_not_taken_for_one() -> None:
+def test_operations_that_do_not_wait_are_not_mistaken_for_waits() -> None:
     table = torch.arange(100, device=GPU)
 
     def model(batch: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ def test_what_needs_no_wait_is_not_taken_for_one() -> None:
 
 
 @torch.inference_mode()
-def test_a_model_whose_replay_differs_has_no_graph(said: Callable[[], list[str]]) -> None:
+def test_a_model_whose_replay_differs_runs_without_a_graph(said: Callable[[], list[str]]) -> None:
     model = Counted(lambda batch: batch.unsqueeze(1) * model.calls)
     assert captured("small", model, SHAPE, GPU) is model
     assert said() == ["small: runs without a CUDA graph (its replay differs from its own estimates)"]
@@ -188,7 +190,7 @@ def failing(error: Exception) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def test_a_capture_that_fails_leaves_the_model_as_it_was(
+def test_after_a_failed_capture_the_model_runs_without_a_graph(
     said: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[tuple[int, object]] = []
@@ -206,7 +208,9 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was(
 
 @pytest.mark.parametrize("has_ended", [True, False])
 @torch.inference_mode()
-def test_a_capture_without_memory_says_so(has_ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_runs_out_of_memory_is_an_out_of_memory_error(
+    has_ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def end(*place: object) -> None:
         if has_ended:
             raise RuntimeError("not currently recording to it")
@@ -228,7 +232,7 @@ def clip() -> Tensor:
     return torch.from_numpy(audio.T.copy())
 
 
-def test_a_song_by_graphs_is_the_song_without(clip: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_song_has_the_same_samples_with_and_without_graphs(clip: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     def separated() -> Tensor:
         separator = Separator.from_model(quick_model().to(GPU), options=replace(QUICK, batch_size=4))
         return separator.separate(clip)["vocals"]
@@ -245,7 +249,7 @@ def test_a_song_that_overflows_in_float16_is_computed_in_bfloat16_and_so_is_the_
     def model(precision: torch.dtype) -> torch.nn.Module:
         made = quick_model()
         first = next(module for module in made.band_split.modules() if isinstance(module, torch.nn.Linear))
-        first.weight.mul_(3e4)  # what follows is a norm
+        first.weight.mul_(3e4)  # a norm follows
         made.to_precision(precision)
         return made
 

@@ -1,4 +1,4 @@
-"""A CUDA GPU gives the stems that the CPU gives, whatever its memory holds, and gives its memory back."""
+"""The engine on a real CUDA GPU: it gives the CPU's stems, however little memory is free, and frees its memory."""
 
 import gc
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from separation.models.base import SeparationModel
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 GPU = torch.device("cuda")
-# The SDR in dB that the same stems have at least, computed another way in that precision.
+# By precision: the least SDR in dB between stems that were computed in two ways.
 NEAR = {"fp32": 60.0, "bf16": 40.0, "fp16": 50.0}
 PRECISIONS = list(NEAR)
 PLAN = ChunkPlan(4000, 1000)
@@ -59,14 +59,14 @@ def run(mixture: Tensor, model=two_stems, batch_size: int = 4) -> Tensor:
 
 
 def forget_earlier_tests() -> None:
-    """Free what pytest keeps of a test that failed, models and all, until the garbage collector comes by."""
-    compute_thread(GPU).run(gc.collect)  # that thread has let go of its last job by then
+    """Free the models and tensors that pytest keeps alive for a failed test."""
+    compute_thread(GPU).run(gc.collect)  # on that thread, which then holds no reference to its last job
     torch.cuda.empty_cache()
 
 
 @contextmanager
 def memory_comes_back() -> Iterator[None]:
-    """All that is allocated within is freed, and by no garbage collector: that may come late."""
+    """Everything that is allocated in the block is freed, without the garbage collector, which may run late."""
     forget_earlier_tests()
     before = torch.cuda.memory_allocated(GPU)
     gc.disable()
@@ -80,7 +80,7 @@ def memory_comes_back() -> Iterator[None]:
 
 @pytest.mark.parametrize("precision, error", [(torch.float32, 1e-3), (torch.bfloat16, 0.02), (torch.float16, 0.02)])
 @pytest.mark.parametrize("shape", [(62, 8, 801, 64), (801, 8, 62, 64), (2, 8, 336, 48), (5, 4, 100, 32)])
-def test_every_backend_that_works_equals_the_plain_definition(
+def test_every_attention_backend_equals_the_plain_definition(
     precision: torch.dtype, error: float, shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
@@ -92,14 +92,14 @@ def test_every_backend_that_works_equals_the_plain_definition(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_stems_are_those_of_the_cpu(clip: Tensor, precision: str) -> None:
+def test_the_stems_equal_the_cpus(clip: Tensor, precision: str) -> None:
     expected = stems(clip, torch.device("cpu"), "fp32")
     for stem, got in stems(clip, GPU, precision).items():
         assert sdr(expected[stem], got) > NEAR[precision]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_batch_changes_the_stems_by_no_more_than_the_rounding(clip: Tensor, precision: str) -> None:
+def test_the_batch_size_changes_the_stems_by_no_more_than_rounding(clip: Tensor, precision: str) -> None:
     expected = stems(clip, GPU, precision, batch_size=1)
     for batch_size in (2, 5, 8):
         for stem, got in stems(clip, GPU, precision, batch_size=batch_size).items():
@@ -129,7 +129,7 @@ def without_graphs(name: str, model: Model, shape: tuple[int, ...], device: torc
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_song_by_graphs_has_the_samples_of_the_song_without(
+def test_a_song_has_the_same_samples_with_and_without_graphs(
     clip: Tensor, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = ModelPool(EngineOptions(device="cuda", precision=precision))
@@ -172,7 +172,7 @@ def without_memory(batch: Tensor) -> Tensor:
     return two_stems(batch)
 
 
-def test_a_model_that_cannot_be_captured_runs_as_before_and_memory_is_still_given_back() -> None:
+def test_a_model_that_cannot_be_captured_runs_without_a_graph_and_memory_is_freed() -> None:
     thread = compute_thread(GPU)
     shape = (4, 2, 4000)
     try:
@@ -182,14 +182,14 @@ def test_a_model_that_cannot_be_captured_runs_as_before_and_memory_is_still_give
             thread.run(captured, "without memory", without_memory, shape, thread.device)
         assert isinstance(thread.run(captured, "small", two_stems, shape, thread.device), Graphed)
         assert thread.run(captured, "failing", failing, shape, thread.device) is failing
-        torch.cuda.empty_cache()  # an error if the allocator took the capture to go on
+        torch.cuda.empty_cache()  # an error if the allocator still considers the capture active
         mixture = torch.randn(2, 100_000)
         assert torch.equal(run(mixture, failing), run(mixture))
     finally:
         cuda_graphs._captures.cache_clear()
 
 
-def test_the_batch_does_not_follow_from_what_others_have_of_the_memory(clip: Tensor) -> None:
+def test_the_batch_size_does_not_depend_on_the_memory_that_other_programs_use(clip: Tensor) -> None:
     options = {"options": EngineOptions(chunk_seconds=4, overlap_seconds=2)}
     expected = Separator("demo", "all_6", pool=ModelPool(EngineOptions(device="cuda")), **options).separate(clip)
     forget_earlier_tests()
@@ -200,7 +200,7 @@ def test_the_batch_does_not_follow_from_what_others_have_of_the_memory(clip: Ten
     try:
         got = Separator("demo", "all_6", pool=ModelPool(EngineOptions(device="cuda")), **options).separate(clip)
     finally:
-        del others  # else, if this fails, the tests that follow have no memory
+        del others  # otherwise, if this fails, later tests have no memory
         torch.cuda.empty_cache()
     assert all(torch.equal(got[stem], expected[stem]) for stem in expected)
 
@@ -222,12 +222,14 @@ def test_a_batch_for_a_capped_memory_fits_without_being_halved(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_what_overflows_in_float16_is_computed_in_bfloat16(clip: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_song_that_overflows_in_float16_is_computed_in_bfloat16(
+    clip: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
     def model(precision: torch.dtype) -> SeparationModel:
         made = quick_model()
         first = next(module for module in made.band_split.modules() if isinstance(module, torch.nn.Linear))
         with torch.no_grad():
-            first.weight.mul_(3e4)  # what follows is a norm
+            first.weight.mul_(3e4)  # a norm follows
         made.to_precision(precision)
         return made
 
@@ -241,7 +243,7 @@ def test_what_overflows_in_float16_is_computed_in_bfloat16(clip: Tensor, caplog:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_the_second_gpu_gives_the_stems_of_the_first_and_the_first_is_left_alone(clip: Tensor) -> None:
+def test_the_second_gpu_gives_the_stems_of_the_first_without_using_the_first(clip: Tensor) -> None:
     expected = stems(clip, GPU, "auto")
     torch.cuda.reset_peak_memory_stats(0)
     before = torch.cuda.memory_allocated(0)
@@ -259,7 +261,7 @@ def test_working_ahead_changes_no_sample(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (torch.cat(list(cpu), dim=-1) - ahead).abs().max() <= 1e-6
 
 
-def test_a_batch_for_which_the_memory_is_missing_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     mixture, unit_bytes = torch.randn(2, 100_000), 2**28
     expected = run(mixture)
     sizes: list[int] = []
@@ -300,12 +302,12 @@ def test_a_batch_needs_no_more_memory_than_was_estimated(
     Separator(
         "demo", "all_6", pool=pool, options=EngineOptions(chunk_seconds=4, overlap_seconds=3, batch_size=8)
     ).separate(clip)
-    estimates = 8 * 6 * 2 * 4 * 44100 * 4  # bytes of a batch: those of two are kept while a third is computed
+    estimates = 8 * 6 * 2 * 4 * 44100 * 4  # bytes of a batch; two are kept while a third is computed
     assert 0 < torch.cuda.max_memory_allocated(GPU) - before <= 1.25 * 8 * chunk_bytes + 2 * estimates
 
 
 @pytest.mark.parametrize("end", ["finished", "an error", "given up"])
-def test_a_songs_memory_is_given_back(clip: Tensor, tmp_path: Path, end: str) -> None:
+def test_the_memory_of_a_song_is_freed(clip: Tensor, tmp_path: Path, end: str) -> None:
     class StopError(Exception):
         pass
 
@@ -321,7 +323,7 @@ def test_a_songs_memory_is_given_back(clip: Tensor, tmp_path: Path, end: str) ->
     )
     song = tmp_path / "song.wav"
     soundfile.write(song, clip.T.numpy(), 44100, subtype="FLOAT")
-    separator.separate_file(song, tmp_path)  # windows and workspaces are made once
+    separator.separate_file(song, tmp_path)  # creates windows and workspaces, which stay
     if end == "an error":
         with torch.inference_mode():
             next(separator.models["demo"].parameters()).fill_(torch.nan)  # a graph reads it from where it was

@@ -107,7 +107,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
 # The device
 
 
-def test_tensors_of_two_devices_do_not_meet(gpu: PretendedGPU) -> None:
+def test_an_operation_on_tensors_of_two_devices_is_an_error(gpu: PretendedGPU) -> None:
     ours, theirs = torch.ones(3, device="cuda"), torch.ones(3)
     assert (ours + 1).device == DEVICE and (ours * torch.tensor(2.0)).device == DEVICE
     for meet in (torch.add, torch.dot, lambda a, b: torch.stack([a, b]), lambda a, b: a.addcmul_(a, b)):
@@ -134,7 +134,9 @@ def test_tensors_of_two_devices_do_not_meet(gpu: PretendedGPU) -> None:
         lambda x: torch.cuda.current_stream().record_event().synchronize(),
     ],
 )
-def test_the_host_is_seen_to_wait(gpu: PretendedGPU, wait: Callable[[Tensor], Any], inference: bool) -> None:
+def test_an_operation_that_makes_the_host_wait_is_recorded(
+    gpu: PretendedGPU, wait: Callable[[Tensor], Any], inference: bool
+) -> None:
     with torch.inference_mode(inference):
         x = torch.arange(4.0, device="cuda")
         with gpu.counted() as counts:
@@ -156,7 +158,7 @@ def test_the_host_is_seen_to_wait(gpu: PretendedGPU, wait: Callable[[Tensor], An
         lambda x: x.copy_(torch.ones(4)),
     ],
 )
-def test_copies_from_memory_that_is_not_page_locked_are_seen(
+def test_a_copy_from_memory_that_is_not_page_locked_is_recorded(
     gpu: PretendedGPU, upload: Callable[[Tensor], Any], inference: bool
 ) -> None:
     with torch.inference_mode(inference):
@@ -167,7 +169,7 @@ def test_copies_from_memory_that_is_not_page_locked_are_seen(
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_needs_no_host_is_neither(gpu: PretendedGPU, inference: bool) -> None:
+def test_operations_on_the_gpu_alone_record_no_wait_and_no_copy(gpu: PretendedGPU, inference: bool) -> None:
     with torch.inference_mode(inference):
         pinned = torch.ones(8, pin_memory=True)
         with gpu.counted() as counts:
@@ -220,7 +222,7 @@ def _turn(x: Tensor, angles: Tensor) -> None:
     x.mul_(angles.cos() + 1)
 
 
-def test_what_was_not_waited_for_has_not_arrived(gpu: PretendedGPU) -> None:
+def test_a_copy_that_was_not_waited_for_holds_nan(gpu: PretendedGPU) -> None:
     copies = torch.cuda.Stream()
     x = torch.ones(4, device="cuda")
     copies.wait_stream(torch.cuda.current_stream())
@@ -234,7 +236,7 @@ def test_what_was_not_waited_for_has_not_arrived(gpu: PretendedGPU) -> None:
     assert host.tolist() == [1.0] * 4
 
 
-def test_an_event_of_a_stream_that_waited_for_another_is_enough(gpu: PretendedGPU) -> None:
+def test_waiting_for_a_stream_includes_the_streams_that_it_waited_for(gpu: PretendedGPU) -> None:
     copies = torch.cuda.Stream()
     with torch.cuda.stream(copies):
         host = torch.ones(4, device="cuda").to("cpu", non_blocking=True)
@@ -245,7 +247,7 @@ def test_an_event_of_a_stream_that_waited_for_another_is_enough(gpu: PretendedGP
 
 @needs_no_gpu
 @pytest.mark.parametrize("wait", ["stream", "event", "host", "none"])
-def test_a_tensor_of_another_stream_is_not_used_before_it_is_done(wait: str) -> None:
+def test_using_a_tensor_of_another_stream_too_early_is_recorded_as_a_race(wait: str) -> None:
     with pretended_gpu() as gpu:
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         with torch.cuda.stream(side):
@@ -262,7 +264,7 @@ def test_a_tensor_of_another_stream_is_not_used_before_it_is_done(wait: str) -> 
 
 
 @needs_no_gpu
-def test_page_locked_memory_that_is_written_to_too_early_is_seen() -> None:
+def test_writing_to_page_locked_memory_too_early_is_recorded_as_a_race() -> None:
     with pretended_gpu() as gpu:
         host = torch.ones(4).pin_memory()
         for wait in (True, False):
@@ -279,7 +281,7 @@ def test_page_locked_memory_that_is_written_to_too_early_is_seen() -> None:
     assert len(gpu.races) == 1 and Path(__file__).name in gpu.races[0]
 
 
-def test_memory_is_counted_until_the_last_view_of_it_is_gone(gpu: PretendedGPU) -> None:
+def test_memory_counts_as_allocated_until_its_last_view_is_gone(gpu: PretendedGPU) -> None:
     before = torch.cuda.memory_allocated()
     x = torch.empty(1000, device="cuda")
     view = x[10:].view(2, -1)
@@ -295,7 +297,7 @@ def test_memory_is_counted_until_the_last_view_of_it_is_gone(gpu: PretendedGPU) 
     torch.empty(100, device="cuda")
 
 
-def test_a_models_copy_can_be_cast(gpu: PretendedGPU) -> None:
+def test_the_copy_of_a_model_can_be_cast(gpu: PretendedGPU) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LSTM(4, 2)).half().to("cuda").requires_grad_(False)
     other = copy.deepcopy(model).to(torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.float16}
@@ -305,7 +307,7 @@ def test_a_models_copy_can_be_cast(gpu: PretendedGPU) -> None:
         assert (other(x.bfloat16())[0].float() - model(x.half())[0]).abs().max() < 0.02
 
 
-def test_a_graph_computes_on_what_its_inputs_hold_when_it_is_replayed(gpu: PretendedGPU) -> None:
+def test_a_replay_computes_on_the_current_contents_of_its_inputs(gpu: PretendedGPU) -> None:
     weights = torch.full((4,), 2.0, device="cuda")
     x = torch.ones(4, device="cuda")
     graph = torch.cuda.CUDAGraph()
@@ -329,7 +331,7 @@ def test_a_graph_computes_on_what_its_inputs_hold_when_it_is_replayed(gpu: Prete
 
 
 @needs_no_gpu
-def test_threads_see_it_and_nothing_is_left_when_it_is_gone() -> None:
+def test_every_thread_sees_the_gpu_and_removing_it_leaves_nothing_behind() -> None:
     with ThreadPoolExecutor(1) as pool:
         before = vars(torch.cuda).copy()
         with pretended_gpu():
@@ -351,7 +353,7 @@ WAITS = {"demucs": "the host makes the resampling filter at each call"}
 
 
 def failing(reasons: dict[str, str], slow: Iterable[str] = ()) -> list[Any]:
-    """The architectures, of which those with a reason fail today, and some are for the slow tests."""
+    """All architectures; those with a reason are expected to fail, and those in `slow` are slow tests."""
     marks = {name: [pytest.mark.slow] if name in slow else [] for name in SMALL}
     for name, reason in reasons.items():
         marks[name].append(pytest.mark.xfail(reason=reason, strict=True))
@@ -360,7 +362,7 @@ def failing(reasons: dict[str, str], slow: Iterable[str] = ()) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def forward(small: Callable[[str], tuple[Path, Path]], clip: Tensor) -> Callable[[str], tuple[Counts, Tensor, Tensor]]:
-    """By architecture: what a forward of two chunks in fp16 asks of a GPU, its estimates, and the CPU's in float32."""
+    """For an architecture: the counts of a forward of two chunks in fp16, its estimates, and the CPU's in float32."""
 
     @cache
     def run(architecture: str) -> tuple[Counts, Tensor, Tensor]:
@@ -371,7 +373,7 @@ def forward(small: Callable[[str], tuple[Path, Path]], clip: Tensor) -> Callable
             samples = model.input_samples(model.chunk_samples) or model.chunk_samples
             chunks = torch.stack([clip[:, start : start + samples] for start in (0, 40_000)])
             on_gpu = chunks.to("cuda")
-            model(on_gpu)  # windows and tables are made once
+            model(on_gpu)  # creates windows and tables, which stay
             with gpu.counted() as counts:
                 estimates = model(on_gpu)
             assert estimates.device == DEVICE and estimates.dtype == torch.float32
@@ -380,13 +382,13 @@ def forward(small: Callable[[str], tuple[Path, Path]], clip: Tensor) -> Callable
     return run
 
 
-def test_every_architecture_is_run() -> None:
+def test_the_table_of_small_models_has_every_architecture() -> None:
     assert set(SMALL) == set(ARCHITECTURES)
 
 
 @needs_no_gpu
 @pytest.mark.parametrize("architecture", SMALL)
-def test_estimates_in_fp16_are_those_of_the_cpu(forward: Forward, architecture: str) -> None:
+def test_estimates_in_fp16_equal_the_cpus(forward: Forward, architecture: str) -> None:
     _, got, expected = forward(architecture)
     for chunk, own in zip(got, expected, strict=True):
         assert sdr(own.flatten(0, 1), chunk.flatten(0, 1)) > NEAR[architecture]
@@ -401,13 +403,13 @@ def test_a_forward_neither_waits_nor_copies_from_the_host(forward: Forward, arch
 
 @needs_no_gpu
 @pytest.mark.parametrize("architecture", SMALL)
-def test_a_forward_asks_for_nothing_that_gpus_compute_otherwise(forward: Forward, architecture: str) -> None:
+def test_a_forward_uses_no_operation_that_gpus_compute_differently(forward: Forward, architecture: str) -> None:
     counts, *_ = forward(architecture)
     assert counts.kernels and not counts.hazards
 
 
 @pytest.mark.parametrize("architecture", failing(WAITS, slow=set(SMALL) - {"bs_roformer"}))
-def test_a_graph_of_a_forward_gives_what_the_forward_gives(
+def test_a_graph_of_a_forward_gives_the_same_estimates(
     gpu: PretendedGPU, small: Callable[[str], tuple[Path, Path]], clip: Tensor, architecture: str
 ) -> None:
     path, weights = small(architecture)
@@ -488,7 +490,7 @@ def test_a_song_in_memory_gives_the_cpus_stems(
     assert all(torch.equal(first[stem], again[stem]) for stem in first)
 
 
-def test_longer_songs_ask_for_no_more_copies_from_memory_that_is_not_page_locked(
+def test_a_longer_song_makes_no_more_copies_from_memory_that_is_not_page_locked(
     gpu: PretendedGPU, quick: Callable[..., Separator], clip: Tensor
 ) -> None:
     engine = quick("cuda", batch_size=2)
@@ -501,7 +503,7 @@ def test_longer_songs_ask_for_no_more_copies_from_memory_that_is_not_page_locked
     assert found[0] == found[1]
 
 
-def test_a_file_gives_the_cpus_stems_and_its_memory_back(
+def test_a_file_gives_the_cpus_stems_and_frees_its_memory(
     gpu: PretendedGPU, quick: Callable[..., Separator], song: Path, expected: dict[str, Tensor]
 ) -> None:
     engine = quick("cuda")
@@ -517,7 +519,7 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("end", ["an error", "given up"])
-def test_a_song_that_ends_early_leaves_the_engine_as_it_was(
+def test_a_song_that_ends_early_leaves_the_engine_usable(
     gpu: PretendedGPU,
     quick: Callable[..., Separator],
     song: Path,
@@ -545,7 +547,7 @@ def test_a_song_that_ends_early_leaves_the_engine_as_it_was(
     assert_near(engine.separate(clip), expected)
 
 
-# What a GPU says for want of memory, of which most is not an OutOfMemoryError today.
+# How PyTorch and CUDA's libraries report that memory ran out; most of these are not an OutOfMemoryError.
 
 
 @pytest.mark.parametrize(
@@ -558,7 +560,7 @@ def test_a_song_that_ends_early_leaves_the_engine_as_it_was(
     ],
     ids=["PyTorch", "cuBLAS", "cuFFT", "cuDNN"],
 )
-def test_a_batch_that_the_memory_does_not_hold_is_halved(gpu: PretendedGPU, failure: Exception) -> None:
+def test_a_batch_that_does_not_fit_is_halved(gpu: PretendedGPU, failure: Exception) -> None:
     gpu.out_of_memory = failure
     mixture, unit_bytes = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0)), 2**24
     sizes: list[int] = []
@@ -610,7 +612,7 @@ def empty_weights(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_a_chunk_costs_what_the_table_says(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_cost_of_a_chunk_matches_the_table(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     weights = empty_weights(name, tmp_path)
     with pretended_gpu() as gpu:
         model = load_model(name, checkpoint=weights, device="cuda", precision="fp16")
@@ -618,7 +620,7 @@ def test_a_chunk_costs_what_the_table_says(name: str, tmp_path: Path, request: p
         samples = model.input_samples(samples) or samples
         with gpu.shapes_alone(), torch.inference_mode():
             chunks = torch.empty(1, model.channels, samples, device="cuda")
-            model(chunks)  # windows and tables are made once
+            model(chunks)  # creates windows and tables, which stay
             with gpu.counted() as counts:
                 model(chunks)
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
