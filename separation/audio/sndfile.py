@@ -61,7 +61,7 @@ def _open(file: int | IO[bytes] | Pieces, chatter: Chatter) -> _Sound | None:
             return None
 
 
-def _read(sound: _Sound, limit: int, chatter: Chatter | None = None) -> Blocks:
+def _blocks(sound: _Sound, limit: int, chatter: Chatter | None = None) -> Blocks:
     """Blocks of at most `limit` samples in all. Raises `DecoderError` where libsndfile cannot go on."""
     n_samples = 0
     while n_samples < limit:
@@ -129,7 +129,7 @@ def _all_blocks(job: Job, sound: _Sound, limit: int) -> Blocks:
     n_samples = 0
     if limit < _UNKNOWN_SAMPLES:  # refuse a song that is too long before it is written to disk
         check_length(limit, sound.samplerate, job.max_seconds, job.name)
-    for block in _read(sound, limit):
+    for block in _blocks(sound, limit):
         n_samples += len(block)
         yield block
     if sound.format == "FLAC" and n_samples < sound.frames < _UNKNOWN_SAMPLES:
@@ -179,7 +179,7 @@ def _open_mp3(job: Job, sound: _Sound, tags: dict[str, str], chatter: Chatter) -
     # leaves out the samples that the encoder added.
     if not 0 < limit <= sound.frames + EXTRA_SAMPLES:
         return []
-    blocks = _all_mp3_blocks(job, part, _read(sound, limit, chatter), chatter)
+    blocks = _all_mp3_blocks(job, part, _blocks(sound, limit, chatter), chatter)
     return [Source(sound.samplerate, _layout(job, sound.channels), limit, blocks, tags)]
 
 
@@ -215,7 +215,7 @@ def _mended_mp3(job: Job, part: Part) -> Blocks:
 
     def counted_blocks(sound: _Sound) -> Blocks:
         nonlocal n_samples
-        for block in _read(sound, part.n_samples, chatter):
+        for block in _blocks(sound, part.n_samples, chatter):
             n_samples += len(block)
             yield block
 
@@ -280,7 +280,7 @@ def _exactly(job: Job, pieces: Pieces, n_samples: int, channels: int) -> Blocks:
         sound = _open(pieces, Chatter())
         if sound is not None:
             with sound:
-                for block in _read(sound, n_samples):
+                for block in _blocks(sound, n_samples):
                     done += len(block)
                     yield block
     if done < n_samples:
@@ -348,4 +348,4 @@ def _ogg_blocks(job: Job, link: ogg.Link, run: ogg.PageRun) -> Blocks:
         sound = _open(pieces, Chatter())
         if sound is not None:
             with sound:
-                yield from _read(sound, _UNKNOWN_SAMPLES)
+                yield from _blocks(sound, _UNKNOWN_SAMPLES)

@@ -204,7 +204,7 @@ def test_a_rate_that_mp3_does_not_have_is_one_line_before_any_work(
     assert main([*arguments, "--format", "mp3", "--sample-rate", "source"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"error: MP3 cannot have {rate} Hz, only 32000, 44100, 48000; choose another sample rate or format."
+        f"error: MP3 cannot have {rate} Hz, only 32000, 44100, 48000: choose another sample rate or format"
     ]
     assert not (tmp_path / "out").exists()
 
