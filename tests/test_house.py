@@ -1,8 +1,10 @@
 """The layers of the package: imports only go down, and each library is imported in one place."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 
 import pytest
@@ -66,6 +68,51 @@ def test_no_modules_import_each_other() -> None:
 
 def test_every_floor_is_there_and_every_module_has_one() -> None:
     assert {room(module) for module in modules()} == FLOORS.keys()
+
+
+# The container's inputs.
+DICTATED = {"predict.Predictor.predict"}
+
+
+def functions(module: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """A module's functions and methods with their full names, except Triton's kernels."""
+
+    def walk(node: ast.AST, name: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+        for child in ast.iter_child_nodes(node):
+            inner = f"{name}.{child.name}" if isinstance(child, ast.ClassDef | ast.FunctionDef) else name
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                decorators = {ast.unparse(decorator) for decorator in child.decorator_list}
+                if not any("triton" in decorator or decorator.endswith("jit") for decorator in decorators):
+                    yield inner, child
+            yield from walk(child, inner)
+
+    yield from walk(ast.parse(modules()[module].read_text(encoding="utf-8")), module)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_function_has_more_than_six_parameters(module: str) -> None:
+    for name, function in functions(module):
+        parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        names = [parameter.arg for parameter in parameters if parameter.arg not in ("self", "cls")]
+        assert len(names) <= 6 or name in DICTATED, f"{name}({', '.join(names)})"
+
+
+# Modules without a test file of their own: tests of `*_ops` compare both twins, and `source` holds only data classes.
+UNTESTED = ("__init__", "__main__", "source")
+
+
+@pytest.mark.parametrize("module", modules())
+def test_every_module_has_a_test_file_in_the_same_place(module: str) -> None:
+    path = modules()[module].relative_to(PROJECT)
+    if path.stem in UNTESTED or path.stem.endswith("_triton"):
+        return
+    inside_package = path.relative_to("separation") if path.parts[0] == "separation" else path
+    assert (PROJECT / "tests" / inside_package.with_name(f"test_{path.name}")).is_file()
+
+
+def test_objects_are_complete_when_they_are_made() -> None:
+    for module, path in modules().items():
+        assert "cls.__new__" not in path.read_text(encoding="utf-8"), module
 
 
 @pytest.mark.parametrize(
