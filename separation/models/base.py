@@ -184,7 +184,8 @@ class SeparationModel(nn.Module):
         raise self._no_core()
 
     def _no_core(self) -> InputError:
-        return InputError(f"{self.name} cannot be exported: its architecture has no part without a Fourier transform")
+        fault = "its architecture has no part without a Fourier transform"
+        return InputError(f"{self.name} cannot be exported ({fault}): choose another model")
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         """Set the precision and the attention backend.

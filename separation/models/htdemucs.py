@@ -162,16 +162,18 @@ class HybridDemucs(DemucsModel):
         try:
             if self._shares or not all(isinstance(network, self.Network) for network in self.networks.values()):
                 raise NotFusedError("its networks differ")
-            fused = self.transform(0)
+            if fault := self._spectrogram_fault():
+                raise NotFusedError(fault)
             replaced = {
                 part: HybridNetwork(
                     network, self.precision, source=self._sources.index(part) if self._specialised else None
                 )
                 for part, network in self.networks.items()
             }
-        except (InputError, NotFusedError) as e:
+        except NotFusedError as e:
             logger.info(f"{self.name}: using the demucs package's own layers ({e})")
             return
+        fused = self.transform(0)
         if getattr(each, "use_train_segment", False):
             self._least_samples = int(each.segment * each.samplerate)
         self.networks, self._fused = nn.ModuleDict(replaced), fused
@@ -211,31 +213,30 @@ class HybridDemucs(DemucsModel):
         return by_stem
 
     def transform(self, length: int) -> Transform:
-        network: Any
-        transforms = set()
-        for network in self.networks.values():
-            if not (getattr(network, "hybrid", True) and network.cac):
-                raise InputError(
-                    f"{self.name} cannot be exported: one of its networks masks amplitudes or has one branch"
-                )
-            hop, old = network.hop_length, getattr(network, "hybrid_old", False)
-            padding = hop // 2 * 3
-            transforms.add(
-                Transform(
-                    n_fft=network.nfft,
-                    hop_length=hop,
-                    win_length=network.nfft,
-                    scale=network.nfft**-0.5,
-                    bins=network.nfft // 2,
-                    padding=(padding, padding + -length % hop),
-                    padding_mode="constant" if old else "reflect",
-                    zero_frames=2,
-                    crop=network.nfft // 2 + (0 if old else padding),
-                )
-            )
-        if len(transforms) > 1:
-            raise InputError(f"{self.name} cannot be exported: its networks take different spectrograms")
-        return transforms.pop()
+        if fault := self._spectrogram_fault():
+            raise InputError(f"{self.name} cannot be exported ({fault}): choose another model")
+        network: Any = next(iter(self.networks.values()))
+        hop, old = network.hop_length, getattr(network, "hybrid_old", False)
+        padding = hop // 2 * 3
+        return Transform(
+            n_fft=network.nfft,
+            hop_length=hop,
+            win_length=network.nfft,
+            scale=network.nfft**-0.5,
+            bins=network.nfft // 2,
+            padding=(padding, padding + -length % hop),
+            padding_mode="constant" if old else "reflect",
+            zero_frames=2,
+            crop=network.nfft // 2 + (0 if old else padding),
+        )
+
+    def _spectrogram_fault(self) -> str:
+        """Why the networks do not share one spectrogram of real and imaginary parts, or an empty string if they do."""
+        networks: list[Any] = list(self.networks.values())
+        if not all(getattr(network, "hybrid", True) and getattr(network, "cac", False) for network in networks):
+            return "one of its networks masks amplitudes or has one branch"
+        sizes = {(each.nfft, each.hop_length, getattr(each, "hybrid_old", False)) for each in networks}
+        return "its networks take different spectrograms" if len(sizes) > 1 else ""
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         branches = {network: cast(Any, network).branches(*inputs) for network in self.networks.values()}

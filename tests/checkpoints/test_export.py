@@ -184,7 +184,9 @@ def test_networks_that_mask_amplitudes_or_have_one_branch_cannot_be_exported(
     part: dict[str, Any], tmp_path: Path
 ) -> None:
     path = write_model("hdemucs", tmp_path, **part)[0]
-    with pytest.raises(InputError, match="hdemucs cannot be exported: one of its networks masks amplitudes or has one"):
+    with pytest.raises(
+        InputError, match=r"hdemucs cannot be exported \(one of its networks masks amplitudes or has one branch\)"
+    ):
         export(path, tmp_path / "out.onnx", random=True)
 
 
@@ -194,13 +196,15 @@ def test_networks_with_different_spectrograms_cannot_be_exported() -> None:
     assert model.transform(1000) is not None
     other: Any = model.networks["1"]
     other.hybrid_old = True
-    with pytest.raises(InputError, match="two cannot be exported: its networks take different spectrograms"):
+    with pytest.raises(
+        InputError, match=r"two cannot be exported \(its networks take different spectrograms\): choose another"
+    ):
         model.transform(1000)
 
 
 def test_an_architecture_without_a_core_cannot_be_exported() -> None:
     model = SeparationModel(identity(name="new"))
-    with pytest.raises(InputError, match="new cannot be exported: its architecture"):
+    with pytest.raises(InputError, match=r"new cannot be exported \(its architecture"):
         model.transform(1000)
 
 

@@ -24,7 +24,7 @@ def test_a_model_has_its_identity_from_its_construction_on() -> None:
 def test_a_model_without_a_core_says_that_it_cannot_be_exported() -> None:
     model = WithoutCore(identity(name="plain"))
     for attempt in (lambda: model.transform(4096), lambda: model.core(torch.zeros(1))):
-        with pytest.raises(InputError, match=r"^plain cannot be exported: its architecture has no part"):
+        with pytest.raises(InputError, match=r"^plain cannot be exported \(its architecture has no part .*\): choose"):
             attempt()
 
 

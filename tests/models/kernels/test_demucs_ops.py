@@ -78,7 +78,7 @@ def assert_same(kernels: ModuleType, name: str, *arguments: Any) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strided", [True, False])
-def test_pack(kernels: ModuleType, dtype: torch.dtype, strided: bool) -> None:
+def test_pack_equals_its_reference(kernels: ModuleType, dtype: torch.dtype, strided: bool) -> None:
     x = random(2, 2, 9, 24, 2).transpose(2, 3) if strided else random(2, 2, 41, 1, 1)
     rows = -(-x.shape[2] // 4) + 1
     assert_same(kernels, "pack", x, [random(2), random(2).abs()], 4, 2, rows, dtype)
@@ -86,7 +86,7 @@ def test_pack(kernels: ModuleType, dtype: torch.dtype, strided: bool) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu_and_glu(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_gelu_and_glu_equal_their_references(kernels: ModuleType, dtype: torch.dtype) -> None:
     assert_same(kernels, "bias_gelu_", random(2, 5, 7, 48, dtype=dtype), random(48))
     for extra in (None, random(5, 24)):
         assert_same(kernels, "bias_glu", random(2, 5, 7, 48, dtype=dtype), random(48), extra)
@@ -94,26 +94,29 @@ def test_gelu_and_glu(kernels: ModuleType, dtype: torch.dtype) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "rows, length, features, hidden, dilation", [(3, 70, 48, 6, 2), (2, 9, 8, 1, 1), (1, 300, 96, 24, 1)]
-)
-def test_dconv(
-    kernels: ModuleType, dtype: torch.dtype, rows: int, length: int, features: int, hidden: int, dilation: int,
+@pytest.mark.parametrize("shape, hidden, dilation", [((3, 70, 48), 6, 2), ((2, 9, 8), 1, 1), ((1, 300, 96), 24, 1)])
+def test_a_residual_branch_equals_its_reference(
+    kernels: ModuleType,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    hidden: int,
+    dilation: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
+    features = shape[2]
     monkeypatch.setattr(kernels, "MOST_PARTS", 2)  # so that a program has several tiles
     w_in, w_out = torch.zeros(3, features, -(-hidden // 8) * 8), torch.zeros(-(-hidden // 8) * 8, 2 * features)
     w_in[..., :hidden], w_out[:hidden] = random(3, features, hidden) * 0.1, random(hidden, 2 * features)
     in_table = torch.zeros(3, w_in.shape[2])
     in_table[:, :hidden] = table(3, hidden)
     layers = [w_in.to(dtype), in_table], [w_out.to(dtype), table(3, 2 * features)]
-    assert_same(kernels, "dconv_", random(rows, length, features, dtype=dtype), *layers, hidden, dilation)
+    assert_same(kernels, "dconv_", random(*shape, dtype=dtype), *layers, hidden, dilation)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positions", [1, 5])
-def test_interleave(kernels: ModuleType, dtype: torch.dtype, positions: int) -> None:
+def test_interleave_equals_its_reference(kernels: ModuleType, dtype: torch.dtype, positions: int) -> None:
     x, bias = random(2, 7, positions, 4 * 24, dtype=dtype), random(24)
     assert_same(kernels, "interleave", x, bias, None, 2, 24)
     skips = random(2, 30, positions, 24, dtype=dtype)[:, 3:26]  # the distance between items exceeds their length
@@ -123,21 +126,21 @@ def test_interleave(kernels: ModuleType, dtype: torch.dtype, positions: int) -> 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [16, 24, 4])
-def test_unpack_spectrum(kernels: ModuleType, dtype: torch.dtype, channels: int) -> None:
+def test_unpack_spectrum_equals_its_reference(kernels: ModuleType, dtype: torch.dtype, channels: int) -> None:
     x = random(2, 33, 3, 4 * channels, dtype=dtype)
     assert_same(kernels, "unpack_spectrum", x, random(channels), [random(2), random(2).abs()], 2, 2)
 
 
 @interpreted
 @pytest.mark.parametrize("n_frames", [7, 2])
-def test_overlap_add(kernels: ModuleType, n_frames: int) -> None:
+def test_overlap_add_equals_its_reference(kernels: ModuleType, n_frames: int) -> None:
     window = torch.hann_window(64) + 0.01  # avoids a division by zero at the ends
     assert_same(kernels, "overlap_add", random(2, 3, n_frames, 64), window, 16, 5, 16 * n_frames + 32)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_waveform(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_add_waveform_equals_its_reference(kernels: ModuleType, dtype: torch.dtype) -> None:
     x, out = random(2, 11, 1, 4 * 8, dtype=dtype), random(2, 8, 50)
     assert_same(kernels, "add_waveform_", out[..., 9:], x, random(8), [random(2), random(2).abs()], 2)
 
@@ -145,7 +148,7 @@ def test_add_waveform(kernels: ModuleType, dtype: torch.dtype) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 48])
-def test_norms_of_the_transformer(
+def test_norms_of_the_transformer_equal_their_references(
     kernels: ModuleType, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "MOST_PARTS", 3)

@@ -103,19 +103,19 @@ def in_bytes(transformer: Transformer) -> Transformer:
 
 
 @needs_fused
-@pytest.mark.parametrize("part, error", [("attention", 0.005), ("feed-forward", 0.001)])  # unrounded 0.01
+@pytest.mark.parametrize("part, error", [("attention", 0.005), ("feed-forward", 0.001)])  # without rounding 0.01
 @pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (2, 600), (5, 33)])
-@pytest.mark.parametrize("dim, heads, dim_head", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])
+@pytest.mark.parametrize("sizes", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])  # features, heads, features per head
 def test_a_fused_transformer_in_int8_equals_a_plain_one_with_rounded_operands(
-    part: str, error: float, sequences: int, tokens: int, dim: int, heads: int, dim_head: int
+    part: str, error: float, sequences: int, tokens: int, sizes: tuple[int, int, int]
 ) -> None:
-    transformer = make_transformer(dim, heads, dim_head, with_all=True)
+    transformer = make_transformer(*sizes, with_all=True)
     attention, feed_forward = transformer.layers[0]
     other = feed_forward.net[4] if part == "attention" else attention.to_out[0]
     other.weight.zero_(), other.bias.zero_()  # otherwise the rounding of one part would change the input of the other
     transformer.norm = nn.Identity()
     levels = torch.tensor([1e-3, 0.1, 10.0])[torch.arange(tokens) % 3, None]
-    x = torch.randn(sequences, tokens, dim) * levels
+    x = torch.randn(sequences, tokens, sizes[0]) * levels
     with torch.inference_mode():
         expected = in_bytes(transformer)(x) - x
         got = FusedTransformer(transformer, int8=True)(x.clone()) - x
