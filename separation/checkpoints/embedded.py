@@ -22,7 +22,7 @@ def embedded_description(weights: Path) -> dict[str, Any] | None:
 
         return open_weights(weights).description
     metadata = safetensors_metadata(weights)
-    if not {"klass", "kwargs"} <= set(metadata) or "structure" in metadata:  # `structure`: quantised weights
+    if not {"klass", "kwargs"} <= set(metadata):
         return None
     try:
         arguments = read_json(metadata["kwargs"], hook=_fraction_as_text)

@@ -10,7 +10,7 @@ import yaml
 from helpers.own_checkpoint import COMMUNITY, own_model, put
 from helpers.small_model import assert_same_model, chunks
 from separation.checkpoints import catalogue
-from separation.checkpoints.catalogue import available, is_here, read_config
+from separation.checkpoints.catalogue import available, files_for, is_here, read_config
 from separation.checkpoints.load import load_model
 from separation.cli.main import main
 from separation.errors import CheckpointError, RecipeError
@@ -38,6 +38,11 @@ def test_a_name_in_the_catalogue_takes_precedence_over_a_file(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").write_text("some notes")
     assert read_config("demo").source == catalogue.CONFIGS / "demo.yaml"
+
+
+def test_a_stem_that_is_named_twice_needs_its_file_once() -> None:
+    files = files_for(read_config("htdemucs_ft"), ["bass", "drums", "bass"])
+    assert [file.stem for file in files] == ["bass", "drums"]
 
 
 # Weights, and the YAML beside them

@@ -41,6 +41,8 @@ def test_an_overlap_longer_than_the_chunk_names_the_model(is_fixed: bool) -> Non
     words = r"^overlap \(3 s\) must be smaller than the chunk of short \(2\.98 s\): choose a smaller overlap, or auto$"
     with pytest.raises(InputError, match=words):
         ChunkChoice(AUTO, 3).samples("short", 131_584, 44100, is_fixed=is_fixed)
+    with pytest.raises(InputError, match=r"chunk of short \(3 s\)"):
+        ChunkChoice(AUTO, 3).samples("short", 3 * 44100, 44100, is_fixed=is_fixed)
 
 
 @pytest.mark.parametrize("name", catalogue.available())

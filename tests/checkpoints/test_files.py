@@ -153,6 +153,12 @@ def test_a_damaged_record_is_named_by_its_line(weights: Path, line: str) -> None
         fetch(unstated("http://127.0.0.1:1/"))
 
 
+def test_a_damaged_record_does_not_matter_to_a_file_with_a_published_sha256(server: Server, weights: Path) -> None:
+    weights.mkdir()
+    (weights / "checksums.lock").write_text("damaged")
+    assert fetch(weight_file(server.url), quiet=True).read_bytes() == CONTENT
+
+
 def test_a_record_that_cannot_be_written_or_read_is_an_error(server: Server, weights: Path) -> None:
     (weights / "checksums.lock.part").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"cannot write to '.*checksums\.lock'"):

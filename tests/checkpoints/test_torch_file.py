@@ -72,12 +72,12 @@ def archive(content: bytes, members: dict[str, bytes] | None = None, method: int
     return stream.getvalue()
 
 
-def with_sizes(content: bytes, name: bytes, n_bytes: int) -> bytes:
+def with_sizes(content: bytes, name: bytes, n_bytes: int, packed: int | None = None) -> bytes:
     """The archive, with another size for a member in its central directory."""
     data = bytearray(content)
     at = data.rindex(name) - 46
     assert data[at : at + 4] == b"PK\1\2"
-    struct.pack_into("<LL", data, at + 20, n_bytes, n_bytes)
+    struct.pack_into("<LL", data, at + 20, n_bytes if packed is None else packed, n_bytes)
     return bytes(data)
 
 
@@ -111,6 +111,10 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "compressed.ckpt": (
         archive(saved(text("x" * 2**26)), method=zipfile.ZIP_DEFLATED),
         r"a compressed member, which could be of any size",
+    ),
+    "packed_in_fewer_bytes.ckpt": (
+        with_sizes(archive(saved(tensor())), b"x/data/0", 16, packed=8),
+        "a compressed member",
     ),
     "announces_gigabytes.ckpt": (with_sizes(archive(saved(tensor())), b"x/data.pkl", 2**32 - 2), "is damaged"),
     "storage_beyond_the_end.ckpt": (with_sizes(archive(saved(tensor())), b"x/data/0", 2**31), "is damaged"),
@@ -390,3 +394,11 @@ def test_an_archive_of_more_than_four_gigabytes_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "x.ckpt").stat().st_size > 2**32 > len(content)
     (read,) = open_weights(tmp_path / "x.ckpt").tensors.values()
     assert read().tolist() == [1, 2, 3, 4]
+
+
+def test_tensors_may_share_storage_but_not_stand_for_far_more_than_the_file(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(100_000)}, tmp_path / "x.ckpt")
+    assert len(open_weights(tmp_path / "x.ckpt").tensors) == 1
+    torch.save({"a": torch.zeros(1).expand(1_000_000)}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="its tensors are larger than the file"):
+        open_weights(tmp_path / "x.ckpt")
