@@ -97,6 +97,15 @@ def test_the_spare_of_a_float16_model_is_one_bfloat16_copy_and_a_warning_names_t
     assert warned == ["random: NaN or Inf in float16: the rest of this song is computed in bfloat16"] * 2
 
 
+def test_only_a_float16_model_is_made_ready_with_a_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch, 8)
+    models, model = GpuModels(), random_model(("left",))
+    assert models.get(model, 1000, "auto", torch.device("cuda")).spare is None
+    model.to_precision(torch.float16)
+    spare = models.get(model, 2000, "auto", torch.device("cuda")).spare
+    assert spare is not None and spare() is models.spare(model)
+
+
 def test_a_spare_that_does_not_fit_is_an_error_that_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

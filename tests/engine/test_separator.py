@@ -13,6 +13,7 @@ from helpers.small_separators import QUICK, Recorder, random_model, read, write
 from separation import AudioError, InputError, ModelPool, RecipeError, Separator
 from separation.engine.options import EngineOptions
 from separation.engine.recipes import resolve
+from separation.engine.song_waveforms import Samples
 from separation.evaluation.metrics import sdr
 
 
@@ -114,6 +115,25 @@ def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, cli
     loud, quiet = separator.separate(clip[:, :150_000]), separator.separate(clip[:, :150_000] * 1e-3)
     for stem in loud:
         assert sdr(loud[stem], quiet[stem] * 1e3) > 60
+
+
+def test_a_song_that_fails_does_not_block_the_next(
+    pool: ModelPool, clip: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AppendError(Exception):
+        pass
+
+    def fail(samples: Samples, block: Tensor) -> None:
+        raise AppendError
+
+    separator = Separator("demo", pool=pool, options=QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "append", fail)
+        with pytest.raises(AppendError) as raised:
+            separator.separate(clip[:, :1000])
+    assert raised.value.__traceback__ is not None  # keeps the frames of the failed run alive
+    assert not separator._turn.locked()
+    assert separator.separate(clip[:, :1000])["vocals"].any()
 
 
 def test_silence_in_is_silence_out(pool: ModelPool) -> None:

@@ -1,6 +1,7 @@
 """song_waveforms: sums of estimates grow with them, and an error ends every wait."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -129,3 +130,18 @@ def test_the_end_of_the_block_waits_for_background_jobs_and_raises_their_errors(
     assert done == [True]
     with pytest.raises(JobError), SongWaveforms(RECIPE, Samples.of(noise(0)), new) as waves:
         waves.in_background(fail)
+
+
+def test_a_background_job_can_read_its_waveform_to_the_end_although_the_song_fails() -> None:
+    read: list[Tensor] = []
+
+    def job() -> None:
+        time.sleep(0.1)  # the exception has left the block
+        read.append(waves.estimates[VOCALS].read(0, N_SAMPLES))
+
+    waves = song()
+    waves.estimates[VOCALS].append(noise(1))
+    waves.in_background(job)
+    with pytest.raises(KeyboardInterrupt), waves:
+        raise KeyboardInterrupt
+    assert torch.equal(read[0], noise(1))
