@@ -106,7 +106,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog has no types
     def _check_weights(self, recipe: Recipe) -> None:
         """Announce the weights that are about to be downloaded.
 
-        Raises RecipeError if they belong to another recipe than the server's own: only that one may download weights.
+        Raises RecipeError if they belong to a recipe other than the server's own: only the latter may download weights.
         """
         missing = [model for model, stems in recipe.models.items() if not is_here(model, stems)]
         if missing and recipe.name != self.recipe:
@@ -148,7 +148,7 @@ def _receive(audio: object, folder: str, max_mib: float, allowed: Allowed) -> Pa
 
 
 def _content(audio: URLPath, name: str, allowed: Allowed) -> Generator[bytes, None, None]:
-    """The content of a URL block by block. Cog has already decoded data URIs; its download of others is not used."""
+    """The content of a URL block by block. Cog has already decoded data URIs; its own downloads are not used."""
     if audio.source.startswith("data:"):
         while block := audio.fileobj.read(BLOCK_BYTES):
             yield block

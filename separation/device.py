@@ -18,7 +18,7 @@ from separation.errors import InputError
 NVIDIA_DEVICES = Path("/dev")
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 
-MOST_MEASUREMENTS = 5  # of needed memory, until no other thread interferes
+MOST_MEASUREMENTS = 5  # attempts to measure needed memory without interference from other threads
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
@@ -129,7 +129,7 @@ def make_cuda_deterministic() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False  # it would choose kernels by their time in each run
+    torch.backends.cudnn.benchmark = False  # would choose kernels by their time, anew in each run
     logger.info("CUDA: TF32 off, reductions in float32, cuDNN deterministic and without benchmarks")
 
 
@@ -166,7 +166,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def memory_limit_bytes(device: torch.device) -> int:
-    """The memory of a CUDA GPU that PyTorch may use, whatever other processes use of it now."""
+    """The memory of a CUDA GPU that PyTorch may use, regardless of what other processes use now."""
     total: int = torch.cuda.get_device_properties(device).total_memory
     return int(total * torch.cuda.get_per_process_memory_fraction(device))
 

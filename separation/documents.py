@@ -114,8 +114,8 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# PyYAML reads 1e-3, which has no point, as a string. The digits are limited so that 955717e8, a name of a Demucs file,
-# stays one.
+# PyYAML reads 1e-3, which has no decimal point, as a string. The digits are limited so that 955717e8,
+# the name of a Demucs file, stays one.
 _Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?\d{1,4}(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 

@@ -10,11 +10,11 @@ Report = Callable[[float, str], None]  # (share of the job done, 0 to 1; stage)
 class Progress:
     """Reports the progress of a job, or of the part of a larger job between two shares.
 
-    Call it with the share that is done of this part, 0 to 1, and the stage. An exception that `report` raises cancels
+    Call it with the share of this part that is done, 0 to 1, and the stage. An exception that `report` raises cancels
     the job.
 
     Args:
-        report: called with the share that is done of the whole job, 0 to 1, and the stage; None reports nothing.
+        report: called with the share of the whole job that is done, 0 to 1, and the stage; None reports nothing.
         start, stop: the shares of the whole job at which this part starts and stops.
         stage: the default stage.
     """

@@ -9,7 +9,7 @@ from separation.errors import InputError
 def positive(name: str, default: float, *, otherwise: str = "leave it out") -> float:
     """The number in an environment variable, or the default if the variable is empty or not set.
 
-    Raises InputError for anything but a finite number above 0. `otherwise` ends its message: what else the user can do.
+    Raises InputError for anything but a finite number above 0. `otherwise` is an alternative that ends its message.
     """
     text = os.environ.get(name) or str(default)
     try:

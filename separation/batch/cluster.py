@@ -1,7 +1,7 @@
 """Separates songs on the machines of a Ray cluster, with a worker for each GPU and for each node without one.
 
 Every machine needs this package, the weights or a way to download them, and a shared file system with the songs and the
-output folder under the same paths. If a worker dies, another one separates its song. The records beside the stems tell
+output folder under the same paths. If a worker dies, another one separates its song. The records beside the stems say
 which songs are done, so finished songs are never separated again.
 """
 
@@ -25,7 +25,7 @@ from separation.engine.separator import Separator
 from separation.errors import InputError, SeparationError
 from separation.progress import Progress
 
-MAX_DEATHS = 3  # of workers, before their song or their place in the cluster is given up
+MAX_DEATHS = 3  # after this many dead workers, their song or their place in the cluster is given up
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 2.0  # how often to look for new nodes
 STOP_SECONDS = 60.0  # how long workers may take to finish a chunk and remove their files
@@ -47,7 +47,7 @@ class Worker:
         return self._load()
 
     def load(self) -> str:
-        """Load the models; returns the error, or an empty text."""
+        """Load the models. Returns the error message, or an empty string."""
         try:
             self._separator  # noqa: B018
         except SeparationError as e:
@@ -107,7 +107,7 @@ class _Cluster:
         self._load = load
         self._workers: dict[Place, Any] = {}
         self._idle: list[Place] = []
-        self._busy: dict[Any, tuple[Place, Song | None]] = {}  # by Ray's reference; without a song, models are loading
+        self._busy: dict[Any, tuple[Place, Song | None]] = {}  # by Ray's reference; no song while models load
         self._deaths: Counter[Place | Song] = Counter()
         self._given_up: dict[Place, str] = {}  # places that get no more workers, and why
 
@@ -124,7 +124,7 @@ class _Cluster:
                 place, current = self._busy.pop(reference)
                 try:
                     answer = ray.get(reference)
-                except RayTaskError:  # our own code raised it: a bug, as it would be without a cluster
+                except RayTaskError:  # a bug in our own code, which surfaces as it would without a cluster
                     raise
                 except RayError as e:
                     error = self._remove_dead(place, current, e)

@@ -18,7 +18,7 @@ from separation.system.record import PAGE, RECORD, Record, check_targets, stem_f
 
 
 def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple[list[Song], list[Outcome]]:
-    """The songs that are left to do, and the outcomes of the others.
+    """The songs still to separate, and the outcomes of all others.
 
     A song is skipped if its stems are complete and were made from this file with these settings, unless `force`. It
     fails if its stems would replace files that do not belong to it.
@@ -31,7 +31,7 @@ def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple
             continue
         try:
             check_folder(song, job, run)
-            if force:  # so that a run which is stopped can be resumed without `force`
+            if force:  # so that this run, if stopped, resumes without `force`
                 _forget(song.folder, job.settings)
             left.append(song)
         except SeparationError as e:
@@ -51,7 +51,7 @@ def find_run(song: Song, job: Job) -> dict[str, Any] | None:
 
 
 def check_folder(song: Song, job: Job, run: dict[str, Any] | None) -> None:
-    """Check that the files which are not in the song's `run` yet may be written.
+    """Check that the files still missing from the song's `run` may be written.
 
     Raises:
         OutputError: one would replace another song's stem, or a file that this program did not write.
@@ -74,7 +74,7 @@ def check_folder(song: Song, job: Job, run: dict[str, Any] | None) -> None:
 
 
 def needs_page(song: Song, job: Job, run: dict[str, Any]) -> bool:
-    """Whether the listening page is wanted and not there as the run's record says."""
+    """Whether the listening page is wanted, but missing or not the recorded one."""
     page = song.folder / PAGE
     return job.report and not (os.path.isfile(page) and page.stat().st_size == run.get("page_bytes"))
 
@@ -116,7 +116,7 @@ class SongFile:
         self._sha256 = ""
 
     def source(self) -> dict[str, Any]:
-        """The source to record; empty if the file cannot be read, for which decoding has a better error."""
+        """The source to record; empty if the file cannot be read: decoding reports a better error."""
         try:
             facts = self._song.path.stat()
             if not stat.S_ISREG(facts.st_mode):

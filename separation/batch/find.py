@@ -218,7 +218,7 @@ def _stems_in(folder: Path) -> set[str]:
 
 
 def _without_clashes(songs: list[Song], failed: list[Outcome]) -> list[Song]:
-    """The songs that do not share their folder for stems; the others are added to `failed`."""
+    """The songs with a folder for stems of their own; all others are added to `failed`."""
     owners: dict[str, list[Song]] = {}
     for song in songs:
         owners.setdefault(_comparable(song.folder), []).append(song)

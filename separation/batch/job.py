@@ -32,7 +32,7 @@ class Job:
         settings: everything that decides the content of the stems' files; see `stem_settings`.
         stems: the stems to write, which are known before a model is loaded.
         output: how to write them.
-        accept_damaged: also separate songs of which a large or unknown part is missing.
+        accept_damaged: also separate songs that lack a large or unknown part.
         report: also write a listening page.
     """
 
@@ -73,7 +73,7 @@ def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOpt
     skipped if its record has an equal one. If a key or a value is spelt differently, finished songs are separated
     again.
 
-    Raises InputError, such as RecipeError, for a selection or a length of chunks that cannot be used.
+    Raises InputError, such as RecipeError, for a selection or chunk length that cannot be used.
     """
     models = selection.models()
     descriptions = {name: read_config(name) for name in models}

@@ -27,7 +27,7 @@ from separation.system.record import PAGE
 from separation.system.signals import uninterrupted
 from separation.system.threads import Threads
 
-SEPARATED = 0.7  # the share of a song's progress that its stems take if a page follows
+SEPARATED = 0.7  # share of a song's progress bar for the separation, if a page follows
 
 logger = logging.getLogger("separation")
 

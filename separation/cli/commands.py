@@ -16,8 +16,8 @@ from separation.errors import InputError
 if TYPE_CHECKING:
     from separation.engine.separator import Separator
 
-# Modules that import PyTorch are imported by the commands that need them: it takes a second, which `--help`, a wrong
-# option and `models list` do without.
+# PyTorch takes a second to import. Modules that need it are imported inside the commands, so that `--help`, a wrong
+# option and `models list` stay fast.
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -95,7 +95,7 @@ def _load(selected: Selection, options: EngineOptions) -> "Separator":
 
 
 def null(args: argparse.Namespace) -> int:
-    """Print what is left of one recording minus another."""
+    """Subtract one recording from another and print the level of the rest."""
     from separation.evaluation.evaluate import null as subtract
 
     for residual in subtract(args.first, args.second):

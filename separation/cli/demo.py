@@ -23,7 +23,7 @@ from separation.system.record import RECORD, check_targets
 SONG = shipped("weights") / "demo" / "song.flac"
 TRUE_STEMS = shipped("weights") / "demo" / "stems"
 CHOICES = ("vocals_instrumental", "all_6")
-SEPARATED = 0.7  # the share of the progress that the stems take; the page takes the rest
+SEPARATED = 0.7  # share of the progress bar for the separation; the rest is for the page
 
 
 def run_demo(
@@ -37,7 +37,7 @@ def run_demo(
 
     Returns text to print: a table with the SDR in dB, the level in dBFS and the file of each stem, and the speed.
 
-    Raises OutputError before any work if a file would be replaced that this program did not write, unless `overwrite`.
+    Raises OutputError before any work if it would replace a file that this program did not write, unless `overwrite`.
     """
     started = time.monotonic()
     picture, page = folder / "stems.svg", folder / "stems.html"
@@ -92,7 +92,7 @@ def _read(path: Path) -> torch.Tensor:
 
 
 def _true_stem(stem: str) -> torch.Tensor:
-    """The true stem, `[2, T]`. For `instrumental`, the sum of all others but the vocals."""
+    """The true stem, `[2, T]`; `instrumental` is the sum of all stems except the vocals."""
     if stem != "instrumental":
         return _read(TRUE_STEMS / f"{stem}.ogg")
     return torch.stack([_read(path) for path in sorted(TRUE_STEMS.glob("*.ogg")) if path.stem != "vocals"]).sum(dim=0)

@@ -1,4 +1,4 @@
-"""The commands below `models`."""
+"""The subcommands of `models`."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from separation.errors import InputError, SeparationError
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """Print every checkpoint. One that cannot be used does not stop the others."""
+    """Print every checkpoint, or its error if it cannot be used."""
     names, failed = catalogue.available(), []
     width = max(map(len, names))
     if not args.json:
@@ -53,7 +53,7 @@ def _facts(name: str) -> dict[str, Any]:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print what is known of a checkpoint."""
+    """Print the facts about a checkpoint."""
     facts = about.model_facts(args.model)
     print_json(json.dumps(facts)) if args.json else print_lines(about.as_text(facts))
     return 0
@@ -85,7 +85,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def _for_each(names: Sequence[str], job: Callable[[str], None]) -> int:
-    """Do the job for each model; one that fails does not stop the others. Returns the exit code."""
+    """Do the job for each model; a failure does not stop the others. Returns the exit code."""
     failed = False
     for name in names:
         try:

@@ -20,7 +20,7 @@ _ENGINE = {  # arguments by the fields of EngineOptions
 
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
-    """The options for the engine; those that the command does not have keep their defaults."""
+    """The engine's options. Options that the command lacks keep their defaults."""
     return EngineOptions(**{field: getattr(args, name) for field, name in _ENGINE.items() if hasattr(args, name)})
 
 

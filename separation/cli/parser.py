@@ -22,7 +22,7 @@ _OVERWRITE = "also replace files that this program did not write"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and with `--help` among the last options."""
+    """argparse with one-line errors, and with `--help` in the last group of options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -48,14 +48,14 @@ class _Commands:
         self._parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(self, name: str, command: Command, usage: str, description: str, *examples: str) -> Parser:
-        """Add a command that calls a function. Its description is one sentence; examples are what follows its name."""
+        """Add a command that calls a function. `description` is one sentence; an example is the text after the name."""
         parser = self.add_group(name, description, *examples)
         parser.usage = f"%(prog)s {usage}".rstrip()
         parser.set_defaults(command=command, parser=parser)
         return parser
 
     def add_group(self, name: str, description: str, *examples: str) -> Parser:
-        """Add a command that has commands of its own."""
+        """Add a command, with a description that is one sentence."""
         words = description[0].lower() + description[1:].removesuffix(".")
         return self._parsers.add_parser(name, help=words, description=description, epilog=_epilog(examples))
 
@@ -164,7 +164,7 @@ def _add_output_options(parser: Parser) -> None:
         default=44100,
         choices=SAMPLE_RATES,
         metavar="HZ",
-        help="44100, 48000, or `source` for that of the song (default: 44100)",
+        help="44100, 48000, or `source` for the song's own (default: 44100)",
     )
     group.add_argument(
         "--wav-depth", choices=WAV_DEPTHS, metavar="BITS", help="16 with dither, 24, or 32f for floats (default: 32f)"
@@ -233,7 +233,7 @@ def _add_null(parent: _Commands) -> None:
         "null",
         commands.null,
         "A B",
-        "Print what is left of one recording minus another, in dB.",
+        "Subtract one recording from another and print the level of the rest.",
         "stems/song song.flac",
         "stems/song other/song",
     )
@@ -379,7 +379,7 @@ def _add_cache(parent: _Commands) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Options that several commands have
+# Options that several commands share
 
 
 def _add_model_options(parser: Parser) -> argparse._ArgumentGroup:

@@ -28,7 +28,7 @@ class LogHandler(logging.StreamHandler[TextIO]):
 
 
 def print_line(line: object, file: TextIO | None = None) -> None:
-    """Print a line for people, on stdout by default. Nothing else prints unescaped text to a terminal."""
+    """Print a line for people, escaped for a terminal, on stdout by default."""
     print(shown(str(line)), file=file, flush=True)
 
 
@@ -44,7 +44,7 @@ def print_error(error: object) -> None:
 
 
 def print_json(text: str, file: TextIO | None = None) -> None:
-    """Print JSON exactly. It is ASCII in which only DEL, of all characters that `shown` escapes, is left."""
+    """Print JSON exactly. It is ASCII, in which DEL is the only character that a terminal would interpret."""
     print(text.replace("\x7f", "\\u007f"), file=file, flush=True)
 
 
@@ -62,5 +62,5 @@ def song_bar(name: str, *, leave: bool = True) -> Iterator[Progress]:
 
 
 def songs_bar(n_songs: int, *, hidden: bool) -> "tqdm[Any]":
-    """A bar that counts songs, if stderr is a terminal and it is not hidden."""
+    """A bar on stderr that counts songs, if that is a terminal, unless `hidden`."""
     return tqdm(total=n_songs, disable=True if hidden else None, leave=False, bar_format=_SONGS_BAR)

@@ -13,8 +13,8 @@ from separation.system import signals
 def run() -> NoReturn:
     """Run the command line and exit: 0 for success, 2 for bad usage or input, 128 + number for a signal, else 1.
 
-    If a stream cannot be written to, because a disk is full or a reader has gone, songs are still separated. If that
-    stream is stdout, the exit code is 1.
+    If stdout or stderr cannot be written to, because a disk is full or the reader has gone, songs are still separated.
+    If it is stdout, the exit code is 1.
     """
     stopping = signals.install()
     _open_descriptors()
@@ -83,7 +83,7 @@ def _forgiving(stream: Any, descriptor: int) -> tuple[_Forgiving, TextIO]:
     text = io.TextIOWrapper(
         buffer,
         stream.encoding,
-        "backslashreplace",  # a song's name may hold what the terminal cannot show
+        "backslashreplace",  # a song's name may hold characters that the terminal cannot show
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

@@ -32,7 +32,7 @@ def separate(args: argparse.Namespace) -> int:
     songs = [song.absolute() for song in found.songs] if args.ray else found.songs
     outcomes, n_songs = list(found.failed), len(found.failed) + len(songs)
     job, left = Job({}), songs
-    if songs:  # a missing song is reported before a missing model is
+    if songs:  # report a missing song before a missing model
         job = _job(args)
         left, finished = unfinished(songs, job, force=args.force_refresh)
         outcomes += finished
@@ -113,7 +113,7 @@ def _as_json(outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_summary(outcomes: Sequence[Outcome], n_songs: int) -> None:
-    """Print on stderr what failed and, if there are several songs, how many did what."""
+    """Print the failures on stderr and, for several songs, how many have each status."""
     for outcome in outcomes:
         if outcome.status == "failed":
             where = f"{outcome.path}: " if n_songs > 1 else ""

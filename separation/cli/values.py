@@ -1,4 +1,4 @@
-"""Converts the values of arguments. argparse prints the errors of these functions behind the argument's name."""
+"""Converts the values of arguments. argparse prints their errors after the argument's name."""
 
 import re
 from argparse import ArgumentTypeError
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def given(text: str) -> str:
-    """Any text but an empty one."""
+    """Any text that is not empty."""
     if not text:  # often an unset variable of a shell; as a path it would be the current folder
         raise ArgumentTypeError("it is empty: give a value, or leave it out")
     return text

@@ -136,7 +136,7 @@ def evaluate(
     """Score the estimates of every song. If `estimates` is a separator, it first separates each song's mixture.
 
     The mixture is the file `mixture` or, without one, the sum of the references. `instrumental` and `no_<stem>` are
-    scored against their own references or, without one, against the sum of all other references but vocals or `<stem>`.
+    scored against their own reference or, without one, against the sum of all others except vocals or `<stem>`.
 
     Everything is scored in stereo at 44100 Hz. Estimates up to 0.1 s longer or shorter than their reference are cut or
     padded with silence. Temporary files take 8 bytes per sample and stem. If a song fails, the others continue.
@@ -237,7 +237,7 @@ def _score(song: str, references: Mapping[str, Sequence[Path]], estimates: StemF
 
 
 def _groups(stems: Sequence[str]) -> list[list[str]]:
-    """Groups of stems to score together, without two stems of a group containing the same music.
+    """Groups of stems to score together. No two stems of a group contain the same music.
 
     A stem may be in several groups; its scores are those of the last one.
     """

@@ -66,7 +66,7 @@ TOP_HERTZ = 16000
 FREQUENCY_TICKS = {200: "200 Hz", 1000: "1 kHz", 4000: "4 kHz", 10000: "10 kHz"}
 RANGE_DECIBELS = 70
 SHADES = 96  # fewer: a smaller file; more: smoother colours
-COLOUR_STOPS = ("#10122b", "#2c1d63", "#6b2a86", "#b53c7c", "#ea6458", "#fba85b", "#fdf3c8")  # ever lighter
+COLOUR_STOPS = ("#10122b", "#2c1d63", "#6b2a86", "#b53c7c", "#ea6458", "#fba85b", "#fdf3c8")  # from dark to light
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _palette() -> bytes:
 
 
 def _png(indices: NDArray[np.uint8], palette: bytes) -> bytes:
-    """An image `[H, W]` of palette indices as PNG (ISO/IEC 15948). Each line is stored as a difference to the last."""
+    """An image `[H, W]` of palette indices as PNG (ISO/IEC 15948). Lines are stored as differences."""
     height, width = indices.shape
     lines = np.diff(indices, axis=0, prepend=np.zeros((1, width), np.uint8))
     filtered = np.concatenate([np.full((height, 1), 2, np.uint8), lines], axis=1)  # filter type 2 ("up")

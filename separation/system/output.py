@@ -78,7 +78,7 @@ class OutputFolder:
                 held.acquire()
             except FileNotFoundError:  # another process removed the folder before it was locked
                 continue
-            except OSError:  # a file system without locks, where no process removes the folder of another
+            except OSError:  # the file system has no locks, so no process removes the folder of another
                 pass
             self._cleaning.callback(shutil.rmtree, work, ignore_errors=True)
             self._cleaning.callback(held.release)

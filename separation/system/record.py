@@ -30,7 +30,7 @@ class Written:
 
     name: str
     n_bytes: int
-    mtime_ns: int | None  # None in records of earlier versions, which did not keep it
+    mtime_ns: int | None  # None in records of earlier versions, which do not have it
 
     @classmethod
     def of(cls, path: Path) -> "Written":

@@ -16,12 +16,12 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-RETRY_SECONDS = 0.05  # after which a signal that came during an import is raised again
-ECHO_SECONDS = 1.0  # in which a second signal is an echo of the first: some programs forward signals that we also get
+RETRY_SECONDS = 0.05  # the delay before a signal that arrived during an import is raised again
+ECHO_SECONDS = 1.0  # a second signal this soon echoes the first: some programs forward signals that we also receive
 
 
 class Stopping:
-    """Handles the signals that this process gets, from its construction on.
+    """Handles the signals that this process receives, from construction on.
 
     Until `began` is set, a signal ends the process at once. After that, SIGINT raises KeyboardInterrupt and the others
     raise SystemExit(128 + number). A later signal ends the process without waiting for it to clean up. Signals that the
@@ -32,7 +32,7 @@ class Stopping:
         self.began = False
         self.code: int | None = None  # the exit code, once the program has finished
         self._number = 0  # the first signal
-        self._time = 0.0  # when it came
+        self._time = 0.0  # when it arrived
         for number in NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -52,7 +52,7 @@ class Stopping:
         self._raise()
 
     def raise_again(self) -> None:
-        """Raise the exception of the signal that came, if one came."""
+        """Raise the exception of the signal that arrived, if any."""
         if self._number:
             self._raise()
 

@@ -27,7 +27,7 @@ from separation.web.limits import max_mib, max_seconds
 LISTEN, ZIP = "stems.html", "stems.zip"
 KEEP_SECONDS = 60 * 60  # after the last download of a finished song
 ANNOUNCED_SECONDS = 60  # until the upload of an announced song must start
-MAX_SONGS = 20  # that may be uploading, and as many again that may be waiting
+MAX_SONGS = 20  # songs that may be uploading; the same number may be waiting
 SLOW_SECONDS, SLOW_BYTES_PER_SECOND = 5.0, 1 << 16  # a slower upload is dropped if others have to wait for it
 BLOCK_BYTES = 1 << 16
 SEPARATED = 0.8  # share of the progress bar for the separation; the rest is for the listening page
@@ -49,7 +49,7 @@ class QueuedSong:
     n_bytes: int
     folder: Path  # holds all files of this song; the upload is `song/<name>`
     state: str = "announced"  # -> receiving -> waiting -> separating -> done or failed
-    share: float = 0.0  # of the current state that is complete, 0 to 1
+    share: float = 0.0  # share of the current state that is complete, 0 to 1
     stage: str = ""
     problem: str = ""  # why the song failed, or why a finished song has no listening page
     files: dict[str, Path] = field(default_factory=dict)  # name in the URL -> file
@@ -138,7 +138,7 @@ class SongQueue:
         self._finish(song, "waiting")
 
     def run(self) -> NoReturn:
-        """Separate one song after another, for ever."""
+        """Separate one song after another, forever."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
@@ -177,7 +177,7 @@ class SongQueue:
         return song.files[name], f"{Path(song.name).stem} - {name}"
 
     def archive(self, id: str) -> tuple[dict[str, Path], str]:
-        """The stems by their names in a zip archive, and the archive's file name. Raises RefusedError if none."""
+        """The stems by their names in a zip archive, and its file name. Raises RefusedError if there are none."""
         song = self._get(id)
         song.touched = time.monotonic()
         title = Path(song.name).stem

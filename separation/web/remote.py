@@ -55,7 +55,7 @@ class Allowed:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """As SEPARATION_LOCAL_URLS and SEPARATION_PRIVATE_URLS say. Raises InputError if one is neither on nor off."""
+        """What SEPARATION_LOCAL_URLS and SEPARATION_PRIVATE_URLS allow. Raises InputError unless each is on or off."""
         return cls(switch(LOCAL, default=False), switch(PRIVATE, default=True))
 
 
@@ -119,7 +119,7 @@ def _inner(address: Address) -> list[Address]:
 def _is_own(address: Address) -> bool:
     """Whether this machine has the address.
 
-    A machine reaches its own address from that same address. Connecting a UDP socket tells so without sending anything.
+    A machine reaches its own address from that same address. Connecting a UDP socket shows this and sends nothing.
     """
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:  # OSError: no route to it

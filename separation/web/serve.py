@@ -125,10 +125,10 @@ class Handler(Responder):
     do_GET = do_HEAD = do_OPTIONS = do_POST = do_PUT = do_DELETE = _answer  # noqa: N815
 
     def _check_sender(self) -> None:
-        """Refuse ambiguous requests and those of other sites' pages."""
+        """Refuse ambiguous requests, and requests from other sites' pages."""
         single = [self.headers.get_all(name, []) for name in ("Host", "Content-Length", "Transfer-Encoding", "Origin")]
         if self.headers.defects or self.headers.get_payload() or any(len(values) > 1 for values in single):
-            raise InputError("the request's headers are ambiguous: send each header once, one to a line")
+            raise InputError("the request's headers are ambiguous: send each header once, one per line")
         host = self.headers.get("Host", "")
         if not self.server.knows(host):
             wrong_host = f"{host!r:.100} is not an address of the page: use the one that the terminal shows"
