@@ -22,7 +22,7 @@ _MAX_CHUNKS = 10_000  # a hostile file can hold millions
 _MAX_LAYOUT_BYTES = 4096
 _MAX_START_BYTES = 2**16
 
-# ffmpeg's names of loudspeakers, and the names in this module. The first 18 are the bits of a WAV's mask, from the
+# This module's names of loudspeakers, by ffmpeg's. The first 18 are the bits of a WAV's mask, from the
 # lowest up. C(entre), s(ide), b(ack), S(urround, the single one at the back), t(op) f(ront), b(ottom) f(ront),
 # s(urround) d(irect), w(ide), t(otal, of a downmix).
 _FFMPEG = {
@@ -34,7 +34,7 @@ _FFMPEG = {
 FFMPEG_CHANNELS = tuple(_FFMPEG)  # in the order of ffmpeg's layouts
 _MASK = list(_FFMPEG.values())[:18]
 _UNKNOWN = "?"
-MASK_COMMENT = "waveformatextensible_channel_mask"  # the tag that holds a FLAC's mask, in lower case
+MASK_COMMENT = "waveformatextensible_channel_mask"  # the tag that holds a FLAC's mask, in lowercase
 
 # The gain of each loudspeaker in the left output; the right output mirrors it. ITU-R BS.775, annex 4, gives the gains
 # of L R C LFE Ls Rs S; the others follow by their side and by whether they are in front. LFE is left out.
@@ -42,7 +42,7 @@ _TO_LEFT: dict[str, float] = {
     **dict.fromkeys(("L", "Lc", "Lw", "Lbf", "Lt"), 1.0),
     **dict.fromkeys(("C", "Cbf", "Ls", "Lb", "Lsd", "Ltf", "Ltb", "Lts"), 0.5**0.5),
     **dict.fromkeys(("S", "Tc", "Ctf", "Ctb", _UNKNOWN), 0.5),
-    # Not loudspeakers: ambisonics, of which two cardioids to the sides are taken, and mid and side.
+    # Not loudspeakers: ambisonics, heard by virtual cardioids that point left and right, and mid and side.
     **{"W": 1.0, "W-3dB": 2**0.5, "Y": 1.0, "Mid": 1.0, "Side": 1.0},
 }
 _INVERTED = ("Y", "Side")  # subtracted from the right output
@@ -181,7 +181,7 @@ def layout_by_mask(text: str, channels: int) -> Layout | None:
 
 
 def _checked(speakers: Sequence[str] | None, channels: int) -> Layout | None:
-    """None if the layout is useless, or has another number of channels than the file. ffmpeg ignores it then, too."""
+    """The layout; None if it is useless or does not have the file's number of channels. ffmpeg ignores it too."""
     if speakers is None or len(speakers) != channels:
         return None
     is_useful = any(speaker != _UNKNOWN and (_to_left(speaker) or _to_right(speaker)) for speaker in speakers)
@@ -396,7 +396,7 @@ def _has_other_id(reader: ByteReader, track: ByteRange, track_id: int) -> bool:
 
 
 def _atoms(reader: ByteReader, within: ByteRange, kind: bytes, *inner: bytes) -> Iterator[ByteRange]:
-    """The contents of all atoms of a kind; with `inner` kinds, those of the atoms inside, one kind inside the other."""
+    """The contents of all atoms of a kind. `inner` kinds lead down: only the atoms of the last kind are returned."""
     position, stop = within
     for _ in range(_MAX_CHUNKS):
         header = reader.get(position, 16)

@@ -24,7 +24,7 @@ class Chatter:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Redirect stderr to a file. In the end, lines of other origin are passed on to stderr.
+        """Redirect stderr to a file. After the block, all other lines are passed on to stderr.
 
         Keep the block as short as one call into the library, because other threads wait for it.
         """

@@ -13,7 +13,7 @@ logger = logging.getLogger("separation")
 
 
 class Damage:
-    """The findings on one song. In the end, `judge` turns them into one warning, or refuses the song.
+    """The damage found in one song. After decoding, `judge` turns it into one warning, or refuses the song.
 
     All times are in seconds from the start of the song.
 

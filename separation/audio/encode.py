@@ -27,13 +27,14 @@ _INTEGER_BITS = {"PCM_16": 16, "PCM_24": 24}
 
 
 def check_rate(format: str, sample_rate: int) -> None:
-    """Raise `InputError` unless the format can have this rate (hertz)."""
+    """Raise `InputError` unless the format supports this rate (hertz)."""
     if format == "mp3" and sample_rate not in MP3_SAMPLE_RATES:
         rates = ", ".join(map(str, MP3_SAMPLE_RATES))
-        raise InputError(f"MP3 cannot have {sample_rate} Hz, only {rates}: choose another sample rate or format")
+        raise InputError(f"MP3 does not support {sample_rate} Hz, only {rates}: choose another sample rate or format")
     if format == "flac" and sample_rate > 65535 and sample_rate % 10:
         raise InputError(
-            f"FLAC cannot have {sample_rate} Hz, only multiples of 10 above 65535: choose another sample rate or format"
+            f"FLAC does not support {sample_rate} Hz (above 65535 Hz, only multiples of 10): "
+            "choose another sample rate or format"
         )
 
 
@@ -62,7 +63,7 @@ def encode(
             to cancel.
 
     Raises:
-        InputError: the format cannot have the waveform's sample rate.
+        InputError: the format does not support the waveform's sample rate.
         OutputError: the folder is full or cannot be written to. No partial file is left after.
     """
     check_rate(options.format, waveform.sample_rate)

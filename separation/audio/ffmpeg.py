@@ -54,7 +54,10 @@ def _find_program(program: str, name: str) -> str:
 
 
 def _input(source: Path | None, demuxer: str | None = None) -> list[str]:
-    """Options to read a file, or stdin if None. No file name can act as an option or a protocol or lead elsewhere."""
+    """Options to read a file, or stdin if None.
+
+    The file's name cannot act as an option or a protocol, and its content cannot make ffmpeg open other files.
+    """
     guard = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS, "-err_detect", "crccheck"]
     if demuxer:
         guard += ["-f", demuxer]

@@ -58,7 +58,7 @@ class _Probed:
 
     @property
     def tags(self) -> dict[str, str]:
-        """By key in lower case."""
+        """By key in lowercase."""
         parts = (self.stream, self.answer["format"])
         return {key.lower(): value for part in parts for key, value in part.get("tags", {}).items()}
 

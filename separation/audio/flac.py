@@ -186,7 +186,7 @@ def _take_first(reader: ByteReader, waiting: list[_Frame]) -> Iterator[tuple[_Fr
 
 
 def _end_of_first(reader: ByteReader, frames: list[_Frame]) -> int | None:
-    """The start of the frame before which the first one ends with a right checksum; None if the first is damaged."""
+    """Where the first frame ends: at the first header up to which its checksum is right; None if it is damaged."""
     position = frames[0].start
     checksum = 0
     for later in frames[1:]:

@@ -79,7 +79,7 @@ def find_audio(reader: ByteReader, name: str) -> Audio | None:
             elif any(n_bytes in unknown for unknown in _UNKNOWN_BYTES):
                 n_bytes = -1
             audio = Audio(start, n_bytes, reader.size - start, top[8:12] == b"WAVE")
-            return _trusted(reader, container, audio, name)
+            return _with_corrected_sizes(reader, container, audio, name)
         if kind == b"ds64" and len(sizes := reader.get(start, 16)) == 16:
             n_bytes_in_ds64 = struct.unpack("<q", sizes[8:])[0]
     return None
@@ -106,8 +106,8 @@ def chunks(reader: ByteReader) -> Iterator[tuple[bytes, int, int]]:
         position = start + n_bytes + -n_bytes % container.alignment
 
 
-def _trusted(reader: ByteReader, container: _Container, audio: Audio, name: str) -> Audio:
-    """The audio with those sizes corrected that the header must have wrong."""
+def _with_corrected_sizes(reader: ByteReader, container: _Container, audio: Audio, name: str) -> Audio:
+    """The audio, with its sizes corrected where the header must be wrong."""
     n_bytes, n_left = audio.n_announced or 0, audio.n_there
     if not 0 <= n_bytes < 2**62:
         return replace(audio, n_announced=None)

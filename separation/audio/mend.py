@@ -35,7 +35,11 @@ def find_holes(part: Part, damage: Damage) -> list[Hole]:
     lengths = [gap.n_bytes / mean_bytes for gap in gaps]  # in frames
     # Whether a gap has the size of whole frames. If so, frames were overwritten.
     fits = [part.is_cbr and round(n) > 0 and abs(n - round(n)) * mean_bytes <= 2 for n in lengths]
-    missing = _counted(part, lengths, fits, damage) if part.announced else _uncounted(part, lengths, fits, damage)
+    missing = (
+        _missing_by_count(part, lengths, fits, damage)
+        if part.announced
+        else _missing_by_size(part, lengths, fits, damage)
+    )
     if not part.is_info_intact:
         damage.add_note("the header that counts its frames does not match its checksum")
     if part.n_lead > mean_bytes:
@@ -46,7 +50,7 @@ def find_holes(part: Part, damage: Damage) -> list[Hole]:
     return [Hole(gap.frame, n) for gap, n in zip(gaps, missing, strict=True)]
 
 
-def _counted(part: Part, lengths: list[float], fits: list[bool], damage: Damage) -> list[int]:
+def _missing_by_count(part: Part, lengths: list[float], fits: list[bool], damage: Damage) -> list[int]:
     """The missing frames in each gap of a part whose header counts the frames."""
     missing = [round(n) if fit else 0 for n, fit in zip(lengths, fits, strict=True)]
     left = part.announced - part.n_frames
@@ -64,7 +68,7 @@ def _counted(part: Part, lengths: list[float], fits: list[bool], damage: Damage)
     return missing
 
 
-def _uncounted(part: Part, lengths: list[float], fits: list[bool], damage: Damage) -> list[int]:
+def _missing_by_size(part: Part, lengths: list[float], fits: list[bool], damage: Damage) -> list[int]:
     """The missing frames in each gap of a part that does not count its frames."""
     missing, unsure_seconds = [], 0.0
     for n, fit in zip(lengths, fits, strict=True):
@@ -117,7 +121,7 @@ def _xing_frame(info: bytes, header: bytes, n_frames: int) -> bytes:
 def _silenced(reader: ByteReader, start: int, stop: int) -> tuple[list[Piece], int]:
     """The first MP3 frames after a gap, silenced where their data begin in lost frames and would decode to noise.
 
-    Their own data stay, because later frames may use them. Returns also where the unchanged frames begin.
+    Their own data stay, because later frames may use them. Also returns where the unchanged frames begin.
     """
     pieces: list[Piece] = []
     n_available = 0  # bytes of data since the gap

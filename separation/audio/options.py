@@ -50,7 +50,7 @@ class OutputOptions:
             if value is None:
                 continue
             if self.format != owner:
-                raise InputError(f"{what} {value!r} means nothing for {self.format.upper()}: leave it out")
+                raise InputError(f"{what} {value!r} does not apply to {self.format.upper()}: leave it out")
             _check(what, value, offered)
 
     @property

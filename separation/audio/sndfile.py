@@ -35,7 +35,7 @@ class _Sound(soundfile.SoundFile):
 
 
 class _FileFrom(io.FileIO):
-    """A file that seems to begin at byte `start`."""
+    """A file without its first `start` bytes."""
 
     def __init__(self, path: Path, start: int) -> None:
         super().__init__(path)
@@ -254,7 +254,7 @@ def _mended_flac(job: Job, song: flac.FlacSong) -> Blocks:
     runs = flac.find_runs(job.path, song, job.name)
     for run in runs:
         yield from _hole(job, n_samples, run.sample, rate, song.channels)
-        yield from _exactly(job, Pieces(job.path, flac.file_of(song, run)), run.n_samples, song.channels)
+        yield from _padded_blocks(job, Pieces(job.path, flac.file_of(song, run)), run.n_samples, song.channels)
         n_samples = run.sample + run.n_samples
     if song.total_samples > n_samples:
         job.damage.add_cut((song.total_samples - n_samples) / rate)
@@ -273,7 +273,7 @@ def _hole(job: Job, n_samples: int, due: int, rate: int, channels: int) -> Block
         yield from silent(due - n_samples, channels)
 
 
-def _exactly(job: Job, pieces: Pieces, n_samples: int, channels: int) -> Blocks:
+def _padded_blocks(job: Job, pieces: Pieces, n_samples: int, channels: int) -> Blocks:
     """`n_samples` samples of a file, with silence at the end if libsndfile returns fewer."""
     done = 0
     with pieces, contextlib.suppress(DecoderError):

@@ -111,7 +111,7 @@ def find_sound(streams: Sequence[Stream], container: Sequence[str], name: str) -
         raise AudioError(f"{name} is damaged (ffmpeg finds no sample rate or channels): get the file again")
 
     def preference(stream: Stream) -> tuple[bool, bool]:
-        return not _has(stream, "default"), any(_has(stream, kind) for kind in _NOT_THE_SONG)
+        return not _has_disposition(stream, "default"), any(_has_disposition(stream, kind) for kind in _NOT_THE_SONG)
 
     song = min(usable, key=preference)
     joined = _joined(song, usable, container)
@@ -122,14 +122,14 @@ def find_sound(streams: Sequence[Stream], container: Sequence[str], name: str) -
     return Sound(tracks, tuple(joined), min(starts, default=None))
 
 
-def _has(stream: Stream, disposition: str) -> bool:
+def _has_disposition(stream: Stream, disposition: str) -> bool:
     return bool(stream.get("disposition", {}).get(disposition))
 
 
 def _is_picture(stream: Stream) -> bool:
     """Whether the stream is a video, and not an album's cover or the pictures of chapters."""
     stills = ("attached_pic", "timed_thumbnails", "still_image")
-    return stream["codec_type"] == "video" and not any(_has(stream, kind) for kind in stills)
+    return stream["codec_type"] == "video" and not any(_has_disposition(stream, kind) for kind in stills)
 
 
 def _joined(song: Stream, usable: Sequence[Stream], container: Sequence[str]) -> dict[str, Stream]:
@@ -154,7 +154,7 @@ def _belong_together(song: Stream, other: Stream) -> bool:
     def facts(stream: Stream) -> tuple[Any, ...]:
         tags = _tags(stream)
         title = _SIDES.sub("", tags.get("title") or tags.get("handler_name") or "")
-        kinds = [_has(stream, kind) for kind in _NOT_THE_SONG]
+        kinds = [_has_disposition(stream, kind) for kind in _NOT_THE_SONG]
         return stream.get("codec_name"), stream["sample_rate"], stream["channels"], tags.get("language"), title, kinds
 
     lengths = [float(stream.get("duration", 0)) for stream in (song, other)]
@@ -186,4 +186,5 @@ def _choice(tracks: Sequence[Stream], channels: Sequence[str], audio: Sequence[S
     tags = _tags(tracks[0])
     described = [tags[key] for key in ("language", "title") if tags.get(key) and tags[key] != "und"]
     details = f" ({', '.join(described)})" if described else ""
-    return f"number {numbers[0]}{details}, {'the default' if _has(tracks[0], 'default') else 'the first'}, is taken"
+    why = "the default" if _has_disposition(tracks[0], "default") else "the first"
+    return f"number {numbers[0]}{details}, {why}, is taken"

@@ -32,7 +32,7 @@ METADATA = {"name", "type", "model_name", "model_type", "version", "description"
 def build(description: Checkpoint, specialists: tuple[str, ...] = (), *, initialised: bool = False) -> SeparationModel:
     """The model without weights, on the meta device; if `initialised`, on the CPU with PyTorch's random weights.
 
-    `specialists` are the stems of a checkpoint made of specialists that the model has.
+    If the checkpoint is made of specialists, the model has those for the stems in `specialists`.
 
     Raises CheckpointError for a description that no model can be built from.
     """
@@ -50,7 +50,7 @@ def build(description: Checkpoint, specialists: tuple[str, ...] = (), *, initial
             f"{escaped(', '.join(unknown), most=200)}: correct the key, or use another architecture"
         )
     if "rescale" in types and not initialised:
-        arguments["rescale"] = 0  # Demucs rescales its random weights, to start a training with
+        arguments["rescale"] = 0  # Demucs rescales only random weights, for training
     try:
         check_arguments(arguments, types)
         check_frames(description.chunk_samples, arguments)
@@ -121,7 +121,7 @@ def hyper_parameters(description: Checkpoint) -> dict[str, Any]:
 
 
 def with_architecture(description: Checkpoint, stored: Stored | None = None) -> Checkpoint:
-    """The description, with the architecture that it names or else the weights' names and the hyper-parameters tell.
+    """The description with its architecture: as named, or recognised by the weights' names and the hyper-parameters.
 
     Raises CheckpointError unless exactly one architecture is possible.
     """
@@ -134,14 +134,14 @@ def with_architecture(description: Checkpoint, stored: Stored | None = None) -> 
         found = architectures_with(stored.tensors)
         if not found:
             raise CheckpointError(
-                f"{stored.path} is of none of the architectures {', '.join(ARCHITECTURES)} (its first weights are "
+                f"{stored.path} fits none of the architectures {', '.join(ARCHITECTURES)} (its first weights are "
                 f"{', '.join(list(stored.tensors)[:3])}): use the program that it was made for"
             )
     if len(found) > 1:
         found = [name for name in found if _takes(replace(description, architecture=name))]
     if len(found) != 1:
         raise CheckpointError(
-            f"{description.source} does not tell its architecture ({' or '.join(found) or 'none fits its keys'}): "
+            f"{description.source} does not name its architecture ({' or '.join(found) or 'none fits its keys'}): "
             f"add the line `architecture: NAME`, one of {', '.join(ARCHITECTURES)}"
         )
     return replace(description, architecture=found[0])
@@ -180,7 +180,7 @@ def specialists_of(files: Sequence[WeightFile]) -> tuple[str, ...]:
 
 
 def follow(model: SeparationModel, stored: Mapping[str, Stored]) -> None:
-    """Rebuild the networks whose files describe themselves as they say; the model stays on the meta device."""
+    """Rebuild each network whose file describes it, by that description; the model stays on the meta device."""
     for part, file in stored.items():
         if file.blueprint is not None:
             with building(file.path, size_bytes(file.path)):
@@ -208,7 +208,7 @@ def count_parameters(description: Checkpoint) -> tuple[str, int]:
 
 
 def random_weights(name_or_path: str | Path, *, seed: int = 0) -> dict[str, Tensor]:
-    """A state dict with which a training of this model could begin: for measurements without a checkpoint.
+    """The weights of this model before any training, as a state dict: for measurements without a checkpoint.
 
     The same seed gives the same weights. No two tensors share memory, so every format can store them; `load_model`
     takes the file as `checkpoint=`. For a checkpoint of several networks, these are the weights of one.

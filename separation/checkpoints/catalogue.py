@@ -91,7 +91,8 @@ def files_for(checkpoint: Checkpoint, stems: Sequence[str] | None) -> tuple[Weig
     unknown = [stem for stem in wanted if stem not in checkpoint.stems]
     if unknown or not wanted:
         given = ", ".join(checkpoint.stems)
-        raise RecipeError(f"{checkpoint.name} gives {given}, not {', '.join(map(repr, unknown)) or 'no stem at all'}")
+        wrong = f"does not give {', '.join(map(repr, unknown))}" if unknown else "needs at least one stem"
+        raise RecipeError(f"{checkpoint.name} {wrong}: choose from {given}")
     specialists = {file.stem: file for file in checkpoint.files if file.stem is not None}
     return tuple(specialists[stem] for stem in wanted) if specialists else checkpoint.files
 

@@ -2,7 +2,7 @@
 
 The YAML has the community's sections as they are published (`audio`, `model`, `training`, …). This project adds
 `architecture`, `stems`, `files` (name, url, bytes, sha256, stem), `licence` and `quality`. A user's own YAML may lack
-all of these: its weights lie beside it, and `training` and the weights tell the rest.
+all of these: its weights lie beside it, and the rest follows from `training` and the weights.
 
 Nothing here imports PyTorch, which takes a second: `separation models list` answers at once.
 """

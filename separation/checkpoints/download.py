@@ -40,8 +40,8 @@ from separation.errors import CheckpointError, DownloadError
 from separation.system.output import not_through_links
 from separation.system.places import size_bytes, weights_folder
 
-TIMEOUT_SECONDS = 30.0  # without a byte
-RETRY_SECONDS = (0.5, 1.0, 2.0)  # the backoff; any progress starts it again
+TIMEOUT_SECONDS = 30.0  # if no byte arrives
+RETRY_SECONDS = (0.5, 1.0, 2.0)  # the backoff; any progress resets it
 BLOCK_BYTES = 1 << 18
 REDIRECTS = {("http", "http"), ("http", "https"), ("https", "https")}  # allowed schemes: (from, to)
 

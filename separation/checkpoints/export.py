@@ -118,10 +118,10 @@ def _check_options(target: Path, checkpoint: Path | None, *, random: bool) -> No
     if target.suffix != ".onnx" or target.is_dir():
         raise InputError(f"the output {str(target)!r} must be a file whose name ends in .onnx: that is its format")
     if random and checkpoint is not None:
-        raise InputError(f"random weights and the weights in {checkpoint} exclude each other: leave one out")
+        raise InputError(f"random weights and the weights in {checkpoint} cannot be combined: leave one out")
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
-            raise InputError(f"the package {package} is missing: `pip install onnx onnxscript onnxruntime`")
+            raise InputError(f"the package {package} is missing: run `pip install onnx onnxscript onnxruntime`")
 
 
 def _write(

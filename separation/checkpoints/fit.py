@@ -29,7 +29,7 @@ def check_fit(
     recognised = architectures_with(names)
     if recognised and description.architecture not in recognised:
         raise CheckpointError(
-            f"{source} is of the architecture {' or '.join(recognised)} by the names of its weights, and "
+            f"{source} has the weights of the architecture {' or '.join(recognised)}, but "
             f"{description.source} says {description.architecture} ({found}): correct the YAML"
         )
     for part in stored if recognised else ():

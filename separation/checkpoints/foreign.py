@@ -60,7 +60,7 @@ KEYS = {
     "encoder_name": TYPES["segm_models"],
     "band_specs": TYPES["bandit"],
     "n_rope": TYPES["moises_light"],
-    "feature_dim": TYPES["apollo"],  # behind BS-Mamba2, whose models may have this key too
+    "feature_dim": TYPES["apollo"],  # after BS-Mamba2, whose models may have this key too
 }
 # By names of weights that no other model has.
 NAMES = {

@@ -93,9 +93,8 @@ def load_model(
     if description.architecture is None:
         paths = _weight_paths(description, files, checkpoint)
         description = with_architecture(description, open_weights(paths[0]))
-    model = build(
-        description, specialists_of(files)
-    )  # before the download, which a mistake in the YAML need not wait for
+    # Built before the download, so that a mistake in the YAML is reported at once.
+    model = build(description, specialists_of(files))
     choice = choose_attention(attention, device, floats, model.head_size) if model.head_size else None
     needs_weights = choice is not None and choice.name in LAYER_BACKENDS
 

@@ -115,9 +115,9 @@ class Reader:
         elif isinstance(self._stack[-1], Ignored):
             return
         elif code == pickle.APPENDS:
-            _of(list, self._stack[-1]).extend(items)
+            _require(list, self._stack[-1]).extend(items)
         else:
-            put(_of(dict, self._stack[-1]), zip(items[::2], items[1::2], strict=True))
+            put(_require(dict, self._stack[-1]), zip(items[::2], items[1::2], strict=True))
 
     def _refer(self, code: bytes) -> None:
         """Carry out an opcode that refers to something outside the pickle: a name, call, state or persistent id."""
@@ -125,7 +125,7 @@ class Reader:
         if code == pickle.GLOBAL:
             stack.append(self._name())
         elif code in (pickle.REDUCE, pickle.NEWOBJ):
-            arguments, called = _of(tuple, stack.pop()), _of(Name, stack.pop())
+            arguments, called = _require(tuple, stack.pop()), _require(Name, stack.pop())
             if called.call is None:
                 raise UnpicklingError(f"GLOBAL {called.name} is called")
             made = called.call(*arguments)
@@ -137,7 +137,7 @@ class Reader:
             if isinstance(stack[-1], Name):
                 raise UnpicklingError(f"GLOBAL {stack[-1].name} is changed")
         elif code == pickle.BINPERSID:
-            stack.append(self._load_persistent(_of(tuple, stack.pop())))
+            stack.append(self._load_persistent(_require(tuple, stack.pop())))
         else:
             raise UnpicklingError(f"it has the unknown opcode {code[0]}")
 
@@ -183,7 +183,7 @@ def put(section: dict[Any, Any], items: Any) -> None:
         section[key] = value
 
 
-def _of(kind: Any, value: Any) -> Any:
+def _require(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
         raise UnpicklingError(f"it has a {type(value).__name__} in place of a {kind.__name__}")
     return value

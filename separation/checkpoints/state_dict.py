@@ -187,7 +187,7 @@ STAND_INS = {
     "fractions.Fraction": Name("fractions.Fraction", _fraction),
 }
 
-# Objects of these packages stand beside the weights in what trainers save. The packages are not imported.
+# Trainers save objects of these packages with the weights. The packages are not imported.
 BESIDE = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|torchmetrics|hydra|omegaconf|ml_collections|argparse|pathlib|typing"
     r"|torch\.optim|collections)\..*"

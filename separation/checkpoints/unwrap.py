@@ -1,4 +1,4 @@
-"""Finds the state dict in what trainers save: nested, beside optimizers and averages, with wrappers' prefixes.
+"""Finds the state dict in a trainer's file: nested, among optimizers and averages, with wrappers' prefixes.
 
 PyTorch Lightning, DataParallel, torch.compile, FSDP, ema_pytorch, PyTorch's AveragedModel and the scripts of
 Music-Source-Separation-Training each have their own layout. If a file has both the weights and their moving average,

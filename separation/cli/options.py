@@ -37,7 +37,7 @@ def output_options(args: argparse.Namespace) -> OutputOptions:
 
 
 def selection(args: argparse.Namespace) -> Selection:
-    """The models to run. Raises InputError for arguments that exclude each other."""
+    """The models to run. Raises InputError for arguments that cannot be combined."""
     for model in ("--model-name", "--model-path"):
         for other in ("--stems", "--recipe"):
             if is_given(args, model) and is_given(args, other):

@@ -172,7 +172,7 @@ class Cache:
                 json_part.write(_json({"sha256": digest.hexdigest(), **body}))
                 json_part.close()
                 with self._locked():
-                    description.unlink(missing_ok=True)  # it must never lie beside other samples than its own
+                    description.unlink(missing_ok=True)  # must never lie beside another estimate's samples
                     os.replace(part.name, data)
                     os.replace(json_part.name, description)
 
@@ -215,7 +215,7 @@ class Cache:
             total -= size
 
     def entries(self) -> list[Entry]:
-        """All entries, the last used first. Raises OutputError if the folder cannot be read."""
+        """All entries, the most recently used first. Raises OutputError if the folder cannot be read."""
         found = []
         with self._output_errors("read the cache in"):
             for description in self.folder.glob(f"{'[0-9a-f]' * 64}.json"):

@@ -14,11 +14,11 @@ from separation.errors import InputError
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """How a song is cut: chunks of `chunk_samples`, of which neighbours share `overlap_samples`.
+    """How a song is cut: chunks of `chunk_samples`; neighbours share `overlap_samples`.
 
     Args:
         chunk_samples: the length of a chunk.
-        overlap_samples: what neighbouring chunks share.
+        overlap_samples: how many samples neighbouring chunks share.
         reflects_border: extend the song at both ends by its own reflection over the overlap, so that its first and last
             samples also lie inside a chunk. Without it, as in Demucs, chunks start at the song's first sample and a
             short last chunk is centred in the samples around it. Beyond the song and its reflection there is silence.
@@ -107,7 +107,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkBatch:
-    """Consecutive chunks of the same `read_length`; `size` is the largest number of them in a batch."""
+    """Consecutive chunks of the same `read_length`, at most `size` of them."""
 
     chunks: list[Chunk]
     size: int

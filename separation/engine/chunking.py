@@ -93,7 +93,9 @@ def separate(
     start = partial(_SongRun, ready, plan, level, batches, channels)
     with (
         closing(_read_batches(source, plan, batches, ready.device)) as read,
-        closing(_ahead(start, read, ready.device) if _works_ahead(ready.device) else _in_turn(start, read)) as finished,
+        closing(
+            _working_ahead(start, read, ready.device) if _works_ahead(ready.device) else _in_turn(start, read)
+        ) as finished,
     ):
         progress(0)
         done = 0
@@ -118,7 +120,7 @@ class _Batch:
     """A batch that has been read."""
 
     chunks: list[Chunk]
-    sounding: list[Chunk]  # those that are not silent
+    sounding: list[Chunk]  # the chunks that are not silent
     mixtures: Tensor | None  # [len(sounding), C, read_length] on the CPU, page-locked for a GPU; None if all are silent
     size: int  # chunks that the model is given: the sounding ones, then padding
     finished_until: int  # no later chunk changes samples before this one
@@ -178,7 +180,9 @@ def _in_turn(start: Callable[[], "_SongRun"], batches: Iterable[_Batch]) -> Gene
         yield run.add(run.checked(run.start(batch)))()
 
 
-def _ahead(start: Callable[[], "_SongRun"], batches: Iterable[_Batch], device: torch.device) -> Generator[Tensor]:
+def _working_ahead(
+    start: Callable[[], "_SongRun"], batches: Iterable[_Batch], device: torch.device
+) -> Generator[Tensor]:
     """As `_in_turn`, but the device's compute thread has two more batches when the caller gets a block."""
     thread: ComputeThread = compute_thread(device)
     run = thread.run(start)
@@ -202,7 +206,7 @@ class _Started:
 
     batch: _Batch
     estimates: Tensor  # of the sounding chunks, [n, S, C, read_length] on the device
-    finite: Callable[[], Tensor]  # waits; for each sounding chunk whether all that is kept of it is finite, [n]
+    finite: Callable[[], Tensor]  # waits; whether the kept part of each sounding chunk is finite, [n]
 
 
 class _SongRun:
@@ -220,7 +224,7 @@ class _SongRun:
         shape = (ready.n_stems, channels, plan.chunk_samples + chunks * plan.chunk_hop)
         self._sums = _OverlapAdd(plan, level, shape, ready.device)
         self._previous: _Started | None = None
-        self.is_over = False  # set when nothing more is wanted
+        self.is_over = False  # set when the caller wants no more samples
 
     def step(self, batch: _Batch | None) -> Callable[[], Tensor] | None:
         """Start a batch, then finish the previous one, so that the device has work in the meantime.
@@ -290,7 +294,7 @@ class _OverlapAdd:
     """The sums of faded estimates and of the fades, for the samples that later chunks may still change.
 
     Args:
-        shape: of the sums, `[S, C, T]`: T holds a batch of chunks and what is unfinished from the one before.
+        shape: of the sums, `[S, C, T]`: T holds a batch of chunks and the unfinished samples of the previous one.
     """
 
     def __init__(self, plan: ChunkPlan, level: Level, shape: tuple[int, int, int], device: torch.device) -> None:
@@ -298,7 +302,7 @@ class _OverlapAdd:
         self._fades = _fades_on(device, plan.chunk_samples, plan.overlap_samples)
         self._sums = torch.zeros(shape, device=device)
         self._fade_sums = torch.zeros(shape[-1], device=device)
-        self._finished = 0  # samples that were given out; the sums start there
+        self._finished = 0  # samples that were returned; the sums start there
         self._reached = 0  # the end of the furthest chunk so far
 
     def add(self, batch: _Batch, estimates: Tensor) -> Callable[[], Tensor]:

@@ -187,7 +187,7 @@ class _Source(NamedTuple):
     text: str
     model: str
     word: str | None  # `of` or `after`
-    stems: tuple[str, ...]  # behind that word
+    stems: tuple[str, ...]  # after that word
     share: float
 
 

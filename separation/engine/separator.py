@@ -37,7 +37,7 @@ from separation.system.output import OutputFolder
 from separation.system.text import shown
 
 DECODED, ESTIMATED = 0.05, 0.9  # the shares of a file's job that are done after decoding and after the models
-PEAK = 0.9  # the peak of the mixture that models with `normalisation` "peak" are given
+PEAK = 0.9  # of the mixture, for models with `normalisation` "peak"
 
 logger = logging.getLogger("separation")
 
@@ -138,7 +138,7 @@ class Separator:
         return {"cpu": 1, "mps": 4}.get(self.device.type)
 
     def warm_up(self) -> None:
-        """Run each model over a chunk of noise, so that the first song does not wait for what is made only once."""
+        """Run each model over a chunk of noise, so that the first song does not wait for one-time setup."""
         for run, stems in self.recipe.runs.items():
             plan = replace(self.plans[run.model], overlap_samples=0)
             noise = torch.randn(2, min(SAMPLE_RATE, plan.chunk_samples), generator=torch.Generator().manual_seed(0))
@@ -207,7 +207,7 @@ class Separator:
             The paths of the stems by name.
 
         Raises:
-            InputError: the format cannot have the sample rate, or a stem would replace the song.
+            InputError: the format does not support the sample rate, or a stem would replace the song.
             AudioError: the file cannot be read as audio, is damaged, or is longer than `max_seconds`.
             EstimateError: a model gave NaN or Inf, or memory ran out.
             OutputError: the stems cannot be written, or files that this program did not write are in their place.
@@ -250,7 +250,7 @@ class Separator:
             _warn_of_rf64(stems, options)
             encoders = Encoders(stems, files, _tags(mixture, path, self.stems), options)
             writing = job.part(ESTIMATED, 1)
-            with encoders, song:  # the song is left first: it closes the waveforms that the encoders wait for
+            with encoders, song:  # `song` exits first: it closes the waveforms that the encoders wait for
                 for estimate, wave in self._run(song, _checking(job.part(DECODED, ESTIMATED), song, encoders)):
                     if cached:
                         song.in_background(partial(cached.keep, estimate, wave))
@@ -367,7 +367,7 @@ def _level(model: SeparationModel, source: Samples | Waveform) -> Level:
 
 
 def _checking(progress: Progress, song: SongWaveforms[Waveform], encoders: Encoders) -> Progress:
-    """Progress that also raises the error of a thread that failed beside the model."""
+    """Progress that also raises the error of any other thread that failed."""
 
     def report(share: float, stage: str) -> None:
         try:

@@ -142,7 +142,7 @@ def engine_speed(
         if value < 1:
             raise InputError(f"{name} is {value}: choose a whole number from 1 up")
     if random and selection.model_path is not None:
-        raise InputError(f"random weights and the weights in {selection.model_path} exclude each other: leave one out")
+        raise InputError(f"random weights and the weights in {selection.model_path} cannot be combined: leave one out")
     choice = choose(options.device, options.precision)
     with contextlib.ExitStack() as stack:
         wanted = selection.models()

@@ -25,7 +25,7 @@ def test_only_the_first_lines_are_kept_but_all_are_counted() -> None:
     assert chatter.n_lines == 15
 
 
-def test_while_several_threads_catch_what_others_print_arrives_and_stderr_is_restored(
+def test_while_several_threads_catch_other_lines_arrive_and_stderr_is_restored(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     done, n_lines = threading.Event(), 0

@@ -43,7 +43,7 @@ def test_times_in_a_part_count_from_its_start(damage: Damage) -> None:
     assert damage.time_in_song(2.0) == 12.0
 
 
-def test_without_findings_nothing_is_said(damage: Damage, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_intact_song_gets_no_warning(damage: Damage, caplog: pytest.LogCaptureFixture) -> None:
     damage.judge(10.0)
     assert not damage and not caplog.records
 

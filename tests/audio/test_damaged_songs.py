@@ -142,7 +142,7 @@ def test_bytes_inserted_into_an_mp3_do_not_cost_music(tmp_path: Path, caplog: py
 
 
 @needs_ffmpeg
-def test_mp3_frames_behind_a_gap_that_need_no_earlier_data_are_unchanged(tmp_path: Path) -> None:
+def test_mp3_frames_after_a_gap_that_need_no_earlier_data_are_unchanged(tmp_path: Path) -> None:
     songs(tmp_path, "WAV")
     command = ["ffmpeg", "-v", "error", "-i", str(tmp_path / "source.WAV"), "-b:a", "128k", "-reservoir", "0"]
     subprocess.run([*command, "-id3v2_version", "0", str(tmp_path / "whole.mp3")], check=True)
@@ -178,7 +178,7 @@ def test_joined_songs_of_different_rates_and_channels_are_read_at_the_rate_of_th
 # What is refused, and what --accept-damaged does
 
 
-def test_a_song_of_which_half_is_missing_is_refused_unless_damage_is_accepted(
+def test_a_song_with_half_of_it_missing_is_refused_unless_damage_is_accepted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = songs(tmp_path, "WAV")

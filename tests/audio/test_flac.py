@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "song.flac"
 
 
-def test_a_song_tells_its_format(path: Path) -> None:
+def test_the_format_of_a_song_is_in_its_streaminfo(path: Path) -> None:
     song = only_song(path)
     assert (song.sample_rate, song.channels, song.bits, song.total_samples) == (44100, 2, 16, N_SAMPLES)
     assert (song.start, song.end) == (0, path.stat().st_size)
@@ -45,7 +45,7 @@ def test_a_song_tells_its_format(path: Path) -> None:
     assert path.read_bytes()[song.first_frame :].startswith(b"\xff\xf8")
 
 
-def test_joined_songs_are_found_behind_a_tag(tmp_path: Path) -> None:
+def test_joined_songs_are_found_after_a_tag(tmp_path: Path) -> None:
     tag, first = b"ID3\4\0\0\0\0\0\4" + bytes(4), content()
     (tmp_path / "both").write_bytes(tag + first + content(3000))
     songs = flac.find_songs(tmp_path / "both")
@@ -94,7 +94,7 @@ def test_a_song_that_is_cut_short_does_not_end_as_announced(path: Path) -> None:
     assert flac.n_extra_bytes(path, song, [run]) > 0
 
 
-def test_a_tag_behind_the_last_frame_is_not_extra(path: Path) -> None:
+def test_a_tag_after_the_last_frame_is_not_extra(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"TAG" + bytes(125))
     song = only_song(path)
     runs = flac.find_runs(path, song, "'song.flac'")

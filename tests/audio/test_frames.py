@@ -81,7 +81,7 @@ def test_a_file_that_ends_within_a_frame_is_cut(mp3: Path) -> None:
     assert part.is_cut and part.n_frames == whole.n_frames - 1
 
 
-def test_bytes_before_and_behind_the_frames_are_counted_without_tags_and_zeros(mp3: Path) -> None:
+def test_bytes_before_and_after_the_frames_are_counted_without_tags_and_zeros(mp3: Path) -> None:
     content = mp3.read_bytes()
     mp3.write_bytes(b"\1" * 700 + content + bytes(50) + b"\1" * 300 + b"TAG" + bytes(125))
     part = only_part(mp3)

@@ -111,7 +111,7 @@ def test_silence_takes_the_place_of_missing_frames(size: int, damage: Damage) ->
     assert np.allclose(damage.holes, np.array([(1152, 2304), (5 * 1152, 1152)]) / RATE)
 
 
-def test_silence_is_placed_at_the_decoders_rate_behind_the_samples_that_it_drops(damage: Damage) -> None:
+def test_silence_is_placed_at_the_decoders_rate_after_the_samples_that_it_drops(damage: Damage) -> None:
     found = with_silence(blocks(2000, 300), part([], skipped=1000), [Hole(1, 1)], 2 * RATE, damage)
     samples = np.concatenate(list(found))[:, 0]
     assert len(samples) == 2000 + 2 * 1152

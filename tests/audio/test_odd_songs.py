@@ -196,7 +196,7 @@ def test_a_warning_says_that_surround_is_mixed_down(tmp_path: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 96000])
-def test_a_rate_that_mp3_does_not_have_is_one_line_before_any_work(
+def test_a_rate_that_mp3_does_not_support_is_refused_in_one_line_before_any_work(
     rate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soundfile.write(tmp_path / "song.wav", music()[:5000], rate)
@@ -204,7 +204,7 @@ def test_a_rate_that_mp3_does_not_have_is_one_line_before_any_work(
     assert main([*arguments, "--format", "mp3", "--sample-rate", "source"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"error: MP3 cannot have {rate} Hz, only 32000, 44100, 48000: choose another sample rate or format"
+        f"error: MP3 does not support {rate} Hz, only 32000, 44100, 48000: choose another sample rate or format"
     ]
     assert not (tmp_path / "out").exists()
 

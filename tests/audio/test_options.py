@@ -44,7 +44,7 @@ def test_what_is_not_offered_is_refused_with_the_choices(options: dict[str, Any]
     ],
 )
 def test_an_option_of_another_format_is_refused_even_with_its_default(format: str, options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"means nothing for {format.upper()}: leave it out"):
+    with pytest.raises(InputError, match=f"does not apply to {format.upper()}: leave it out"):
         OutputOptions(format, **options)
 
 

@@ -25,7 +25,7 @@ def test_any_bytes_are_read_in_any_order(small: ByteReader) -> None:
         assert small.get(start, n_bytes) == CONTENT[start : start + n_bytes]
 
 
-def test_behind_the_end_there_is_nothing(small: ByteReader) -> None:
+def test_nothing_is_read_after_the_end(small: ByteReader) -> None:
     assert small.size == 5000
     assert small.get(4990, 20) == CONTENT[4990:]
     assert small.get(5000, 1) == b"" and small.get(2**70, 1) == b""

@@ -7,6 +7,6 @@ def test_audio_and_video_have_suffixes_and_pictures_and_texts_do_not() -> None:
     assert not {".jpg", ".png", ".txt", ".html", ".json", ".cue", ".m3u", ".log", ".pdf", ".lrc"} & AUDIO_OR_VIDEO
 
 
-def test_suffixes_are_in_lower_case_behind_one_dot() -> None:
+def test_suffixes_are_lowercase_after_one_dot() -> None:
     for suffix in AUDIO_OR_VIDEO:
         assert suffix == suffix.lower() and suffix.startswith(".") and suffix.count(".") == 1

@@ -31,14 +31,14 @@ def ape(n_bytes: int, *, is_header: bool) -> bytes:
         (b"", 0),
     ],
 )
-def test_a_tag_tells_its_length(data: bytes, n_bytes: int) -> None:
+def test_the_length_of_a_tag_is_in_its_header(data: bytes, n_bytes: int) -> None:
     assert tag_bytes(data[:24]) == n_bytes
 
 
 @pytest.mark.parametrize(
     "content, start", [(b"", 0), (b"fLaC", 0), (id3v2(20), 30), (id3v2(20) + id3v2(5, flags=16) + b"fLaC", 55)]
 )
-def test_the_audio_begins_behind_all_id3v2_tags(content: bytes, start: int) -> None:
+def test_the_audio_begins_after_all_id3v2_tags(content: bytes, start: int) -> None:
     assert after_id3v2(ByteReader(io.BytesIO(content))) == start
 
 

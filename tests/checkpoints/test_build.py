@@ -87,7 +87,7 @@ def test_wrong_hyper_parameters_are_named(tmp_path: Path, changes: dict[str, Any
         load_model(write_yaml(tmp_path, model=HYPER_PARAMETERS | changes))
 
 
-def test_an_unknown_architecture_is_answered_with_the_known_names(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"small\.yaml: unknown architecture 'perceptron': use one of bs_roformer"
     ):
@@ -144,7 +144,7 @@ def test_each_demucs_class_is_recognised_by_its_keys() -> None:
 def test_weights_of_an_unknown_architecture_are_named_with_their_first_keys(tmp_path: Path) -> None:
     put(tmp_path, "x.yaml")
     write_weights({f"encoder.{n}.weight": torch.zeros(2) for n in range(5)}, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=r"x\.ckpt is of none of the architectures bs_roformer, .* \(its first "):
+    with pytest.raises(CheckpointError, match=r"x\.ckpt fits none of the architectures bs_roformer, .* \(its first "):
         load_model(tmp_path / "x.ckpt")
     with pytest.raises(
         CheckpointError, match=r"weights are encoder\.0\.weight, encoder\.1\.weight, encoder\.2\.weight\)"
@@ -189,13 +189,13 @@ def test_random_weights_need_hyper_parameters_that_tell_the_architecture(tmp_pat
     (tmp_path / "x.yaml").write_text(
         yaml.safe_dump(COMMUNITY | {"model": HYPER_PARAMETERS | SIZES | {"hyper_streams": 4}})
     )
-    with pytest.raises(CheckpointError, match=r"x\.yaml does not tell its architecture \(none fits its keys\): add"):
+    with pytest.raises(CheckpointError, match=r"x\.yaml does not name its architecture \(none fits its keys\): add"):
         random_weights(tmp_path / "x.yaml")
 
 
 def test_an_architecture_whose_hyper_parameters_are_missing_is_not_chosen(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(COMMUNITY | {"model": {"stereo": True}}))
-    with pytest.raises(CheckpointError, match=r"x\.yaml does not tell its architecture \(none fits its keys\): add"):
+    with pytest.raises(CheckpointError, match=r"x\.yaml does not name its architecture \(none fits its keys\): add"):
         random_weights(tmp_path / "x.yaml")
 
 

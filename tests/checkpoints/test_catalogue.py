@@ -18,7 +18,7 @@ from separation.errors import CheckpointError, RecipeError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_an_unknown_model_is_answered_with_the_known_names(tmp_path: Path) -> None:
+def test_an_unknown_model_is_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"unknown model 'nonsense': use one of .*demo, .*htdemucs"):
         read_config("nonsense")
     with pytest.raises(RecipeError, match=r"there is no model 'demo' in \.\./models: put a folder demo, "):
@@ -78,7 +78,7 @@ def test_weights_find_their_yaml(tmp_path: Path, config: str, others: list[str])
         (["a.yaml", "b.yml"], r"any of a\.yaml, b\.yml may be it"),
     ],
 )
-def test_weights_without_a_yaml_say_where_to_put_it(tmp_path: Path, others: list[str], found: str) -> None:
+def test_an_error_says_where_to_put_the_yaml_of_weights(tmp_path: Path, others: list[str], found: str) -> None:
     put(tmp_path, "x.ckpt", *others)
     with pytest.raises(CheckpointError) as caught:
         load_model(tmp_path / "x.ckpt")

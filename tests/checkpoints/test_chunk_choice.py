@@ -31,7 +31,7 @@ AUTO: Any = "auto"
         (ChunkChoice.of_container(9, 4), (396_900, 176_400), (485_100, 215_600)),
     ],
 )
-def test_choices_in_samples(choice: ChunkChoice, free: tuple[int, int], fixed: tuple[int, int]) -> None:
+def test_seconds_become_samples(choice: ChunkChoice, free: tuple[int, int], fixed: tuple[int, int]) -> None:
     assert choice.samples("scnet", 485_100, 44100, is_fixed=False) == free
     assert choice.samples("scnet", 485_100, 44100, is_fixed=True) == fixed
 

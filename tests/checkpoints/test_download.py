@@ -253,7 +253,7 @@ def test_downloads_are_not_written_through_symbolic_links(suffix: str, server: S
 
 
 def test_a_removed_lock_is_not_trusted(server: Server, weights: Path) -> None:
-    """A refused file's lock is removed: who waited for it and who comes later must not download at the same time."""
+    """A refused file's lock is removed: a process that waited for it and a later one must not download at once."""
     server.content, server.delay_seconds = b"x" * len(CONTENT), 0.2
     code = f"""
 from separation.errors import CheckpointError

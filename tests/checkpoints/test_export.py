@@ -154,7 +154,7 @@ def test_without_onnxruntime_the_printed_line_says_that_the_file_is_not_checked(
     [
         (["out.bin"], "the output 'out.bin' must be a file whose name ends in .onnx"),
         (["folder.onnx"], "the output 'folder.onnx' must be a file"),
-        (["out.onnx", "--random-weights", "--model-path", "x.ckpt"], "exclude each other"),
+        (["out.onnx", "--random-weights", "--model-path", "x.ckpt"], "cannot be combined"),
         (["out.onnx", "--model-path", "none.ckpt"], "there is no file none.ckpt"),
     ],
 )
@@ -174,7 +174,7 @@ def test_an_impossible_export_is_one_error_and_leaves_nothing(
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(
-        InputError, match=r"the package onnxscript is missing: `pip install onnx onnxscript onnxruntime`"
+        InputError, match=r"the package onnxscript is missing: run `pip install onnx onnxscript onnxruntime`"
     ):
         export("demo", tmp_path / "out.onnx")
 

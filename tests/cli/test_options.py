@@ -26,12 +26,12 @@ from separation.cli.main import main
         (("--device", "abacus"), ("abacus", "auto, cpu, cuda")),
         (("--model-name", "nonsense"), ("nonsense", "htdemucs")),
         (("--no-such-option",), ("--no-such-option", "--help")),
-        (("--flac-depth", "24"), ("FLAC depth '24' means nothing for WAV",)),
-        (("--mp3-bitrate", "320"), ("MP3 bitrate 320 means nothing for WAV",)),
-        (("--format", "flac", "--wav-depth", "32f"), ("WAV depth '32f' means nothing for FLAC", "leave it out")),
-        (("--format", "flac", "--mp3-bitrate", "320"), ("MP3 bitrate 320 means nothing for FLAC",)),
-        (("--format", "mp3", "--wav-depth", "16"), ("WAV depth '16' means nothing for MP3",)),
-        (("--format", "mp3", "--flac-depth", "16"), ("FLAC depth '16' means nothing for MP3",)),
+        (("--flac-depth", "24"), ("FLAC depth '24' does not apply to WAV",)),
+        (("--mp3-bitrate", "320"), ("MP3 bitrate 320 does not apply to WAV",)),
+        (("--format", "flac", "--wav-depth", "32f"), ("WAV depth '32f' does not apply to FLAC", "leave it out")),
+        (("--format", "flac", "--mp3-bitrate", "320"), ("MP3 bitrate 320 does not apply to FLAC",)),
+        (("--format", "mp3", "--wav-depth", "16"), ("WAV depth '16' does not apply to MP3",)),
+        (("--format", "mp3", "--flac-depth", "16"), ("FLAC depth '16' does not apply to MP3",)),
         (("--format", "flac", "--flac-depth", "32f"), ("--flac-depth", "32f", "16", "24")),
         (("--ray", "auto", "--workers", "2"), ("--ray does not take --workers",)),
         (("--workers", "0"), ("--workers", "from 1 up")),
@@ -74,14 +74,14 @@ def test_an_option_that_cannot_be_used_is_refused_in_one_line(
                 ("--attention", "sdpa"),
             )
         ),
-        (("bench", "--random-weights", "--model-name", "demo", "--model-path", "x.ckpt"), "exclude each other"),
+        (("bench", "--random-weights", "--model-name", "demo", "--model-path", "x.ckpt"), "cannot be combined"),
         (("bench", "--model-name", "mdx_extra", "--attention", "sdpa"), "attention sdpa has no effect on mdx_extra"),
         (("bench", "--model-name", "htdemucs", "--chunk-size", "9"), "chunk size 9 s alone has no effect on htdemucs"),
         (
             ("evaluate", "--references", ".", "--model-name", "scnet_xl_ihf", "--attention", "sdpa"),
             "attention sdpa has no effect on scnet_xl_ihf",
         ),
-        (("export", "demo", "x.onnx", "--random-weights", "--model-path", "x.ckpt"), "exclude each other"),
+        (("export", "demo", "x.onnx", "--random-weights", "--model-path", "x.ckpt"), "cannot be combined"),
         *(
             (("evaluate", "--references", ".", "--estimates", ".", *other), f"--estimates does not take {other[0]}")
             for other in (

@@ -45,7 +45,7 @@ def test_the_input_of_a_run_is_part_of_the_settings_down_to_the_mixture() -> Non
     assert inner["input"] == [(1, {"sha256": "song"})]
 
 
-def test_of_one_network_per_stem_only_the_weights_of_that_stem_matter() -> None:
+def test_with_one_network_per_stem_only_the_weights_of_that_stem_matter() -> None:
     assert settings({"vocals": "aa", "drums": "bb"}).of(VOCALS, {})["weights"] == ["aa"]
     assert settings({"0": "aa", "1": "bb"}).of(VOCALS, {})["weights"] == ["aa", "bb"]
 

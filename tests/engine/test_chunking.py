@@ -131,7 +131,7 @@ def test_every_sample_equals_the_plain_reference(
         assert (result - expected).abs().max() <= 2e-6  # a fused multiply-add rounds once, not twice
 
 
-def test_every_second_and_overlap_of_the_contract_reconstructs_a_song() -> None:
+def test_every_chunk_size_and_overlap_of_the_contract_reconstructs_a_song() -> None:
     rate = 100  # samples a second: the plan only knows samples
     mixture = torch.randn(2, 61 * rate + 17)
     for chunk_seconds in range(4, 31):

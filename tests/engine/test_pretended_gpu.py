@@ -40,7 +40,7 @@ from separation.models import ARCHITECTURES
 TABLE = Path(__file__).with_name("gpu_counts.json")
 UPDATE = "pytest tests/engine/test_pretended_gpu.py -m 'slow or not slow' -k table --update-gpu-counts"
 MOST_MORE_BYTES = 1.02  # of what the table says
-# The SDR in dB that estimates in fp16 have at least, to those in float32.
+# The least SDR in dB of estimates in fp16, against those in float32.
 NEAR = {"mdx23c": 42.0} | dict.fromkeys(("htdemucs", "hdemucs", "demucs"), 60.0)
 NEAR |= dict.fromkeys(("bs_roformer", "mel_band_roformer", "scnet"), 55.0)
 

@@ -194,7 +194,7 @@ def test_an_unknown_stem_is_an_error_that_lists_the_stems() -> None:
         ),
         (
             "vocals: demo\nkick: htdemucs\nsnare: htdemucs",
-            ", kick and snare: htdemucs gives drums, bass, other, vocals, not 'kick', 'snare'",
+            ", kick and snare: htdemucs does not give 'kick', 'snare': choose from drums, bass, other, vocals",
         ),
     ],
 )

@@ -132,7 +132,7 @@ def test_the_peak_of_memory_counts_from_its_last_reset() -> None:
         (("--seconds", "0"), "seconds is 0: choose a whole number from 1 up"),
         (("--runs", "0"), "runs is 0: choose a whole number from 1 up"),
         (("--overlap", "8"), "must be smaller than the chunk of demo"),
-        (("--model-name", "demo", "--model-path", "x.ckpt", "--random-weights"), "exclude each other"),
+        (("--model-name", "demo", "--model-path", "x.ckpt", "--random-weights"), "cannot be combined"),
         (("--cold-start", "--runs", "2"), "--cold-start does not take --runs"),
         (("--cold-start", "--attention", "einsum"), "--cold-start does not take --attention"),
     ],
