@@ -146,7 +146,7 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def desk(songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_folder(songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of `songs` as the current folder, with the command `separation` and an empty cache."""
     folder = tmp_path / "desk"
     for path in songs.rglob("*.*"):
@@ -174,13 +174,13 @@ def test_every_mark_stands_before_a_sample_that_can_be_run() -> None:
 
 
 @pytest.mark.parametrize("sample", marked("sh"))
-def test_a_shell_sample_runs(sample: Sample, desk: Path) -> None:
+def test_a_shell_sample_runs(sample: Sample, working_folder: Path) -> None:
     ran = subprocess.run(["sh", "-eu", "-c", sample.code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, f"{sample.place}\n{sample.code}\n{ran.stderr}"
 
 
 @pytest.mark.parametrize("sample", marked("python"))
-def test_a_python_sample_runs(sample: Sample, desk: Path) -> None:
+def test_a_python_sample_runs(sample: Sample, working_folder: Path) -> None:
     exec(compile(sample.code, sample.place, "exec"), {"__name__": "sample"})
 
 
@@ -196,7 +196,7 @@ def written_commands() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("place, command", list(written_commands()))
-def test_a_command_in_a_document_is_one(place: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_in_a_document_exists(place: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         build_parser().parse_args(shlex.split(command, comments=True))
     except SystemExit as e:
@@ -304,7 +304,7 @@ def test_every_option_is_documented_with_its_default_and_choices(command: str) -
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_documented_option_is_one(command: str) -> None:
+def test_every_documented_option_exists(command: str) -> None:
     known = {name for action in options(command) for name in action.option_strings}
     for text in option_tables(command):
         assert set(rows(text)) <= known
@@ -388,7 +388,7 @@ NO_DESCENT = {"hyper_parameters"}  # each model has its own
 
 
 @pytest.fixture
-def objects(desk: Path, capfd: pytest.CaptureFixture[str]) -> Objects:
+def objects(working_folder: Path, capfd: pytest.CaptureFixture[str]) -> Objects:
     """Runs the command with --json; returns the objects that it prints."""
 
     def run(*arguments: str) -> list[dict[str, Any]]:
@@ -418,7 +418,7 @@ def check_fields(command: str, found: list[dict[str, Any]]) -> None:
     assert columns <= names, "documented, but not there"
 
 
-def test_a_damaged_songs_error_is_as_documented(objects: Objects, desk: Path) -> None:
+def test_a_damaged_songs_error_is_as_documented(objects: Objects, working_folder: Path) -> None:
     Path("03.flac").write_bytes(Path("song.flac").read_bytes()[:100_000])
     (failed,) = objects("separate", "03.flac", "-o", "out", "--recipe", "demo")
     fault = failed["error"].partition("): ")[0]
@@ -429,7 +429,7 @@ def test_a_damaged_songs_error_is_as_documented(objects: Objects, desk: Path) ->
     assert without_numbers(fault) in without_numbers(section(COMMAND_LINE, "Which songs"))
 
 
-def test_the_fields_of_separate_are_documented(objects: Objects, desk: Path) -> None:
+def test_the_fields_of_separate_are_documented(objects: Objects, working_folder: Path) -> None:
     Path("broken.flac").write_bytes(Path("song.flac").read_bytes()[:9000])
     found = objects("separate", "song.flac", "broken.flac", "-o", "out", "--recipe", "demo", "--report")
     check_fields("separate", sorted(found, key=lambda line: line["status"]))
@@ -450,7 +450,7 @@ def test_the_fields_about_models_are_documented(
 
 
 @pytest.mark.slow
-def test_the_fields_of_what_measures_are_documented(objects: Objects, desk: Path) -> None:
+def test_the_fields_of_what_measures_are_documented(objects: Objects, working_folder: Path) -> None:
     check_fields("bench", objects("bench", "--recipe", "demo", "--seconds", "1", "--runs", "1"))
     check_fields("bench --cold-start", objects("bench", "--recipe", "demo", "--cold-start"))
     check_fields("evaluate", objects("evaluate", "--references", "true", "--estimates", "true"))

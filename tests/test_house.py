@@ -66,7 +66,7 @@ def test_no_modules_import_each_other() -> None:
     order.prepare()  # raises CycleError
 
 
-def test_every_floor_is_there_and_every_module_has_one() -> None:
+def test_the_packages_are_those_of_the_house_and_hold_every_module() -> None:
     assert {room(module) for module in modules()} == FLOORS.keys()
 
 
@@ -128,7 +128,7 @@ def test_objects_are_complete_when_they_are_made() -> None:
         ("yaml", "separation.documents"),
     ],
 )
-def test_a_library_has_one_door(library: str, door: str) -> None:
+def test_a_library_is_imported_in_only_one_module(library: str, door: str) -> None:
     users = {name for name, path in modules().items() if any(i.split(".")[0] == library for i in imports(path))}
     assert users == {door}
 

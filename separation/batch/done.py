@@ -23,7 +23,7 @@ def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple
     A song is skipped if its stems are complete and were made from this file with these settings, unless `force`. It
     fails if its stems would replace files that do not belong to it.
     """
-    left, outcomes = [], []
+    remaining, outcomes = [], []
     for song in songs:
         run = None if force else find_run(song, job)
         if run is not None and not needs_page(song, job, run):
@@ -33,10 +33,10 @@ def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple
             check_folder(song, job, run)
             if force:  # so that this run, if stopped, resumes without `force`
                 _forget(song.folder, job.settings)
-            left.append(song)
+            remaining.append(song)
         except SeparationError as e:
             outcomes.append(Outcome(song.path, "failed", str(e)))
-    return left, outcomes
+    return remaining, outcomes
 
 
 def find_run(song: Song, job: Job) -> dict[str, Any] | None:

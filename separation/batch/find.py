@@ -101,19 +101,19 @@ class _Search:
         """Add the songs below a folder that match a pattern."""
         output = _resolved(self._output)
         skipped = None if _is_below(_resolved(below), output) else output  # unless the songs are inside the output
-        n_failed, stems = len(self._found.failed), False
+        n_failed, has_stems = len(self._found.failed), False
         sources = []
         for place in self._matches(below, pattern):
             for path in self._files(place, skipped):
                 if path.name in self._stems_in(path.parent):
-                    stems |= path.name != PAGE
+                    has_stems |= path.name != PAGE
                 elif path.suffix.lower() in AUDIO_OR_VIDEO:
                     sources.append(path)
                 else:
                     self._found.skipped_files.add(path)
         for source in sources:
             self._add_song(source, below)
-        if stems and not sources:
+        if has_stems and not sources:
             self._fail(Path(text), f"{text!r} has only stems that this program made: give the songs they came from")
         elif not sources and n_failed == len(self._found.failed):
             self._fail(Path(text), f"{text!r} has no audio file: check the path")

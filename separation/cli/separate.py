@@ -36,15 +36,15 @@ def separate(args: argparse.Namespace) -> int:
         job = _job(args)
         left, finished = unfinished(songs, job, force=args.force_refresh)
         outcomes += finished
-    tell = partial(_print_outcome, as_json=args.json, file=sys.stdout)  # while Ray runs, sys.stdout is stderr
+    print_outcome = partial(_print_outcome, as_json=args.json, file=sys.stdout)  # while Ray runs, sys.stdout is stderr
     for outcome in outcomes:
-        tell(outcome)
+        print_outcome(outcome)
     try:
         with songs_bar(len(left), hidden=n_songs == 1) as bar, closing(_run(left, job, args)) as running:
             for outcome in running:
                 outcomes.append(outcome)
                 with tqdm.external_write_mode():
-                    tell(outcome)
+                    print_outcome(outcome)
                 bar.update()
     finally:
         _print_summary(outcomes, n_songs)

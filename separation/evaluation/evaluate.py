@@ -303,12 +303,12 @@ def null(first: Path, second: Path) -> list[Residual]:
         return [_residual(f"sum of {', '.join(path.stem for path in parts)}", parts, second)]
     if first.is_file():
         raise InputError(f"{str(first)!r} is a file but {str(second)!r} is not: give two files, or the folder first")
-    ours, theirs = _by_name(first), _by_name(second)
-    for name in [*ours, *theirs]:
-        if name not in ours or name not in theirs:
-            folder = str(second if name in ours else first)
+    first_files, second_files = _by_name(first), _by_name(second)
+    for name in [*first_files, *second_files]:
+        if name not in first_files or name not in second_files:
+            folder = str(second if name in first_files else first)
             raise InputError(f"{folder!r} has no {name!r}, unlike the other folder: give folders with the same files")
-    return [_residual(name, [path], theirs[name]) for name, path in ours.items()]
+    return [_residual(name, [path], second_files[name]) for name, path in first_files.items()]
 
 
 def _by_name(folder: Path) -> dict[str, Path]:

@@ -125,12 +125,12 @@ class _Picture:
         filters = torch.from_numpy(band_filters(wave.sample_rate)).float()
         low, high, squares, energy = [], [], [], []
         for start, stop in pairwise(edges):
-            around = read_padded(wave, start - N_FFT // 2, stop + N_FFT // 2)
-            samples = around[:, N_FFT // 2 : -(N_FFT // 2)]
+            padded = read_padded(wave, start - N_FFT // 2, stop + N_FFT // 2)
+            samples = padded[:, N_FFT // 2 : -(N_FFT // 2)]
             low.append(float(samples.min()))
             high.append(float(samples.max()))
             squares.append(float(samples.square().mean()))
-            frames = around.unfold(1, N_FFT, N_FFT // 2) * window  # [2, N, N_FFT]
+            frames = padded.unfold(1, N_FFT, N_FFT // 2) * window  # [2, N, N_FFT]
             energy.append(filters @ torch.fft.rfft(frames).abs().square().mean(dim=(0, 1)))
         mean_square = float(np.average(squares, weights=np.diff(edges)))
         return cls(

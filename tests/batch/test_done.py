@@ -33,7 +33,6 @@ from separation.audio.options import OutputOptions
 from separation.batch import run
 from separation.batch.done import unfinished
 from separation.batch.job import Job, Song
-from separation.engine import separator
 from separation.engine.options import EngineOptions
 from separation.engine.pool import ModelPool
 from separation.engine.separator import Separator
@@ -174,7 +173,7 @@ def test_a_run_with_wrong_values_does_not_crash(key: str, value: object, copy: P
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files of the user's
+# The user's files
 
 
 @pytest.mark.parametrize(
@@ -266,18 +265,15 @@ def test_separate_file_replaces_stems_but_not_a_users_files(pool: ModelPool, tmp
     )
 
 
-def test_a_file_that_appears_during_the_run_is_not_replaced(
-    pool: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    song, run = write_song(tmp_path / "1.wav"), separator.Separator._run
+def test_a_file_that_appears_during_the_run_is_not_replaced(pool: ModelPool, tmp_path: Path) -> None:
+    song = write_song(tmp_path / "1.wav")
 
-    def running(*arguments: object) -> None:
-        write_text(tmp_path / "out" / "vocals.wav")
-        run(*arguments)
+    def appear(share: float, stage: str) -> None:
+        if stage == "demo":
+            write_text(tmp_path / "out" / "vocals.wav")
 
-    monkeypatch.setattr(separator.Separator, "_run", running)
     with pytest.raises(OutputError, match="already exists"):
-        Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out")
+        Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out", progress=appear)
     assert contents(tmp_path / "out") == {"vocals.wav": b"mine"}
 
 
@@ -286,7 +282,7 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def same_named_songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`a/01.wav` and `b/01.wav`, with the same size and time. The stems of the first are in `out/01`."""
     folder = tmp_path_factory.mktemp("twins")
     write_song(folder / "a" / "01.wav")
@@ -296,9 +292,9 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(twins: Path, tmp_path: Path) -> Path:
+def copy(same_named_songs: Path, tmp_path: Path) -> Path:
     """A copy with the same modification times."""
-    return Path(shutil.copytree(twins, tmp_path / "copy"))
+    return Path(shutil.copytree(same_named_songs, tmp_path / "copy"))
 
 
 @pytest.mark.usefixtures("no_model")

@@ -46,7 +46,7 @@ def test_the_shipped_song_is_about_fifteen_seconds_of_unclipped_stereo(mixture: 
     assert np.abs(mixture).max() == pytest.approx(0.89, abs=0.002)
 
 
-def test_every_shipped_stem_sounds(stems: dict[str, np.ndarray]) -> None:
+def test_every_shipped_stem_is_audible(stems: dict[str, np.ndarray]) -> None:
     for stem, audio in stems.items():
         assert np.sqrt(np.mean(audio**2)) > 0.02, stem
 

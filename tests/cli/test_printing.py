@@ -38,11 +38,11 @@ def test_names_of_songs_never_reach_a_terminal_raw(tmp_path: Path, monkeypatch: 
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))
     seen = bytearray()
 
-    def look() -> None:
+    def read_terminal() -> None:
         while b"6 songs: 1 done" not in seen:
             seen.extend(os.read(terminal, 4096))
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=read_terminal, daemon=True)
     thread.start()
     with open(ours, "w", encoding="utf-8") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
@@ -86,12 +86,12 @@ def test_a_terminal_gets_a_bar_for_each_song_and_one_for_all(
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     shown = b""
 
-    def look() -> None:
+    def read_terminal() -> None:
         nonlocal shown
         while b"3 songs: 3 done" not in shown:
             shown += os.read(terminal, 4096)
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=read_terminal, daemon=True)
     thread.start()
     with open(ours, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)

@@ -1,4 +1,4 @@
-"""Songs are separated and the exit code is right, even if a stream is closed or full, or a signal comes."""
+"""Songs are separated and the exit code is right, even if a stream is closed or full, or a signal arrives."""
 
 import json
 import os

@@ -26,7 +26,7 @@ def museval() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """museval, which takes seconds, is only there for the tests that ask for it."""
+def without_museval(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide museval, which takes seconds, from all tests that do not ask for it."""
     if "museval" not in request.fixturenames:
         monkeypatch.setitem(sys.modules, "museval", None)

@@ -33,7 +33,7 @@ def mixed(stems: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return stems | {"mixture": np.sum(list(stems.values()), axis=0)}
 
 
-def worse(stems: dict[str, np.ndarray], error: float) -> dict[str, np.ndarray]:
+def with_error(stems: dict[str, np.ndarray], error: float) -> dict[str, np.ndarray]:
     return {stem: (1 + error) * audio for stem, audio in stems.items()}
 
 
@@ -103,7 +103,7 @@ def test_the_files_of_separate_score_like_the_engines_output(
 def test_estimates_may_be_flac_or_mp3(tmp_path: Path, stems: dict[str, np.ndarray], suffix: str) -> None:
     short = cut(stems, 0, 3)
     write(tmp_path / "true" / "song", short)
-    write(tmp_path / "estimated" / "song", worse(short, -0.1), suffix)
+    write(tmp_path / "estimated" / "song", with_error(short, -0.1), suffix)
     for score in report(tmp_path / "true", tmp_path / "estimated").songs["song"].values():
         assert score.sdr_mdx23_db == pytest.approx(20, abs=0.1 if suffix == ".flac" else 6)
 
@@ -117,7 +117,7 @@ def test_other_sample_rates_are_scored_at_44100_hertz(tmp_path: Path) -> None:
         assert score.sdr_mdx23_db == pytest.approx(20, abs=0.1)
 
 
-def test_no_stem_is_scored_against_its_stem_and_affects_no_other_score(
+def test_an_estimate_of_no_drums_is_scored_and_affects_no_other_score(
     tmp_path: Path, stems: dict[str, np.ndarray]
 ) -> None:
     short = {stem: audio.copy() for stem, audio in cut(stems, 0, 2).items()}
@@ -168,7 +168,7 @@ def test_an_undefined_score_is_shown_as_n_a_and_does_not_count_in_the_median(
     short = cut(stems, 0, 2)
     for name, error, silent in (("a", -0.1, "vocals"), ("b", -0.1, ""), ("c", -0.01, "")):
         write(tmp_path / "true" / name, {stem: audio * (stem != silent) for stem, audio in short.items()})
-        write(tmp_path / "estimated" / name, worse(short, error))
+        write(tmp_path / "estimated" / name, with_error(short, error))
     command = ["evaluate", "--references", str(tmp_path / "true"), "--estimates", str(tmp_path / "estimated")]
     assert main(command) == 0
     rows = {tuple(row.split()[:2]): row.split()[2:] for row in capsys.readouterr().out.splitlines()}

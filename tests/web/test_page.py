@@ -75,7 +75,7 @@ def test_a_song_can_be_chosen_separated_heard_and_downloaded(browser: Browser, s
 
     wait_for(done, "the end of the song")
     assert len(seen) > 2
-    assert browser.run("return document.querySelector('#said').textContent") == "song.flac: Done"
+    assert browser.run("return document.querySelector('#announcement').textContent") == "song.flac: Done"
     files = Separator("demo", "all_6", options=EngineOptions(device="cpu")).separate_file(
         SONG, tmp_path / "out", OutputOptions(format="flac")
     )

@@ -195,7 +195,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+def public_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     """A web server at 127.0.0.2, which counts as a public address here; 127.0.0.1 does not."""
     real = remote.kind_of_address
     public = ip_address("127.0.0.2")
@@ -206,52 +206,54 @@ def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 
 
 def test_a_name_is_refused_if_one_of_its_addresses_is_this_machine(
-    names: Callable[..., list[str]], second: Receiver
+    names: Callable[..., list[str]], public_server: Receiver
 ) -> None:
     names(**{"here.example": ["127.0.0.1"], "both.example": ["127.0.0.2", "127.0.0.1"]})
-    port = second.url.rpartition(":")[2]
+    port = public_server.url.rpartition(":")[2]
     for host in ("here.example", "both.example"):
         with pytest.raises(InputError) as caught:
             fetched(f"http://{host}:{port}/song.wav", Allowed())
         assert str(caught.value) == refusal(host, LOOPBACK)
-    assert second.requests == []
+    assert public_server.requests == []
 
 
 def test_a_name_is_resolved_once_and_the_checked_address_is_used(
-    names: Callable[..., list[str]], second: Receiver
+    names: Callable[..., list[str]], public_server: Receiver
 ) -> None:
     rebinding = itertools.chain([["127.0.0.2"]], itertools.repeat(["127.0.0.1"]))
     asked = names(**{"rebinding.example": rebinding})
-    port = second.url.rpartition(":")[2]
+    port = public_server.url.rpartition(":")[2]
     assert fetched(f"http://rebinding.example:{port}/song.wav", Allowed()) == b"a song"
     assert asked == ["rebinding.example"]
-    assert second.requests[0].headers["Host"] == f"rebinding.example:{port}"
+    assert public_server.requests[0].headers["Host"] == f"rebinding.example:{port}"
 
 
-def test_the_next_address_is_tried_if_one_does_not_answer(names: Callable[..., list[str]], second: Receiver) -> None:
+def test_the_next_address_is_tried_if_one_does_not_answer(
+    names: Callable[..., list[str]], public_server: Receiver
+) -> None:
     names(**{"many.example": ["127.0.0.3", "127.0.0.2"]})
-    url = second.url.replace("127.0.0.2", "many.example")
+    url = public_server.url.replace("127.0.0.2", "many.example")
     assert fetched(f"{url}/song.wav") == b"a song"
 
 
 @pytest.mark.parametrize("there", ["http://127.0.0.1:{0}/song.wav", "http://[::1]:{0}/x", "//localhost:{0}/x"])
-def test_a_redirect_to_this_machine_is_not_followed(there: str, second: Receiver) -> None:
+def test_a_redirect_to_this_machine_is_not_followed(there: str, public_server: Receiver) -> None:
     with Receiver() as hidden:
-        second.files["/moved.wav"] = there.format(hidden.url.rpartition(":")[2])
+        public_server.files["/moved.wav"] = there.format(hidden.url.rpartition(":")[2])
         with pytest.raises(InputError, match=f"{LOOPBACK}, which this server does not download from"):
-            fetched(f"{second.url}/moved.wav", Allowed())
+            fetched(f"{public_server.url}/moved.wav", Allowed())
         assert hidden.requests == []
-    assert len(second.requests) == 1
+    assert len(public_server.requests) == 1
 
 
-def test_a_redirect_to_a_public_address_is_followed(second: Receiver) -> None:
-    second.files["/moved.wav"] = "/song.wav"
-    assert fetched(f"{second.url}/moved.wav", Allowed()) == b"a song"
+def test_a_redirect_to_a_public_address_is_followed(public_server: Receiver) -> None:
+    public_server.files["/moved.wav"] = "/song.wav"
+    assert fetched(f"{public_server.url}/moved.wav", Allowed()) == b"a song"
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
 def test_the_tls_certificate_is_checked_against_the_name(
-    names: Callable[..., list[str]], second: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: Callable[..., list[str]], public_server: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     new = ["openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
@@ -259,10 +261,10 @@ def test_the_tls_certificate_is_checked_against_the_name(
     subprocess.run([*new, *subject, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    second._server.socket = context.wrap_socket(second._server.socket, server_side=True)
+    public_server._server.socket = context.wrap_socket(public_server._server.socket, server_side=True)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     names(**{"songs.example": ["127.0.0.2"], "other.example": ["127.0.0.2"]})
-    url = second.url.replace("http://127.0.0.2", "https://songs.example")
+    url = public_server.url.replace("http://127.0.0.2", "https://songs.example")
     assert fetched(f"{url}/song.wav", Allowed()) == b"a song"
     with pytest.raises(InputError, match=r"could not be downloaded \(SSLError\)"):
         fetched(f"{url.replace('songs', 'other')}/song.wav", Allowed())
