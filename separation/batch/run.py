@@ -158,7 +158,7 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
 
         def report(share: float, stage: str) -> None:
             stems_progress(share, stage)
-            if share == 1.0:  # the stems' files are published next: from here until they are recorded, signals wait
+            if share == 1.0:  # publishing follows: signals wait until the stems are recorded
                 finishing.enter_context(uninterrupted())
 
         files = separator.separate_file(
