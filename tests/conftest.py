@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--update-gpu-counts", action="store_true", help="write what test_pretended_gpu.py counts to its table"
+        "--update-gpu-counts", action="store_true", help="write what test_simulated_gpu.py counts to its table"
     )
 
 

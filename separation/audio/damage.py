@@ -47,7 +47,7 @@ class Damage:
         return self._part_start + time_in_part
 
     def add_hole(self, start: float, seconds: float) -> None:
-        """Samples are missing and replaced by silence. Adjoining holes are merged."""
+        """Samples are missing and replaced by silence. Adjacent holes are merged."""
         start = self.time_in_song(start)
         if self.holes and start <= sum(self.holes[-1]) + 1e-3:
             last_start, last_seconds = self.holes.pop()

@@ -139,7 +139,7 @@ class Part:
 
     header: Header
     is_mpeg: bool
-    runs: list[ByteRange] = field(default_factory=list)  # adjoining frames
+    runs: list[ByteRange] = field(default_factory=list)  # adjacent frames
     gaps: list[Gap] = field(default_factory=list)  # one before each run but the first
     n_frames: int = 0  # without the frame that holds the Xing or VBRI header
     n_bytes: int = 0  # of these frames

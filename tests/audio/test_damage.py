@@ -27,7 +27,7 @@ def test_a_tenth_of_the_whole_song_may_be_missing(
     assert len(caplog.messages) == (0 if is_refused else 1)
 
 
-def test_adjoining_holes_are_merged_and_others_are_not(damage: Damage) -> None:
+def test_adjacent_holes_are_merged_and_others_are_not(damage: Damage) -> None:
     for start, seconds in ((1.0, 0.5), (1.5, 0.25), (1.76, 0.1)):
         damage.add_hole(start, seconds)
     assert damage.holes == [(1.0, 0.75), (1.76, 0.1)]

@@ -78,7 +78,7 @@ def test_none_of_1500_damaged_songs_loses_more_than_50_ms_silently(tmp_path: Pat
     assert sum(bool(answer.refusal) for answer in answers) < N_MUTATIONS / 2
 
 
-def test_survival_measures_what_is_right_moved_lost_and_altered() -> None:
+def test_survival_measures_the_intact_moved_lost_and_altered_seconds() -> None:
     whole = damaged_songs.song()[:, 0]
     part = RATE // 2
     assert survival(whole, whole).right == pytest.approx(SECONDS)
@@ -258,7 +258,7 @@ def test_an_mp4_without_its_index_is_reported_as_cut_short(tmp_path: Path) -> No
 # What libmpg123 prints
 
 
-def mp3_with_spoilt_frames(folder: Path) -> bytes:
+def mp3_with_corrupt_frames(folder: Path) -> bytes:
     """An MP3 in which some frames hold noise between their headers and their last bytes."""
     content = bytearray(songs(folder, "MP3", bitrate_mode="CONSTANT"))
     at = len(content) // 2
@@ -271,7 +271,7 @@ def mp3_with_spoilt_frames(folder: Path) -> bytes:
 def test_messages_of_libmpg123_become_one_warning_with_the_songs_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    decoded(mp3_with_spoilt_frames(tmp_path), tmp_path)
+    decoded(mp3_with_corrupt_frames(tmp_path), tmp_path)
     assert capfd.readouterr().err == ""
     (record,) = caplog.records
     assert record.getMessage().startswith("'song' is damaged (") and "libmpg123 reports" in record.getMessage()

@@ -42,7 +42,7 @@ def song(tmp_path: Path) -> Path:
 
 
 @needs_ffmpeg
-def test_ffprobe_tells_what_is_in_a_file_and_its_errors(song: Path) -> None:
+def test_probe_returns_the_streams_and_the_errors_of_a_file(song: Path) -> None:
     answer = probe(song, "'song.wav'", "-show_entries", "stream=codec_name,sample_rate,channels")
     (stream,) = answer["streams"]
     assert (stream["codec_name"], stream["sample_rate"], stream["channels"]) == ("pcm_f32le", "48000", 2)
@@ -50,7 +50,7 @@ def test_ffprobe_tells_what_is_in_a_file_and_its_errors(song: Path) -> None:
 
 
 @needs_ffmpeg
-def test_what_ffprobe_cannot_read_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_a_file_that_ffprobe_cannot_read_is_an_unreadable_error(tmp_path: Path) -> None:
     (tmp_path / "words").write_text("not audio")
     with pytest.raises(UnreadableError, match=r"'words' is not audio .*: choose an audio file"):
         probe(tmp_path / "words", "'words'")

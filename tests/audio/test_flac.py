@@ -68,7 +68,7 @@ def test_an_intact_song_is_one_run_that_ends_as_announced(path: Path) -> None:
     assert flac.n_extra_bytes(path, song, [run]) == 0
 
 
-def test_a_damaged_frame_parts_two_runs_and_each_is_a_file_of_its_own(path: Path, tmp_path: Path) -> None:
+def test_a_damaged_frame_separates_two_runs_that_are_each_a_valid_file(path: Path, tmp_path: Path) -> None:
     whole = soundfile.read(path, dtype="int16")[0]
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 4

@@ -25,7 +25,7 @@ def test_without_arguments_stems_are_float_wav_at_44100_hz() -> None:
         ({"sample_rate": 96000}, "sample rate 96000 is not offered: choose 44100 or 48000 or source"),
     ],
 )
-def test_what_is_not_offered_is_refused_with_the_choices(options: dict[str, Any], words: str) -> None:
+def test_a_value_that_is_not_offered_is_refused_with_the_choices(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         OutputOptions(**options)
 

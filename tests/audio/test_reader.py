@@ -45,7 +45,7 @@ def test_a_file_is_opened_by_its_path(tmp_path: Path) -> None:
         assert opened.get(4000, 10) == CONTENT[4000:4010]
 
 
-def test_adjoining_ranges_are_merged() -> None:
+def test_adjacent_ranges_are_merged() -> None:
     ranges: list[tuple[int, int]] = []
     for start, stop in ((0, 5), (5, 8), (10, 12), (12, 13)):
         append_range(ranges, start, stop)

@@ -143,7 +143,7 @@ def test_silence_comes_in_blocks() -> None:
     assert not any(block.any() for block in blocks)
 
 
-def test_bytes_are_written_until_all_are() -> None:
+def test_write_all_continues_after_a_partial_write() -> None:
     written = bytearray()
 
     def write_some(data: memoryview) -> int:

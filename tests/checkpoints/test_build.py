@@ -199,7 +199,7 @@ def test_an_architecture_whose_hyper_parameters_are_missing_is_not_chosen(tmp_pa
         random_weights(tmp_path / "x.yaml")
 
 
-def test_random_weights_are_scaled_as_the_architecture_does_at_the_start_of_a_training(tmp_path: Path) -> None:
+def test_random_weights_have_the_initial_scale_of_the_architecture(tmp_path: Path) -> None:
     path = config(tmp_path, "demucs")
     torch.manual_seed(3)
     expected = CLASSES["demucs"][0](SOURCES, **ARGUMENTS).state_dict()

@@ -139,7 +139,9 @@ def test_a_folder_or_a_pair_is_found_by_its_name(tmp_path: Path, names: tuple[st
         (("a.yaml",), r"own/a\.yaml names no weights files and no weights are beside it"),
     ],
 )
-def test_an_unusable_folder_says_what_is_missing(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+def test_the_error_for_an_unusable_folder_says_what_is_missing(
+    tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
     put(tmp_path / "own", *names)
     with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path / "own")

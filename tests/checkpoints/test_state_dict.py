@@ -205,7 +205,7 @@ def test_every_other_global_is_refused(function: Any, tmp_path: Path) -> None:
         load_model(config(tmp_path, "hdemucs"), checkpoint=tmp_path / "x.th")
 
 
-def test_torch_still_refuses_the_classes(tmp_path: Path) -> None:
+def test_torch_load_refuses_the_classes(tmp_path: Path) -> None:
     path = save(network("hdemucs"), tmp_path)
     load_model(config(tmp_path, "hdemucs"), checkpoint=path)
     with pytest.raises(pickle.UnpicklingError, match=r"demucs\.hdemucs\.HDemucs"):

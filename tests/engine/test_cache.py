@@ -136,7 +136,9 @@ def test_a_song_is_identified_by_its_samples_alone(pool: ModelPool, song: Path, 
     assert runs(separator(pool, cache), tmp_path / "song.wav", tmp_path / "other")[1] == {"demo"}
 
 
-def test_more_stems_compute_only_what_is_missing(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
+def test_more_stems_compute_only_the_missing_estimates(
+    pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
+) -> None:
     runs(separator(pool, cache, stems="vocals_instrumental"), song, tmp_path / "two")
     (vocals,) = state(cache).items()
     all_6 = runs(separator(pool, cache, stems="all_6"), song, tmp_path / "six")

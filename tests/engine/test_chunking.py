@@ -78,7 +78,7 @@ def two_stems(batch: Tensor) -> Tensor:
     return torch.stack([batch.sin() + batch.amax(-1, keepdim=True), batch.flip(-1)], dim=1)
 
 
-def in_plain_steps(mixture: Tensor, plan: ChunkPlan, offset: float, scale: float) -> Tensor:
+def plain_reference(mixture: Tensor, plan: ChunkPlan, offset: float, scale: float) -> Tensor:
     """The reference for `separate` with `two_stems`: the whole song in memory, one chunk after the other."""
     channels, total = mixture.shape
     room = plan.chunk_samples + plan.overlap_samples  # around the song: as far as a chunk may reach
@@ -124,7 +124,7 @@ def test_every_sample_equals_the_plain_reference(
     mixture = torch.randn(2, length)
     mixture[:, length // 3 : length // 2] = 0
     plan = ChunkPlan(chunk, overlap, reflects_border)
-    expected = in_plain_steps(mixture, plan, 0.1, 0.7)
+    expected = plain_reference(mixture, plan, 0.1, 0.7)
     for batch_size in (1, 4):
         result = run(mixture, plan, two(two_stems, batch_size), Level(0.1, 0.7))
         assert result.shape == expected.shape

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from helpers.pretended_gpu import pretended_gpu
+from helpers.simulated_gpu import simulated_gpu
 from separation.engine.compute_thread import compute_thread
 
 CPU = torch.device("cpu")
@@ -39,5 +39,5 @@ def test_an_error_in_a_job_reaches_the_caller_and_the_thread_goes_on() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is there")
 def test_a_gpu_without_a_number_is_the_current_gpu() -> None:
-    with pretended_gpu():
+    with simulated_gpu():
         assert compute_thread(torch.device("cuda")) is compute_thread(torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-"""cuda_graphs, on a pretended GPU: a graph is used if and only if its replay gives the model's estimates."""
+"""cuda_graphs, on a simulated GPU: a graph is used if and only if its replay gives the model's estimates."""
 
 import gc
 import logging
@@ -10,7 +10,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from helpers import pretended_gpu as pretended
+from helpers import simulated_gpu as simulated
 from helpers.common import SONG
 from helpers.small_model import quick_model
 from separation import EstimateError, Separator
@@ -30,8 +30,8 @@ QUICK = EngineOptions(chunk_seconds=4, overlap_seconds=3)
 
 
 @pytest.fixture(autouse=True)
-def pretended_card() -> Iterator[object]:
-    with pretended.pretended_gpu() as card:
+def simulated_card() -> Iterator[object]:
+    with simulated.simulated_gpu() as card:
         yield card
 
 
@@ -98,8 +98,8 @@ def test_a_capture_that_runs_out_of_memory_frees_its_memory(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return two_stems(within)
 
-    gpu_end = pretended.Graph.capture_end
-    monkeypatch.setattr(pretended.Graph, "capture_end", end)
+    gpu_end = simulated.Graph.capture_end
+    monkeypatch.setattr(simulated.Graph, "capture_end", end)
     captured("small", two_stems, SHAPE, GPU)  # creates what all graphs share
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *place: None)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *place: None)

@@ -48,11 +48,11 @@ def test_stems_are_encoded_in_parallel(
 ) -> None:
     encode, both = encoders.encode, threading.Barrier(2, timeout=20)
 
-    def met(*arguments: object, **options: object) -> None:
-        both.wait()  # an error if the other encoder does not come
+    def encode_together(*arguments: object, **options: object) -> None:
+        both.wait()  # fails unless both encoders get here
         encode(*arguments, **options)
 
-    monkeypatch.setattr(encoders, "encode", met)
+    monkeypatch.setattr(encoders, "encode", encode_together)
     song = write(tmp_path / "song.wav", clip[:, :20_000])
     files = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK).separate_file(
         song, tmp_path / "out", OutputOptions(format="mp3")

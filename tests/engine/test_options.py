@@ -20,7 +20,7 @@ from separation.engine.options import EngineOptions
         ({"precision": "int4"}, "unknown precision 'int4'"),
     ],
 )
-def test_an_option_that_is_not_offered_is_an_error_that_says_what_is(options: dict, words: str) -> None:
+def test_an_option_that_is_not_offered_is_an_error_that_names_it(options: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         Separator("demo", "all_4", options=EngineOptions(**options))
 

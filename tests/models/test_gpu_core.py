@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from helpers.pretended_gpu import pretended_gpu
+from helpers.simulated_gpu import simulated_gpu
 from helpers.small_unets import small_mdx23c, small_scnet
 from separation.models.gpu_core import GpuCoreModel
 
@@ -19,7 +19,7 @@ def test_it_is_made_when_16_bit_weights_arrive_on_a_gpu(make: Callable[[], GpuCo
     model = make()
     model.to_precision(torch.float16)
     assert model._gpu_core is None
-    with pretended_gpu():
+    with simulated_gpu():
         model.to("cuda")
         first = model._gpu_core
         assert first is not None
@@ -37,7 +37,7 @@ def test_float32_and_old_gpus_use_the_plain_layers(
 ) -> None:
     model = make()
     model.to_precision(dtype)
-    with pretended_gpu(capability):
+    with simulated_gpu(capability):
         model.to("cuda")
         assert model._gpu_core is None
 

@@ -1,7 +1,7 @@
 """PyTorch operations in the namespace `separation`: each has a reference in plain PyTorch and a Triton kernel.
 
 A module `X_ops.py` holds the references and `X_triton.py` the kernels of the same names. The reference runs wherever
-the kernel cannot: on a CPU, on meta tensors, on the tests' pretended GPU, and where Triton does not work.
+the kernel cannot: on a CPU, on meta tensors, on the tests' simulated GPU, and where Triton does not work.
 """
 
 import importlib

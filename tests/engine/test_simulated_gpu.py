@@ -1,8 +1,8 @@
-"""The whole GPU path on a pretended GPU (pretended_gpu.py): no forward waits or mixes devices; the stems are the CPU's.
+"""The whole GPU path on a simulated GPU (simulated_gpu.py): no forward waits or mixes devices; the stems are the CPU's.
 
 What a chunk of each model costs a GPU is kept in gpu_counts.json. After a change that lowers it, or that is worth more:
 
-    pytest tests/engine/test_pretended_gpu.py -m 'slow or not slow' -k table --update-gpu-counts
+    pytest tests/engine/test_simulated_gpu.py -m 'slow or not slow' -k table --update-gpu-counts
 """
 
 import copy
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers.common import SONG, below, read, slow
-from helpers.pretended_gpu import DEVICE, Counts, PretendedGPU, PretendedTensor, pretended_gpu
+from helpers.simulated_gpu import DEVICE, Counts, SimulatedGPU, SimulatedTensor, simulated_gpu
 from helpers.small_model import HYPER_PARAMETERS, write_yaml
 from separation import EstimateError, Separator, device
 from separation.checkpoints.build import build, random_weights
@@ -38,7 +38,7 @@ from separation.evaluation.metrics import sdr
 from separation.models import ARCHITECTURES
 
 TABLE = Path(__file__).with_name("gpu_counts.json")
-UPDATE = "pytest tests/engine/test_pretended_gpu.py -m 'slow or not slow' -k table --update-gpu-counts"
+UPDATE = "pytest tests/engine/test_simulated_gpu.py -m 'slow or not slow' -k table --update-gpu-counts"
 MOST_MORE_BYTES = 1.02  # of what the table says
 # The least SDR in dB of estimates in fp16, against those in float32.
 NEAR = {"mdx23c": 42.0} | dict.fromkeys(("htdemucs", "hdemucs", "demucs"), 60.0)
@@ -63,11 +63,11 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGPU]:
     if torch.cuda.is_available():
         pytest.skip("a real GPU is there: test_on_gpu.py is for it")
     monkeypatch.setattr(device, "_earlier_peaks", {})
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         yield gpu
     assert not gpu.races
 
@@ -107,7 +107,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
 # The device
 
 
-def test_an_operation_on_tensors_of_two_devices_is_an_error(gpu: PretendedGPU) -> None:
+def test_an_operation_on_tensors_of_two_devices_is_an_error(gpu: SimulatedGPU) -> None:
     ours, theirs = torch.ones(3, device="cuda"), torch.ones(3)
     assert (ours + 1).device == DEVICE and (ours * torch.tensor(2.0)).device == DEVICE
     for meet in (torch.add, torch.dot, lambda a, b: torch.stack([a, b]), lambda a, b: a.addcmul_(a, b)):
@@ -135,7 +135,7 @@ def test_an_operation_on_tensors_of_two_devices_is_an_error(gpu: PretendedGPU) -
     ],
 )
 def test_an_operation_that_makes_the_host_wait_is_recorded(
-    gpu: PretendedGPU, wait: Callable[[Tensor], Any], inference: bool
+    gpu: SimulatedGPU, wait: Callable[[Tensor], Any], inference: bool
 ) -> None:
     with torch.inference_mode(inference):
         x = torch.arange(4.0, device="cuda")
@@ -159,7 +159,7 @@ def test_an_operation_that_makes_the_host_wait_is_recorded(
     ],
 )
 def test_a_copy_from_memory_that_is_not_page_locked_is_recorded(
-    gpu: PretendedGPU, upload: Callable[[Tensor], Any], inference: bool
+    gpu: SimulatedGPU, upload: Callable[[Tensor], Any], inference: bool
 ) -> None:
     with torch.inference_mode(inference):
         x = torch.arange(4.0, device="cuda")
@@ -169,7 +169,7 @@ def test_a_copy_from_memory_that_is_not_page_locked_is_recorded(
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_operations_on_the_gpu_alone_record_no_wait_and_no_copy(gpu: PretendedGPU, inference: bool) -> None:
+def test_operations_on_the_gpu_alone_record_no_wait_and_no_copy(gpu: SimulatedGPU, inference: bool) -> None:
     with torch.inference_mode(inference):
         pinned = torch.ones(8, pin_memory=True)
         with gpu.counted() as counts:
@@ -182,7 +182,7 @@ def test_operations_on_the_gpu_alone_record_no_wait_and_no_copy(gpu: PretendedGP
     assert y.tolist() == [0.0, 1.0, 2.0, 2.0]
 
 
-def test_kernels_and_bytes_are_counted_and_views_are_free(gpu: PretendedGPU) -> None:
+def test_kernels_and_bytes_are_counted_and_views_are_free(gpu: SimulatedGPU) -> None:
     with torch.inference_mode(), gpu.counted() as counts:
         x = torch.empty(10, 10, device="cuda")
         x.zero_()  # writes 400 bytes
@@ -193,8 +193,8 @@ def test_kernels_and_bytes_are_counted_and_views_are_free(gpu: PretendedGPU) -> 
     assert counts.names == {"zero_": 1, "add": 1, "mul_": 1, "mm": 1}
 
 
-def test_an_operation_of_another_namespace_is_one_kernel_and_runs_its_reference(gpu: PretendedGPU) -> None:
-    library = torch.library.Library("pretended_test", "FRAGMENT")
+def test_an_operation_of_another_namespace_is_one_kernel_and_runs_its_reference(gpu: SimulatedGPU) -> None:
+    library = torch.library.Library("simulated_test", "FRAGMENT")
     library.define("turn(Tensor(a!) x, Tensor angles) -> ()")
     library.define("double(Tensor x) -> Tensor")
     library.define("both(Tensor(a!) x) -> Tensor")
@@ -204,17 +204,17 @@ def test_an_operation_of_another_namespace_is_one_kernel_and_runs_its_reference(
     for inference in (False, True):
         with torch.inference_mode(inference), gpu.counted() as counts:
             x = torch.ones(10, device="cuda")
-            torch.ops.pretended_test.turn(x, torch.zeros(5, device="cuda").repeat(2))
-            assert torch.ops.pretended_test.double(x).cpu().tolist() == [4.0] * 10
-        assert counts.names["pretended_test::turn"] == counts.names["pretended_test::double"] == 1
+            torch.ops.simulated_test.turn(x, torch.zeros(5, device="cuda").repeat(2))
+            assert torch.ops.simulated_test.double(x).cpu().tolist() == [4.0] * 10
+        assert counts.names["simulated_test::turn"] == counts.names["simulated_test::double"] == 1
         assert counts.names.total() == 5  # ones, zeros, repeat
-        assert torch.ops.pretended_test.both(x).tolist() == [7.0] * 10 and x.tolist() == [0.0] * 10
+        assert torch.ops.simulated_test.both(x).tolist() == [7.0] * 10 and x.tolist() == [0.0] * 10
         with gpu.shapes_alone(), torch.inference_mode(inference), gpu.counted() as counts:
-            assert torch.ops.pretended_test.double(torch.empty(2, 3, device="cuda")).shape == (2, 3)
-            torch.ops.pretended_test.turn(torch.empty(6, device="cuda"), torch.empty(6, device="cuda"))
+            assert torch.ops.simulated_test.double(torch.empty(2, 3, device="cuda")).shape == (2, 3)
+            torch.ops.simulated_test.turn(torch.empty(6, device="cuda"), torch.empty(6, device="cuda"))
         assert (counts.kernels, counts.bytes) == (2, 24 + 24 + 3 * 24)
         with pytest.raises(RuntimeError, match="at least two devices"):
-            torch.ops.pretended_test.turn(x, torch.zeros(10))
+            torch.ops.simulated_test.turn(x, torch.zeros(10))
     library._destroy()
 
 
@@ -222,7 +222,7 @@ def _turn(x: Tensor, angles: Tensor) -> None:
     x.mul_(angles.cos() + 1)
 
 
-def test_a_copy_that_was_not_waited_for_holds_nan(gpu: PretendedGPU) -> None:
+def test_a_copy_that_was_not_waited_for_holds_nan(gpu: SimulatedGPU) -> None:
     copies = torch.cuda.Stream()
     x = torch.ones(4, device="cuda")
     copies.wait_stream(torch.cuda.current_stream())
@@ -236,7 +236,7 @@ def test_a_copy_that_was_not_waited_for_holds_nan(gpu: PretendedGPU) -> None:
     assert host.tolist() == [1.0] * 4
 
 
-def test_waiting_for_a_stream_includes_the_streams_that_it_waited_for(gpu: PretendedGPU) -> None:
+def test_waiting_for_a_stream_includes_the_streams_that_it_waited_for(gpu: SimulatedGPU) -> None:
     copies = torch.cuda.Stream()
     with torch.cuda.stream(copies):
         host = torch.ones(4, device="cuda").to("cpu", non_blocking=True)
@@ -248,7 +248,7 @@ def test_waiting_for_a_stream_includes_the_streams_that_it_waited_for(gpu: Prete
 @needs_no_gpu
 @pytest.mark.parametrize("wait", ["stream", "event", "host", "none"])
 def test_using_a_tensor_of_another_stream_too_early_is_recorded_as_a_race(wait: str) -> None:
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         with torch.cuda.stream(side):
             x = torch.zeros(4, device="cuda").copy_(torch.ones(4).pin_memory(), non_blocking=True)
@@ -265,7 +265,7 @@ def test_using_a_tensor_of_another_stream_too_early_is_recorded_as_a_race(wait: 
 
 @needs_no_gpu
 def test_writing_to_page_locked_memory_too_early_is_recorded_as_a_race() -> None:
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         host = torch.ones(4).pin_memory()
         for wait in (True, False):
             torch.empty(4, device="cuda").copy_(host, non_blocking=True)
@@ -274,14 +274,14 @@ def test_writing_to_page_locked_memory_too_early_is_recorded_as_a_race() -> None
             host.zero_()
             assert not gpu.races
     assert len(gpu.races) == 0  # zeros over zeros are no change
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         host = torch.ones(4).pin_memory()
         torch.empty(4, device="cuda").copy_(host, non_blocking=True)
         host.zero_()
     assert len(gpu.races) == 1 and Path(__file__).name in gpu.races[0]
 
 
-def test_memory_counts_as_allocated_until_its_last_view_is_gone(gpu: PretendedGPU) -> None:
+def test_memory_counts_as_allocated_until_its_last_view_is_gone(gpu: SimulatedGPU) -> None:
     before = torch.cuda.memory_allocated()
     x = torch.empty(1000, device="cuda")
     view = x[10:].view(2, -1)
@@ -297,7 +297,7 @@ def test_memory_counts_as_allocated_until_its_last_view_is_gone(gpu: PretendedGP
     torch.empty(100, device="cuda")
 
 
-def test_the_copy_of_a_model_can_be_cast(gpu: PretendedGPU) -> None:
+def test_the_copy_of_a_model_can_be_cast(gpu: SimulatedGPU) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LSTM(4, 2)).half().to("cuda").requires_grad_(False)
     other = copy.deepcopy(model).to(torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.float16}
@@ -307,7 +307,7 @@ def test_the_copy_of_a_model_can_be_cast(gpu: PretendedGPU) -> None:
         assert (other(x.bfloat16())[0].float() - model(x.half())[0]).abs().max() < 0.02
 
 
-def test_a_replay_computes_on_the_current_contents_of_its_inputs(gpu: PretendedGPU) -> None:
+def test_a_replay_computes_on_the_current_contents_of_its_inputs(gpu: SimulatedGPU) -> None:
     weights = torch.full((4,), 2.0, device="cuda")
     x = torch.ones(4, device="cuda")
     graph = torch.cuda.CUDAGraph()
@@ -334,7 +334,7 @@ def test_a_replay_computes_on_the_current_contents_of_its_inputs(gpu: PretendedG
 def test_every_thread_sees_the_gpu_and_removing_it_leaves_nothing_behind() -> None:
     with ThreadPoolExecutor(1) as pool:
         before = vars(torch.cuda).copy()
-        with pretended_gpu():
+        with simulated_gpu():
             devices: list[torch.device] = []
             thread = threading.Thread(target=lambda: devices.append(torch.zeros(1, device="cuda").device))
             thread.start()
@@ -367,9 +367,9 @@ def forward(small: Callable[[str], tuple[Path, Path]], clip: Tensor) -> Callable
     @cache
     def run(architecture: str) -> tuple[Counts, Tensor, Tensor]:
         path, weights = small(architecture)
-        with pretended_gpu() as gpu, torch.inference_mode():
+        with simulated_gpu() as gpu, torch.inference_mode():
             model = load_model(path, checkpoint=weights, device="cuda", precision="fp16")
-            assert {type(tensor) for tensor in model.state_dict().values()} == {PretendedTensor}
+            assert {type(tensor) for tensor in model.state_dict().values()} == {SimulatedTensor}
             samples = model.input_samples(model.chunk_samples) or model.chunk_samples
             chunks = torch.stack([clip[:, start : start + samples] for start in (0, 40_000)])
             on_gpu = chunks.to("cuda")
@@ -410,7 +410,7 @@ def test_a_forward_uses_no_operation_that_gpus_compute_differently(forward: Forw
 
 @pytest.mark.parametrize("architecture", failing(WAITS, slow=set(SMALL) - {"bs_roformer"}))
 def test_a_graph_of_a_forward_gives_the_same_estimates(
-    gpu: PretendedGPU, small: Callable[[str], tuple[Path, Path]], clip: Tensor, architecture: str
+    gpu: SimulatedGPU, small: Callable[[str], tuple[Path, Path]], clip: Tensor, architecture: str
 ) -> None:
     path, weights = small(architecture)
     model = load_model(path, checkpoint=weights, device="cuda", precision="fp16")
@@ -466,7 +466,7 @@ def assert_near(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], decib
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision, decibels", [("fp32", 90.0), ("fp16", 45.0), ("auto", 30.0)])
-def test_the_demo_gives_the_cpus_stems(gpu: PretendedGPU, clip: Tensor, precision: str, decibels: float) -> None:
+def test_the_demo_gives_the_cpus_stems(gpu: SimulatedGPU, clip: Tensor, precision: str, decibels: float) -> None:
     stems = {
         name: Separator(
             "demo",
@@ -482,7 +482,7 @@ def test_the_demo_gives_the_cpus_stems(gpu: PretendedGPU, clip: Tensor, precisio
 
 @pytest.mark.parametrize("batch_size", ["auto", 1, 4])
 def test_a_song_in_memory_gives_the_cpus_stems(
-    gpu: PretendedGPU, quick: Callable[..., Separator], clip: Tensor, expected: dict[str, Tensor], batch_size: Any
+    gpu: SimulatedGPU, quick: Callable[..., Separator], clip: Tensor, expected: dict[str, Tensor], batch_size: Any
 ) -> None:
     engine = quick("cuda", batch_size=batch_size)
     first, again = engine.separate(clip), engine.separate(clip)
@@ -491,7 +491,7 @@ def test_a_song_in_memory_gives_the_cpus_stems(
 
 
 def test_a_longer_song_makes_no_more_copies_from_memory_that_is_not_page_locked(
-    gpu: PretendedGPU, quick: Callable[..., Separator], clip: Tensor
+    gpu: SimulatedGPU, quick: Callable[..., Separator], clip: Tensor
 ) -> None:
     engine = quick("cuda", batch_size=2)
     engine.separate(clip)
@@ -504,7 +504,7 @@ def test_a_longer_song_makes_no_more_copies_from_memory_that_is_not_page_locked(
 
 
 def test_a_file_gives_the_cpus_stems_and_frees_its_memory(
-    gpu: PretendedGPU, quick: Callable[..., Separator], song: Path, expected: dict[str, Tensor]
+    gpu: SimulatedGPU, quick: Callable[..., Separator], song: Path, expected: dict[str, Tensor]
 ) -> None:
     engine = quick("cuda")
     files = engine.separate_file(song, song.parent / "first")
@@ -520,7 +520,7 @@ class StopError(Exception):
 
 @pytest.mark.parametrize("end", ["an error", "given up"])
 def test_a_song_that_ends_early_leaves_the_engine_usable(
-    gpu: PretendedGPU,
+    gpu: SimulatedGPU,
     quick: Callable[..., Separator],
     song: Path,
     clip: Tensor,
@@ -560,7 +560,7 @@ def test_a_song_that_ends_early_leaves_the_engine_usable(
     ],
     ids=["PyTorch", "cuBLAS", "cuFFT", "cuDNN"],
 )
-def test_a_batch_that_does_not_fit_is_halved(gpu: PretendedGPU, failure: Exception) -> None:
+def test_a_batch_that_does_not_fit_is_halved(gpu: SimulatedGPU, failure: Exception) -> None:
     gpu.out_of_memory = failure
     mixture, unit_bytes = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0)), 2**24
     sizes: list[int] = []
@@ -614,7 +614,7 @@ def empty_weights(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_cost_of_a_chunk_matches_the_table(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     weights = empty_weights(name, tmp_path)
-    with pretended_gpu() as gpu:
+    with simulated_gpu() as gpu:
         model = load_model(name, checkpoint=weights, device="cuda", precision="fp16")
         samples = model.chunk_samples if model.fixed_chunk else 8 * model.sample_rate
         samples = model.input_samples(samples) or samples

@@ -1,6 +1,6 @@
-"""A pretended CUDA GPU: tensors report the device cuda:0 but are computed on the CPU, so GPU code runs without a GPU.
+"""A simulated CUDA GPU: tensors report the device cuda:0 but are computed on the CPU, so GPU code runs without a GPU.
 
-    with pretended_gpu() as gpu, gpu.counted() as counts:
+    with simulated_gpu() as gpu, gpu.counted() as counts:
         model(chunks.to("cuda"))
     assert not counts.waits
 
@@ -64,14 +64,14 @@ class Counts:
     hazards: list[str] = field(default_factory=list)  # operations that real GPUs compute differently from CPUs
 
 
-class PretendedTensor(torch.Tensor):
+class SimulatedTensor(torch.Tensor):
     """A tensor that reports the device cuda:0. `inner` is on the CPU or the meta device."""
 
     inner: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "PretendedTensor":
+    def __new__(cls, inner: Tensor) -> "SimulatedTensor":
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
@@ -105,7 +105,7 @@ class PretendedTensor(torch.Tensor):
         """Does nothing, because memory is never reused too early."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"PretendedTensor({self.inner!r})"
+        return f"SimulatedTensor({self.inner!r})"
 
 
 class _Mode(TorchDispatchMode):
@@ -122,12 +122,12 @@ class _Mode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_gpus: list["PretendedGPU"] = []  # the one that is installed, if any
+_gpus: list["SimulatedGPU"] = []  # the one that is installed, if any
 
 
-def _installed() -> "PretendedGPU":
+def _installed() -> "SimulatedGPU":
     if not _gpus:
-        raise RuntimeError("a tensor of a pretended GPU is used after the GPU was removed")
+        raise RuntimeError("a tensor of a simulated GPU is used after the GPU was removed")
     return _gpus[0]
 
 
@@ -257,7 +257,7 @@ def _spoil(tensor: Tensor) -> None:
             tensor.fill_(math.nan if floating else True if tensor.dtype == torch.bool else 85)
 
 
-class PretendedGPU:
+class SimulatedGPU:
     """The GPU's memory, its pending work, and the counters."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
@@ -406,7 +406,7 @@ class PretendedGPU:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves = [*_tensors((*args, *kwargs.values()))]
-        ours = [leaf for leaf in leaves if isinstance(leaf, PretendedTensor)]
+        ours = [leaf for leaf in leaves if isinstance(leaf, SimulatedTensor)]
         device = kwargs.get("device", next((each for each in args if isinstance(each, torch.device)), None))
         to_gpu = bool(ours) if device is None else torch.device(device).type == "cuda"
         name = func._schema.name.removeprefix("aten::")
@@ -437,7 +437,7 @@ class PretendedGPU:
         source = args[1] if name == "copy_" else args[0]
         non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         what = f"copy of {list(source.shape)}"
-        if isinstance(source, PretendedTensor):
+        if isinstance(source, SimulatedTensor):
             self.order([source.inner], [])
             target = args[0] if name == "copy_" else None
             if target is None:
@@ -448,7 +448,7 @@ class PretendedGPU:
             arrived = torch.zeros_like(target) if self._shapes_alone else source.inner.to(target.dtype, copy=True)
             if non_blocking and self._is_pinned(target):
                 if self.capture is not None:
-                    raise RuntimeError("a pretended CUDA graph supports no copies to the host")
+                    raise RuntimeError("a simulated CUDA graph supports no copies to the host")
                 _spoil(target)
                 self._later(functools.partial(target.copy_, arrived))
             else:
@@ -471,7 +471,7 @@ class PretendedGPU:
             self.races.append(f"page-locked memory was written while the GPU copied it, as requested at {place}")
 
     def _check_devices(self, func: Any, name: str, leaves: list[Tensor]) -> None:
-        others = [leaf for leaf in leaves if not isinstance(leaf, PretendedTensor) and leaf.dim() > 0]
+        others = [leaf for leaf in leaves if not isinstance(leaf, SimulatedTensor) and leaf.dim() > 0]
         if others and name in INDEXING:  # a GPU accepts indices on the host and copies them
             self._note("uploads", f"indices {list(others[0].shape)} from the host")
         elif others:
@@ -546,12 +546,12 @@ class PretendedGPU:
         return tuple(results) if len(results) > 1 else results[0] if results else None
 
     def _inner(self, tensor: Tensor) -> Tensor:
-        inner = tensor.inner if isinstance(tensor, PretendedTensor) else tensor
+        inner = tensor.inner if isinstance(tensor, SimulatedTensor) else tensor
         return inner.to("meta") if self._shapes_alone else inner
 
-    def _wrap(self, inner: Tensor) -> PretendedTensor:
+    def _wrap(self, inner: Tensor) -> SimulatedTensor:
         self._allocate(inner)
-        return PretendedTensor(inner)
+        return SimulatedTensor(inner)
 
     def _kernel(self, func: Any) -> Callable[..., Any]:
         """The function that computes an operation on the CPU or, without values, on shapes."""
@@ -587,7 +587,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _inners(values: Iterable[Any]) -> Iterator[Tensor]:
-    return (tensor.inner for tensor in _tensors(values) if isinstance(tensor, PretendedTensor))
+    return (tensor.inner for tensor in _tensors(values) if isinstance(tensor, SimulatedTensor))
 
 
 def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -739,10 +739,10 @@ def _attend(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """F.scaled_dot_product_attention, which would ask the GPU's driver which kernel to use."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> Tensor:
-        if not isinstance(q, PretendedTensor):
+        if not isinstance(q, SimulatedTensor):
             return plain(q, k, v, *options, **named)
         if options or named.keys() - {"scale"}:
-            raise RuntimeError("a pretended GPU supports no attention with a mask, dropout or grouped heads")
+            raise RuntimeError("a simulated GPU supports no attention with a mask, dropout or grouped heads")
         if q.itemsize == 2:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, **named)[0]
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False, **named)[0]
@@ -751,7 +751,7 @@ def _attend(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _starting(start: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
-    """threading.Thread.start for threads that see the pretended GPU too."""
+    """threading.Thread.start for threads that see the simulated GPU too."""
 
     def start_within(thread: threading.Thread) -> None:
         run = thread.run
@@ -777,13 +777,13 @@ def _forget_by_device() -> None:
                 value.cache_clear()
 
 
-def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
+def _cuda_functions(gpu: SimulatedGPU) -> dict[str, Any]:
     """The replacements of torch.cuda's functions and classes."""
 
     def properties(device: Any = None) -> SimpleNamespace:
         major, minor = gpu.capability
         return SimpleNamespace(
-            name="pretended GPU",
+            name="simulated GPU",
             major=major,
             minor=minor,
             total_memory=gpu.total_bytes,
@@ -809,7 +809,7 @@ def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
         "device_count": 1,
         "current_device": 0,
         "get_device_capability": gpu.capability,
-        "get_device_name": "pretended GPU",
+        "get_device_name": "simulated GPU",
         "graph_pool_handle": (0, 0),
         "get_sync_debug_mode": 0,
     }
@@ -845,13 +845,13 @@ def _cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedGPU]:
+def simulated_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[SimulatedGPU]:
     """Within the context, there is a CUDA GPU for this thread and for threads that it starts."""
-    assert not _gpus, "one pretended GPU at a time"
+    assert not _gpus, "one simulated GPU at a time"
     importlib.import_module(
         "torch._dynamo"
     )  # on import it lists PyTorch's functions, which must not be the replaced ones
-    gpu = PretendedGPU(capability)
+    gpu = SimulatedGPU(capability)
     torch._C._ensureCUDADeviceGuardSet()
     lifted = torch._C._only_lift_cpu_tensors()
     overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
