@@ -41,11 +41,17 @@ def selection(args: argparse.Namespace) -> Selection:
     for model in ("--model-name", "--model-path"):
         for other in ("--stems", "--recipe"):
             if is_given(args, model) and is_given(args, other):
-                raise InputError(f"{model} gives all stems of one model and excludes {other}: leave one of them out")
+                raise InputError(
+                    f"{model} gives all stems of one model and cannot be combined with {other}: leave one of them out"
+                )
     if args.model_dir is not None and (args.model_name is None or args.model_path is not None):
-        raise InputError("--model-dir needs --model-name and excludes --model-path: name a model in that folder")
+        raise InputError(
+            "--model-dir needs --model-name and cannot be combined with --model-path: name a model in that folder"
+        )
     if args.model_path is not None and args.model_path.suffix in YAML_SUFFIXES:
-        raise InputError(f"--model-path {args.model_path} is a YAML file: give it to --model-name, and weights here")
+        raise InputError(
+            f"--model-path {args.model_path} is a YAML file: give it as --model-name, and weights as --model-path"
+        )
     return Selection(
         recipe=args.recipe or Selection.recipe,
         stems=args.stems or Selection.stems,

@@ -74,23 +74,23 @@ def test_separate_accepts_weights_and_a_name_in_a_folder(
     [
         (
             ["--model-dir", "own"],
-            "--model-dir needs --model-name and excludes --model-path: name a model in that folder",
+            "--model-dir needs --model-name and cannot be combined with --model-path: name a model in that folder",
         ),
-        (["--model-dir", "own", "--model-name", "x", "--model-path", "x.ckpt"], "excludes --model-path"),
+        (["--model-dir", "own", "--model-name", "x", "--model-path", "x.ckpt"], "cannot be combined with --model-path"),
         (
             ["--model-dir", "own", "--model-name", "y"],
             "there is no model 'y' in own: put a folder y, y.yaml or y.ckpt there",
         ),
-        (["--model-path", "own/x.yaml"], "--model-path own/x.yaml is a YAML file: give it to --model-name"),
+        (["--model-path", "own/x.yaml"], "--model-path own/x.yaml is a YAML file: give it as --model-name"),
         (["--model-path", "own/y.ckpt"], "there is no file "),
         (
             ["--model-path", "own/x.ckpt", "--stems", "all_4"],
-            "--model-path gives all stems of one model and excludes --stems",
+            "--model-path gives all stems of one model and cannot be combined with --stems",
         ),
-        (["--model-name", "demo", "--stems", "vocals_instrumental"], "excludes --stems: leave one of them out"),
+        (["--model-name", "demo", "--stems", "vocals_instrumental"], "cannot be combined with --stems: leave one of them out"),
         (
             ["--model-name", "demo", "--recipe", "standard"],
-            "--model-name gives all stems of one model and excludes --recipe",
+            "--model-name gives all stems of one model and cannot be combined with --recipe",
         ),
         (["--model-path", "alone.ckpt"], "alone.ckpt needs the YAML file that it was published with"),
     ],

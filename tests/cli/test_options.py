@@ -35,10 +35,10 @@ from separation.cli.main import main
         (("--format", "flac", "--flac-depth", "32f"), ("--flac-depth", "32f", "16", "24")),
         (("--ray", "auto", "--workers", "2"), ("--ray does not take --workers",)),
         (("--workers", "0"), ("--workers", "from 1 up")),
-        (("--model-name", "demo", "--stems", "all_4"), ("--model-name", "excludes --stems")),
-        (("--model-path", "x.ckpt", "--recipe", "sw"), ("--model-path", "excludes --recipe")),
+        (("--model-name", "demo", "--stems", "all_4"), ("--model-name", "cannot be combined with --stems")),
+        (("--model-path", "x.ckpt", "--recipe", "sw"), ("--model-path", "cannot be combined with --recipe")),
         (("--model-dir", "models"), ("--model-dir needs --model-name",)),
-        (("--model-path", "x.yaml"), ("x.yaml is a YAML file", "give it to --model-name")),
+        (("--model-path", "x.yaml"), ("x.yaml is a YAML file", "give it as --model-name")),
         (
             ("--model-name", "hdemucs_mmi", "--attention", "sdpa"),
             ("attention sdpa has no effect on hdemucs_mmi", "leave it out"),
