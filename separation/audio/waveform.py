@@ -258,7 +258,7 @@ def silent(n_samples: int, channels: int) -> Iterator[NDArray[np.float32]]:
 
 
 def write_all(write: Callable[[memoryview], int], data: bytes | memoryview) -> None:
-    """Write all bytes. A disk that fills up takes some of them first; only the next write fails."""
+    """Write all bytes. On a disk that fills up, a partial write succeeds first; only the next one fails."""
     rest = memoryview(data)
     while rest:
         rest = rest[write(rest) :]

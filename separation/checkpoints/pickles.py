@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any
 
-MOST_BYTES = 2**25  # a tensor takes some 120
-MOST_STEPS = 2_000_000  # a tensor takes some 30
+MOST_BYTES = 2**25  # a tensor takes about 120
+MOST_STEPS = 2_000_000  # a tensor takes about 30
 MOST_NAMES = 1000  # distinct classes and functions
 MOST_NAME_BYTES = 200
 

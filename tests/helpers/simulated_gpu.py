@@ -198,7 +198,7 @@ class Graph:
         gpu.capture = None
         for _, _, results in self._work:
             for result in _tensors(results):
-                _spoil(result)
+                _poison(result)
 
     def add(self, compute: Callable[[], Any], new: Callable[[Any], Any], results: Any, touched: list[Tensor]) -> None:
         """Add a piece of work.
@@ -249,7 +249,7 @@ def _on_stream(stream: Stream | None) -> Iterator[None]:
         gpu.stream = before
 
 
-def _spoil(tensor: Tensor) -> None:
+def _poison(tensor: Tensor) -> None:
     """Fill a tensor with values that cannot be mistaken for a result."""
     if not tensor.is_meta:
         floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
@@ -449,7 +449,7 @@ class SimulatedGPU:
             if non_blocking and self._is_pinned(target):
                 if self.capture is not None:
                     raise RuntimeError("a simulated CUDA graph supports no copies to the host")
-                _spoil(target)
+                _poison(target)
                 self._later(functools.partial(target.copy_, arrived))
             else:
                 self.wait(f"{what} to the host")
