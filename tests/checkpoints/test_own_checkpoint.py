@@ -87,7 +87,10 @@ def test_separate_accepts_weights_and_a_name_in_a_folder(
             ["--model-path", "own/x.ckpt", "--stems", "all_4"],
             "--model-path gives all stems of one model and cannot be combined with --stems",
         ),
-        (["--model-name", "demo", "--stems", "vocals_instrumental"], "cannot be combined with --stems: leave one of them out"),
+        (
+            ["--model-name", "demo", "--stems", "vocals_instrumental"],
+            "cannot be combined with --stems: leave one of them out",
+        ),
         (
             ["--model-name", "demo", "--recipe", "standard"],
             "--model-name gives all stems of one model and cannot be combined with --recipe",
