@@ -1,11 +1,14 @@
 """Catches messages that libraries print to stderr, because they do not say which song they are about."""
 
+import atexit
 import contextlib
 import os
 import re
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import cache
+from typing import IO
 
 _STDERR = 2  # the descriptor
 _BY_LIBRARY = re.compile(rb"^.*libmpg123.*(?:\n|$)|^(?:Note|Warning): .*(?:\n|$)", re.MULTILINE)
@@ -35,15 +38,14 @@ class Chatter:
                 yield
                 return
             stack.callback(os.close, stderr)
-            file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+            _write(_new_bytes(), stderr)
             try:
-                os.dup2(file.fileno(), _STDERR)
+                os.dup2(_file().fileno(), _STDERR)
                 yield
             finally:
                 os.dup2(stderr, _STDERR)
-                if file.seek(0, os.SEEK_END):
-                    file.seek(0)
-                    self._sort_out(file.read(), stderr)
+                if written := _new_bytes():
+                    self._sort_out(written, stderr)
 
     def _sort_out(self, written: bytes, stderr: int) -> None:
         """Keep the library's lines, and write the others to `stderr`."""
@@ -53,5 +55,30 @@ class Chatter:
             self.n_lines += 1
             if len(self.lines) < _MAX_LINES:
                 self.lines.append(line.decode(errors="replace").strip())
-        with contextlib.suppress(OSError):  # stderr leads nowhere
-            os.write(stderr, _BY_LIBRARY.sub(b"", written))
+        _write(_BY_LIBRARY.sub(b"", written), stderr)
+
+
+# The file is kept, because another thread's write may begin before stderr is restored and end after the file is read.
+# Such a late write is passed on at the next redirection or at exit.
+_n_read = 0
+
+
+@cache
+def _file() -> IO[bytes]:
+    atexit.register(lambda: _write(_new_bytes(), _STDERR))
+    return tempfile.TemporaryFile("a+b", buffering=0)
+
+
+def _new_bytes() -> bytes:
+    """What was written to the file since the last call. Reading by position leaves the offset to the writers."""
+    global _n_read
+    content = b""
+    while block := os.pread(_file().fileno(), 65536, _n_read):
+        content += block
+        _n_read += len(block)
+    return content
+
+
+def _write(content: bytes, descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # stderr leads nowhere
+        os.write(descriptor, content)

@@ -12,7 +12,10 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_ctrl_c_after_the_entry_point_is_imported_ends_the_program_without_a_traceback() -> None:
-    ran = run("import separation.cli.start, signal; signal.raise_signal(signal.SIGINT); print('still here')")
+    ran = run(
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import separation.cli.start\n"
+        "signal.raise_signal(signal.SIGINT); print('still here')"
+    )
     assert (ran.returncode, ran.stdout, ran.stderr) == (-signal.SIGINT, "", "")
 
 
