@@ -70,10 +70,12 @@ def _file() -> IO[bytes]:
 
 
 def _new_bytes() -> bytes:
-    """What was written to the file since the last call. Reading by position leaves the offset to the writers."""
+    """What was written to the file since the last call."""
     global _n_read
-    content = b""
-    while block := os.pread(_file().fileno(), 65536, _n_read):
+    file, content = _file(), b""
+    while os.fstat(file.fileno()).st_size > _n_read:
+        file.seek(_n_read)  # a late write moves the offset to the end, and the next round reads what is left
+        block = file.read()
         content += block
         _n_read += len(block)
     return content
