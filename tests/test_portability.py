@@ -95,6 +95,7 @@ def test_the_names_to_avoid_exist_on_unix() -> None:
     assert NAMES - there <= {"kqueue", "lockf_", "preexec_fn", "pass_fds"}
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_a_song_is_separated_without_unixs_modules_and_signals(tmp_path: Path) -> None:
     samples, rate = soundfile.read(SONG, frames=44100)

@@ -209,6 +209,7 @@ def test_a_signal_stops_all_workers_and_a_second_run_resumes(number: int, tmp_pa
     assert statuses == {f"{n}": "skipped" if f"{n}" in done else "done" for n in range(6)}
 
 
+@pytest.mark.slow
 def test_the_next_run_removes_what_a_killed_one_left_behind(tmp_path: Path) -> None:
     music, out = tmp_path / "music", tmp_path / "out"
     write_songs(music, "1.wav", seconds=60)

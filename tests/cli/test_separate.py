@@ -223,6 +223,7 @@ def test_a_signal_leaves_no_unfinished_file(number: int, tmp_path: Path, music: 
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
+@pytest.mark.slow
 def test_a_name_that_the_terminal_cannot_show_is_printed_as_escapes(tmp_path: Path, song: Path) -> None:
     song = song.rename(tmp_path / "🎵.wav")
     arguments = [sys.executable, "-m", "separation", "separate", song, "-o", tmp_path / "out", "--recipe", "demo"]

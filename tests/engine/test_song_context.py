@@ -130,6 +130,7 @@ def test_a_failed_song_has_its_warnings_too(tmp_path: Path, capsys: pytest.Captu
     assert [warning[:26] for warning in line["warnings"]] == ["'song.wav' has 6 channels "]
 
 
+@pytest.mark.slow
 def test_warnings_are_printed_above_the_progress_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = write_songs(tmp_path / "music")
     terminal, ours = pty.openpty()

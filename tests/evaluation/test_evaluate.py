@@ -57,6 +57,7 @@ def test_without_museval_the_table_says_what_to_install(tmp_path: Path, stems: d
     assert "pip install" in str(report(tmp_path, tmp_path)).splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_one_command_separates_and_scores_a_folder_like_musdb18_hq(
     tmp_path: Path, stems: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
 ) -> None:

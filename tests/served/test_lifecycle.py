@@ -73,6 +73,7 @@ def test_a_second_request_while_busy_is_answered_409(server: Server, receiver: R
     assert receiver.wait_for_end()["status"] == "canceled"
 
 
+@pytest.mark.slow
 def test_repeating_a_put_joins_the_running_prediction_and_later_starts_another(
     server: Server, receiver: Receiver
 ) -> None:
