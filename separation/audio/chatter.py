@@ -65,8 +65,14 @@ _n_read = 0
 
 @cache
 def _file() -> IO[bytes]:
-    atexit.register(lambda: _write(_new_bytes(), _STDERR))
-    return tempfile.TemporaryFile("a+b", buffering=0)
+    file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115  # open until exit
+
+    def finish() -> None:
+        with file:
+            _write(_new_bytes(), _STDERR)
+
+    atexit.register(finish)
+    return file
 
 
 def _new_bytes() -> bytes:
