@@ -88,5 +88,6 @@ def _new_bytes() -> bytes:
 
 
 def _write(content: bytes, descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # stderr leads nowhere
-        os.write(descriptor, content)
+    if content:
+        with contextlib.suppress(OSError):  # stderr leads nowhere
+            os.write(descriptor, content)

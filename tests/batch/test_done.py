@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ import soundfile
 from helpers import common
 from helpers.command_line import (
     DEMO,
+    RUN,
     Make,
     contents,
     json_lines,
@@ -148,17 +148,6 @@ def test_runs_with_different_settings_are_both_done_unless_they_share_files(
     assert status() == "done"
     assert status("--stems", "all_4") == "done"
     assert status("--stems", "all_4", "--force-refresh") == "done"
-
-
-RUN: dict[str, Any] = {
-    "source": {"name": "\udce9.wav", "bytes": 4},
-    "settings": {"format": "wav"},
-    "stems": {"a": ("a.wav", 4)},
-    "duration_seconds": 1.0,
-    "elapsed_seconds": 2.0,
-    "gain": 1.0,
-    "warnings": ["loud"],
-}
 
 
 @pytest.mark.parametrize("key", RUN)

@@ -156,14 +156,6 @@ def test_a_missing_model_says_which_files_would_be_found(tmp_path: Path) -> None
 # The user's own folder of models
 
 
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    monkeypatch.setenv("SEPARATION_MODELS", str(folder))
-    return folder
-
-
 def test_models_in_the_users_own_folder_have_names(models: Path, weights: Path) -> None:
     put(models, "pair.yaml", "pair.ckpt", "alone.yml", "config_b.yaml", "b.ckpt")
     put(models / "folder", "a.yaml", "b.ckpt")

@@ -24,11 +24,6 @@ from separation.errors import CheckpointError, InputError, OutputError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def state() -> dict[str, Tensor]:
-    return small_model().state_dict()
-
-
 def test_a_converted_checkpoint_is_the_same_model_and_names_its_source(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:

@@ -171,11 +171,6 @@ def test_a_record_that_cannot_be_written_or_read_is_an_error(server: Server, wei
 # Converted files
 
 
-@pytest.fixture
-def state() -> dict[str, Tensor]:
-    return small_model().state_dict()
-
-
 def test_a_converted_file_replaces_its_checkpoint_without_a_checksum(
     tmp_path: Path, weights: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

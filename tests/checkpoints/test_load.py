@@ -50,11 +50,6 @@ SMALL_HTDEMUCS = {
 }
 
 
-@pytest.fixture
-def state() -> dict[str, Tensor]:
-    return small_model().state_dict()
-
-
 @pytest.mark.parametrize(
     "nesting", [("state_dict",), ("state",), ("model",), ("model_state_dict",), ("state", "model")]
 )

@@ -31,14 +31,6 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    monkeypatch.setenv("SEPARATION_MODELS", str(folder))
-    return folder
-
-
-@pytest.fixture
 def song(tmp_path: Path) -> Path:
     path = tmp_path / "song.wav"
     noise = np.random.default_rng(0).normal(0, 0.1, (4410, 2)).astype(np.float32)

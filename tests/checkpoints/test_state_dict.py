@@ -34,11 +34,6 @@ from separation.errors import CheckpointError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def state() -> dict[str, Tensor]:
-    return small_model().state_dict()
-
-
 @pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".pt", ".th", ".safetensors"])
 def test_every_format_gives_the_same_model(tmp_path: Path, state: dict[str, Tensor], suffix: str) -> None:
     path = write_weights(state, tmp_path / f"x{suffix}")

@@ -19,6 +19,17 @@ from separation.cli.parser import build_parser
 
 DEMO = ("--recipe", "demo", "--device", "cpu")
 
+# A run as an output folder's record holds it
+RUN: dict[str, Any] = {
+    "source": {"name": "\udce9.wav", "bytes": 4},
+    "settings": {"format": "wav"},
+    "stems": {"a": ("a.wav", 4)},
+    "duration_seconds": 1.0,
+    "elapsed_seconds": 2.0,
+    "gain": 1.0,
+    "warnings": ["loud"],
+}
+
 
 def separate(*arguments: str | Path) -> int:
     """Runs the command in this process, with the demo unless a model is named; returns its exit code."""

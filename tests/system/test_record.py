@@ -2,23 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from helpers.command_line import write_text
+from helpers.command_line import RUN, write_text
 from separation.errors import InputError, OutputError
 from separation.system.record import RECORD, Record, Written, check_targets, is_record
-
-RUN: dict[str, Any] = {
-    "source": {"name": "\udce9.wav", "bytes": 4},
-    "settings": {"format": "wav"},
-    "stems": {"a": ("a.wav", 4)},
-    "duration_seconds": 1.0,
-    "elapsed_seconds": 2.0,
-    "gain": 1.0,
-    "warnings": ["loud"],
-}
 
 
 def test_a_record_vouches_for_files_that_have_not_changed_since_it_was_written(tmp_path: Path) -> None:
