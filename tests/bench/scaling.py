@@ -30,7 +30,7 @@ import json, os, sys
 from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line
 sys.path.insert(0, "tests")
-from separation import Separator
+from separation import OutputOptions, Separator
 from helpers.small_model import quick_model
 
 song, folder, stems, format, tiny = sys.argv[1:]
@@ -42,7 +42,7 @@ def resident_mib(key):
 separator = Separator.from_model(quick_model(), two_stems="vocals") if tiny else Separator("demo", stems)
 loaded = resident_mib("VmRSS:")
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-files = separator.separate_file(song, folder, format=format, sample_rate="source")
+files = separator.separate_file(song, folder, OutputOptions(format=format, sample_rate="source"))
 print(json.dumps({"seconds": files.elapsed_seconds, "loaded": loaded, "peak": resident_mib("VmHWM:")}))
 """
 
