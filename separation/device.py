@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from separation.cpu import bfloat16_kind
 from separation.errors import InputError
 
 # Where Linux shows an NVIDIA GPU and its driver's version. A container without the GPU sees only the version.
@@ -44,7 +45,8 @@ class Choice:
 def choose(device: str = "auto", precision: str = "auto") -> Choice:
     """Resolve `auto | cpu | cuda | cuda:N | mps` and `auto | fp32 | bf16 | fp16 | int8`.
 
-    Raises InputError for an unknown name, a device that is missing or that PyTorch cannot use, and int8 on a GPU.
+    Raises InputError for an unknown name, a device that is missing or that PyTorch cannot use, int8 on a GPU, and a
+    SEPARATION_CPU_KIND that this CPU is not.
     """
     chosen_device = choose_device(device)
     chosen_precision, precision_reason = _precision(precision, chosen_device)
@@ -207,23 +209,9 @@ def _precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float16, "as fast as bfloat16 on a GPU and closer to float32; overflows are repeated in bfloat16"
     if device.type == "mps":
         return torch.float32, "the most exact type of an Apple GPU"
-    instructions = bfloat16_instructions()
-    if instructions:
-        return torch.bfloat16, f"the CPU has {instructions}"
-    return torch.float32, "the CPU has no bfloat16 instructions"
-
-
-@cache
-def cpu_flags() -> str:
-    """The flags line of /proc/cpuinfo."""
-    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-        return next((line for line in file if line.startswith("flags")), "")
-
-
-@cache
-def bfloat16_instructions() -> str:
-    """The flag of the CPU's instructions for bfloat16 matrix products, or an empty string if it has none."""
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return ""
-    flags = cpu_flags().split()
-    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "")
+    kind = bfloat16_kind()
+    if kind is None:
+        return torch.float32, "the CPU has no bfloat16 instructions"
+    if platform.system() != "Linux":
+        return torch.float32, "only on Linux is PyTorch fast in bfloat16"
+    return torch.bfloat16, f"the CPU has {kind.name}"

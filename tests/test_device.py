@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.cpus import kind_of, set_flags
 from separation import device
 from separation.errors import InputError
+
+BF16 = kind_of("avx512_bf16")
 
 
 def test_auto_chooses_an_available_device_and_gives_a_reason() -> None:
@@ -32,14 +36,20 @@ def test_auto_precision_on_a_gpu_is_float16() -> None:
     assert "closer to float32" in device._precision("auto", torch.device("cuda"))[1]
 
 
-@pytest.mark.parametrize("instructions, dtype", [("avx512_bf16", torch.bfloat16), ("", torch.float32)])
+@pytest.mark.parametrize("flags, precision", [(BF16.cpu_flags, torch.bfloat16), (("avx2",), torch.float32)])
 def test_auto_precision_on_a_cpu_is_bfloat16_if_it_has_the_instructions(
-    instructions: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "bfloat16_instructions", lambda: instructions)
+    set_flags(monkeypatch, "x86_64", flags)
     choice = device.choose("cpu", "auto")
-    assert choice.precision == dtype
-    assert (instructions or "no bfloat16 instructions") in choice.reason
+    assert choice.precision == precision
+    assert ("the CPU has avx512_bf16" if precision == torch.bfloat16 else "no bfloat16 instructions") in choice.reason
+
+
+def test_auto_precision_on_an_apple_cpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "bfloat16_kind", lambda: BF16)
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    assert device.choose_precision("auto", torch.device("cpu")) == torch.float32
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "cpu cpu"])

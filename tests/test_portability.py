@@ -45,7 +45,7 @@ NAMES |= {
 }
 NAMES |= {"alarm", "setitimer", "pause", "epoll", "kqueue", "poll", "select", "preexec_fn", "pass_fds"}
 OWNERS = {"os", "signal", "select", "socket", "subprocess"}
-# The first compiles for a CPU with bfloat16, which is detected only on Linux. The second waits for a non-blocking pipe,
+# The first compiles kernels for a kind of CPU, of which Windows has none. The second waits for a non-blocking pipe,
 # which Windows does not have.
 LINUX_ONLY = {("separation.models.kernels.native", "getuid"), ("separation.cli.process", "select")}
 

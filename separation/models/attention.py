@@ -63,7 +63,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     strides = (ctypes.c_long * 4)(q.stride(0), q.stride(2), k.stride(0), k.stride(2))
     pointers = (tensor.data_ptr() for tensor in (q, k, v, out))
     sizes = batch, queries, k.shape[2], heads, size
-    library().attention(*pointers, *sizes, ctypes.addressof(strides), torch.get_num_threads())
+    library().functions.attention(*pointers, *sizes, ctypes.addressof(strides), torch.get_num_threads())
     return out.transpose(1, 2)
 
 
@@ -143,7 +143,9 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _kernel(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """The end of a reason that names the kernel PyTorch chooses, such as ", with PyTorch's flash kernel"."""
+    """The end of a reason that names the kernels, such as ", with PyTorch's flash kernel"."""
+    if name == "fused":
+        return f", with kernels for {library()}"
     if name not in ("sdpa", "triton") or device.type not in ("cpu", "cuda"):
         return ""
     qkv = torch.zeros(1, 1, 48, head_size, device=device, dtype=dtype)
@@ -157,10 +159,10 @@ def _fault(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
         if device.type != "cpu" or dtype != torch.bfloat16:
             return "it is for CPUs in bf16"
         try:
-            library()
+            kind = library().kind
         except NotFusedError as e:
             return str(e)
-        return ""
+        return "" if "bf16" in kind.precisions else f"its kernels for {kind.name} are not for bf16"
     if name == "triton":
         if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
             return "it is for CUDA GPUs in fp16 and bf16"

@@ -1,4 +1,4 @@
-"""The RoFormers' layers on the CPU, computed by fused.cpp.
+"""The RoFormers' layers on the CPU, computed by cpu/fused.cpp.
 
 A layer is one call. Products take bfloat16 or int8; sums, norms, rotary angles and the residual stream are float32.
 This is about four times as fast as layers.py, the reference in PyTorch.
@@ -48,7 +48,7 @@ def _packed(*weights: Tensor, gain: Tensor | None = None) -> Tensor:
     for each, size in zip(weights, sizes, strict=True):
         each = each.float().contiguous()
         gains = None if gain is None else gain.data_ptr()
-        library().pack(each.data_ptr(), len(each), depth, gains, start, torch.get_num_threads())
+        library().functions.pack(each.data_ptr(), len(each), depth, gains, start, torch.get_num_threads())
         start += 2 * size
     return packed
 
@@ -132,7 +132,7 @@ class FusedTransformer(nn.Module):
         assert x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1
         cosines, sines = self._angles(x.shape[1])
         for layer in self._layers:
-            library().transformer_layer(
+            library().functions.transformer_layer(
                 x.data_ptr(),
                 *x.shape[:2],
                 *x.stride()[:2],
@@ -187,7 +187,9 @@ class FusedBandSplit(_BandNetworks):
         features = torch.empty(*x.shape[:2], len(self._networks), self._dim)
         rows = x.shape[0] * x.shape[1]
         networks = ctypes.addressof(self._networks), features.data_ptr()
-        library().split_bands(x.data_ptr(), self._width, rows, len(self._networks), *networks, torch.get_num_threads())
+        library().functions.split_bands(
+            x.data_ptr(), self._width, rows, len(self._networks), *networks, torch.get_num_threads()
+        )
         return features
 
 
@@ -211,7 +213,7 @@ class FusedMaskEstimator(_BandNetworks):
         masks = torch.empty(*x.shape[:2], self._width)
         rows = x.shape[0] * x.shape[1]
         networks = ctypes.addressof(self._networks), self._normed, masks.data_ptr()
-        library().estimate_masks(
+        library().functions.estimate_masks(
             x.data_ptr(), rows, len(self._networks), *networks, self._width, torch.get_num_threads()
         )
         return masks

@@ -1,43 +1,105 @@
-"""Compiles fused.cpp on first use, which takes seconds, caches the library in the user's cache folder, and loads it."""
+"""The C++ kernels for this CPU: from the wheel, or compiled on first use and kept in the user's cache folder."""
 
 import ctypes
 import errno
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from separation.device import bfloat16_instructions, cpu_flags
+from separation.cpu import KERNELS, KINDS, SOURCE, Kind, cpu_flags, find_compiler, machine, usable_kinds
 from separation.system.places import cache_folder
 
-SOURCE = Path(__file__).with_name("fused.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 PANEL = 32  # weights are packed in panels of so many columns; the columns of a panel belong to one head
+
+_OUT_OF_MEMORY = 1  # what the functions return instead of raising std::bad_alloc
 
 
 class NotFusedError(Exception):
     """Fused layers are not available; the message is the reason."""
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """Load fused.cpp, compiled for this CPU. Compiles it unless the cache has it for this CPU and compiler.
+@dataclass(frozen=True)
+class Library:
+    """The kernels for a kind of CPU. The functions raise MemoryError."""
 
-    Raises NotFusedError if the CPU has no suitable instructions, or if there is no compiler.
+    kind: Kind
+    functions: ctypes.CDLL
+    origin: str  # such as "from the wheel"
+    reason: str  # for choosing the kind
+
+    def __str__(self) -> str:
+        return f"{self.kind.name}, {self.origin}{self.reason and '; '}{self.reason}"
+
+
+@cache
+def library() -> Library:
+    """The kernels of the fastest kind that this CPU is, or of the one that SEPARATION_CPU_KIND names.
+
+    Raises NotFusedError if the CPU is of no kind or there is no library for it, InputError for a SEPARATION_CPU_KIND
+    that this CPU is not.
     """
-    instructions = bfloat16_instructions()
-    if instructions != "avx512_bf16":
-        has = f"has {instructions}, for which PyTorch is faster" if instructions else "has no AVX-512 BF16"
-        raise NotFusedError(f"the CPU {has}")
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-    if compiler is None:
+    candidates = [kind for kind in KINDS if kind.machine == machine()]
+    usable = usable_kinds()
+    if not candidates:
+        raise NotFusedError(f"there are no kernels for {machine()}")
+    if not usable:
+        raise NotFusedError(_lacks(candidates))
+    if "amx_bf16" in cpu_flags() and not os.environ.get("SEPARATION_CPU_KIND"):
+        raise NotFusedError("the CPU has amx_bf16, for which PyTorch is faster")
+    faults: dict[str, str] = {}
+    for kind in usable:
+        try:
+            functions, origin = load(kind)
+        except NotFusedError as e:
+            faults[kind.name] = str(e)
+            continue
+        reasons = [f"not {name}: {fault}" for name, fault in faults.items()]
+        if os.environ.get("SEPARATION_CPU_KIND"):
+            reasons.append("requested by SEPARATION_CPU_KIND")
+        elif lacks := _lacks(candidates[: candidates.index(kind)]):
+            reasons.append(lacks)
+        return Library(kind, functions, origin, "; ".join(reasons))
+    raise NotFusedError("; ".join(dict.fromkeys(faults.values())))
+
+
+def _lacks(kinds: Sequence[Kind]) -> str:
+    """The flags that the CPU would need to be one of these kinds, one for each, in a sentence."""
+    flags = list(dict.fromkeys(flag for kind in kinds if (flag := kind.missing_flag())))
+    return f"the CPU has no {' or '.join(flags)}" if flags else ""
+
+
+@cache
+def load(kind: Kind, *, emulated: bool = False) -> tuple[ctypes.CDLL, str]:
+    """The functions of a kind's library, and where that comes from. Emulated, they run on every CPU, slowly.
+
+    Raises NotFusedError if they cannot be compiled or if the system does not let this process use them.
+    """
+    shipped = KERNELS / f"{kind.name}.so"
+    if not emulated and shipped.exists():
+        functions, origin = ctypes.CDLL(str(shipped)), "from the wheel"
+    else:
+        functions, origin = _compiled(kind, emulated=emulated)
+    _declare(functions)
+    if not functions.usable():
+        raise NotFusedError("the system does not let this process use it")
+    return functions, origin
+
+
+def _compiled(kind: Kind, *, emulated: bool) -> tuple[ctypes.CDLL, str]:
+    compiler = find_compiler()
+    if not compiler:
         raise NotFusedError("no C++ compiler (c++, g++ or clang++) is installed")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), cpu_flags()])
-    name = f"fused-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    ran = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    version = ran.stdout.partition("\n")[0]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(KERNELS.rglob("*")) if path.suffix in (".h", ".cpp")]
+    command = kind.command(compiler, Path("library"), emulated=emulated)
+    key = hashlib.sha256("\0".join([*sources, version, *command]).encode()).hexdigest()[:16]
+    name = f"{kind.name}{'-emulated' if emulated else ''}-{key}.so"
     for folder in _cache_folders():
         path = folder / name
         try:
@@ -46,8 +108,8 @@ def library() -> ctypes.CDLL:
                 # Another user could replace the library by code of their own.
                 raise PermissionError(errno.EPERM, "other users can write to its folder")
             if not path.exists():
-                _compile(compiler, path)
-            return _with_types(ctypes.CDLL(str(path)))
+                _compile(kind, compiler, path, emulated=emulated)
+            return ctypes.CDLL(str(path)), f"compiled by {version}"
         except OSError as e:
             reason = NotFusedError(f"{path} cannot be written or loaded ({e.strerror or e})")
     raise reason
@@ -57,25 +119,34 @@ def _cache_folders() -> list[Path]:
     return [cache_folder(), Path(tempfile.gettempdir()) / f"music-separation-{os.getuid()}"]
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(kind: Kind, compiler: list[str], path: Path, *, emulated: bool) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(part)]
+        command = kind.command(compiler, part, emulated=emulated)
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode != 0:
             said = next((line for line in ran.stderr.splitlines() if "error" in line), f"exit code {ran.returncode}")
-            raise NotFusedError(f"{Path(compiler).name} cannot compile {SOURCE.name} ({said.strip()})")
+            raise NotFusedError(f"{Path(compiler[0]).name} cannot compile {SOURCE.name} ({said.strip()})")
         os.replace(part, path)
 
 
-def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the argument types of the library's functions."""
+def _declare(functions: ctypes.CDLL) -> None:
+    """Declare the types of the library's functions, and let those that run out of memory raise MemoryError."""
     long, pointer = ctypes.c_long, ctypes.c_void_p
-    library.pack.argtypes = [pointer, long, long, pointer, pointer, long]
-    library.transformer_layer.argtypes = [pointer, long, long, long, long, pointer, pointer, pointer, long]
-    library.attention.argtypes = [pointer] * 4 + [long] * 5 + [pointer, long]
-    library.split_bands.argtypes = [pointer, long, long, long, pointer, pointer, long]
-    library.estimate_masks.argtypes = [pointer, long, long, pointer, long, pointer, long, long]
-    for name in ("pack", "transformer_layer", "attention", "split_bands", "estimate_masks"):
-        library[name].restype = None
-    return library
+    arguments = {
+        "pack": [pointer, long, long, pointer, pointer, long],
+        "transformer_layer": [pointer, long, long, long, long, pointer, pointer, pointer, long],
+        "attention": [*[pointer] * 4, *[long] * 5, pointer, long],
+        "split_bands": [pointer, long, long, long, pointer, pointer, long],
+        "estimate_masks": [pointer, long, long, pointer, long, pointer, long, long],
+    }
+    for name, types in arguments.items():
+        function = getattr(functions, name)
+        function.argtypes = types
+        function.errcheck = _check
+
+
+def _check(result: int, function: object, arguments: tuple[object, ...]) -> int:
+    if result == _OUT_OF_MEMORY:
+        raise MemoryError("the C++ layers cannot allocate memory: close other programs, or choose a smaller batch size")
+    return result

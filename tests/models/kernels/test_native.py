@@ -1,5 +1,7 @@
-"""fused.cpp is compiled once and cached; without it the plain layers run."""
+"""The kernels are compiled once and cached; without them the plain layers run."""
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,23 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.common import PROJECT
+from helpers.cpus import kind_of, set_flags, set_kind
 from helpers.fused import needs_fused
-from separation import device
+from separation import cpu
 from separation.checkpoints.load import load_model
 from separation.models.attention import choose_attention
 from separation.models.kernels import native
 from separation.models.kernels.native import NotFusedError
 
-
-def test_int8_without_fused_layers_falls_back_and_says_why(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native, "bfloat16_instructions", lambda: "avx512_bf16")
-    monkeypatch.setattr(device, "bfloat16_instructions", lambda: "avx512_bf16")
-    model = load_model("demo", precision="int8")
-    assert model.attention == "itemwise" and model.precision == torch.bfloat16
-    assert caplog.messages[0].startswith("demo computes in floats, not in int8 (no C++ compiler")
+BF16 = kind_of("avx512_bf16")
 
 
 @pytest.fixture
@@ -31,19 +26,20 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The cache folder, which does not exist yet, of a program that has not loaded the library."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    native.library.cache_clear()
+    native.library.cache_clear(), native.load.cache_clear()
     yield tmp_path / "cache" / "music-separation"
-    native.library.cache_clear()
+    native.library.cache_clear(), native.load.cache_clear()
 
 
 @needs_fused
 def test_the_library_is_compiled_once_and_cached(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    native.library()
+    first = native.library()
     (kept,) = fresh.iterdir()
-    assert kept.suffix == ".so"
-    native.library.cache_clear()
-    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
-    native.library()
+    assert kept.suffix == ".so" and kept.name.startswith(f"{first.kind.name}-")
+    assert first.origin.startswith("compiled by ")
+    native.library.cache_clear(), native.load.cache_clear()
+    monkeypatch.setattr(native, "_compile", lambda *_, **__: pytest.fail("compiled again"))
+    assert (native.library().kind, native.library().origin) == (first.kind, first.origin)
 
 
 @pytest.mark.slow
@@ -67,7 +63,7 @@ def test_a_library_in_a_folder_that_others_can_write_is_not_loaded(fresh: Path) 
 
 @needs_fused
 def test_the_error_of_a_failing_compiler_is_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-std=c++1"))
+    monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-std=c++1"))
     with pytest.raises(NotFusedError, match=r"^c\+\+ cannot compile fused\.cpp \(.*error.*-std=c\+\+1"):
         native.library()
     assert list(fresh.iterdir()) == []
@@ -77,20 +73,86 @@ def test_without_a_compiler_the_plain_layers_run_and_say_why(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native, "bfloat16_instructions", lambda: "avx512_bf16")
+    set_kind(monkeypatch, BF16)
     choice = choose_attention("auto", torch.device("cpu"), torch.bfloat16)
     assert choice.name == "itemwise"
     assert choice.reason.startswith("not fused: no C++ compiler (c++, g++ or clang++) is installed; ")
 
 
+def test_int8_without_fused_layers_falls_back_and_says_why(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    set_kind(monkeypatch, BF16)
+    model = load_model("demo", precision="int8")
+    assert model.attention == "itemwise" and model.precision == torch.bfloat16
+    assert caplog.messages[0].startswith("demo computes in floats, not in int8 (no C++ compiler")
+
+
 @pytest.mark.parametrize(
-    "instructions, reason",
-    [("", "has no AVX-512 BF16"), ("amx_bf16", "has amx_bf16, for which PyTorch is faster")],
+    "machine, flags, reason",
+    [
+        ("x86_64", ("avx2", "fma"), "the CPU has no f16c"),
+        ("riscv64", (), "there are no kernels for riscv64"),
+    ],
 )
 def test_without_the_instructions_the_plain_layers_run_and_say_why(
-    instructions: str, reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+    machine: str, flags: tuple[str, ...], reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "bfloat16_instructions", lambda: instructions)
+    set_flags(monkeypatch, machine, flags)
     choice = choose_attention("auto", torch.device("cpu"), torch.bfloat16)
     assert choice.name == "itemwise"
-    assert f"not fused: the CPU {reason}" in choice.reason
+    assert f"not fused: {reason}; " in choice.reason
+
+
+def test_with_amx_pytorch_computes_the_layers(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_kind(monkeypatch, BF16)
+    monkeypatch.setattr(native, "cpu_flags", lambda: {"amx_bf16"})
+    with pytest.raises(NotFusedError, match="the CPU has amx_bf16, for which PyTorch is faster"):
+        native.library()
+
+
+@needs_fused
+def test_the_reason_names_the_kind_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For `-v`."""
+    library = native.library()
+    choice = choose_attention("auto", torch.device("cpu"), torch.bfloat16)
+    assert choice.name == "fused"
+    assert f"with kernels for {library.kind.name}, {library.origin}" in choice.reason
+    native.library.cache_clear()
+    monkeypatch.setenv("SEPARATION_CPU_KIND", library.kind.name)
+    assert str(native.library()).endswith("; requested by SEPARATION_CPU_KIND")
+    native.library.cache_clear()
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import torch
+from separation.models.kernels.fused import FusedTransformer
+from separation.models.layers import Attention, RotaryEmbedding, Transformer
+
+def make_attention():
+    return Attention(64, heads=2, dim_head=32, positions=RotaryEmbedding(32), backend="einsum")
+
+transformer = Transformer(64, depth=1, make_attention=make_attention, norm_output=False)
+layer = FusedTransformer(transformer.requires_grad_(False))
+x = torch.randn(4, 100_000, 64)
+layer._angles(x.shape[1])
+torch.set_num_threads(int(sys.argv[1]))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, resource.RLIM_INFINITY))
+try:
+    layer(x)
+except MemoryError as e:
+    print(e)
+"""
+
+
+@needs_fused
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of memory")
+@pytest.mark.parametrize("threads", [1, 4])
+def test_running_out_of_memory_is_an_error_and_does_not_end_the_process(threads: int) -> None:
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(threads)]
+    ran = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("the C++ layers cannot allocate memory: ")

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <new>
 #include <thread>
 #include <vector>
@@ -46,15 +47,28 @@ class Buffer {
     T* data_;
 };
 
-// Runs `work(next)` on `threads` threads. `next()` returns the index of the next item; work stops at `count`.
+// Runs `work(next)` on `threads` threads. `next()` returns the index of the next item; work stops at `count`. Returns
+// whether there was enough memory.
 template <class Work>
-void parallel(long count, long threads, Work work) {
+bool parallel(long count, long threads, Work work) {
     std::atomic<long> taken{0};
-    auto run = [&] { work([&] { return taken++; }); };
+    std::atomic<bool> enough{true};
+    auto run = [&] {
+        try {
+            work([&] { return taken++; });
+        } catch (const std::bad_alloc&) {
+            enough = false;
+        }
+    };
     std::vector<std::thread> others;
-    for (long t = 1; t < std::min(threads, count); t++) others.emplace_back(run);
+    try {
+        for (long t = 1; t < std::min(threads, count); t++) others.emplace_back(run);
+    } catch (const std::exception&) {  // no memory for another thread
+        enough = false;
+    }
     run();
     for (auto& other : others) other.join();
+    return enough;
 }
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
@@ -416,7 +430,7 @@ struct Layer {
 // A pre-norm transformer layer on x [sequences, tokens, dim], in place. Strides are in floats. cosines and sines
 // [tokens, head_size] contain the angle of each pair twice; the first sine of a pair is negated.
 template <class Block>
-void compute_layer(float* x, long sequences, long tokens, long sequence_stride, long token_stride, const Layer& layer,
+bool compute_layer(float* x, long sequences, long tokens, long sequence_stride, long token_stride, const Layer& layer,
               const float* cosines, const float* sines, long threads) {
     using Weights = typename Block::Weights;
     const long dim = layer.dim, heads = layer.heads, size = layer.head_size, inner = heads * size,
@@ -428,7 +442,7 @@ void compute_layer(float* x, long sequences, long tokens, long sequence_stride, 
         values.plus(values_below(to, column, dim)).store_below(to, column, dim);
     };
 
-    parallel((sequences + group - 1) / group, threads, [&](auto next) {
+    return parallel((sequences + group - 1) / group, threads, [&](auto next) {
         Block operands(dim, std::max({dim, inner, hidden}));
         Buffer<bf16> q(most_rows * inner), k(most_rows * inner), v(most_rows * inner), attended(most_rows * inner);
         Buffer<bf16> up(BLOCK * up_stride);
@@ -497,6 +511,11 @@ void compute_layer(float* x, long sequences, long tokens, long sequence_stride, 
 
 extern "C" {
 
+// Whether the system lets this process use the instructions.
+int usable() { return 1; }
+
+// The functions below return 0, or 1 if memory ran out.
+
 // The network of a band: a norm and `layers` linear layers, sizes[0] -> sizes[1] -> ...
 struct BandNetwork {
     long layers;
@@ -508,9 +527,9 @@ struct BandNetwork {
 
 // Packs weights [columns, depth], multiplied by gains [depth] unless null, to bfloat16 [panel][depth / 2][PANEL][2].
 // The last panel is padded with zeros.
-void pack(const float* weights, long columns, long depth, const float* gains, bf16* packed, long threads) {
+int pack(const float* weights, long columns, long depth, const float* gains, bf16* packed, long threads) {
     const long panels = (columns + PANEL - 1) / PANEL;
-    parallel(panels, threads, [&](auto next) {
+    return !parallel(panels, threads, [&](auto next) {
         Buffer<int32_t> pairs(16 * 8);  // the next 8 pairs of 16 columns
         alignas(64) int32_t eights[16];
         for (int i = 0; i < 16; i++) eights[i] = 8 * i;
@@ -535,19 +554,19 @@ void pack(const float* weights, long columns, long depth, const float* gains, bf
 }
 
 // See `compute_layer`. Weights with scales are in bytes.
-void transformer_layer(float* x, long sequences, long tokens, long sequence_stride, long token_stride,
+int transformer_layer(float* x, long sequences, long tokens, long sequence_stride, long token_stride,
                        const Layer* layer, const float* cosines, const float* sines, long threads) {
     const auto compute = layer->up.scales ? compute_layer<Int8Block> : compute_layer<Bf16Block>;
-    compute(x, sequences, tokens, sequence_stride, token_stride, *layer, cosines, sines, threads);
+    return !compute(x, sequences, tokens, sequence_stride, token_stride, *layer, cosines, sines, threads);
 }
 
 // Multi-head attention of q [batch, queries, heads * size] over k and v [batch, keys, heads * size]; out has the shape
 // of q. The strides, in values, are between batch items and between rows: first those of q, then those of both k and v.
-void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, long batch, long queries, long keys, long heads,
+int attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, long batch, long queries, long keys, long heads,
                long size, const long* strides, long threads) {
     const long blocks = (queries + GROUP - 1) / GROUP, count = batch * heads * blocks;
     const float ungated = 1.0f;
-    parallel(count, threads, [&](auto next) {
+    return !parallel(count, threads, [&](auto next) {
         Head head(keys, size);
         for (long item; (item = next()) < count;) {
             const long start = item % blocks * GROUP, h = item / blocks % heads * size, b = item / blocks / heads;
@@ -559,12 +578,12 @@ void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, long batc
 }
 
 // Applies the norm and linear layer of each band to x, rows of `stride` floats. Writes features [frames, bands, dim].
-void split_bands(const float* x, long stride, long frames, long bands, const BandNetwork* networks, float* features,
+int split_bands(const float* x, long stride, long frames, long bands, const BandNetwork* networks, float* features,
                  long threads) {
     long widest = 0;
     for (long band = 0; band < bands; band++) widest = std::max(widest, padded(networks[band].sizes[0]));
 
-    parallel(bands, threads, [&](auto next) {
+    return !parallel(bands, threads, [&](auto next) {
         Buffer<bf16> normed(BLOCK * widest);
         for (long band; (band = next()) < bands;) {
             const BandNetwork& network = networks[band];
@@ -586,7 +605,7 @@ void split_bands(const float* x, long stride, long frames, long bands, const Ban
 
 // Applies the network of each band to x [frames, bands, dim], with tanh between layers and a gated linear unit at the
 // end. Writes masks, rows of `stride` floats. If `normed` is zero, the networks have no norm.
-void estimate_masks(const float* x, long frames, long bands, const BandNetwork* networks, long normed, float* masks,
+int estimate_masks(const float* x, long frames, long bands, const BandNetwork* networks, long normed, float* masks,
                     long stride, long threads) {
     long widest = 0;
     for (long band = 0; band < bands; band++)
@@ -594,7 +613,7 @@ void estimate_masks(const float* x, long frames, long bands, const BandNetwork* 
             widest = std::max(widest, padded(networks[band].sizes[layer]));
     const long row_stride = widest + PANEL, blocks = (frames + BLOCK - 1) / BLOCK;
 
-    parallel(bands * blocks, threads, [&](auto next) {
+    return !parallel(bands * blocks, threads, [&](auto next) {
         Buffer<bf16> even(BLOCK * row_stride), odd(BLOCK * row_stride);
         Buffer<float> last(BLOCK * row_stride);
         for (long item; (item = next()) < bands * blocks;) {
