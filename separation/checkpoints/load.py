@@ -35,7 +35,7 @@ from separation.checkpoints.state_dict import Stored, open_weights, read_weights
 from separation.device import choose_device, choose_precision, float_precision
 from separation.documents import escaped
 from separation.errors import CheckpointError, InputError
-from separation.models.attention import LAYER_BACKENDS, AttentionChoice, choose_attention
+from separation.models.attention import LAYER_BACKENDS, AttentionChoice, choose_attention, requested_attention
 from separation.models.base import Origin, SeparationModel
 from separation.models.kernels.native import NotFusedError, library
 
@@ -115,6 +115,8 @@ def load_model(
     if needs_weights:
         _prepare(model, asked, floats, choice, attention)
     model = model.to(device)
+    if device.type == "cpu" and requested_attention(attention) in ("auto", "fused"):
+        model.fuse_for_cpu()
     if model.is_half and not model.fits(torch.float16):
         logger.info(f"{model.name}: computes in bfloat16, because its weights exceed the range of float16")
         del model

@@ -109,15 +109,19 @@ class AttentionChoice:
     reason: str
 
 
+def requested_attention(name: str) -> str:
+    """The name itself, or for `auto` the one in SEPARATION_ATTENTION, if any."""
+    return (os.environ.get("SEPARATION_ATTENTION") or name) if name == "auto" else name
+
+
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_size: int = 64) -> AttentionChoice:
     """Resolve one of `NAMES` for heads of `head_size` features on a device and in a precision.
 
     `auto` means the backend that SEPARATION_ATTENTION names, else the fastest that works.
     Raises InputError if the name is unknown, or if it is not `auto` and that backend does not work.
     """
-    requested_by = "requested"
-    if name == "auto" and os.environ.get("SEPARATION_ATTENTION"):
-        name, requested_by = os.environ["SEPARATION_ATTENTION"], "requested by SEPARATION_ATTENTION"
+    requested_by = "requested" if name != "auto" else "requested by SEPARATION_ATTENTION"
+    name = requested_attention(name)
     if name not in NAMES:
         raise InputError(f"unknown attention backend {name!r}: use {', '.join(NAMES)}")
     if name != "auto":

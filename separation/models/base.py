@@ -206,6 +206,12 @@ class SeparationModel(nn.Module):
         """
         self.to_precision(dtype)
 
+    def fuse_for_cpu(self) -> None:
+        """Use the architecture's layers for CPUs, if it has any beside those of the attention backend.
+
+        Call it after `load` and `prepare`. Unsupported layers stay as they are, and the log says why.
+        """
+
     def to_precision(self, dtype: torch.dtype) -> None:
         """Cast `CAST_LAYERS`. Norms, rotary angles, the STFT and the mask product stay in float32."""
         self.precision = dtype

@@ -23,7 +23,7 @@ from separation.models import demucs_networks
 from separation.models.base import Blueprint, Identity, SeparationModel, Transform
 from separation.models.kernels.demucs_gpu import HybridNetwork, Inputs
 from separation.models.kernels.native import NotFusedError
-from separation.models.kernels.registry import ops
+from separation.models.kernels.registry import cpu_fault, ops
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft, make_window
 
@@ -118,7 +118,7 @@ class DemucsModel(SeparationModel):
 class HybridDemucs(DemucsModel):
     """Networks of two branches, one for the spectrogram and one for the waveform, whose estimates are added.
 
-    In 16 bits on a GPU, the layers of kernels/demucs_gpu.py replace the package's networks; see `fuse`.
+    On CPUs, and in 16 bits on a GPU, the layers of kernels/demucs_gpu.py replace the package's networks; see `fuse`.
     """
 
     # After `fuse`: the STFT of a chunk of length 0, and the length to which shorter chunks are padded with zeros.
@@ -150,11 +150,19 @@ class HybridDemucs(DemucsModel):
         self.to_precision(dtype)
         self.fuse()
 
-    def fuse(self) -> None:
-        """Replace the package's networks by faster ones for a GPU, in the model's precision.
+    def fuse_for_cpu(self) -> None:
+        if self.precision == torch.float16:
+            return
+        if fault := cpu_fault():
+            logger.info(f"{self.name}: using the demucs package's own layers ({fault})")
+        else:
+            self.fuse()
 
-        They cast the weights once, never wait for the GPU, and share Fourier transforms and normalisation. Networks
-        that are not supported stay as they are, and the log says why.
+    def fuse(self) -> None:
+        """Replace the package's networks by faster ones, in the model's precision.
+
+        They cast the weights once, never wait for a GPU, and share Fourier transforms and normalisation. Networks that
+        are not supported stay as they are, and the log says why.
         """
         if self._fused is not None:
             return

@@ -1,9 +1,9 @@
-"""The hybrid networks of the Demucs family for a GPU: faster layers that use the demucs package's weights.
+"""The hybrid networks of the Demucs family for GPUs and CPUs: faster layers that use the demucs package's weights.
 
 The package's forward casts every weight each time and waits for the GPU several times. These layers cast and fold the
 weights once and never wait, so a forward can be captured as a CUDA graph. Tensors are channels last: `[B, F, N, C]` in
-the spectrogram's branch and `[B, 1, T, C]` in the waveform's. Products are cuDNN's and cuBLAS's; the operations between
-them are in demucs_ops.py.
+the spectrogram's branch and `[B, 1, T, C]` in the waveform's. Products are those of cuDNN, cuBLAS and oneDNN, except
+for some in float32 on CPUs (demucs_cpu.py); the operations between them are in demucs_ops.py.
 """
 
 import copy
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from separation.models.attention import sdpa_attention
+from separation.models.kernels.demucs_cpu import GatedConvolution
 from separation.models.kernels.demucs_ops import EPS, interleaved
 from separation.models.kernels.native import NotFusedError
-from separation.models.kernels.registry import ops
+from separation.models.kernels.registry import cpu_fault, ops
 from separation.models.layers import join_weights
 
 ALIGNMENT = 8  # features are padded to a multiple of this: tensor cores work on rows of 16 bytes
@@ -240,6 +241,30 @@ class _Gate(nn.Module):
         return (y if self.table is None else y + self.table[:, None]).to(x.dtype)
 
 
+class _Rewrite(nn.Module):
+    """A convolution that keeps the size, and the gate that follows it. On CPUs in float32, one kernel computes both."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype, norm: Any, table: Tensor | None = None) -> None:
+        super().__init__()
+        weight, bias = _weight_2d(layer), layer.bias
+        taps = weight.shape[2:]
+        if set(taps) == {1}:
+            self.conv: nn.Module = _Linear(weight, None, dtype)
+        else:
+            self.conv = _Convolution(weight, dtype, padding=(taps[0] // 2, taps[1] // 2))
+        self.gate = _Gate(bias, norm, table)
+        known = taps in ((1, 1), (1, 3), (3, 3)) and self.gate.norm is None
+        whole = known and weight.is_cpu and dtype == torch.float32
+        self._whole = GatedConvolution(weight, bias, table) if whole and not cpu_fault() else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, L, N, C] -> [B, L, N, C]`."""
+        if self._whole is not None and x.is_cpu and x.dtype == torch.float32:
+            return self._whole(x)
+        gated: Tensor = self.gate(self.conv(x))
+        return gated
+
+
 class _Encoder(nn.Module):
     """An HEncLayer. The first one takes the output of demucs_ops.pack. `table`, `[F, C]`, is added to the result."""
 
@@ -260,8 +285,7 @@ class _Encoder(nn.Module):
             return
         self.norm = _GroupNorm(layer.conv.bias, layer.norm1) if isinstance(layer.norm1, nn.GroupNorm) else None
         self.branches = _residual_branches(layer.dconv, dtype)
-        self.rewrite = _Linear(layer.rewrite.weight, None, dtype)
-        self.gate = _Gate(layer.rewrite.bias, layer.norm2, table)
+        self.rewrite = _Rewrite(layer.rewrite, dtype, layer.norm2, table)
 
     def forward(self, x: Tensor, inject: Tensor | None = None) -> Tensor:
         if missing := -x.shape[2] % self._multiple:
@@ -275,7 +299,7 @@ class _Encoder(nn.Module):
             ops.bias_gelu_(y if inject is None else y.add_(inject), self.bias)
         for branch in self.branches:
             branch(y)
-        gated: Tensor = self.gate(self.rewrite(y))
+        gated: Tensor = self.rewrite(y)
         return gated
 
 
@@ -309,10 +333,7 @@ class _Decoder(nn.Module):
         self.last, self.empty, self.crop = layer.last, layer.empty, layer.pad
         self._freq = layer.freq
         if not layer.empty:
-            padding = layer.rewrite.padding
-            padding = padding if len(padding) == 2 else (0, *padding)
-            self.rewrite = _Convolution(_weight_2d(layer.rewrite), dtype, padding=padding)
-            self.gate = _Gate(layer.rewrite.bias, layer.norm1)
+            self.rewrite = _Rewrite(layer.rewrite, dtype, layer.norm1)
             self.branches = _residual_branches(layer.dconv, dtype)
         self.up = _Upsampling(layer, dtype, channels if layer.last else slice(None))
         self.norm = _GroupNorm(self.up.bias, layer.norm2) if isinstance(layer.norm2, nn.GroupNorm) else None
@@ -321,7 +342,7 @@ class _Decoder(nn.Module):
         """Everything before the transposed convolution, `[B, L, N, C] -> [B, L, N, C]`."""
         if self.empty:
             return x
-        y: Tensor = self.gate(self.rewrite(x))
+        y: Tensor = self.rewrite(x)
         for branch in self.branches:
             branch(y)
         return y

@@ -1,20 +1,22 @@
-"""The operations between the matrix products of the Demucs family on a GPU: references in plain PyTorch.
+"""The operations between the matrix products of the Demucs family on GPUs and CPUs: references in plain PyTorch.
 
-The Triton kernels of the same names are in demucs_triton.py. Channels come last: in `[B, L, N, C]` convolutions stride
-along L, and each of the N positions is convolved separately. Norms, biases and sums are in float32; results are rounded
-once, to the type of the products. `stats` are the mean and the standard deviation of each item's input, `[B]` each, to
-which the last layers scale their output back. Other axes: R rows, T sample, J input of a transposed convolution, D and
-H features.
+The Triton kernels of the same names are in demucs_triton.py, those for CPUs in demucs_cpu.py. Channels come last: in
+`[B, L, N, C]` convolutions stride along L, and each of the N positions is convolved separately. Norms, biases and sums
+are in float32; results are rounded once, to the type of the products. `stats` are the mean and the standard deviation
+of each item's input, `[B]` each, to which the last layers scale their output back. Other axes: R rows, T sample, J
+input of a transposed convolution, D and H features.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from separation.models.kernels.registry import operation
+from separation.models.kernels import registry
 
+operation = partial(registry.operation, cpu="separation.models.kernels.demucs_cpu")
 EPS = 1e-5  # of all norms, and added to the standard deviation of the input
 
 

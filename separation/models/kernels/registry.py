@@ -1,7 +1,8 @@
 """PyTorch operations in the namespace `separation`: each has a reference in plain PyTorch and a Triton kernel.
 
-A module `X_ops.py` holds the references and `X_triton.py` the kernels of the same names. The reference runs wherever
-the kernel cannot: on a CPU, on meta tensors, on the tests' simulated GPU, and where Triton does not work.
+A module `X_ops.py` holds the references and `X_triton.py` the kernels of the same names. Some operations also have a
+kernel for CPUs, in C++. The reference runs wherever no kernel can: on meta tensors, on the tests' simulated GPU, on a
+CPU in float16 or without a C++ library, and where Triton does not work.
 """
 
 import importlib
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from separation.models.kernels.native import NotFusedError, library
+
 ops: Any = torch.ops.separation  # ops.rms_norm(...) calls the kernel or its reference, depending on the device
 logger = logging.getLogger("separation")
 PROBE_SHAPE = (16, 64)  # of the rows that `triton_fault` normalises
@@ -21,8 +24,11 @@ _LIBRARY = torch.library.Library("separation", "FRAGMENT")
 _KERNEL_MODULES: dict[str, str] = {}  # by operation
 
 
-def operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as an operation's reference. The operation's first argument is a tensor."""
+def operation(schema: str, *, cpu: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as an operation's reference. The operation's first argument is a tensor.
+
+    `cpu` names a module with a function of the same name that calls a kernel for CPUs.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
 
@@ -34,12 +40,31 @@ def operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 function = reference if triton_fault(x.device) else kernel_of(name)
                 return function(x, *arguments)
 
-        for key in ("CPU", "Meta"):
-            _LIBRARY.impl(name, reference, key)
+        def on_cpu(x: Tensor, *arguments: Any) -> Any:
+            works = bool(cpu) and not cpu_fault() and not any(map(_is_half, (x, *arguments)))
+            function = getattr(importlib.import_module(cpu), name) if works else reference
+            return function(x, *arguments)
+
+        _LIBRARY.impl(name, on_cpu, "CPU")
+        _LIBRARY.impl(name, reference, "Meta")
         _LIBRARY.impl(name, on_gpu, "CUDA")
         return reference
 
     return register
+
+
+def _is_half(argument: Any) -> bool:
+    return torch.float16 in (argument, getattr(argument, "dtype", None))
+
+
+@cache
+def cpu_fault() -> str:
+    """Why kernels for CPUs do not work here, or an empty string if they do."""
+    try:
+        library()
+    except NotFusedError as e:
+        return str(e)
+    return ""
 
 
 def kernel_of(name: str) -> Callable[..., Any]:

@@ -18,8 +18,8 @@ def operations(module: ModuleType) -> list[str]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_on_a_cpu_and_on_meta_tensors_an_operation_is_its_reference(device: str) -> None:
-    x, bias = torch.randn(3, 8, device=device), torch.randn(8, device=device)
+def test_on_meta_tensors_and_in_float16_on_a_cpu_an_operation_is_its_reference(device: str) -> None:
+    x, bias = torch.randn(3, 8, device=device, dtype=torch.float16), torch.randn(8, device=device)
     expected = x.clone()
     demucs_ops.bias_gelu_(expected, bias)
     ops.bias_gelu_(x, bias)

@@ -17,6 +17,8 @@
 #include <thread>
 #include <vector>
 
+#include "demucs.h"
+
 namespace {
 
 using bf16 = uint16_t;
