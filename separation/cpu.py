@@ -44,7 +44,7 @@ class Kind:
 
     def command(self, compiler: Sequence[str], library: Path, *, emulated: bool = False) -> list[str]:
         """The command that compiles the kernels. Emulated, they need no more than the machine's oldest CPU."""
-        flags = ("-DEMULATED",) if emulated else self.compiler_flags
+        flags = () if emulated else self.compiler_flags
         header = f'-DKIND_HEADER="kinds/{self.name}.h"'
         return [*compiler, *_FLAGS, header, *flags, str(SOURCE), "-o", str(library)]
 
@@ -53,15 +53,32 @@ class Kind:
         return next((flag for flag in self.cpu_flags if flag not in cpu_flags()), "")
 
 
+_AVX512 = "-march=x86-64-v4"
+_EVERY = ("fp32", "bf16", "int8")
+
 # The fastest first.
 KINDS = (
     Kind(
+        "amx",
+        "x86_64",
+        (_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        (*_V4, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
+        _EVERY,
+    ),
+    Kind(
         "avx512_bf16",
         "x86_64",
-        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+        (_AVX512, "-mavx512vnni", "-mavx512bf16"),
         (*_V4, "avx512_vnni", "avx512_bf16"),
-        ("bf16", "int8"),
+        _EVERY,
     ),
+    Kind("avx512_vnni", "x86_64", (_AVX512, "-mavx512vnni"), (*_V4, "avx512_vnni"), ("fp32", "int8")),
+    Kind("avx512", "x86_64", (_AVX512,), _V4, ("fp32", "int8")),
+    Kind("avx_vnni", "x86_64", ("-march=x86-64-v3", "-mavxvnni"), (*_V3, "avx_vnni"), ("fp32", "int8")),
+    Kind("avx2", "x86_64", ("-march=x86-64-v3",), _V3, ("fp32", "int8")),
+    Kind("neon_bf16", "aarch64", ("-march=armv8.6-a+bf16+i8mm",), ("asimd", "bf16", "i8mm"), _EVERY),
+    Kind("neon_dot", "aarch64", ("-march=armv8.2-a+dotprod",), ("asimd", "asimddp"), ("fp32", "int8")),
+    Kind("neon", "aarch64", ("-march=armv8-a",), ("asimd",), ("fp32",)),
 )
 
 

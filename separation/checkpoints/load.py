@@ -190,7 +190,7 @@ def _prepare(
 
     `attention` is the backend that the user asked for, `choice` the one to use.
     """
-    dtype = asked if model.has_int8 and choice is not None and choice.name == "fused" else floats
+    dtype = asked if asked != torch.int8 or not _why_not_int8(model, choice) else floats
     if choice is None:
         model.prepare(dtype)
     else:
@@ -199,7 +199,7 @@ def _prepare(
         except NotFusedError as e:
             if attention == choice.name:
                 raise InputError(f"{model.name} cannot use attention {choice.name!r} ({e}): use auto") from e
-            plain = "itemwise" if choice.name == "fused" else "sdpa"
+            plain = "itemwise" if choice.name == "fused" and floats == torch.bfloat16 else "sdpa"
             choice, dtype = AttentionChoice(plain, f"not {choice.name}: {e}"), floats
             model.prepare(dtype, attention=choice.name)
         logger.info(f"{model.name}: attention {choice.name} ({choice.reason})")
@@ -208,10 +208,13 @@ def _prepare(
 
 
 def _why_not_int8(model: SeparationModel, choice: AttentionChoice | None) -> str:
+    """Why a model does not compute in int8, or an empty string if it does."""
     if choice is None or not model.has_int8:
         return "int8 is for RoFormers"
     try:
-        library()
+        kind = library().kind
     except NotFusedError as e:
         return str(e)
-    return f"attention {choice.name}: {choice.reason}"
+    if "int8" not in kind.precisions:
+        return f"the kernels for {kind.name} are not for int8"
+    return "" if choice.name == "fused" else f"attention {choice.name}: {choice.reason}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from separation.errors import InputError
-from separation.models.kernels.native import PANEL, NotFusedError, library
+from separation.models.kernels.native import CODES, PANEL, NotFusedError, library
 from separation.models.kernels.registry import triton_fault
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,7 +52,7 @@ def _part_by_part(parts: Iterable[tuple[Tensor, Tensor, Tensor]], dim: int) -> T
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """fused.cpp's kernel, for bfloat16 on the CPU. A `dim_head` that is no multiple of 32 falls back to `itemwise`."""
+    """fused.cpp's kernel, for CPUs. A `dim_head` that is no multiple of 32 falls back to `itemwise`."""
     batch, heads, queries, size = q.shape
     if size % PANEL:
         return itemwise_attention(q, k, v)
@@ -60,10 +60,15 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if k.stride() != v.stride():
         k, v = _in_rows(k), _in_rows(v)
     out = q.new_empty(batch, queries, heads, size)
+    sizes = (ctypes.c_long * 5)(batch, queries, k.shape[2], heads, size)
     strides = (ctypes.c_long * 4)(q.stride(0), q.stride(2), k.stride(0), k.stride(2))
-    pointers = (tensor.data_ptr() for tensor in (q, k, v, out))
-    sizes = batch, queries, k.shape[2], heads, size
-    library().functions.attention(*pointers, *sizes, ctypes.addressof(strides), torch.get_num_threads())
+    library().functions.attention(
+        *(tensor.data_ptr() for tensor in (q, k, v, out)),
+        ctypes.addressof(sizes),
+        ctypes.addressof(strides),
+        CODES[q.dtype],
+        torch.get_num_threads(),
+    )
     return out.transpose(1, 2)
 
 
@@ -141,8 +146,8 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends that `auto` tries, the fastest first."""
     if device.type == "cuda":
         return ("triton", "sdpa", "einsum") if dtype != torch.float32 else ("sdpa", "einsum")
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return ("fused", "itemwise", "einsum")
+    if device.type == "cpu":
+        return ("fused", "itemwise" if dtype == torch.bfloat16 else "sdpa", "einsum")
     return ("sdpa", "einsum")
 
 
@@ -160,13 +165,15 @@ def _kernel(name: str, device: torch.device, dtype: torch.dtype, head_size: int)
 def _fault(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """Why a backend does not work, or an empty string if it does. Runs it on a small input."""
     if name == "fused":
-        if device.type != "cpu" or dtype != torch.bfloat16:
-            return "it is for CPUs in bf16"
+        if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+            return "it is for CPUs in fp32 and bf16"
         try:
             kind = library().kind
         except NotFusedError as e:
             return str(e)
-        return "" if "bf16" in kind.precisions else f"its kernels for {kind.name} are not for bf16"
+        if dtype == torch.bfloat16 and "bf16" not in kind.precisions:
+            return f"its kernels for {kind.name} are not for bf16"
+        return ""
     if name == "triton":
         if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
             return "it is for CUDA GPUs in fp16 and bf16"

@@ -167,7 +167,7 @@ class RoFormer(SeparationModel):
 
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         if attention == "fused":
-            self.fuse(int8=dtype == torch.int8)
+            self.fuse(dtype)
             self.precision, self.attention = dtype, attention
             return
         if attention == "triton":
@@ -180,18 +180,19 @@ class RoFormer(SeparationModel):
                     module.attend = BACKENDS[attention]
         super().prepare(dtype, attention=attention)
 
-    def fuse(self, *, int8: bool = False) -> None:
-        """Replace the layers by those of kernels/fused.py, which compute in bfloat16 or int8 on the CPU.
+    def fuse(self, precision: torch.dtype) -> None:
+        """Replace the layers by those of kernels/fused.py, which compute in float32, bfloat16 or int8 on the CPU.
 
         Raises NotFusedError for unsupported sizes and layers; the model is then unchanged.
         """
         layers = [
-            nn.ModuleList(FusedTransformer(transformer, int8=int8) for transformer in block)
+            nn.ModuleList(FusedTransformer(transformer, precision) for transformer in block)
             for block in cast(Iterable[Iterable[Transformer]], self.layers)
         ]
-        split = FusedBandSplit(cast(BandSplit, self.band_split))
+        split = FusedBandSplit(cast(BandSplit, self.band_split), precision)
         estimators = [
-            FusedMaskEstimator(self.final_norm, each) for each in cast(Iterable[MaskEstimator], self.mask_estimators)
+            FusedMaskEstimator(self.final_norm, each, precision)
+            for each in cast(Iterable[MaskEstimator], self.mask_estimators)
         ]
         self.band_split, self.layers, self.mask_estimators = split, nn.ModuleList(layers), nn.ModuleList(estimators)
         self.final_norm = nn.Identity()  # the mask estimators include it

@@ -43,8 +43,8 @@ def test_a_requested_choice_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_requested_backend_that_does_not_work_is_an_error_with_the_reason() -> None:
     with pytest.raises(InputError, match=r"^attention backend 'sage' does not work here \(No module named"):
         choose_attention("sage", CPU, torch.bfloat16)
-    with pytest.raises(InputError, match=r"'fused' does not work here \(it is for CPUs in bf16\): use auto"):
-        choose_attention("fused", CPU, torch.float32)
+    with pytest.raises(InputError, match=r"'fused' does not work here \(it is for CPUs in fp32 and bf16\): use auto"):
+        choose_attention("fused", CPU, torch.float16)
     with pytest.raises(InputError, match="unknown attention backend 'flash': use auto, fused, triton, sage, sdpa"):
         choose_attention("flash", CPU, torch.float32)
 
@@ -150,13 +150,13 @@ def test_each_device_and_precision_has_its_candidates() -> None:
     assert attention._candidates(cuda, torch.bfloat16) == ("triton", "sdpa", "einsum")
     assert attention._candidates(cuda, torch.float32) == ("sdpa", "einsum")
     assert attention._candidates(CPU, torch.bfloat16) == ("fused", "itemwise", "einsum")
-    assert attention._candidates(CPU, torch.float32) == ("sdpa", "einsum")
+    assert attention._candidates(CPU, torch.float32) == ("fused", "sdpa", "einsum")
 
 
 def test_if_no_backend_works_the_error_names_the_fault_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "library", no_library)
     for name in ("sdpa", "einsum"):
         monkeypatch.setitem(BACKENDS, name, broken)
-    with pytest.raises(
-        InputError, match=r"works on cpu \(not sdpa: no kernel .*; not einsum: no kernel .*\): use another"
-    ):
+    faults = r"not fused: no compiler; not sdpa: no kernel .*; not einsum: no kernel .*"
+    with pytest.raises(InputError, match=rf"works on cpu \({faults}\): use another"):
         choose_attention("auto", CPU, torch.float32)

@@ -1,17 +1,17 @@
 """The RoFormers' layers on the CPU, computed by cpu/fused.cpp.
 
-A layer is one call. Products take bfloat16 or int8; sums, norms, rotary angles and the residual stream are float32.
-This is about four times as fast as layers.py, the reference in PyTorch.
+A layer is one call. Products take float32, bfloat16 or integers; sums, norms, rotary angles and the residual stream are
+float32. layers.py is the reference in PyTorch.
 """
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from separation.models.kernels.native import PANEL, NotFusedError, library
+from separation.models.kernels.native import CODES, PANEL, NotFusedError, library
 from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
 
 
@@ -35,55 +35,63 @@ class _BandNetwork(ctypes.Structure):
     ]
 
 
-def _packed(*weights: Tensor, gain: Tensor | None = None) -> Tensor:
-    """Concatenate linear layers' weights `[columns, depth]`, times the gain `[depth]`, in the order of `Bf16Weights`.
+def _floats(precision: torch.dtype) -> torch.dtype:
+    """The precision of the layers that have no integer kernel."""
+    if precision != torch.int8:
+        return precision
+    return torch.bfloat16 if "bf16" in library().kind.precisions else torch.float32
 
-    All but the last have a multiple of PANEL columns.
+
+def _padded(count: int) -> int:
+    return -(-count // PANEL) * PANEL
+
+
+def _packed(weights: Sequence[Tensor], gain: Tensor | None, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Concatenate linear layers' weights `[columns, depth]`, times the gain `[depth]`, in the order of fused.cpp.
+
+    All but the last have a multiple of PANEL columns. Returns the packed bytes and, for int8, the scale and the start
+    of each column.
     """
-    depth = weights[0].shape[1]
-    sizes = [-(-len(each) // PANEL) * PANEL * depth for each in weights]
-    packed = torch.empty(sum(sizes), dtype=torch.bfloat16)  # PyTorch aligns memory to cache lines
+    functions, code = library().functions, CODES[precision]
+    sizes = [functions.packed_bytes(*weight.shape, code) for weight in weights]
+    columns = sum(_padded(len(weight)) for weight in weights) if precision == torch.int8 else 0
+    packed = torch.empty(sum(sizes), dtype=torch.uint8)  # PyTorch aligns memory to cache lines
+    scales, starts = torch.empty(columns), torch.empty(columns, dtype=torch.int32)
     gain = None if gain is None else gain.float().contiguous()
-    start = packed.data_ptr()
-    for each, size in zip(weights, sizes, strict=True):
-        each = each.float().contiguous()
-        gains = None if gain is None else gain.data_ptr()
-        library().functions.pack(each.data_ptr(), len(each), depth, gains, start, torch.get_num_threads())
-        start += 2 * size
-    return packed
-
-
-def _packed_bytes(*weights: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `_packed` in int8, in the order of `Int8Weights`; also returns the scale and the start of each column."""
-    packed, scales, starts = [], [], []
-    for each in weights:
-        columns = nn.functional.pad(
-            each.float() if gain is None else each.float() * gain.float(), (0, 0, 0, -len(each) % PANEL)
+    byte = column = 0
+    for weight, size in zip(weights, sizes, strict=True):
+        weight = weight.float().contiguous()
+        functions.pack(
+            weight.data_ptr(),
+            *weight.shape,
+            None if gain is None else gain.data_ptr(),
+            packed[byte:].data_ptr(),
+            scales[column:].data_ptr(),
+            starts[column:].data_ptr(),
+            code,
+            torch.get_num_threads(),
         )
-        scale = columns.abs().amax(dim=1).clamp_min(1e-30) / 127
-        columns = (columns / scale[:, None]).round()
-        scales.append(scale)
-        starts.append(-128 * columns.sum(dim=1).to(torch.int32))
-        packed.append(columns.to(torch.int8).unflatten(0, (-1, PANEL)).unflatten(2, (-1, 4)).transpose(1, 2).flatten())
-    return torch.cat(packed), torch.cat(scales), torch.cat(starts)
+        byte, column = byte + size, column + (_padded(len(weight)) if columns else 0)
+    return packed, scales, starts
 
 
 def _bias(*linears: Any) -> Tensor:
     """The layers' biases, concatenated and padded to whole panels. A layer without a bias has zeros."""
     biases = [torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float() for linear in linears]
     bias = torch.cat(biases)
-    return nn.functional.pad(bias, (0, -len(bias) % PANEL))
+    return nn.functional.pad(bias, (0, _padded(len(bias)) - len(bias)))
 
 
 class FusedTransformer(nn.Module):
     """A `Transformer`, `[B, N, D]` in float32 on the CPU. Works in place.
 
-    With `int8`, the linear layers take bytes: weights have a scale per column, values a scale per token.
+    In int8, the linear layers take integers: weights have a scale per column, values a scale per token.
     Raises NotFusedError for sizes and layers that fused.cpp does not support.
     """
 
-    def __init__(self, transformer: Transformer, *, int8: bool = False) -> None:
+    def __init__(self, transformer: Transformer, precision: torch.dtype) -> None:
         super().__init__()
+        self._precision = precision
         self._tensors: list[Tensor] = []  # `_layers` contains pointers to them
         self._layers: list[Any] = []
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}  # for the last length only, since all chunks have the same
@@ -95,15 +103,15 @@ class FusedTransformer(nn.Module):
             heads, dim = attention.to_gates.weight.shape
             self._head_size = attention.to_out[0].weight.shape[1] // heads
             hidden = up.weight.shape[0]
-            if dim % (4 if int8 else 2) or hidden % PANEL or self._head_size % PANEL or heads > PANEL:
+            if hidden % PANEL or self._head_size % PANEL or heads > PANEL:
                 raise NotFusedError(
                     f"it does not support {heads} heads of {self._head_size} on {dim} features ({hidden} hidden)"
                 )
             linears = (
-                self._linear(attention.to_qkv, attention.to_gates, gain=attention.norm.gamma, int8=int8),
-                self._linear(attention.to_out[0], int8=int8),
-                self._linear(up, gain=norm.gamma, int8=int8),
-                self._linear(down, int8=int8),
+                self._linear(attention.to_qkv, attention.to_gates, gain=attention.norm.gamma),
+                self._linear(attention.to_out[0]),
+                self._linear(up, gain=norm.gamma),
+                self._linear(down),
             )
             self._layers.append(_Layer(dim, heads, self._head_size, hidden, *linears))
             self._frequencies = attention.rotary_embed.freqs.float()
@@ -111,12 +119,12 @@ class FusedTransformer(nn.Module):
             self._tensors.append(transformer.norm.gamma.float().contiguous())
             self._layers[-1].norm_gains = self._tensors[-1].data_ptr()
 
-    def _linear(self, *layers: Any, gain: Tensor | None = None, int8: bool) -> _Linear:
+    def _linear(self, *layers: Any, gain: Tensor | None = None) -> _Linear:
         """Several linear layers as one. `gain` is that of the norm before them."""
-        weights = [layer.weight for layer in layers]
-        packed, *scales = _packed_bytes(*weights, gain=gain) if int8 else [_packed(*weights, gain=gain)]
-        self._tensors += [packed, _bias(*layers), *scales]
-        return _Linear(*(tensor.data_ptr() for tensor in self._tensors[-2 - len(scales) :]))
+        packed, scales, starts = _packed([layer.weight for layer in layers], gain, self._precision)
+        tensors = [packed, _bias(*layers), scales, starts]
+        self._tensors += tensors
+        return _Linear(*(tensor.data_ptr() for tensor in tensors))
 
     def _angles(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each `[tokens, head_size]`, for fused.cpp: the sines of even features are negated."""
@@ -139,6 +147,7 @@ class FusedTransformer(nn.Module):
                 ctypes.addressof(layer),
                 cosines.data_ptr(),
                 sines.data_ptr(),
+                CODES[self._precision],
                 torch.get_num_threads(),
             )
         return x
@@ -150,17 +159,18 @@ class _BandNetworks(nn.Module):
     `bands` holds for each one its norm, if any, its linear layers, and its width in a row of the spectrogram.
     """
 
-    def __init__(self, bands: Iterable[tuple[Any, list[nn.Linear], int]]) -> None:
+    def __init__(self, bands: Iterable[tuple[Any, list[nn.Linear], int]], precision: torch.dtype) -> None:
         super().__init__()
+        self._code = CODES[_floats(precision)]
         self._memory: list[Any] = []  # `_networks` contains pointers to it
         networks: list[_BandNetwork] = []
         self._width = 0
         for norm, linears, width in bands:
             sizes = [linears[0].weight.shape[1], *(linear.weight.shape[0] for linear in linears)]
-            if any(size % 2 for size in sizes):
-                raise NotFusedError(f"it does not support layers of {sizes} features")
             gain = norm.gamma if isinstance(norm, RMSNorm) else None
-            weights = [_packed(linear.weight, gain=None if i else gain) for i, linear in enumerate(linears)]
+            weights = [
+                _packed([linear.weight], None if i else gain, _floats(precision))[0] for i, linear in enumerate(linears)
+            ]
             biases = [_bias(linear) for linear in linears]
             lists = (
                 (ctypes.c_long * len(sizes))(*sizes),
@@ -177,9 +187,9 @@ class _BandNetworks(nn.Module):
 class FusedBandSplit(_BandNetworks):
     """A `BandSplit`, `[B, N, sum(widths)] -> [B, N, K, D]`, both in float32 on the CPU."""
 
-    def __init__(self, split: BandSplit) -> None:
+    def __init__(self, split: BandSplit, precision: torch.dtype) -> None:
         bands = zip(cast(Iterable[Pair], split.to_features), split.widths, strict=True)
-        super().__init__((norm, [linear], width) for (norm, linear), width in bands)
+        super().__init__(((norm, [linear], width) for (norm, linear), width in bands), precision)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -188,7 +198,7 @@ class FusedBandSplit(_BandNetworks):
         rows = x.shape[0] * x.shape[1]
         networks = ctypes.addressof(self._networks), features.data_ptr()
         library().functions.split_bands(
-            x.data_ptr(), self._width, rows, len(self._networks), *networks, torch.get_num_threads()
+            x.data_ptr(), self._width, rows, len(self._networks), *networks, self._code, torch.get_num_threads()
         )
         return features
 
@@ -199,12 +209,12 @@ class FusedMaskEstimator(_BandNetworks):
     `norm` comes before it; it is an RMSNorm or an Identity.
     """
 
-    def __init__(self, norm: nn.Module, estimator: MaskEstimator) -> None:
+    def __init__(self, norm: nn.Module, estimator: MaskEstimator, precision: torch.dtype) -> None:
         networks = [
             [module for module in network[0] if isinstance(module, nn.Linear)]
             for network in cast(Iterable[Any], estimator.to_freqs)
         ]
-        super().__init__((norm, linears, linears[-1].weight.shape[0] // 2) for linears in networks)
+        super().__init__(((norm, linears, linears[-1].weight.shape[0] // 2) for linears in networks), precision)
         self._normed = isinstance(norm, RMSNorm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -214,6 +224,12 @@ class FusedMaskEstimator(_BandNetworks):
         rows = x.shape[0] * x.shape[1]
         networks = ctypes.addressof(self._networks), self._normed, masks.data_ptr()
         library().functions.estimate_masks(
-            x.data_ptr(), rows, len(self._networks), *networks, self._width, torch.get_num_threads()
+            x.data_ptr(),
+            rows,
+            len(self._networks),
+            *networks,
+            self._width,
+            self._code,
+            torch.get_num_threads(),
         )
         return masks

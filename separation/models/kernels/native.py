@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from separation.cpu import KERNELS, KINDS, SOURCE, Kind, cpu_flags, find_compiler, machine, usable_kinds
+import torch
+
+from separation.cpu import KERNELS, KINDS, SOURCE, Kind, find_compiler, machine, usable_kinds
 from separation.system.places import cache_folder
 
 PANEL = 32  # weights are packed in panels of so many columns; the columns of a panel belong to one head
+
+# The numbers by which fused.cpp knows precisions. In int8 only a transformer's linear layers compute in integers.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 _OUT_OF_MEMORY = 1  # what the functions return instead of raising std::bad_alloc
 
@@ -49,8 +54,6 @@ def library() -> Library:
         raise NotFusedError(f"there are no kernels for {machine()}")
     if not usable:
         raise NotFusedError(_lacks(candidates))
-    if "amx_bf16" in cpu_flags() and not os.environ.get("SEPARATION_CPU_KIND"):
-        raise NotFusedError("the CPU has amx_bf16, for which PyTorch is faster")
     faults: dict[str, str] = {}
     for kind in usable:
         try:
@@ -132,13 +135,16 @@ def _compile(kind: Kind, compiler: list[str], path: Path, *, emulated: bool) -> 
 
 def _declare(functions: ctypes.CDLL) -> None:
     """Declare the types of the library's functions, and let those that run out of memory raise MemoryError."""
-    long, pointer = ctypes.c_long, ctypes.c_void_p
+    long, pointer, double = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
+    functions.packed_bytes.argtypes, functions.packed_bytes.restype = [long, long, long], long
+    functions.operations_per_second.argtypes = [long, long, double]
+    functions.operations_per_second.restype = double
     arguments = {
-        "pack": [pointer, long, long, pointer, pointer, long],
-        "transformer_layer": [pointer, long, long, long, long, pointer, pointer, pointer, long],
-        "attention": [*[pointer] * 4, *[long] * 5, pointer, long],
-        "split_bands": [pointer, long, long, long, pointer, pointer, long],
-        "estimate_masks": [pointer, long, long, pointer, long, pointer, long, long],
+        "pack": [pointer, long, long, pointer, pointer, pointer, pointer, long, long],
+        "transformer_layer": [pointer, long, long, long, long, pointer, pointer, pointer, long, long],
+        "attention": [pointer, pointer, pointer, pointer, pointer, pointer, long, long],
+        "split_bands": [pointer, long, long, long, pointer, pointer, long, long],
+        "estimate_masks": [pointer, long, long, pointer, long, pointer, long, long, long],
     }
     for name, types in arguments.items():
         function = getattr(functions, name)

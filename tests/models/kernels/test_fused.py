@@ -12,15 +12,17 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from helpers.fused import needs_fused
+from helpers.fused import every_kind, needs_fused, use_kind
 from helpers.small_model import identity
 from separation.checkpoints.load import load_model
+from separation.cpu import Kind
 from separation.device import choose
 from separation.errors import InputError
 from separation.evaluation.metrics import sdr
 from separation.models import ARCHITECTURES
 from separation.models.attention import einsum_attention, fused_attention
 from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
+from separation.models.kernels.native import library
 from separation.models.layers import Attention, BandSplit, MaskEstimator, RMSNorm, RotaryEmbedding, Transformer
 from separation.models.roformer import RoFormer
 
@@ -53,62 +55,92 @@ def make_transformer(dim: int, heads: int, dim_head: int, depth: int = 1, *, wit
     return transformer
 
 
+ERRORS = {torch.float32: 2e-6, torch.bfloat16: 0.01}
+
+
+def float_precisions(kind: Kind) -> list[torch.dtype]:
+    return [dtype for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")) if name in kind.precisions]
+
+
+def all_precisions(kind: Kind) -> list[torch.dtype]:
+    return [*float_precisions(kind), *([torch.int8] if "int8" in kind.precisions else [])]
+
+
 @needs_fused
-@pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (30, 20), (2, 600), (5, 33)])
-@pytest.mark.parametrize("dim, heads, dim_head", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])
+@every_kind
+@pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (30, 20), (2, 300), (5, 33)])
+@pytest.mark.parametrize("sizes", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])  # features, heads, features per head
 @pytest.mark.parametrize("with_all", [False, True])
 def test_a_fused_transformer_equals_the_reference(
-    sequences: int, tokens: int, dim: int, heads: int, dim_head: int, with_all: bool
+    kind: Kind,
+    sequences: int,
+    tokens: int,
+    sizes: tuple[int, int, int],
+    with_all: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    transformer = make_transformer(dim, heads, dim_head, depth=2, with_all=with_all)
-    x = torch.randn(sequences, tokens, dim)
+    use_kind(kind, monkeypatch)
+    transformer = make_transformer(*sizes, depth=2, with_all=with_all)
+    x = torch.randn(sequences, tokens, sizes[0])
     with torch.inference_mode():
         expected = transformer(x) - x
-        got = FusedTransformer(transformer)(x.clone()) - x
-    assert relative_error(got, expected) < 0.01
+        for precision in float_precisions(kind):
+            got = FusedTransformer(transformer, precision)(x.clone()) - x
+            assert relative_error(got, expected) < ERRORS[precision], precision
 
 
-class InBytes(nn.Module):
-    """A linear layer whose operands are integers up to 127, times a scale per column of weights and per row of x.
+class Rounded(nn.Module):
+    """A linear layer whose operands are integers up to a limit, times a scale per column of weights and per row of x.
 
-    Behind a norm, with its gain in the weights; otherwise what it is given is in bfloat16.
+    Behind a norm, with its gain in the weights; otherwise what it is given has the precision of attention.
     """
 
-    def __init__(self, linear: nn.Linear, gain: Tensor | None = None) -> None:
+    def __init__(self, linear: nn.Linear, limit: int, given: torch.dtype, gain: Tensor | None = None) -> None:
         super().__init__()
-        self.weight, self.bias = rounded(linear.weight * (1 if gain is None else gain)), linear.bias
-        self.given = torch.bfloat16 if gain is None else torch.float32
+        self.weight, self.bias = rounded(linear.weight * (1 if gain is None else gain), limit), linear.bias
+        self.limit, self.given = limit, given if gain is None else torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(rounded(x.to(self.given).float()), self.weight, self.bias)
+        return nn.functional.linear(rounded(x.to(self.given).float(), self.limit), self.weight, self.bias)
 
 
-def rounded(x: Tensor) -> Tensor:
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+def rounded(x: Tensor, limit: int) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / limit
     return (x / scale).round() * scale
 
 
-def in_bytes(transformer: Transformer) -> Transformer:
-    """The reference for the fused layers with int8."""
+def with_rounded_operands(transformer: Transformer, limit: int, floats: torch.dtype) -> Transformer:
+    """The reference for the fused layers with int8. `floats` is the precision of attention."""
     reference = copy.deepcopy(transformer)
+    make = partial(Rounded, limit=limit, given=floats)
     for attention, feed_forward in reference.layers:
         norm, up, _, _, down = feed_forward.net
-        attention.to_qkv = InBytes(attention.to_qkv, attention.norm.gamma)
-        attention.to_gates = InBytes(attention.to_gates, attention.norm.gamma)
-        attention.to_out[0] = InBytes(attention.to_out[0])
-        feed_forward.net[1], feed_forward.net[4] = InBytes(up, norm.gamma), InBytes(down)
+        attention.to_qkv = make(attention.to_qkv, gain=attention.norm.gamma)
+        attention.to_gates = make(attention.to_gates, gain=attention.norm.gamma)
+        attention.to_out[0] = make(attention.to_out[0])
+        feed_forward.net[1], feed_forward.net[4] = make(up, gain=norm.gamma), make(down)
         attention.norm.gamma.fill_(1), norm.gamma.fill_(1)
-        attention.attend = lambda *qkv: einsum_attention(*(each.bfloat16().float() for each in qkv))
+        attention.attend = lambda *qkv: einsum_attention(*(each.to(floats).float() for each in qkv))
     return reference
 
 
 @needs_fused
+@every_kind
 @pytest.mark.parametrize("part, error", [("attention", 0.005), ("feed-forward", 0.001)])  # without rounding 0.01
-@pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (2, 600), (5, 33)])
+@pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (2, 300), (5, 33)])
 @pytest.mark.parametrize("sizes", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])  # features, heads, features per head
 def test_a_fused_transformer_in_int8_equals_a_plain_one_with_rounded_operands(
-    part: str, error: float, sequences: int, tokens: int, sizes: tuple[int, int, int]
+    kind: Kind,
+    part: str,
+    error: float,
+    sequences: int,
+    tokens: int,
+    sizes: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if "int8" not in kind.precisions:
+        pytest.skip(f"{kind.name} has no integer kernel")
+    limit = use_kind(kind, monkeypatch).functions.integer_limit()
     transformer = make_transformer(*sizes, with_all=True)
     attention, feed_forward = transformer.layers[0]
     other = feed_forward.net[4] if part == "attention" else attention.to_out[0]
@@ -117,39 +149,46 @@ def test_a_fused_transformer_in_int8_equals_a_plain_one_with_rounded_operands(
     levels = torch.tensor([1e-3, 0.1, 10.0])[torch.arange(tokens) % 3, None]
     x = torch.randn(sequences, tokens, sizes[0]) * levels
     with torch.inference_mode():
-        expected = in_bytes(transformer)(x) - x
-        got = FusedTransformer(transformer, int8=True)(x.clone()) - x
+        expected = with_rounded_operands(transformer, limit, float_precisions(kind)[-1])(x) - x
+        got = FusedTransformer(transformer, torch.int8)(x.clone()) - x
     assert relative_error(got, expected) < error
 
 
 @needs_fused
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_fused_transformer_takes_either_axis_without_a_copy(int8: bool) -> None:
+@every_kind
+def test_a_fused_transformer_takes_either_axis_without_a_copy(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kind(kind, monkeypatch)
     transformer = make_transformer(64, 2, 32)
-    x = torch.randn(40, 7, 64)
-    with torch.inference_mode():
-        expected = FusedTransformer(transformer, int8=int8)(x.transpose(0, 1).contiguous())
-        got = FusedTransformer(transformer, int8=int8)(x.transpose(0, 1))
-    assert torch.equal(got, expected)
-    assert got.data_ptr() == x.data_ptr()
+    for precision in all_precisions(kind):
+        x = torch.randn(40, 7, 64)
+        with torch.inference_mode():
+            expected = FusedTransformer(transformer, precision)(x.transpose(0, 1).contiguous())
+            got = FusedTransformer(transformer, precision)(x.transpose(0, 1))
+        assert torch.equal(got, expected)
+        assert got.data_ptr() == x.data_ptr()
 
 
 @needs_fused
+@every_kind
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
-def test_fused_attention_takes_tensors_in_any_order_in_memory(order: tuple[int, ...]) -> None:
+def test_fused_attention_takes_tensors_in_any_order_in_memory(
+    kind: Kind, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`order` is that of batch, heads, tokens and features in memory."""
+    use_kind(kind, monkeypatch)
     shape = (3, 4, 37, 64)
     back = [order.index(axis) for axis in range(4)]
 
-    def tensor(seed: int) -> Tensor:
+    def tensor(seed: int, dtype: torch.dtype) -> Tensor:
         numbers = torch.randn([shape[axis] for axis in order], generator=torch.Generator().manual_seed(seed))
-        return numbers.bfloat16().permute(back)
+        return numbers.to(dtype).permute(back)
 
-    q, k, v = (tensor(seed) for seed in range(3))
-    assert q.shape == shape
-    expected = einsum_attention(*(each.float() for each in (q, k, v)))
-    assert relative_error(fused_attention(q, k, v), expected) < 0.01
-    assert relative_error(fused_attention(q, tensor(1).contiguous(), v), expected) < 0.01
+    for dtype in float_precisions(kind):
+        q, k, v = (tensor(seed, dtype) for seed in range(3))
+        assert q.shape == shape
+        expected = einsum_attention(*(each.float() for each in (q, k, v)))
+        assert relative_error(fused_attention(q, k, v), expected) < ERRORS[dtype]
+        assert relative_error(fused_attention(q, tensor(1, dtype).contiguous(), v), expected) < ERRORS[dtype]
 
 
 @needs_fused
@@ -159,26 +198,31 @@ def test_fused_attention_supports_scores_that_differ_widely() -> None:
     x = torch.randn(4, 70, 64)
     with torch.inference_mode():
         expected = transformer(x)
-        got = FusedTransformer(transformer)(x.clone())
-    assert torch.isfinite(got).all()
-    assert relative_error(got, expected) < 0.05  # a score of 900 in bfloat16 is off by up to 2
+        for precision in float_precisions(library().kind):
+            got = FusedTransformer(transformer, precision)(x.clone())
+            assert torch.isfinite(got).all()
+            assert relative_error(got, expected) < 0.05  # a score of 900 in bfloat16 is off by up to 2
 
 
 @needs_fused
+@every_kind
 @pytest.mark.parametrize("linear_layers", [1, 2, 3])
-def test_fused_bands_equal_the_reference(linear_layers: int) -> None:
+def test_fused_bands_equal_the_reference(kind: Kind, linear_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kind(kind, monkeypatch)
     torch.manual_seed(0)
-    widths = (4,) * 5 + (516, 34, 130)
+    widths = (4,) * 5 + (516, 35, 130)
     split = with_random_gains(BandSplit(72, widths))
     norm = with_random_gains(RMSNorm(72))
     estimator = with_random_gains(MaskEstimator(72, widths, linear_layers=linear_layers, expansion=4))
     spectrum = torch.randn(2, 101, sum(widths))
     with torch.inference_mode():
         features = split(spectrum)
-        assert relative_error(FusedBandSplit(split)(spectrum), features) < 0.005
-        for each in (norm, nn.Identity()):
-            masks = estimator(each(features))
-            assert relative_error(FusedMaskEstimator(each, estimator)(features), masks) < 0.008
+        for precision in float_precisions(kind):
+            assert relative_error(FusedBandSplit(split, precision)(spectrum), features) < ERRORS[precision]
+            for each in (norm, nn.Identity()):
+                masks = estimator(each(features))
+                got = FusedMaskEstimator(each, estimator, precision)(features)
+                assert relative_error(got, masks) < ERRORS[precision]
 
 
 def make_model(family: str, **hyper: int) -> RoFormer:
@@ -199,15 +243,21 @@ FAMILIES = pytest.mark.parametrize(
 )
 
 
-PRECISIONS = pytest.mark.parametrize("precision", [torch.bfloat16, torch.int8])
+def skip_without(precision: torch.dtype) -> None:
+    if precision not in all_precisions(kind := library().kind):
+        pytest.skip(f"the kernels for {kind.name} do not compute in {precision}")
+
+
+PRECISIONS = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.int8])
 
 
 @needs_fused
 @FAMILIES
-@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 40), (torch.int8, 33)])
+@pytest.mark.parametrize("precision, decibels", [(torch.float32, 105), (torch.bfloat16, 40), (torch.int8, 33)])
 def test_a_fused_model_is_close_to_float32(
     family: str, hyper: dict[str, Any], precision: torch.dtype, decibels: float
 ) -> None:
+    skip_without(precision)
     model = make_model(family, **hyper)
     chunks = torch.randn(2, 2, 40_000) * 0.1
     with torch.inference_mode():
@@ -222,6 +272,7 @@ def test_a_fused_model_is_close_to_float32(
 def test_a_fused_model_depends_neither_on_the_batch_nor_on_the_threads(
     family: str, hyper: dict[str, Any], precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    skip_without(precision)
     model = make_model(family, **hyper)
     model.prepare(precision, attention="fused")
     chunks = torch.randn(3, 2, 30_000) * 0.1
@@ -234,19 +285,21 @@ def test_a_fused_model_depends_neither_on_the_batch_nor_on_the_threads(
 
 
 @needs_fused
-@pytest.mark.parametrize("int8", [False, True])
-def test_fused_layers_propagate_nan(int8: bool) -> None:
+@every_kind
+def test_fused_layers_propagate_nan(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kind(kind, monkeypatch)
     transformer = make_transformer(64, 2, 32, with_all=True)
     plain = with_random_gains(MaskEstimator(64, (8, 8), linear_layers=2, expansion=1))
     x = torch.randn(1, 50, 2, 64)
     x[0, 20, 1, 5] = torch.nan
-    with torch.inference_mode():
-        for norm in (RMSNorm(64), nn.Identity()):
-            masks = FusedMaskEstimator(norm, plain)(x)
-            assert masks[0, 20, 8:].isnan().all() and not masks[0, :20].isnan().any()
-        y = FusedTransformer(transformer, int8=int8)(x[0].transpose(0, 1).clone())
-    assert y[1].isnan().all()
-    assert not y[0].isnan().any()
+    for precision in all_precisions(kind):
+        with torch.inference_mode():
+            for norm in (RMSNorm(64), nn.Identity()):
+                masks = FusedMaskEstimator(norm, plain, precision)(x)
+                assert masks[0, 20, 8:].isnan().all() and not masks[0, :20].isnan().any()
+            y = FusedTransformer(transformer, precision)(x[0].transpose(0, 1).clone())
+        assert y[1].isnan().all()
+        assert not y[0].isnan().any()
 
 
 @needs_fused

@@ -105,13 +105,6 @@ def test_without_the_instructions_the_plain_layers_run_and_say_why(
     assert f"not fused: {reason}; " in choice.reason
 
 
-def test_with_amx_pytorch_computes_the_layers(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_kind(monkeypatch, BF16)
-    monkeypatch.setattr(native, "cpu_flags", lambda: {"amx_bf16"})
-    with pytest.raises(NotFusedError, match="the CPU has amx_bf16, for which PyTorch is faster"):
-        native.library()
-
-
 @needs_fused
 def test_the_reason_names_the_kind_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """For `-v`."""
@@ -135,7 +128,7 @@ def make_attention():
     return Attention(64, heads=2, dim_head=32, positions=RotaryEmbedding(32), backend="einsum")
 
 transformer = Transformer(64, depth=1, make_attention=make_attention, norm_output=False)
-layer = FusedTransformer(transformer.requires_grad_(False))
+layer = FusedTransformer(transformer.requires_grad_(False), torch.float32)
 x = torch.randn(4, 100_000, 64)
 layer._angles(x.shape[1])
 torch.set_num_threads(int(sys.argv[1]))
