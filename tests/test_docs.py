@@ -453,6 +453,8 @@ def test_the_fields_about_models_are_documented(
 def test_the_fields_of_what_measures_are_documented(objects: Objects, working_folder: Path) -> None:
     check_fields("bench", objects("bench", "--recipe", "demo", "--seconds", "1", "--runs", "1"))
     check_fields("bench --cold-start", objects("bench", "--recipe", "demo", "--cold-start"))
+    compare = ("bench", "--recipe", "demo", "--seconds", "2", "--compare-precision", "song.flac")
+    check_fields("bench --compare-precision", objects(*compare))
     check_fields("evaluate", objects("evaluate", "--references", "true", "--estimates", "true"))
 
 

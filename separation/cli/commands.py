@@ -55,6 +55,10 @@ def bench(args: argparse.Namespace) -> int:
 
     selected = selection(args)
     result: Any
+    if args.compare_precision is not None:
+        unused = ["--cold-start", "--precision", "--attention", "--random-weights", "--runs"]
+        refuse_beside("--compare-precision", unused, args)
+        return _compare_precision(args, selected)
     if args.cold_start:
         unused = ["--attention", "--batch-size", "--chunk-size", "--overlap", "--random-weights", "--seconds", "--runs"]
         refuse_beside("--cold-start", unused, args)
@@ -64,6 +68,17 @@ def bench(args: argparse.Namespace) -> int:
         selected.check(options)
         result = engine_speed(selected, options, random=args.random_weights, seconds=args.seconds, runs=args.runs)
     print_json(result.as_json()) if args.json else print_lines(result)
+    return 0
+
+
+def _compare_precision(args: argparse.Namespace, selected: Selection) -> int:
+    from separation.evaluation.precision import compare_precisions
+
+    options = engine_options(args)
+    selected.check(options)
+    with song_bar(args.compare_precision.name) as progress:
+        result = compare_precisions(args.compare_precision, selected, options, seconds=args.seconds, progress=progress)
+    print_json(result.as_json()) if args.json else print_lines(f"{result}\n{result.recommendation}")
     return 0
 
 

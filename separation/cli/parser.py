@@ -253,6 +253,7 @@ def _add_bench(parent: _Commands) -> None:
         "Measure how fast a recipe or a model is on this machine.",
         "--recipe demo --runs 5",
         "--model-name htdemucs --random-weights",
+        "--recipe demo --compare-precision song.wav",
     )
     group = bench.add_argument_group("measurement options")
     group.add_argument("--seconds", type=int, default=30, metavar="S", help="seconds of music in a run (default: 30)")
@@ -264,6 +265,12 @@ def _add_bench(parent: _Commands) -> None:
         "--cold-start",
         action="store_true",
         help="instead, measure each stage from the start of a process to the first stem",
+    )
+    group.add_argument(
+        "--compare-precision",
+        type=path,
+        metavar="SONG",
+        help="instead, separate the loudest part of a song in each precision and compare the stems with fp32",
     )
     _add_model_options(bench)
     _add_engine_options(bench)
