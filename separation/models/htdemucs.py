@@ -155,8 +155,20 @@ class HybridDemucs(DemucsModel):
             return
         if fault := cpu_fault():
             logger.info(f"{self.name}: using the demucs package's own layers ({fault})")
-        else:
+        elif len(self.networks) == 1 or self._specialised:
             self.fuse()
+        else:
+            self._fuse_each()
+
+    def _fuse_each(self) -> None:
+        """Replace those networks of a bag that have faster ones. They may take different spectrograms."""
+        for part, network in self.networks.items():
+            try:
+                if not isinstance(network, self.Network):
+                    raise NotFusedError("it has only one branch")
+                self.networks[part] = _FusedNetwork(network, self.precision)
+            except NotFusedError as e:
+                logger.info(f"{self.name}: using the demucs package's own layers for network {part} ({e})")
 
     def fuse(self) -> None:
         """Replace the package's networks by faster ones, in the model's precision.
@@ -182,8 +194,7 @@ class HybridDemucs(DemucsModel):
             logger.info(f"{self.name}: using the demucs package's own layers ({e})")
             return
         fused = self.transform(0)
-        if getattr(each, "use_train_segment", False):
-            self._least_samples = int(each.segment * each.samplerate)
+        self._least_samples = _least_samples(each)
         self.networks, self._fused = nn.ModuleDict(replaced), fused
 
     def to_precision(self, dtype: torch.dtype) -> None:
@@ -195,48 +206,19 @@ class HybridDemucs(DemucsModel):
     def forward(self, chunks: Tensor) -> Tensor:
         if self._fused is None:
             return super().forward(chunks)
-        length = chunks.shape[-1]
-        if length < self._least_samples:
-            chunks = F.pad(chunks, (0, self._least_samples - length))
-        hop, (before, after) = self._fused.hop_length, self._fused.padding
-        transform = replace(self._fused, padding=(before, after + -chunks.shape[-1] % hop))
-        inputs = Inputs.of(torch.view_as_real(_spectrum(chunks, transform)), chunks)
         parts = self.stems if self._specialised else tuple(self.networks)
         networks = [cast(HybridNetwork, self.networks[part]) for part in parts]
-        branches = [network(inputs) for network in networks]
-        spectra = [
-            network.spectra(x, inputs, transform.zero_frames)
-            for network, (x, _) in zip(networks, branches, strict=True)
-        ]
-        joined = torch.cat(spectra, dim=1) if self._specialised else reduce(torch.add, spectra)
-        frames = torch.fft.irfft(torch.view_as_complex(joined), transform.n_fft, norm="ortho")
-        window = make_window(transform.window, transform.win_length, chunks.device)
-        estimates: Tensor = ops.overlap_add(frames, window, hop, transform.crop, chunks.shape[-1])
-        for i, (network, (_, xt)) in enumerate(zip(networks, branches, strict=True)):
-            own = slice(i * self.channels, (i + 1) * self.channels) if self._specialised else slice(None)
-            network.add_waveforms(xt, inputs, estimates[:, own])
+        padded = _extended(chunks, self._least_samples)
+        estimates = _estimates(networks, padded, self._fused, specialised=self._specialised)
         if not self._specialised and len(networks) > 1:
             estimates /= len(networks)
-        by_stem: Tensor = estimates[..., :length].unflatten(1, (len(self.stems), self.channels))
+        by_stem: Tensor = estimates[..., : chunks.shape[-1]].unflatten(1, (len(self.stems), self.channels))
         return by_stem
 
     def transform(self, length: int) -> Transform:
         if fault := self._spectrogram_fault():
             raise InputError(f"{self.name} cannot be exported ({fault}): choose another model")
-        network: Any = next(iter(self.networks.values()))
-        hop, old = network.hop_length, getattr(network, "hybrid_old", False)
-        padding = hop // 2 * 3
-        return Transform(
-            n_fft=network.nfft,
-            hop_length=hop,
-            win_length=network.nfft,
-            scale=network.nfft**-0.5,
-            bins=network.nfft // 2,
-            padding=(padding, padding + -length % hop),
-            padding_mode="constant" if old else "reflect",
-            zero_frames=2,
-            crop=network.nfft // 2 + (0 if old else padding),
-        )
+        return _transform_of(next(iter(self.networks.values())), length)
 
     def _spectrogram_fault(self) -> str:
         """Why the networks do not share one spectrogram of real and imaginary parts, or an empty string if they do."""
@@ -250,6 +232,77 @@ class HybridDemucs(DemucsModel):
         branches = {network: cast(Any, network).branches(*inputs) for network in self.networks.values()}
         spectra = self._combined(lambda network: branches[network][0])
         return spectra, self._combined(lambda network: branches[network][1])
+
+
+class _FusedNetwork(nn.Module):
+    """A network of the package in the layers of kernels/demucs_gpu.py: chunks `[B, C, T]` to estimates `[B, S, C, T]`.
+
+    Raises NotFusedError if they do not support it.
+    """
+
+    def __init__(self, network: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = HybridNetwork(network, dtype)
+        self._transform, self._least_samples = _transform_of(network, 0), _least_samples(network)
+        self._sources = len(network.sources)
+
+    def forward(self, chunks: Tensor) -> Tensor:
+        padded = _extended(chunks, self._least_samples)
+        with torch.autocast(chunks.device.type, enabled=False):
+            estimates = _estimates([self.network], padded, self._transform, specialised=False)
+        by_source: Tensor = estimates[..., : chunks.shape[-1]].unflatten(1, (self._sources, -1))
+        return by_source
+
+
+def _least_samples(network: Any) -> int:
+    """The length of the chunks on which a network was trained, if it needs that length, else 0."""
+    return int(network.segment * network.samplerate) if getattr(network, "use_train_segment", False) else 0
+
+
+def _extended(chunks: Tensor, samples: int) -> Tensor:
+    """Pad chunks with zeros to at least so many samples."""
+    missing = samples - chunks.shape[-1]
+    return F.pad(chunks, (0, missing)) if missing > 0 else chunks
+
+
+def _estimates(networks: Sequence[HybridNetwork], chunks: Tensor, transform: Transform, *, specialised: bool) -> Tensor:
+    """The specialists' estimates for chunks `[B, C, T]`, concatenated, or the sum of the networks': `[B, S * C, T]`.
+
+    `transform` is that of a chunk of length 0.
+    """
+    hop, (before, after) = transform.hop_length, transform.padding
+    transform = replace(transform, padding=(before, after + -chunks.shape[-1] % hop))
+    inputs = Inputs.of(torch.view_as_real(_spectrum(chunks, transform)), chunks)
+    branches = [network(inputs) for network in networks]
+    spectra = [
+        network.spectra(x, inputs, transform.zero_frames) for network, (x, _) in zip(networks, branches, strict=True)
+    ]
+    joined = torch.cat(spectra, dim=1) if specialised else reduce(torch.add, spectra)
+    frames = torch.fft.irfft(torch.view_as_complex(joined), transform.n_fft, norm="ortho")
+    window = make_window(transform.window, transform.win_length, chunks.device)
+    estimates: Tensor = ops.overlap_add(frames, window, hop, transform.crop, chunks.shape[-1])
+    channels = chunks.shape[1]
+    for i, (network, (_, xt)) in enumerate(zip(networks, branches, strict=True)):
+        own = slice(i * channels, (i + 1) * channels) if specialised else slice(None)
+        network.add_waveforms(xt, inputs, estimates[:, own])
+    return estimates
+
+
+def _transform_of(network: Any, length: int) -> Transform:
+    """The STFT of a hybrid network for chunks of `length` samples."""
+    hop, old = network.hop_length, getattr(network, "hybrid_old", False)
+    padding = hop // 2 * 3
+    return Transform(
+        n_fft=network.nfft,
+        hop_length=hop,
+        win_length=network.nfft,
+        scale=network.nfft**-0.5,
+        bins=network.nfft // 2,
+        padding=(padding, padding + -length % hop),
+        padding_mode="constant" if old else "reflect",
+        zero_frames=2,
+        crop=network.nfft // 2 + (0 if old else padding),
+    )
 
 
 def _spectrum(chunks: Tensor, transform: Transform) -> Tensor:

@@ -20,6 +20,7 @@ from helpers.small_demucs import (
 from separation import ModelPool
 from separation.engine import pool as pool_module
 from separation.engine.options import EngineOptions
+from separation.models.kernels.registry import cpu_fault
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +47,36 @@ def test_several_networks_equal_the_bag_that_averages_them() -> None:
         error = relative_error(run(model, mixture, 0.25), by_demucs(BagOfModels(nets), mixture))
         print(f"bag, {length} samples: {error:.1e}")
         assert error <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.skipif(bool(cpu_fault()), reason=cpu_fault() or "kernels for CPUs work")
+@pytest.mark.parametrize("other, fault", [("amplitudes", "networks that mask amplitudes"), ("demucs", "one branch")])
+def test_in_a_bag_the_networks_that_have_faster_layers_get_them(
+    other: str, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of([network(seed, "hdemucs") for seed in range(3)], "hdemucs")
+    model.networks["1"] = network(1, other)
+    model.networks["2"].hybrid_old = True  # another spectrogram
+    chunks = torch.stack([song(CHUNK_SAMPLES), song(CHUNK_SAMPLES + 1)[:, 1:]])
+    expected = model(chunks)
+    with caplog.at_level("INFO", logger="separation"):
+        model.fuse_for_cpu()
+    kinds = [type(each).__name__ for each in model.networks.values()]
+    assert [kinds[0], kinds[2]] == ["_FusedNetwork"] * 2 and kinds[1] != "_FusedNetwork"
+    (message,) = caplog.messages
+    assert "own layers for network 1 (" in message and fault in message
+    assert relative_error(model(chunks), expected) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.skipif(bool(cpu_fault()), reason=cpu_fault() or "kernels for CPUs work")
+def test_short_chunks_of_a_bag_are_extended_to_the_length_of_training() -> None:
+    model = model_of([network(seed) for seed in range(2)])
+    chunks = song(1000)[None]
+    expected = model(chunks)
+    model.fuse_for_cpu()
+    assert relative_error(model(chunks), expected) <= 1e-5
 
 
 def test_specialists_equal_the_bag_and_only_requested_ones_are_built() -> None:
