@@ -9,7 +9,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <system_error>
@@ -17,31 +16,19 @@
 #include <type_traits>
 #include <vector>
 
+#include "vectors.h"
+
 namespace demucs {
 namespace {
 
-using bf16 = uint16_t;
-
-#if defined(__AVX512F__)
-constexpr long WIDTH = 16;
-#elif defined(__AVX2__)
-constexpr long WIDTH = 8;
-#else
-constexpr long WIDTH = 4;
-#endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int SUMS = 12;  // vectors of sums in a product, of 16 registers
 #else
 constexpr int SUMS = 24;  // of 32
 #endif
-constexpr long TOKENS = 48;      // of a block: a multiple of the rows of each product
+constexpr long TOKENS = 48;       // of a block: a multiple of the rows of each product
 constexpr long VALUES = 1 << 14;  // that a thread takes at a time
 constexpr float EPS = 1e-5f;
-
-typedef float Vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 
 // Calls `work(item, thread)` for each of `count` items on `threads` threads.
 template <class Work>
@@ -70,109 +57,46 @@ void parallel_rows(long rows, long size, long threads, Work work) {
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
 
-Vec all(float value) { return value - Vec{}; }
-
-template <class To, class From>
-To bits_of(From from) {
-    To to;
-    static_assert(sizeof to == sizeof from);
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-Vec load(const float* from) {
-    Vec v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-Vec load(const bf16* from) {
-    Halves h;
-    std::memcpy(&h, from, sizeof h);
-    return bits_of<Vec>(__builtin_convertvector(h, Bits) << 16);
-}
-
-Halves rounded(Vec v) {
-    const Bits bits = bits_of<Bits>(v);
-    const Bits nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const Bits number = (Bits)(v == v);  // rounding could turn NaN into a number
-    return __builtin_convertvector((nearest & number) | (0x7FC0 & ~number), Halves);
-}
-
-void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
-
-void store(bf16* to, Vec v) {
-    const Halves h = rounded(v);
-    std::memcpy(to, &h, sizeof h);
-}
-
-// The first `count` values; the others count as zero.
 template <class Number>
-Vec load(const Number* from, long count) {
-    if (count >= WIDTH) return load(from);
-    Number values[WIDTH] = {};
-    std::memcpy(values, from, count * sizeof(Number));
-    return load(values);
+Floats load(const Number* from) {
+    return at(from);
 }
 
 template <class Number>
-void store(Number* to, Vec v, long count) {
-    if (count >= WIDTH) return store(to, v);
-    Number values[WIDTH];
-    store(values, v);
-    std::memcpy(to, values, count * sizeof(Number));
+Floats load(const Number* from, long count) {
+    return first(from, count);
+}
+
+template <class Number>
+void store(Number* to, Floats v) {
+    store_as(v, to);
+}
+
+template <class Number>
+void store(Number* to, Floats v, long count) {
+    store_first(v, to, count);
 }
 
 // The value after a store and a load.
 template <class Number>
-Vec as(Vec v) {
+Floats as(Floats v) {
     if constexpr (std::is_same_v<Number, float>) return v;
-    return bits_of<Vec>(__builtin_convertvector(rounded(v), Bits) << 16);
+    return (Floats)(__builtin_convertvector(rounded_to_bf16(v), Bits) << 16);
 }
 
-Vec first_lanes(Vec v, long count) {  // the others become zero
-    if (count >= WIDTH) return v;
-    for (long i = std::max(0L, count); i < WIDTH; i++) v[i] = 0;
+Floats first_lanes(Floats v, long count) {  // the others become zero
+    if (count >= LANES) return v;
+    for (long i = std::max(0L, count); i < LANES; i++) v[i] = 0;
     return v;
 }
 
-float sum_of(Vec v) {
-    float sum = 0;
-    for (long i = 0; i < WIDTH; i++) sum += v[i];
-    return sum;
-}
+float number_of(float value) { return value; }
 
-// e ** x with a relative error of 2e-7. Keeps NaN.
-Vec exp_of(Vec x) {
-    x = x < -87.0f ? all(-87.0f) : x;
-    x = x > 88.0f ? all(88.0f) : x;
-    constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer, in the lowest bits
-    const Vec shifted = x * 1.44269504f + ROUNDER;
-    const Vec whole = shifted - ROUNDER;
-    const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Vec p = all(1.9875691500e-4f);
-    p = p * rest + 1.3981999507e-3f;
-    p = p * rest + 8.3334519073e-3f;
-    p = p * rest + 4.1665795894e-2f;
-    p = p * rest + 1.6666665459e-1f;
-    p = p * rest + 5.0000001201e-1f;
-    p = p * (rest * rest) + rest + 1.0f;
-    return bits_of<Vec>(bits_of<Bits>(p) + (bits_of<Bits>(shifted) << 23));
-}
-
-Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_of(-x)); }
-
-// x times the normal distribution function, with an error of 1.5e-7 |x| (Abramowitz and Stegun, 7.1.26).
-Vec gelu(Vec x) {
-    const Vec size = bits_of<Vec>(bits_of<Bits>(x) & 0x7FFFFFFF) * 0.70710678f;
-    const Vec t = 1.0f / (1.0f + 0.3275911f * size);
-    Vec p = all(1.061405429f);
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    const Vec tail = 0.5f * p * t * exp_of(-size * size);
-    return x * (x < 0.0f ? tail : 1.0f - tail);
+float number_of(bf16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
 }
 
 // ---- statistics -----------------------------------------------------------------------------------------------------
@@ -191,14 +115,14 @@ struct Moments {
 
 // Of `rows` rows of `columns` values, `stride` apart.
 Moments moments_of(const float* x, long rows, long columns, long stride) {
-    Vec sums{};
+    Floats sums{};
     for (long r = 0; r < rows; r++)
-        for (long c = 0; c < columns; c += WIDTH) sums += load(x + r * stride + c, columns - c);
+        for (long c = 0; c < columns; c += LANES) sums += load(x + r * stride + c, columns - c);
     const float mean = sum_of(sums) / static_cast<float>(rows * columns);
-    Vec squares{};
+    Floats squares{};
     for (long r = 0; r < rows; r++)
-        for (long c = 0; c < columns; c += WIDTH) {
-            const Vec distance = first_lanes(load(x + r * stride + c, columns - c) - mean, columns - c);
+        for (long c = 0; c < columns; c += LANES) {
+            const Floats distance = first_lanes(load(x + r * stride + c, columns - c) - mean, columns - c);
             squares += distance * distance;
         }
     return {static_cast<double>(rows * columns), mean, sum_of(squares)};
@@ -212,26 +136,20 @@ Moments merged(const Moments* blocks, long count) {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// A matrix [depth, columns], split into panels of `vectors` vectors: [panel][depth][vectors * WIDTH].
+// A matrix [depth, columns], split into panels of `vectors` vectors: [panel][depth][vectors * LANES].
 struct Panels {
     long depth, columns, vectors, width;
     std::vector<float> values;
 
     template <class Number>
     Panels(const Number* matrix, long depth, long columns, long stride)
-        : depth(depth), columns(columns), vectors(std::min(3L, (columns + WIDTH - 1) / WIDTH)) {
-        const long panel = vectors * WIDTH;
+        : depth(depth), columns(columns), vectors(std::min(3L, (columns + LANES - 1) / LANES)) {
+        const long panel = vectors * LANES;
         width = (columns + panel - 1) / panel * panel;
         values.resize(depth * width);
         for (long k = 0; k < depth; k++)
-            for (long c = 0; c < columns; c++) {
-                float value;
-                if constexpr (std::is_same_v<Number, float>)
-                    value = matrix[k * stride + c];
-                else
-                    value = bits_of<float>(static_cast<uint32_t>(matrix[k * stride + c]) << 16);
-                values[(c / panel * depth + k) * panel + c % panel] = value;
-            }
+            for (long c = 0; c < columns; c++)
+                values[(c / panel * depth + k) * panel + c % panel] = number_of(matrix[k * stride + c]);
     }
 };
 
@@ -244,20 +162,20 @@ struct Rows {
 template <int VECTORS>
 __attribute__((noinline)) void multiply(Rows a, const float* panel, long depth, float* results, long width) {
     constexpr int COUNT = SUMS / VECTORS;
-    Vec sums[COUNT][VECTORS];
+    Floats sums[COUNT][VECTORS];
 #pragma GCC unroll 24
     for (int r = 0; r < COUNT; r++)
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = Vec{};
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = Floats{};
     for (long tap = 0; tap < a.taps; tap++) {
         const float* from = a.values + tap * a.tap;
-        for (long k = 0; k < depth; k++, panel += VECTORS * WIDTH) {
-            Vec weights[VECTORS];
+        for (long k = 0; k < depth; k++, panel += VECTORS * LANES) {
+            Floats weights[VECTORS];
 #pragma GCC unroll 3
-            for (int v = 0; v < VECTORS; v++) weights[v] = load(panel + v * WIDTH);
+            for (int v = 0; v < VECTORS; v++) weights[v] = load(panel + v * LANES);
 #pragma GCC unroll 24
             for (int r = 0; r < COUNT; r++) {
-                const Vec value = all(from[r * a.stride + k]);
+                const Floats value = all(from[r * a.stride + k]);
 #pragma GCC unroll 3
                 for (int v = 0; v < VECTORS; v++) sums[r][v] += value * weights[v];
             }
@@ -266,12 +184,12 @@ __attribute__((noinline)) void multiply(Rows a, const float* panel, long depth, 
 #pragma GCC unroll 24
     for (int r = 0; r < COUNT; r++)
 #pragma GCC unroll 3
-        for (int v = 0; v < VECTORS; v++) store(results + r * width + v * WIDTH, sums[r][v]);
+        for (int v = 0; v < VECTORS; v++) store(results + r * width + v * LANES, sums[r][v]);
 }
 
 // TOKENS rows times a matrix, to [TOKENS, weights.width].
 void product(Rows a, const Panels& weights, float* results) {
-    const long rows = SUMS / weights.vectors, panel = weights.vectors * WIDTH;
+    const long rows = SUMS / weights.vectors, panel = weights.vectors * LANES;
     auto* kernel = weights.vectors == 1 ? multiply<1> : weights.vectors == 2 ? multiply<2> : multiply<3>;
     for (long column = 0; column < weights.width; column += panel)
         for (long row = 0; row < TOKENS; row += rows)
@@ -297,20 +215,20 @@ struct Gated {
 long panel_vectors(long channels) {
     long best = 1;
     for (long vectors = 2; vectors <= 3; vectors++) {
-        const auto width = [&](long count) { return (channels + count * WIDTH - 1) / (count * WIDTH) * count; };
+        const auto width = [&](long count) { return (channels + count * LANES - 1) / (count * LANES) * count; };
         if (width(vectors) <= width(best)) best = vectors;
     }
     return best;
 }
 
 long padded_channels(long channels) {
-    const long panel = panel_vectors(channels) * WIDTH;
+    const long panel = panel_vectors(channels) * LANES;
     return (channels + panel - 1) / panel * panel;
 }
 
 // Transformed weights [products, C, 2 C] to [panel][product][2][C][panel width]: a panel's values, then its gates.
 void pack_gated(const float* weights, long products, long channels, float* packed) {
-    const long panel = panel_vectors(channels) * WIDTH, width = padded_channels(channels);
+    const long panel = panel_vectors(channels) * LANES, width = padded_channels(channels);
     for (long first = 0; first < width; first += panel)
         for (long product = 0; product < products; product++)
             for (long half = 0; half < 2; half++)
@@ -321,14 +239,14 @@ void pack_gated(const float* weights, long products, long channels, float* packe
 }
 
 // Four neighbours' contributions to two outputs, `step` apart.
-void transform_input(Vec* d, long step) {
-    const Vec first = d[0] - d[2 * step], second = d[step] + d[2 * step];
-    const Vec third = d[2 * step] - d[step], fourth = d[step] - d[3 * step];
+void transform_input(Floats* d, long step) {
+    const Floats first = d[0] - d[2 * step], second = d[step] + d[2 * step];
+    const Floats third = d[2 * step] - d[step], fourth = d[step] - d[3 * step];
     d[0] = first, d[step] = second, d[2 * step] = third, d[3 * step] = fourth;
 }
 
-void transform_output(Vec* m, long step) {
-    const Vec first = m[0] + m[step] + m[2 * step], second = m[step] - m[2 * step] - m[3 * step];
+void transform_output(Floats* m, long step) {
+    const Floats first = m[0] + m[step] + m[2 * step], second = m[step] - m[2 * step] - m[3 * step];
     m[0] = first, m[step] = second;
 }
 
@@ -346,7 +264,7 @@ class Tiles {
 
     void compute(const float* x, long line, long first, long count, float* out) const {
         transform(x, line, first, count);
-        const long panel = vectors_ * WIDTH, rows = SUMS / vectors_, channels = s_.channels;
+        const long panel = vectors_ * LANES, rows = SUMS / vectors_, channels = s_.channels;
         auto* kernel = vectors_ == 1 ? multiply<1> : vectors_ == 2 ? multiply<2> : multiply<3>;
         const float* weights = s_.weights;
         for (long column = 0; column < channels; column += panel) {
@@ -363,15 +281,15 @@ class Tiles {
     void transform(const float* x, long line, long first, long count) const {
         const long channels = s_.channels;
         for (long tile = 0; tile < count; tile++)
-            for (long c = 0; c < channels; c += WIDTH) {
-                Vec d[PRODUCTS];
+            for (long c = 0; c < channels; c += LANES) {
+                Floats d[PRODUCTS];
                 for (long i = 0; i < LINES; i++)
                     for (long j = 0; j < COLUMNS; j++) {
                         const long l = LINES == 4 ? 2 * line + i - 1 : line;
                         const long n = COLUMNS == 4 ? 2 * (first + tile) + j - 1 : first + tile;
                         const bool inside = l >= 0 && l < s_.lines && n >= 0 && n < s_.positions;
                         d[i * COLUMNS + j] =
-                            inside ? load(x + (l * s_.positions + n) * channels + c, channels - c) : Vec{};
+                            inside ? load(x + (l * s_.positions + n) * channels + c, channels - c) : Floats{};
                     }
                 if constexpr (COLUMNS == 4)
                     for (long i = 0; i < LINES; i++) transform_input(d + i * COLUMNS, 1);
@@ -383,10 +301,10 @@ class Tiles {
     }
 
     void finish(long line, long first, long count, long column, float* out) const {
-        const long panel = vectors_ * WIDTH, channels = s_.channels;
+        const long panel = vectors_ * LANES, channels = s_.channels;
         for (long tile = 0; tile < count; tile++)
-            for (long c = column; c < std::min(channels, column + panel); c += WIDTH) {
-                Vec m[2][PRODUCTS];
+            for (long c = column; c < std::min(channels, column + panel); c += LANES) {
+                Floats m[2][PRODUCTS];
                 const long left = channels - c;
                 for (long half = 0; half < 2; half++) {
                     for (long product = 0; product < PRODUCTS; product++)
@@ -397,12 +315,12 @@ class Tiles {
                     if constexpr (COLUMNS == 4)
                         for (long i = 0; i < LINES / 2 + LINES % 2; i++) transform_output(m[half] + i * COLUMNS, 1);
                 }
-                const Vec bias = load(s_.bias + c, left), gate_bias = load(s_.bias + channels + c, left);
+                const Floats bias = load(s_.bias + c, left), gate_bias = load(s_.bias + channels + c, left);
                 for (long i = 0; i < (LINES + 1) / 2; i++)
                     for (long j = 0; j < (COLUMNS + 1) / 2; j++) {
                         const long l = line * s_.outputs(0) + i, n = (first + tile) * s_.outputs(1) + j;
                         if (l >= s_.lines || n >= s_.positions) continue;
-                        Vec y = (m[0][i * COLUMNS + j] + bias) * sigmoid(m[1][i * COLUMNS + j] + gate_bias);
+                        Floats y = (m[0][i * COLUMNS + j] + bias) * sigmoid(m[1][i * COLUMNS + j] + gate_bias);
                         if (s_.table) y += load(s_.table + l * channels + c, left);
                         store(out + (l * s_.positions + n) * channels + c, y, left);
                     }
@@ -427,7 +345,7 @@ void convolve_gated(const Gated& s, const float* x, float* out, long threads) {
     const long runs = (tiles + fitting - 1) / fitting;
     const long most = ((tiles + runs - 1) / runs + rows - 1) / rows * rows;  // all runs have about the same length
     const long parts = (tiles + most - 1) / most;
-    const long space = s.products() * most * (s.channels + 2 * vectors * WIDTH);
+    const long space = s.products() * most * (s.channels + 2 * vectors * LANES);
     std::vector<float> scratch(threads * space);
     parallel(s.batch * lines * parts, threads, [&](long item, long thread) {
         const long first = item % parts * most, line = item / parts % lines, image = item / parts / lines;
@@ -469,13 +387,13 @@ class Branch {
             const long token = start + t;
             const bool inside = token >= 0 && token < tokens_;
             if (!inside) std::memset(to, 0, channels_ * sizeof(float));
-            for (long c = 0; inside && c < channels_; c += WIDTH)
+            for (long c = 0; inside && c < channels_; c += LANES)
                 store(to + c, load(x + token * channels_ + c, channels_ - c), channels_ - c);
         }
         hidden += start * in_.width;
         product({scratch, channels_, 3, dilation_ * channels_}, in_, hidden);
         for (long t = 0; t < count; t++)
-            for (long c = 0; c < in_.width; c += WIDTH) {
+            for (long c = 0; c < in_.width; c += LANES) {
                 float* at = hidden + t * in_.width + c;
                 store(at, as<Number>(load(at) + load(in_table_.data() + c)));
             }
@@ -489,13 +407,13 @@ class Branch {
         const float *gain = in_table_.data() + in_.width, *shift = gain + in_.width;
         hidden += start * in_.width;
         for (long t = 0; t < count; t++)
-            for (long c = 0; c < in_.width; c += WIDTH) {
+            for (long c = 0; c < in_.width; c += LANES) {
                 float* at = hidden + t * in_.width + c;
-                store(at, as<Number>(gelu((load(at) - mean) * factor * load(gain + c) + load(shift + c))));
+                store(at, as<Number>(gelu<float>((load(at) - mean) * factor * load(gain + c) + load(shift + c))));
             }
         product({hidden, in_.width, 1, 0}, out_, scratch);
         for (long t = 0; t < count; t++)
-            for (long c = 0; c < out_.width; c += WIDTH) {
+            for (long c = 0; c < out_.width; c += LANES) {
                 float* at = scratch + t * out_.width + c;
                 store(at, load(at) + load(out_table_.data() + c));
             }
@@ -507,8 +425,8 @@ class Branch {
         const long start = block * TOKENS, count = std::min(TOKENS, tokens_ - start), width = out_.width;
         const float mean = static_cast<float>(norm.mean), factor = norm.factor();
         float *gain = scratch + TOKENS * width, *shift = gain + width;
-        for (long c = 0; c < width; c += WIDTH) {
-            const Vec scale = load(out_table_.data() + width + c) * factor;
+        for (long c = 0; c < width; c += LANES) {
+            const Floats scale = load(out_table_.data() + width + c) * factor;
             store(gain + c, scale);
             store(shift + c, (load(out_table_.data() + c) - mean) * scale + load(out_table_.data() + 2 * width + c));
         }
@@ -516,10 +434,10 @@ class Branch {
         for (long t = 0; t < count; t++) {
             const float* z = scratch + t * width;
             Number* at = x + (start + t) * channels_;
-            for (long c = 0; c < channels_; c += WIDTH) {
+            for (long c = 0; c < channels_; c += LANES) {
                 const long left = channels_ - c, gate = channels_ + c;
-                const Vec values = load(z + c, left) * load(gain + c, left) + load(shift + c, left);
-                const Vec gates = load(z + gate, left) * load(gain + gate, left) + load(shift + gate, left);
+                const Floats values = load(z + c, left) * load(gain + c, left) + load(shift + c, left);
+                const Floats gates = load(z + gate, left) * load(gain + gate, left) + load(shift + gate, left);
                 store(at + c, load(at + c, left) + values * sigmoid(gates), left);
             }
         }
@@ -586,8 +504,8 @@ template <class Number>
 void add_bias_gelu(Number* x, long rows, long channels, const float* bias, long threads) {
     parallel_rows(rows, channels, threads, [&](long first, long stop) {
         for (Number* at = x + first * channels; at < x + stop * channels; at += channels)
-            for (long c = 0; c < channels; c += WIDTH)
-                store(at + c, gelu(load(at + c, channels - c) + load(bias + c, channels - c)), channels - c);
+            for (long c = 0; c < channels; c += LANES)
+                store(at + c, gelu<float>(load(at + c, channels - c) + load(bias + c, channels - c)), channels - c);
     });
 }
 
@@ -599,10 +517,10 @@ void gate(const Number* x, long rows, long channels, const float* bias, const fl
         for (long row = first; row < stop; row++) {
             const Number *values = x + row * 2 * channels, *gates = values + channels;
             const float* line = table ? table + row / positions % lines * channels : nullptr;
-            for (long c = 0; c < channels; c += WIDTH) {
+            for (long c = 0; c < channels; c += LANES) {
                 const long left = channels - c;
-                const Vec value = load(values + c, left) + load(bias + c, left);
-                Vec gated = value * sigmoid(load(gates + c, left) + load(bias + channels + c, left));
+                const Floats value = load(values + c, left) + load(bias + c, left);
+                Floats gated = value * sigmoid(load(gates + c, left) + load(bias + channels + c, left));
                 if (line) gated += load(line + c, left);
                 store(out + row * channels + c, gated, left);
             }
@@ -626,9 +544,9 @@ void interleave_rows(const Number* x, const float* bias, const Number* skip, Num
             const Number* other = skip ? skip + item * s.skip_strides[0] + row * s.skip_strides[1] : nullptr;
             Number* to = out + line * s.positions * s.channels;
             for (long n = 0; n < s.positions; n++, from += s.stride * s.channels, to += s.channels)
-                for (long c = 0; c < s.channels; c += WIDTH) {
+                for (long c = 0; c < s.channels; c += LANES) {
                     const long left = s.channels - c;
-                    Vec value = gelu(load(from + c, left) + load(bias + c, left));
+                    Floats value = gelu<float>(load(from + c, left) + load(bias + c, left));
                     if (other) value += load(other + n * s.skip_strides[2] + c, left);
                     store(to + c, value, left);
                 }
@@ -640,7 +558,7 @@ void interleave_rows(const Number* x, const float* bias, const Number* skip, Num
 
 void store_rounded(float* to, float value) { *to = value; }
 
-void store_rounded(bf16* to, float value) { *to = rounded(all(value))[0]; }
+void store_rounded(bf16* to, float value) { *to = rounded_to_bf16(all(value))[0]; }
 
 struct Packed {
     long batch, channels, length, positions, parts;
@@ -693,9 +611,9 @@ void unpack_frames(const Number* x, const float* bias, const float* means, const
                 const long place = bin + s.crop;
                 const Number* from = x + ((item * s.inputs + place / s.stride) * s.positions + n) * s.stride * values +
                                      place % s.stride * values;
-                for (long v = 0; v < values; v += WIDTH) {
-                    const Vec y = (load(from + v, values - v) + load(bias + v, values - v)) * scale + mean;
-                    for (long i = v; i < std::min(v + WIDTH, values); i++) part(i / 2)[2 * bin + i % 2] = y[i - v];
+                for (long v = 0; v < values; v += LANES) {
+                    const Floats y = (load(from + v, values - v) + load(bias + v, values - v)) * scale + mean;
+                    for (long i = v; i < std::min(v + LANES, values); i++) part(i / 2)[2 * bin + i % 2] = y[i - v];
                 }
             }
             for (long c = 0; c < s.channels; c++) part(c)[1] = part(c)[2 * bins - 2] = part(c)[2 * bins - 1] = 0;
@@ -714,11 +632,11 @@ void add_frames(const float* frames, const float* window, float* out, const long
             const long last = std::min(count - 1, place / hop);
             const long first = place < n ? 0 : (place - n) / hop + 1;
             const long end = std::min({stop, (place / hop + 1) * hop - crop, first * hop + n - crop});
-            for (; sample < end; sample += WIDTH) {
-                Vec sum{}, squares{};
+            for (; sample < end; sample += LANES) {
+                Floats sum{}, squares{};
                 for (long f = first; f <= last; f++) {
                     const long at = sample + crop - f * hop;
-                    const Vec weights = load(window + at, end - sample);
+                    const Floats weights = load(window + at, end - sample);
                     sum += load(frames + (row * count + f) * n + at, end - sample) * weights;
                     squares += weights * weights;
                 }
@@ -741,10 +659,10 @@ void add_samples(float* out, const Number* x, const float* bias, const float* me
             const long item = line / s.length, sample = line % s.length, place = sample + s.crop;
             const Number* from = x + item * s.inputs * s.stride * s.channels + place * s.channels;
             float* to = out + item * s.item_stride + sample;
-            for (long c = 0; c < s.channels; c += WIDTH) {
-                const Vec y = (load(from + c, s.channels - c) + load(bias + c, s.channels - c)) * deviations[item] +
+            for (long c = 0; c < s.channels; c += LANES) {
+                const Floats y = (load(from + c, s.channels - c) + load(bias + c, s.channels - c)) * deviations[item] +
                               means[item];
-                for (long i = 0; i < std::min(WIDTH, s.channels - c); i++) to[(c + i) * s.channel_stride] += y[i];
+                for (long i = 0; i < std::min(LANES, s.channels - c); i++) to[(c + i) * s.channel_stride] += y[i];
             }
         }
     });
@@ -757,8 +675,8 @@ template <class Number>
 void normalise(const float* x, long dim, const float* gain, const float* shift, Number* to) {
     const Moments moments = moments_of(x, 1, dim, dim);
     const float mean = static_cast<float>(moments.mean), factor = moments.factor();
-    for (long d = 0; d < dim; d += WIDTH) {
-        Vec v = (load(x + d, dim - d) - mean) * factor;
+    for (long d = 0; d < dim; d += LANES) {
+        Floats v = (load(x + d, dim - d) - mean) * factor;
         if (gain) v = v * load(gain + d, dim - d) + load(shift + d, dim - d);
         store(to + d, v, dim - d);
     }
@@ -771,10 +689,10 @@ void embed_tokens(const Number* x, const float* gain, const float* shift, const 
     parallel_rows(batch * tokens, dim, threads, [&](long first, long stop) {
         for (long token = first; token < stop; token++) {
             float* y = sums + token * dim;
-            for (long d = 0; d < dim; d += WIDTH) store(y + d, load(x + token * dim + d, dim - d), dim - d);
+            for (long d = 0; d < dim; d += LANES) store(y + d, load(x + token * dim + d, dim - d), dim - d);
             normalise(y, dim, gain, shift, y);
             const float* position = table + token % tokens * dim;
-            for (long d = 0; d < dim; d += WIDTH)
+            for (long d = 0; d < dim; d += LANES)
                 store(y + d, load(y + d, dim - d) + load(position + d, dim - d), dim - d);
             normalise(y, dim, nullptr, nullptr, out + token * dim);
         }
@@ -783,7 +701,7 @@ void embed_tokens(const Number* x, const float* gain, const float* shift, const 
 
 template <class Number>
 void add_scaled(float* x, const Number* y, long dim, const float* gain) {
-    for (long d = 0; d < dim; d += WIDTH)
+    for (long d = 0; d < dim; d += LANES)
         store(x + d, load(x + d, dim - d) + load(y + d, dim - d) * load(gain + d, dim - d), dim - d);
 }
 
@@ -820,8 +738,8 @@ void add_and_normalise_items(float* x, const Number* y, const float* const* tabl
         const float mean = static_cast<float>(norm.mean), factor = norm.factor();
         for (long token = first; token < first + count; token++) {
             float* at = x + token * dim;
-            for (long d = 0; d < dim; d += WIDTH) {
-                const Vec normed = (load(at + d, dim - d) - mean) * factor;
+            for (long d = 0; d < dim; d += LANES) {
+                const Floats normed = (load(at + d, dim - d) - mean) * factor;
                 store(at + d, normed * load(tables[1] + d, dim - d) + load(tables[2] + d, dim - d), dim - d);
             }
             normalise(at, dim, nullptr, nullptr, out + token * dim);

@@ -62,13 +62,6 @@ inline Floats first(const Number* from, long count) {
     return at(values);
 }
 
-inline void store_first(Floats vector, float* to, long count) {
-    if (count >= LANES)
-        store(vector, to);
-    else if (count > 0)
-        std::memcpy(to, &vector, count * sizeof(float));
-}
-
 // Rounds to the nearest even number.
 inline Halves rounded_to_bf16(Floats x) {
 #if defined(__AVX512BF16__)
@@ -82,6 +75,15 @@ inline Halves rounded_to_bf16(Floats x) {
 
 inline void store_as(Floats vector, float* to) { store(vector, to); }
 inline void store_as(Floats vector, bf16* to) { store(rounded_to_bf16(vector), to); }
+
+// Stores the first `count` values.
+template <class Number>
+inline void store_first(Floats vector, Number* to, long count) {
+    if (count >= LANES) return store_as(vector, to);
+    Number values[LANES];
+    store_as(vector, values);
+    if (count > 0) std::memcpy(to, values, count * sizeof(Number));
+}
 
 // The larger and the smaller one; `value` if that is NaN.
 inline Floats at_least(float limit, Floats value) {
