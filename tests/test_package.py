@@ -19,8 +19,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import separation
-from helpers.common import PROJECT
+from helpers.common import PROJECT, SONG
+from helpers.fused import needs_fused
 from helpers.house import imports, modules
+from separation.cpu import KINDS, find_compiler, machine, usable_kinds
 
 # Packages that others install. Triton has wheels only for Linux, where PyTorch depends on it.
 INDIRECT = {"triton": "torch", "onnx-ir": "onnxscript", "numba": "librosa"}
@@ -145,7 +147,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if Version(importlib.metadata.version("setuptools")) < Version("77"):
         pytest.skip("needs setuptools 77 or later (pip install -r requirements-dev.txt)")
     folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, folder)
     unwanted = shutil.ignore_patterns("__pycache__", "*.verified")
     for name in ("separation", "configs", "weights/demo"):
@@ -213,8 +215,60 @@ def test_the_wheel_contains_the_package_the_configs_and_the_demo_and_nothing_els
     names = set(files_in(wheel))
     assert expected <= names
     assert {f"separation/weights/demo/{name}" for name in SHIPPED} <= names
-    others = {name for name in names - expected if "dist-info/" not in name}
+    kernels = {name for name in names if name.endswith(".so")}
+    others = {name for name in names - expected - kernels if "dist-info/" not in name}
     assert all(name.startswith("separation/weights/demo/") and not name.endswith(".py") for name in others)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_compiler(), reason="needs a C++ compiler")
+def test_the_wheel_has_the_kernels_of_every_kind_of_its_machine(wheel: Path) -> None:
+    folder = "separation/models/kernels/cpu"
+    kinds = {f"{folder}/{kind.name}.so" for kind in KINDS if kind.machine == machine()}
+    assert {name for name in files_in(wheel) if name.endswith(".so")} == kinds
+    assert wheel.name.endswith("-any.whl") == (not kinds)
+
+
+@pytest.mark.slow
+@needs_fused
+def test_an_installed_wheel_needs_no_compiler(installed: Path, empty: Path, environment: dict[str, str]) -> None:
+    command = [str(installed / "separation"), "separate", str(SONG), "--recipe", "demo", "-o", "stems", "-v"]
+    ran = subprocess.run(
+        [*command, "--device", "cpu"],
+        cwd=empty,
+        env=environment | {"PATH": str(installed), "SEPARATION_CACHE": "off"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    (kind, *_) = usable_kinds()
+    assert f"attention fused (the fastest that works here, with kernels for {kind.name}, from the wheel" in ran.stderr
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_has_no_kernels_and_the_build_says_so(source: Path, tmp_path: Path) -> None:
+    code = f"import sys, setuptools.build_meta as backend; print(backend.build_wheel({str(tmp_path)!r}))"
+    python = [sys.executable, "-c", code]
+    without = os.environ | {"PATH": str(tmp_path), "CXX": ""}
+    ran = subprocess.run(python, cwd=source, env=without, capture_output=True, text=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in files_in(wheel) if name.endswith(".so")]
+    assert "the wheel has no CPU kernels" in ran.stdout + ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="needs aarch64-linux-gnu-g++")
+def test_a_compiler_for_arm_builds_a_wheel_for_arm(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
+    wheel = build(source, "wheel", tmp_path)
+    assert wheel.name.endswith("-py3-none-linux_aarch64.whl")
+    libraries = {Path(name).stem: content for name, content in files_in(wheel).items() if name.endswith(".so")}
+    assert set(libraries) == {kind.name for kind in KINDS if kind.machine == "aarch64"}
+    assert {int.from_bytes(content[18:20], "little") for content in libraries.values()} == {183}  # EM_AARCH64
 
 
 @pytest.mark.slow
