@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.fused import needs_fused
 from helpers.small_model import HYPER_PARAMETERS, chunks, small_model, write_yaml
 from separation.cli.main import main
 from separation.evaluation import bench as bench_module
@@ -100,6 +101,17 @@ def test_the_operations_counted_are_those_of_products_and_attention() -> None:
     assert operations == 2 * (linear + attention)
 
 
+@needs_fused
+def test_the_ceiling_of_fused_layers_is_that_of_the_bare_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, model = torch.device("cpu"), small_model(dim=32, dim_head=32)
+    monkeypatch.setattr(bench_module, "BARE_SECONDS", 0.05)
+    assert bench_module._bare_speed([model], cpu) is None
+    model.prepare(torch.float32, attention="fused")
+    speed = bench_module._bare_speed([model], cpu)
+    assert speed is not None and speed > 1e8
+    assert bench_module._bare_speed([model], torch.device("cuda")) is None
+
+
 def test_the_ceiling_is_measured_on_the_largest_products(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[int, ...]] = set()
 
@@ -109,7 +121,7 @@ def test_the_ceiling_is_measured_on_the_largest_products(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(nn.functional, "linear", linear)
     products = {(100, 64, 64): 10, (100, 64, 32): 10, (10, 8, 8): 20}
-    assert bench_module._ceiling(products, torch.bfloat16, torch.device("cpu")) > 0
+    assert bench_module._products_speed(products, torch.bfloat16, torch.device("cpu")) > 0
     assert seen == {(100, 64, 64), (100, 64, 32)}  # the third is less than a tenth of all
 
 
