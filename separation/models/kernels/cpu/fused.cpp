@@ -72,8 +72,11 @@ int usable() { return Kind::usable(); }
 
 // The largest magnitude of a value in INT8, or 0 if the kind has no integer kernel.
 int integer_limit() {
-    if constexpr (HAS_INT8) return Kind::Int8::LIMIT;
-    return 0;
+    const auto limit = [](auto kind) -> int {  // generic, since otherwise a kind without the kernel does not compile
+        if constexpr (HAS_INT8) return decltype(kind)::Int8::LIMIT;
+        return 0;
+    };
+    return limit(Kind{});
 }
 
 // The size of packed weights [columns, depth].
