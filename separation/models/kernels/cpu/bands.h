@@ -79,8 +79,7 @@ Outcome compute_masks(const float* x, long frames, long bands, const BandNetwork
                 const float* biases = network.biases[layer];
                 const bool is_last = layer + 1 == network.layers;
                 product<Kernel>(Rows<Kernel>{from, row_stride}, block, weights_of<Kernel>(network, layer),
-                                network.sizes[layer], network.sizes[layer + 1],
-                                [&](long row, long column, auto sums) {
+                                network.sizes[layer], network.sizes[layer + 1], [&](long row, long column, auto sums) {
                                     sums = sums.plus(sums.at(biases + column));
                                     if (is_last)
                                         sums.store(last + row * row_stride + column);

@@ -234,8 +234,7 @@ void pack_gated(const float* weights, long products, long channels, float* packe
             for (long half = 0; half < 2; half++)
                 for (long k = 0; k < channels; k++)
                     for (long c = first; c < first + panel; c++)
-                        *packed++ =
-                            c < channels ? weights[((product * channels + k) * 2 + half) * channels + c] : 0.0f;
+                        *packed++ = c < channels ? weights[((product * channels + k) * 2 + half) * channels + c] : 0.0f;
 }
 
 // Four neighbours' contributions to two outputs, `step` apart.
@@ -308,8 +307,7 @@ class Tiles {
                 const long left = channels - c;
                 for (long half = 0; half < 2; half++) {
                     for (long product = 0; product < PRODUCTS; product++)
-                        m[half][product] =
-                            load(results_ + ((product * most_ + tile) * 2 + half) * panel + c - column);
+                        m[half][product] = load(results_ + ((product * most_ + tile) * 2 + half) * panel + c - column);
                     if constexpr (LINES == 4)
                         for (long j = 0; j < COLUMNS; j++) transform_output(m[half] + j, COLUMNS);
                     if constexpr (COLUMNS == 4)
@@ -333,8 +331,8 @@ class Tiles {
     const long most_;
 };
 
-constexpr long MOST_TILES = 64;         // that are computed at a time
-constexpr long INPUT_VALUES = 200000;   // of them: they and the results stay in the L2 cache
+constexpr long MOST_TILES = 64;        // that are computed at a time
+constexpr long INPUT_VALUES = 200000;  // of them: they and the results stay in the L2 cache
 
 template <long LINES, long COLUMNS>
 void convolve_gated(const Gated& s, const float* x, float* out, long threads) {
@@ -375,9 +373,7 @@ class Branch {
 
     const long blocks;
     long hidden_values() const { return blocks * TOKENS * in_.width; }  // of a row
-    long scratch_values() const {
-        return (TOKENS + 2 * dilation_) * channels_ + TOKENS * out_.width + 2 * out_.width;
-    }
+    long scratch_values() const { return (TOKENS + 2 * dilation_) * channels_ + TOKENS * out_.width + 2 * out_.width; }
 
     // The first product, to `hidden` [blocks * TOKENS, in_.width].
     Moments convolve(const Number* x, long block, float* hidden, float* scratch) const {
@@ -487,8 +483,8 @@ void add_branch(Number* x, long rows, long tokens, long channels, const Branch<N
     merge();
     parallel(rows * blocks, threads, [&](long item, long thread) {
         const long row = item / blocks;
-        moments[item] = branch.activate(item % blocks, norms[row], hidden.data() + row * size,
-                                        scratch.data() + thread * space);
+        moments[item] =
+            branch.activate(item % blocks, norms[row], hidden.data() + row * size, scratch.data() + thread * space);
     });
     merge();
     parallel(rows * blocks, threads, [&](long item, long thread) {
@@ -660,8 +656,8 @@ void add_samples(float* out, const Number* x, const float* bias, const float* me
             const Number* from = x + item * s.inputs * s.stride * s.channels + place * s.channels;
             float* to = out + item * s.item_stride + sample;
             for (long c = 0; c < s.channels; c += LANES) {
-                const Floats y = (load(from + c, s.channels - c) + load(bias + c, s.channels - c)) * deviations[item] +
-                              means[item];
+                const Floats y =
+                    (load(from + c, s.channels - c) + load(bias + c, s.channels - c)) * deviations[item] + means[item];
                 for (long i = 0; i < std::min(LANES, s.channels - c); i++) to[(c + i) * s.channel_stride] += y[i];
             }
         }
@@ -786,7 +782,7 @@ int demucs_bias_gelu(void* x, const float* bias, const long* s, long is_bf16, lo
 }
 
 int demucs_bias_glu(void* x, const float* bias, const float* table, void* out, const long* s, long is_bf16,
-                     long threads) {
+                    long threads) {
     return typed(x, is_bf16, [&](auto* at) {
         gate(at, s[0], s[1], bias, table, s[2], s[3], static_cast<decltype(at)>(out), threads);
     });
@@ -810,7 +806,7 @@ int demucs_interleave(void* x, const float* bias, void* skip, void* out, const l
 }
 
 int demucs_pack(const float* x, const float* means, const float* deviations, void* out, const long* s, long is_bf16,
-                 long threads) {
+                long threads) {
     return typed(out, is_bf16, [&](auto* to) {
         const Packed sizes{s[0], s[1], s[2], s[3], s[4], {s[5], s[6], s[7], s[8], s[9]}, s[10], s[11], s[12]};
         pack_rows(x, means, deviations, to, sizes, threads);
@@ -818,7 +814,7 @@ int demucs_pack(const float* x, const float* means, const float* deviations, voi
 }
 
 int demucs_unpack_spectrum(void* x, const float* bias, const float* means, const float* deviations, float* out,
-                            const long* s, long is_bf16, long threads) {
+                           const long* s, long is_bf16, long threads) {
     return typed(x, is_bf16, [&](auto* at) {
         const Unpacked sizes{s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
         unpack_frames(at, bias, means, deviations, out, sizes, threads);
@@ -831,7 +827,7 @@ int demucs_overlap_add(const float* frames, const float* window, float* out, con
 }
 
 int demucs_add_waveform(float* out, void* x, const float* bias, const float* means, const float* deviations,
-                         const long* s, long is_bf16, long threads) {
+                        const long* s, long is_bf16, long threads) {
     return typed(x, is_bf16, [&](auto* at) {
         const Waveform sizes{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
         add_samples(out, at, bias, means, deviations, sizes, threads);
@@ -846,13 +842,12 @@ int demucs_embed(void* x, const float* gain, const float* shift, const float* ta
 }
 
 int demucs_add_norm(float* x, void* y, const float* gain, void* out, const long* s, long is_bf16, long threads) {
-    return typed(y, is_bf16, [&](auto* at) {
-        add_and_normalise(x, at, gain, static_cast<decltype(at)>(out), s, threads);
-    });
+    return typed(y, is_bf16,
+                 [&](auto* at) { add_and_normalise(x, at, gain, static_cast<decltype(at)>(out), s, threads); });
 }
 
 int demucs_add_group_norm(float* x, void* y, const float* gain, const float* norm_gain, const float* norm_shift,
-                           void* out, const long* s, long is_bf16, long threads) {
+                          void* out, const long* s, long is_bf16, long threads) {
     return typed(y, is_bf16, [&](auto* at) {
         const float* tables[] = {gain, norm_gain, norm_shift};
         add_and_normalise_items(x, at, tables, static_cast<decltype(at)>(out), s, threads);

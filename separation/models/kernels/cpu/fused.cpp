@@ -101,7 +101,8 @@ int pack(const float* weights, long columns, long depth, const float* gains, voi
                 Buffer<Weight> rows(Kernel::COLUMNS * stride);
                 Buffer<float> values(stride);
                 for (long block; (block = next()) < blocks;) {
-                    const long start = block * Kernel::COLUMNS, count = std::clamp<long>(columns - start, 0, Kernel::COLUMNS);
+                    const long start = block * Kernel::COLUMNS,
+                               count = std::clamp<long>(columns - start, 0, Kernel::COLUMNS);
                     for (long c = 0; c < count; c++) {
                         const float* from = weights + (start + c) * depth;
                         for (long k = 0; k < depth; k++) values[k] = gains ? from[k] * gains[k] : from[k];
@@ -111,7 +112,8 @@ int pack(const float* weights, long columns, long depth, const float* gains, voi
                         else
                             for (long k = 0; k < stride; k += LANES) store_as(at(values + k), to + k);
                     }
-                    for (long c = count; is_scaled && c < Kernel::COLUMNS; c++) scales[start + c] = 0, starts[start + c] = 0;
+                    for (long c = count; is_scaled && c < Kernel::COLUMNS; c++)
+                        scales[start + c] = 0, starts[start + c] = 0;
                     pack_block<Kernel>(rows, stride, count, depth, static_cast<Weight*>(packed) + start * padded);
                 }
             });

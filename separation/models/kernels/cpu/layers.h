@@ -104,14 +104,15 @@ Outcome compute_layer(float* x, long sequences, long tokens, long sequence_strid
                 }
             for (long start = 0; start < rows; start += BLOCK) {
                 const long block = std::min(BLOCK, rows - start);
-                linear(operands.rounded(static_cast<const Row*>(attended) + start * inner, inner, block, inner), block, layer.out, inner, dim,
+                linear(operands.rounded(static_cast<const Row*>(attended) + start * inner, inner, block, inner), block,
+                       layer.out, inner, dim,
                        [&](long row, long column, auto sums) { add(sums, row_at(start + row), column); });
                 for (long row = 0; row < block; row++) operands.normalise(row, row_at(start + row), dim);
                 linear(operands.rows(), block, layer.up, dim, hidden, [&](long row, long column, auto sums) {
                     sums.through(gelu<Row>).store(up + row * up_stride + column);
                 });
-                linear(operands.rounded(static_cast<const Row*>(up), up_stride, block, hidden), block, layer.down, hidden, dim,
-                       [&](long row, long column, auto sums) { add(sums, row_at(start + row), column); });
+                linear(operands.rounded(static_cast<const Row*>(up), up_stride, block, hidden), block, layer.down,
+                       hidden, dim, [&](long row, long column, auto sums) { add(sums, row_at(start + row), column); });
                 for (long row = 0; layer.norm_gains && row < block; row++)
                     normalise(row_at(start + row), dim, layer.norm_gains);
             }

@@ -1,5 +1,5 @@
-// x86-64 with AMX, such as Xeon servers since Sapphire Rapids. A tile holds 16 rows of 64 bytes; one instruction adds the
-// product of two tiles to 16 x 16 sums.
+// x86-64 with AMX, such as Xeon servers since Sapphire Rapids. A tile holds 16 rows of 64 bytes; one instruction adds
+// the product of two tiles to 16 x 16 sums.
 #pragma once
 
 #include "../instructions.h"
@@ -51,7 +51,8 @@ inline void load_tile(Tile& tile, const void* from, long stride) {
 }
 
 inline void store_tile(const Tile& tile, void* to, long stride) {
-    for (long r = 0; r < tile.rows; r++) std::memcpy(static_cast<char*>(to) + r * stride, tile.bytes[r], tile.row_bytes);
+    for (long r = 0; r < tile.rows; r++)
+        std::memcpy(static_cast<char*>(to) + r * stride, tile.bytes[r], tile.row_bytes);
 }
 
 inline float widened(bf16 half) {

@@ -24,7 +24,8 @@ struct Bf16Matrices {
         std::memcpy(left, &a, sizeof a);
         std::memcpy(right, &b, sizeof b);
         for (int i = 0; i < 4; i++)
-            for (int u = 0; u < UNIT; u++) sums[i] += widened(left[i / 2 * UNIT + u]) * widened(right[i % 2 * UNIT + u]);
+            for (int u = 0; u < UNIT; u++)
+                sums[i] += widened(left[i / 2 * UNIT + u]) * widened(right[i % 2 * UNIT + u]);
 #endif
     }
 
