@@ -21,6 +21,7 @@ from separation.models.base import Identity, SeparationModel, Transform
 from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.roformer_gpu import GpuBandSplit, GpuLayer, GpuMaskEstimator, GpuNorm, GpuTransformer
+from separation.models.kernels.rotation import rotated_estimator, rotated_split, rotated_transformer
 from separation.models.layers import (
     Attention,
     BandSplit,
@@ -183,18 +184,33 @@ class RoFormer(SeparationModel):
     def fuse(self, precision: torch.dtype) -> None:
         """Replace the layers by those of kernels/fused.py, which compute in float32, bfloat16 or int8 on the CPU.
 
+        For int8, features are rotated so that none is an outlier; see kernels/rotation.py.
         Raises NotFusedError for unsupported sizes and layers; the model is then unchanged.
         """
-        layers = [
-            nn.ModuleList(FusedTransformer(transformer, precision) for transformer in block)
-            for block in cast(Iterable[Iterable[Transformer]], self.layers)
-        ]
-        split = FusedBandSplit(cast(BandSplit, self.band_split), precision)
-        estimators = [
-            FusedMaskEstimator(self.final_norm, each, precision)
-            for each in cast(Iterable[MaskEstimator], self.mask_estimators)
-        ]
-        self.band_split, self.layers, self.mask_estimators = split, nn.ModuleList(layers), nn.ModuleList(estimators)
+        # Gains at the end of a transformer, as in MelBand-RoFormer, do not commute with a rotation of all features.
+        all_features = precision == torch.int8 and isinstance(self.final_norm, RMSNorm)
+
+        def fused(transformer: Transformer) -> FusedTransformer:
+            if precision == torch.int8:
+                transformer = rotated_transformer(transformer, features=all_features)
+            return FusedTransformer(transformer, precision)
+
+        def fused_estimator(estimator: MaskEstimator) -> FusedMaskEstimator:
+            norm = self.final_norm
+            if all_features:
+                norm, estimator = rotated_estimator(cast(RMSNorm, norm), estimator)
+            return FusedMaskEstimator(norm, estimator, precision)
+
+        blocks = cast(Iterable[Iterable[Transformer]], self.layers)
+        layers = [nn.ModuleList(map(fused, block)) for block in blocks]
+        split = cast(BandSplit, self.band_split)
+        fused_split = FusedBandSplit(rotated_split(split) if all_features else split, precision)
+        estimators = list(map(fused_estimator, cast(Iterable[MaskEstimator], self.mask_estimators)))
+        self.band_split, self.layers, self.mask_estimators = (
+            fused_split,
+            nn.ModuleList(layers),
+            nn.ModuleList(estimators),
+        )
         self.final_norm = nn.Identity()  # the mask estimators include it
 
     def fuse_for_gpu(self, dtype: torch.dtype) -> None:
