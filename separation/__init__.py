@@ -11,6 +11,12 @@ import sys
 if os.path.basename(sys.argv[0] if sys.argv else "") in ("-m", "separation", "separation.exe"):
     import separation.cli.start  # noqa: F401
 
+# Makes PyTorch's idle threads sleep instead of spin. Spinning threads take the cores from the fused layers' threads and
+# from other processes: two songs at once took longer than one after the other. PyTorch reads this on import, so if it
+# has been imported, the variable would only affect the processes that this one starts.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -56,6 +56,35 @@ def pins() -> dict[str, Requirement]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Import
+
+
+@pytest.mark.parametrize(
+    "before, own, expected",
+    [
+        ("", None, "passive"),
+        ("", "active", "active"),
+        ("import torch", None, "None"),  # it would only affect the processes that this one starts
+    ],
+)
+def test_importing_the_package_makes_idle_threads_sleep_unless_it_is_too_late_or_the_user_says_otherwise(
+    before: str, own: str | None, expected: str
+) -> None:
+    code = f"""
+import os, sys
+{before}
+loaded_before = "torch" in sys.modules
+import separation
+print(os.environ.get("OMP_WAIT_POLICY"))
+assert ("torch" in sys.modules) == loaded_before  # PyTorch reads the variable when it is imported
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": own} if own else {}
+    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == [expected], run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Dependencies
 
 

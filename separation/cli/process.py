@@ -21,9 +21,6 @@ def run() -> NoReturn:
     out, sys.stdout = _forgiving(sys.stdout, 1)
     _, sys.stderr = _forgiving(sys.stderr, 2)
     sys.unraisablehook = _print_unraisable
-    # Makes PyTorch's idle threads sleep instead of spin. Spinning threads take the cores from the fused layers' threads
-    # and from other processes: two songs at once took longer than one after the other. PyTorch reads this on import.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     main = import_module("separation.cli.main").main
     try:
         stopping.began = True

@@ -5,9 +5,10 @@ of the fades. An identity model therefore returns its input, and a gain error in
 stepped. Memory holds a few batches of chunks and the samples that the next chunk may still change, however long the
 song is. Nothing here depends on which model it is.
 
-The sums are kept on the model's device; only finished samples leave it. A CUDA GPU works ahead of the caller: while the
-caller uses one block, the next batch is computed, the one after that is queued, and a third is read. All copies go
-through page-locked memory, and the next batch is queued before anything waits for the current one.
+The sums are kept on the model's device; only finished samples leave it. On a CPU, two batches may be computed at a time
+(see engine/pairs.py). A CUDA GPU works ahead of the caller: while the caller uses one block, the next batch is
+computed, the one after that is queued, and a third is read. All copies go through page-locked memory, and the next
+batch is queued before anything waits for the current one.
 
 On a CUDA GPU all batches of a song have the same shape: a batch with silent chunks and the last batch are padded with
 zeros. A chunk is then rounded in the same way wherever it lies in the song and whatever ran before.
@@ -19,7 +20,7 @@ from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from separation.audio.waveform import Readable
 from separation.engine.batch_memory import FittingModel, Model
 from separation.engine.chunk_plan import Chunk, ChunkBatch, ChunkPlan, fades, read_extended
 from separation.engine.compute_thread import ComputeThread, compute_thread
+from separation.engine.pairs import in_pairs
 from separation.errors import EstimateError
 from separation.progress import Progress
 from separation.system.threads import Threads
@@ -51,6 +53,7 @@ class ReadyModel:
         device: what the model runs on. On a CUDA GPU, the device's compute thread calls the model.
         spare: returns a model that replaces this one for the rest of a song, from the first batch with NaN or Inf;
             called when that happens.
+        in_pairs: two batches are computed at a time, each on half of the CPU's threads.
     """
 
     model: Model
@@ -58,6 +61,7 @@ class ReadyModel:
     batch_size: int = 1
     device: torch.device = CPU
     spare: Callable[[], Model] | None = None
+    in_pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def separate(
     with (
         closing(_read_batches(source, plan, batches, ready.device)) as read,
         closing(
-            _working_ahead(start, read, ready.device) if _works_ahead(ready.device) else _in_turn(start, read)
+            _working_ahead(start, read, ready.device)
+            if _works_ahead(ready.device)
+            else _in_turn(start, read, n_paired=len(batches) // 2 * 2 if ready.in_pairs else 0)
         ) as finished,
     ):
         progress(0)
@@ -173,9 +179,16 @@ def _prefetched(items: Generator[T]) -> Generator[T]:
 # Computing
 
 
-def _in_turn(start: Callable[[], "_SongRun"], batches: Iterable[_Batch]) -> Generator[Tensor]:
-    """The samples that each batch finishes, `[S, C, n]` on the CPU; n may be 0."""
+def _in_turn(start: Callable[[], "_SongRun"], batches: Iterator[_Batch], *, n_paired: int) -> Generator[Tensor]:
+    """The samples that each batch finishes, `[S, C, n]` on the CPU; n may be 0.
+
+    The first `n_paired` batches are computed two at a time. A last one on its own gets all threads.
+    """
     run = start()
+    if n_paired:
+        with closing(in_pairs(run.start, islice(batches, n_paired))) as pairs:
+            for started in pairs:
+                yield run.add(run.checked(started))()
     for batch in batches:
         yield run.add(run.checked(run.start(batch)))()
 

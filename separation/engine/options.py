@@ -19,8 +19,8 @@ class EngineOptions:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `auto`, `fp32`, `bf16`, `fp16`, or `int8` for RoFormers on a CPU.
         attention: `auto` or a name in `separation.models.attention.NAMES`.
-        batch_size: chunks computed at once, or `auto`: 1 on a CPU, 4 on an Apple GPU, and on a CUDA GPU as many as fit
-            into a third of its total memory, at most 8.
+        batch_size: chunks in a batch, or `auto`: 1 on a CPU, 4 on an Apple GPU, and on a CUDA GPU as many as fit into a
+            third of its total memory, at most 8. A CPU computes two batches at a time; see `engine/pairs.py`.
         chunk_seconds: 4 to 30, or `auto` for the length that each model was trained on. Models that only take chunks of
             their own length (Demucs, MDX23C) always keep it.
         overlap_seconds: 1 to 8 and shorter than a chunk, or `auto` for half a chunk. If `chunk_seconds` is a number,

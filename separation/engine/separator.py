@@ -25,6 +25,7 @@ from separation.engine.compute_thread import compute_thread
 from separation.engine.encoders import Encoders
 from separation.engine.gpu_models import on_stereo
 from separation.engine.options import EngineOptions
+from separation.engine.pairs import pairs_help
 from separation.engine.pool import LoadedModels, ModelPool, Models
 from separation.engine.recipes import Estimate, Recipe, Run, load_recipe, one_model
 from separation.engine.song_context import song_context
@@ -310,7 +311,13 @@ class Separator:
     def _ready(self, model: SeparationModel, plan: ChunkPlan) -> ReadyModel:
         """The model, ready to run over batches of chunks of that plan."""
         if self.device.type != "cuda":
-            return ReadyModel(on_stereo(model), len(model.stems), self.fixed_batch_size or 1, self.device)
+            return ReadyModel(
+                on_stereo(model),
+                len(model.stems),
+                self.fixed_batch_size or 1,
+                self.device,
+                in_pairs=self.device.type == "cpu" and pairs_help(),
+            )
         samples = plan.whole_chunk_input_samples
         return compute_thread(self.device).run(self._on_gpu.get, model, samples, self.batch_size, self.device)
 

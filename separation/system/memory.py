@@ -1,9 +1,11 @@
-"""Recognises out-of-memory errors of Python, PyTorch, oneDNN, C++ and the dynamic linker."""
+"""Recognises out-of-memory errors of Python, PyTorch, oneDNN, C++ and the dynamic linker; reads the memory's size."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from separation.errors import EstimateError, SeparationError
 
@@ -14,6 +16,18 @@ _MESSAGE = re.compile(
     r"|error return without exception set",  # an import that was cut short
     re.IGNORECASE,
 )
+
+# Where Linux shows a container's limit: cgroups of version 2 and 1.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def total_memory_bytes() -> int:
+    """This computer's memory, or the limit of its container if that is lower; 0 if the system does not report it."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # Windows
+        return 0
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [path.read_text(encoding="ascii").strip() for path in CONTAINER_LIMITS if path.exists()]
+    return min([total, *(int(limit) for limit in limits if limit.isdecimal())])  # else it is "max"
 
 
 def lacks_memory(error: BaseException) -> bool:

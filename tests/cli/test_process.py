@@ -161,23 +161,6 @@ def test_signals_that_the_parent_process_ignores_stay_ignored(number: signal.Sig
     assert (run.returncode, err.splitlines()) == (0, ["2 songs: 2 skipped"])
 
 
-@pytest.mark.parametrize("own, expected", [(None, "passive"), ("active", "active")])
-def test_idle_threads_sleep_unless_the_user_says_otherwise(own: str | None, expected: str) -> None:
-    code = """
-import os, runpy, sys
-sys.argv = ["separation", "models", "list"]
-try:
-    runpy.run_module("separation", run_name="__main__")
-except SystemExit:
-    assert "torch" not in sys.modules  # which reads the variable when it is imported
-    print(os.environ["OMP_WAIT_POLICY"])
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": own} if own else {}
-    run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert run.stdout.splitlines()[-1:] == [expected], run.stderr
-
-
 def test_a_reader_that_goes_away_causes_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     with started("models", "list") as run:

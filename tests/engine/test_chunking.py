@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -428,6 +428,58 @@ def test_an_abandoned_song_leaves_no_thread(order: str) -> None:
     assert bool(threads) == (order == "ahead")
     blocks.close()
     assert not threads
+
+
+# Two batches at a time, as on a CPU with several threads
+
+
+@pytest.mark.parametrize("reflects_border", [True, False])
+@pytest.mark.parametrize("length", [1, 16, 25, 33, 257, 1000])
+def test_batches_in_pairs_give_the_same_samples_as_in_turn(length: int, reflects_border: bool) -> None:
+    mixture = torch.randn(2, length)
+    mixture[:, length // 3 : length // 2] = 0
+    plan = ChunkPlan(16, 8, reflects_border)
+    for batch_size in (1, 4):
+        in_turn = two(two_stems, batch_size)
+        shares: list[float] = []
+        progress = Progress(lambda share, stage, shares=shares: shares.append(share))
+        result = run(mixture, plan, replace(in_turn, in_pairs=True), Level(0.1, 0.7), progress)
+        assert torch.equal(result, run(mixture, plan, in_turn, Level(0.1, 0.7)))
+        assert shares == sorted(shares) and (shares[0], shares[-1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("n_chunks, alone", [(1, 1), (2, 0), (3, 1), (6, 0), (7, 1)])
+def test_the_last_of_an_odd_number_of_batches_is_computed_alone_on_all_threads(n_chunks: int, alone: int) -> None:
+    seen: list[tuple[bool, int]] = []
+    caller, n_threads = threading.get_ident(), torch.get_num_threads()
+
+    def model(batch: Tensor) -> Tensor:
+        seen.append((threading.get_ident() == caller, torch.get_num_threads()))
+        return batch.unsqueeze(1)
+
+    run(torch.randn(1, 100 * n_chunks), ChunkPlan(100, 0), replace(one_stem(model), in_pairs=True))
+    assert seen == [(False, -(-n_threads // 2))] * (n_chunks - alone) + [(True, n_threads)] * alone
+
+
+def test_nan_from_a_model_in_pairs_is_an_error_that_says_where() -> None:
+    def broken(batch: Tensor) -> Tensor:
+        return torch.where(batch == 7, torch.nan, batch).unsqueeze(1)
+
+    mixture = torch.ones(1, 1000)
+    mixture[:, 650] = 7
+    others = OtherThreads()
+    with pytest.raises(EstimateError, match="gave NaN or Inf between samples 600 and 700"):
+        run(mixture, ChunkPlan(100, 0), replace(one_stem(broken), in_pairs=True))
+    assert not others
+
+
+def test_an_abandoned_song_in_pairs_leaves_no_thread() -> None:
+    others = OtherThreads()
+    blocks = separate(replace(one_stem(identity), in_pairs=True), ones(1000), ChunkPlan(100, 50))
+    next(blocks)
+    assert others
+    blocks.close()
+    assert not others
 
 
 # A GPU's memory

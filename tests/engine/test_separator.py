@@ -110,6 +110,29 @@ def test_the_batch_size_on_a_cpu_is_1_unless_another_is_chosen(pool: ModelPool) 
         assert (ready.model, ready.batch_size) == (separator.models["demo"], expected)
 
 
+def test_on_a_cpu_batches_are_computed_in_pairs_where_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    separator = Separator.from_model(random_model(("left", "right")))
+    (model,), (plan,) = separator.models.values(), separator.plans.values()
+    for helps in (False, True):
+        monkeypatch.setattr("separation.engine.separator.pairs_help", lambda helps=helps: helps)
+        assert separator._ready(model, plan).in_pairs is helps
+
+
+def test_stems_do_not_depend_on_pairs_nor_on_pytorchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    separator = Separator.from_model(random_model(("left", "right")), options=QUICK)
+    noise = torch.randn(2, 300_000) * 0.1
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count, helps in ((1, False), (2, False), (2, True), (5, True)):
+            torch.set_num_threads(count)
+            monkeypatch.setattr("separation.engine.separator.pairs_help", lambda helps=helps: helps)
+            results.append(separator.separate(noise)["left"])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert (result - results[0]).abs().max() <= 1e-6 * results[0].abs().max()
+
+
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
     separator = Separator("demo", "all_4", pool=pool, options=QUICK)
     loud, quiet = separator.separate(clip[:, :150_000]), separator.separate(clip[:, :150_000] * 1e-3)

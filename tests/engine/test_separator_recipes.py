@@ -23,7 +23,11 @@ from separation.evaluation.metrics import sdr
 from separation.models.bs_roformer import BSRoFormer
 
 
-def test_each_model_of_a_recipe_has_its_own_normalisation_and_chunks(clip: Tensor, tmp_path: Path) -> None:
+def test_each_model_of_a_recipe_has_its_own_normalisation_and_chunks(
+    clip: Tensor,
+    tmp_path: Path,
+    one_thread: None,  # chunks in their order
+) -> None:
     first, second = Recorder("first", ("vocals",), 100_000), StandardRecorder("second", ("bass", "drums"), 78_000)
     pool = LoadedModels({"first": first, "second": second})
     recipe = resolve("test", "test", {"drums": "second", "vocals": "first", "bass": "second"})

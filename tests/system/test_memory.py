@@ -18,7 +18,8 @@ from separation.cli.main import main
 from separation.engine.options import EngineOptions
 from separation.errors import AudioError
 from separation.models.bs_roformer import BSRoFormer
-from separation.system.memory import enough_memory, lacks_memory
+from separation.system import memory
+from separation.system.memory import enough_memory, lacks_memory, total_memory_bytes
 
 HUGE = 2**60
 
@@ -120,3 +121,19 @@ def test_too_little_memory_to_import_pytorch_is_one_line(tmp_path: Path) -> None
     assert run.returncode == 2
     assert run.stderr.startswith("error: the program needs more memory than this computer has free (")
     assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/meminfo")
+def test_the_memory_is_the_computers_or_its_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kib = int(Path("/proc/meminfo").read_text().splitlines()[0].split()[1])
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTAINER_LIMITS", (limit, tmp_path / "missing"))
+    assert total_memory_bytes() == kib * 1024
+    for text, expected in (("max", kib * 1024), (str(2**63), kib * 1024), ("123456789", 123456789)):
+        limit.write_text(text + "\n")
+        assert total_memory_bytes() == expected
+
+
+def test_the_memory_of_a_system_that_does_not_report_it_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf_names", {}, raising=False)
+    assert total_memory_bytes() == 0
