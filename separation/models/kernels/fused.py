@@ -6,13 +6,17 @@ float32. layers.py is the reference in PyTorch.
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from separation.models.kernels.native import CODES, PANEL, NotFusedError, library
+from separation.models.kernels.thread_choice import ThreadChoice
 from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
+
+_THREADS = ThreadChoice()
 
 
 class _Linear(ctypes.Structure):
@@ -139,8 +143,9 @@ class FusedTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1
         cosines, sines = self._angles(x.shape[1])
+        functions = library().functions
         for layer in self._layers:
-            library().functions.transformer_layer(
+            arguments = (
                 x.data_ptr(),
                 *x.shape[:2],
                 *x.stride()[:2],
@@ -148,8 +153,9 @@ class FusedTransformer(nn.Module):
                 cosines.data_ptr(),
                 sines.data_ptr(),
                 CODES[self._precision],
-                torch.get_num_threads(),
             )
+            key = (*x.shape, *x.stride(), self._precision)
+            _THREADS.run(key, torch.get_num_threads(), partial(functions.transformer_layer, *arguments))
         return x
 
 

@@ -55,8 +55,13 @@ struct VectorKernel : Instructions {
     }
 
     static long operations(long rounds) {
-        Sums sums[R][V] = {};
+        Sums start = {}, sums[R][V];
         Vector a[2] = {}, b[V] = {};
+        hide(start);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < V; c++) sums[r][c] = start += 1;  // different, since equal ones are computed once
         for (long round = 0; round < rounds; round++) {
             hide(a), hide(b);
 #pragma GCC unroll 16
@@ -65,8 +70,10 @@ struct VectorKernel : Instructions {
                 for (int v = 0; v < V; v++) Instructions::add(sums[r][v], a[r % 2], b[v]);
         }
         Sums total = {};
-        for (auto& row : sums)
-            for (Sums each : row) total += each;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < V; c++) total += sums[r][c];
         hide(total);
         return rounds * R * V * LANES * Instructions::UNIT * 2;
     }
