@@ -1,5 +1,6 @@
-"""Models with a faster core for CUDA GPUs in 16-bit precisions, beside their plain layers."""
+"""Models with a faster core for CUDA GPUs in 16-bit precisions and for CPUs, beside their plain layers."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, cast
@@ -8,13 +9,17 @@ import torch
 from torch import Tensor
 
 from separation.models.base import SeparationModel
-from separation.models.kernels.registry import triton_fault
+from separation.models.kernels.native import library
+from separation.models.kernels.registry import cpu_fault, triton_fault
+
+logger = logging.getLogger("separation")
 
 
 class GpuCoreModel(SeparationModel):
     """A model whose `forward` uses `_gpu_core` where that is not None.
 
-    The core is made from the model's weights when they arrive on a GPU in 16 bits, and made again when they change.
+    The core is made from the model's weights when they arrive on a GPU in 16 bits, and made again when they change. On
+    a CPU, `fuse_for_cpu` makes it.
     A forward therefore allocates no weights and can be captured as a CUDA graph.
     """
 
@@ -22,6 +27,9 @@ class GpuCoreModel(SeparationModel):
     _gpu_core: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None
     # The lowest compute capability for which `_gpu_core` is used. Triton's products need tensor cores of 8.0.
     lowest_capability: ClassVar[tuple[int, int]] = (7, 5)
+
+    # The precisions in which `fuse_for_cpu` replaces the plain layers, by layers that compute in float32.
+    cpu_core_precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
 
     @abstractmethod
     def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
@@ -35,6 +43,19 @@ class GpuCoreModel(SeparationModel):
     def fuse_for_gpu(self, dtype: torch.dtype) -> None:
         self.to_precision(dtype)
         self._gpu_core = self.make_gpu_core()
+
+    def fuse_for_cpu(self) -> None:
+        fault = cpu_fault()
+        if not fault and self.precision == torch.bfloat16 and library().kind.name == "amx":
+            fault = "AMX computes bfloat16 faster"
+        if fault:
+            logger.info(f"{self.name}: using plain layers ({fault})")
+        elif self.precision in self.cpu_core_precisions:
+            self._gpu_core = self.make_cpu_core()
+
+    @abstractmethod
+    def make_cpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+        """The core for a CPU, in float32, made from the current weights."""
 
     def to_precision(self, dtype: torch.dtype) -> None:
         super().to_precision(dtype)

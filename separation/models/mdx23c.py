@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from separation.models.base import Identity, Transform
 from separation.models.gpu_core import GpuCoreModel
 from separation.models.kernels.mdx23c_gpu import GpuMDX23C
+from separation.models.kernels.unet_cpu import for_cpu
 from separation.models.layers import GroupNorm
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
@@ -70,6 +71,7 @@ class MDX23C(GpuCoreModel):
     )
     KEY_PATTERNS = (r"encoder_blocks\.0\.tfc_tdf\.blocks\.0\.tdf\.2\.weight", r"bottleneck_block\.blocks\.0\..*")
     CAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    cpu_core_precisions = (torch.float32, torch.bfloat16)  # Winograd's convolution outruns a direct one in bfloat16
     normalisation = "none"  # its residual path is linear, and it was trained on tracks at their original level
     fixed_chunk = True  # its norms are over a whole chunk
 
@@ -145,6 +147,10 @@ class MDX23C(GpuCoreModel):
 
     def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
         return GpuMDX23C(self, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
+
+    def make_cpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+        layers = for_cpu(self)
+        return GpuMDX23C(layers, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
 
     @property
     def cast_weight(self) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from separation.models.base import Identity, Transform
 from separation.models.gpu_core import GpuCoreModel
 from separation.models.kernels.scnet_gpu import GpuSCNet
+from separation.models.kernels.unet_cpu import for_cpu
 from separation.models.layers import GroupNorm, join_weights
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
@@ -138,6 +139,10 @@ class SCNet(GpuCoreModel):
 
     def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
         return GpuSCNet(self, (_fourier, _inverse_fourier), num_stems=self.config.num_stems)
+
+    def make_cpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+        layers = for_cpu(self, but=Fusion)
+        return GpuSCNet(layers, (_fourier, _inverse_fourier), num_stems=self.config.num_stems, for_cpu=True)
 
     @property
     def cast_weight(self) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.kernels.registry import ops
+from separation.models.kernels.registry import cpu_fault, ops
+from separation.models.kernels.unet_cpu import over_bins
 from separation.models.kernels.unet_ops import ELU, GELU, RELU
 from separation.models.layers import GroupNorm
 
@@ -146,14 +147,23 @@ def _over_bins(x: Tensor, weight: Tensor) -> Tensor:
     if not CHANNELS_LAST:
         return F.linear(x, weight)
     frames = _frames(x)
+    if _is_float_on_cpu(x) and not cpu_fault():
+        summed: Tensor = over_bins(frames, weight).unflatten(0, (len(x), -1))
+        return summed.permute(0, 3, 1, 2)
     y: Tensor = torch.bmm(weight.expand(len(frames), -1, -1), frames).unflatten(0, (len(x), -1))
     return y.permute(0, 3, 1, 2)
 
 
 def _add_over_bins(y: Tensor, x: Tensor, weight: Tensor) -> None:
     """Add a linear layer over the bins of each frame of `x` to `y` in place."""
-    if CHANNELS_LAST:
+    if CHANNELS_LAST and _is_float_on_cpu(x) and not cpu_fault():
+        over_bins(_frames(x), weight, _frames(y))
+    elif CHANNELS_LAST:
         frames = _frames(x)
         _frames(y).baddbmm_(weight.expand(len(frames), -1, -1), frames)
     else:
         y.flatten(0, 2).addmm_(x.flatten(0, 2), weight.T)
+
+
+def _is_float_on_cpu(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"

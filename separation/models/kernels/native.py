@@ -139,7 +139,13 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.packed_bytes.argtypes, functions.packed_bytes.restype = [long, long, long], long
     functions.operations_per_second.argtypes = [long, long, double]
     functions.operations_per_second.restype = double
+    functions.unet_packed_size.argtypes, functions.unet_packed_size.restype = [long, long], long
     arguments = {
+        "unet_pack": [pointer, long, long, pointer, long],
+        "unet_convolve": [pointer, pointer, pointer, pointer, pointer, long],
+        "unet_moments": [pointer, long, long, pointer, long],
+        "unet_normalise": [pointer, pointer, long, long, long, ctypes.c_float, pointer, long],
+        "unet_over_bins": [pointer, pointer, pointer, pointer, long],
         "pack": [pointer, long, long, pointer, pointer, pointer, pointer, long, long],
         "transformer_layer": [pointer, long, long, long, long, pointer, pointer, pointer, long, long],
         "attention": [pointer, pointer, pointer, pointer, pointer, pointer, long, long],

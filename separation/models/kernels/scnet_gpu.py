@@ -5,6 +5,7 @@ Axes: B batch, S stem, C channel, F bin, N frame, D feature.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from separation.models.kernels.registry import ops
+from separation.models.kernels.unet_cpu import Convolution, is_winograd
 from separation.models.kernels.unet_ops import GELU, NONE
 
 # The most hidden features for which the LSTM is our kernel. It reads all weights once per step and 64 sequences, so
@@ -22,16 +24,19 @@ MOST_LSTM_FEATURES = 256
 class GpuSCNet:
     """The network on the given layers' weights, some of them rearranged.
 
-    `fourier` are the Fourier transform along N and its inverse.
+    `fourier` are the Fourier transform along N and its inverse. With `for_cpu`, the layers are those of unet_cpu.py,
+    and PyTorch computes the LSTMs.
     """
 
-    def __init__(self, layers: nn.Module, fourier: Sequence[Callable[[Tensor], Tensor]], *, num_stems: int) -> None:
+    def __init__(
+        self, layers: nn.Module, fourier: Sequence[Callable[[Tensor], Tensor]], *, num_stems: int, for_cpu: bool = False
+    ) -> None:
         parts: dict[str, Any] = dict(layers.named_children())
         self._num_stems, self._fourier = num_stems, fourier
         self._encoder = [_Encoder(each) for each in parts["encoder"]]
         paths = parts["separation_net"]["dp_modules"]
-        self._dual_paths = [[_Sequences(path, i) for i in range(2)] for path in paths]
-        self._decoder = [_Decoder(fuse, upsample) for fuse, upsample in parts["decoder"]]
+        self._dual_paths = [[_Sequences(path, i, for_cpu) for i in range(2)] for path in paths]
+        self._decoder = [_Decoder(fuse, upsample, for_cpu) for fuse, upsample in parts["decoder"]]
 
     def __call__(self, spectrum: Tensor, outputs: tuple[int, ...]) -> Tensor:
         """The mixture's spectrogram `[B, C, F, N, 2]` to the stems' `[B, S, C, N, F, 2]`, both in float32."""
@@ -68,8 +73,10 @@ class _Encoder:
         self._compressions = encoder.SDlayer["convs"]
         self._branches = [[_Branch(layer) for layer in convolve.layers] for convolve in encoder.conv_modules]
         for layer in (*self._compressions, encoder.globalconv):
+            if isinstance(layer, Convolution):
+                continue
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-        self.dtype: torch.dtype = encoder.globalconv.weight.dtype
+        self.dtype: torch.dtype = self._compressions[0].weight.dtype
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """`[B, F, N, D]` to the next step's input, the skip connection, and each band's bins after and before."""
@@ -123,12 +130,12 @@ class _Branch:
 class _Sequences:
     """A norm, LSTM and linear layer of a `DualPath`: along bins if `which` is 0, along frames if it is 1."""
 
-    def __init__(self, path: Any, which: int) -> None:
+    def __init__(self, path: Any, which: int, for_cpu: bool) -> None:
         self._axis = 1 + which
         norm, self._lstm, self._linear = path.norm_layers[which], path.lstm_layers[which], path.linear_layers[which]
         self._gain, self._bias = norm.weight, norm.bias
         hidden = self._lstm.hidden_size
-        self._uses_kernel = hidden <= MOST_LSTM_FEATURES and hidden % 16 == 0
+        self._uses_kernel = not for_cpu and hidden <= MOST_LSTM_FEATURES and hidden % 16 == 0
         if self._uses_kernel:
             directions = self._lstm.all_weights
             self._inputs = torch.cat([weight for weight, _, _, _ in directions])
@@ -153,16 +160,18 @@ class _Sequences:
 class _Decoder:
     """A step of the decoder."""
 
-    def __init__(self, fuse: Any, upsample: Any) -> None:
+    def __init__(self, fuse: Any, upsample: Any, for_cpu: bool) -> None:
         layers = cast(Iterable[Any], upsample.convtrs)
         self._upsample = upsample
-        self._weight = fuse.weight.contiguous(memory_format=torch.channels_last)
-        self._bias = fuse.conv.bias
+        weight, bias = fuse.weight.contiguous(memory_format=torch.channels_last), fuse.conv.bias
+        self._fuse: Callable[[Tensor], Tensor] = partial(F.conv2d, weight=weight, bias=bias, padding=1)
+        if for_cpu and is_winograd(weight.shape):
+            self._fuse = Convolution(weight, bias)
         for layer in layers:
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, x: Tensor, skip: Tensor, sizes: list[int], sizes_before: list[int]) -> Tensor:
         """`[B, F, N, D]` to the bins before the encoder's step, with the next step's features."""
         joined = torch.add(x, skip, out=torch.empty_like(skip)).permute(0, 3, 1, 2)
-        y = F.glu(F.conv2d(joined, self._weight, self._bias, padding=1).permute(0, 2, 3, 1), dim=-1)
+        y = F.glu(self._fuse(joined).permute(0, 2, 3, 1), dim=-1)
         return _features_last(self._upsample(y.permute(0, 3, 1, 2), sizes, sizes_before))

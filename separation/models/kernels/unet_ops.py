@@ -1,6 +1,7 @@
 """The operations between the matrix products of MDX23C and SCNet on a GPU: references in plain PyTorch.
 
-The Triton kernels of the same names are in unet_triton.py. Norms and sums are in float32; results are rounded once.
+The Triton kernels of the same names are in unet_triton.py, those for CPUs in unet_cpu.py. Norms and sums are in
+float32; results are rounded once.
 Axes: B batch, R rows that are normalised separately, N positions, F bin, D feature, H hidden feature.
 """
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from separation.models.kernels.registry import operation
 
+CPU = "separation.models.kernels.unet_cpu"
 EPS = 1e-5  # of all norms
 NONE, GELU, RELU, ELU = range(4)
 ACTIVATIONS: dict[int, Callable[[Tensor, float], Tensor]] = {
@@ -22,7 +24,7 @@ ACTIVATIONS: dict[int, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-@operation("moments(Tensor x, bool whole) -> Tensor")
+@operation("moments(Tensor x, bool whole) -> Tensor", cpu=CPU)
 def moments(x: Tensor, whole: bool) -> Tensor:
     """Mean and variance of each feature of `[B, N, D]`, or if `whole` of all together: `[B, 2, D]` in float32."""
     axes = (1, 2) if whole else (1,)
@@ -30,7 +32,7 @@ def moments(x: Tensor, whole: bool) -> Tensor:
     return torch.cat([mean, variance], dim=1).expand(-1, -1, x.shape[2]).contiguous()
 
 
-@operation("normalise(Tensor x, Tensor[] norm, int activation, float alpha, ScalarType dtype) -> Tensor")
+@operation("normalise(Tensor x, Tensor[] norm, int activation, float alpha, ScalarType dtype) -> Tensor", cpu=CPU)
 def normalise(x: Tensor, norm: list[Tensor], activation: int, alpha: float, dtype: torch.dtype) -> Tensor:
     """Apply a norm and an activation to `[B, N, D]`. The result has the strides of `x`.
 

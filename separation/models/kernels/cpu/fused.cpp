@@ -13,6 +13,7 @@
 #include "layers.h"
 
 #include "demucs.h"
+#include "unet.h"
 
 namespace {
 
