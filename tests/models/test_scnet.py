@@ -152,7 +152,8 @@ def test_the_track_is_normalised_if_the_yaml_says_so(
     stems = Separator.from_model(model, options=EngineOptions(chunk_seconds=8, overlap_seconds=4)).separate(mixture)
     mono = mixture.mean(0)
     expected = (mixture - mono.mean()) / mono.std() if normalize else mixture
-    assert (seen[0][0, :, 4 * 44_100 :][:, :100_000] - expected).abs().max() <= 1e-5
+    # Two threads may compute the chunks in any order. Only the first has the whole song, after its border.
+    assert min((chunk[0, :, 4 * 44_100 :][:, :100_000] - expected).abs().max() for chunk in seen) <= 1e-5
     assert all((stem - mixture).abs().max() <= 1e-5 for stem in stems.values())
 
 
