@@ -23,9 +23,9 @@ constexpr long HEIGHT = 12;  // rows of a result that a product computes at once
 #else
 constexpr long HEIGHT = 6;  // with 16
 #endif
-constexpr long MOST_TILES = 48;  // of a block, whose transforms a thread keeps in its caches
+constexpr long MOST_TILES = 48;                         // of a block, whose transforms a thread keeps in its caches
 constexpr float NEAR = 0.70710678f, FAR = 1.41421356f;  // the points
-constexpr long STATISTIC_ROWS = 64;  // of a block, which is read twice
+constexpr long STATISTIC_ROWS = 64;                     // of a block, which is read twice
 
 inline void transform_input(const Floats* d, long stride, Floats* v, long v_stride) {
     const auto in = [&](long i) { return d[i * stride]; };
@@ -229,7 +229,8 @@ int unet_moments(const float* x, long rows, long features, float* moments, long 
     // Chan, Golub and LeVeque's sum: squares within the blocks plus squares of the blocks' means.
     for (long block = 0; block < blocks; block++)
         for (long c = 0; c < features; c++)
-            sums[c] += double(parts[block * 2 * features + c]) * std::min(STATISTIC_ROWS, rows - block * STATISTIC_ROWS);
+            sums[c] +=
+                double(parts[block * 2 * features + c]) * std::min(STATISTIC_ROWS, rows - block * STATISTIC_ROWS);
     for (long block = 0; block < blocks; block++)
         for (long c = 0; c < features; c++) {
             const double distance = parts[block * 2 * features + c] - sums[c] / rows;
