@@ -322,12 +322,12 @@ def test_unsupported_layers_fall_back_and_the_reason_is_logged(
     architecture: Any = ARCHITECTURES[family]
     save_file(architecture(architecture.Config(**hyper), identity(["vocals"])).state_dict(), weights)
     with caplog.at_level(logging.INFO):
-        model = load_model(path, checkpoint=weights, precision="bf16")
-    assert f"attention itemwise (not fused: {reason}" in caplog.text
+        model = load_model(path, checkpoint=weights, precision="fp32")
+    assert f"attention sdpa (not fused: {reason}" in caplog.text
     with torch.inference_mode():
         assert torch.isfinite(model(torch.randn(1, 2, 4096))).all()
     with pytest.raises(InputError, match=r"cannot use attention 'fused' .* use auto"):
-        load_model(path, checkpoint=weights, precision="bf16", attention="fused")
+        load_model(path, checkpoint=weights, precision="fp32", attention="fused")
 
 
 @needs_fused
@@ -338,8 +338,9 @@ def test_int8_is_used_only_if_requested_and_only_by_fused_layers(caplog: pytest.
         got = {name: model(chunk)[0].flatten(0, 1) for name, model in estimates.items()}
     precisions = {name: model.precision for name, model in estimates.items()}
     assert precisions == {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
-    assert 40 < sdr(got["fp32"], got["int8"]) < sdr(got["fp32"], got["bf16"])
+    assert 40 < sdr(got["fp32"], got["int8"]) < 70  # above, it would be another float
+    assert 40 < sdr(got["fp32"], got["bf16"]) < 70
     assert caplog.text == ""
     plain = load_model("demo", precision="int8", attention="einsum")
     assert caplog.messages == ["demo computes in floats, not in int8 (attention einsum: requested)"]
-    assert plain.precision == torch.bfloat16 and choose("cpu").precision == torch.bfloat16
+    assert plain.precision == choose("cpu").precision != torch.int8
