@@ -104,6 +104,7 @@ inline void configure(long rows) {
     const long upper = std::min(rows, 16L), lower = rows - upper;
     const long counts[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
     for (int t = 0; t < 8; t++) config.rows[t] = counts[t], config.row_bytes[t] = counts[t] ? 64 : 0;
+    hide(config);  // all of it must be in memory: g++ takes the instruction to read only the first bytes
     TILES_CONFIGURE(config);
     configured_rows = rows;
 }
