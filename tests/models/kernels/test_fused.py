@@ -12,10 +12,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from helpers.arm import ArmKernels, needs_arm
 from helpers.fused import every_kind, needs_fused, use_kind
 from helpers.small_model import identity
 from separation.checkpoints.load import load_model
-from separation.cpu import Kind
+from separation.cpu import KINDS, Kind
 from separation.device import choose
 from separation.errors import InputError
 from separation.evaluation.metrics import sdr
@@ -124,9 +125,27 @@ def with_rounded_operands(transformer: Transformer, limit: int, floats: torch.dt
     return reference
 
 
+def make_transformer_of_one_part(part: str, dim: int, heads: int, dim_head: int) -> Transformer:
+    """The other part adds nothing: otherwise the rounding of one part would change the input of the other."""
+    transformer = make_transformer(dim, heads, dim_head, with_all=True)
+    attention, feed_forward = transformer.layers[0]
+    other = feed_forward.net[4] if part == "attention" else attention.to_out[0]
+    other.weight.zero_(), other.bias.zero_()
+    transformer.norm = nn.Identity()
+    return transformer
+
+
+def tokens_of_three_levels(sequences: int, tokens: int, dim: int) -> Tensor:
+    levels = torch.tensor([1e-3, 0.1, 10.0])[torch.arange(tokens) % 3, None]
+    return torch.randn(sequences, tokens, dim) * levels
+
+
+PARTS = {"attention": 0.005, "feed-forward": 0.001}  # the error that is allowed in int8; without rounding it is 0.01
+
+
 @needs_fused
 @every_kind
-@pytest.mark.parametrize("part, error", [("attention", 0.005), ("feed-forward", 0.001)])  # without rounding 0.01
+@pytest.mark.parametrize("part, error", PARTS.items())
 @pytest.mark.parametrize("sequences, tokens", [(1, 1), (3, 62), (2, 300), (5, 33)])
 @pytest.mark.parametrize("sizes", [(64, 2, 64), (72, 4, 32), (96, 3, 96)])  # features, heads, features per head
 def test_a_fused_transformer_in_int8_equals_a_plain_one_with_rounded_operands(
@@ -141,17 +160,37 @@ def test_a_fused_transformer_in_int8_equals_a_plain_one_with_rounded_operands(
     if "int8" not in kind.precisions:
         pytest.skip(f"{kind.name} has no integer kernel")
     limit = use_kind(kind, monkeypatch).functions.integer_limit()
-    transformer = make_transformer(*sizes, with_all=True)
-    attention, feed_forward = transformer.layers[0]
-    other = feed_forward.net[4] if part == "attention" else attention.to_out[0]
-    other.weight.zero_(), other.bias.zero_()  # otherwise the rounding of one part would change the input of the other
-    transformer.norm = nn.Identity()
-    levels = torch.tensor([1e-3, 0.1, 10.0])[torch.arange(tokens) % 3, None]
-    x = torch.randn(sequences, tokens, sizes[0]) * levels
+    transformer = make_transformer_of_one_part(part, *sizes)
+    x = tokens_of_three_levels(sequences, tokens, sizes[0])
     with torch.inference_mode():
         expected = with_rounded_operands(transformer, limit, float_precisions(kind)[-1])(x) - x
         got = FusedTransformer(transformer, torch.int8)(x.clone()) - x
     assert relative_error(got, expected) < error
+
+
+@pytest.mark.slow
+@needs_arm
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name) for kind in KINDS if kind.machine == "aarch64"])
+def test_the_kernels_for_arm_equal_the_references_on_an_emulated_cpu(kind: Kind, tmp_path: Path) -> None:
+    kernels = ArmKernels(kind, tmp_path)
+    transformer = make_transformer(64, 2, 32, with_all=True)
+    transformer.norm = nn.Identity()
+    x = torch.randn(2, 33, 64)
+    with torch.inference_mode():
+        for dtype in float_precisions(kind):
+            got = kernels.transformer(transformer, x, dtype) - x
+            assert relative_error(got, transformer(x) - x) < ERRORS[dtype], dtype
+            q, k, v = torch.randn(3, 2, 2, 33, 32).to(dtype)
+            expected = einsum_attention(*(each.float() for each in (q, k, v)))
+            assert relative_error(kernels.attention(q, k, v), expected) < ERRORS[dtype], dtype
+        if "int8" not in kind.precisions:
+            return
+        x = tokens_of_three_levels(2, 33, 64)
+        for part, error in PARTS.items():
+            transformer = make_transformer_of_one_part(part, 64, 2, 32)
+            reference = with_rounded_operands(transformer, kernels.integer_limit(), float_precisions(kind)[-1])
+            got = kernels.transformer(transformer, x, torch.int8) - x
+            assert relative_error(got, reference(x) - x) < error, part
 
 
 @needs_fused
