@@ -14,7 +14,7 @@ from helpers.fused import needs_fused
 from helpers.small_model import HYPER_PARAMETERS, chunks, small_model, write_yaml
 from separation.cli.main import main
 from separation.evaluation import bench as bench_module
-from separation.models.attention import itemwise_attention
+from separation.models.attention import choose_attention, itemwise_attention
 from separation.models.layers import Attention
 
 
@@ -34,7 +34,8 @@ def engine(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
 def test_the_engines_figures_are_consistent(capsys: pytest.CaptureFixture[str]) -> None:
     chunks = ("--chunk-size", "4", "--overlap", "1")
     found = engine(capsys, "--recipe", "demo", "--stems", "all_4", "--precision", "fp32", *chunks)
-    assert found["models"] == {"demo": "sdpa"} and found["weights"] == "own"
+    expected = choose_attention("auto", torch.device("cpu"), torch.float32).name
+    assert found["models"] == {"demo": expected} and found["weights"] == "own"
     assert found["chunk_seconds"] == {"demo": 4} and found["overlap_seconds"] == {"demo": 1}
     assert found["chunks"] == 2  # from -1 to 3 s and from 2 to 6 s: 5 s of music with 1 s of reflection at both ends
     assert len(found["run_seconds"]) == 3
