@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from separation.models.kernels.native import library
+from separation.models.kernels.native import check, library
 
 # Winograd's transform of a filter of three taps, for two outputs at a time.
 _FILTER = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
@@ -18,8 +18,7 @@ def _call(name: str, *arguments: Tensor | None, sizes: Sequence[int], dtype: tor
     pointers = (ctypes.c_void_p(None if argument is None else argument.data_ptr()) for argument in arguments)
     counts = (ctypes.c_long * len(sizes))(*sizes)
     options = ctypes.c_long(dtype == torch.bfloat16), ctypes.c_long(torch.get_num_threads())
-    if getattr(library().functions, f"demucs_{name}")(*pointers, counts, *options):
-        raise MemoryError("the C++ layers cannot allocate memory: close other programs, or choose a smaller batch size")
+    check(getattr(library().functions, f"demucs_{name}")(*pointers, counts, *options))
 
 
 def pack(x: Tensor, stats: list[Tensor], stride: int, padding: int, rows: int, dtype: torch.dtype) -> Tensor:

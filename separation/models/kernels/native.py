@@ -159,6 +159,11 @@ def _declare(functions: ctypes.CDLL) -> None:
 
 
 def _check(result: int, function: object, arguments: tuple[object, ...]) -> int:
+    check(result)
+    return result
+
+
+def check(result: int) -> None:
+    """Raise MemoryError if a function of the library returned that it could not allocate memory."""
     if result == _OUT_OF_MEMORY:
         raise MemoryError("the C++ layers cannot allocate memory: close other programs, or choose a smaller batch size")
-    return result

@@ -48,6 +48,13 @@ inline Vector load(const void* from) {
 inline Floats at(const float* from) { return load<Floats>(from); }
 inline Floats at(const bf16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Bits) << 16); }
 
+inline float widened(bf16 half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 template <class Vector>
 inline void store(Vector vector, void* to) {
     std::memcpy(to, &vector, sizeof vector);

@@ -55,13 +55,6 @@ inline void store_tile(const Tile& tile, void* to, long stride) {
         std::memcpy(static_cast<char*>(to) + r * stride, tile.bytes[r], tile.row_bytes);
 }
 
-inline float widened(bf16 half) {
-    const uint32_t bits = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 inline int32_t widened(uint8_t byte) { return byte; }
 inline int32_t widened(int8_t byte) { return byte; }
 

@@ -28,14 +28,6 @@ struct Bf16Matrices {
                 sums[i] += widened(left[i / 2 * UNIT + u]) * widened(right[i % 2 * UNIT + u]);
 #endif
     }
-
- private:
-    static float widened(bf16 half) {
-        const uint32_t bits = uint32_t(half) << 16;
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        return value;
-    }
 };
 
 struct ByteMatrices {
