@@ -11,11 +11,10 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
+#include "memory.h"
 #include "vectors.h"
 
 namespace demucs {
@@ -30,29 +29,23 @@ constexpr long TOKENS = 48;       // of a block: a multiple of the rows of each 
 constexpr long VALUES = 1 << 14;  // that a thread takes at a time
 constexpr float EPS = 1e-5f;
 
-// Calls `work(item, thread)` for each of `count` items on `threads` threads.
+// Calls `work(item, thread)` for each of `count` items on `threads` threads. Throws std::bad_alloc if one of them does.
 template <class Work>
-void parallel(long count, long threads, Work work) {
-    std::atomic<long> taken{0};
-    auto run = [&](long thread) {
-        for (long item = taken++; item < count; item = taken++) work(item, thread);
-    };
-    std::vector<std::thread> others;
-    others.reserve(std::max(0L, threads));
-    try {
-        for (long t = 1; t < std::min(threads, count); t++) others.emplace_back(run, t);
-    } catch (const std::system_error&) {  // fewer threads do all the work
-    }
-    run(0);
-    for (auto& other : others) other.join();
+void each_item(long count, long threads, Work work) {
+    std::atomic<long> started{0};
+    const Outcome outcome = parallel(count, threads, [&](auto next) {
+        const long thread = started++;
+        for (long item; (item = next()) < count;) work(item, thread);
+    });
+    if (outcome == OUT_OF_MEMORY) throw std::bad_alloc();
 }
 
 // Calls `work(first, stop)` for ranges of rows of `size` values.
 template <class Work>
 void parallel_rows(long rows, long size, long threads, Work work) {
     const long step = std::max(1L, VALUES / std::max(1L, size));
-    parallel((rows + step - 1) / step, threads,
-             [&](long item, long) { work(item * step, std::min(rows, (item + 1) * step)); });
+    each_item((rows + step - 1) / step, threads,
+              [&](long item, long) { work(item * step, std::min(rows, (item + 1) * step)); });
 }
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
@@ -345,7 +338,7 @@ void convolve_gated(const Gated& s, const float* x, float* out, long threads) {
     const long parts = (tiles + most - 1) / most;
     const long space = s.products() * most * (s.channels + 2 * vectors * LANES);
     std::vector<float> scratch(threads * space);
-    parallel(s.batch * lines * parts, threads, [&](long item, long thread) {
+    each_item(s.batch * lines * parts, threads, [&](long item, long thread) {
         const long first = item % parts * most, line = item / parts % lines, image = item / parts / lines;
         const long size = s.lines * s.positions * s.channels;
         const Tiles<LINES, COLUMNS> some(s, most, scratch.data() + thread * space);
@@ -459,7 +452,7 @@ void add_branch(Number* x, long rows, long tokens, long channels, const Branch<N
     std::vector<float> hidden((by_row ? threads : rows) * size), scratch(threads * space);
     std::vector<Moments> moments((by_row ? threads : rows) * blocks);
     if (by_row) {
-        parallel(rows, threads, [&](long row, long thread) {
+        each_item(rows, threads, [&](long row, long thread) {
             Number* at = x + row * tokens * channels;
             float *own = hidden.data() + thread * size, *free = scratch.data() + thread * space;
             Moments* each = moments.data() + thread * blocks;
@@ -475,19 +468,19 @@ void add_branch(Number* x, long rows, long tokens, long channels, const Branch<N
     auto merge = [&] {
         for (long row = 0; row < rows; row++) norms[row] = merged(moments.data() + row * blocks, blocks);
     };
-    parallel(rows * blocks, threads, [&](long item, long thread) {
+    each_item(rows * blocks, threads, [&](long item, long thread) {
         const long row = item / blocks;
         moments[item] = branch.convolve(x + row * tokens * channels, item % blocks, hidden.data() + row * size,
                                         scratch.data() + thread * space);
     });
     merge();
-    parallel(rows * blocks, threads, [&](long item, long thread) {
+    each_item(rows * blocks, threads, [&](long item, long thread) {
         const long row = item / blocks;
         moments[item] =
             branch.activate(item % blocks, norms[row], hidden.data() + row * size, scratch.data() + thread * space);
     });
     merge();
-    parallel(rows * blocks, threads, [&](long item, long thread) {
+    each_item(rows * blocks, threads, [&](long item, long thread) {
         const long row = item / blocks;
         branch.add(x + row * tokens * channels, item % blocks, norms[row], hidden.data() + row * size,
                    scratch.data() + thread * space);
@@ -621,7 +614,7 @@ void unpack_frames(const Number* x, const float* bias, const float* means, const
 void add_frames(const float* frames, const float* window, float* out, const long* sizes, long threads) {
     const long rows = sizes[0], count = sizes[1], n = sizes[2], hop = sizes[3], crop = sizes[4], length = sizes[5];
     const long hops = (length + hop - 1) / hop;
-    parallel(rows * hops, threads, [&](long item, long) {
+    each_item(rows * hops, threads, [&](long item, long) {
         const long row = item / hops, start = item % hops * hop, stop = std::min(length, start + hop);
         for (long sample = start; sample < stop;) {  // up to where a frame starts or ends
             const long place = sample + crop;
@@ -718,7 +711,7 @@ void add_and_normalise_items(float* x, const Number* y, const float* const* tabl
     const long batch = sizes[0], tokens = sizes[1], dim = sizes[2], blocks = (tokens + TOKENS - 1) / TOKENS;
     std::vector<Moments> moments(batch * blocks), norms(batch);
     auto each_block = [&](auto work) {
-        parallel(batch * blocks, threads, [&](long item, long) {
+        each_item(batch * blocks, threads, [&](long item, long) {
             const long start = item % blocks * TOKENS, first = item / blocks * tokens + start;
             work(item, first, std::min(TOKENS, tokens - start));
         });
