@@ -38,6 +38,7 @@ from separation.errors import CheckpointError, InputError
 from separation.models.attention import LAYER_BACKENDS, AttentionChoice, choose_attention, requested_attention
 from separation.models.base import Origin, SeparationModel
 from separation.models.kernels.native import NotFusedError, library
+from separation.models.kernels.registry import cpu_fault
 
 logger = logging.getLogger("separation")
 
@@ -117,6 +118,7 @@ def load_model(
     model = model.to(device)
     if device.type == "cpu" and requested_attention(attention) in ("auto", "fused"):
         model.fuse_for_cpu()
+        model.cpu_kind = None if cpu_fault() else library().kind.name
     if model.is_half and not model.fits(torch.float16):
         logger.info(f"{model.name}: computes in bfloat16, because its weights exceed the range of float16")
         del model

@@ -60,6 +60,7 @@ class EstimateSettings:
             "normalisation": model.normalisation,
             "precision": str(model.precision).removeprefix("torch."),
             "attention": model.attention,
+            "cpu_kind": model.cpu_kind,
             "device": identity(self._device),
             "batch_size": self._batch_size or "auto",
             "chunk_samples": plan.chunk_samples,

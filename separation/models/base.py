@@ -118,6 +118,7 @@ class SeparationModel(nn.Module):
     head_size: int | None = None  # features per head; None if no attention of the model takes a backend
     precision: torch.dtype = torch.float32  # in which the model computes
     attention: str | None = None  # the name of its attention backend
+    cpu_kind: str | None = None  # the kind of CPU whose kernels it uses, if any: kinds round differently
     origin: Origin | None = None  # None if the weights do not come from a checkpoint
     # The indices of the computed outputs, in the order of the estimates. Empty if they are not computed separately.
     _outputs: tuple[int, ...] = ()

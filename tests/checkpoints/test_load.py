@@ -34,6 +34,8 @@ from separation.device import PRECISIONS
 from separation.errors import CheckpointError, InputError, RecipeError
 from separation.models import ARCHITECTURES
 from separation.models.base import SeparationModel
+from separation.models.kernels.native import library
+from separation.models.kernels.registry import cpu_fault
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,6 +136,17 @@ def test_device_and_precision_are_auto_or_a_known_name(tmp_path: Path, state: di
         load_model(config, checkpoint=path, precision="fp8")
     with pytest.raises(InputError, match="abacus"):
         load_model(config, checkpoint=path, device="abacus")
+
+
+def test_a_model_names_the_kind_of_cpu_only_if_it_uses_its_kernels(
+    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = write_weights(state, tmp_path / "x.ckpt"), write_yaml(tmp_path)
+    kind = None if cpu_fault() else library().kind.name
+    assert load_model(model, checkpoint=path).cpu_kind == kind
+    assert load_model(model, checkpoint=path, attention="sdpa").cpu_kind is None
+    monkeypatch.setenv("SEPARATION_ATTENTION", "sdpa")
+    assert load_model(model, checkpoint=path).cpu_kind is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

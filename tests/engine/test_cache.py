@@ -36,6 +36,7 @@ from separation.engine.cache import ENGINE, LIMIT_GIB, LOCK, chosen_cache, defau
 from separation.engine.cached_estimates import EstimateSettings
 from separation.engine.options import EngineOptions
 from separation.engine.recipes import Recipe, resolve
+from separation.models.attention import choose_attention
 from separation.system.locks import lock
 
 RATE = 44100
@@ -228,7 +229,10 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "batch_size": [(HIT, ("--batch-size", "1")), (MISS, ("--batch-size", "2"))],
     "device": [(not torch.cuda.is_available(), ("--device", "auto"))],
     "precision": [(MISS, ("--precision", "bf16"))],
-    "attention": [(HIT, ("--attention", "sdpa")), (MISS, ("--attention", "einsum"))],
+    "attention": [
+        (HIT, ("--attention", choose_attention("auto", torch.device("cpu"), torch.float32).name)),
+        (MISS, ("--attention", "einsum")),
+    ],
 }
 
 

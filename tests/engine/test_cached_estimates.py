@@ -20,17 +20,21 @@ VOCALS = Estimate(Run("m", MIXTURE), "vocals")
 AGAIN = Estimate(Run("m", ((VOCALS, 1.0),)), "vocals")
 
 
-def settings(weights: dict[str, str], device: str = "cpu", batch_size: int | None = 1) -> EstimateSettings:
+def settings(
+    weights: dict[str, str], device: str = "cpu", batch_size: int | None = 1, cpu_kind: str | None = None
+) -> EstimateSettings:
     model = random_model(("vocals", "drums"), name="m")
+    model.cpu_kind = cpu_kind
     checksums = {part: (lambda checksum=checksum: checksum) for part, checksum in weights.items()}
     model.origin = Origin(architecture="bs_roformer", hyper_parameters={}, stems=model.stems, weights=checksums)
     return EstimateSettings({"m": model}, {"m": PLAN}, torch.device(device), batch_size)
 
 
-def test_the_device_and_the_batch_size_are_part_of_the_settings() -> None:
+def test_the_device_the_kind_of_cpu_and_the_batch_size_are_part_of_the_settings() -> None:
     here = settings({"0": "aa"}).of(VOCALS, {})
     for name, other in (
         ("device", settings({"0": "aa"}, "mps")),
+        ("cpu_kind", settings({"0": "aa"}, cpu_kind="avx2")),
         ("batch_size", settings({"0": "aa"}, batch_size=None)),
     ):
         there = other.of(VOCALS, {})
