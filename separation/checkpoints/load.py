@@ -38,7 +38,6 @@ from separation.errors import CheckpointError, InputError
 from separation.models.attention import LAYER_BACKENDS, AttentionChoice, choose_attention, requested_attention
 from separation.models.base import Origin, SeparationModel
 from separation.models.kernels.native import NotFusedError, library
-from separation.models.kernels.registry import cpu_fault
 
 logger = logging.getLogger("separation")
 
@@ -118,7 +117,7 @@ def load_model(
     model = model.to(device)
     if device.type == "cpu" and requested_attention(attention) in ("auto", "fused"):
         model.fuse_for_cpu()
-        model.cpu_kind = None if cpu_fault() else library().kind.name
+        model.cpu_kind = _cpu_kind()
     if model.is_half and not model.fits(torch.float16):
         logger.info(f"{model.name}: computes in bfloat16, because its weights exceed the range of float16")
         del model
@@ -131,6 +130,14 @@ def load_model(
             attention=attention,
         )
     return model
+
+
+def _cpu_kind() -> str | None:
+    """The kind of CPU that there are kernels for here, if any."""
+    try:
+        return library().kind.name
+    except NotFusedError:
+        return None
 
 
 @functools.cache  # one warning, however often a file is loaded
