@@ -1,6 +1,6 @@
 """The container's predictor: typed inputs -> Separator -> stem files. No signal processing here.
 
-Cog parses the signature of `predict` without running it, so every default, choice and range is a plain literal. Only
+Cog parses the signature of `run` without running it, so every default, choice and range is a plain literal. Only
 Cog fills in the defaults: a caller from Python passes all arguments.
 """
 
@@ -8,11 +8,11 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import List  # noqa: UP035  # Cog's parser needs this spelling
 
-from cog import BasePredictor, Input, Path
+from cog import BaseRunner, Input, Path
 from cog.types import URLPath
 
 from separation import EngineOptions, ModelPool, OutputOptions, Separator
@@ -27,13 +27,13 @@ from separation.web.limits import max_mib, max_seconds
 from separation.web.remote import BLOCK_BYTES, Allowed, download
 
 
-class Predictor(BasePredictor):  # type: ignore[misc]  # cog has no types
+class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
     def setup(self) -> None:
         """Load and warm up the models of vocals_instrumental and all_4. Other stems load theirs on first use."""
         self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"
         self.max_seconds, self.max_mib = max_seconds(), max_mib()
         self.allowed = Allowed.from_environment()
-        # Cog would download URLs with this method before `predict` starts: from any address, without a size limit,
+        # Cog would download URLs with this method before `run` starts: from any address, without a size limit,
         # impossible to cancel, and leaving a partial file on failure. Return the URL instead; `_receive` downloads it.
         URLPath.convert = lambda self: self
         self.folder = _new_folder()
@@ -42,9 +42,14 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog has no types
         print(self.pool.choice.reason)
         Separator(self.recipe, "all_4", pool=self.pool).warm_up()
 
-    def predict(
+    @property  # a method of this name would be Cog's old name for `run`, which must not exist beside it
+    def predict(self) -> Callable[..., list[Path]]:
+        """`run` under its old name, for callers from Python."""
+        return self.run
+
+    def run(
         self,
-        audio: Path = Input(description="Audio file to separate (WAV, MP3, FLAC, OGG, etc.)"),
+        audio: Path = Input(description="Audio file to separate (WAV, MP3, FLAC, OGG, etc.)", accept="audio/*,video/*"),
         stems: str = Input(
             description="Which stems to extract",
             default="vocals_instrumental",

@@ -1,17 +1,14 @@
-"""cog.yaml, predict.py as seen by Cog's static parser, and the Predictor called from Python."""
+"""cog.yaml, the inputs of predict.py, and the Predictor called from Python."""
 
-import ast
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import predict
+from helpers.cog_rules import read_runner
 from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
 from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
 from separation.checkpoints.catalogue import files_for, read_config
@@ -43,7 +41,11 @@ from separation.models.base import SeparationModel
 SCHEMA = SHARED / "schema" / "cog_config_schema_v1.0.json"
 # The published contract: (name, type, keywords of Input). The first six never change.
 INPUTS: list[tuple[str, str, dict[str, Any]]] = [
-    ("audio", "Path", {"description": "Audio file to separate (WAV, MP3, FLAC, OGG, etc.)"}),
+    (
+        "audio",
+        "Path",
+        {"description": "Audio file to separate (WAV, MP3, FLAC, OGG, etc.)", "accept": "audio/*,video/*"},
+    ),
     (
         "stems",
         "str",
@@ -107,12 +109,11 @@ def test_cog_yaml_is_valid_against_cogs_schema(config: dict[str, Any]) -> None:
 def test_the_image_has_what_the_project_needs(config: dict[str, Any]) -> None:
     build = config["build"]
     assert build["gpu"] is True
-    assert build["cuda"] == "13.0"
+    assert build["cuda"] == "12.8"
     assert build["python_version"] == "3.11"
     assert build["python_requirements"] == "requirements.txt"
-    assert "python_packages" not in build
     assert {"ffmpeg", "gcc"} <= set(build["system_packages"])
-    assert config["predict"] == "predict.py:Predictor"
+    assert config["run"] == "predict.py:Predictor"
     pins = (PROJECT / "requirements.txt").read_text(encoding="utf-8").split()
     assert f"cog=={build['sdk_version']}" in pins
 
@@ -229,64 +230,13 @@ def test_the_other_weights_of_the_image_are_not_hashed_again(
             fetch(baked)
 
 
-# predict.py as seen by Cog's static parser
+# predict.py as seen by Cog's static parser; tests/served/test_schema.py has the rest
 
 
-def methods() -> dict[str, ast.FunctionDef]:
-    tree = ast.parse((PROJECT / "predict.py").read_text(encoding="utf-8"))
-    (predictor,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Predictor")
-    assert [ast.unparse(base) for base in predictor.bases] == ["BasePredictor"]
-    return {node.name: node for node in predictor.body if isinstance(node, ast.FunctionDef)}  # excludes async methods
-
-
-def inputs() -> list[tuple[ast.arg, ast.Call]]:
-    arguments = methods()["predict"].args
-    assert not (arguments.posonlyargs or arguments.kwonlyargs or arguments.vararg or arguments.kwarg)
-    calls = []
-    for call in arguments.defaults:
-        assert isinstance(call, ast.Call) and ast.unparse(call.func) == "Input" and not call.args
-        calls.append(call)
-    return list(zip(arguments.args[1:], calls, strict=True))
-
-
-def plain_literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.List):
-        return [plain_literal(item) for item in node.elts]
-    assert isinstance(node, ast.Constant), f"{ast.unparse(node)} in line {node.lineno} is not a plain literal"
-    return node.value
-
-
-def test_the_signature_is_the_contract_in_plain_literals() -> None:
-    found = [
-        (
-            argument.arg,
-            ast.unparse(argument.annotation),
-            {word.arg: plain_literal(word.value) for word in call.keywords},
-        )
-        for argument, call in inputs()
-        if argument.annotation is not None
-    ]
+def test_the_inputs_are_the_contract() -> None:
+    source = (PROJECT / "predict.py").read_text(encoding="utf-8")
+    found = [(name, kind, keywords) for name, (kind, keywords) in read_runner(source, "Predictor").inputs.items()]
     assert found == INPUTS
-    returned = methods()["predict"].returns
-    assert returned is not None and ast.unparse(returned) == "List[Path]"
-
-
-def test_inputs_have_no_comments_or_joined_strings() -> None:
-    with (PROJECT / "predict.py").open("rb") as file:
-        tokens = [token for token in tokenize.tokenize(file.readline) if token.type != tokenize.NL]
-    for _, call in inputs():
-        assert call.end_lineno is not None and call.end_col_offset is not None
-        start, end = (call.lineno, call.col_offset), (call.end_lineno, call.end_col_offset)
-        kinds = [token.type for token in tokens if start <= token.start < end]
-        assert set(kinds) <= {tokenize.NAME, tokenize.OP, tokenize.STRING, tokenize.NUMBER}
-        assert (tokenize.STRING, tokenize.STRING) not in list(itertools.pairwise(kinds))
-
-
-def test_setup_and_predict_are_plain_methods() -> None:
-    for name in ("setup", "predict"):
-        method = methods()[name]
-        assert not method.decorator_list
-        assert not any(isinstance(node, ast.Yield | ast.YieldFrom | ast.Await) for node in ast.walk(method))
 
 
 # The Predictor called from Python
