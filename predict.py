@@ -9,7 +9,6 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import closing
 from typing import List  # noqa: UP035  # Cog's parser needs this spelling
 
 from cog import BaseRunner, Input, Path
@@ -21,10 +20,10 @@ from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.device import peak_memory_bytes
 from separation.engine.cache import chosen_cache
 from separation.engine.recipes import Recipe, load_recipe
-from separation.errors import AudioError, InputError, RecipeError
+from separation.errors import InputError, RecipeError
 from separation.web.errors import errors_without_paths
 from separation.web.limits import max_mib, max_seconds
-from separation.web.remote import BLOCK_BYTES, Allowed, download
+from separation.web.remote import BLOCK_BYTES, Allowed, download, save
 
 
 class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
@@ -142,13 +141,8 @@ def _receive(audio: object, folder: str, max_mib: float, allowed: Allowed) -> Pa
     if not isinstance(audio, URLPath):
         return Path(audio)
     name = audio.filename.strip(".") or "song"  # Cog removes slashes; without its dots, it is not `..` either
-    song, n_bytes = Path(folder, name), 0
-    with song.open("wb") as file, closing(_content(audio, name, allowed)) as content:
-        for block in content:
-            n_bytes += len(block)
-            if n_bytes > max_mib * 2**20:
-                raise AudioError(f"{name!r} has more than {max_mib:,g} MiB, the limit here: send a smaller file")
-            file.write(block)
+    song = Path(folder, name)
+    save(lambda: _content(audio, name, allowed), song, max_mib)
     return song
 
 

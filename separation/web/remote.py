@@ -7,14 +7,17 @@ Behind a proxy (http_proxy, https_proxy), the proxy connects and decides what it
 here is checked all the same.
 """
 
+import logging
 import os
 import socket
 import threading
-from collections.abc import Generator
-from contextlib import suppress
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -24,13 +27,14 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
-from separation.errors import InputError
+from separation.errors import AudioError, InputError
 from separation.settings import switch
 from separation.web.errors import log_traceback
 
 LOCAL, PRIVATE = "SEPARATION_LOCAL_URLS", "SEPARATION_PRIVATE_URLS"
 DOWNLOAD_SECONDS = 600.0  # for the whole download
 SILENT_SECONDS = 10.0  # to connect, and between two bytes
+RETRY_SECONDS = 0.5  # before a download that broke off is tried once more
 MAX_REDIRECTS = 10
 BLOCK_BYTES = 1 << 16
 
@@ -46,6 +50,9 @@ METADATA = {
 }
 
 
+logger = logging.getLogger("separation")
+
+
 @dataclass(frozen=True)
 class Allowed:
     """The addresses that songs may come from, besides public ones."""
@@ -59,18 +66,49 @@ class Allowed:
         return cls(switch(LOCAL, default=False), switch(PRIVATE, default=True))
 
 
+class BrokenOffError(InputError):
+    """A download failed in a way that another try may mend."""
+
+
+def save(content: Callable[[], Generator[bytes, None, None]], path: Path, max_mib: float) -> None:
+    """Write what `content` yields to a file. If that breaks off, it is called once more, and the file starts anew.
+
+    Raises AudioError if there are more than `max_mib` MiB, and what `content` raises.
+    """
+    try:
+        _write(content(), path, max_mib)
+    except BrokenOffError as e:
+        logger.warning("%s; trying once more", str(e).partition(": ")[0])
+        time.sleep(RETRY_SECONDS)
+        try:
+            _write(content(), path, max_mib)
+        except BrokenOffError as again:
+            raise InputError(str(again)) from again
+
+
+def _write(blocks: Generator[bytes, None, None], path: Path, max_mib: float) -> None:
+    n_bytes = 0
+    with path.open("wb") as file, closing(blocks):
+        for block in blocks:
+            n_bytes += len(block)
+            if n_bytes > max_mib * 2**20:
+                raise AudioError(f"{path.name!r} has more than {max_mib:,g} MiB, the limit here: send a smaller file")
+            file.write(block)
+
+
 def download(url: str, name: str, allowed: Allowed) -> Generator[bytes, None, None]:
     """Yield the content behind an http or https URL block by block. `name` is the song's name in errors.
 
-    Raises InputError if the address is not allowed or the download fails.
+    Raises InputError if the address is not allowed or the download fails: a BrokenOffError if the connection failed or
+    the web server has an error of its own (5xx).
     """
     with _Guard(name, allowed) as guard, _session(guard) as session:
         try:
-            response = session.get(url, stream=True, timeout=SILENT_SECONDS)
-            response.raise_for_status()
-            response.raw.decode_content = True
-            while block := response.raw.read1(BLOCK_BYTES):
-                yield block
+            with session.get(url, stream=True, timeout=SILENT_SECONDS) as response:
+                response.raise_for_status()
+                response.raw.decode_content = True
+                while block := response.raw.read1(BLOCK_BYTES):
+                    yield block
             guard.check_time()  # a connection cut at the deadline can look like the end of the file
         except InputError:
             raise
@@ -81,7 +119,11 @@ def download(url: str, name: str, allowed: Allowed) -> Generator[bytes, None, No
             log_traceback()
             status = getattr(getattr(e, "response", None), "status_code", None)
             reason = f"the web server answers {status}" if status else type(e).__name__
-            raise InputError(f"{name!r} could not be downloaded ({reason}): check the URL") from e
+            # Errors of the URL itself are ValueErrors: another try would fail in the same way.
+            may_pass = status >= 500 if status else not isinstance(e, ValueError)
+            raise (BrokenOffError if may_pass else InputError)(
+                f"{name!r} could not be downloaded ({reason}): check the URL"
+            ) from e
 
 
 def kind_of_address(address: Address) -> str:

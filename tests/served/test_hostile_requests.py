@@ -57,7 +57,7 @@ class Web(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
         elif self.path in ("/gzip", "/packed-song"):
             self.send_header("Content-Encoding", "gzip")
-        elif self.path == "/short":
+        elif self.path == "/short" or (self.path == "/once-short" and self.requested.count(self.path) == 1):
             self.send_header("Content-Length", str(10 * 2**30))
         self.end_headers()
         try:
@@ -212,6 +212,13 @@ def test_a_failed_download_has_a_one_line_error(
     url: str, reason: str, server: HostileServer, web: tuple[str, list[str]]
 ) -> None:
     assert f"InputError: {reason}: check the URL" in error(server, url.replace("{web}", web[0]))
+
+
+def test_a_download_that_breaks_off_once_is_started_anew(server: HostileServer, web: tuple[str, list[str]]) -> None:
+    prediction = answer(server, f"{web[0]}/once-short")
+    assert prediction["status"] == "succeeded"
+    assert "'once-short' could not be downloaded (ProtocolError); trying once more\n" in prediction["logs"]
+    assert web[1].count("/once-short") == 2
 
 
 # Limits

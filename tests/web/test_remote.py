@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from helpers.served_process import Receiver
-from separation.errors import InputError
+from separation.errors import AudioError, InputError
 from separation.web import remote
-from separation.web.remote import Allowed, download, kind_of_address
+from separation.web.remote import Allowed, download, kind_of_address, save
 
 ALL = Allowed(local=True)
 
@@ -360,21 +360,65 @@ def test_the_body_of_a_redirect_is_not_read(monkeypatch: pytest.MonkeyPatch) -> 
             assert fetched(url) == b"a song"
 
 
-def test_a_download_that_breaks_off_is_an_error() -> None:
-    class Short(BaseHTTPRequestHandler):
+@contextmanager
+def failing_server(*answers: tuple[int, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """Answers in turn, and the last answer again and again; a status of 0 sends too little. Yields URL and requests."""
+    requested: list[str] = []
+
+    class Failing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # http.server's name
-            self.send_response(200)
-            self.send_header("Content-Length", "100")
+            status, body = answers[min(len(requested), len(answers) - 1)]
+            requested.append(self.path)
+            self.send_response(status or 200)
+            self.send_header("Content-Length", str(len(body) if status else 100))
             self.end_headers()
-            self.wfile.write(b"short")
+            self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Log nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Short) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()
         try:
-            with pytest.raises(InputError, match="could not be downloaded"):
-                fetched(f"http://127.0.0.1:{server.server_port}/song.wav")
+            yield f"http://127.0.0.1:{server.server_port}/song.wav", requested
         finally:
             server.shutdown()
+
+
+def saved(url: str, path: Path, max_mib: float = 1) -> bytes:
+    save(lambda: download(url, "song.wav", ALL), path, max_mib)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("first", [(0, b"a longer beginning"), (503, b"busy")])
+def test_one_download_that_breaks_off_is_started_anew_with_a_warning(
+    first: tuple[int, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.0)
+    with failing_server(first, (200, b"a song")) as (url, requested):
+        assert saved(url, tmp_path / "song.wav") == b"a song"
+    assert len(requested) == 2
+    (warning,) = caplog.messages
+    assert warning.startswith("'song.wav' could not be downloaded (") and warning.endswith("); trying once more")
+
+
+@pytest.mark.parametrize("answer, tries", [((0, b"short"), 2), ((500, b""), 2), ((404, b""), 1)])
+def test_a_download_that_keeps_failing_is_an_error(
+    answer: tuple[int, bytes], tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.0)
+    with (
+        failing_server(answer) as (url, requested),
+        pytest.raises(InputError, match="could not be downloaded") as caught,
+    ):
+        saved(url, tmp_path / "song.wav")
+    assert type(caught.value) is InputError  # its name is part of what clients read
+    assert len(requested) == tries
+
+
+def test_a_download_is_accepted_up_to_the_limit_and_not_tried_again_beyond_it(tmp_path: Path) -> None:
+    with failing_server((200, bytes(2**19))) as (url, requested):
+        assert len(saved(url, tmp_path / "song.wav", 0.5)) == 2**19
+        with pytest.raises(AudioError, match=r"'song\.wav' has more than 0\.4 MiB, the limit here"):
+            saved(url, tmp_path / "song.wav", 0.4)
+    assert len(requested) == 2
