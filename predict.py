@@ -21,6 +21,7 @@ from separation.device import peak_memory_bytes
 from separation.engine.cache import chosen_cache
 from separation.engine.recipes import Recipe, load_recipe
 from separation.errors import InputError, RecipeError
+from separation.web.delivery import DeliveredSeparator
 from separation.web.errors import errors_without_paths
 from separation.web.limits import max_mib, max_seconds
 from separation.web.remote import BLOCK_BYTES, Allowed, download, save
@@ -86,7 +87,7 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
             self._check_weights(chosen)
             chunks = ChunkChoice.of_container(int(chunk_size), int(overlap))
             options = EngineOptions(chunk_seconds=chunks.chunk_seconds, overlap_seconds=chunks.overlap_seconds)
-            separator = Separator(chosen, options=options, pool=self.pool, cache=self.cache)
+            separator = DeliveredSeparator(chosen, options=options, pool=self.pool, cache=self.cache)
             song = _receive(audio, folder, self.max_mib, self.allowed)
             files = separator.separate_file(
                 song,

@@ -223,6 +223,7 @@ class Separator:
                 progress=job.part(0, DECODED, "decoding"),
                 accept_damaged=accept_damaged,
             ) as mixture:
+                self.on_decoded(mixture.n_samples / SAMPLE_RATE, options)
                 files = {stem: output.work / f"{stem}.{options.format}" for stem in self.stems}
                 gain = self._write_stems(mixture, path, files, options, job)
                 job(1.0, "done")  # the last moment to cancel
@@ -232,6 +233,9 @@ class Separator:
                     elapsed_seconds=time.monotonic() - started,
                     gain=gain,
                 )
+
+    def on_decoded(self, duration_seconds: float, options: OutputOptions) -> None:
+        """Called by `separate_file` when a song is decoded, before any model runs. For subclasses; does nothing."""
 
     def _write_stems(
         self, mixture: Waveform, path: Path, files: Mapping[str, Path], options: OutputOptions, job: Progress

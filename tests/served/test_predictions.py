@@ -70,6 +70,19 @@ def test_the_log_of_six_loud_stems_at_another_rate_says_that_they_were_scaled(se
     assert "all stems are scaled by" in prediction["logs"]
 
 
+@pytest.mark.slow
+def test_stems_that_are_too_large_for_an_upload_are_announced_before_the_models_run(
+    server: Server, receiver: Receiver
+) -> None:
+    server.start(song(12 * 60, format="FLAC"), id="large", inputs=SHORT, webhook=receiver.url)
+    warning = "2 stems of 12.0 minutes as wav are about 254 MB each: an upload may take more than the 25 s"
+    wait_for(lambda: any(warning in line for line in server.printed("large")), "the warning")
+    printed = server.printed("large")
+    assert not any(line == "writing vocals" for line in printed)
+    assert server.cancel("large") == 200
+    assert "choose output_format flac, about 122 MB a stem" in receiver.wait_for_end()["logs"]
+
+
 def test_only_the_last_predictions_temporary_files_are_kept(server: Server) -> None:
     server.predict(song(1), **SHORT)
     first = server.leftovers()
