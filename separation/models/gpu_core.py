@@ -28,7 +28,7 @@ class GpuCoreModel(SeparationModel):
     # The lowest compute capability for which `_gpu_core` is used. Triton's products need tensor cores of 8.0.
     lowest_capability: ClassVar[tuple[int, int]] = (7, 5)
 
-    # The precisions in which `fuse_for_cpu` replaces the plain layers, by layers that compute in float32.
+    # The precisions in which `fuse_for_cpu` replaces the plain layers, by layers that compute mostly in float32.
     cpu_core_precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
 
     @abstractmethod

@@ -74,6 +74,7 @@ class SCNet(GpuCoreModel):
     KEY_PATTERNS = (r"encoder\.0\.SDlayer\.convs\.0\.weight", r"separation_net\.dp_modules\.0\.lstm_layers\.0\..*")
     CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
     lowest_capability = (8, 0)
+    cpu_core_precisions = (torch.float32, torch.bfloat16)  # in bfloat16, all but the LSTMs compute in float32
     normalisation = "none"  # it has no norm before its first layer, and was trained on tracks at their original level
 
     def __init__(self, config: SCNetConfig, identity: Identity) -> None:
@@ -142,7 +143,8 @@ class SCNet(GpuCoreModel):
 
     def make_cpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
         layers = for_cpu(self, but=Fusion)
-        return GpuSCNet(layers, (_fourier, _inverse_fourier), num_stems=self.config.num_stems, for_cpu=True)
+        fourier, num_stems = (_fourier, _inverse_fourier), self.config.num_stems
+        return GpuSCNet(layers, fourier, num_stems=num_stems, cpu_precision=self.precision)
 
     @property
     def cast_weight(self) -> Tensor:

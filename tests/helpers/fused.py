@@ -4,7 +4,7 @@ import pytest
 
 from separation.cpu import KINDS, Kind, machine, usable_kinds
 from separation.models import attention
-from separation.models.kernels import fused
+from separation.models.kernels import fused, lstm_cpu, scnet_cpu, unet_cpu
 from separation.models.kernels.native import Library, NotFusedError, library, load
 
 
@@ -43,6 +43,6 @@ every_kind = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name, m
 def use_kind(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> Library:
     """Let the layers compute with the kernels of that kind."""
     used = _library(kind)
-    for module in (attention, fused):
+    for module in (attention, fused, lstm_cpu, scnet_cpu, unet_cpu):
         monkeypatch.setattr(module, "library", lambda: used)
     return used

@@ -39,18 +39,19 @@ class _BandNetwork(ctypes.Structure):
     ]
 
 
-def _floats(precision: torch.dtype) -> torch.dtype:
-    """The precision of the layers that have no integer kernel."""
-    if precision != torch.int8:
-        return precision
-    return torch.bfloat16 if "bf16" in library().kind.precisions else torch.float32
+def float_precision(precision: torch.dtype) -> torch.dtype:
+    """The precision of the layers that have no integer kernel: float32 if the kind has none for bfloat16 either."""
+    has_bf16 = precision != torch.float32 and "bf16" in library().kind.precisions
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
     return -(-count // PANEL) * PANEL
 
 
-def _packed(weights: Sequence[Tensor], gain: Tensor | None, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def packed_weights(
+    weights: Sequence[Tensor], gain: Tensor | None, precision: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Concatenate linear layers' weights `[columns, depth]`, times the gain `[depth]`, in the order of fused.cpp.
 
     All but the last have a multiple of PANEL columns. Returns the packed bytes and, for int8, the scale and the start
@@ -58,7 +59,7 @@ def _packed(weights: Sequence[Tensor], gain: Tensor | None, precision: torch.dty
     """
     functions, code = library().functions, CODES[precision]
     sizes = [functions.packed_bytes(*weight.shape, code) for weight in weights]
-    columns = sum(_padded(len(weight)) for weight in weights) if precision == torch.int8 else 0
+    columns = sum(padded(len(weight)) for weight in weights) if precision == torch.int8 else 0
     packed = torch.empty(sum(sizes), dtype=torch.uint8)  # PyTorch aligns memory to cache lines
     scales, starts = torch.empty(columns), torch.empty(columns, dtype=torch.int32)
     gain = None if gain is None else gain.float().contiguous()
@@ -75,15 +76,15 @@ def _packed(weights: Sequence[Tensor], gain: Tensor | None, precision: torch.dty
             code,
             torch.get_num_threads(),
         )
-        byte, column = byte + size, column + (_padded(len(weight)) if columns else 0)
+        byte, column = byte + size, column + (padded(len(weight)) if columns else 0)
     return packed, scales, starts
 
 
-def _bias(*linears: Any) -> Tensor:
+def padded_bias(*linears: Any) -> Tensor:
     """The layers' biases, concatenated and padded to whole panels. A layer without a bias has zeros."""
     biases = [torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float() for linear in linears]
     bias = torch.cat(biases)
-    return nn.functional.pad(bias, (0, _padded(len(bias)) - len(bias)))
+    return nn.functional.pad(bias, (0, padded(len(bias)) - len(bias)))
 
 
 class FusedTransformer(nn.Module):
@@ -125,8 +126,8 @@ class FusedTransformer(nn.Module):
 
     def _linear(self, *layers: Any, gain: Tensor | None = None) -> _Linear:
         """Several linear layers as one. `gain` is that of the norm before them."""
-        packed, scales, starts = _packed([layer.weight for layer in layers], gain, self._precision)
-        tensors = [packed, _bias(*layers), scales, starts]
+        packed, scales, starts = packed_weights([layer.weight for layer in layers], gain, self._precision)
+        tensors = [packed, padded_bias(*layers), scales, starts]
         self._tensors += tensors
         return _Linear(*(tensor.data_ptr() for tensor in tensors))
 
@@ -167,7 +168,7 @@ class _BandNetworks(nn.Module):
 
     def __init__(self, bands: Iterable[tuple[Any, list[nn.Linear], int]], precision: torch.dtype) -> None:
         super().__init__()
-        self._code = CODES[_floats(precision)]
+        self._code = CODES[float_precision(precision)]
         self._memory: list[Any] = []  # `_networks` contains pointers to it
         networks: list[_BandNetwork] = []
         self._width = 0
@@ -175,9 +176,10 @@ class _BandNetworks(nn.Module):
             sizes = [linears[0].weight.shape[1], *(linear.weight.shape[0] for linear in linears)]
             gain = norm.gamma if isinstance(norm, RMSNorm) else None
             weights = [
-                _packed([linear.weight], None if i else gain, _floats(precision))[0] for i, linear in enumerate(linears)
+                packed_weights([linear.weight], None if i else gain, float_precision(precision))[0]
+                for i, linear in enumerate(linears)
             ]
-            biases = [_bias(linear) for linear in linears]
+            biases = [padded_bias(linear) for linear in linears]
             lists = (
                 (ctypes.c_long * len(sizes))(*sizes),
                 (ctypes.c_void_p * len(weights))(*(tensor.data_ptr() for tensor in weights)),

@@ -149,6 +149,9 @@ def _declare(functions: ctypes.CDLL) -> None:
         "pack": [pointer, long, long, pointer, pointer, pointer, pointer, long, long],
         "transformer_layer": [pointer, long, long, long, long, pointer, pointer, pointer, long, long],
         "attention": [pointer, pointer, pointer, pointer, pointer, pointer, long, long],
+        "lstm": [pointer, pointer, pointer, pointer, pointer, long, long],
+        "add_linear": [pointer, pointer, pointer, pointer, pointer, long, long],
+        "add_time_branches": [pointer, pointer, pointer, pointer, pointer, long],
         "split_bands": [pointer, long, long, long, pointer, pointer, long, long],
         "estimate_masks": [pointer, long, long, pointer, long, pointer, long, long, long],
     }

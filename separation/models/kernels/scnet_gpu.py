@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from separation.models.kernels.lstm_cpu import LSTM, AddedLinear
 from separation.models.kernels.registry import ops
+from separation.models.kernels.scnet_cpu import TimeBranches
 from separation.models.kernels.unet_cpu import Convolution, is_winograd
-from separation.models.kernels.unet_ops import GELU, NONE
+from separation.models.kernels.unet_ops import ACTIVATIONS, EPS, GELU, NONE
 
 # The most hidden features for which the LSTM is our kernel. It reads all weights once per step and 64 sequences, so
 # cuDNN is faster for larger ones.
@@ -24,18 +26,25 @@ MOST_LSTM_FEATURES = 256
 class GpuSCNet:
     """The network on the given layers' weights, some of them rearranged.
 
-    `fourier` are the Fourier transform along N and its inverse. With `for_cpu`, the layers are those of unet_cpu.py,
-    and PyTorch computes the LSTMs.
+    `fourier` are the Fourier transform along N and its inverse. With `cpu_precision`, the layers are those of
+    unet_cpu.py, scnet_cpu.py and lstm_cpu.py; that is the precision of the LSTMs.
     """
 
     def __init__(
-        self, layers: nn.Module, fourier: Sequence[Callable[[Tensor], Tensor]], *, num_stems: int, for_cpu: bool = False
+        self,
+        layers: nn.Module,
+        fourier: Sequence[Callable[[Tensor], Tensor]],
+        *,
+        num_stems: int,
+        cpu_precision: torch.dtype | None = None,
     ) -> None:
         parts: dict[str, Any] = dict(layers.named_children())
+        for_cpu = cpu_precision is not None
         self._num_stems, self._fourier = num_stems, fourier
-        self._encoder = [_Encoder(each) for each in parts["encoder"]]
+        self._encoder = [_Encoder(each, for_cpu) for each in parts["encoder"]]
         paths = parts["separation_net"]["dp_modules"]
-        self._dual_paths = [[_Sequences(path, i, for_cpu) for i in range(2)] for path in paths]
+        make = partial(_CpuSequences, precision=cpu_precision) if cpu_precision else _Sequences
+        self._dual_paths = [[make(path, i) for i in range(2)] for path in paths]
         self._decoder = [_Decoder(fuse, upsample, for_cpu) for fuse, upsample in parts["decoder"]]
 
     def __call__(self, spectrum: Tensor, outputs: tuple[int, ...]) -> Tensor:
@@ -68,10 +77,11 @@ class GpuSCNet:
 class _Encoder:
     """A step of the encoder."""
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: Any, for_cpu: bool) -> None:
         self._encoder = encoder
         self._compressions = encoder.SDlayer["convs"]
-        self._branches = [[_Branch(layer) for layer in convolve.layers] for convolve in encoder.conv_modules]
+        make = TimeBranches if for_cpu else _Branches
+        self._branches = [make(convolve.layers) for convolve in encoder.conv_modules]
         for layer in (*self._compressions, encoder.globalconv):
             if isinstance(layer, Convolution):
                 continue
@@ -88,13 +98,7 @@ class _Encoder:
         sizes = [band.shape[1] for band in bands]
         joined = bands[0].new_empty(len(x), sum(sizes), *bands[0].shape[2:])
         for band, to, branches in zip(bands, joined.split(sizes, dim=1), self._branches, strict=True):
-            if not branches:
-                to.copy_(F.gelu(band))
-            for branch in branches:
-                last = branch is branches[-1]
-                out = to if last else torch.empty_like(band)
-                branch(out, band, GELU if last else NONE)
-                band = out
+            branches(to, band, GELU)
         return _convolved(joined.permute(0, 3, 1, 2), self._encoder.globalconv), joined, sizes, sizes_before
 
 
@@ -106,6 +110,23 @@ def _convolved(x: Tensor, layer: Any) -> Tensor:
 def _features_last(x: Tensor) -> Tensor:
     """`[B, D, F, N]` to a contiguous `[B, F, N, D]`. This rarely copies: cuDNN mostly returns channels last."""
     return x.permute(0, 2, 3, 1).contiguous()
+
+
+class _Branches:
+    """The layers of a `TimeConvolutions`."""
+
+    def __init__(self, layers: Iterable[Any]) -> None:
+        self._branches = [_Branch(layer) for layer in layers]
+
+    def __call__(self, out: Tensor, x: Tensor, activation: int) -> None:
+        """Add the branches to `x`, `[B, F, N, D]`, and write an activation of the sum into `out`."""
+        if not self._branches:
+            out.copy_(ACTIVATIONS[activation](x, 0.0))
+        for branch in self._branches:
+            last = branch is self._branches[-1]
+            sums = out if last else torch.empty_like(x)
+            branch(sums, x, activation if last else NONE)
+            x = sums
 
 
 class _Branch:
@@ -127,15 +148,30 @@ class _Branch:
         ops.gated_branch_(out, x, gated, self._gated_weights, activation)
 
 
-class _Sequences:
+class _CpuSequences:
     """A norm, LSTM and linear layer of a `DualPath`: along bins if `which` is 0, along frames if it is 1."""
 
-    def __init__(self, path: Any, which: int, for_cpu: bool) -> None:
+    def __init__(self, path: Any, which: int, precision: torch.dtype) -> None:
+        norm, lstm, linear = path.norm_layers[which], path.lstm_layers[which], path.linear_layers[which]
+        self._axis, self._gain, self._bias = 1 + which, norm.weight, norm.bias
+        self._lstm, self._linear = LSTM(lstm, precision), AddedLinear(linear, precision)
+
+    def add_to(self, x: Tensor) -> None:
+        """Add the layers' output for `x`, `[B, F, N, D]` in float32, to it in place."""
+        mean, variance = ops.moments(x.flatten(1, 2), True).unbind(1)
+        norms = torch.stack([mean, (variance + EPS).rsqrt() * self._gain, self._bias.expand_as(mean)], dim=1)
+        self._linear.add_to(x, self._lstm(x, self._axis, norms))
+
+
+class _Sequences:
+    """The same on a GPU."""
+
+    def __init__(self, path: Any, which: int) -> None:
         self._axis = 1 + which
         norm, self._lstm, self._linear = path.norm_layers[which], path.lstm_layers[which], path.linear_layers[which]
         self._gain, self._bias = norm.weight, norm.bias
         hidden = self._lstm.hidden_size
-        self._uses_kernel = not for_cpu and hidden <= MOST_LSTM_FEATURES and hidden % 16 == 0
+        self._uses_kernel = hidden <= MOST_LSTM_FEATURES and hidden % 16 == 0
         if self._uses_kernel:
             directions = self._lstm.all_weights
             self._inputs = torch.cat([weight for weight, _, _, _ in directions])

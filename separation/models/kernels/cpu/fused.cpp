@@ -11,7 +11,9 @@
 
 #include "bands.h"
 #include "layers.h"
+#include "lstm.h"
 
+#include "branches.h"
 #include "demucs.h"
 #include "unet.h"
 
@@ -182,6 +184,40 @@ int estimate_masks(const float* x, long frames, long bands, const BandNetwork* n
         return with_float_kernel(precision, [&](auto kernel) {
             return compute_masks<decltype(kernel)>(x, frames, bands, networks, normed, masks, stride, threads);
         });
+    });
+}
+
+// See `compute_lstm`. x holds floats if there are norms, else values of the precision, as `out` always does.
+int lstm(const void* x, const float* norms, const Lstm* layer, const Sequences* sequences, void* out, long precision,
+         long threads) {
+    return guarded([&] {
+        return with_float_kernel(precision, [&](auto kernel) {
+            using Kernel = decltype(kernel);
+            using Row = typename Kernel::Row;
+            const auto run = [&](auto* from) {
+                return compute_lstm<Kernel>(from, norms, *layer, *sequences, static_cast<Row*>(out), threads);
+            };
+            return norms ? run(static_cast<const float*>(x)) : run(static_cast<const Row*>(x));
+        });
+    });
+}
+
+// See `add_product`. y holds values of the precision.
+int add_linear(float* x, const void* y, const void* weights, const float* biases, const long* sizes, long precision,
+               long threads) {
+    return guarded([&] {
+        return with_float_kernel(precision, [&](auto kernel) {
+            using Kernel = decltype(kernel);
+            return add_product<Kernel>(x, static_cast<const typename Kernel::Row*>(y), weights, biases, sizes, threads);
+        });
+    });
+}
+
+// See `add_branches`; `counts` are rows, branches, the stride of `out` and the activation.
+int add_time_branches(const float* x, const TimeBranch* branches, const TimeSizes* sizes, const long* counts,
+                      float* out, long threads) {
+    return guarded([&] {
+        return add_branches<Kind::Fp32>(x, counts[0], branches, counts[1], *sizes, out, counts[2], counts[3], threads);
     });
 }
 

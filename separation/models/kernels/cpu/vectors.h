@@ -139,9 +139,9 @@ inline Floats whole_part(Floats x) { return (x + ROUNDS) - ROUNDS; }
 // Exchanges the values of each pair.
 inline Floats swapped(Floats x) { return (Floats)((Pairs)x << 32 | (Pairs)x >> 32); }
 
-// 2 ** x with a relative error of 2e-7. Values beyond -126 and 126 count as these.
-inline Floats exp2_of(Floats x) {
-    x = at_most(126.0f, at_least(-126.0f, x));
+// 2 ** x with a relative error of 2e-7. Values beyond -limit and limit count as these.
+inline Floats exp2_of(Floats x, float limit = 126.0f) {
+    x = at_most(limit, at_least(-limit, x));
     const Floats whole = whole_part(x);
     const Floats rest = x - whole;
     Floats p = all(1.535336e-4f);
