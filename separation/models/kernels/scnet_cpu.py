@@ -33,7 +33,7 @@ class TimeBranches:
         for layer in layers:
             self._narrow, _, self._taps = layer[3].weight.shape
             assert self._taps % 2 and layer[1].padding == layer[3].padding == (self._taps // 2,)
-            self._memory.append(_tensors(*layer))
+            self._memory.append(_tensors(layer))
         branches = [_Branch(*(tensor.data_ptr() for tensor in tensors)) for tensors in self._memory]
         self._branches = (_Branch * len(branches))(*branches)
 
@@ -69,8 +69,9 @@ def _norm(norm: Any) -> Tensor:
     return torch.stack([_wide(each) for each in (norm.weight, norm.bias, torch.ones_like(norm.bias))])
 
 
-def _tensors(norm: Any, first: Any, _glu: Any, depthwise: Any, second_norm: Any, _silu: Any, last: Any) -> list[Tensor]:
+def _tensors(layer: Any) -> list[Tensor]:
     """What the fields of a `_Branch` point to."""
+    norm, first, _, depthwise, second_norm, _, last = layer
     values_and_gates = first.weight.unflatten(0, (2, -1))  # [2, H, D, taps]
     convolution = _wide(_wide(values_and_gates, 1), 2).transpose(2, 3).flatten(2).flatten(0, 1)
     gates = _wide(first.bias.unflatten(0, (2, -1))).flatten()
