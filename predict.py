@@ -4,14 +4,18 @@ Cog parses the signature of `run` without running it, so every default, choice a
 Cog fills in the defaults: a caller from Python passes all arguments.
 """
 
+import asyncio
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path as FilePath
 from typing import List  # noqa: UP035  # Cog's parser needs this spelling
 
-from cog import BaseRunner, Input, Path
+from cog import BaseRunner, Input, Path, concurrent
 from cog.types import URLPath
 
 from separation import EngineOptions, ModelPool, OutputOptions, Separator
@@ -20,11 +24,24 @@ from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.device import peak_memory_bytes
 from separation.engine.cache import chosen_cache
 from separation.engine.recipes import Recipe, load_recipe
+from separation.engine.separator import StemFiles
 from separation.errors import InputError, RecipeError
 from separation.web.delivery import DeliveredSeparator
-from separation.web.errors import errors_without_paths
+from separation.web.errors import errors_as_failures, errors_without_paths
 from separation.web.limits import max_mib, max_seconds
 from separation.web.remote import BLOCK_BYTES, Allowed, download, save
+from separation.web.songs import DeliveryRoom, SongThreads, StemFolders, n_slots, n_songs, total_bytes
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a prediction asks for, besides its song."""
+
+    stems: str
+    two_stems: str | None
+    recipe: str | None  # None: the server's own
+    options: EngineOptions
+    output: OutputOptions
 
 
 class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
@@ -36,7 +53,11 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
         # Cog would download URLs with this method before `run` starts: from any address, without a size limit,
         # impossible to cancel, and leaving a partial file on failure. Return the URL instead; `_receive` downloads it.
         URLPath.convert = lambda self: self
-        self.folder = _new_folder()
+        self.songs, self.folders, self.room = (
+            SongThreads(n_songs()),
+            StemFolders(n_slots()),
+            DeliveryRoom.of_this_machine(),
+        )
         self.cache = chosen_cache(default=False)
         self.pool = ModelPool()
         print(self.pool.choice.reason)
@@ -44,10 +65,11 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
 
     @property  # a method of this name would be Cog's old name for `run`, which must not exist beside it
     def predict(self) -> Callable[..., list[Path]]:
-        """`run` under its old name, for callers from Python."""
-        return self.run
+        """`run` under its old name, for callers from Python: it waits for the stems."""
+        return lambda *inputs, **named: asyncio.run(self.run(*inputs, **named))
 
-    def run(
+    @concurrent(max=8)  # type: ignore[untyped-decorator]  # cog has no types
+    async def run(
         self,
         audio: Path = Input(description="Audio file to separate (WAV, MP3, FLAC, OGG, etc.)", accept="audio/*,video/*"),
         stems: str = Input(
@@ -74,39 +96,51 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
         ),
     ) -> List[Path]:  # noqa: UP006
         """Separate a song into stems."""
-        # Cog has sent the last prediction's stems but does not delete them. Each prediction has a folder with a new
-        # name, so that one song's files can never be taken for another's. A failed run deletes its own folder.
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder = _new_folder()
-        with errors_without_paths(), tempfile.TemporaryDirectory(prefix="song-", ignore_cleanup_errors=True) as folder:
-            chosen = load_recipe(
-                self.recipe if recipe == "default" else recipe,
-                stems,
-                two_stems=None if two_stems == "none" else two_stems,
-            )
-            self._check_weights(chosen)
-            chunks = ChunkChoice.of_container(int(chunk_size), int(overlap))
-            options = EngineOptions(chunk_seconds=chunks.chunk_seconds, overlap_seconds=chunks.overlap_seconds)
-            separator = DeliveredSeparator(chosen, options=options, pool=self.pool, cache=self.cache)
-            song = _receive(audio, folder, self.max_mib, self.allowed)
-            files = separator.separate_file(
-                song,
-                self.folder,
-                OutputOptions(
-                    output_format,
-                    sample_rate=int(sample_rate),
-                    mp3_bitrate=int(mp3_bitrate) if output_format == "mp3" else None,
-                ),
-                max_seconds=self.max_seconds,
-                progress=_ProgressLog(),
-            )
+        folder = self.folders.new()
+        chunks = ChunkChoice.of_container(int(chunk_size), int(overlap))
+        order = Order(
+            stems,
+            None if two_stems == "none" else two_stems,
+            None if recipe == "default" else recipe,
+            EngineOptions(chunk_seconds=chunks.chunk_seconds, overlap_seconds=chunks.overlap_seconds),
+            OutputOptions(
+                output_format,
+                sample_rate=int(sample_rate),
+                mp3_bitrate=int(mp3_bitrate) if output_format == "mp3" else None,
+            ),
+        )
+        try:
+            with errors_as_failures():
+                files, models = await self.songs.run(partial(self._separate, audio, order, folder))
+            await self.room.take(total_bytes(folder))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # it exists if the cancellation came last
+            raise
+        self.folders.end(folder)
         device = self.pool.choice.device
         self.record_metric("audio_seconds", round(files.duration_seconds, 3))
         self.record_metric("times_realtime", round(files.times_realtime, 3))
-        self.record_metric("model_load_seconds", round(sum(self.pool.load_seconds[m] for m in separator.models), 3))
+        self.record_metric("model_load_seconds", round(sum(self.pool.load_seconds[m] for m in models), 3))
         self.record_metric("device", str(device))
         self.record_metric("peak_memory_mib", round(peak_memory_bytes(device) / 2**20, 1))
         return [Path(path) for path in files.values()]
+
+    def _separate(
+        self, audio: object, order: Order, folder: FilePath, check: Callable[[], None]
+    ) -> tuple[StemFiles, list[str]]:
+        """Separate a song into files in `folder`; also returns its models' names. `check` raises to cancel."""
+        with errors_without_paths(), tempfile.TemporaryDirectory(prefix="song-", ignore_cleanup_errors=True) as own:
+            chosen = load_recipe(order.recipe or self.recipe, order.stems, two_stems=order.two_stems)
+            self._check_weights(chosen)
+            separator = DeliveredSeparator(chosen, options=order.options, pool=self.pool, cache=self.cache)
+            files = separator.separate_file(
+                _receive(audio, own, self.max_mib, partial(_content, allowed=self.allowed, check=check)),
+                folder,
+                order.output,
+                max_seconds=self.max_seconds,
+                progress=_ProgressLog(check),
+            )
+        return files, list(separator.models)
 
     def _check_weights(self, recipe: Recipe) -> None:
         """Announce the weights that are about to be downloaded.
@@ -122,17 +156,14 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
             print(f"downloading the weights of {', '.join(missing)}, which are not on this server yet", flush=True)
 
 
-def _new_folder() -> str:
-    """A path that does not exist yet."""
-    return os.path.join(tempfile.gettempdir(), f"stems-{secrets.token_hex(8)}")
-
-
-def _receive(audio: object, folder: str, max_mib: float, allowed: Allowed) -> Path:
+def _receive(
+    audio: object, folder: str, max_mib: float, content: Callable[[URLPath, str], Generator[bytes, None, None]]
+) -> Path:
     """The song's file. A URL is downloaded into `folder` and keeps its file name.
 
     Raises:
         InputError: `audio` is a str (Cog passes paths on the server and file:// URLs this way), or the download fails
-            or is not `allowed`.
+            or is not allowed.
         AudioError: the file has more than `max_mib` MiB.
     """
     if not isinstance(audio, os.PathLike):
@@ -143,26 +174,31 @@ def _receive(audio: object, folder: str, max_mib: float, allowed: Allowed) -> Pa
         return Path(audio)
     name = audio.filename.strip(".") or "song"  # Cog removes slashes; without its dots, it is not `..` either
     song = Path(folder, name)
-    save(lambda: _content(audio, name, allowed), song, max_mib)
+    save(partial(content, audio, name), song, max_mib)
     return song
 
 
-def _content(audio: URLPath, name: str, allowed: Allowed) -> Generator[bytes, None, None]:
+def _content(audio: URLPath, name: str, *, allowed: Allowed, check: Callable[[], None]) -> Generator[bytes, None, None]:
     """The content of a URL block by block. Cog has already decoded data URIs; its own downloads are not used."""
     if audio.source.startswith("data:"):
         while block := audio.fileobj.read(BLOCK_BYTES):
             yield block
-    else:
-        yield from download(audio.source, name, allowed)
+        return
+    with closing(download(audio.source, name, allowed)) as blocks:
+        for block in blocks:
+            check()
+            yield block
 
 
 class _ProgressLog:
     """Prints each stage and, every 5%, a progress bar in the form that `npm replicate` parses from the logs."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None]) -> None:
         self._stage, self._printed = "", -1
+        self._check = check
 
     def __call__(self, share: float, stage: str) -> None:
+        self._check()
         if stage != self._stage:
             self._stage = stage
             print(stage, flush=True)

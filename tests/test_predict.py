@@ -1,5 +1,6 @@
 """cog.yaml, the inputs of predict.py, and the Predictor called from Python."""
 
+import asyncio
 import dataclasses
 import hashlib
 import io
@@ -19,7 +20,6 @@ import pytest
 import soundfile
 import torch
 import yaml
-from cog import CancelationException
 from cog.types import URLPath
 from safetensors import safe_open
 from torch import Tensor
@@ -386,18 +386,21 @@ def test_a_failed_prediction_says_why_and_does_not_affect_the_next(
     assert np.abs(vocals + instrumental - mixture).max() <= 1e-6
 
 
-def test_a_cancelled_prediction_leaves_no_folder(
-    predictor: predict.Predictor, audio: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def cancel(log: object, share: float, stage: str) -> None:
-        assert stem_folders(temporary) != []
-        if share > 0:
-            raise CancelationException
+def test_a_cancelled_prediction_leaves_no_folder(predictor: predict.Predictor, tmp_path: Path, temporary: Path) -> None:
+    audio = tmp_path / "song.wav"
+    audio.write_bytes(song(20))
+    before = set(stem_folders(temporary))
 
-    monkeypatch.setattr(predict._ProgressLog, "__call__", cancel)
-    with pytest.raises(CancelationException):
-        predictor.predict(audio, **QUICK)
-    assert stem_folders(temporary) == []
+    async def cancelled() -> None:
+        prediction = asyncio.create_task(predictor.run(audio, **QUICK))
+        while not set(stem_folders(temporary)) - before:
+            await asyncio.sleep(0.01)
+        prediction.cancel()
+        await prediction
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
+    assert set(stem_folders(temporary)) <= before and song_folders(temporary) == []
 
 
 def test_the_log_is_progress_for_npm_replicate_and_names_no_path(

@@ -14,11 +14,12 @@ On a CUDA GPU all batches of a song have the same shape: a batch with silent chu
 zeros. A chunk is then rounded in the same way wherever it lies in the song and whatever ran before.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from separation.engine.batch_memory import FittingModel, Model
 from separation.engine.chunk_plan import Chunk, ChunkBatch, ChunkPlan, fades, read_extended
 from separation.engine.compute_thread import ComputeThread, compute_thread
 from separation.engine.pairs import in_pairs
+from separation.engine.turns import Turns
 from separation.errors import EstimateError
 from separation.progress import Progress
 from separation.system.threads import Threads
@@ -39,6 +41,7 @@ from separation.system.threads import Threads
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
+TURN_SECONDS = 1.0  # after which a song that computes in pairs lets the next song have its turn
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ReadyModel:
         spare: returns a model that replaces this one for the rest of a song, from the first batch with NaN or Inf;
             called when that happens.
         in_pairs: two batches are computed at a time, each on half of the CPU's threads.
+        turns: on a device other than a CUDA GPU, songs of several threads take turns.
     """
 
     model: Model
@@ -62,6 +66,7 @@ class ReadyModel:
     device: torch.device = CPU
     spare: Callable[[], Model] | None = None
     in_pairs: bool = False
+    turns: Turns = field(default_factory=Turns)
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,15 @@ def separate(
 
     Chunks of digital silence are not computed: their estimates are silence. A batch that does not fit into a GPU's
     memory is halved until it does, and so are all later batches of the song; a warning is logged. Songs in several
-    threads share a CUDA GPU.
+    threads share a device: a CUDA GPU batch by batch, a CPU in turns of some batches.
 
     Args:
         ready: the model.
         source: the mixture, `[C, T]`. With a CUDA GPU, another thread reads it.
         plan: how the song is cut.
         level: how the mixture is shifted and scaled for the model.
-        progress: called before the first batch and after each batch; raise from it to cancel.
+        progress: called before the first batch, after each batch, and while another song has the device; raise from it
+            to cancel.
 
     Raises:
         EstimateError: the model gave NaN or Inf (the message says where), or a GPU's memory does not hold one chunk.
@@ -95,21 +101,25 @@ def separate(
     n_chunks = sum(len(batch.chunks) for batch in batches)
     channels = source.read(0, 0).shape[0]
     start = partial(_SongRun, ready, plan, level, batches, channels)
+    done = 0
+
+    def report() -> None:
+        progress(done / n_chunks)
+
     with (
         closing(_read_batches(source, plan, batches, ready.device)) as read,
         closing(
             _working_ahead(start, read, ready.device)
             if _works_ahead(ready.device)
-            else _in_turn(start, read, n_paired=len(batches) // 2 * 2 if ready.in_pairs else 0)
+            else _in_turn(start, read, len(batches) // 2 * 2 if ready.in_pairs else 0, ready.turns, report)
         ) as finished,
     ):
-        progress(0)
-        done = 0
+        report()
         for batch, block in zip(batches, finished, strict=True):
             if block.shape[-1]:
                 yield block
             done += len(batch.chunks)
-            progress(done / n_chunks)
+            report()
 
 
 def _works_ahead(device: torch.device) -> bool:
@@ -179,18 +189,33 @@ def _prefetched(items: Generator[T]) -> Generator[T]:
 # Computing
 
 
-def _in_turn(start: Callable[[], "_SongRun"], batches: Iterator[_Batch], *, n_paired: int) -> Generator[Tensor]:
+def _in_turn(
+    start: Callable[[], "_SongRun"], batches: Iterator[_Batch], n_paired: int, turns: Turns, waiting: Callable[[], None]
+) -> Generator[Tensor]:
     """The samples that each batch finishes, `[S, C, n]` on the CPU; n may be 0.
 
-    The first `n_paired` batches are computed two at a time. A last one on its own gets all threads.
+    The first `n_paired` batches are computed two at a time. A last one on its own gets all threads. Other songs have
+    their turns in between; meanwhile, `waiting` is called.
     """
     run = start()
-    if n_paired:
-        with closing(in_pairs(run.start, islice(batches, n_paired))) as pairs:
-            for started in pairs:
+    while n_paired:
+        pairs = _pairs_of_one_turn(islice(batches, n_paired), turns)
+        with turns.turn(waiting), closing(in_pairs(run.start, pairs)) as computed:
+            for started in computed:
+                n_paired -= 1
                 yield run.add(run.checked(started))()
     for batch in batches:
-        yield run.add(run.checked(run.start(batch)))()
+        with turns.turn(waiting):
+            yield run.add(run.checked(run.start(batch)))()
+
+
+def _pairs_of_one_turn(batches: Iterator[_Batch], turns: Turns) -> Iterator[_Batch]:
+    """An even number of batches: all, unless another song wants its turn after TURN_SECONDS."""
+    end = time.monotonic() + TURN_SECONDS
+    while pair := list(islice(batches, 2)):
+        yield from pair
+        if turns.is_wanted and time.monotonic() > end:
+            return
 
 
 def _working_ahead(

@@ -13,6 +13,7 @@ from separation.device import Choice, choose
 from separation.engine.compute_thread import compute_thread
 from separation.engine.gpu_models import GpuModels
 from separation.engine.options import EngineOptions
+from separation.engine.turns import Turns
 from separation.models.base import SeparationModel
 
 
@@ -24,6 +25,9 @@ class Models(Protocol):
 
     @property
     def on_gpu(self) -> GpuModels: ...
+
+    @property
+    def turns(self) -> Turns: ...
 
     def get(self, name: str, stems: tuple[str, ...]) -> SeparationModel: ...
 
@@ -48,6 +52,7 @@ class ModelPool:
         self.attention = options.attention
         self.load_seconds: dict[str, float] = {}  # by model
         self.on_gpu = GpuModels()
+        self.turns = Turns()
         self._models: dict[str, SeparationModel] = {}
         self._lock = threading.Lock()
 
@@ -88,6 +93,7 @@ class LoadedModels:
 
     models: Mapping[str, SeparationModel]
     on_gpu: GpuModels = field(default_factory=GpuModels)
+    turns: Turns = field(default_factory=Turns)
 
     @property
     def device(self) -> torch.device:

@@ -1,10 +1,9 @@
 """Separates songs: a recipe, its models and a mixture in, stems out."""
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,8 +102,7 @@ class Separator:
         self.device = pool.device
         self.batch_size = options.batch_size
         self._on_gpu = pool.on_gpu
-        # A model runs for one song at a time. On a CUDA GPU, the compute thread already sees to that.
-        self._turn = nullcontext() if self.device.type == "cuda" else threading.Lock()
+        self._turns = pool.turns
         self._cache = cache
         self._settings = (
             EstimateSettings(self.models, self.plans, self.device, self.fixed_batch_size) if cache else None
@@ -308,9 +306,7 @@ class Separator:
         self, model: SeparationModel, source: Samples | Waveform, plan: ChunkPlan, progress: Progress
     ) -> Generator[Tensor]:
         """The estimates of a model for a complete waveform, in blocks `[S, 2, n]`."""
-        ready, level = self._ready(model, plan), _level(model, source)
-        with self._turn:
-            yield from separate(ready, source, plan, level, progress)
+        yield from separate(self._ready(model, plan), source, plan, _level(model, source), progress)
 
     def _ready(self, model: SeparationModel, plan: ChunkPlan) -> ReadyModel:
         """The model, ready to run over batches of chunks of that plan."""
@@ -321,6 +317,7 @@ class Separator:
                 self.fixed_batch_size or 1,
                 self.device,
                 in_pairs=self.device.type == "cpu" and pairs_help(),
+                turns=self._turns,
             )
         samples = plan.whole_chunk_input_samples
         return compute_thread(self.device).run(self._on_gpu.get, model, samples, self.batch_size, self.device)

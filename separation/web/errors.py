@@ -19,6 +19,20 @@ class RefusedError(InputError):
         self.headers = headers or {}
 
 
+class CancelledError(BaseException):
+    """The song was cancelled. Not an Exception, so that no handler on the way takes it for a failure."""
+
+
+@contextmanager
+def errors_as_failures() -> Iterator[None]:
+    """Keep Cog's server from taking an error for a cancellation, as it does if `cancelled` is in its text."""
+    try:
+        yield
+    except SeparationError as e:  # a song may have that name
+        e.args = (str(e).replace("cancelled", "canceled").replace("CancelledError", "CanceledError"),)
+        raise
+
+
 @contextmanager
 def errors_without_paths() -> Iterator[None]:
     """Log unexpected errors on the server and tell the client only the kind of error.

@@ -21,7 +21,7 @@ from separation.errors import AudioError, InputError, SeparationError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
 from separation.system.places import size_bytes
-from separation.web.errors import RefusedError, errors_without_paths
+from separation.web.errors import CancelledError, RefusedError, errors_without_paths
 from separation.web.limits import max_mib, max_seconds
 
 LISTEN, ZIP = "stems.html", "stems.zip"
@@ -31,10 +31,6 @@ MAX_SONGS = 20  # songs that may be uploading; the same number may be waiting
 SLOW_SECONDS, SLOW_BYTES_PER_SECOND = 5.0, 1 << 16  # a slower upload is dropped if others have to wait for it
 BLOCK_BYTES = 1 << 16
 SEPARATED = 0.8  # share of the progress bar for the separation; the rest is for the listening page
-
-
-class CancelledError(BaseException):
-    """The song was cancelled. Not an Exception, so that no handler on the way takes it for a failure."""
 
 
 @dataclass(eq=False)

@@ -37,9 +37,9 @@ from separation.engine.options import EngineOptions
 from separation.engine.pool import ModelPool
 from separation.errors import InputError, SeparationError
 from separation.web.connections import LimitedServer, Limits
-from separation.web.errors import RefusedError, errors_without_paths
+from separation.web.errors import CancelledError, RefusedError, errors_without_paths
 from separation.web.page import page
-from separation.web.queue import LISTEN, ZIP, CancelledError, SongQueue, read_some
+from separation.web.queue import LISTEN, ZIP, SongQueue, read_some
 from separation.web.responses import Responder, attachment
 
 MAX_JSON_BYTES = 1 << 16

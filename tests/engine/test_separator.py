@@ -155,7 +155,6 @@ def test_a_song_that_fails_does_not_block_the_next(
         with pytest.raises(AppendError) as raised:
             separator.separate(clip[:, :1000])
     assert raised.value.__traceback__ is not None  # keeps the frames of the failed run alive
-    assert not separator._turn.locked()
     assert separator.separate(clip[:, :1000])["vocals"].any()
 
 

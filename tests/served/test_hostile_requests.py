@@ -256,7 +256,7 @@ def test_a_download_can_be_cancelled(server: HostileServer, web: tuple[str, list
         assert server.request("POST", "/predictions/dripping/cancel")[0] == 200
         thread.join(30)
     assert [ended["status"] for ended in answers] == ["canceled"]
-    assert list(server.temporary.glob("song-*")) == []
+    wait_for(lambda: not any(server.temporary.glob("song-*")), "the end of the song's thread")
     assert_works(server)
 
 

@@ -81,7 +81,7 @@ def test_a_bad_song_or_option_fails_with_a_one_line_error(
     prediction = server.predict(song(1) if content is None else content, **inputs)
     assert prediction["status"] == "failed"
     assert said in prediction["error"]
-    assert prediction["error"].startswith("Prediction failed: Prediction failed: ")  # coglet repeats it
+    assert prediction["error"].startswith("Prediction failed: Async prediction failed: ")  # coglet's words
     assert "\n" not in prediction["error"] and str(server.temporary) not in prediction["error"]
     assert prediction["logs"] in ("", f"decoding\n  0%|{' ' * 20}| 0/20\n")
     assert server.leftovers() <= before

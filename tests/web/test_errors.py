@@ -10,7 +10,7 @@ from separation.errors import (
     OutputError,
     SeparationError,
 )
-from separation.web.errors import errors_without_paths
+from separation.web.errors import errors_as_failures, errors_without_paths
 
 
 @pytest.mark.parametrize("kind", [InputError, AudioError, EstimateError])
@@ -45,3 +45,8 @@ def test_errors_of_the_server_hide_paths_and_are_logged_in_full(
 def test_the_reason_is_the_operating_systems_if_it_caused_the_error() -> None:
     with pytest.raises(OutputError, match=r"\(No space left on device\)"), errors_without_paths():
         raise OutputError("cannot write to '/srv/stems'") from OSError(28, "No space left on device", "/srv/stems")
+
+
+def test_no_error_has_a_word_that_cog_takes_for_a_cancellation() -> None:
+    with pytest.raises(AudioError, match=r"^'canceled\.wav' and 'CanceledError' are empty$"), errors_as_failures():
+        raise AudioError("'cancelled.wav' and 'CancelledError' are empty")
