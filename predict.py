@@ -26,6 +26,7 @@ from separation.engine.cache import chosen_cache
 from separation.engine.recipes import Recipe, load_recipe
 from separation.engine.separator import StemFiles
 from separation.errors import InputError, RecipeError
+from separation.system.stopwatch import Stopwatch, process_seconds
 from separation.web.delivery import DeliveredSeparator
 from separation.web.errors import errors_as_failures, errors_without_paths
 from separation.web.limits import max_mib, max_seconds
@@ -47,6 +48,8 @@ class Order:
 class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
     def setup(self) -> None:
         """Load and warm up the models of vocals_instrumental and all_4. Other stems load theirs on first use."""
+        print(f"Python and its packages: {process_seconds():.1f} s", flush=True)
+        watch = Stopwatch()
         self.recipe = os.environ.get("SEPARATION_RECIPE") or "standard"
         self.max_seconds, self.max_mib = max_seconds(), max_mib()
         self.allowed = Allowed.from_environment()
@@ -60,8 +63,14 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
         )
         self.cache = chosen_cache(default=False)
         self.pool = ModelPool()
-        print(self.pool.choice.reason)
-        Separator(self.recipe, "all_4", pool=self.pool).warm_up()
+        print(watch.step(self.pool.choice.reason))
+        separator = Separator(self.recipe, "all_4", pool=self.pool)
+        for name in separator.models:
+            print(f"loading {name}: {self.pool.load_seconds[name]:.1f} s")
+        print(watch.step("loading all models"))
+        separator.warm_up()
+        print(watch.step("running each model once"))
+        print(f"ready {process_seconds():.1f} s after the start", flush=True)
 
     @property  # a method of this name would be Cog's old name for `run`, which must not exist beside it
     def predict(self) -> Callable[..., list[Path]]:

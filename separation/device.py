@@ -112,7 +112,7 @@ def _unusable_gpu() -> str:
         reason = str(e).strip().partition("\n")[0].rstrip(".")
     return (
         f"PyTorch, which is built for CUDA {torch.version.cuda}, cannot use this machine's NVIDIA GPU with driver "
-        f"{driver} ({reason}): update the driver, or use --device cpu"
+        f"{driver} ({reason}): update the driver, or choose the CPU with --device cpu or CUDA_VISIBLE_DEVICES=-1"
     )
 
 

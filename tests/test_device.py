@@ -94,8 +94,8 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error_with_its_driver_and_what_to_d
         nvidia.unlink()
     words = (
         f"PyTorch, which is built for CUDA 13.0, cannot use this machine's NVIDIA GPU with driver {driver} "
-        "(The NVIDIA driver on your system is too old (found version 11040). Please update): update the driver, or use "
-        "--device cpu"
+        "(The NVIDIA driver on your system is too old (found version 11040). Please update): update the driver, or "
+        "choose the CPU with --device cpu or CUDA_VISIBLE_DEVICES=-1"
     )
     with pytest.raises(InputError, match=f"^{re.escape(words)}$"):
         device.choose(name)

@@ -27,7 +27,9 @@ from torch import Tensor
 import predict
 from helpers.cog_rules import read_runner
 from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
+from helpers.house import imports, modules
 from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
+from separation import device
 from separation.checkpoints.catalogue import files_for, read_config
 from separation.checkpoints.convert import convert
 from separation.checkpoints.download import fetch
@@ -116,6 +118,19 @@ def test_the_image_has_what_the_project_needs(config: dict[str, Any]) -> None:
     assert config["run"] == "predict.py:Predictor"
     pins = (PROJECT / "requirements.txt").read_text(encoding="utf-8").split()
     assert f"cog=={build['sdk_version']}" in pins
+
+
+def test_the_image_has_no_package_beyond_the_ten_that_the_running_container_does_not_import() -> None:
+    ten = {"cog", "torch", "torchaudio", "numpy", "librosa", "soundfile", "pyyaml", "einops"}
+    ten |= {"rotary-embedding-torch", "demucs"}
+    pins = {line.partition("==")[0] for line in (PROJECT / "requirements.txt").read_text().split()}
+    reached, imported = {"predict"}, set[str]()
+    while new := {name for module in reached for name in imports(modules()[module]) if name in modules()} - reached:
+        reached |= new
+    for module in reached:
+        imported |= {name.partition(".")[0] for name in imports(modules()[module])}
+    assert ten < pins
+    assert pins - ten <= imported
 
 
 def test_kernels_compiled_before_the_build_are_copied_into_the_image(config: dict[str, Any]) -> None:
@@ -506,6 +521,19 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[EvenModel]:
 def test_setup_fails_if_a_limit_is_not_a_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "3h")
     with pytest.raises(InputError, match=f"^{name} is '3h': set it to a number above 0, or leave it out$"):
+        predict.Predictor().setup()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use a GPU here")
+def test_setup_fails_with_the_drivers_version_if_pytorch_cannot_use_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  515.105.01  Release\n")
+    monkeypatch.setattr(device, "NVIDIA_DEVICES", tmp_path)
+    monkeypatch.setattr(device, "NVIDIA_VERSION", tmp_path / "version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(InputError, match=r"cannot use this machine's NVIDIA GPU with driver 515\.105\.01 \("):
         predict.Predictor().setup()
 
 

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -222,6 +223,16 @@ def test_a_hundred_predictions_leak_no_memory_threads_or_files(tmp_path: Path, r
 
 
 # Start and end of the server
+
+
+def test_the_log_of_setup_says_how_long_each_step_took(server: Server) -> None:
+    logs = server.health()["setup"]["logs"].splitlines()
+    lines = [line.removeprefix("[coglet::setup] ") for line in logs]
+    steps = ["Python and its packages", r"device cpu \(.*\), precision .*", "loading demo", "loading all models"]
+    steps.append("running each model once")
+    places = [next(n for n, line in enumerate(lines) if re.fullmatch(rf"{step}: \d+\.\d s", line)) for step in steps]
+    assert places == sorted(places)
+    assert re.fullmatch(r"ready \d+\.\d s after the start", lines[places[-1] + 1])
 
 
 @pytest.mark.slow
