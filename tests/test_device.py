@@ -243,5 +243,6 @@ def test_a_measurement_is_repeated_if_another_thread_interferes(
 
 def test_peak_memory_on_a_gpu_is_that_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"cuda": 123, "cuda:1": 456}
+    monkeypatch.setattr(device, "_earlier_peaks", {})
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: peaks[str(gpu)])
     assert {name: device.peak_memory_bytes(torch.device(name)) for name in peaks} == peaks
