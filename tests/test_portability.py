@@ -46,11 +46,12 @@ NAMES |= {
 NAMES |= {"alarm", "setitimer", "pause", "epoll", "kqueue", "poll", "select", "preexec_fn", "pass_fds"}
 OWNERS = {"os", "signal", "select", "socket", "subprocess"}
 # The first compiles kernels for a kind of CPU, of which Windows has none. The second waits for a non-blocking pipe,
-# which Windows does not have. The third first asks whether the system has it.
+# which Windows does not have. The others first ask whether the system has it.
 LINUX_ONLY = {
     ("separation.models.kernels.native", "getuid"),
     ("separation.cli.process", "select"),
     ("separation.system.memory", "sysconf"),
+    ("separation.system.stopwatch", "sysconf"),
 }
 
 # Runs the command line without Unix's modules and signals.
