@@ -119,25 +119,33 @@ def test_the_reason_names_the_kind_and_the_compiler(monkeypatch: pytest.MonkeyPa
 
 
 OUT_OF_MEMORY = """
-import resource, sys
+import gc, resource, sys
 import torch
 from separation.models.kernels.fused import FusedTransformer
+from separation.models.kernels.scnet_cpu import TimeBranches
 from separation.models.layers import Attention, RotaryEmbedding, Transformer
+from separation.models.scnet import TimeConvolutions
 
 def make_attention():
     return Attention(64, heads=2, dim_head=32, positions=RotaryEmbedding(32), backend="einsum")
 
+torch.set_grad_enabled(False)
 transformer = Transformer(64, depth=1, make_attention=make_attention, norm_output=False)
-layer = FusedTransformer(transformer.requires_grad_(False), torch.float32)
+layer = FusedTransformer(transformer, torch.float32)
 x = torch.randn(4, 100_000, 64)
 layer._angles(x.shape[1])
+branches = TimeBranches(TimeConvolutions(64, 1, 4, 3).layers)
+frames = x.view(1, 1, 400_000, 64)
+out = torch.empty_like(frames)
 torch.set_num_threads(int(sys.argv[1]))
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, resource.RLIM_INFINITY))
-try:
-    layer(x)
-except MemoryError as e:
-    print(e)
+for work in (lambda: layer(x), lambda: branches(out, frames, 0)):
+    gc.collect()
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, resource.RLIM_INFINITY))
+    try:
+        work()
+    except MemoryError as e:
+        print(e)
 """
 
 
@@ -148,4 +156,4 @@ def test_running_out_of_memory_is_an_error_and_does_not_end_the_process(threads:
     command = [sys.executable, "-c", OUT_OF_MEMORY, str(threads)]
     ran = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.startswith("the C++ layers cannot allocate memory: ")
+    assert ran.stdout.count("the C++ layers cannot allocate memory: ") == 2
