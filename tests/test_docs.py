@@ -236,7 +236,7 @@ def test_every_file_of_the_project_that_is_named_is_there(document: Path) -> Non
     rooms = {path.name for path in (PROJECT / "separation").iterdir() if path.is_dir()}
     for name in FILE.findall(text_of(document)):
         first = name.split("/")[0]
-        if first in rooms | {".ci", ".github", "configs", "separation", "tests", "weights"}:
+        if first in rooms | {".ci", ".github", "client", "configs", "separation", "tests", "weights"}:
             found = [path for folder in (PROJECT, PROJECT / "separation") for path in folder.glob(name)]
             assert found, f"{document.name}: {name} is no file"
 

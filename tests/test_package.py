@@ -139,7 +139,7 @@ def test_the_workflow_pushes_with_the_cog_that_the_container_is_tested_with() ->
     assert str(pins()["cog"].specifier) == f"=={version}"
 
 
-@pytest.mark.parametrize("name", ["cog.yml", "tests.yml", "wheel.yml"])
+@pytest.mark.parametrize("name", ["client.yml", "cog.yml", "tests.yml", "wheel.yml"])
 def test_workflows_only_read_and_use_actions_of_a_given_major_version(name: str) -> None:
     text = (PROJECT / ".github" / "workflows" / name).read_text(encoding="utf-8")
     assert "\npermissions:\n  contents: read\n" in text

@@ -12,18 +12,23 @@ function given(name: string): string {
 export const plain = (): string => given("PLAIN_CONTAINER");
 /** A container that uploads its stems to http://127.0.0.1:{gatewayPort}/upload. */
 export const uploading = (): string => given("UPLOADING_CONTAINER");
+/** The log of the container outside Replicate. */
+export const plainLog = (): string => given("PLAIN_LOG");
+/** The checkout that these tests belong to. */
+export const project = (): string => given("PROJECT");
 export const gatewayPort = (): number => Number(given("GATEWAY_PORT"));
 /** FLAC files of two and ninety seconds. */
 export const songFile = (): string => given("SONG");
 export const longSongFile = (): string => given("LONG_SONG");
 
-/** Waits until the container is ready: it responds to a prediction shortly before. */
-export async function idle(container: string): Promise<void> {
-  for (;;) {
-    const health = (await (await fetch(`${container}/health-check`)).json()) as { status: string };
-    if (health.status === "READY") return;
+/** Polls until something is found. */
+export async function until<T>(look: () => T | undefined | Promise<T | undefined>): Promise<T> {
+  for (const end = Date.now() + 60_000; Date.now() < end; ) {
+    const found = await look();
+    if (found !== undefined) return found;
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
+  throw new Error("it did not happen within a minute");
 }
 
 export function dataUri(bytes: Buffer): string {

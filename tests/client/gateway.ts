@@ -11,6 +11,8 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { FileObject, Prediction, WebhookEventType } from "replicate";
 
 export const TOKEN = "r8_for_tests";
+/** The only model that runs without a version. */
+export const OFFICIAL = "owner/separation";
 
 /** An attempt to send a webhook. `answer` is the response's status, or 0 if the connection failed. */
 export interface Delivery {
@@ -22,6 +24,9 @@ export interface Delivery {
 
 interface Job {
   prediction: Prediction & { logs: string };
+  /** Whether the container has it, or is about to. */
+  isSent: boolean;
+  canceled: Promise<void>;
   over: Promise<void>;
   end: () => void;
   /** The webhooks of a prediction are sent one after another. */
@@ -35,6 +40,11 @@ export class Gateway {
   readonly deliveries: Delivery[] = [];
   /** Seconds that the upload of a stem takes; with it, tests choose the order in which uploads end. */
   uploadSeconds: (stem: string) => number = () => 0;
+  /**
+   * Called before each request of a client, with its method and path. A status is answered at once; "drop" cuts the
+   * connection after the request has taken effect.
+   */
+  interfere: (route: string) => number | "drop" | void | Promise<void> = () => undefined;
 
   readonly #coglet: string;
   readonly #server: Server;
@@ -56,7 +66,7 @@ export class Gateway {
 
   async close(): Promise<void> {
     await this.#queue;
-    await Promise.all([...this.#jobs.values()].map((job) => job.webhooks));
+    for (const job of this.#jobs.values()) await Promise.all([job.webhooks, job.canceled]);
     this.#server.closeAllConnections();
     await new Promise((resolve) => this.#server.close(resolve));
   }
@@ -68,6 +78,11 @@ export class Gateway {
   /** The number of predictions created so far. */
   get created(): number {
     return this.#jobs.size;
+  }
+
+  /** The prediction that was created last. */
+  get newest(): Prediction {
+    return [...this.#jobs.values()].at(-1)!.prediction;
   }
 
   /** The prediction that is running. */
@@ -112,13 +127,24 @@ export class Gateway {
     }
 
     // For the client.
+    const interference = await this.interfere(route);
+    if (interference === "drop") {
+      response.end = (() => void request.socket.destroy()) as unknown as typeof response.end;
+    } else if (interference !== undefined) {
+      response.setHeader("retry-after", "0");
+      return send(response, interference, { detail: "the test interferes", status: interference });
+    }
     if (request.headers.authorization !== `Bearer ${TOKEN}`) {
       return send(response, 401, { title: "Unauthenticated", detail: "You did not pass a valid token", status: 401 });
     }
     if (route === "GET /v1/webhooks/default/secret") return send(response, 200, { key: this.secret });
     if (route === "POST /v1/files") return send(response, 201, await this.#keep(request, body));
-    if ((match = /^POST \/v1\/(?:models\/([^/]+\/[^/]+)\/)?predictions$/.exec(route))) {
-      const job = this.#create(JSON.parse(body.toString()), match[1]);
+    if ((match = /^POST \/v1\/(?:(models|deployments)\/([^/]+\/[^/]+)\/)?predictions$/.exec(route))) {
+      const [, collection, name] = match;
+      if (collection === "models" && name !== OFFICIAL) {
+        return send(response, 404, { detail: "The requested resource could not be found.", status: 404 });
+      }
+      const job = this.#create(JSON.parse(body.toString()), collection === "deployments" ? { deployment: name! } : {});
       const wait = /^wait(?:=(\d+))?$/.exec(String(request.headers.prefer ?? ""));
       if (wait) await Promise.race([job.over, sleep(Number(wait[1] ?? 60) * 1000, undefined, { ref: false })]);
       return send(response, 201, job.prediction);
@@ -126,7 +152,7 @@ export class Gateway {
     if ((match = /^(?:GET|POST) \/v1\/predictions\/([^/]+)(\/cancel)?$/.exec(route))) {
       const job = this.#jobs.get(match[1]!);
       if (!job) return send(response, 404, { title: "Prediction not found", status: 404 });
-      if (match[2]) await this.#cancel(job);
+      if (match[2]) this.#cancel(job);
       return send(response, 200, job.prediction);
     }
     send(response, 404, { detail: "no such route" });
@@ -151,14 +177,18 @@ export class Gateway {
     };
   }
 
-  #create(request: Pick<Prediction, "input" | "version" | "webhook" | "webhook_events_filter">, model?: string): Job {
+  #create(
+    request: Pick<Prediction, "input" | "version" | "webhook" | "webhook_events_filter">,
+    target: Pick<Prediction, "deployment">,
+  ): Job {
     const id = randomBytes(13).toString("hex");
     let end = (): void => undefined;
     const over = new Promise<void>((resolve) => (end = resolve));
     const prediction: Job["prediction"] = {
       id,
-      model: model ?? "owner/separation",
+      model: OFFICIAL,
       version: request.version ?? "hidden",
+      ...target,
       input: request.input,
       ...(request.webhook && { webhook: request.webhook }),
       ...(request.webhook_events_filter && { webhook_events_filter: request.webhook_events_filter }),
@@ -174,16 +204,18 @@ export class Gateway {
         cancel: `${this.origin}/v1/predictions/${id}/cancel`,
       },
     };
-    const job: Job = { prediction, over, end, webhooks: Promise.resolve() };
+    const job: Job = { prediction, isSent: false, canceled: Promise.resolve(), over, end, webhooks: Promise.resolve() };
     this.#jobs.set(id, job);
     this.#queue = this.#queue.then(() => this.#perform(job));
     return job;
   }
 
   /** Runs the prediction on the container, which accepts one at a time, and waits for its end. */
-  async #perform({ prediction, over }: Job): Promise<void> {
-    if (prediction.status === "canceled") return;
+  async #perform(job: Job): Promise<void> {
+    const { prediction, over } = job;
     for (;;) {
+      if (prediction.status === "canceled") return;
+      job.isSent = true;
       const answer = await fetch(`${this.#coglet}/predictions/${prediction.id}`, {
         method: "PUT",
         headers: { "content-type": "application/json", prefer: "respond-async" },
@@ -192,7 +224,8 @@ export class Gateway {
       if (answer.status === 202) return over;
       const body = await answer.text();
       // 409: the container announces the end of a prediction shortly before it is ready for the next.
-      if (answer.status !== 409) return this.#update(this.#jobs.get(prediction.id)!, { status: "failed", error: body });
+      if (answer.status !== 409) return this.#update(job, { status: "failed", error: body });
+      job.isSent = false;
       await sleep(50);
     }
   }
@@ -216,10 +249,16 @@ export class Gateway {
     if (event === "completed") job.end();
   }
 
-  async #cancel(job: Job): Promise<void> {
-    if (isOver(job.prediction)) return;
-    const answer = await fetch(`${this.#coglet}/predictions/${job.prediction.id}/cancel`, { method: "POST" });
-    if (answer.status === 404) this.#update(job, { status: "canceled" }); // still in the queue
+  #cancel(job: Job): void {
+    if (job.isSent) job.canceled = job.canceled.then(() => this.#cancelInContainer(job));
+    else this.#update(job, { status: "canceled" }); // still in the queue
+  }
+
+  /** Waits for the first line of the log: coglet can lose a cancel that arrives just after the start. */
+  async #cancelInContainer({ prediction }: Job): Promise<void> {
+    while (!isOver(prediction) && !prediction.logs) await sleep(20);
+    if (isOver(prediction)) return;
+    await fetch(`${this.#coglet}/predictions/${prediction.id}/cancel`, { method: "POST" });
   }
 
   /** Sends a webhook. Only the final one of a prediction is retried if the response is not 2xx. */

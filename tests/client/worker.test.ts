@@ -4,7 +4,7 @@ import { randomUUID } from "node:crypto";
 import test, { after, before, beforeEach } from "node:test";
 import { validateWebhook } from "replicate";
 import { signatureHeaders } from "./gateway.js";
-import { createTables, startReceiver, type Receiver } from "./workerd.js";
+import { bundledFiles, createTables, startReceiver, type Receiver } from "./workerd.js";
 
 const SECRET = `whsec_${Buffer.from("the account's secret").toString("base64")}`;
 const VOCALS = "https://replicate.delivery/a/vocals.wav";
@@ -51,6 +51,11 @@ test("a signed webhook is stored with its stems by name", async () => {
     stems: { vocals: VOCALS, instrumental: INSTRUMENTAL },
     error: null,
   });
+});
+
+test("the bundle has what checks webhooks, and neither the client nor npm's replicate", async () => {
+  const names = (await bundledFiles()).map((name) => name.replace("node_modules/music-separation/dist/esm/", ""));
+  assert.deepEqual(names.sort(), ["errors.js", "prediction.js", "stems.js", "webhook.js", "worker.ts"]);
 });
 
 test("npm's replicate accepts the same signature", async () => {
@@ -166,7 +171,7 @@ test("another webhook for a finished prediction is answered with 200 and changes
 
 test("failed, canceled and incomplete predictions are stored with their error", async () => {
   const bodies = [
-    prediction({ id: "f", status: "failed", output: null, error: "Prediction failed: AudioError: not audio" }),
+    prediction({ id: "f", status: "failed", output: null, error: "Prediction failed: AudioError: it is not audio" }),
     prediction({ id: "c", status: "canceled", output: null }),
     prediction({ id: "i", input: { stems: "all_4" } }),
     prediction({ id: "n", output: null }),
@@ -177,12 +182,12 @@ test("failed, canceled and incomplete predictions are stored with their error", 
     assert.deepEqual(await send(body, signatureHeaders(SECRET, messageId(), body)), [200, "stored"]);
   }
   assert.deepEqual((await receiver.rows()).map((row) => [row.replicate_id, row.status, row.stems, row.error]), [
-    ["f", "failed", null, "Prediction failed: AudioError: not audio"],
-    ["c", "canceled", null, null],
+    ["f", "failed", null, "it is not audio"],
+    ["c", "canceled", null, "prediction c was canceled"],
     ["i", "failed", null, "expected the stems vocals, drums, bass, other, got instrumental, vocals"],
     ["n", "failed", null, "the prediction's output is not a list of URLs: null"],
     ["u", "failed", null, "unknown choice of stems: all_5"],
-    ["t", "succeeded", '{"no_drums":"https://h/no_drums.mp3","drums":"https://h/drums.mp3"}', null],
+    ["t", "succeeded", '{"drums":"https://h/drums.mp3","no_drums":"https://h/no_drums.mp3"}', null],
   ]);
 });
 

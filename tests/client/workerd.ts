@@ -1,6 +1,9 @@
-/** Workers in the real workerd with a real D1, for the tests: bundled like wrangler does, run by miniflare. */
+/**
+ * Workers in the real workerd with a real D1, for the tests: bundled like wrangler does, run by miniflare. `worker.ts` and
+ * `schema.sql` are copies of those in the package.
+ */
 import { readFile } from "node:fs/promises";
-import { build } from "esbuild";
+import { build, type BuildResult } from "esbuild";
 import { Miniflare } from "miniflare";
 
 export interface Row {
@@ -45,10 +48,11 @@ export async function createTables(database: Database): Promise<void> {
 }
 
 /** Runs `body` in a Worker, with `Separator` and `request` in scope, and returns its response as text. */
-export async function runInWorker(body: string): Promise<string> {
-  const code = `import { Separator } from "./separation.js";
+export async function runInWorker(body: string, compatibilityFlags: string[]): Promise<string> {
+  const code = `import { Separator } from "music-separation";
     export default { async fetch(request) { ${body} } };`;
-  const worker = new Miniflare({ modules: true, script: await bundle(code), compatibilityDate: "2026-01-01" });
+  const script = await bundle(code);
+  const worker = new Miniflare({ modules: true, script, compatibilityDate: "2026-01-01", compatibilityFlags });
   try {
     return await (await worker.dispatchFetch("http://worker.test/")).text();
   } finally {
@@ -56,13 +60,23 @@ export async function runInWorker(body: string): Promise<string> {
   }
 }
 
+/** The files that a bundle with worker.ts consists of. */
+export async function bundledFiles(): Promise<string[]> {
+  const { metafile } = await bundled('export { default } from "./worker.js";');
+  return Object.keys(metafile.inputs).filter((name) => name !== "<stdin>");
+}
+
 async function bundle(contents: string): Promise<string> {
-  const { outputFiles } = await build({
+  return (await bundled(contents)).outputFiles[0]!.text;
+}
+
+function bundled(contents: string): Promise<BuildResult<{ write: false; metafile: true }>> {
+  return build({
     stdin: { contents, resolveDir: process.cwd(), loader: "ts" },
     bundle: true,
     format: "esm",
     platform: "browser",
     write: false,
+    metafile: true,
   });
-  return outputFiles[0]!.text;
 }
