@@ -77,8 +77,8 @@ const KINDS: Record<string, ErrorKind> = {
 function predictionError(id: string, status: string, error: unknown): PredictionError {
   if (status !== "failed") return new PredictionError(`prediction ${id} was ${status}`, "canceled", id);
   const text = typeof error === "string" ? error : error ? JSON.stringify(error) : `prediction ${id} failed`;
-  // Cog's server repeats its own prefix, and Cog puts the exception's name before the sentence.
-  const sentence = text.replace(/^(?:Prediction failed: )+/, "");
+  // Cog's server puts one or two prefixes before the sentence, and the exception's name.
+  const sentence = text.replace(/^(?:(?:Async p|P)rediction failed: )+/, "");
   const [, name = "", rest = ""] = /^(\w+): ([^]+)$/.exec(sentence) ?? [];
   if (Object.hasOwn(KINDS, name)) return new PredictionError(rest, KINDS[name]!, id);
   return new PredictionError(sentence, sentence.startsWith("Failed to upload output") ? "output" : "server", id);

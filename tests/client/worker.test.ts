@@ -171,7 +171,7 @@ test("another webhook for a finished prediction is answered with 200 and changes
 
 test("failed, canceled and incomplete predictions are stored with their error", async () => {
   const bodies = [
-    prediction({ id: "f", status: "failed", output: null, error: "Prediction failed: AudioError: it is not audio" }),
+    prediction({ id: "f", status: "failed", output: null, error: "Prediction failed: Async prediction failed: AudioError: it is not audio" }),
     prediction({ id: "c", status: "canceled", output: null }),
     prediction({ id: "i", input: { stems: "all_4" } }),
     prediction({ id: "n", output: null }),
