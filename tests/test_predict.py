@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -153,36 +154,58 @@ def test_the_image_has_exactly_the_checked_weights_of_standard_without_the_drum_
     baked = []
     for run in config["build"]["run"]:
         assert "\n" not in run["command"].strip()  # Cog rejects line breaks
-        curl, check, *rest = run["command"].split(" && ")
-        downloaded = re.fullmatch(r"curl .*--fail .*--output (\S+) (\S+)", curl)
-        checked = re.fullmatch(r'echo "([0-9a-f]{64})  (\S+)" \| sha256sum -c', check)
+        download, check, *rest = without_mount(run["command"]).split(" && ")
+        downloaded = re.fullmatch(
+            r'{ echo "(?P<check>[^"]+)" \| sha256sum -c --status '
+            r"\|\| curl .*--fail .*--output (?P<path>/downloads/(?P<name>\S+)) (?P<url>\S+); }",
+            download,
+        )
+        checked = re.fullmatch(r'echo "(?P<check>(?P<sha256>[0-9a-f]{64})  (?P<path>\S+))" \| sha256sum -c', check)
         assert downloaded and checked
-        path, sha256 = checked[2], checked[1]
-        assert downloaded[1] == path
-        baked.append((downloaded[2], sha256, path))
+        assert downloaded["check"] == checked["check"] and downloaded["path"] == checked["path"]
+        sha256 = checked["sha256"]
+        (file,) = (file for file in files if file.sha256 == sha256)
+        assert Path(file.name).name == downloaded["name"]
+        path = f"{folder}/{file.name}"
+        baked.append((downloaded["url"], sha256, path))
         if path.endswith(".safetensors"):
-            (size_bytes,) = (file.bytes for file in files if file.sha256 == sha256)
-            assert rest == [f"touch -d @0 {path}", f'echo "{sha256} {size_bytes} 0" > {path}.verified']
+            inside = str(Path(path).parent)
+            assert rest == [
+                f"mkdir -p {inside}",
+                f"cp {downloaded['path']} {path}",
+                f'echo "{sha256} {file.bytes} 0" > {path}.verified',
+                f"chmod 644 {path}",
+                f"touch -d @0 {path} {path}.verified {inside} {folder}",
+            ]
         else:
-            written, *rest = rest
-            assert written.endswith(f'" {path} {path.removesuffix(".ckpt")}.safetensors {sha256}')
-            assert rest == [f"chmod 644 {path.removesuffix('.ckpt')}.safetensors", f"rm {path}"]
+            made = f"{path.removesuffix('.ckpt')}.safetensors"
+            assert rest[0] == f"mkdir -p {folder}"
+            assert rest[1].endswith(f'" {downloaded["path"]} {made} {sha256}')
+            assert rest[2:] == [f"chmod 644 {made}", f"touch -d @0 {made} {folder}"]
     assert set(baked) == needed
     assert len(baked) == len(needed)
+
+
+def without_mount(command: str) -> str:
+    """A build command as the shell gets it, without the cache mount before it, which Docker reads."""
+    mount = "--mount=type=cache,target=/downloads "
+    assert command.startswith(mount)
+    return command.removeprefix(mount).strip()
 
 
 def run_in_build(command: str, folder: Path, content: bytes) -> subprocess.CompletedProcess[str]:
     """Run a build command in `folder` instead of /weights, with a curl that delivers this content."""
     (folder / "content").write_bytes(content)
+    (folder / "downloads").mkdir(exist_ok=True)
     curl = folder / "curl"
     curl.write_text(f"""#!/bin/sh
 while [ "$1" != --output ]; do shift; done
-mkdir -p "$(dirname "$2")" && cp '{folder}/content' "$2"
+cp '{folder}/content' "$2" && echo "$2" >> '{folder}/downloaded'
 """)
     curl.chmod(0o755)
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
-        ["sh", "-c", command.replace("/weights/", f"{folder}/weights/")],
+        ["sh", "-c", re.sub('(?<![^ "])/(weights|downloads)(?=/| |$)', rf"{folder}/\1", without_mount(command))],
         env=os.environ | {"PATH": path, "LC_ALL": "C"},
         capture_output=True,
         text=True,
@@ -225,6 +248,31 @@ def test_the_converted_checkpoint_of_the_image_loads_without_its_source_or_a_che
     monkeypatch.setattr(hashlib, "file_digest", None)  # fails if it is called
     model = load_model(write_yaml(tmp_path, files=[{"name": file.name, "sha256": sha256}]))
     assert_same_model(model, small_model(), chunks())
+
+
+def test_a_second_build_downloads_nothing_and_makes_the_same_files(config: dict[str, Any], tmp_path: Path) -> None:
+    content = b"weights" * 1000
+    command = config["build"]["run"][-1]["command"]
+    sha256 = hashlib.sha256(content).hexdigest()
+    command = re.sub("[0-9a-f]{64}", sha256, command)
+    made = []
+    for _ in range(2):
+        ran = run_in_build(command, tmp_path, content)
+        assert ran.returncode == 0, ran.stderr
+        found = sorted((tmp_path / "weights").rglob("*"))
+        made.append([(path, path.stat().st_mtime, path.is_dir() or path.read_bytes()) for path in found])
+        assert (tmp_path / "weights").stat().st_mtime == 0
+        shutil.rmtree(tmp_path / "weights")
+    assert made[0] == made[1] and len(made[0]) == 3
+    assert {time for _, time, _ in made[0]} == {0}
+    assert len((tmp_path / "downloaded").read_text().split()) == 1
+
+
+def test_an_altered_file_among_the_downloads_is_downloaded_again(config: dict[str, Any], tmp_path: Path) -> None:
+    content = b"weights" * 1000
+    command = re.sub("[0-9a-f]{64}", hashlib.sha256(content).hexdigest(), config["build"]["run"][-1]["command"])
+    assert run_in_build(command, tmp_path, b"altered").returncode != 0
+    assert run_in_build(command, tmp_path, content).returncode == 0
 
 
 def test_the_other_weights_of_the_image_are_not_hashed_again(
