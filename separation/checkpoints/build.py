@@ -148,12 +148,17 @@ def with_architecture(description: Checkpoint, stored: Stored | None = None) -> 
 
 
 def architectures_with(names: Mapping[str, Any]) -> list[str]:
-    """The architectures whose weights may have these names."""
-    return [
-        name
+    """The architectures whose weights may have these names.
+
+    If an architecture fits, those that it extends do not count: it has their names and more.
+    """
+    fitting = {
+        name: architecture
         for name, architecture in ARCHITECTURES.items()
         if all(any(re.fullmatch(pattern, key) for key in names) for pattern in architecture.KEY_PATTERNS)
-    ]
+    }
+    extended = {base for architecture in fitting.values() for base in architecture.__mro__[1:]}
+    return [name for name, architecture in fitting.items() if architecture not in extended]
 
 
 def _takes(description: Checkpoint) -> bool:

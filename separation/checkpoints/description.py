@@ -25,7 +25,12 @@ AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_ff
 LARGEST = {"sample_rate": 384_000, "samplerate": 384_000, "chunk_size": 2**24, "segment": 600, "bytes": 2**36}
 LARGEST_OTHER = 2**20
 FIXED_CHUNKS = {"demucs", "hdemucs", "htdemucs", "mdx23c"}  # architectures that take chunks of one length only
-WITH_ATTENTION = {"bs_roformer", "mel_band_roformer", "htdemucs"}  # architectures with a choice of attention backend
+WITH_ATTENTION = {
+    "bs_roformer",
+    "mel_band_roformer",
+    "htdemucs",
+    "scnet_tran",
+}  # architectures with a choice of attention backend
 WITH_INT8 = {"bs_roformer", "mel_band_roformer"}  # architectures that can compute in int8
 YAML_SUFFIXES = (".yaml", ".yml")
 # Suffixes of the files that stand beside a weights file, so that no weights file can take their place.

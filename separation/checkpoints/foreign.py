@@ -33,9 +33,6 @@ TYPES = {
     "mel_band_conformer": "a MelBand-Conformer",
     "conformer": "a Conformer",
     "bs_mamba2": "a BS-Mamba2",
-    "scnet_unofficial": "an SCNet in the layout of its unofficial implementation",
-    "scnet_tran": "an SCNet with transformers",
-    "scnet_masked": "an SCNet with masks",
     "experimental_mdx23c_stht": "an MDX23C with another transform (STHT)",
     "swin_upernet": "a Swin-UperNet",
     "segm_models": "a network of segmentation_models_pytorch",
@@ -55,8 +52,6 @@ KEYS = {
     "embed_dim": "a Conformer",
     "mamba_gmlp": TYPES["bs_mamba2"],
     "num_repeat_mask": TYPES["bs_mamba2"],
-    "bandsplit_ratios": TYPES["scnet_unofficial"],
-    "tran_depth": TYPES["scnet_tran"],
     "encoder_name": TYPES["segm_models"],
     "band_specs": TYPES["bandit"],
     "n_rope": TYPES["moises_light"],
@@ -74,7 +69,6 @@ NAMES = {
     r".*\.A_log": TYPES["bs_mamba2"],
     r".*\.lora_[AB](\..*)?": "a LoRA adapter without its model",
     r"layers\.\d+\.\d+\.layers\.\d+\.conv\.net\..*": KEYS["time_conformer_depth"],
-    r"separation_net\.dp_modules\.\d+\.(time|freq)_layer\..*": TYPES["scnet_tran"],
     r"(.+\.)?(tf_model|mask_estim)\..*": TYPES["bandit"],
 }
 

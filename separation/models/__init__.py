@@ -6,6 +6,8 @@ from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
 from separation.models.mdx23c import MDX23C
 from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.scnet import SCNet
+from separation.models.scnet_unofficial import SCNetUnofficial
+from separation.models.scnet_variants import SCNetMasked, SCNetTran
 
 __all__ = ["ARCHITECTURES", "SeparationModel"]
 
@@ -17,4 +19,7 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "htdemucs": HTDemucs,
     "mdx23c": MDX23C,
     "scnet": SCNet,
+    "scnet_masked": SCNetMasked,
+    "scnet_tran": SCNetTran,
+    "scnet_unofficial": SCNetUnofficial,
 }

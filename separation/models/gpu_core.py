@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from separation.models.base import SeparationModel
-from separation.models.kernels.native import library
+from separation.models.kernels.native import NotFusedError, library
 from separation.models.kernels.registry import cpu_fault, triton_fault
 
 logger = logging.getLogger("separation")
@@ -28,6 +28,8 @@ class GpuCoreModel(SeparationModel):
     # The lowest compute capability for which `_gpu_core` is used. Triton's products need tensor cores of 8.0.
     lowest_capability: ClassVar[tuple[int, int]] = (7, 5)
 
+    # Why the architecture has no faster core; empty if it has one.
+    no_core_because: ClassVar[str] = ""
     # The precisions in which `fuse_for_cpu` replaces the plain layers, by layers that compute mostly in float32.
     cpu_core_precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
 
@@ -41,11 +43,13 @@ class GpuCoreModel(SeparationModel):
         """One of the weights that `to_precision` casts."""
 
     def fuse_for_gpu(self, dtype: torch.dtype) -> None:
+        if self.no_core_because:
+            raise NotFusedError(self.no_core_because)
         self.to_precision(dtype)
         self._gpu_core = self.make_gpu_core()
 
     def fuse_for_cpu(self) -> None:
-        fault = cpu_fault()
+        fault = self.no_core_because or cpu_fault()
         if not fault and self.precision == torch.bfloat16 and library().kind.name == "amx":
             fault = "AMX computes bfloat16 faster"
         if fault:
@@ -69,7 +73,8 @@ class GpuCoreModel(SeparationModel):
     def _update_gpu_core(self) -> None:
         weight = self.cast_weight
         is_used = (
-            weight.is_cuda
+            not self.no_core_because
+            and weight.is_cuda
             and weight.dtype in (torch.float16, torch.bfloat16)
             and torch.cuda.get_device_capability(weight.device) >= self.lowest_capability
             and not triton_fault(weight.device)

@@ -6,9 +6,10 @@ the frames and on their Fourier transform. The decoder returns the stems' spectr
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from separation.models.kernels.scnet_gpu import GpuSCNet
 from separation.models.kernels.unet_cpu import for_cpu
 from separation.models.layers import GroupNorm, join_weights
 from separation.models.shapes import Shapes, quotient
-from separation.models.stft import Stft
+from separation.models.stft import Stft, Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,12 @@ class SCNet(GpuCoreModel):
     """
 
     Config = SCNetConfig
-    KEY_PATTERNS = (r"encoder\.0\.SDlayer\.convs\.0\.weight", r"separation_net\.dp_modules\.0\.lstm_layers\.0\..*")
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"encoder\.0\.SDlayer\.convs\.0\.weight",
+        r"separation_net\.dp_modules\.0\.lstm_layers\.0\..*",
+    )
     CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
+    WINDOW: ClassVar[Window] = "rectangular"
     lowest_capability = (8, 0)
     cpu_core_precisions = (torch.float32, torch.bfloat16)  # in bfloat16, all but the LSTMs compute in float32
     normalisation = "none"  # it has no norm before its first layer, and was trained on tracks at their original level
@@ -87,18 +92,12 @@ class SCNet(GpuCoreModel):
             hop_length=config.hop_size,
             win_length=config.win_size,
             normalized=config.normalized,
-            window="rectangular",
+            window=self.WINDOW,
         )
         steps = list(zip(config.dims, config.dims[1:], strict=False))
         outputs = [config.dims[0] * config.num_stems, *config.dims[1:]]
         self.encoder = nn.ModuleList(Encoder(config, size_in, size) for size_in, size in steps)
-        self.separation_net = nn.ModuleDict(
-            {
-                "dp_modules": nn.ModuleList(
-                    DualPath(config.dims[-1] * (1 + i % 2), config.expand) for i in range(config.num_dplayer)
-                )
-            }
-        )
+        self.separation_net = nn.ModuleDict({"dp_modules": nn.ModuleList(self._dual_paths(config))})
         self.decoder = nn.ModuleList(
             nn.ModuleList([Fusion(size), Upsampling(config, size, size_out)])
             for (_, size), size_out in reversed(list(zip(steps, outputs, strict=False)))
@@ -129,13 +128,17 @@ class SCNet(GpuCoreModel):
             ),
         }
 
+    @classmethod
+    def _dual_paths(cls, config: Any) -> Iterator[nn.Module]:
+        """The layers between encoder and decoder, each `[B, F, N, D] -> [B, F, N, D]`."""
+        for i in range(config.num_dplayer):
+            yield DualPath(config.dims[-1] * (1 + i % 2), config.expand)
+
     def forward(self, chunks: Tensor) -> Tensor:
         length = chunks.shape[-1]
         spectrum = self._stft.spectrogram(F.pad(chunks, (0, self._missing(length))))  # [B, C, F, N]
-        if self._gpu_core is not None:
-            spectra = self._gpu_core(torch.view_as_real(spectrum), self._outputs)
-        else:
-            spectra = self._spectra(torch.view_as_real(spectrum), (_fourier, _inverse_fourier))
+        network = self._gpu_core or partial(self._network, fourier=(_fourier, _inverse_fourier))
+        spectra = self._spectra(torch.view_as_real(spectrum), network)
         return self._stft.waveform(torch.view_as_complex(spectra.contiguous()).transpose(-1, -2), length)
 
     def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
@@ -166,11 +169,15 @@ class SCNet(GpuCoreModel):
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         (spectrum,) = inputs
-        spectra = self._spectra(spectrum, (_fourier_product, _inverse_fourier_product))
+        spectra = self._spectra(spectrum, partial(self._network, fourier=(_fourier_product, _inverse_fourier_product)))
         return (rearrange(spectra, "b s c n f ri -> b s c f n ri"),)
 
-    def _spectra(self, spectrum: Tensor, fourier: "Fourier") -> Tensor:
-        """The mixture's spectrogram `[B, C, F, N, 2]` to the stems' `[B, S, C, N, F, 2]`, a view."""
+    def _spectra(self, spectrum: Tensor, network: "Network") -> Tensor:
+        """The mixture's spectrogram `[B, C, F, N, 2]` to the wanted stems' `[B, S, C, N, F, 2]`."""
+        return network(spectrum, self._outputs)
+
+    def _network(self, spectrum: Tensor, outputs: tuple[int, ...], fourier: "Fourier") -> Tensor:
+        """The plain layers as a `Network`, with the Fourier transforms of `_separate`."""
         x = rearrange(spectrum, "b c f n ri -> b (c ri) f n")
         skips: list[tuple[Tensor, list[int], list[int]]] = []
         for encode in self.encoder:
@@ -181,16 +188,25 @@ class SCNet(GpuCoreModel):
             skip, sizes, sizes_before = skips.pop()
             x = upsample(fuse(x, skip), sizes, sizes_before)
         spectra = rearrange(x.float(), "b (s c ri) f n -> b s c n f ri", c=self.channels, ri=2)
-        if self._outputs == tuple(range(self.config.num_stems)):
-            return spectra
-        return torch.stack([spectra[:, index] for index in self._outputs], dim=1)
+        return chosen(spectra, outputs)
 
     def _separate(self, x: Tensor, fourier: "Fourier") -> Tensor:
         """`[B, D, F, N] -> [B, D, F, N]` in float32, because Fourier transforms do not support half precision."""
         x = rearrange(x.float(), "b d f n -> b f n d")
-        for i, dual_path in enumerate(cast(Iterable[DualPath], self.separation_net["dp_modules"])):
+        for i, dual_path in enumerate(cast(Iterable[nn.Module], self.separation_net["dp_modules"])):
             x = fourier[i % 2](dual_path(x))
         return rearrange(x, "b f n d -> b d f n")
+
+
+# The mixture's spectrogram [B, C, F, N, 2] and the indices of stems to their spectrograms [B, S, C, N, F, 2].
+Network = Callable[[Tensor, tuple[int, ...]], Tensor]
+
+
+def chosen(spectra: Tensor, outputs: tuple[int, ...]) -> Tensor:
+    """Some of the stems' spectrograms `[B, S, ...]`."""
+    if outputs == tuple(range(spectra.shape[1])):
+        return spectra
+    return torch.stack([spectra[:, index] for index in outputs], dim=1)
 
 
 # A Fourier transform along frames, [B, F, N, D] -> [B, F, N // 2 + 1, 2 * D], real parts first; and its inverse for an
@@ -278,24 +294,25 @@ class Encoder(nn.Module):
         return F.pad(band, (0, 0, missing // 2, missing - missing // 2))
 
 
+def time_convolution(size: int, narrow: int, kernel: int) -> nn.Sequential:
+    """The branch of a residual convolution along time, `[B, size, N] -> [B, size, N]`."""
+    return nn.Sequential(
+        GroupNorm(1, size),
+        nn.Conv1d(size, 2 * narrow, kernel, padding=kernel // 2),
+        nn.GLU(dim=1),
+        nn.Conv1d(narrow, narrow, kernel, padding=kernel // 2, groups=narrow),
+        GroupNorm(1, narrow),
+        nn.SiLU(),
+        nn.Conv1d(narrow, size, 1),
+    )
+
+
 class TimeConvolutions(nn.Module):
     """Residual convolutions along time, separately for each bin, `[B, D, F, N] -> [B, D, F, N]`."""
 
     def __init__(self, size: int, depth: int, compress: int, kernel: int) -> None:
         super().__init__()
-        narrow = size // compress
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                GroupNorm(1, size),
-                nn.Conv1d(size, 2 * narrow, kernel, padding=kernel // 2),
-                nn.GLU(dim=1),
-                nn.Conv1d(narrow, narrow, kernel, padding=kernel // 2, groups=narrow),
-                GroupNorm(1, narrow),
-                nn.SiLU(),
-                nn.Conv1d(narrow, size, 1),
-            )
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(time_convolution(size, size // compress, kernel) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)

@@ -100,7 +100,6 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
         ("mask_estimators.0.to_freqs.3.fno_blocks.convs.0.weight", "a BS-RoFormer FNO"),
         ("mask_estimators.0.layers.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
         ("layers.0.1.layers.0.conv.net.0.weight", "a Conformer over bands"),
-        ("separation_net.dp_modules.0.time_layer.norm.gamma", "an SCNet with transformers"),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
         ("bsrnn.tf_model.seqband.0.0.norm.weight", "a Bandit"),
         ("layers.0.1.layers.0.0.to_qkv.lora_A", "a LoRA adapter without its model"),

@@ -69,7 +69,12 @@ def test_output_equals_the_independent_implementation_at_full_width(changes: dic
 
 
 @pytest.mark.parametrize(
-    "name, parameters, normalised", [("scnet_xl_ihf", 53_466_800, False), ("scnet", 10_578_768, True)]
+    "name, parameters, normalised",
+    [
+        ("scnet_xl_ihf", 53_466_800, False),
+        ("scnet", 10_578_768, True),
+        ("scnet_huge_4stem_aname", 65_292_464, False),
+    ],
 )
 def test_the_public_checkpoints_have_so_many_parameters(name: str, parameters: int, normalised: bool) -> None:
     description = read_config(name)
