@@ -7,8 +7,8 @@ export class Proxy {
   creations = 0;
   /** So many of them are answered with 409, as by a busy container. */
   busy = 0;
-  /** Cuts the client's connection as soon as the container has the request. */
-  drops = false;
+  /** Cuts the client's connection after this, once the container has the request. */
+  drops: (() => Promise<unknown>) | undefined;
   readonly #server: Server;
 
   constructor(container: string) {
@@ -27,7 +27,7 @@ export class Proxy {
       sent.on("error", () => response.destroy());
       response.on("close", () => sent.destroy());
       received.pipe(sent);
-      if (this.drops) received.on("end", () => setTimeout(() => response.destroy(), 300));
+      received.on("end", () => this.drops?.().finally(() => response.destroy()));
     });
   }
 
