@@ -96,7 +96,7 @@ def evaluate(args: argparse.Namespace) -> int:
     references = find_songs(args.references)  # before a checkpoint is downloaded
     estimates = find_songs(args.estimates) if args.estimates else _load(selected, options)
     with song_bar("evaluate") as progress:
-        report = score(references, estimates, progress=progress)
+        report = score(references, estimates, names=args.scores, progress=progress)
     print_json(report.as_json()) if args.json else print_lines(report)
     for song, error in report.failed.items():
         print_error(f"{song} is left out: {error}")

@@ -9,10 +9,11 @@ from separation import __version__
 from separation.audio.options import FLAC_DEPTHS, FORMATS, MP3_BITRATES, SAMPLE_RATES, WAV_DEPTHS
 from separation.cli import commands, models
 from separation.cli.separate import separate
-from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, seconds
+from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds
 from separation.engine.options import ATTENTIONS, PRECISIONS
 from separation.engine.recipes import choices, names
 from separation.engine.selection import Selection
+from separation.evaluation.choice import DEFAULT_SCORES, SCORES
 from separation.system.places import program
 from separation.system.text import shown
 
@@ -212,8 +213,9 @@ def _add_evaluate(parent: _Commands) -> None:
         "evaluate",
         commands.evaluate,
         "[OPTIONS] --references DIR",
-        "Score stems against the true ones: SDR, SI-SDR, SIR and SAR.",
+        "Score stems against the true ones: SDR, SI-SDR, bleedless, fullness and others.",
         "--references true --estimates stems",
+        "--references true --estimates stems --scores all",
         "--references musdb18hq/test --stems all_4",
     )
     group = evaluate.add_argument_group("songs")
@@ -222,6 +224,13 @@ def _add_evaluate(parent: _Commands) -> None:
     )
     group.add_argument(
         "--estimates", type=path, metavar="DIR", help="the stems to score; without it, the mixtures are separated"
+    )
+    group.add_argument(
+        "--scores",
+        type=scores,
+        default=",".join(DEFAULT_SCORES),
+        metavar="NAME,NAME",
+        help=f"{_listed([*SCORES, 'all'])} (default: {','.join(DEFAULT_SCORES)})",
     )
     _add_model_options(evaluate)
     _add_engine_options(evaluate)

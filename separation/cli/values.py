@@ -4,6 +4,8 @@ import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+from separation.evaluation.choice import SCORES
+
 
 def given(text: str) -> str:
     """Any text that is not empty."""
@@ -41,6 +43,14 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} must be a whole number from 1 up")
     return int(text)
+
+
+def scores(text: str) -> tuple[str, ...]:
+    """Names of scores with commas between them, or `all`."""
+    names = tuple(SCORES) if text == "all" else tuple(text.split(","))
+    if unknown := [name for name in names if name not in SCORES]:
+        raise ArgumentTypeError(f"{unknown[0]!r} is not a score: choose from {', '.join(SCORES)}, or all")
+    return names
 
 
 def capabilities(text: str) -> list[int]:

@@ -9,7 +9,8 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,6 +25,9 @@ from separation.audio.suffixes import AUDIO
 from separation.audio.waveform import Waveform
 from separation.engine.separator import Separator
 from separation.errors import AudioError, EstimateError, InputError
+from separation.evaluation import spectral
+from separation.evaluation.choice import DEFAULT_SCORES, columns
+from separation.evaluation.log_wmse import log_wmse
 from separation.evaluation.metrics import Read, Scores, has_museval, scores
 from separation.progress import Progress
 from separation.system.text import shown
@@ -42,6 +46,7 @@ class Evaluation:
     """Scores by song and stem."""
 
     songs: dict[str, dict[str, Scores]]
+    columns: dict[str, str]  # the fields of the scores that were asked for, and their headings
     hint: str  # what to install for missing scores
     failed: dict[str, str]  # song -> why it has no scores
 
@@ -65,15 +70,18 @@ class Evaluation:
 
     def as_json(self) -> str:
         """One JSON object. Undefined or missing scores are null; infinite ones are the strings "inf" and "-inf"."""
-        songs = {song: _plain(stems) for song, stems in self.songs.items()}
-        averages = {"median": _plain(self.median), "mean": _plain(self.mean)}
+        songs = {song: self._plain(stems) for song, stems in self.songs.items()}
+        averages = {"median": self._plain(self.median), "mean": self._plain(self.mean)}
         return json.dumps({"songs": songs, **averages, "failed": self.failed})
 
     def __str__(self) -> str:
         songs = [*self.songs.items(), *([("median", self.median), ("mean", self.mean)] if len(self.songs) > 1 else [])]
-        rows: list[tuple[str, ...]] = [("song", "stem", "SDR MUSDB", "SDR MDX23", "SI-SDR", "SIR", "SAR")]
+        rows = [["song", "stem", *self.columns.values()]]
         for song, stems in songs:
-            rows += [(shown(song), stem, *map(_decibel_text, astuple(score))) for stem, score in stems.items()]
+            rows += [
+                [shown(song), stem, *(_text(getattr(score, field)) for field in self.columns)]
+                for stem, score in stems.items()
+            ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}"
@@ -82,16 +90,16 @@ class Evaluation:
         ]
         return "\n".join([*lines, self.hint] if self.hint else lines)
 
+    def _plain(self, stems: Mapping[str, Scores]) -> dict[str, dict[str, float | str | None]]:
+        return {stem: {field: _plain(getattr(score, field)) for field in self.columns} for stem, score in stems.items()}
 
-def _decibel_text(value: float) -> str:
+
+def _text(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.2f}"
 
 
-def _plain(stems: Mapping[str, Scores]) -> dict[str, dict[str, float | str | None]]:
-    def plain(value: float) -> float | str | None:
-        return None if math.isnan(value) else str(value) if math.isinf(value) else round(value, 4)
-
-    return {stem: {name: plain(value) for name, value in asdict(score).items()} for stem, score in stems.items()}
+def _plain(value: float) -> float | str | None:
+    return None if math.isnan(value) else str(value) if math.isinf(value) else round(value, 4)
 
 
 def find_songs(folder: Path) -> dict[str, StemFiles]:
@@ -131,12 +139,14 @@ def evaluate(
     references: Mapping[str, StemFiles],
     estimates: Mapping[str, StemFiles] | Separator,
     *,
+    names: Sequence[str] = DEFAULT_SCORES,
     progress: Progress = Progress(),
 ) -> Evaluation:
     """Score the estimates of every song. If `estimates` is a separator, it first separates each song's mixture.
 
-    The mixture is the file `mixture` or, without one, the sum of the references. `instrumental` and `no_<stem>` are
-    scored against their own reference or, without one, against the sum of all others except vocals or `<stem>`.
+    `names` are the scores to compute, of `choice.SCORES`. The mixture is the file `mixture` or, without one, the sum of
+    the references. `instrumental` and `no_<stem>` are scored against their own reference or, without one, against the
+    sum of all others except vocals or `<stem>`.
 
     Everything is scored in stereo at 44100 Hz. Estimates up to 0.1 s longer or shorter than their reference are cut or
     padded with silence. Temporary files take 8 bytes per sample and stem. If a song fails, the others continue.
@@ -160,18 +170,19 @@ def evaluate(
             with TemporaryDirectory() as work:
                 if isinstance(estimates, Separator):
                     separating = share.part(0, SEPARATED)
-                    mixture = _mixture(files, Path(work))
+                    mixture = _mixture_file(files, Path(work))
                     made: StemFiles = estimates.separate_file(mixture, Path(work) / "stems", progress=separating)
                 else:
                     made = estimates[song]
                 share(SEPARATED, f"scoring {song}")
-                songs[song] = _score(song, parts[song], made, Path(work))
+                songs[song] = _Song(song, parts[song], _mixture(files), made).scores(names, Path(work))
         except (AudioError, EstimateError, InputError) as e:
             failed[song] = str(e)
             if len(failed) == len(references):
                 raise
     progress(1.0, "done")
-    return Evaluation(songs, "" if has_museval() else HINT, failed)
+    hint = HINT if {"sir", "sar"} & set(names) and not has_museval() else ""
+    return Evaluation(songs, columns(names), hint, failed)
 
 
 def _estimated_stems(references: Mapping[str, StemFiles], estimates: Mapping[str, StemFiles]) -> dict[str, list[str]]:
@@ -204,11 +215,21 @@ def _left_out(stem: str) -> str | None:
     return stem.removeprefix("no_") if stem.startswith("no_") else None
 
 
-def _mixture(files: StemFiles, work: Path) -> Path:
+def _mixture(files: StemFiles) -> list[Path]:
+    """The files whose sum is the mixture: its own file, or else all stems, each once."""
     if _MIXTURE in files:
-        return files[_MIXTURE]
+        return [files[_MIXTURE]]
+    plain = [stem for stem in files if not _left_out(stem)]
+    rest = [stem for stem in files if _left_out(stem) and [_left_out(stem)] == plain]  # such as vocals, instrumental
+    return [files[stem] for stem in (*plain, *rest[:1])]
+
+
+def _mixture_file(files: StemFiles, work: Path) -> Path:
+    parts = _mixture(files)
+    if len(parts) == 1:
+        return parts[0]
     with ExitStack() as stack:
-        waves = [stack.enter_context(decode(path, work)) for stem, path in files.items() if not _left_out(stem)]
+        waves = [stack.enter_context(decode(path, work)) for path in parts]
         mixture = stack.enter_context(Waveform(work))
         for start in range(0, waves[0].n_samples, _BLOCK_SAMPLES):
             mixture.append(_sum(waves, start, min(start + _BLOCK_SAMPLES, waves[0].n_samples)).float())
@@ -217,23 +238,55 @@ def _mixture(files: StemFiles, work: Path) -> Path:
     return path
 
 
-def _score(song: str, references: Mapping[str, Sequence[Path]], estimates: StemFiles, work: Path) -> dict[str, Scores]:
-    with ExitStack() as stack:
-        waves = {
-            path: stack.enter_context(decode(path, work))
-            for path in dict.fromkeys(
-                [part for parts in references.values() for part in parts] + [estimates[stem] for stem in references]
-            )
-        }
-        n_samples = waves[next(iter(references.values()))[0]].n_samples
-        for path, wave in waves.items():
-            _check_length(path, wave, n_samples, f"the first reference of {song!r}")
+@dataclass(frozen=True)
+class _Song:
+    """The files of a song: those of each reference, of the mixture, and the estimates."""
+
+    name: str
+    references: Mapping[str, Sequence[Path]]
+    mixture: Sequence[Path]
+    estimates: StemFiles
+
+    def scores(self, names: Sequence[str], work: Path) -> dict[str, Scores]:
+        """These scores of each stem. Temporary files are written to `work`."""
+        paths = [path for parts in self.references.values() for path in parts]
+        paths += [self.estimates[stem] for stem in self.references]
+        paths += self.mixture if "log_wmse" in names else []
+        with ExitStack() as stack:
+            waves = {path: stack.enter_context(decode(path, work)) for path in dict.fromkeys(paths)}
+            n_samples = waves[next(iter(self.references.values()))[0]].n_samples
+            for path, wave in waves.items():
+                _check_length(path, wave, n_samples, f"the first reference of {self.name!r}")
+            result = self._in_decibels(waves, n_samples, names)
+            return {stem: replace(result[stem], **self._others(stem, waves, n_samples, names)) for stem in result}
+
+    def _in_decibels(self, waves: Mapping[Path, Waveform], n_samples: int, names: Sequence[str]) -> dict[str, Scores]:
         result: dict[str, Scores] = {}
-        for group in _groups(list(references)):
-            true = _read([[waves[path] for path in references[stem]] for stem in group])
-            estimated = _read([[waves[estimates[stem]]] for stem in group])
-            result |= zip(group, scores(true, estimated, n_samples), strict=True)
-    return {stem: result[stem] for stem in references}
+        sir_and_sar = bool({"sir", "sar"} & set(names))
+        for group in _groups(list(self.references)):
+            true = _read([[waves[path] for path in self.references[stem]] for stem in group])
+            estimated = _read([[waves[self.estimates[stem]]] for stem in group])
+            found = scores(true, estimated, n_samples, sir_and_sar=sir_and_sar)
+            result |= zip(group, found, strict=True)
+        return {stem: result[stem] for stem in self.references}
+
+    def _others(
+        self, stem: str, waves: Mapping[Path, Waveform], n_samples: int, names: Sequence[str]
+    ) -> dict[str, float]:
+        """The scores of one stem that are not in decibels, by the fields of `Scores`."""
+        true = partial(_sum, [waves[path] for path in self.references[stem]])
+        estimated = partial(_sum, [waves[self.estimates[stem]]])
+        found: dict[str, float] = {}
+        if {"bleedless", "fullness"} & set(names):
+            found["bleedless"], found["fullness"] = spectral.bleedless_and_fullness(true, estimated, n_samples)
+        if "log_wmse" in names:
+            mixture = partial(_sum, [waves[path] for path in self.mixture])
+            found["log_wmse"] = log_wmse(mixture, true, estimated, n_samples)
+        if "l1_freq" in names:
+            found["l1_freq"] = spectral.l1_frequency(true, estimated, n_samples)
+        if "mrstft" in names:
+            found["mrstft"] = spectral.multi_resolution_stft(true, estimated, n_samples)
+        return found
 
 
 def _groups(stems: Sequence[str]) -> list[list[str]]:

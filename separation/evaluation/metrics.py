@@ -1,4 +1,4 @@
-"""Scores and levels of audio in decibels, computed in float64."""
+"""SDR, SI-SDR, SIR, SAR and levels of audio in decibels, computed in float64."""
 
 import importlib.util
 import math
@@ -17,13 +17,18 @@ FRAME_SAMPLES = 44100  # one second; BSS-eval v4 scores each frame
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a stem in dB; NaN if undefined."""
+    """The scores of a stem; NaN if undefined or not asked for."""
 
     sdr_musdb_db: float  # median over frames, as in SiSEC and the MUSDB18 tables
     sdr_mdx23_db: float  # `sdr` of the whole song
     si_sdr_db: float  # `si_sdr` of the whole song
     sir_db: float  # median over frames; interference from other stems
     sar_db: float  # median over frames; artefacts that come from no stem
+    bleedless: float = math.nan  # these two: `spectral.bleedless_and_fullness`
+    fullness: float = math.nan
+    log_wmse: float = math.nan  # `log_wmse.log_wmse`
+    l1_freq: float = math.nan  # `spectral.l1_frequency`
+    mrstft: float = math.nan  # `spectral.multi_resolution_stft`
 
 
 def sdr(reference: Tensor, estimate: Tensor) -> float:
@@ -53,8 +58,8 @@ def si_sdr(reference: Tensor, estimate: Tensor) -> float:
     return _si_sdr(_energy(reference), _energy(error), float((error * reference).sum()))
 
 
-def scores(references: Read, estimates: Read, n_samples: int) -> list[Scores]:
-    """The scores of the S stems of a song at 44100 Hz; `references` and `estimates` read `[S, C, n]`.
+def scores(references: Read, estimates: Read, n_samples: int, *, sir_and_sar: bool = True) -> list[Scores]:
+    """The scores in dB of the S stems of a song at 44100 Hz; `references` and `estimates` read `[S, C, n]`.
 
     SDR (MUSDB), SIR and SAR follow BSS-eval v4 (Stöter, Liutkus and Ito 2018, arXiv:1804.06267) as implemented in
     museval: medians over frames of one second, in each of which the SDR equals `sdr`. Like museval, this skips every
@@ -63,8 +68,8 @@ def scores(references: Read, estimates: Read, n_samples: int) -> list[Scores]:
     A stem that is silent in every frame does not count here. Its frame scores are NaN; its other scores are NaN only if
     its reference is silent.
 
-    SIR and SAR need museval and at least two stems; otherwise they are NaN. museval holds several copies of the song in
-    memory. Without it, memory does not grow with the song.
+    SIR and SAR need museval and at least two stems; otherwise, or if not asked for, they are NaN. museval holds several
+    copies of the song in memory. Without it, memory does not grow with the song.
     """
     moments, silences = [], []
     for start in range(0, n_samples, FRAME_SAMPLES):
@@ -83,7 +88,7 @@ def scores(references: Read, estimates: Read, n_samples: int) -> list[Scores]:
     if len(stems) and len(frames):
         energy, error_energy = sums[frames, :2][..., stems].unbind(dim=1)
         medians[0, stems] = _median(10 * (energy / error_energy).log10())
-        if len(stems) > 1 and has_museval():
+        if sir_and_sar and len(stems) > 1 and has_museval():
             medians[1:, stems] = _sir_and_sar(references(0, n_samples)[stems], estimates(0, n_samples)[stems], frames)
     return [
         Scores(

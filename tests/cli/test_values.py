@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, seconds
+from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds
+from separation.evaluation.choice import SCORES
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,8 @@ from separation.cli.values import batch_size, capabilities, count, given, path, 
         (sample_rate, "44100", 44100),
         (sample_rate, "source", "source"),
         (count, "1", 1),
+        (scores, "fullness,sdr", ("fullness", "sdr")),
+        (scores, "all", tuple(SCORES)),
         (capabilities, "80", [80]),
         (capabilities, "75,90,100", [75, 90, 100]),
     ],
@@ -39,6 +42,8 @@ def test_a_value_is_converted(convert: Callable[[str], Any], text: str, value: o
         (seconds, "1.5", "'1.5' must be auto or a whole number of seconds"),
         (count, "0", "'0' must be a whole number from 1 up"),
         (count, "two", "'two' must be a whole number from 1 up"),
+        (scores, "sdr,loud", "'loud' is not a score: choose from sdr, si_sdr, "),
+        (scores, "sdr,", "'' is not a score"),
         (capabilities, "8", "'8' must be compute capabilities times ten"),
         (capabilities, "80,", "'80,' must be compute capabilities times ten"),
         (capabilities, "8.0", "'8.0' must be compute capabilities times ten"),

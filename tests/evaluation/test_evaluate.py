@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 
+from helpers.song_parts import song_parts
 from separation.cli.main import main
 from separation.errors import InputError
 from separation.evaluation.evaluate import Evaluation, evaluate, find_songs, null
@@ -98,6 +99,56 @@ def test_the_files_of_separate_score_like_the_engines_output(
     true = sum(audio for stem, audio in cut(stems, 0, 4).items() if stem != "vocals")
     estimate = soundfile.read(out / "song" / "instrumental.wav", dtype="float32")[0]
     assert float(rows[0].split()[3]) == pytest.approx(sdr(torch.from_numpy(true), torch.from_numpy(estimate)), abs=0.01)
+
+
+def write_song(tmp_path: Path, *without: str) -> list[str]:
+    """The reference of a song, its estimate and its mixture as files; the arguments to score them."""
+    parts = {name: samples.T for name, samples in song_parts().items() if name not in without}
+    write(tmp_path / "true", {"vocals": parts["reference"]} | {k: v for k, v in parts.items() if k == "mixture"})
+    write(tmp_path / "estimated", {"vocals": parts["estimate"]})
+    return ["evaluate", "--references", str(tmp_path / "true"), "--estimates", str(tmp_path / "estimated")]
+
+
+def test_all_scores_of_files_equal_those_of_music_source_separation_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = write_song(tmp_path)
+    assert main([*command, "--scores", "all", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["songs"].values()
+    names = ("bleedless", "fullness", "log_wmse", "l1_freq", "mrstft")
+    recorded = [17.4431, 49.1454, 20.0224, 59.5086, 2.3356]  # see test_spectral.py and test_log_wmse.py
+    assert [found["vocals"][name] for name in names] == pytest.approx(recorded, abs=2e-4)
+    assert list(found["vocals"])[:5] == ["sdr_musdb_db", "sdr_mdx23_db", "si_sdr_db", "sir_db", "sar_db"]
+
+
+def test_only_the_scores_asked_for_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = write_song(tmp_path)
+    assert main([*command, "--scores", "bleedless,fullness,sdr"]) == 0
+    head, row = capsys.readouterr().out.splitlines()  # and no hint to install museval
+    assert head.split() == ["song", "stem", "SDR", "MUSDB", "SDR", "MDX23", "bleedless", "fullness"]
+    assert row.split()[-2:] == ["17.44", "49.15"]
+    assert main([*command, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["songs"].values()
+    assert list(found["vocals"]) == ["sdr_musdb_db", "sdr_mdx23_db", "si_sdr_db", "sir_db", "sar_db"]
+
+
+def test_without_a_mixture_log_wmse_is_relative_to_the_sum_of_the_references(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = write_song(tmp_path, "mixture")
+    parts = {name: samples.T for name, samples in song_parts().items()}
+    write(tmp_path / "true", {"instrumental": parts["mixture"] - parts["reference"]})
+    assert main([*command, "--scores", "log_wmse", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["songs"].values()
+    assert found["vocals"] == {"log_wmse": pytest.approx(20.0224, abs=2e-4)}
+
+
+def test_an_unknown_score_is_a_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--references", "a", "--scores", "sdr,loudness"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'loudness' is not a score: choose from sdr, si_sdr, " in line
 
 
 @pytest.mark.parametrize("suffix", [".flac", ".mp3"])
