@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from separation.checkpoints import bags, foreign
+from separation.checkpoints import bags, foreign, uvr
 from separation.checkpoints.description import (
     YAML_SUFFIXES,
     Checkpoint,
@@ -26,7 +26,7 @@ from separation.errors import CheckpointError, RecipeError
 from separation.system.places import shipped
 
 CONFIGS = shipped("configs") / "models"
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".th", ".chpt", ".bin")  # by preference
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".th", ".chpt", ".bin", ".onnx")  # by preference
 UVR_CONFIGS = Path("model_data", "mdx_c_configs")  # where Ultimate Vocal Remover keeps YAML files, below its weights
 
 
@@ -131,7 +131,9 @@ def _find(name_or_path: str | Path) -> _Found:
         return _Found(name=path.stem, config=path, weights=_with_suffix(path.with_suffix(""), WEIGHT_SUFFIXES))
     if path.suffix in WEIGHT_SUFFIXES or path.is_file() or path.suffix in foreign.FOREIGN_SUFFIXES:
         if not path.is_file():
-            raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
+            raise CheckpointError(
+                f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .onnx, .safetensors)"
+            )
         foreign.refuse_suffix(path)
         return _Found(name=path.stem, config=_yaml_beside(path), weights=path, by_weights=True)
     if not is_name:
@@ -181,14 +183,32 @@ def _yaml_named_after(weights: Path) -> Path | None:
     return None
 
 
+def _yaml_by_hash(weights: Path) -> Path | None:
+    """The YAML file that the table of Ultimate Vocal Remover names for these weights.
+
+    None if the table does not have the weights. Raises CheckpointError if it has them and the YAML is not here.
+    """
+    if weights.suffix != ".ckpt" or (named := uvr.yaml_of(weights)) is None:
+        return None
+    name, own = named
+    places = [weights.parent / name, weights.parent / UVR_CONFIGS / name, *([CONFIGS / f"{own}.yaml"] if own else [])]
+    if found := next((path for path in places if path.is_file()), None):
+        return found
+    raise CheckpointError(
+        f"{weights} needs the YAML file {name}, as in Ultimate Vocal Remover: put it into {weights.parent}"
+    )
+
+
 def _yaml_beside(weights: Path) -> Path | None:
     """The YAML file that is named after the weights, else the only one that is not named after other weights.
 
     None if the weights describe themselves, as Demucs' do. Raises CheckpointError if there is no such file or more than
     one, and for weights of an unsupported architecture.
     """
-    if config := _yaml_named_after(weights):
+    if config := _yaml_named_after(weights) or _yaml_by_hash(weights):
         return config
+    if uvr.completed(weights) is not None:
+        return None
     if weights.suffix in (".safetensors", ".th") and embedded_description(weights) is not None:
         return None
     taken = {_yaml_named_after(file) for file in _files(weights.parent, WEIGHT_SUFFIXES)}
@@ -212,11 +232,13 @@ def _is_bag(path: Path) -> bool:
 def _document(found: _Found) -> tuple[Path, dict[str, Any]]:
     """The file that has the description, and its content."""
     if found.config is not None:
-        return found.config, load_document(found.config)
+        document = load_document(found.config)
+        own = found.weights is not None and uvr.completed(found.weights, document)
+        return found.config, own or document
     assert found.weights is not None
-    if (document := embedded_description(found.weights)) is None:
+    if (described := uvr.completed(found.weights) or embedded_description(found.weights)) is None:
         raise _no_yaml(found.weights)
-    return found.weights, document
+    return found.weights, described
 
 
 def _no_yaml(weights: Path, candidates: Sequence[Path] = ()) -> CheckpointError:

@@ -24,7 +24,13 @@ AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_ff
 # The largest integer that is accepted for a key: well above what published checkpoints have.
 LARGEST = {"sample_rate": 384_000, "samplerate": 384_000, "chunk_size": 2**24, "segment": 600, "bytes": 2**36}
 LARGEST_OTHER = 2**20
-FIXED_CHUNKS = {"demucs", "hdemucs", "htdemucs", "mdx23c"}  # architectures that take chunks of one length only
+FIXED_CHUNKS = {
+    "demucs",
+    "hdemucs",
+    "htdemucs",
+    "mdx23c",
+    "mdx_net",
+}  # architectures that take chunks of one length only
 WITH_ATTENTION = {
     "bs_roformer",
     "mel_band_roformer",

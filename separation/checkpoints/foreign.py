@@ -12,7 +12,6 @@ from typing import Any
 from separation.errors import CheckpointError
 
 FOREIGN_SUFFIXES = {
-    ".onnx": "a network in ONNX form, such as UVR's MDX-Net models",
     ".tflite": "a network for TensorFlow Lite",
     ".h5": "a network for TensorFlow",
     ".gguf": "a network for ggml",
@@ -60,7 +59,7 @@ KEYS = {
 # By names of weights that no other model has.
 NAMES = {
     r"stg1_(low|high)_band_net\..*": "a VR network of Ultimate Vocal Remover 5",
-    r"encoding_blocks\.\d+\.tfc\..*": "an MDX-Net (ConvTDFNet)",
+    r"encoding_blocks\.\d+\.tfc\.H\..*": "an MDX-Net (ConvTDFNet) before its export as an .onnx file",
     r"mask_estimators\.\d+\.(.+\.)?segm\..*": HYPERACE,
     r"mask_estimators\.\d+\.(.+\.)?(fno\w*|lifting|spectral\w*|projection)\..*": FNO,
     r".*\.to_value_residual_mix\..*": VALUE_RESIDUALS,

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from separation.checkpoints.foreign import refuse_suffix
+from separation.checkpoints.mdx_graph import open_mdx_net
 from separation.checkpoints.pickles import Ignored, Name, check_plain
 from separation.checkpoints.torch_file import Storage, check_total, read_tensor, read_torch_file
 from separation.checkpoints.unwrap import state_dict_in
@@ -75,11 +76,15 @@ def building(path: Path, most_weights: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stored:
-    """An opened weights file: a function to read each tensor, and the file's description of its network, if any."""
+    """An opened weights file: a function to read each tensor, and the file's description of its network, if any.
+
+    The description is a blueprint or, of a file in ONNX form, the sizes that its graph has, as a YAML states them.
+    """
 
     path: Path
     tensors: dict[str, Callable[[], Tensor]]
     blueprint: Blueprint | None
+    sizes: dict[str, Any] | None = None
 
     @property
     def description(self) -> dict[str, Any] | None:
@@ -97,8 +102,13 @@ def open_weights(path: Path) -> Stored:
     """Open a weights file and find the state dict in what a trainer saved. The tensors are not read yet."""
     with _reading(path):
         if not path.is_file():
-            raise CheckpointError(f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .safetensors)")
+            raise CheckpointError(
+                f"there is no file {path}: give a checkpoint's path (.ckpt, .pth, .th, .onnx, .safetensors)"
+            )
         refuse_suffix(path)
+        if path.suffix == ".onnx":
+            weights, sizes = open_mdx_net(path)
+            return Stored(path, weights, None, sizes)
         saved, blueprint = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
         tensors, choices = state_dict_in(saved)
         check_total(tensors, size_bytes(path))
@@ -286,7 +296,7 @@ def _tensor_of(path: Path, data_start: int, entry: Mapping[str, Any]) -> Callabl
 
 
 def _unreadable(path: Path, reason: str = "") -> CheckpointError:
-    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+    kind = {".safetensors": "safetensors", ".onnx": "ONNX"}.get(path.suffix, "PyTorch")
     return CheckpointError(
         f"{path} ({size_bytes(path):,} bytes) is damaged, incomplete or not a {kind} checkpoint"
         f"{f' ({reason})' if reason else ''}: delete it and get it again"

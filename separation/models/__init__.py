@@ -4,6 +4,7 @@ from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer
 from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
 from separation.models.mdx23c import MDX23C
+from separation.models.mdx_net import MDXNet
 from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.scnet import SCNet
 from separation.models.scnet_unofficial import SCNetUnofficial
@@ -18,6 +19,7 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "hdemucs": HDemucs,
     "htdemucs": HTDemucs,
     "mdx23c": MDX23C,
+    "mdx_net": MDXNet,
     "scnet": SCNet,
     "scnet_masked": SCNetMasked,
     "scnet_tran": SCNetTran,

@@ -46,7 +46,7 @@ def test_every_shipped_yaml_builds(name: str) -> None:
     description = read_config(name)
     assert description.files and description.licence != "not stated" and description.quality != "not stated"
     for file in description.files:
-        assert file.sha256 or file.url is None
+        assert file.sha256 or file.url is None or file.bytes  # a missing sha256 is recorded at the first download
     specialists = tuple(file.stem for file in description.files if file.stem)
     model = build(description, specialists)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -36,7 +36,7 @@ def test_a_vr_network_is_recognised_by_its_weights(tmp_path: Path, with_yaml: bo
     assert str(caught.value) == f"{weights} is a VR network of Ultimate Vocal Remover 5: {END}"
 
 
-@pytest.mark.parametrize("suffix, what", [(".onnx", "in ONNX form, such as UVR's MDX-Net"), (".h5", "for TensorFlow")])
+@pytest.mark.parametrize("suffix, what", [(".tflite", "for TensorFlow Lite"), (".h5", "for TensorFlow")])
 def test_a_file_for_another_runtime_is_recognised_by_its_suffix(
     tmp_path: Path, suffix: str, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
