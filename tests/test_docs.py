@@ -25,6 +25,7 @@ import soundfile
 import yaml
 
 import separation
+from helpers import models_table
 from helpers.common import METRICS, PROJECT, SONG
 from separation import EngineOptions, OutputOptions
 from separation.checkpoints import catalogue
@@ -360,24 +361,17 @@ def test_every_environment_variable_is_documented_and_every_documented_one_is_re
     assert {name for name in documented if name.startswith("SEPARATION_")} <= variables()
 
 
-def test_every_recipe_choice_of_stems_and_model_is_documented() -> None:
+def test_every_recipe_and_choice_of_stems_is_documented() -> None:
     about_recipes = section(PROJECT / "docs" / "recipes.md", "Recipes")
     for name in recipes.names():
         assert f"| `{name}` |" in about_recipes
         assert all(f"| `{choice}` |" in about_recipes for choice in recipes.choices(name))
-    about_models = section(PROJECT / "docs" / "checkpoints.md", "Checkpoints")
-    shipped = {path.stem for path in catalogue.CONFIGS.glob("*.yaml")}
-    assert shipped == set(re.findall(r"^\| `(\w+)` \|", about_models.split("## Licences")[0], re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in catalogue.CONFIGS.glob("*.yaml")))
-def test_a_models_stems_and_quality_are_documented_as_its_yaml_has_them(name: str) -> None:
-    model = catalogue.read_config(name)
-    text = text_of(PROJECT / "docs" / "checkpoints.md")
-    row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
-    assert f"| {', '.join(model.stems)} |" in row
-    if name != "demo":  # which has a document of its own
-        assert set(re.findall(r"\d+\.\d+", model.quality)) <= set(re.findall(r"\d+\.\d+", row))
+def test_the_tables_of_models_are_those_of_their_yaml_files() -> None:
+    text = text_of(models_table.DOCUMENT)
+    assert all(text.count(f"| `{name}` |") == 1 for name in models_table.shipped())
+    assert text == models_table.written(text), "run PYTHONPATH=.:tests python tests/helpers/models_table.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

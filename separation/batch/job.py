@@ -89,9 +89,12 @@ def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOpt
         "sample_rate": output.sample_rate,
         **output.encoding,
     }
+    residuals = [description.residual for description in descriptions.values() if description.residual]
     if selection.model is None:
         sources = {stem: _text(source) for stem, source in selection.load().outputs.items()}
         settings |= {"recipe": selection.recipe, "stems": selection.stems, "sources": sources}
+    elif residuals:
+        settings["residual"] = residuals[0]
     files = [file for name, stems in models.items() for file in files_for(descriptions[name], stems)]
     return settings | {"weights": _weights(files, selection.model_path)}
 

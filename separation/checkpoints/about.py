@@ -24,12 +24,13 @@ def model_facts(name_or_path: str | Path) -> dict[str, Any]:
         "name": model.name,
         "architecture": architecture,
         "stems": list(model.stems),
+        "published_stems": list(model.published_stems),
+        "residual": model.residual,
         "sample_rate": model.sample_rate,
         "chunk_samples": chunk_samples,
         "overlap_samples": overlap_samples,
         "parameters": parameters,
-        "licence": model.licence,
-        "quality": model.quality,
+        **model.facts.as_json(),
         "files": [_file_facts(file) for file in model.files],
     }
 
@@ -42,6 +43,7 @@ def _file_facts(file: WeightFile) -> dict[str, Any]:
         "bytes": known_bytes([file]),
         "sha256": known_sha256(file) or file.sha256,
         "url": file.url,
+        "mirrors": list(file.mirrors),
         "path": str(path),
         "here": path.exists(),
     }
@@ -53,18 +55,35 @@ def as_text(facts: dict[str, Any]) -> str:
     chunks = f"{chunk_samples} samples ({chunk_samples / rate:.4g} s), {overlap_samples} of overlap"
     rows = {
         "name": facts["name"],
+        "title": facts["title"],
+        "author": facts["author"],
+        "task": ", ".join(facts["tasks"]),
+        "warning": facts["warning"],
         "architecture": facts["architecture"],
-        "stems": ", ".join(facts["stems"]),
+        "stems": _stems(facts),
+        "residual": facts["residual"],
         "sample rate": f"{rate} Hz",
         "chunks": chunks,
         "parameters": f"{facts['parameters']:,}",
-        "licence": facts["licence"],
-        "quality": facts["quality"],
+        "licence": f"{facts['licence']}{f' ({source})' if (source := facts['licence_source']) else ''}",
+        "quality": facts["quality"].split("; "),
+        "source": facts["source"],
     }
-    lines = [f"{name:12}  {value}" for name, value in rows.items()]
+    lines = []
+    for name, value in rows.items():
+        values = value if isinstance(value, list) else [value] if value else []
+        lines += [f"{label:12}  {text}" for label, text in zip([name, *[""] * len(values)], values, strict=False)]
     for file in facts["files"]:
         size = f"{file['bytes']:,} bytes" if file["bytes"] else "of unknown size"
         stem = f" ({file['stem']})" if file["stem"] else ""
         lines.append(f"{'file':12}  {file['name']}{stem}, {size}, {'here' if file['here'] else 'not here'}")
         lines += [f"{'':12}  {key} {file[key]}" for key in ("path", "url", "sha256") if file[key]]
+        lines += [f"{'':12}  mirror {url}" for url in file["mirrors"]]
     return "\n".join(lines)
+
+
+def _stems(facts: dict[str, Any]) -> str:
+    """The stems, each with its published name if that differs by more than case."""
+    stems, published = facts["stems"], facts["published_stems"] or facts["stems"]
+    pairs = zip(stems, published, strict=True)
+    return ", ".join(stem if stem == name.lower() else f"{stem} (published as {name})" for stem, name in pairs)

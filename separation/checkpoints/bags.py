@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from separation.checkpoints.description import Shares, WeightFile, take
+from separation.checkpoints.description import Shares, WeightFile
 from separation.checkpoints.embedded import embedded_description
+from separation.checkpoints.keys import take
 from separation.documents import quoted
 from separation.errors import CheckpointError
 

@@ -88,6 +88,7 @@ def _identity(description: Checkpoint, specialists: tuple[str, ...]) -> Identity
         sample_rate=description.sample_rate,
         chunk_samples=description.chunk_samples,
         standardised=description.standardised,
+        residual=description.residual,
     )
 
 

@@ -17,10 +17,10 @@ from separation.checkpoints.description import (
     WeightFile,
     describe,
     load_document,
-    refuse_unknown,
 )
 from separation.checkpoints.embedded import embedded_description
 from separation.checkpoints.files import converted_path, local_path
+from separation.checkpoints.keys import refuse_unknown
 from separation.documents import DocumentError, first_line, quoted, read_yaml
 from separation.errors import CheckpointError, RecipeError
 from separation.system.places import shipped

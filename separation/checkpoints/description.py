@@ -1,29 +1,27 @@
 """What a YAML file says about a checkpoint, checked and turned into a `Checkpoint`.
 
 The YAML has the community's sections as they are published (`audio`, `model`, `training`, …). This project adds
-`architecture`, `stems`, `files` (name, url, bytes, sha256, stem), `licence` and `quality`. A user's own YAML may lack
-all of these: its weights lie beside it, and the rest follows from `training` and the weights.
+`architecture`, `stems`, `residual`, `files` (name, url, mirrors, bytes, sha256, stem) and what `facts.py` reads. A
+user's own YAML may lack all of these: its weights lie beside it, and the rest follows from `training` and the weights.
 
 Nothing here imports PyTorch, which takes a second: `separation models list` answers at once.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from separation.checkpoints.chunk_choice import ChunkChoice
-from separation.documents import CONTROL, DocumentError, escaped, quoted, read_yaml
+from separation.checkpoints.facts import FACTS, Facts, facts_in
+from separation.checkpoints.keys import refuse_unknown, section, take
+from separation.documents import CONTROL, DocumentError, quoted, read_yaml
 from separation.errors import CheckpointError, RecipeError
 
-KEYS = {"architecture", "stems", "files", "licence", "quality", "audio", "model"}
+KEYS = {"architecture", "stems", "residual", "files", "audio", "model"} | FACTS
 COMMUNITY_SECTIONS = {"training", "inference", "augmentations", "loss_multistft"}
 AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_fft", "num_channels", "min_mean_abs"}
-# The largest integer that is accepted for a key: well above what published checkpoints have.
-LARGEST = {"sample_rate": 384_000, "samplerate": 384_000, "chunk_size": 2**24, "segment": 600, "bytes": 2**36}
-LARGEST_OTHER = 2**20
 FIXED_CHUNKS = {
     "demucs",
     "hdemucs",
@@ -44,10 +42,6 @@ RESERVED_SUFFIXES = (".lock", ".part", ".verified", *YAML_SUFFIXES)
 MOST_NAME_BYTES = 200  # most file systems allow 255
 MOST_URL_CHARACTERS = 2000
 
-_KINDS = {dict: "a section", list: "a list", str: "a string", int: "a positive integer"}
-
-T = TypeVar("T", dict[str, Any], list[Any], str, int)
-
 Shares = tuple[tuple[float, ...], ...]  # [network][stem]: each network's share of each stem; a stem's shares sum to 1
 
 
@@ -62,6 +56,7 @@ class WeightFile:
     stem: str | None  # a specialist's stem; several files without a stem are networks whose estimates are averaged
     checkpoint: str = "NAME"  # the checkpoint's name, for the command in error messages
     is_recorded: bool = False  # the sha256 was recorded at the first download, not published
+    mirrors: tuple[str, ...] = ()  # other addresses of the same bytes, tried in order when the url fails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +67,15 @@ class Checkpoint:
     source: Path  # the YAML file, or the weights file if that contains its own description
     architecture: str | None  # a key of models.ARCHITECTURES; None: to be recognised by the weights
     stems: tuple[str, ...]  # in the order of the model's estimates
+    published_stems: tuple[str, ...]  # their names in the `training:` section; empty if it has none
+    residual: str | None  # the name of the mixture minus the stems, if it has one
     sample_rate: int  # hertz
     chunk_samples: int
     files: tuple[WeightFile, ...]
     audio: dict[str, Any]  # the `audio:` section; some architectures read more of it than the two values above
     hyper_parameters: dict[str, Any]  # the `model:` section
     standardised: bool  # `normalize` in the `inference:` section: tracks have zero mean and unit variance
-    licence: str
-    quality: str  # as published, with its source
+    facts: Facts  # for people
     ignored: tuple[str, ...]  # unknown keys
     shares: Shares = ()  # empty: the estimates of several files without a stem are averaged
 
@@ -134,43 +130,18 @@ def describe(document: dict[str, Any], path: Path, *, name: str, shares: Shares 
         source=path,
         architecture=architecture,
         stems=stems,
+        published_stems=_published_stems(training, hyper_parameters, len(stems)),
+        residual=_residual(document, stems, path),
         sample_rate=sample_rate,
         chunk_samples=chunk_samples,
         files=files,
         audio=audio | {"sample_rate": sample_rate, "chunk_size": chunk_samples},
         hyper_parameters=hyper_parameters,
         standardised=bool(inference.get("normalize")),
-        licence=take(document, "licence", str, path, default="not stated"),
-        quality=take(document, "quality", str, path, default="not stated"),
+        facts=facts_in(document, path),
         ignored=tuple(sorted(unknown)),
         shares=shares,
     )
-
-
-def take(parent: Mapping[str, Any], key: str, kind: type[T], path: Path, *, default: T | None = None) -> T:
-    """The value of a key, checked: it has this type, integers are positive and not too large, sections have names."""
-    value, label = parent.get(key, default), escaped(key)
-    is_kind = isinstance(value, kind) and not isinstance(value, bool)  # True is an int too
-    if not is_kind or (isinstance(value, int) and value <= 0):
-        if key not in parent:
-            raise CheckpointError(f"{path}: {label} is missing: add it as {_KINDS[kind]}")
-        raise CheckpointError(f"{path}: {label} must be {_KINDS[kind]}, not {quoted(value)}")
-    if isinstance(value, int) and value > (largest := LARGEST.get(key, LARGEST_OTHER)):
-        raise CheckpointError(f"{path}: {label} must be at most {largest:,}, not {quoted(value)}")
-    if isinstance(value, dict) and (wrong := [name for name in value if not isinstance(name, str)]):
-        raise CheckpointError(f"{path}: the keys of {label} must be strings, not {quoted(wrong[0])}")
-    return kind(value)
-
-
-def section(document: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
-    """The section, empty if it is missing or null."""
-    return {} if document.get(key) is None else take(document, key, dict, path)
-
-
-def refuse_unknown(keys: set[Any], path: Path) -> None:
-    """Raise CheckpointError if there are any of these keys."""
-    if keys:
-        raise CheckpointError(f"{path}: unknown key {', '.join(sorted(map(quoted, keys)))}: correct or remove it")
 
 
 def _from_demucs_training(document: dict[str, Any], training: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -192,13 +163,10 @@ def _from_demucs_training(document: dict[str, Any], training: dict[str, Any], pa
 
 
 def _stems(document: dict[str, Any], training: dict[str, Any], model: dict[str, Any], path: Path) -> tuple[str, ...]:
-    """The stems in lowercase: of `stems`, else of the training. A model with one output gives its training's target."""
-    sources = model.get("sources")
-    n_sources = len(sources or [None]) if sources is None or isinstance(sources, list | tuple) else sources
-    outputs = model.get("num_stems") or model.get("n_sources") or n_sources
-    instruments = None if training.get("instruments") is None else take(training, "instruments", list, path)
-    target = training.get("target_instrument")
-    if "stems" not in document and (found := [target] if target and outputs == 1 else instruments or sources):
+    """The stems in lowercase: of `stems`, else of the training."""
+    if training.get("instruments") is not None:
+        take(training, "instruments", list, path)
+    if "stems" not in document and (found := _trained_stems(training, model)):
         document = {"stems": found}
     named = take(document, "stems", list, path)
     if wrong := [stem for stem in named if not isinstance(stem, str | int | float)]:
@@ -209,6 +177,33 @@ def _stems(document: dict[str, Any], training: dict[str, Any], model: dict[str, 
     if wrong := [stem for stem in stems if not _is_file_name(stem)]:
         raise CheckpointError(f"{path}: the stem {quoted(wrong[0])} cannot be a file's name: rename it under stems")
     return stems
+
+
+def _trained_stems(training: dict[str, Any], model: dict[str, Any]) -> Any:
+    """The stems as the training names them. A model with one output gives its training's target."""
+    sources = model.get("sources")
+    n_sources = len(sources or [None]) if sources is None or isinstance(sources, list | tuple) else sources
+    outputs = model.get("num_stems") or model.get("n_sources") or n_sources
+    target = training.get("target_instrument")
+    return [target] if target and outputs == 1 else training.get("instruments") or sources
+
+
+def _published_stems(training: dict[str, Any], model: dict[str, Any], n_stems: int) -> tuple[str, ...]:
+    """The stems under their published names; empty if the training names none, or another number of them."""
+    found = _trained_stems(training, model) if training else None
+    return tuple(map(str, found)) if isinstance(found, list | tuple) and len(found) == n_stems else ()
+
+
+def _residual(document: dict[str, Any], stems: tuple[str, ...], path: Path) -> str | None:
+    """The name of the residual."""
+    if document.get("residual") is None:
+        return None
+    residual = take(document, "residual", str, path).lower()
+    if residual in stems or not _is_file_name(residual):
+        raise CheckpointError(
+            f"{path}: the residual {quoted(residual)} must be a file's name and not one of stems: rename it"
+        )
+    return residual
 
 
 def _chunk_samples(audio: dict[str, Any], inference: dict[str, Any], path: Path) -> int:
@@ -236,6 +231,7 @@ def _weight_file(entry: Any, path: Path, checkpoint: str) -> WeightFile:
     url, sha256, stem = (
         None if entry.get(key) is None else take(entry, key, str, path) for key in ("url", "sha256", "stem")
     )
+    mirrors = take(entry, "mirrors", list, path, default=[])
     n_bytes = None if entry.get("bytes") is None else take(entry, "bytes", int, path)
     name = take(entry, "name", str, path)
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -246,9 +242,19 @@ def _weight_file(entry: Any, path: Path, checkpoint: str) -> WeightFile:
         raise CheckpointError(
             f"{path}: sha256 must be 64 hexadecimal digits in lowercase, or at least the first 8, not {quoted(sha256)}"
         )
-    if url is not None:
-        _check_url(url, path)
-    return WeightFile(name=name, url=url, bytes=n_bytes, sha256=sha256, stem=stem, checkpoint=checkpoint)
+    if mirrors and url is None:
+        raise CheckpointError(f"{path}: the file {quoted(name)} has mirrors and no url: move the first of them to url")
+    for address in [*([] if url is None else [url]), *mirrors]:
+        _check_url(address, path)
+    return WeightFile(
+        name=name,
+        url=url,
+        bytes=n_bytes,
+        sha256=sha256,
+        stem=stem,
+        checkpoint=checkpoint,
+        mirrors=tuple(mirrors),
+    )
 
 
 def _is_file_name(name: str) -> bool:
@@ -257,8 +263,8 @@ def _is_file_name(name: str) -> bool:
     return bool(name) and not has_odd and len(name.encode()) <= MOST_NAME_BYTES
 
 
-def _check_url(url: str, path: Path) -> None:
-    if not url.startswith(("https://", "http://")):
+def _check_url(url: Any, path: Path) -> None:
+    if not isinstance(url, str) or not url.startswith(("https://", "http://")):
         raise CheckpointError(f"{path}: url must begin with https:// or http://, not {quoted(url)}")
     try:
         parts = urlsplit(url)

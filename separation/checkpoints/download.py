@@ -1,7 +1,10 @@
 """Downloads weights files: retries with backoff, resumes, and verifies. Nothing else in the package downloads them."""
 
+import logging
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from urllib.request import (
 
 from tqdm import tqdm
 
-from separation.checkpoints.description import LARGEST, WeightFile
+from separation.checkpoints.description import WeightFile
 from separation.checkpoints.files import (
     as_recorded,
     converted_path,
@@ -35,6 +38,7 @@ from separation.checkpoints.files import (
     verify,
     writing,
 )
+from separation.checkpoints.keys import LARGEST
 from separation.documents import CONTROL, first_line, quoted
 from separation.errors import CheckpointError, DownloadError
 from separation.system.output import not_through_links
@@ -44,6 +48,8 @@ TIMEOUT_SECONDS = 30.0  # if no byte arrives
 RETRY_SECONDS = (0.5, 1.0, 2.0)  # the backoff; any progress resets it
 BLOCK_BYTES = 1 << 18
 REDIRECTS = {("http", "http"), ("http", "https"), ("https", "https")}  # allowed schemes: (from, to)
+
+logger = logging.getLogger("separation")
 
 
 class _BrokenConnectionError(Exception):
@@ -57,7 +63,8 @@ def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
     process downloads a file, others wait for it. A converted file takes the original's place, without a checksum of its
     own.
 
-    If the publisher states no sha256, or only its first digits, the first download's is recorded, with a warning.
+    If the url fails, or sends other bytes, the mirrors are tried in order, with a warning. If the publisher states no
+    sha256, or only its first digits, the first download's is recorded, with a warning.
 
     Raises CheckpointError for a file with the wrong content, DownloadError if the download fails, OutputError if the
     file cannot be written.
@@ -75,8 +82,20 @@ def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
         raise CheckpointError(f"{path} is missing and has no url: restore it, or put it into {weights_folder()}")
     with locked(path):
         if not path.exists():  # another process may have downloaded it meanwhile
-            _download(file, file.url, path, quiet=quiet)
+            _download_from_any(file, [file.url, *file.mirrors], path, quiet=quiet)
     return path
+
+
+def _download_from_any(file: WeightFile, urls: Sequence[str], path: Path, *, quiet: bool) -> None:
+    """Download from the first of the addresses that has the right bytes. Raises the error of the last."""
+    for url, mirror in zip(urls, [*urls[1:], None], strict=True):
+        try:
+            _download(replace(file, url=url), url, path, quiet=quiet)
+            return
+        except CheckpointError as e:  # of which DownloadError is one
+            if mirror is None:
+                raise
+            logger.warning(f"{e}; trying the mirror {mirror}")
 
 
 def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:

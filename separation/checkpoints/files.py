@@ -84,7 +84,7 @@ def restore_command(file: WeightFile) -> str:
 def fault(path: Path, file: WeightFile) -> str | None:
     """How the file at `path` differs from its known size and sha256; None if it does not."""
     found_bytes, problem = size_bytes(path), None
-    if file.bytes is not None and found_bytes != file.bytes:
+    if file.bytes is not None and found_bytes != file.bytes and not file.is_recorded:
         problem = f"has {found_bytes:,} bytes instead of {file.bytes:,}"
     elif file.sha256 is not None and not (found := _sha256(path)).startswith(file.sha256):
         problem = f"has the sha256 {found} instead of {file.sha256}"

@@ -47,8 +47,8 @@ def _facts(name: str) -> dict[str, Any]:
         "stems": model.stems,
         "bytes": files.known_bytes(model.files),
         "here": catalogue.is_here(name),
-        "licence": model.licence,
-        "quality": model.quality,
+        "licence": model.facts.licence,
+        "quality": model.facts.quality,
     }
 
 

@@ -149,9 +149,12 @@ def load_recipe(name: str, choice: str, *, two_stems: str | None = None) -> Reci
     raise _no_stem(name, two_stems, dict.fromkeys(found))
 
 
-def one_model(name: str, stems: tuple[str, ...]) -> Recipe:
-    """The recipe for these stems of one model, run on the mixture."""
-    return Recipe(name, "all", {stem: _estimate(name, MIXTURE, stem) for stem in stems})
+def one_model(name: str, stems: tuple[str, ...], residual: str | None = None) -> Recipe:
+    """The recipe for these stems of one model, run on the mixture; and, if `residual` names it, what they leave."""
+    outputs = {stem: _estimate(name, MIXTURE, stem) for stem in stems}
+    if residual is not None:
+        outputs[residual] = _sum((MIXTURE, 1.0), *((estimate, -1.0) for estimate in outputs.values()))
+    return Recipe(name, "all", outputs)
 
 
 def resolve(name: str, choice: str, lines: Mapping[Any, Any]) -> Recipe:

@@ -14,7 +14,7 @@ from separation.errors import InputError
 
 @dataclass(frozen=True)
 class Selection:
-    """A recipe's choice of stems or, with `model_name` or `model_path`, all stems of one model.
+    """A recipe's choice of stems or, with `model_name` or `model_path`, all stems of one model and its residual.
 
     Args:
         recipe: a recipe in configs/recipes.
@@ -43,13 +43,15 @@ class Selection:
         """The recipe to run. Raises RecipeError if there is no such recipe, choice, stem or model."""
         if self.model is None:
             return load_recipe(self.recipe, self.stems, two_stems=self.two_stems)
-        recipe = one_model(self.model, read_config(self.model).stems)
+        model = read_config(self.model)
+        recipe = one_model(self.model, model.stems, model.residual)
         return recipe if self.two_stems is None else recipe.two_stems(self.two_stems)
 
     def models(self) -> dict[str, tuple[str, ...] | None]:
         """The models to load and the stems that each has to give; None stands for all of them. Raises as `load`."""
         if self.model is not None:
-            return {self.model: None if self.two_stems is None else (self.two_stems,)}
+            is_residual = self.two_stems == read_config(self.model).residual
+            return {self.model: None if self.two_stems is None or is_residual else (self.two_stems,)}
         return dict(self.load().models)
 
     def check(self, options: EngineOptions) -> None:

@@ -117,11 +117,13 @@ class Separator:
         options: EngineOptions = EngineOptions(),
         cache: Cache | None = None,
     ) -> "Separator":
-        """A separator for the stems of one loaded model, which decides device, precision and attention.
+        """A separator for one loaded model, which decides device, precision and attention.
+
+        Its stems are the model's, and the mixture minus them if the model's YAML names that: `residual: instrumental`.
 
         A `cache` needs a model from `load_model` whose files have not changed since.
         """
-        recipe = one_model(model.name, model.stems)
+        recipe = one_model(model.name, model.stems, model.residual)
         return cls(recipe, two_stems=two_stems, options=options, pool=LoadedModels({model.name: model}), cache=cache)
 
     @property

@@ -31,6 +31,7 @@ class Identity:
     sample_rate: int  # hertz
     chunk_samples: int
     standardised: bool = False  # trained on tracks of zero mean and unit variance, whatever the architecture's default
+    residual: str | None = None  # the name of the mixture minus the estimates, if it has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ class SeparationModel(nn.Module):
 
     def __init__(self, identity: Identity) -> None:
         super().__init__()
-        self.name, self.stems = identity.name, identity.stems
+        self.name, self.stems, self.residual = identity.name, identity.stems, identity.residual
         self.sample_rate, self.chunk_samples = identity.sample_rate, identity.chunk_samples
         if identity.standardised:
             self.normalisation = "standard"

@@ -1,5 +1,7 @@
 """Text for a terminal. A song's name may hold any character that a file system allows."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from unicodedata import category
 
 # Control characters move the cursor, clear the screen or ring the bell. Format characters reverse or hide what follows.
@@ -19,3 +21,15 @@ def shown(text: str) -> str:
 
 def _is_unsafe(character: str) -> bool:
     return category(character) in _UNSAFE and character not in _JOINERS
+
+
+def close_matches(word: str, choices: Iterable[str], *, most: int = 4) -> list[str]:
+    """The choices that somebody who typed `word` may have meant: those with all its parts in them, then similar ones.
+
+    The parts are what `_`, `-` and spaces divide, in lowercase.
+    """
+    typed, choices = word.lower(), list(choices)
+    parts = typed.replace("-", "_").replace(" ", "_").split("_")
+    within = [choice for choice in choices if all(part in choice.lower() for part in parts)] if typed else []
+    similar = [choice for choice in get_close_matches(typed, choices, n=most) if choice not in within]
+    return sorted(within, key=len)[:most] + similar[: max(0, most - len(within))]

@@ -30,6 +30,7 @@ def test_a_downloaded_model_is_shown(capsys: pytest.CaptureFixture[str]) -> None
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "url": None,
+        "mirrors": [],
         "path": str(path),
         "here": True,
     }
@@ -42,8 +43,9 @@ def test_a_downloaded_model_is_shown(capsys: pytest.CaptureFixture[str]) -> None
         "chunk_samples": 352_800,
         "overlap_samples": 176_400,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "licence": "CC BY 4.0",
-        "quality": catalogue.read_config("demo").quality,
+        "published_stems": [],
+        "residual": None,
+        **catalogue.read_config("demo").facts.as_json(),
     }
 
 

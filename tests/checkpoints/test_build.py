@@ -44,9 +44,7 @@ def test_a_community_yaml_needs_none_of_our_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", quick_models())
 def test_every_shipped_yaml_builds(name: str) -> None:
     description = read_config(name)
-    assert description.files and description.licence != "not stated" and description.quality != "not stated"
-    for file in description.files:
-        assert file.sha256 or file.url is None or file.bytes  # a missing sha256 is recorded at the first download
+    assert description.files
     specialists = tuple(file.stem for file in description.files if file.stem)
     model = build(description, specialists)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -405,7 +405,7 @@ def test_stems_chunk_and_sample_rate_are_those_of_the_training(
     assert (found.stems, found.chunk_samples, found.sample_rate) == (stems, chunk_samples, 44100)
     assert found.files == () and found.ignored == ()
     assert found.standardised == (text == SCNET)
-    assert (found.licence, found.quality) == ("not stated", "not stated")
+    assert (found.facts.licence, found.facts.quality) == ("not stated", "not stated")
 
 
 @pytest.mark.parametrize("architecture", ["", "architecture: bs_roformer\n"])

@@ -10,7 +10,7 @@ from urllib.request import Request
 import pytest
 
 from helpers.weights_server import CONTENT, Server, names_in, run_at_once, unstated, weight_file
-from separation.checkpoints import description, download
+from separation.checkpoints import download, keys
 from separation.checkpoints.download import fetch
 from separation.errors import CheckpointError, DownloadError, OutputError
 
@@ -229,7 +229,7 @@ def test_a_response_longer_than_the_file_is_cut_off(
     server.announces_length = False
     with pytest.raises(DownloadError, match="the server sends more than 1,000 bytes"):
         fetch(weight_file(server.url, content=CONTENT[:1000]), quiet=True)
-    monkeypatch.setitem(description.LARGEST, "bytes", 5000)
+    monkeypatch.setitem(keys.LARGEST, "bytes", 5000)
     with pytest.raises(DownloadError, match="the server sends more than 5,000 bytes"):
         fetch(unstated(server.url), quiet=True)
     assert names_in(weights) == []

@@ -27,7 +27,7 @@ from helpers.small_model import (
     write_weights,
     write_yaml,
 )
-from separation.checkpoints.catalogue import available, read_config
+from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.convert import convert
 from separation.checkpoints.load import load_model
 from separation.device import PRECISIONS
@@ -373,7 +373,7 @@ def test_an_unknown_class_is_named(tmp_path: Path) -> None:
         load_model(config(tmp_path, "hdemucs"), checkpoint=tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("name", [name for name in available() if read_config(name).architecture == "hdemucs"])
+@pytest.mark.parametrize("name", ["hdemucs_mmi", "mdx_extra", "mdx_extra_q"])
 def test_a_published_files_name_has_the_start_of_its_checksum(name: str) -> None:
     for file in read_config(name).files:
         assert file.sha256 and file.sha256.startswith(Path(file.name).stem.rpartition("-")[2])
