@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -53,13 +53,88 @@ def resampled(source: Readable, sample_rate: int, new_rate: int, n_samples: int)
     They equal one call of torchaudio's resampler for the whole source, with a windowed sinc as long and as steep as
     librosa's kaiser_best.
     """
-    common = math.gcd(sample_rate, new_rate)
-    old, new = sample_rate // common, new_rate // common
-    width = math.ceil(_LOWPASS_ZEROS * old / (min(old, new) * _ROLLOFF))  # old samples that the filter reaches
-    convert = (_by_torchaudio if new * (old + 2 * width) <= _MAX_KERNEL else _by_phases)(old, new, width)
-    block_samples = max(1, BLOCK_SAMPLES // max(old, new)) * new  # a block starts on a sample of both rates
+    ratio = _Ratio(sample_rate, new_rate)
+    block_samples = max(1, BLOCK_SAMPLES // max(ratio.old, ratio.new)) * ratio.new  # starts on a sample of both rates
     for start in range(0, n_samples, block_samples):
-        yield convert(source, start, min(start + block_samples, n_samples))
+        yield ratio.convert(source, start, min(start + block_samples, n_samples))
+
+
+class ResampledView:
+    """A source at another sample rate, `[C, T]`, resampled where it is read. Rates are in hertz."""
+
+    def __init__(self, source: Readable, sample_rate: int, new_rate: int) -> None:
+        self._source, self._ratio = source, _Ratio(sample_rate, new_rate)
+        self.n_samples = resampled_length(source.n_samples, sample_rate, new_rate)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Samples `[start, stop)`, `[C, stop - start]`."""
+        if start == stop:
+            return self._source.read(0, 0)
+        aligned = start - start % self._ratio.new
+        return self._ratio.convert(self._source, aligned, stop)[:, start - aligned :]
+
+
+def resampled_as_it_comes(
+    blocks: Iterable[Tensor], sample_rate: int, new_rate: int, n_samples: int
+) -> Iterator[Tensor]:
+    """The first `n_samples` of a waveform at the new rate, `[..., n]` a block. Rates are in hertz.
+
+    `blocks`, `[..., n]`, are consecutive parts of the waveform. No more of them are kept than the filter reaches.
+    """
+    ratio = _Ratio(sample_rate, new_rate)
+    recent: _Recent | None = None
+    done = 0
+    for block in blocks:
+        recent = recent or _Recent(block[..., :0].flatten(0, -2))
+        recent.append(block.flatten(0, -2))
+        stop = min(max(done, (recent.n_samples // ratio.old - ratio.context) * ratio.new), n_samples)
+        if stop > done:
+            yield ratio.convert(recent, done, stop).unflatten(0, block.shape[:-1])
+        done = stop
+        recent.forget((done // ratio.new - ratio.context) * ratio.old)
+    if recent is not None and done < n_samples:
+        yield ratio.convert(recent, done, n_samples).unflatten(0, block.shape[:-1])
+
+
+class _Recent:
+    """The end of a waveform that grows: a Readable whose first samples are forgotten."""
+
+    def __init__(self, empty: Tensor) -> None:
+        self._kept = empty  # [C, 0]
+        self._forgotten = 0
+
+    @property
+    def n_samples(self) -> int:
+        return self._forgotten + self._kept.shape[1]
+
+    def append(self, block: Tensor) -> None:
+        self._kept = torch.cat([self._kept, block], dim=1)
+
+    def forget(self, before: int) -> None:
+        """Drop the samples before this one."""
+        self._kept = self._kept[:, max(0, before - self._forgotten) :]
+        self._forgotten = max(before, self._forgotten)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._kept[:, start - self._forgotten : stop - self._forgotten]
+
+
+class _Ratio:
+    """Two sample rates without their common divisor, and the filter between them.
+
+    Attributes:
+        old, new: samples in a period of both rates.
+        context: how many periods the filter reaches, at most.
+        convert: for blocks that start at a multiple of `new`.
+    """
+
+    def __init__(self, sample_rate: int, new_rate: int) -> None:
+        common = math.gcd(sample_rate, new_rate)
+        self.old, self.new = old, new = sample_rate // common, new_rate // common
+        width = math.ceil(_LOWPASS_ZEROS * old / (min(old, new) * _ROLLOFF))  # old samples that the filter reaches
+        self.context = -(-(width + 2) // old)
+        make = _by_torchaudio if new * (old + 2 * width) <= _MAX_KERNEL else _by_phases
+        self.convert: Converter = make(old, new, width)
 
 
 def _by_torchaudio(old: int, new: int, width: int) -> Converter:

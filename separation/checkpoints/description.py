@@ -21,6 +21,7 @@ from separation.errors import CheckpointError, RecipeError
 
 KEYS = {"architecture", "stems", "residual", "files", "audio", "model"} | FACTS
 COMMUNITY_SECTIONS = {"training", "inference", "augmentations", "loss_multistft"}
+CLASSES = {"Bandit": "bandit_v2"}  # architectures by `cls`, whose arguments are in the section `kwargs`
 AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_fft", "num_channels", "min_mean_abs"}
 FIXED_CHUNKS = {
     "demucs",
@@ -114,6 +115,11 @@ def describe(document: dict[str, Any], path: Path, *, name: str, shares: Shares 
     if isinstance(document.get("model"), str):
         unknown.discard(document["model"])
         document = _from_demucs_training(document, training, path)
+    elif "cls" in document and "kwargs" in document:
+        unknown -= {"cls", "kwargs"}
+        document = _from_class(document, path)
+    if isinstance(document.get("name"), str):  # of the class; the checkpoint's name is its file's
+        unknown.discard("name")
     audio = take(document, "audio", dict, path)
     unknown |= {f"audio.{key}" for key in set(audio) - AUDIO_KEYS}
     hyper_parameters = take(document, "model", dict, path)
@@ -160,6 +166,14 @@ def _from_demucs_training(document: dict[str, Any], training: dict[str, Any], pa
     }
     audio = take(document, "audio", dict, path) | {"sample_rate": rate, "chunk_size": rate * segment}
     return {"architecture": name} | document | {"audio": audio, "model": arguments}
+
+
+def _from_class(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A YAML that names a class and its arguments, in the form of the other architectures."""
+    name = take(document, "cls", str, path)
+    if name not in CLASSES:
+        raise CheckpointError(f"{path}: cls is {quoted(name)}: use one of {', '.join(CLASSES)}")
+    return {"architecture": CLASSES[name], "model": take(document, "kwargs", dict, path)} | document
 
 
 def _stems(document: dict[str, Any], training: dict[str, Any], model: dict[str, Any], path: Path) -> tuple[str, ...]:

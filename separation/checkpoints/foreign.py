@@ -36,8 +36,6 @@ TYPES = {
     "swin_upernet": "a Swin-UperNet",
     "segm_models": "a network of segmentation_models_pytorch",
     "torchseg": "a network of TorchSeg",
-    "bandit": "a Bandit",
-    "bandit_v2": "a Bandit v2",
     "apollo": "an Apollo, which restores audio and does not separate it",
     "moises_light": "a Moises-Light",
     "tiger": "a TIGER",
@@ -52,7 +50,6 @@ KEYS = {
     "mamba_gmlp": TYPES["bs_mamba2"],
     "num_repeat_mask": TYPES["bs_mamba2"],
     "encoder_name": TYPES["segm_models"],
-    "band_specs": TYPES["bandit"],
     "n_rope": TYPES["moises_light"],
     "feature_dim": TYPES["apollo"],  # after BS-Mamba2, whose models may have this key too
 }
@@ -68,7 +65,6 @@ NAMES = {
     r".*\.A_log": TYPES["bs_mamba2"],
     r".*\.lora_[AB](\..*)?": "a LoRA adapter without its model",
     r"layers\.\d+\.\d+\.layers\.\d+\.conv\.net\..*": KEYS["time_conformer_depth"],
-    r"(.+\.)?(tf_model|mask_estim)\..*": TYPES["bandit"],
 }
 
 
@@ -78,8 +74,6 @@ def by_yaml(document: Mapping[str, Any]) -> str | None:
     kind = document.get("architecture") or (training.get("model_type") if isinstance(training, Mapping) else None)
     if isinstance(kind, str) and kind in TYPES:
         return TYPES[kind]
-    if isinstance(document.get("kwargs"), Mapping) and "cls" in document:
-        return TYPES["bandit_v2"]
     return next((kind for key, kind in KEYS.items() if isinstance(model, Mapping) and key in model), None)
 
 

@@ -57,6 +57,7 @@ class EstimateSettings:
             "stems": model.origin.stems,
             # If each stem has a network of its own, only that network's weights matter.
             "weights": [checksums[stem]] if stem in checksums else list(checksums.values()),
+            "sample_rate": model.sample_rate,
             "normalisation": model.normalisation,
             "precision": str(model.precision).removeprefix("torch."),
             "attention": model.attention,

@@ -79,7 +79,7 @@ class Level:
 
 def separate(
     ready: ReadyModel, source: Readable, plan: ChunkPlan, level: Level = Level(), progress: Progress = Progress()
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """Run a model over a song; yields finished estimates `[S, C, n]`, float32 on the CPU, in order.
 
     Chunks of digital silence are not computed: their estimates are silence. A batch that does not fit into a GPU's

@@ -14,7 +14,7 @@ from torch import Tensor
 from separation.audio.decode import decode
 from separation.audio.encode import check_rate, is_rf64
 from separation.audio.options import OutputOptions
-from separation.audio.resample import resampled, resampled_length
+from separation.audio.resample import ResampledView, resampled, resampled_as_it_comes, resampled_length
 from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, sample_fault
 from separation.engine.cache import Cache
 from separation.engine.cached_estimates import CachedEstimates, EstimateSettings, n_bytes
@@ -287,7 +287,7 @@ class Separator:
 
     def _run(self, song: SongWaveforms[Wave], progress: Progress) -> Iterator[tuple[Estimate, Wave]]:
         """Run the models that a song needs; yields each estimate when it is complete."""
-        n_chunks = {run: len(self.plans[run.model].starts(song.n_samples)) for run in song.runs}
+        n_chunks = {run: self.n_chunks(run.model, song.n_samples) for run in song.runs}
         total, done = sum(n_chunks.values()), 0
         for run, stems in song.runs.items():
             part = progress.part(done / total, (done + n_chunks[run]) / total, run.model)
@@ -295,6 +295,11 @@ class Separator:
             waves = {Estimate(run, stem): song.estimates[Estimate(run, stem)] for stem in stems}
             self._run_model(run, waves, song.wait_for(run.input), part)
             yield from waves.items()
+
+    def n_chunks(self, model: str, n_samples: int) -> int:
+        """How many chunks a model computes for a song."""
+        rate = self.models[model].sample_rate
+        return len(self.plans[model].starts(resampled_length(n_samples, SAMPLE_RATE, rate)))
 
     def _run_model(self, run: Run, waves: Mapping[Estimate, Wave], source: Wave, progress: Progress) -> None:
         """Run a model over a waveform, and append what it estimates to `waves`."""
@@ -308,7 +313,13 @@ class Separator:
         self, model: SeparationModel, source: Samples | Waveform, plan: ChunkPlan, progress: Progress
     ) -> Generator[Tensor]:
         """The estimates of a model for a complete waveform, in blocks `[S, 2, n]`."""
-        yield from separate(self._ready(model, plan), source, plan, _level(model, source), progress)
+        ready, level, rate = self._ready(model, plan), _level(model, source), model.sample_rate
+        if rate == SAMPLE_RATE:
+            yield from separate(ready, source, plan, level, progress)
+            return
+        at_its_rate = ResampledView(source, SAMPLE_RATE, rate)
+        with closing(separate(ready, at_its_rate, plan, level, progress)) as blocks:
+            yield from resampled_as_it_comes(blocks, rate, SAMPLE_RATE, source.n_samples)
 
     def _ready(self, model: SeparationModel, plan: ChunkPlan) -> ReadyModel:
         """The model, ready to run over batches of chunks of that plan."""
@@ -342,10 +353,6 @@ def _recipe(recipe: str | Recipe, stems: str, two_stems: str | None) -> Recipe:
 
 def _plan(model: SeparationModel, options: EngineOptions) -> ChunkPlan:
     """How a model's songs are cut."""
-    if model.sample_rate != SAMPLE_RATE:
-        raise InputError(
-            f"model {model.name!r} works at {model.sample_rate} Hz: choose a model that works at {SAMPLE_RATE} Hz"
-        )
     chunk_samples, overlap_samples = options.chunks.samples(
         model.name, model.chunk_samples, model.sample_rate, is_fixed=model.fixed_chunk
     )

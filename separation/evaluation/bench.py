@@ -170,9 +170,11 @@ def engine_speed(
         costs: dict[str, _Cost] = {}
         for name, model in models.items():
             plan = separator.plans[model.name]
-            chunk = _song(-(-plan.chunk_samples // SAMPLE_RATE))[None, : model.channels, : plan.chunk_samples]
+            chunk = _song(-(-plan.chunk_samples // SAMPLE_RATE))[None, :, : plan.chunk_samples]
+            if model.channels == 1:  # computes each channel on its own
+                chunk = chunk.transpose(0, 1)
             model_runs = sum(run.model == model.name for run in separator.recipe.runs)
-            n_chunks = model_runs * len(plan.starts(mixture.shape[1]))
+            n_chunks = model_runs * separator.n_chunks(model.name, mixture.shape[1])
             reference = loader.load(name, torch.float32, "itemwise")
             costs[model.name] = _cost(model, reference, chunk.to(choice.device), n_chunks, floats)
     operations = sum(cost.operations for cost in costs.values())
@@ -180,8 +182,12 @@ def engine_speed(
         models={model.name: model.attention or "its own" for model in models.values()},
         weights="random" if random else "own",
         reason=choice.reason,
-        chunk_seconds={name: plan.chunk_samples / SAMPLE_RATE for name, plan in separator.plans.items()},
-        overlap_seconds={name: plan.overlap_samples / SAMPLE_RATE for name, plan in separator.plans.items()},
+        chunk_seconds={
+            name: plan.chunk_samples / separator.models[name].sample_rate for name, plan in separator.plans.items()
+        },
+        overlap_seconds={
+            name: plan.overlap_samples / separator.models[name].sample_rate for name, plan in separator.plans.items()
+        },
         batch_size=separator.fixed_batch_size or "auto",
         audio_seconds=seconds,
         run_seconds=run_seconds,
@@ -227,7 +233,10 @@ class _Cost:
 def _cost(
     model: SeparationModel, reference: SeparationModel, chunk: Tensor, n_chunks: int, floats: torch.dtype
 ) -> _Cost:
-    """The cost of `n_chunks` chunks like this one, `[1, C, T]`. `reference` is the same model in plain float32."""
+    """The cost of `n_chunks` chunks like this one, `[1, 2, T]`, or `[2, 1, T]` for a mono model.
+
+    `reference` is the same model in plain float32.
+    """
     with torch.inference_mode():
         estimates = model(chunk)
     expected, operations, products = _reference(reference, chunk)
@@ -272,7 +281,7 @@ def _seconds(job: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def _reference(model: SeparationModel, chunk: Tensor) -> tuple[Tensor, int, Mapping[tuple[int, int, int], int]]:
-    """Run a model on a chunk `[1, C, T]` and count its work.
+    """Run a model on a chunk `[B, C, T]` and count its work.
 
     Returns the estimates `[1, S, C, T]` on the CPU, the number of floating point operations in matrix products,
     attention and convolutions, and how often each product of a linear layer occurs, by (rows, columns in, columns out).

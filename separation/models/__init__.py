@@ -1,5 +1,6 @@
 """Model definitions. To add an architecture, add a file here and a line below."""
 
+from separation.models.bandit import Bandit, BanditV2
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer
 from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
@@ -20,6 +21,8 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "htdemucs": HTDemucs,
     "mdx23c": MDX23C,
     "mdx_net": MDXNet,
+    "bandit": Bandit,
+    "bandit_v2": BanditV2,
     "scnet": SCNet,
     "scnet_masked": SCNetMasked,
     "scnet_tran": SCNetTran,

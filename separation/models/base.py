@@ -82,6 +82,7 @@ class Transform:
             bins=bins or half + 1,
             zeros_after=zeros_after,
             padding=(half, half),
+            padding_mode=stft.padding_mode,
             crop=half,
         )
 

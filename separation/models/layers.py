@@ -43,6 +43,13 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(input.float()).to(input.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's LayerNorm, computed in float32; the result has the input's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).to(input.dtype)
+
+
 def _frequencies(count: int, theta: float) -> nn.Parameter:
     """Radians per token, from 1 down to almost 1 / theta, `[count]`. Checkpoints store them as a parameter."""
     if count < 2:  # the package would divide by zero

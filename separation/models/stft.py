@@ -22,7 +22,7 @@ def make_window(shape: Window, win_length: int, device: torch.device) -> Tensor:
 class Stft:
     """A short-time Fourier transform. Lengths are in samples; `hop_length` is at most half of `n_fft`.
 
-    Frames are centred: the ends of the audio are extended by the reflection of `n_fft // 2` samples.
+    Frames are centred: the ends of the audio are extended by `n_fft // 2` samples, which are its reflection or zeros.
     `normalized` divides the spectrogram by sqrt(n_fft).
     """
 
@@ -31,9 +31,10 @@ class Stft:
     win_length: int
     normalized: bool = False
     window: Window = "hann"
+    padding_mode: Literal["reflect", "constant"] = "reflect"
 
     def spectrogram(self, audio: Tensor) -> Tensor:
-        """Waveforms `[..., T]` to the complex `[..., F, N]`; T > n_fft // 2.
+        """Waveforms `[..., T]` to the complex `[..., F, N]`; T > n_fft // 2 if the ends are reflected.
 
         F is `n_fft // 2 + 1`, N is `T // hop_length + 1`.
         """
@@ -43,6 +44,7 @@ class Stft:
             self.hop_length,
             self.win_length,
             window=make_window(self.window, self.win_length, audio.device),
+            pad_mode=self.padding_mode,
             normalized=self.normalized,
             return_complex=True,
         )

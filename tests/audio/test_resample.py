@@ -7,7 +7,8 @@ from torch import Tensor
 from torchaudio.functional import resample as torchaudio_resample
 
 from helpers.sounds import disk_full_after, noise, waveform_of
-from separation.audio.resample import resample
+from separation.audio.resample import ResampledView, resample, resampled, resampled_as_it_comes, resampled_length
+from separation.engine.song_waveforms import Samples
 from separation.errors import OutputError
 
 QUALITY = {
@@ -47,6 +48,39 @@ def test_resampling_in_blocks_equals_one_call_for_the_whole(
             assert resampled.n_samples == math.ceil(n_samples * new / old) == expected.shape[1]
             assert (resampled.read(0, resampled.n_samples) - expected).abs().max() < 2e-6
     assert not list(tmp_path.iterdir())
+
+
+RATES = pytest.mark.parametrize("old, new", [(44100, 48000), (48000, 44100), (44100, 16000), (11127, 44100)])
+
+
+@RATES
+def test_a_view_gives_the_same_samples_wherever_it_is_read(old: int, new: int) -> None:
+    samples = noise(2003)
+    view = ResampledView(Samples.of(samples), old, new)
+    whole = torch.cat(list(resampled(Samples.of(samples), old, new, view.n_samples)), dim=1)
+    assert view.n_samples == math.ceil(2003 * new / old) == whole.shape[1]
+    for start, stop in [
+        (0, 0),
+        (0, view.n_samples),
+        (1, 2),
+        (160, 161),
+        (333, 700),
+        (view.n_samples - 1, view.n_samples),
+    ]:
+        assert (view.read(start, stop) - whole[:, start:stop]).abs().sum() <= 1e-6 * (stop - start)
+
+
+@RATES
+@pytest.mark.parametrize("sizes", [[2003], [1] * 50 + [1953], [0, 700, 3, 1300]])
+def test_blocks_are_resampled_as_they_come(old: int, new: int, sizes: list[int]) -> None:
+    samples = torch.stack([noise(2003), -noise(2003)])  # [S, C, T]
+    n_samples = resampled_length(2003, old, new) - 1
+    expected = torch.cat(list(resampled(Samples.of(noise(2003)), old, new, n_samples)), dim=1)
+    blocks = list(resampled_as_it_comes(samples.split(sizes, dim=2), old, new, n_samples))
+    got = torch.cat(blocks, dim=2)
+    assert len(blocks) <= len(sizes) + 1
+    assert got.shape == (2, 2, n_samples)
+    assert (got - torch.stack([expected, -expected])).abs().max() <= 1e-6
 
 
 def sinc_interpolated(samples: Tensor, old: int, new: int) -> Tensor:

@@ -79,7 +79,6 @@ def test_a_damaged_file_is_an_error_without_a_request_for_a_yaml(tmp_path: Path)
         ({"model": {"sources": 4, "embed_dim": 512, "depth": 8, "in_channels": 2}}, "a Conformer"),
         ({"model": HYPER_PARAMETERS | {"time_conformer_depth": 1}}, "a Conformer over bands"),
         ({"training": {"model_type": "apollo"}}, "an Apollo, which restores audio"),
-        ({"model": None, "cls": "Bandit", "kwargs": {"in_channels": 1}}, "a Bandit v2"),
     ],
 )
 def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
@@ -101,7 +100,6 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
         ("mask_estimators.0.layers.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
         ("layers.0.1.layers.0.conv.net.0.weight", "a Conformer over bands"),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
-        ("bsrnn.tf_model.seqband.0.0.norm.weight", "a Bandit"),
         ("layers.0.1.layers.0.0.to_qkv.lora_A", "a LoRA adapter without its model"),
     ],
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -218,10 +219,39 @@ def test_an_argument_without_effect_is_refused(options: dict[str, Any], words: s
         Separator(recipe, options=engine, **given)
 
 
-def test_a_model_of_another_sample_rate_is_refused() -> None:
-    model = Recorder("wide", ("vocals",), 1000, sample_rate=48000)
-    with pytest.raises(InputError, match=r"'wide' works at 48000 Hz"):
-        Separator.from_model(model)
+@pytest.mark.parametrize("rate", [48_000, 32_000])
+@pytest.mark.parametrize("n_samples", [1, 700, 44_100 * 3 + 17])
+def test_a_model_of_another_sample_rate_sees_the_song_at_its_rate(rate: int, n_samples: int) -> None:
+    model = Recorder("wide", ("vocals",), rate // 2, sample_rate=rate)
+    model.normalisation = "none"
+    times = torch.arange(n_samples).double() / 44_100
+    mixture = torch.stack([(2 * torch.pi * 440 * times).sin(), (2 * torch.pi * 1000 * times).cos()]).float() * 0.5
+    estimate = Separator.from_model(model, options=EngineOptions(batch_size=2)).separate(mixture)["vocals"]
+    assert estimate.shape == mixture.shape
+    inner = slice(2000, -2000) if n_samples > 10_000 else slice(0)  # the song's ends ring
+    assert (estimate - mixture)[:, inner].abs().sum() <= 1e-5 * n_samples
+    seen = torch.cat(model.seen)
+    assert seen.shape[1:] == (2, rate // 2)  # 0.5 s at the model's rate
+    if n_samples > 10_000:
+        spectra = np.abs(np.fft.rfft(seen.double() * torch.hann_window(rate // 2)))
+        assert [440, 1000] in (2 * spectra.argmax(-1)).tolist()  # of the chunks that no end of the song is in
+
+
+def test_the_estimates_at_another_rate_do_not_depend_on_the_batch_size() -> None:
+    mixture = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    model = Recorder("wide", ("vocals", "other"), 24_000, sample_rate=48_000)
+    one, three = (
+        Separator.from_model(model, options=EngineOptions(batch_size=size)).separate(mixture) for size in (1, 3)
+    )
+    assert all((one[stem] - three[stem]).abs().max() <= 1e-6 for stem in one)
+
+
+def test_a_file_is_separated_by_a_model_of_another_rate_as_in_memory(tmp_path: Path) -> None:
+    mixture = torch.randn(2, 60_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    song = write(tmp_path / "song.wav", mixture)
+    separator = Separator.from_model(Recorder("wide", ("vocals",), 24_000, sample_rate=48_000))
+    estimate = read(separator.separate_file(song, tmp_path / "out")["vocals"])
+    assert (estimate - separator.separate(mixture)["vocals"]).abs().max() <= 1e-6
 
 
 def test_the_shipped_weights_separate_the_shipped_song(pool: ModelPool) -> None:
