@@ -36,7 +36,6 @@ TYPES = {
     "swin_upernet": "a Swin-UperNet",
     "segm_models": "a network of segmentation_models_pytorch",
     "torchseg": "a network of TorchSeg",
-    "apollo": "an Apollo, which restores audio and does not separate it",
     "moises_light": "a Moises-Light",
     "tiger": "a TIGER",
 }
@@ -51,7 +50,6 @@ KEYS = {
     "num_repeat_mask": TYPES["bs_mamba2"],
     "encoder_name": TYPES["segm_models"],
     "n_rope": TYPES["moises_light"],
-    "feature_dim": TYPES["apollo"],  # after BS-Mamba2, whose models may have this key too
 }
 # By names of weights that no other model has.
 NAMES = {

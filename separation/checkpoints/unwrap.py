@@ -39,7 +39,7 @@ def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
     if len(weights) < len(named):  # two names became one: plain and compiled layers side by side
         weights = named
     for _ in range(MOST_NESTINGS):
-        prefix = next((each for each in WRAPPERS if any(name.startswith(each) for name in weights)), None)
+        prefix = next((each for each in WRAPPERS if _wraps(each, weights)), None)
         if prefix is None:
             break
         others = sorted({name.partition(".")[0] for name in weights if not name.startswith(prefix)})
@@ -47,6 +47,12 @@ def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
             choices.append(f"using the weights {prefix}*, not those of {', '.join(others[:3])}")
         weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return weights, choices
+
+
+def _wraps(prefix: str, names: Mapping[str, Any]) -> bool:
+    """Whether some names have this prefix. If a number follows, it is the name of a list of layers."""
+    rests = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return bool(rests) and not any(rest[:1].isdigit() for rest in rests)
 
 
 def _holds_weights(value: Any) -> bool:

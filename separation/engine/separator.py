@@ -98,6 +98,7 @@ class Separator:
         self.recipe = _recipe(recipe, stems, two_stems)
         pool = pool or ModelPool(options)
         self.models = {name: pool.get(name, wanted) for name, wanted in self.recipe.models.items()}
+        _check_parts(self.models, two_stems)
         self.plans = {name: _plan(model, options) for name, model in self.models.items()}
         self.device = pool.device
         self.batch_size = options.batch_size
@@ -341,6 +342,15 @@ def _check_options_beside_pool(options: EngineOptions) -> None:
         value = getattr(options, name)
         if value != "auto":
             raise InputError(f"{name} {value!r} has no effect with a pool, which has its own: leave one of them out")
+
+
+def _check_parts(models: Mapping[str, SeparationModel], two_stems: str | None) -> None:
+    restoring = [name for name, model in models.items() if model.restores]
+    if two_stems is not None and restoring:
+        raise InputError(
+            f"{restoring[0]} restores the song and gives no part of it, so {two_stems!r} leaves no other stem: leave "
+            "two_stems out"
+        )
 
 
 def _recipe(recipe: str | Recipe, stems: str, two_stems: str | None) -> Recipe:

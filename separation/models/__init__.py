@@ -1,5 +1,6 @@
 """Model definitions. To add an architecture, add a file here and a line below."""
 
+from separation.models.apollo import Apollo
 from separation.models.bandit import Bandit, BanditV2
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer
@@ -21,6 +22,7 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "htdemucs": HTDemucs,
     "mdx23c": MDX23C,
     "mdx_net": MDXNet,
+    "apollo": Apollo,
     "bandit": Bandit,
     "bandit_v2": BanditV2,
     "scnet": SCNet,

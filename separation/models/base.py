@@ -114,6 +114,8 @@ class SeparationModel(nn.Module):
     core_takes_waveform: ClassVar[bool] = False
     # Whether chunks must have exactly `chunk_samples`. Otherwise the caller chooses their length.
     fixed_chunk: ClassVar[bool] = False
+    # Whether the estimates are the whole mixture, restored, and not parts of it.
+    restores: ClassVar[bool] = False
     channels: int  # C: 1 or 2
     least_samples: int = 1  # shorter chunks cannot be extended by their own reflection
     has_int8: ClassVar[bool] = False  # whether `prepare` supports torch.int8, with the attention backend `fused`

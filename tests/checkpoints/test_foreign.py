@@ -78,7 +78,6 @@ def test_a_damaged_file_is_an_error_without_a_request_for_a_yaml(tmp_path: Path)
         ({"model": HYPER_PARAMETERS | {"fno": True}}, "a BS-RoFormer FNO"),
         ({"model": {"sources": 4, "embed_dim": 512, "depth": 8, "in_channels": 2}}, "a Conformer"),
         ({"model": HYPER_PARAMETERS | {"time_conformer_depth": 1}}, "a Conformer over bands"),
-        ({"training": {"model_type": "apollo"}}, "an Apollo, which restores audio"),
     ],
 )
 def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
