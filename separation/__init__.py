@@ -34,6 +34,7 @@ from separation.errors import (
 __version__ = "0.2.0"  # pyproject.toml reads it
 
 if TYPE_CHECKING:
+    from separation.audio.excerpt import Excerpt
     from separation.audio.options import OutputOptions
     from separation.checkpoints.load import load_model
     from separation.engine.cache import Cache
@@ -48,6 +49,7 @@ __all__ = [
     "DownloadError",
     "EngineOptions",
     "EstimateError",
+    "Excerpt",
     "InputError",
     "ModelPool",
     "OutputError",
@@ -62,6 +64,7 @@ __all__ = [
 _MODULES = {
     "Cache": "separation.engine.cache",
     "EngineOptions": "separation.engine.options",
+    "Excerpt": "separation.audio.excerpt",
     "ModelPool": "separation.engine.pool",
     "OutputOptions": "separation.audio.options",
     "Separator": "separation.engine.separator",

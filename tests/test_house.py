@@ -252,6 +252,7 @@ def test_the_public_names_are_pinned_and_there() -> None:
         "DownloadError",
         "EngineOptions",
         "EstimateError",
+        "Excerpt",
         "InputError",
         "ModelPool",
         "OutputError",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from separation.audio.excerpt import Excerpt
 from separation.errors import InputError
 
 FORMATS = ("wav", "mp3", "flac")
@@ -27,6 +28,7 @@ class OutputOptions:
         wav_depth: `16`, `24` or `32f` (float); None means `32f`.
         flac_depth: `16` or `24`; None means `24`.
         overwrite: replace files that this program did not write.
+        excerpt: the part of the song to separate; None means the whole song.
 
     Raises:
         InputError: a value is not offered, or belongs to another format.
@@ -38,6 +40,7 @@ class OutputOptions:
     wav_depth: str | None = None
     flac_depth: str | None = None
     overwrite: bool = False
+    excerpt: Excerpt | None = None
 
     def __post_init__(self) -> None:
         _check("output format", self.format, FORMATS)

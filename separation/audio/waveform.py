@@ -215,11 +215,11 @@ class Waveform(Growing):
                 view = view[n_bytes:]
         return samples
 
-    def raw(self) -> Iterator[bytes]:
-        """All samples as they lie in the file, block by block: interleaved float32."""
-        samples = _RAW_BYTES // (self.channels * _SAMPLE_BYTES)
-        for start in range(0, self.n_samples, samples):
-            yield self.interleaved(start, min(start + samples, self.n_samples)).tobytes()
+    def raw(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """Samples `[start, stop)`, or all, as they lie in the file, block by block: interleaved float32."""
+        samples, stop = _RAW_BYTES // (self.channels * _SAMPLE_BYTES), self.n_samples if stop is None else stop
+        for first in range(start, stop, samples):
+            yield self.interleaved(first, min(first + samples, stop)).tobytes()
 
     def close(self) -> None:
         """Close the file, and delete it if it is temporary. A second call does nothing."""
@@ -249,6 +249,12 @@ def read_padded(source: Readable, start: int, stop: int) -> Tensor:
     """As `Waveform.read`, with zeros before the first sample and after the last one."""
     first, last = min(max(start, 0), source.n_samples), min(max(stop, 0), source.n_samples)
     return torch.nn.functional.pad(source.read(first, last), (first - start, stop - last))
+
+
+def in_blocks(source: Readable, start: int, stop: int) -> Iterator[Tensor]:
+    """Samples `[start, stop)` of a waveform, in blocks `[C, n]`."""
+    for first in range(start, stop, BLOCK_SAMPLES):
+        yield source.read(first, min(first + BLOCK_SAMPLES, stop))
 
 
 def silent(n_samples: int, channels: int) -> Iterator[NDArray[np.float32]]:

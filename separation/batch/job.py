@@ -90,6 +90,8 @@ def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOpt
         **output.encoding,
     }
     residuals = [description.residual for description in descriptions.values() if description.residual]
+    if output.excerpt is not None:
+        settings["excerpt"] = output.excerpt.as_json()
     if selection.model is None:
         sources = {stem: _text(source) for stem, source in selection.load().outputs.items()}
         settings |= {"recipe": selection.recipe, "stems": selection.stems, "sources": sources}

@@ -181,7 +181,8 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
 def _write_page(song: Song, job: Job, run: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Write a song's listening page and record it; returns the recorded run."""
     page, stems = song.folder / PAGE, outcome_of(song, "done", run).stems
-    write_report(Report(song.path.name, song.path, stems), page, overwrite=job.output.overwrite, progress=progress)
+    report = Report(song.path.name, song.path, stems, excerpt=job.output.excerpt)
+    write_report(report, page, overwrite=job.output.overwrite, progress=progress)
     run = {**run, "page_bytes": page.stat().st_size}
     add_run(song.folder, run)
     return run

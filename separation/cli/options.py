@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from separation.audio.excerpt import Excerpt
 from separation.audio.options import OutputOptions
 from separation.checkpoints.description import YAML_SUFFIXES
 from separation.engine.options import EngineOptions
@@ -33,7 +34,15 @@ def output_options(args: argparse.Namespace) -> OutputOptions:
         wav_depth=args.wav_depth,
         flac_depth=args.flac_depth,
         overwrite=args.overwrite,
+        excerpt=_excerpt(args),
     )
+
+
+def _excerpt(args: argparse.Namespace) -> Excerpt | None:
+    """The part of each song to separate. Raises InputError if it is empty."""
+    if args.start is None and args.end is None and not args.preview:
+        return None
+    return Excerpt(args.start or 0.0, args.end, is_preview=args.preview)
 
 
 def selection(args: argparse.Namespace) -> Selection:

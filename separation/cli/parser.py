@@ -9,7 +9,7 @@ from separation import __version__
 from separation.audio.options import FLAC_DEPTHS, FORMATS, MP3_BITRATES, SAMPLE_RATES, WAV_DEPTHS
 from separation.cli import commands, models
 from separation.cli.separate import separate
-from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds
+from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds, time
 from separation.engine.options import ATTENTIONS, PRECISIONS
 from separation.engine.recipes import choices, names
 from separation.engine.selection import Selection
@@ -140,6 +140,9 @@ def _add_separate(parent: _Commands) -> None:
     )
     engine.add_argument("--ray", type=given, metavar="ADDRESS", help="use the machines of this Ray cluster, or `auto`")
     songs = parser.add_argument_group("song options")
+    songs.add_argument("--start", type=time, metavar="TIME", help="separate only from here on, such as 1:20")
+    songs.add_argument("--end", type=time, metavar="TIME", help="separate only up to here, such as 1:50")
+    songs.add_argument("--preview", action="store_true", help="separate only the loudest half minute")
     songs.add_argument(
         "--force-refresh", action="store_true", help="separate finished songs again, and ignore cached estimates"
     )

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any, TextIO
 
@@ -30,6 +31,8 @@ def separate(args: argparse.Namespace) -> int:
     if note := found.note():
         logger.warning(note)
     songs = [song.absolute() for song in found.songs] if args.ray else found.songs
+    if excerpt := output_options(args).excerpt:  # in a folder of its own, beside the whole song's
+        songs = [replace(song, folder=song.folder.with_name(f"{song.folder.name} {excerpt}")) for song in songs]
     outcomes, n_songs = list(found.failed), len(found.failed) + len(songs)
     job, left = Job({}), songs
     if songs:  # report a missing song before a missing model

@@ -33,6 +33,14 @@ def seconds(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def time(text: str) -> float:
+    """Seconds, or minutes and seconds, or hours, minutes and seconds: `80`, `1:20.5`, `1:02:03`. Returns seconds."""
+    if not re.fullmatch(r"(\d{1,3}:)?(\d{1,5}:)?\d{1,6}(\.\d{1,6})?", text, re.ASCII):
+        raise ArgumentTypeError(f"{text!r} must be a time such as 1:20, 1:20.5 or 80")
+    parts = [float(part) for part in reversed(text.split(":"))]
+    return sum(part * (1, 60, 3600)[power] for power, part in enumerate(parts))
+
+
 def sample_rate(text: str) -> int | str:
     """Hertz, or a name, which the parser's choices check."""
     return int(text) if text.isdecimal() else text

@@ -11,7 +11,8 @@ import torch
 from separation.audio.waveform import SAMPLE_RATE, StoredSamples, Waveform
 from separation.device import identity
 from separation.engine.cache import Cache, engine_version
-from separation.engine.chunk_plan import ChunkPlan
+from separation.engine.chunk_plan import ChunkPlan, Span
+from separation.engine.parts import EstimatePart
 from separation.engine.recipes import Estimate
 from separation.errors import CheckpointError
 from separation.models.base import SeparationModel
@@ -99,20 +100,35 @@ class CachedEstimates:
         stored = StoredSamples(kept.file, self._mixture.n_samples, kept.facts["statistics"])
         return self._opened.enter_context(Waveform(stored))
 
-    def keep(self, estimate: Estimate, wave: Waveform) -> None:
-        """Store a complete estimate."""
+    def find_part(self, estimate: Estimate) -> EstimatePart | None:
+        """The part of an estimate that was stored last; None on a cache miss."""
+        kept = self._cache.get(self._part_settings(estimate))
+        if kept is None:
+            return None
+        span = Span(*kept.facts["span"])
+        stored = StoredSamples(kept.file, span.stop - span.start, kept.facts["statistics"])
+        return EstimatePart(span, self._opened.enter_context(Waveform(stored)))
+
+    def keep(self, estimate: Estimate, wave: Waveform, span: Span) -> None:
+        """Store a span of an estimate: the complete estimate, or a part of it in place of the part stored before."""
+        is_complete = span == (0, wave.n_samples)
+        settings = self._settings.of(estimate, self._identity) if is_complete else self._part_settings(estimate)
         facts = {
             "song": self._song,
-            "seconds": self._mixture.n_samples / SAMPLE_RATE,
+            "seconds": (span.stop - span.start) / SAMPLE_RATE,
             "model": estimate.run.model,
             "statistics": wave.statistics,
+            "span": span,
         }
-        self._cache.put(self._settings.of(estimate, self._identity), wave.raw(), n_bytes(wave), facts)
+        self._cache.put(settings, wave.raw(*span), n_bytes(span.stop - span.start), facts)
+
+    def _part_settings(self, estimate: Estimate) -> dict[str, Any]:
+        return self._settings.of(estimate, self._identity) | {"is_part": True}
 
 
-def n_bytes(wave: Waveform) -> int:
-    """The size of a waveform's samples."""
-    return wave.n_samples * wave.channels * 4
+def n_bytes(n_samples: int) -> int:
+    """The size of a stereo waveform."""
+    return n_samples * 2 * 4
 
 
 def _checksums(name: str, model: SeparationModel) -> dict[str, str]:

@@ -1,15 +1,27 @@
 """How a song is cut into overlapping chunks and batches, and how a chunk is read where it reaches beyond the song."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from separation.audio.waveform import Readable
+from separation.audio.waveform import SAMPLE_RATE, Readable
 from separation.errors import InputError
+
+
+class Span(NamedTuple):
+    """Samples `[start, stop)` of a song."""
+
+    start: int
+    stop: int
+
+    def at(self, sample_rate: int) -> "Span":
+        """The samples at this rate, in hertz, that cover the same time at 44100 Hz."""
+        return Span(self.start * sample_rate // SAMPLE_RATE, -(-self.stop * sample_rate // SAMPLE_RATE))
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,10 @@ class Chunk:
     kept_stop: int
     read_start: int
     read_length: int
+
+    def is_for(self, spans: Iterable[Span] | None) -> bool:
+        """Whether the chunk keeps samples of one of these spans; None means the whole song."""
+        return spans is None or any(self.kept_start < stop and start < self.kept_stop for start, stop in spans)
 
 
 @dataclass(frozen=True)

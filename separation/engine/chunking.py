@@ -16,7 +16,7 @@ zeros. A chunk is then rounded in the same way wherever it lies in the song and 
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from separation.audio.waveform import Readable
 from separation.engine.batch_memory import FittingModel, Model
-from separation.engine.chunk_plan import Chunk, ChunkBatch, ChunkPlan, fades, read_extended
+from separation.engine.chunk_plan import Chunk, ChunkBatch, ChunkPlan, Span, fades, read_extended
 from separation.engine.compute_thread import ComputeThread, compute_thread
 from separation.engine.pairs import in_pairs
 from separation.engine.turns import Turns
@@ -78,13 +78,19 @@ class Level:
 
 
 def separate(
-    ready: ReadyModel, source: Readable, plan: ChunkPlan, level: Level = Level(), progress: Progress = Progress()
+    ready: ReadyModel,
+    source: Readable,
+    plan: ChunkPlan,
+    level: Level = Level(),
+    progress: Progress = Progress(),
+    spans: Sequence[Span] | None = None,
 ) -> Generator[Tensor]:
     """Run a model over a song; yields finished estimates `[S, C, n]`, float32 on the CPU, in order.
 
-    Chunks of digital silence are not computed: their estimates are silence. A batch that does not fit into a GPU's
-    memory is halved until it does, and so are all later batches of the song; a warning is logged. Songs in several
-    threads share a device: a CUDA GPU batch by batch, a CPU in turns of some batches.
+    Chunks of digital silence are not computed: their estimates are silence. Neither are chunks outside `spans`; inside,
+    the samples are those of a run over the whole song, because chunks and batches are the same. A batch that does not
+    fit into a GPU's memory is halved until it does, and so are all later batches of the song; a warning is logged.
+    Songs in several threads share a device: a CUDA GPU batch by batch, a CPU in turns of some batches.
 
     Args:
         ready: the model.
@@ -93,21 +99,23 @@ def separate(
         level: how the mixture is shifted and scaled for the model.
         progress: called before the first batch, after each batch, and while another song has the device; raise from it
             to cancel.
+        spans: where the estimates are needed; None means everywhere. Elsewhere they are incomplete, or silence.
 
     Raises:
         EstimateError: the model gave NaN or Inf (the message says where), or a GPU's memory does not hold one chunk.
     """
     batches = plan.batches(source.n_samples, ready.batch_size)
-    n_chunks = sum(len(batch.chunks) for batch in batches)
+    n_needed = [sum(chunk.is_for(spans) for chunk in batch.chunks) for batch in batches]
+    n_chunks = sum(n_needed)
     channels = source.read(0, 0).shape[0]
     start = partial(_SongRun, ready, plan, level, batches, channels)
     done = 0
 
     def report() -> None:
-        progress(done / n_chunks)
+        progress(done / n_chunks if n_chunks else 1.0)
 
     with (
-        closing(_read_batches(source, plan, batches, ready.device)) as read,
+        closing(_read_batches(source, plan, batches, ready.device, spans)) as read,
         closing(
             _working_ahead(start, read, ready.device)
             if _works_ahead(ready.device)
@@ -115,10 +123,10 @@ def separate(
         ) as finished,
     ):
         report()
-        for batch, block in zip(batches, finished, strict=True):
+        for n, block in zip(n_needed, finished, strict=True):
             if block.shape[-1]:
                 yield block
-            done += len(batch.chunks)
+            done += n
             report()
 
 
@@ -136,27 +144,35 @@ class _Batch:
     """A batch that has been read."""
 
     chunks: list[Chunk]
-    sounding: list[Chunk]  # the chunks that are not silent
-    mixtures: Tensor | None  # [len(sounding), C, read_length] on the CPU, page-locked for a GPU; None if all are silent
+    sounding: list[Chunk]  # the chunks to compute: needed, and not silent
+    mixtures: Tensor | None  # [len(sounding), C, read_length] on the CPU, page-locked for a GPU; None if there are none
     size: int  # chunks that the model is given: the sounding ones, then padding
     finished_until: int  # no later chunk changes samples before this one
 
 
 def _read_batches(
-    source: Readable, plan: ChunkPlan, batches: list[ChunkBatch], device: torch.device
+    source: Readable, plan: ChunkPlan, batches: list[ChunkBatch], device: torch.device, spans: Sequence[Span] | None
 ) -> Generator[_Batch]:
     """The batches, read one after the other; for a device that works ahead, a thread reads the next one meanwhile."""
     works_ahead = _works_ahead(device)
-    read = _read_in_turn(source, plan, batches, pinned=device.type == "cuda", padded=works_ahead)
+    read = _read_in_turn(source, plan, batches, spans, pinned=device.type == "cuda", padded=works_ahead)
     return _prefetched(read) if works_ahead else read
 
 
 def _read_in_turn(
-    source: Readable, plan: ChunkPlan, batches: list[ChunkBatch], *, pinned: bool, padded: bool
+    source: Readable,
+    plan: ChunkPlan,
+    batches: list[ChunkBatch],
+    spans: Sequence[Span] | None,
+    *,
+    pinned: bool,
+    padded: bool,
 ) -> Generator[_Batch]:
     for batch, following in zip_longest(batches, batches[1:]):
         sounding, mixtures = [], []
         for chunk in batch.chunks:
+            if not chunk.is_for(spans):
+                continue
             mixture = read_extended(source, chunk.read_start, chunk.read_start + chunk.read_length, plan.border)
             if mixture.any():
                 sounding.append(chunk)

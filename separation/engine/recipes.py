@@ -81,6 +81,11 @@ class Recipe:
         return {run: tuple(estimate.stem for estimate in needed if estimate.run == run) for run in runs}
 
     @property
+    def inputs(self) -> set[Run]:
+        """The runs of whose estimates the input of another run is made."""
+        return {estimate.run for run in self.runs for estimate, _ in run.input if estimate is not None}
+
+    @property
     def models(self) -> dict[str, tuple[str, ...]]:
         """The models that are needed, each with the stems to take from it."""
         models: dict[str, tuple[str, ...]] = {}

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -13,18 +13,20 @@ from torch import Tensor
 
 from separation.audio.decode import decode
 from separation.audio.encode import check_rate, is_rf64
+from separation.audio.excerpt import Excerpt
 from separation.audio.options import OutputOptions
 from separation.audio.resample import ResampledView, resampled, resampled_as_it_comes, resampled_length
-from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, sample_fault
+from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, in_blocks, sample_fault
 from separation.engine.cache import Cache
 from separation.engine.cached_estimates import CachedEstimates, EstimateSettings, n_bytes
-from separation.engine.chunk_plan import ChunkPlan
+from separation.engine.chunk_plan import ChunkPlan, Span
 from separation.engine.chunking import Level, ReadyModel, separate
 from separation.engine.compute_thread import compute_thread
 from separation.engine.encoders import Encoders
 from separation.engine.gpu_models import on_stereo
 from separation.engine.options import EngineOptions
 from separation.engine.pairs import pairs_help
+from separation.engine.parts import EstimatePart, KnownPart, excerpt, with_margin
 from separation.engine.pool import LoadedModels, ModelPool, Models
 from separation.engine.recipes import Estimate, Recipe, Run, load_recipe, one_model
 from separation.engine.song_context import song_context
@@ -144,7 +146,8 @@ class Separator:
         for run, stems in self.recipe.runs.items():
             plan = replace(self.plans[run.model], overlap_samples=0)
             noise = torch.randn(2, min(SAMPLE_RATE, plan.chunk_samples), generator=torch.Generator().manual_seed(0))
-            for _ in self._estimate(self.models[run.model].only(stems), Samples.of(noise * 0.1), plan, Progress()):
+            model, source = self.models[run.model].only(stems), Samples.of(noise * 0.1)
+            for _ in separate(self._ready(model, plan), source, plan, _level(model, source)):
                 pass
 
     def separate(self, mixture: Tensor, *, progress: Report | None = None) -> dict[str, Tensor]:
@@ -167,7 +170,7 @@ class Separator:
             song = SongWaveforms(self.recipe, whole, lambda: Samples(whole.n_samples))
             stems = {stem: song.sum_of(parts) for stem, parts in self.recipe.outputs.items()}
             with song:
-                for _ in self._run(song, Progress(progress)):
+                for _ in self._run(song, Span(0, song.n_samples), Progress(progress)):
                     pass
                 song.finish()
         Progress(progress)(1.0, "done")
@@ -200,7 +203,8 @@ class Separator:
         Args:
             path: a file that libsndfile or ffmpeg can read.
             folder: where the stems go.
-            options: format, sample rate, bitrate and depth.
+            options: format, sample rate, bitrate and depth. The samples of an `excerpt` are those that the stems of the
+                whole song have there.
             max_seconds: the longest song to accept.
             accept_damaged: take what can be read of a damaged song.
             progress: called with the share that is done, 0 to 1, and the stage; an exception that it raises cancels.
@@ -224,13 +228,15 @@ class Separator:
                 progress=job.part(0, DECODED, "decoding"),
                 accept_damaged=accept_damaged,
             ) as mixture:
-                self.on_decoded(mixture.n_samples / SAMPLE_RATE, options)
+                part = Span(*(options.excerpt or Excerpt()).samples(mixture))
+                duration_seconds = (part.stop - part.start) / SAMPLE_RATE
+                self.on_decoded(duration_seconds, options)
                 files = {stem: output.work / f"{stem}.{options.format}" for stem in self.stems}
-                gain = self._write_stems(mixture, path, files, options, job)
+                gain = self._write_stems(mixture, part, path, files, options, job)
                 job(1.0, "done")  # the last moment to cancel
                 return StemFiles(
                     output.publish(files),
-                    duration_seconds=mixture.n_samples / SAMPLE_RATE,
+                    duration_seconds=duration_seconds,
                     elapsed_seconds=time.monotonic() - started,
                     gain=gain,
                 )
@@ -239,9 +245,15 @@ class Separator:
         """Called by `separate_file` when a song is decoded, before any model runs. For subclasses; does nothing."""
 
     def _write_stems(
-        self, mixture: Waveform, path: Path, files: Mapping[str, Path], options: OutputOptions, job: Progress
+        self,
+        mixture: Waveform,
+        part: Span,
+        path: Path,
+        files: Mapping[str, Path],
+        options: OutputOptions,
+        job: Progress,
     ) -> float:
-        """Separate a decoded song and encode its stems; returns the gain."""
+        """Separate a part of a decoded song, and encode its stems; returns the gain."""
         rate = mixture.source_rate if options.sample_rate == "source" else options.sample_rate
         check_rate(options.format, rate)
         with ExitStack() as stack:
@@ -252,14 +264,15 @@ class Separator:
                 return stack.enter_context(Waveform(work, sample_rate=sample_rate, total_samples=n_samples))
 
             song = SongWaveforms(self.recipe, mixture, new, cached.find if cached else lambda estimate: None)
-            stems = self._stems_at_rate(song, mixture, rate, new)
+            stems = self._stems_at_rate(song, part, mixture, rate, new)
             _warn_of_rf64(stems, options)
             encoders = Encoders(stems, files, _tags(mixture, path, self.stems), options)
             writing = job.part(ESTIMATED, 1)
             with encoders, song:  # `song` exits first: it closes the waveforms that the encoders wait for
-                for estimate, wave in self._run(song, _checking(job.part(DECODED, ESTIMATED), song, encoders)):
+                models = _checking(job.part(DECODED, ESTIMATED), song, encoders)
+                for estimate, wave, span in self._run(song, part, models, cached.find_part if cached else None):
                     if cached:
-                        song.in_background(partial(cached.keep, estimate, wave))
+                        song.in_background(partial(cached.keep, estimate, wave, span))
                 song.finish(lambda: writing(0, f"writing {self.stems[0]}"))
                 gain = _gain(stems) if options.clips else 1.0
                 encoders.finish(gain, writing)
@@ -268,58 +281,95 @@ class Separator:
     def _cached_estimates(self, mixture: Waveform, song: str, opened: ExitStack) -> CachedEstimates | None:
         """The song's estimates in the cache; None if caching is off or the cache cannot hold all of them."""
         n_estimates = sum(map(len, self.recipe.runs.values()))
-        if self._cache is None or self._settings is None or n_bytes(mixture) * n_estimates > self._cache.limit_bytes:
+        if (
+            self._cache is None
+            or self._settings is None
+            or n_bytes(mixture.n_samples) * n_estimates > self._cache.limit_bytes
+        ):
             return None
         return CachedEstimates(self._cache, self._settings, mixture, song, opened)
 
     def _stems_at_rate(
-        self, song: SongWaveforms[Waveform], mixture: Waveform, rate: int, new: Callable[..., Waveform]
+        self, song: SongWaveforms[Waveform], part: Span, mixture: Waveform, rate: int, new: Callable[..., Waveform]
     ) -> dict[str, Waveform]:
-        """The stems at a sample rate (hertz). They grow while the models run."""
-        if rate == SAMPLE_RATE:
+        """The stems of a part of the song at a sample rate (hertz). They grow while the models run."""
+        is_whole = part == (0, song.n_samples)
+        if rate == SAMPLE_RATE and is_whole:
             return {stem: song.sum_of(parts) for stem, parts in self.recipe.outputs.items()}
         length = resampled_length(mixture.n_samples, SAMPLE_RATE, rate)
         if rate == mixture.source_rate:  # resampling there and back may have rounded the length up
             length = min(length, mixture.source_samples)
-        stems = {stem: new(rate, length) for stem in self.stems}
+        start, stop = (0, length) if is_whole else (min(round(at * rate / SAMPLE_RATE), length) for at in part)
+        stems = {stem: new(rate, stop - start) for stem in self.stems}
         for stem, parts in self.recipe.outputs.items():
-            song.fill(stems[stem], parts, resampled(song.readable(parts), SAMPLE_RATE, rate, length))
+            source = song.readable(parts)
+            if rate == SAMPLE_RATE:
+                blocks = in_blocks(source, start, stop)
+            else:
+                blocks = excerpt(resampled(source, SAMPLE_RATE, rate, length), start, stop)
+            song.fill(stems[stem], parts, blocks)
         return stems
 
-    def _run(self, song: SongWaveforms[Wave], progress: Progress) -> Iterator[tuple[Estimate, Wave]]:
-        """Run the models that a song needs; yields each estimate when it is complete."""
-        n_chunks = {run: self.n_chunks(run.model, song.n_samples) for run in song.runs}
+    def _run(
+        self,
+        song: SongWaveforms[Wave],
+        part: Span,
+        progress: Progress,
+        find_part: Callable[[Estimate], EstimatePart | None] | None = None,
+    ) -> Iterator[tuple[Estimate, Wave, Span]]:
+        """Run the models that a part of a song needs; yields each estimate with the span of it that is complete.
+
+        A run whose estimates another run needs is complete, because their level decides about the other's estimates.
+        """
+        whole, inputs = Span(0, song.n_samples), self.recipe.inputs
+        spans = {run: whole if run in inputs else with_margin(part, song.n_samples) for run in song.runs}
+        n_chunks = {run: self.n_chunks(run.model, song.n_samples, span) for run, span in spans.items()}
         total, done = sum(n_chunks.values()), 0
         for run, stems in song.runs.items():
-            part = progress.part(done / total, (done + n_chunks[run]) / total, run.model)
+            share = progress.part(done / total, (done + n_chunks[run]) / total, run.model)
             done += n_chunks[run]
             waves = {Estimate(run, stem): song.estimates[Estimate(run, stem)] for stem in stems}
-            self._run_model(run, waves, song.wait_for(run.input), part)
-            yield from waves.items()
+            known = KnownPart(map(find_part, waves) if find_part else ())
+            self._run_model(run, waves, song.wait_for(run.input), known, spans[run], share)
+            for estimate, wave in waves.items():
+                yield estimate, wave, known.with_span(spans[run])
 
-    def n_chunks(self, model: str, n_samples: int) -> int:
-        """How many chunks a model computes for a song."""
+    def n_chunks(self, model: str, n_samples: int, span: Span | None = None) -> int:
+        """How many chunks a model computes for a song of `n_samples`, or for a span of it, at 44100 Hz."""
         rate = self.models[model].sample_rate
-        return len(self.plans[model].starts(resampled_length(n_samples, SAMPLE_RATE, rate)))
+        chunks = self.plans[model].chunks(resampled_length(n_samples, SAMPLE_RATE, rate))
+        return sum(chunk.is_for([(span or Span(0, n_samples)).at(rate)]) for chunk in chunks)
 
-    def _run_model(self, run: Run, waves: Mapping[Estimate, Wave], source: Wave, progress: Progress) -> None:
-        """Run a model over a waveform, and append what it estimates to `waves`."""
+    def _run_model(
+        self, run: Run, waves: Mapping[Estimate, Wave], source: Wave, known: KnownPart, span: Span, progress: Progress
+    ) -> None:
+        """Run a model over a waveform, and append what it estimates to `waves`: complete in `span`, else anything."""
         model = self.models[run.model].only(tuple(estimate.stem for estimate in waves))
-        with closing(self._estimate(model, source, self.plans[run.model], progress)) as blocks:
+        outputs, start = [model.stems.index(estimate.stem) for estimate in waves], 0
+        plan = self.plans[run.model]
+        with closing(self._estimate(model, source, plan, progress, known.missing(span))) as blocks:
             for block in blocks:
-                for estimate, wave in waves.items():
-                    wave.append(block[model.stems.index(estimate.stem)])
+                estimates = [block[output] for output in outputs]
+                known.fill_in(estimates, start)
+                start += block.shape[-1]
+                for wave, estimate in zip(waves.values(), estimates, strict=True):
+                    wave.append(estimate)
 
     def _estimate(
-        self, model: SeparationModel, source: Samples | Waveform, plan: ChunkPlan, progress: Progress
+        self,
+        model: SeparationModel,
+        source: Samples | Waveform,
+        plan: ChunkPlan,
+        progress: Progress,
+        spans: Sequence[Span],
     ) -> Generator[Tensor]:
-        """The estimates of a model for a complete waveform, in blocks `[S, 2, n]`."""
+        """The estimates of a model for these spans of a complete waveform, in blocks `[S, 2, n]`."""
         ready, level, rate = self._ready(model, plan), _level(model, source), model.sample_rate
         if rate == SAMPLE_RATE:
-            yield from separate(ready, source, plan, level, progress)
+            yield from separate(ready, source, plan, level, progress, spans)
             return
-        at_its_rate = ResampledView(source, SAMPLE_RATE, rate)
-        with closing(separate(ready, at_its_rate, plan, level, progress)) as blocks:
+        at_its_rate, spans = ResampledView(source, SAMPLE_RATE, rate), [span.at(rate) for span in spans]
+        with closing(separate(ready, at_its_rate, plan, level, progress, spans)) as blocks:
             yield from resampled_as_it_comes(blocks, rate, SAMPLE_RATE, source.n_samples)
 
     def _ready(self, model: SeparationModel, plan: ChunkPlan) -> ReadyModel:

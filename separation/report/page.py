@@ -21,7 +21,8 @@ import soundfile
 import torch
 
 from separation.audio.decode import decode
-from separation.audio.waveform import SAMPLE_RATE, Waveform, read_padded
+from separation.audio.excerpt import Excerpt
+from separation.audio.waveform import SAMPLE_RATE, Waveform, in_blocks, read_padded
 from separation.errors import AudioError
 from separation.models.stft import make_window
 from separation.progress import Progress
@@ -59,6 +60,7 @@ class Report:
         stems: stem -> its file.
         scores: stem -> its SDR in dB.
         links: text -> URL of the links at the top of the page.
+        excerpt: the part of the song of which these are the stems; None means the whole song.
     """
 
     title: str
@@ -66,6 +68,7 @@ class Report:
     stems: Mapping[str, Path]
     scores: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
+    excerpt: Excerpt | None = None
 
 
 def write_report(report: Report, target: Path, *, overwrite: bool = False, progress: Progress = Progress()) -> None:
@@ -88,14 +91,20 @@ def write_report(report: Report, target: Path, *, overwrite: bool = False, progr
                 )
             except AudioError as e:
                 raise AudioError(f"cannot make the report of {report.title!r}: {e}") from e
+        if report.excerpt is not None:
+            start, stop = report.excerpt.samples(waves[0])
+            part = stack.enter_context(Waveform(output.work, sample_rate=waves[0].sample_rate))
+            for block in in_blocks(waves[0], start, stop):
+                part.append(block)
+            waves[0] = part
         n_samples = max(wave.n_samples for wave in waves)
         peak = max(wave.peak for wave in waves) or 1.0
         edges = np.linspace(0, n_samples, min(COLUMNS, n_samples) + 1).astype(int).tolist()
         pictures = dict(zip(files, pool.map(lambda wave: _Picture.of(wave, edges), waves), strict=True))
         song = _page_data(report, pictures, n_samples, peak)
         head, tail = PAGE.read_text(encoding="utf-8").split("<!-- sound -->")
-        part = output.work / target.name
-        with output_errors(target), part.open("w", encoding="utf-8") as page:
+        written = output.work / target.name
+        with output_errors(target), written.open("w", encoding="utf-8") as page:
             page.write(head.replace("/* song */", json.dumps(song).replace("<", "\\u003c")))
             for number, start in enumerate(range(0, n_samples, SEGMENT_SAMPLES)):
                 progress(MEASURED + (1 - MEASURED) * start / n_samples, "writing the report")
@@ -105,7 +114,7 @@ def write_report(report: Report, target: Path, *, overwrite: bool = False, progr
                     page.write(f'<script type="text/plain" id="sound-{index}-{number}">{sound}</script>\n')
             page.write(tail)
         progress(1.0, "done")
-        output.publish({"report": part})
+        output.publish({"report": written})
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,9 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "force_refresh": ("--force-refresh",),
     "overwrite": ("--overwrite",),
     "accept_damaged": ("--accept-damaged",),
+    "start": ("--start", "1:20"),
+    "end": ("--end", "1:50"),
+    "preview": ("--preview",),
     "output": ("-o", "elsewhere"),
     "songs": ("another.wav",),
 }

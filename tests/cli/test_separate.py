@@ -173,6 +173,34 @@ def test_two_stems_are_two_files_that_add_up_to_the_song(
     assert np.abs(drums).max() > 0
 
 
+def test_a_part_of_a_song_is_written_beside_the_whole(
+    tmp_path: Path, music: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    song, out = tmp_path / "a song.wav", tmp_path / "out"
+    soundfile.write(song, music, RATE, subtype="FLOAT")
+    assert separate(song, "-o", out) == 0
+    assert separate(song, "-o", out, "--start", "0:01", "--end", "1.5", "--report", "--json") == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["stems"]["vocals"] == str(out / "a song 1s-1.5s" / "vocals.wav") and made["duration_seconds"] == 0.5
+    part, whole = (soundfile.read(out / name / "vocals.wav")[0] for name in ("a song 1s-1.5s", "a song"))
+    assert np.array_equal(part, whole[RATE : RATE + RATE // 2])
+    page = Path(made["page"]).read_text(encoding="utf-8")
+    data = json.loads(page.split('id="song">')[1].split("</script>")[0])
+    assert data["seconds"] == 0.5
+    assert separate(song, "-o", out, "--start", "1", "--end", "1.5") == 0
+    assert "done already" in capsys.readouterr().out
+    assert separate(song, "-o", out, "--preview") == 0
+    assert len(soundfile.read(out / "a song preview" / "vocals.wav")[0]) == len(music)
+    for options, error in (
+        (("--start", "5"), "error: a part from 5s starts after the song's end at 3s: choose an earlier start"),
+        (("--start", "2", "--end", "1"), "a part from 2s to 1s is empty: choose an end after its start"),
+        (("--preview", "--end", "1"), "a preview chooses its part of the song: leave out its start and end"),
+    ):
+        assert separate(song, "-o", out, *options) == 2
+        assert error in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["a song", "a song 1s-1.5s", "a song preview"]
+
+
 @pytest.mark.parametrize("options, asked", [(("--two-stems", "drums"), ("drums",)), ((), None)])
 def test_two_stems_load_only_the_specialist_that_they_need(
     options: tuple[str, ...], asked: tuple[str, ...] | None, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

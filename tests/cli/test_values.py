@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds
+from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds, time
 from separation.evaluation.choice import SCORES
 
 
@@ -20,6 +20,9 @@ from separation.evaluation.choice import SCORES
         (batch_size, "4", 4),
         (seconds, "auto", "auto"),
         (seconds, "8", 8),
+        (time, "80", 80),
+        (time, "1:20.5", 80.5),
+        (time, "1:02:03", 3723),
         (sample_rate, "44100", 44100),
         (sample_rate, "source", "source"),
         (count, "1", 1),
@@ -38,6 +41,10 @@ def test_a_value_is_converted(convert: Callable[[str], Any], text: str, value: o
     [
         (given, "", "it is empty: give a value, or leave it out"),
         (path, "", "it is empty"),
+        *(
+            (time, text, "must be a time such as 1:20, 1:20.5 or 80")
+            for text in ("", "1m20s", "1:2:3:4", "-5", "٣", ":5")
+        ),
         (batch_size, "-1", "'-1' must be auto or a whole number"),
         (seconds, "1.5", "'1.5' must be auto or a whole number of seconds"),
         (count, "0", "'0' must be a whole number from 1 up"),
