@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from rotary_embedding_torch import apply_rotary_emb
 from torch import Tensor, nn
 
 from separation.models.base import Identity, SeparationModel
+from separation.models.layers import rotated
 from separation.models.limits import check_frames
 from separation.models.shapes import Shapes
 from separation.models.stft import Stft
@@ -153,7 +153,7 @@ class BandAttention(nn.Module):
         q, k, v = heads.chunk(3, dim=-1)
         angles = _angles(q.shape[-1], q.device)
         dtype = self.weight.weight.dtype
-        q, k, v = (each.to(dtype) for each in (apply_rotary_emb(angles, q), apply_rotary_emb(angles, k), v))
+        q, k, v = (each.to(dtype) for each in (rotated(angles, q), rotated(angles, k), v))
         attended = F.scaled_dot_product_attention(q, k, v)
         x = x + pointwise(self.output, rearrange(attended, "(b n) h k d -> b n k (h d)", b=batch))
         norm, linear = cast(Iterable[Any], self.MLP)

@@ -59,6 +59,13 @@ def _frequencies(count: int, theta: float) -> nn.Parameter:
     return frequencies
 
 
+def rotated(angles: Tensor, x: Tensor) -> Tensor:
+    """Interleaved pairs of features, `[..., N, dim]`, rotated by `angles`, `[N, dim]`, which are equal in pairs."""
+    # A complex product would be faster, but its rounding depends on the memory address.
+    result: Tensor = apply_rotary_emb(angles, x)
+    return result
+
+
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding (RoFormer, Su et al. 2021) over interleaved pairs, `[..., N, dim] -> [..., N, dim]`.
 
@@ -73,9 +80,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
         angles = torch.outer(positions, self.freqs.float()).repeat_interleave(2, dim=-1)  # [N, dim]
-        # A complex product would be faster, but its rounding depends on the memory address.
-        rotated: Tensor = apply_rotary_emb(angles, x.float())
-        return rotated.to(x.dtype)
+        return rotated(angles, x.float()).to(x.dtype)
 
 
 class PolarEmbedding(nn.Module):
