@@ -23,7 +23,8 @@ from separation.checkpoints.files import converted_path, local_path
 from separation.checkpoints.keys import refuse_unknown
 from separation.documents import DocumentError, first_line, quoted, read_yaml
 from separation.errors import CheckpointError, RecipeError
-from separation.system.places import shipped
+from separation.system.places import program, shipped
+from separation.system.text import close_matches
 
 CONFIGS = shipped("configs") / "models"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".th", ".chpt", ".bin", ".onnx")  # by preference
@@ -99,13 +100,21 @@ def files_for(checkpoint: Checkpoint, stems: Sequence[str] | None) -> tuple[Weig
 
 def missing(name: str, stems: Sequence[str] | None = None) -> list[WeightFile]:
     """The files of a checkpoint, or of its specialists for `stems`, that are not here yet."""
-    files = files_for(read_config(name), stems)
-    return [file for file in files if not (converted_path(file) or local_path(file).exists())]
+    return _not_here(files_for(read_config(name), stems))
 
 
 def is_here(name: str, stems: Sequence[str] | None = None) -> bool:
-    """Whether the checkpoint has files and all of them are here."""
-    return bool(read_config(name).files) and not missing(name, stems)
+    """Whether the checkpoint has files and all of them, or of its specialists for `stems`, are here."""
+    return has_all_files(read_config(name), stems)
+
+
+def has_all_files(checkpoint: Checkpoint, stems: Sequence[str] | None = None) -> bool:
+    """As `is_here`, for a checkpoint whose description has been read."""
+    return bool(checkpoint.files) and not _not_here(files_for(checkpoint, stems))
+
+
+def _not_here(files: Sequence[WeightFile]) -> list[WeightFile]:
+    return [file for file in files if not (converted_path(file) or local_path(file).exists())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,8 +149,10 @@ def _find(name_or_path: str | Path) -> _Found:
         return _find_without_suffix(path)
     if own is not None and ((own / name).is_dir() or _with_suffix(own / name, YAML_SUFFIXES + WEIGHT_SUFFIXES)):
         return _find_without_suffix(own / name)
+    close = "".join(f"{each}, or " for each in close_matches(name, available()))
     raise RecipeError(
-        f"unknown model {name!r}: use one of {', '.join(available())}, or the path of a .yaml file or of weights"
+        f"unknown model {name!r}: use {close}a name that `{program()} models list` prints, or the path of a .yaml file "
+        "or of weights"
     )
 
 

@@ -53,6 +53,7 @@ LICENCE_CLASSES = {
     "copyleft": r"gpl|\bsa\b|mpl",
     "permissive": r"\bmit\b|apache|bsd|isc|unlicense|\bcc0\b|cc.by|public domain",
 }
+LICENCES = (*LICENCE_CLASSES, "other")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,8 @@ def load_model(
     description = read_config(name_or_path)
     if description.ignored:
         _warn_of_ignored(description.source, description.ignored)
+    if description.facts.warning:
+        _warn_of_model(description.name, description.facts.warning)
     device = choose_device(device) if isinstance(device, str) else device
     asked = choose_precision(precision, device) if isinstance(precision, str) else precision
     floats = float_precision(asked, device)
@@ -143,6 +145,11 @@ def _cpu_kind() -> str | None:
 @functools.cache  # one warning, however often a file is loaded
 def _warn_of_ignored(path: Path, keys: tuple[str, ...]) -> None:
     logger.warning(f"{path}: ignoring unknown keys: {escaped(', '.join(keys), most=500)}")
+
+
+@functools.cache
+def _warn_of_model(name: str, warning: str) -> None:
+    logger.warning(f"{name}: {escaped(warning, most=500)}")
 
 
 def _weight_paths(description: Checkpoint, files: Sequence[WeightFile], checkpoint: Path | str | None) -> list[Path]:

@@ -2,53 +2,51 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from separation.checkpoints import about, catalogue, files
 from separation.checkpoints.download import fetch
+from separation.checkpoints.listing import Entry, Filter, listed
+from separation.cli import models_table
 from separation.cli.printing import print_error, print_json, print_line, print_lines
 from separation.errors import InputError, SeparationError
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """Print every checkpoint, or its error if it cannot be used."""
-    names, failed = catalogue.available(), []
-    width = max(map(len, names))
-    if not args.json:
-        print_line(f"{'NAME':{width}}  HERE  {'SIZE':>7}  {'ARCHITECTURE':17}  STEMS")
-    for name in names:
-        try:
-            facts = _facts(name)
-        except SeparationError as e:
-            failed.append(name)
-            if args.json:
-                print_json(json.dumps({"name": name, "error": str(e)}))
-            else:
-                print_line(f"{name:{width}}  error: {e}")
-            continue
-        if args.json:
-            print_json(json.dumps(facts))
-            continue
-        size = f"{facts['bytes'] / 1e6:.0f} MB" if facts["bytes"] else "?"
-        here, architecture = "here" if facts["here"] else "-", facts["architecture"] or "?"
-        print_line(f"{name:{width}}  {here:4}  {size:>7}  {architecture:17}  {', '.join(facts['stems'])}")
-        print_line(f"    quality: {facts['quality']}; licence: {facts['licence']}")
+    """Print the models that pass the filter and, without one, the errors of those that cannot be used."""
+    wanted = Filter(task=args.task, stem=args.stem, licence=args.licence, here=args.here, sort=args.sort)
+    entries, errors = listed(wanted)
+    failed = errors if wanted.is_empty else {}
+    if args.json:
+        objects = [_facts(entry) for entry in entries] + [{"name": name, "error": failed[name]} for name in failed]
+        if wanted.sort == "name":
+            objects.sort(key=lambda each: each["name"])
+        for each in objects:
+            print_json(json.dumps(each))
+    else:
+        for line in models_table.table(entries, wanted):
+            print_line(line)
+        for name, error in failed.items():
+            print_line(f"{name}  error: {error}")
+    if not entries and not failed:
+        print_line("no model passes all of these filters", file=sys.stderr)
     if failed:
-        print_error(f"{len(failed)} of {len(names)} models cannot be used: check {', '.join(failed)}")
+        print_error(f"{len(failed)} of {len(entries) + len(failed)} models cannot be used: check {', '.join(failed)}")
     return 2 if failed else 0
 
 
-def _facts(name: str) -> dict[str, Any]:
-    model = catalogue.read_config(name)
+def _facts(entry: Entry) -> dict[str, Any]:
+    model = entry.model
     return {
-        "name": name,
+        "name": model.name,
+        **model.facts.as_json(),
         "architecture": model.architecture,
         "stems": model.stems,
+        "residual": model.residual,
         "bytes": files.known_bytes(model.files),
-        "here": catalogue.is_here(name),
-        "licence": model.facts.licence,
-        "quality": model.facts.quality,
+        "here": entry.is_here,
     }
 
 

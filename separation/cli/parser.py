@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from separation import __version__
 from separation.audio.options import FLAC_DEPTHS, FORMATS, MP3_BITRATES, SAMPLE_RATES, WAV_DEPTHS
+from separation.checkpoints.facts import LICENCES, RANKING_TEST, TASKS
+from separation.checkpoints.listing import SORTS
 from separation.cli import commands, models
 from separation.cli.separate import separate
 from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds, time
@@ -311,7 +313,28 @@ def _add_models(parent: _Commands) -> None:
     parser = parent.add_group("models", "List, show, download, verify, convert or compile models.", "list")
     below = _Commands(parser)
     listing = below.add(
-        "list", models.list_models, "[OPTIONS]", "List every model, and whether it is downloaded.", "--json"
+        "list",
+        models.list_models,
+        "[OPTIONS]",
+        "List models by task, and whether they are downloaded.",
+        "--task karaoke --licence permissive",
+        "--stem vocals --sort quality",
+    )
+    group = listing.add_argument_group("options")
+    group.add_argument("--task", type=given, metavar="NAME", help=f"only models for {_listed(list(TASKS))}")
+    group.add_argument(
+        "--stem", type=given, metavar="NAME", help="only models that give this stem, or a kind of it: lead_vocals"
+    )
+    group.add_argument(
+        "--licence", choices=LICENCES, metavar="CLASS", help=f"only models with a licence that is {_listed(LICENCES)}"
+    )
+    group.add_argument("--here", action="store_true", help="only models that are downloaded")
+    group.add_argument(
+        "--sort",
+        choices=SORTS,
+        default="name",
+        metavar="ORDER",
+        help=f"name, or quality: SDR of the stem on {RANKING_TEST} (default: name)",
     )
     listing.add_last().add_argument("--json", action="store_true", help="print a JSON object for each model")
 

@@ -24,12 +24,11 @@ def _is_unsafe(character: str) -> bool:
 
 
 def close_matches(word: str, choices: Iterable[str], *, most: int = 4) -> list[str]:
-    """The choices that somebody who typed `word` may have meant: those with all its parts in them, then similar ones.
+    """The choices that somebody who typed `word` may have meant: those with all its parts in them, else similar ones.
 
     The parts are what `_`, `-` and spaces divide, in lowercase.
     """
     typed, choices = word.lower(), list(choices)
     parts = typed.replace("-", "_").replace(" ", "_").split("_")
     within = [choice for choice in choices if all(part in choice.lower() for part in parts)] if typed else []
-    similar = [choice for choice in get_close_matches(typed, choices, n=most) if choice not in within]
-    return sorted(within, key=len)[:most] + similar[: max(0, most - len(within))]
+    return sorted(within, key=len)[:most] or get_close_matches(typed, choices, n=most)

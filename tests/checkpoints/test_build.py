@@ -16,7 +16,7 @@ from helpers.small_model import HYPER_PARAMETERS, chunks, small_model, write_wei
 from separation import Separator
 from separation.checkpoints import catalogue
 from separation.checkpoints import description as descriptions
-from separation.checkpoints.build import architectures_with, build, random_weights
+from separation.checkpoints.build import architectures_with, build, count_parameters, random_weights
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import load_model
 from separation.errors import CheckpointError
@@ -50,6 +50,18 @@ def test_every_shipped_yaml_builds(name: str) -> None:
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     sources = description.hyper_parameters.get("sources")
     assert sources is None or tuple(sources) == description.stems
+
+
+@pytest.mark.parametrize("name", quick_models())
+def test_a_models_parameters_agree_with_the_published_bytes(name: str) -> None:
+    """Files hold 4 or 2 bytes for each weight, and little else: optimisers' states are not published."""
+    description = read_config(name)
+    n_bytes = [file.bytes for file in description.files]
+    if not all(n_bytes) or name == "mdx_extra_q":  # whose weights are quantised
+        pytest.skip("the size is not published, or the weights are packed")
+    _, parameters = count_parameters(description)
+    shares = [sum(size or 0 for size in n_bytes) / parameters / width for width in (4, 2)]
+    assert any(share == pytest.approx(1, abs=0.01) for share in shares), shares
 
 
 @pytest.mark.parametrize(

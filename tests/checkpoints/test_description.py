@@ -591,3 +591,53 @@ def test_a_value_of_another_type_is_accepted_or_refused_in_one_sentence(tmp_path
                 refused.append(str(e))
     assert len(refused) > 30
     assert all(said.startswith(f"{path}: ") and "\n" not in said for said in refused)
+
+
+# The residual, mirrors, and the published names of stems
+
+
+def test_stems_keep_their_published_names_beside_ours(tmp_path: Path) -> None:
+    found = read(tmp_path, "stems: [lead_vocals]\nresidual: Backing_Track\n" + MSST_ROFORMER)
+    assert (found.stems, found.published_stems) == (("lead_vocals",), ("Vocals",))
+    assert found.residual == "backing_track"
+    kit = read(tmp_path, "stems: [kick, snare, hihat]\n" + UVR_MDX23C)
+    assert kit.published_stems == ("Kick", "Snare", "Hh") and kit.residual is None
+    other = read(tmp_path, "stems: [vocals]\n" + UVR_ROFORMER[: UVR_ROFORMER.index("training:")])
+    assert other.published_stems == ()
+
+
+@pytest.mark.parametrize("residual", ["vocals", "VOCALS", "a/b", "''", "[a]"])
+def test_a_residual_is_a_new_name(tmp_path: Path, residual: str) -> None:
+    with pytest.raises(CheckpointError, match=r"published\.yaml: (the residual|residual must be a string)"):
+        read(tmp_path, f"residual: {residual}\n" + MSST_ROFORMER)
+
+
+def test_a_file_has_mirrors(tmp_path: Path) -> None:
+    entry = {"name": "x.ckpt", "url": "https://a.org/x", "mirrors": ["https://b.org/x", "http://c.org/x"]}
+    (file,) = read_config(write_yaml(tmp_path, files=[entry])).files
+    assert file.mirrors == ("https://b.org/x", "http://c.org/x")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mirrors": "https://b.org/x"}, "mirrors must be a list"),
+        ({"mirrors": ["ftp://b.org/x"]}, "url must begin with https:// or http://, not 'ftp:"),
+        ({"mirrors": [3]}, "url must begin with https:// or http://, not 3"),
+        ({"mirrors": ["https://b.org/x"], "url": None}, "the file 'x.ckpt' has mirrors and no url"),
+    ],
+)
+def test_a_wrong_mirror_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write_yaml(tmp_path, files=[{"name": "x.ckpt", "url": "https://a.org/x"} | changes])
+    with pytest.raises(CheckpointError, match=message):
+        read_config(path)
+
+
+def test_a_models_warning_is_given_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_yaml(tmp_path, warning="its origin is not known")
+    weights = write_weights(small_model().state_dict(), tmp_path / "x.ckpt")
+    with caplog.at_level(logging.WARNING):
+        load_model(path, checkpoint=weights)
+        load_model(path, checkpoint=weights)
+    assert caplog.messages == ["small: its origin is not known"]
+    assert model_facts("bs_roformer_sw")["warning"].startswith("several independent sources say")

@@ -1,5 +1,6 @@
 """Downloads from a server on 127.0.0.1: retries, resumes, redirects and checks."""
 
+import hashlib
 import threading
 import time
 from email.message import Message
@@ -9,7 +10,7 @@ from urllib.request import Request
 
 import pytest
 
-from helpers.weights_server import CONTENT, Server, names_in, run_at_once, unstated, weight_file
+from helpers.weights_server import CONTENT, SHA256, Server, names_in, run_at_once, unstated, weight_file
 from separation.checkpoints import download, keys
 from separation.checkpoints.download import fetch
 from separation.errors import CheckpointError, DownloadError, OutputError
@@ -265,3 +266,45 @@ except CheckpointError as e:
     assert run_at_once(weights, [code] * 3) == ["True\n"] * 3
     assert len(server.ranges) == 3 and set(server.ranges) == {None}
     assert names_in(weights) == []
+
+
+# Mirrors
+
+
+def test_a_mirror_is_tried_when_the_url_fails_and_the_first_address_is_named(
+    server: Server, weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.statuses = [404]
+    file = weight_file(server.url, mirrors=(f"{server.url}?mirror", f"{server.url}?second"))
+    assert fetch(file, quiet=True).read_bytes() == CONTENT
+    (said,) = caplog.messages
+    assert f"could not be downloaded from {server.url} (the server answers 404" in said
+    assert said.endswith(f"; trying the mirror {server.url}?mirror")
+    assert len(server.ranges) == 2 and names_in(weights) == ["weights.bin", "weights.bin.verified"]
+
+
+def test_a_mirror_continues_a_partial_download(server: Server, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0,))
+    server.break_after = [300_000, 0, 0]  # the url breaks off, the mirror has the rest
+    file = weight_file(server.url, mirrors=(f"{server.url}?mirror",))
+    assert fetch(file, quiet=True).read_bytes() == CONTENT
+    assert server.ranges == [None, *["bytes=300000-"] * 3]
+
+
+def test_the_checksum_decides_about_a_mirror_too(server: Server, weights: Path) -> None:
+    server.content = b"x" * len(CONTENT)
+    file = weight_file(server.url, mirrors=(f"{server.url}?mirror",))
+    wrong = rf"\?mirror sent a file that has the sha256 \w+ instead of {SHA256}, and it was removed"
+    with pytest.raises(CheckpointError, match=wrong):
+        fetch(file, quiet=True)
+    assert len(server.ranges) == 2 and names_in(weights) == []
+
+
+def test_a_mirror_must_have_the_recorded_bytes(server: Server, weights: Path) -> None:
+    file = unstated(server.url, mirrors=(f"{server.url}?mirror",))
+    fetch(file, quiet=True).unlink()
+    server.content, server.statuses = b"x" * 1000, [404]
+    digests = rf"sha256 {hashlib.sha256(server.content).hexdigest()} instead of {SHA256} of its first download"
+    with pytest.raises(CheckpointError, match=digests):
+        fetch(file, quiet=True)
+    assert "weights.bin" not in names_in(weights)

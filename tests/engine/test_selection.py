@@ -36,6 +36,14 @@ def test_two_stems_of_a_named_model_are_the_stem_and_the_rest(tmp_path: Path) ->
     assert selection.load().stems == ("vocals", "no_vocals")
 
 
+def test_a_named_model_gives_what_it_leaves_too_if_that_has_a_name(tmp_path: Path) -> None:
+    path = str(write_yaml(tmp_path, residual="rest"))
+    assert Selection(model_name=path).load().stems == ("vocals", "drums", "rest")
+    rest = Selection(model_name=path, two_stems="rest")
+    assert rest.models() == {path: None} and rest.load().stems == ("rest", "no_rest")
+    assert Selection(model_name="mel_band_roformer_kim").load().stems == ("vocals", "instrumental")
+
+
 def test_an_unknown_recipe_choice_or_stem_is_refused() -> None:
     for selection in (Selection("nonsense"), Selection(stems="nonsense"), Selection(two_stems="nonsense")):
         with pytest.raises(RecipeError, match="'nonsense'"):

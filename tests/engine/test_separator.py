@@ -67,6 +67,15 @@ def test_one_model_gives_two_stems_without_a_recipe(clip: Tensor) -> None:
         Separator.from_model(model, two_stems="vocals")
 
 
+def test_one_model_gives_what_it_leaves_if_that_has_a_name(clip: Tensor) -> None:
+    model = random_model(("vocals",), residual="instrumental")
+    mixture = clip[:, :50_000]
+    stems = Separator.from_model(model).separate(mixture)
+    assert list(stems) == ["vocals", "instrumental"]
+    assert torch.allclose(stems["vocals"] + stems["instrumental"], mixture, atol=1e-6)
+    assert torch.equal(stems["vocals"], Separator.from_model(random_model(("vocals",))).separate(mixture)["vocals"])
+
+
 def test_the_same_input_gives_the_same_samples_whatever_ran_before(pool: ModelPool, clip: Tensor) -> None:
     separator = Separator("demo", "vocals_instrumental", pool=pool, options=QUICK)
     first = separator.separate(clip)["vocals"]

@@ -64,9 +64,18 @@ def slow(value: Any) -> Any:
     return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
 
 
+IN_RECIPES = ("bs_roformer_viperx_1297", "bs_roformer_sw", "mel_band_roformer_kim")
+
+
 def quick_models() -> list[Any]:
-    """The names of all checkpoints for `parametrize`; the bags of four networks are slow tests."""
-    return [slow(name) if name.startswith("mdx_extra") else name for name in catalogue.available()]
+    """The names of all checkpoints for `parametrize`. Quick are those of the recipes and one of each kind.
+
+    Names of one kind begin with the same two words. The bags of four networks are slow tests.
+    """
+    names = catalogue.available()
+    kinds = {tuple(name.split("_")[:2]): name for name in reversed([*IN_RECIPES, *names])}
+    quick = {*kinds.values(), *IN_RECIPES} - {"mdx_extra"}
+    return [name if name in quick else slow(name) for name in names]
 
 
 def below(folder: Path, pattern: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """Models for tests of separators: one that records its inputs, and a small one with random weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import soundfile
@@ -23,12 +24,19 @@ def read(path: Path) -> Tensor:
     return torch.from_numpy(soundfile.read(path, dtype="float32", always_2d=True)[0].T.copy())
 
 
-def random_model(stems: tuple[str, ...], *, name: str = "random", stereo: bool = True, seed: int = 0) -> BSRoFormer:
+def random_model(
+    stems: tuple[str, ...],
+    *,
+    name: str = "random",
+    stereo: bool = True,
+    seed: int = 0,
+    residual: str | None = None,
+) -> BSRoFormer:
     torch.manual_seed(seed)
     config = BSRoFormerConfig(
         dim=16, depth=1, dim_head=8, heads=2, stereo=stereo, num_stems=len(stems), stft_hop_length=1024
     )
-    return BSRoFormer(config, identity(stems, name=name, chunk_samples=352_800)).eval()
+    return BSRoFormer(config, replace(identity(stems, name=name, chunk_samples=352_800), residual=residual)).eval()
 
 
 class Recorder(SeparationModel):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from separation.system.text import shown
+from separation.system.text import close_matches, shown
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,22 @@ from separation.system.text import shown
 def test_what_a_terminal_would_interpret_is_shown_as_an_escape(text: str, expected: str) -> None:
     assert shown(text) == expected
     assert shown(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("kim", ["roformer_kim", "roformer_kim_ft2"]),
+        ("ft2-kim", ["roformer_kim_ft2"]),
+        ("Roformer Kim", ["roformer_kim", "roformer_kim_ft2"]),
+        ("htdemuks", ["htdemucs"]),
+        ("xyz", []),
+        ("", []),
+    ],
+)
+def test_close_matches_have_all_parts_of_a_word_or_are_similar(word: str, expected: list[str]) -> None:
+    assert close_matches(word, ["htdemucs", "roformer_kim_ft2", "roformer_kim", "scnet"]) == expected
+
+
+def test_close_matches_are_few() -> None:
+    assert close_matches("a", ["aaaa", "a", "aaa", "aaaaa", "aa"], most=2) == ["a", "aa"]
