@@ -115,7 +115,7 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
             OutputOptions(
                 output_format,
                 sample_rate=int(sample_rate),
-                mp3_bitrate=int(mp3_bitrate) if output_format == "mp3" else None,
+                bitrate=int(mp3_bitrate) if output_format == "mp3" else None,
             ),
         )
         try:

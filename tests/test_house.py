@@ -41,7 +41,12 @@ FLOORS = {
 
 
 # ffmpeg, a fresh Python, a compiler
-PROGRAMS = {"separation.audio.ffmpeg", "separation.evaluation.cold_start", "separation.models.kernels.native"}
+PROGRAMS = {
+    "separation.audio.ffmpeg",
+    "separation.audio.ffmpeg_writer",
+    "separation.evaluation.cold_start",
+    "separation.models.kernels.native",
+}
 
 
 def room(module: str) -> str:

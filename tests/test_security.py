@@ -32,7 +32,7 @@ from helpers.common import PROJECT, needs_ffmpeg, quick_first
 from helpers.small_model import RunsCode
 from separation.audio.decode import decode
 from separation.audio.encode import encode
-from separation.audio.options import FORMATS, OutputOptions
+from separation.audio.options import SNDFILE_FORMATS, OutputOptions
 from separation.audio.waveform import Waveform
 from separation.checkpoints.load import load_model
 from separation.errors import AudioError, CheckpointError
@@ -433,7 +433,7 @@ ODD_TAGS = {
 }
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SNDFILE_FORMATS)
 @pytest.mark.parametrize("kind", ODD_TAGS)
 def test_no_tag_leads_out_of_the_folder_or_breaks_the_file(kind: str, format: str, tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b" / "c"
@@ -457,9 +457,9 @@ def test_odd_tags_are_copied_from_song_to_stem(suffix: str, tmp_path: Path) -> N
     before = set(tmp_path.iterdir())
     with decode(tmp_path / f"song.{suffix}", tmp_path) as waveform:
         assert waveform.tags["title"].startswith("../../evil")
-        for format in FORMATS:
+        for format in SNDFILE_FORMATS:
             encode(waveform, tmp_path / f"out.{format}", OutputOptions(format=format))
-    assert {path.name for path in set(tmp_path.iterdir()) - before} == {f"out.{format}" for format in FORMATS}
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {f"out.{format}" for format in SNDFILE_FORMATS}
 
 
 # Damaged files

@@ -113,6 +113,22 @@ def probe(path: Path, name: str, *options: str) -> dict[str, Any]:
     return answer
 
 
+def picture(path: Path, stream: int, name: str) -> bytes:
+    """The first picture in a stream of a file, as it is encoded there; empty if ffmpeg cannot read it."""
+    program = _find_program("ffmpeg", name)
+    options = ["-map", f"0:{stream}", "-frames:v", "1", "-c:v", "copy", "-f", "image2pipe", "pipe:1"]
+    command = [program, "-nostdin", "-v", "quiet", *_input(path), *options]
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_SECONDS, check=False
+        )
+    except OSError as e:
+        raise _cannot_run(program, e.strerror or str(e), name) from e
+    except subprocess.TimeoutExpired as e:
+        raise AudioError(f"{name} is damaged (no cover within {e.timeout:g} s): get the file again") from e
+    return result.stdout
+
+
 def _lines(output: bytes) -> list[str]:
     return output.decode(errors="replace").splitlines()
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from separation.audio import sndfile, tracks, wavpack
 from separation.audio.channels import (
     FFMPEG_LAYOUTS,
@@ -28,6 +30,7 @@ from separation.audio.source import Blocks, Job, Source
 from separation.audio.waveform import TAGS, silent
 from separation.errors import AudioError
 
+AAC_FRAME_SAMPLES = 1024
 _EXTRA_SECONDS = 0.05  # encoders may lengthen a song by this much
 _ENTRIES = f"format=format_name,duration:format_tags:stream_tags:{tracks.ENTRIES}"
 
@@ -131,7 +134,10 @@ class _Songs:
         """The file as it is, with the length that it announces in seconds."""
         job, rate = self.probed.job, self.probed.sample_rate
         lead = silent(round(_lead_seconds(self.probed) * rate), self.probed.sound.n_channels)
-        blocks = chain(lead, self._decoded(Input(job.path), announced))
+        decoded = self._decoded(Input(job.path), announced)
+        if "mov" in self.probed.container and self.probed.stream.get("codec_name") == "aac":
+            decoded = _without_padding(decoded, round(announced * rate))
+        blocks = chain(lead, decoded)
         return self._source(blocks, float(self.probed.answer["format"].get("duration", 0)))
 
     def from_pieces(self, demuxer: str, pieces: Sequence[Piece], seconds: float) -> Source:
@@ -184,6 +190,19 @@ class _Songs:
             damage.add_cut(missing)
         elif announced and missing < -_EXTRA_SECONDS and probed.container[0] not in CODECS:
             damage.add_note(f"it holds {-missing:.2f} s more than it announces")
+
+
+def _without_padding(blocks: Blocks, n_samples: int) -> Blocks:
+    """The blocks without what fills the last AAC frame: ffmpeg drops the padding before a song, but not after it."""
+    n_seen, last = 0, []
+    for block in blocks:
+        n_seen += len(block)
+        last.append(block)
+        while sum(map(len, last[1:])) >= AAC_FRAME_SAMPLES:
+            yield last.pop(0)
+    excess = n_seen - n_samples
+    end = np.concatenate(last) if last else np.empty((0, 0), np.float32)
+    yield end[: len(end) - excess] if 0 < excess < AAC_FRAME_SAMPLES else end
 
 
 def _ogg_seconds(link: Link, job: Job) -> float:

@@ -1,4 +1,4 @@
-"""What stems are written as: format, sample rate, bitrate and depth. Importing it is cheap."""
+"""What stems are written as: format, sample rate, channels, bitrate and depth. Importing it is cheap."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,12 +6,20 @@ from typing import Literal
 from separation.audio.excerpt import Excerpt
 from separation.errors import InputError
 
-FORMATS = ("wav", "mp3", "flac")
+SNDFILE_FORMATS = ("wav", "mp3", "flac")
+FFMPEG_FORMATS = ("m4a", "opus", "ogg")
+FORMATS = (*SNDFILE_FORMATS, *FFMPEG_FORMATS)
 SAMPLE_RATES: tuple[int | str, ...] = (44100, 48000, "source")  # hertz; `source` is the song's own
+CHANNELS = ("stereo", "mono", "source")  # `source`: mono for a mono song
 WAV_DEPTHS = ("16", "24", "32f")  # bits of integers, or of floats
 FLAC_DEPTHS = ("16", "24")
-MP3_BITRATES = (128, 160, 192, 224, 256, 320)  # kbit/s
-WAV_DEPTH, FLAC_DEPTH, MP3_BITRATE = "32f", "24", 320  # the defaults
+BITRATES = (128, 160, 192, 224, 256, 320)  # kbit/s
+LOSSLESS = "lossless"  # in place of a bitrate, for m4a: ALAC instead of AAC
+WAV_DEPTH, FLAC_DEPTH = "32f", "24"  # the defaults
+DEFAULT_BITRATES = {"mp3": 320, "m4a": 256, "opus": 192, "ogg": 256}
+OPUS_SAMPLE_RATE = 48000  # hertz, of every Opus file
+
+Bitrate = int | Literal["lossless"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +30,13 @@ class OutputOptions:
     the song are scaled by the same gain, and a warning is logged. 16 bits are dithered.
 
     Args:
-        format: `wav`, `mp3` or `flac`.
-        sample_rate: 44100, 48000, or `source` for the song's own rate.
-        mp3_bitrate: kbit/s, one of MP3_BITRATES; None means 320.
+        format: `wav`, `mp3` or `flac`; or with ffmpeg `m4a`, `opus` or `ogg`.
+        sample_rate: 44100, 48000, or `source` for the song's own rate. Opus always has 48000.
+        bitrate: kbit/s, one of BITRATES, for the formats in DEFAULT_BITRATES; None means theirs. `lossless`, for m4a
+            only, is ALAC with 24 bits. Ogg Vorbis takes it as a quality, so that the music decides.
         wav_depth: `16`, `24` or `32f` (float); None means `32f`.
         flac_depth: `16` or `24`; None means `24`.
+        channels: `stereo`, `mono` for the mean of both channels, or `source` for mono stems of mono songs.
         overwrite: replace files that this program did not write.
         excerpt: the part of the song to separate; None means the whole song.
 
@@ -36,39 +46,56 @@ class OutputOptions:
 
     format: str = "wav"
     sample_rate: int | Literal["source"] = 44100
-    mp3_bitrate: int | None = None
+    bitrate: Bitrate | None = None
     wav_depth: str | None = None
     flac_depth: str | None = None
+    channels: str = "stereo"
     overwrite: bool = False
     excerpt: Excerpt | None = None
 
     def __post_init__(self) -> None:
         _check("output format", self.format, FORMATS)
         _check("sample rate", self.sample_rate, SAMPLE_RATES)
-        for owner, what, value, offered in (
-            ("wav", "WAV depth", self.wav_depth, WAV_DEPTHS),
-            ("flac", "FLAC depth", self.flac_depth, FLAC_DEPTHS),
-            ("mp3", "MP3 bitrate", self.mp3_bitrate, MP3_BITRATES),
+        _check("number of channels", self.channels, CHANNELS)
+        if self.format == "opus" and self.sample_rate == "source":
+            raise InputError(f"Opus always has {OPUS_SAMPLE_RATE} Hz: leave the sample rate out")
+        bitrates = (*BITRATES, LOSSLESS) if self.format == "m4a" else BITRATES
+        for owners, what, value, offered in (
+            (("wav",), "WAV depth", self.wav_depth, WAV_DEPTHS),
+            (("flac",), "FLAC depth", self.flac_depth, FLAC_DEPTHS),
+            (tuple(DEFAULT_BITRATES), "bitrate", self.bitrate, bitrates),
         ):
             if value is None:
                 continue
-            if self.format != owner:
+            if self.format not in owners:
                 raise InputError(f"{what} {value!r} does not apply to {self.format.upper()}: leave it out")
             _check(what, value, offered)
 
     @property
     def encoding(self) -> dict[str, int | str]:
         """The option that only this format has, by name, with its default filled in."""
-        return {
-            "wav": {"wav_depth": self.wav_depth or WAV_DEPTH},
-            "flac": {"flac_depth": self.flac_depth or FLAC_DEPTH},
-            "mp3": {"mp3_bitrate": self.mp3_bitrate or MP3_BITRATE},
-        }[self.format]  # type: ignore[return-value]
+        if self.format == "wav":
+            return {"wav_depth": self.wav_depth or WAV_DEPTH}
+        if self.format == "flac":
+            return {"flac_depth": self.flac_depth or FLAC_DEPTH}
+        return {f"{self.format}_bitrate": self.bitrate or DEFAULT_BITRATES[self.format]}
+
+    @property
+    def kbps(self) -> int | None:
+        """The bitrate in kbit/s; None if the format is lossless."""
+        (value,) = self.encoding.values()
+        return value if isinstance(value, int) else None
 
     @property
     def clips(self) -> bool:
         """Whether the files cannot hold samples beyond full scale."""
         return self.format != "wav" or (self.wav_depth or WAV_DEPTH) != "32f"
+
+    def rate_of_stems(self, source_rate: int) -> int:
+        """The stems' sample rate for a song of `source_rate`, both in hertz."""
+        if self.format == "opus":
+            return OPUS_SAMPLE_RATE
+        return source_rate if self.sample_rate == "source" else self.sample_rate
 
 
 def _check(what: str, value: object, offered: tuple[int | str, ...]) -> None:

@@ -128,6 +128,7 @@ class Waveform(Growing):
         self.channels = channels
         self.tags = dict(tags or {})
         self._source = source
+        self._is_mono = True
         if isinstance(place, StoredSamples):
             super().__init__(place.n_samples, place.n_samples)
             self._file, self._path, self._is_temporary = place.file, Path(str(place.file.name)), False
@@ -151,6 +152,11 @@ class Waveform(Growing):
         return self.n_samples if self._source is None else self._source.n_samples
 
     @property
+    def is_mono(self) -> bool:
+        """Whether all channels of the decoded file are equal so far. Waveforms from `StoredSamples` do not know."""
+        return self._is_mono if self._source is None else self._source.is_mono
+
+    @property
     def std(self) -> float:
         return math.sqrt(self._squares / (self._there - 1)) if self._there > 1 else 0.0
 
@@ -166,6 +172,7 @@ class Waveform(Growing):
         if block.shape[1]:
             samples: NDArray[np.float32] = block.detach().to("cpu", torch.float32).numpy()
             self._write(samples)
+            self._is_mono = self._is_mono and all(np.array_equal(samples[0], other) for other in samples[1:])
             self._update_statistics(samples)
             self._grow(samples.shape[1])
 

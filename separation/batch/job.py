@@ -89,6 +89,8 @@ def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOpt
         "sample_rate": output.sample_rate,
         **output.encoding,
     }
+    if output.channels != "stereo":
+        settings["channels"] = output.channels
     residuals = [description.residual for description in descriptions.values() if description.residual]
     if output.excerpt is not None:
         settings["excerpt"] = output.excerpt.as_json()

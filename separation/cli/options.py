@@ -30,9 +30,10 @@ def output_options(args: argparse.Namespace) -> OutputOptions:
     return OutputOptions(
         args.format,
         sample_rate=args.sample_rate,
-        mp3_bitrate=args.mp3_bitrate,
+        bitrate=args.bitrate,
         wav_depth=args.wav_depth,
         flac_depth=args.flac_depth,
+        channels=args.channels,
         overwrite=args.overwrite,
         excerpt=_excerpt(args),
     )

@@ -6,12 +6,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from separation import __version__
-from separation.audio.options import FLAC_DEPTHS, FORMATS, MP3_BITRATES, SAMPLE_RATES, WAV_DEPTHS
+from separation.audio.options import BITRATES, CHANNELS, FLAC_DEPTHS, FORMATS, LOSSLESS, SAMPLE_RATES, WAV_DEPTHS
 from separation.checkpoints.facts import LICENCES, RANKING_TEST, TASKS
 from separation.checkpoints.listing import SORTS
 from separation.cli import commands, models
 from separation.cli.separate import separate
-from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds, time
+from separation.cli.values import (
+    batch_size,
+    bitrate,
+    capabilities,
+    count,
+    given,
+    path,
+    sample_rate,
+    scores,
+    seconds,
+    time,
+)
 from separation.engine.options import ATTENTIONS, PRECISIONS
 from separation.engine.recipes import choices, names
 from separation.engine.selection import Selection
@@ -162,7 +173,11 @@ def _add_output_options(parser: Parser) -> None:
         "-o", "--output", type=path, required=True, metavar="DIR", help="write the stems to DIR/<song>/<stem>.<format>"
     )
     group.add_argument(
-        "--format", default="wav", choices=FORMATS, metavar="NAME", help=f"{_listed(FORMATS)} (default: wav)"
+        "--format",
+        default="wav",
+        choices=FORMATS,
+        metavar="NAME",
+        help=f"{_listed(FORMATS)}; the last three need ffmpeg (default: wav)",
     )
     group.add_argument(
         "--sample-rate",
@@ -177,11 +192,19 @@ def _add_output_options(parser: Parser) -> None:
     )
     group.add_argument("--flac-depth", choices=FLAC_DEPTHS, metavar="BITS", help="16 with dither, or 24 (default: 24)")
     group.add_argument(
+        "--bitrate",
         "--mp3-bitrate",
-        type=int,
-        choices=MP3_BITRATES,
+        type=bitrate,
+        choices=(*BITRATES, LOSSLESS),
         metavar="KBPS",
-        help=f"{_listed(MP3_BITRATES)} kbit/s (default: 320)",
+        help=f"{_listed(BITRATES)} kbit/s, or for m4a `lossless` (default: mp3 320, m4a and ogg 256, opus 192)",
+    )
+    group.add_argument(
+        "--channels",
+        default="stereo",
+        choices=CHANNELS,
+        metavar="NAME",
+        help="stereo, mono, or `source` for mono stems of mono songs (default: stereo)",
     )
     group.add_argument(
         "--report", action="store_true", help="also write stems.html, a page to see and hear the stems of a song"

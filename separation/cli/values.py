@@ -46,6 +46,11 @@ def sample_rate(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def bitrate(text: str) -> int | str:
+    """kbit/s, or a word, which the parser's choices check."""
+    return int(text) if text.isdecimal() else text
+
+
 def count(text: str) -> int:
     """A whole number from 1 up."""
     if not text.isdecimal() or int(text) < 1:

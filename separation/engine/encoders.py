@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from separation.audio.encode import encode
+from separation.audio.metadata import Metadata
 from separation.audio.options import OutputOptions
 from separation.audio.waveform import Waveform
 from separation.progress import Progress
@@ -26,7 +27,7 @@ class Encoders:
     Args:
         stems: by name.
         files: the paths to write, by stem.
-        tags: by stem.
+        metadata: tags and cover, by stem.
         options: see `encode`.
     """
 
@@ -34,10 +35,10 @@ class Encoders:
         self,
         stems: Mapping[str, Waveform],
         files: Mapping[str, Path],
-        tags: Mapping[str, Mapping[str, str]],
+        metadata: Mapping[str, Metadata],
         options: OutputOptions,
     ) -> None:
-        self._stems, self._files, self._tags, self._options = stems, files, tags, options
+        self._stems, self._files, self._metadata, self._options = stems, files, metadata, options
         self._threads = Threads(max_workers=len(stems))
         self._jobs: dict[str, Future[None]] = {}
 
@@ -83,7 +84,8 @@ class Encoders:
 
     def _encode(self, stem: str, gain: float | Callable[[], float]) -> None:
         with suppress(_LoudError):
-            encode(self._stems[stem], self._files[stem], self._options, tags=self._tags[stem], gain=gain)
+            about = self._metadata[stem]
+            encode(self._stems[stem], self._files[stem], self._options, tags=about.tags, cover=about.cover, gain=gain)
 
     def _gain_so_far(self) -> float:
         """1, unless a stem is known to clip. Then all stems will be encoded again with a gain, so encoding stops."""

@@ -14,7 +14,9 @@ from torch import Tensor
 from separation.audio.decode import decode
 from separation.audio.encode import check_rate, is_rf64
 from separation.audio.excerpt import Excerpt
-from separation.audio.options import OutputOptions
+from separation.audio.ffmpeg_writer import check_installed
+from separation.audio.metadata import Metadata, read_metadata
+from separation.audio.options import FFMPEG_FORMATS, OutputOptions
 from separation.audio.resample import ResampledView, resampled, resampled_as_it_comes, resampled_length
 from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, in_blocks, sample_fault
 from separation.engine.cache import Cache
@@ -190,8 +192,9 @@ class Separator:
 
         The folder is created if needed. WAV over 4 GB becomes RF64, and a warning is logged. At the song's own rate,
         the stems have as many samples as the song. A stem's title is the song's title, or its file name, followed by
-        the stem's name, such as `Song (vocals)`; artist and album are the song's. Memory does not grow with the song's
-        length. If the run fails or is cancelled, no file is left behind.
+        the stem's name, such as `Song (vocals)`; the other tags and the cover are the song's, but without ffmpeg
+        only artist and album. Memory does not grow with the song's length. If the run fails or is cancelled, no file is
+        left behind.
 
         Stems that this program wrote into the folder before are replaced; the record there, `.separation.json`, says
         which those are. If any other file is in the way, the song is refused before any work, unless
@@ -213,12 +216,14 @@ class Separator:
             The paths of the stems by name.
 
         Raises:
-            InputError: the format does not support the sample rate, or a stem would replace the song.
+            InputError: the format does not support the sample rate or needs ffmpeg, or a stem would replace the song.
             AudioError: the file cannot be read as audio, is damaged, or is longer than `max_seconds`.
             EstimateError: a model gave NaN or Inf, or memory ran out.
             OutputError: the stems cannot be written, or files that this program did not write are in their place.
         """
         started, path, job = time.monotonic(), Path(path), Progress(progress)
+        if options.format in FFMPEG_FORMATS:
+            check_installed(f"format {options.format}")
         with song_context(path.name), OutputFolder(Path(folder), overwrite=options.overwrite) as output:
             output.check_targets([f"{stem}.{options.format}" for stem in self.stems], path)
             with decode(
@@ -254,7 +259,9 @@ class Separator:
         job: Progress,
     ) -> float:
         """Separate a part of a decoded song, and encode its stems; returns the gain."""
-        rate = mixture.source_rate if options.sample_rate == "source" else options.sample_rate
+        rate = options.rate_of_stems(mixture.source_rate)
+        if options.channels == "source":
+            options = replace(options, channels="mono" if mixture.is_mono else "stereo")
         check_rate(options.format, rate)
         with ExitStack() as stack:
             work = next(iter(files.values())).parent
@@ -266,7 +273,7 @@ class Separator:
             song = SongWaveforms(self.recipe, mixture, new, cached.find if cached else lambda estimate: None)
             stems = self._stems_at_rate(song, part, mixture, rate, new)
             _warn_of_rf64(stems, options)
-            encoders = Encoders(stems, files, _tags(mixture, path, self.stems), options)
+            encoders = Encoders(stems, files, _metadata(mixture, path, self.stems), options)
             writing = job.part(ESTIMATED, 1)
             with encoders, song:  # `song` exits first: it closes the waveforms that the encoders wait for
                 models = _checking(job.part(DECODED, ESTIMATED), song, encoders)
@@ -456,10 +463,12 @@ def _checking(progress: Progress, song: SongWaveforms[Waveform], encoders: Encod
     return Progress(report)
 
 
-def _tags(mixture: Waveform, path: Path, stems: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """The tags of each stem's file."""
-    title = mixture.tags.get("title") or shown(path.stem)  # without a title, players show the file's name
-    return {stem: {**mixture.tags, "title": f"{title} ({stem})"} for stem in stems}
+def _metadata(mixture: Waveform, path: Path, stems: tuple[str, ...]) -> dict[str, Metadata]:
+    """The tags and the cover of each stem's file."""
+    song = read_metadata(path)
+    tags = {**song.tags, **mixture.tags}
+    title = tags.get("title") or shown(path.stem)  # without a title, players show the file's name
+    return {stem: Metadata({**tags, "title": f"{title} ({stem})"}, song.cover) for stem in stems}
 
 
 def _warn_of_rf64(stems: Mapping[str, Waveform], options: OutputOptions) -> None:

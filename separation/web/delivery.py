@@ -25,8 +25,8 @@ class DeliveredSeparator(Separator):
 
 def stem_bytes(duration_seconds: float, options: OutputOptions) -> float:
     """The expected size of a stem's file. FLAC's depends on the music."""
-    if options.format == "mp3":
-        return duration_seconds * int(options.encoding["mp3_bitrate"]) * 125
+    if options.kbps is not None:
+        return duration_seconds * options.kbps * 125
     rate = 44100 if options.sample_rate == "source" else options.sample_rate
     depth = str(options.encoding[f"{options.format}_depth"]).removesuffix("f")
     ratio = FLAC_RATIO if options.format == "flac" else 1.0

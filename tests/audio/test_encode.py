@@ -1,6 +1,8 @@
 import os
+import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,12 @@ from helpers.common import needs_ffmpeg
 from helpers.sounds import TAGS, disk_full_after, noise, samples_of, waveform_of
 from separation.audio.decode import decode
 from separation.audio.encode import encode
-from separation.audio.options import FORMATS, MP3_BITRATES, OutputOptions
+from separation.audio.options import BITRATES, FFMPEG_FORMATS, LOSSLESS, SNDFILE_FORMATS, OutputOptions
 from separation.audio.waveform import SAMPLE_RATE, Waveform
 from separation.errors import InputError, OutputError
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SNDFILE_FORMATS)
 def test_tags_are_copied_from_song_to_stem(format: str, tmp_path: Path) -> None:
     with waveform_of(noise(5000), tmp_path, tags=TAGS) as waveform:
         encode(waveform, tmp_path / "first", OutputOptions(format=format))
@@ -29,14 +31,14 @@ def test_tags_are_copied_from_song_to_stem(format: str, tmp_path: Path) -> None:
         assert {tag: getattr(sound, tag) for tag in TAGS} == TAGS
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SNDFILE_FORMATS)
 def test_an_enormous_tag_leaves_the_file_intact(format: str, tmp_path: Path) -> None:
     with waveform_of(noise(5000), tmp_path) as waveform:
         encode(waveform, tmp_path / "song", OutputOptions(format=format), tags={"title": "x" * 200_000})
     assert samples_of(tmp_path / "song", tmp_path).shape == (2, 5000)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SNDFILE_FORMATS)
 @pytest.mark.parametrize("sample_rate", [44100, 48000])
 @pytest.mark.parametrize("n_samples", [1, 4410, 70_001, 200_000])
 def test_encoded_files_have_the_exact_length(format: str, sample_rate: int, n_samples: int, tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_flac_is_24_bit_by_default(tmp_path: Path) -> None:
     assert (samples_of(tmp_path / "song.flac", tmp_path) - noise(70_000)).abs().max() < 2.0**-22
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SNDFILE_FORMATS)
 def test_the_gain_scales_the_samples(format: str, tmp_path: Path) -> None:
     tone = 1.5 * torch.sin(torch.arange(50_000) * 0.05).expand(2, -1)
     with waveform_of(tone, tmp_path) as waveform:
@@ -106,12 +108,12 @@ def test_samples_beyond_full_scale_are_clipped_and_do_not_wrap_around(format: st
     assert difference.abs().max() < (0.3 if format == "mp3" else 1e-6)
 
 
-@pytest.mark.parametrize("bitrate", MP3_BITRATES)
+@pytest.mark.parametrize("bitrate", BITRATES)
 @pytest.mark.parametrize("sample_rate", [32000, 44100, 48000])
 def test_every_frame_of_an_mp3_has_the_requested_bitrate(bitrate: int, sample_rate: int, tmp_path: Path) -> None:
     path = tmp_path / "song.mp3"
     with waveform_of(noise(sample_rate), tmp_path, sample_rate) as waveform:
-        encode(waveform, path, OutputOptions(format="mp3", mp3_bitrate=bitrate))
+        encode(waveform, path, OutputOptions(format="mp3", bitrate=bitrate))
     table = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
     content, bitrates = path.read_bytes(), []
     position = content.index(b"\xff\xfb")
@@ -247,7 +249,7 @@ def test_a_wav_over_4_gb_is_an_rf64_with_every_sample(tmp_path: Path) -> None:
     (tmp_path / "song.wav").unlink()  # tmp_path is kept for a while
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SNDFILE_FORMATS)
 def test_on_a_full_disk_no_partial_file_is_left_and_the_old_file_is_untouched(format: str, tmp_path: Path) -> None:
     target = tmp_path / "song"
     target.write_bytes(b"old")
@@ -294,7 +296,7 @@ def test_an_exception_while_encoding_leaves_no_partial_file(tmp_path: Path, monk
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SNDFILE_FORMATS)
 def test_ffmpeg_reads_the_same_samples_from_encoded_files(format: str, tmp_path: Path) -> None:
     with waveform_of(noise(70_000), tmp_path) as waveform:
         encode(waveform, tmp_path / "song", OutputOptions(format=format))
@@ -304,3 +306,112 @@ def test_ffmpeg_reads_the_same_samples_from_encoded_files(format: str, tmp_path:
     ours = samples_of(tmp_path / "song", tmp_path)
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With ffmpeg
+
+
+def rate_of(format: str) -> int:
+    return 48000 if format == "opus" else 44100
+
+
+def lag(one: Tensor, other: Tensor) -> int:
+    """By how many samples `other` is late, from the peak of the cross-correlation."""
+    n = one.shape[-1]
+    spectra = [torch.fft.rfft(samples.double(), 2 * n) for samples in (other, one)]
+    peak = int(torch.fft.irfft(spectra[0] * spectra[1].conj(), 2 * n).sum(dim=0).argmax())
+    return peak if peak < n else peak - 2 * n
+
+
+ENCODINGS: list[dict[str, Any]] = [{"format": format} for format in FFMPEG_FORMATS]
+ENCODINGS += [{"format": "m4a", "bitrate": LOSSLESS}]
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("channels", ["stereo", "mono"])
+@pytest.mark.parametrize("n_samples", [1, 4410, 70_001])
+@pytest.mark.parametrize("options", ENCODINGS)
+def test_formats_of_ffmpeg_keep_length_and_alignment(
+    options: dict[str, Any], n_samples: int, channels: str, tmp_path: Path
+) -> None:
+    samples, rate = noise(n_samples), rate_of(options["format"])
+    with waveform_of(samples, tmp_path, rate) as waveform:
+        encode(waveform, tmp_path / "song", OutputOptions(**options, channels=channels))
+    expected = samples.mean(dim=0).expand(2, -1) if channels == "mono" else samples
+    decoded = samples_of(tmp_path / "song", tmp_path, sample_rate=rate)
+    assert decoded.shape == expected.shape
+    assert [path.name for path in tmp_path.iterdir()] == ["song"]
+    if "bitrate" in options:
+        assert (decoded - expected).abs().max() <= 2.0**-24
+    if n_samples == 70_001:
+        assert lag(expected, decoded) == 0
+
+
+@needs_ffmpeg
+def test_an_m4a_announces_its_exact_length_and_the_encoders_delay(tmp_path: Path) -> None:
+    with waveform_of(noise(70_001), tmp_path) as waveform:
+        encode(waveform, tmp_path / "song.m4a", OutputOptions("m4a"))
+    content = (tmp_path / "song.m4a").read_bytes()
+    place = content.index(b"elst") + 12
+    assert struct.unpack(">II", content[place : place + 8]) == (70_001, 1024)  # length in samples, delay
+    assert content.index(b"moov") < content.index(b"mdat")  # so that it plays before it is downloaded
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("format", FFMPEG_FORMATS)
+def test_formats_of_ffmpeg_give_the_same_bytes_each_time(format: str, tmp_path: Path) -> None:
+    found = set()
+    for _ in range(2):
+        with waveform_of(noise(70_000), tmp_path, rate_of(format), tags=TAGS) as waveform:
+            encode(waveform, tmp_path / "song", OutputOptions(format))
+        found.add((tmp_path / "song").read_bytes())
+    assert len(found) == 1
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("format", FFMPEG_FORMATS)
+def test_more_kilobits_make_larger_files_of_ffmpeg(format: str, tmp_path: Path) -> None:
+    sizes = []
+    for bitrate in (128, 192, 320):
+        with waveform_of(noise(96_000), tmp_path, rate_of(format)) as waveform:
+            encode(waveform, tmp_path / "song", OutputOptions(format, bitrate=bitrate))
+        sizes.append((tmp_path / "song").stat().st_size)
+    assert sizes == sorted(set(sizes))
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("format", FFMPEG_FORMATS)
+def test_an_exception_while_ffmpeg_encodes_leaves_no_partial_file(format: str, tmp_path: Path) -> None:
+    def cancel() -> float:
+        raise KeyboardInterrupt
+
+    with waveform_of(noise(10), tmp_path, rate_of(format)) as waveform, pytest.raises(KeyboardInterrupt):
+        encode(waveform, tmp_path / "song", OutputOptions(format), gain=cancel)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_ffmpeg_its_formats_are_refused_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = "format m4a needs ffmpeg: install it, or choose wav, flac or mp3"
+    with waveform_of(noise(10), tmp_path) as waveform, pytest.raises(InputError, match=words):
+        encode(waveform, tmp_path / "song", OutputOptions("m4a"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format, rate", [("m4a", 176400), ("opus", 44100)])
+def test_a_sample_rate_that_a_format_of_ffmpeg_lacks_is_refused(format: str, rate: int, tmp_path: Path) -> None:
+    with waveform_of(noise(10), tmp_path, rate) as waveform, pytest.raises(InputError, match=f"{rate} Hz"):
+        encode(waveform, tmp_path / "song", OutputOptions(format))
+
+
+@pytest.mark.parametrize("format", SNDFILE_FORMATS)
+def test_mono_is_the_mean_of_the_channels(format: str, tmp_path: Path) -> None:
+    samples = noise(50_000)
+    with waveform_of(samples, tmp_path) as waveform:
+        encode(waveform, tmp_path / "song", OutputOptions(format, channels="mono"))
+    got, _ = soundfile.read(tmp_path / "song", always_2d=True)
+    assert got.shape == (50_000, 1)
+    assert np.abs(got[:, 0] - samples.mean(dim=0).numpy()).max() < (0.4 if format == "mp3" else 1e-6)

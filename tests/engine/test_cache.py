@@ -208,7 +208,8 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "format": [(HIT, ("--format", "flac")), (HIT, ("--format", "mp3"))],
     "sample_rate": [(HIT, ("--sample-rate", "48000")), (HIT, ("--sample-rate", "source"))],
     "wav_depth": [(HIT, ("--wav-depth", "16"))],
-    "mp3_bitrate": [(HIT, ("--format", "mp3", "--mp3-bitrate", "128"))],
+    "bitrate": [(HIT, ("--format", "mp3", "--bitrate", "128"))],
+    "channels": [(HIT, ("--channels", "mono"))],
     "flac_depth": [(HIT, ("--format", "flac", "--flac-depth", "16"))],
     "report": [(HIT, ("--report",))],
     "overwrite": [(HIT, ("--overwrite",))],
@@ -312,7 +313,7 @@ OFFERED = {
     Separator.from_model: {"model"},
     Separator.separate_file: {"path", "folder", "max_seconds", "accept_damaged", "progress"},
     EngineOptions: {"device", "precision", "attention"},
-    OutputOptions: {"format", "sample_rate", "wav_depth", "flac_depth", "mp3_bitrate", "overwrite"},
+    OutputOptions: {"format", "sample_rate", "wav_depth", "flac_depth", "bitrate", "channels", "overwrite"},
 }
 
 

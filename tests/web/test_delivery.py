@@ -70,7 +70,7 @@ def test_what_cannot_be_delivered_is_named_with_the_first_format_that_fits(
     [
         (OutputOptions("wav"), 44100 * 8),
         (OutputOptions("wav", sample_rate=48000, wav_depth="16"), 48000 * 4),
-        (OutputOptions("mp3", mp3_bitrate=128), 16000),
+        (OutputOptions("mp3", bitrate=128), 16000),
     ],
 )
 def test_the_size_of_a_stem_follows_its_format(options: OutputOptions, per_second: int) -> None:

@@ -1,0 +1,177 @@
+"""Tags and cover art, written in the form of each format and read back by ffmpeg."""
+
+import io
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from helpers.common import needs_ffmpeg
+from helpers.sounds import noise, samples_of, waveform_of, write
+from separation.audio.encode import encode
+from separation.audio.metadata import (
+    MAX_COVER_BYTES,
+    Metadata,
+    add_to_flac,
+    add_to_wav,
+    ffmetadata,
+    id3_tag,
+    picture_block,
+    read_metadata,
+)
+from separation.audio.options import FORMATS, OutputOptions
+
+TAGS = {
+    "title": "Title",
+    "artist": "Ärtist = ; # \\ Second",
+    "album": "Album",
+    "album_artist": "Album Artist",
+    "track": "3/12",
+    "disc": "1/2",
+    "genre": "Rock",
+    "date": "1999-02-03",
+    "comment": "two\nlines",
+    "composer": "Composer",
+    "lyrics": "la\nla",
+    "copyright": "somebody",
+}
+UNKNOWN = {"bpm": "120", "isrc": "DE1234567890", "MY_OWN": "value"}
+NOT_READ = {  # by ffmpeg: MP4 has no place for the unknown ones that ffmpeg writes, and of a WAV it reads only INFO
+    "m4a": UNKNOWN.keys(),
+    "wav": {*UNKNOWN, "album_artist", "disc", "composer", "lyrics"},
+}
+
+
+@pytest.fixture
+def covers(tmp_path: Path) -> dict[str, bytes]:
+    found = {}
+    for suffix in ("png", "jpg"):
+        path = tmp_path / f"cover.{suffix}"
+        options = ["-f", "lavfi", "-i", "color=red:size=32x32", "-frames:v", "1", str(path)]
+        subprocess.run(["ffmpeg", "-nostdin", "-v", "error", *options], check=True)
+        found[suffix] = path.read_bytes()
+    return found
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("format", FORMATS)
+def test_all_tags_and_the_cover_survive_every_format(format: str, covers: dict[str, bytes], tmp_path: Path) -> None:
+    samples, rate = noise(5000), 48000
+    for cover in covers.values():
+        with waveform_of(samples, tmp_path, rate) as waveform:
+            encode(waveform, tmp_path / "song", OutputOptions(format), tags=TAGS | UNKNOWN, cover=cover)
+        found = read_metadata(tmp_path / "song")
+        assert found.tags == {
+            tag: text for tag, text in (TAGS | UNKNOWN).items() if tag not in NOT_READ.get(format, ())
+        }
+        assert found.cover == cover
+        assert samples_of(tmp_path / "song", tmp_path, sample_rate=rate).shape == (2, 5000)
+
+
+@needs_ffmpeg
+def test_tags_about_the_file_and_its_loudness_are_left_behind(tmp_path: Path) -> None:
+    write(tmp_path / "song.wav", noise(5000))
+    tags = {
+        "artist": "A",
+        "encoder": "E",
+        "REPLAYGAIN_TRACK_GAIN": "-3 dB",
+        "iTunNORM": "0",
+        "TLEN": "5",
+        "my own": "x",
+    }
+    options = [part for tag, text in tags.items() for part in ("-metadata", f"{tag}={text}")]
+    command = [
+        "ffmpeg",
+        "-nostdin",
+        "-v",
+        "error",
+        "-i",
+        str(tmp_path / "song.wav"),
+        *options,
+        str(tmp_path / "song.flac"),
+    ]
+    subprocess.run(command, check=True)
+    assert read_metadata(tmp_path / "song.flac").tags == {"artist": "A", "my own": "x"}
+
+
+def test_without_ffmpeg_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "song.wav", noise(10))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read_metadata(tmp_path / "song.wav") == Metadata()
+
+
+@needs_ffmpeg
+def test_a_song_that_ffmpeg_cannot_read_keeps_few_tags_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "song.wav").write_bytes(b"not a song")
+    assert read_metadata(tmp_path / "song.wav") == Metadata()
+    assert "its tags are copied only in part" in caplog.text
+
+
+def test_an_id3_tag_announces_its_size_and_each_frames(tmp_path: Path) -> None:
+    tag = id3_tag(Metadata({"title": "x" * 1000, "other": "value", "comment": "c"}, b"\xff\xd8\xff cover"))
+    assert tag[:6] == b"ID3\4\0\0"
+    size = lambda four: sum(byte << shift for byte, shift in zip(four, (21, 14, 7, 0), strict=True))  # noqa: E731
+    assert size(tag[6:10]) == len(tag) - 10
+    frames, place = {}, 10
+    while place < len(tag):
+        n_bytes = size(tag[place + 4 : place + 8])
+        frames[tag[place : place + 4]] = tag[place + 10 : place + 10 + n_bytes]
+        place += 10 + n_bytes
+    assert frames == {
+        b"TIT2": b"\3" + b"x" * 1000,
+        b"TXXX": b"\3other\0value",
+        b"COMM": b"\3und\0c",
+        b"APIC": b"\3image/jpeg\0\3\0\xff\xd8\xff cover",
+    }
+
+
+def test_no_tags_make_no_id3_tag() -> None:
+    assert id3_tag(Metadata({"title": ""})) == b""
+
+
+def test_an_id3_chunk_goes_behind_the_samples_and_into_the_size_of_the_wav(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, noise(1001, 1)[0].numpy(), 44100, format="WAV", subtype="PCM_24")
+    n_before = len(file.getvalue())
+    add_to_wav(file, Metadata({"title": "T"}))
+    content = file.getvalue()
+    assert struct.unpack("<I", content[4:8]) == (len(content) - 8,)
+    assert content[n_before + n_before % 2 :][:4] == b"id3 "
+    assert soundfile.info(io.BytesIO(content)).frames == 1001
+
+
+def test_an_id3_chunk_goes_into_the_size_of_an_rf64() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, noise(1000).T.numpy(), 44100, format="RF64", subtype="FLOAT")
+    add_to_wav(file, Metadata({"title": "T"}))
+    content = file.getvalue()
+    assert struct.unpack("<Q", content[20:28]) == (len(content) - 8,)
+    assert soundfile.info(io.BytesIO(content)).frames == 1000
+
+
+def test_a_flac_with_other_tags_has_the_same_frames_and_is_complete() -> None:
+    plain, tagged = io.BytesIO(), io.BytesIO()
+    soundfile.write(plain, noise(50_000).T.numpy(), 44100, format="FLAC", subtype="PCM_24")
+    add_to_flac(plain, tagged, Metadata({"title": "T", "my=own": "x"}, b"\x89PNG picture"))
+    content = tagged.getvalue()
+    assert b"TITLE=T" in content and b"my_own=x" in content and picture_block(b"\x89PNG picture") in content
+    frames = plain.getvalue().index(b"\xff\xf8")
+    assert content.endswith(plain.getvalue()[frames:])
+    assert soundfile.info(io.BytesIO(content)).frames == 50_000
+
+
+def test_ffmpegs_file_of_tags_escapes_what_it_must() -> None:
+    text = ffmetadata(Metadata({"a=b": "c;d#e\\f\ng\0h", "empty": ""}), with_picture=True)
+    assert text == b";FFMETADATA1\na\\=b=c\\;d\\#e\\\\f\\\ng\n"
+
+
+@needs_ffmpeg
+def test_a_cover_that_no_flac_could_hold_is_left_out(covers: dict[str, bytes], tmp_path: Path) -> None:
+    cover = covers["jpg"] + bytes(MAX_COVER_BYTES)
+    with waveform_of(noise(5000), tmp_path) as waveform:
+        encode(waveform, tmp_path / "song.mp3", OutputOptions("mp3"), cover=cover)
+    assert read_metadata(tmp_path / "song.mp3").cover == b""
