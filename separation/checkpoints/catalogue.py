@@ -256,8 +256,11 @@ def _no_yaml(weights: Path, candidates: Sequence[Path] = ()) -> CheckpointError:
     """The error for weights without a YAML. Weights of an unsupported architecture would not work with one either."""
     from separation.checkpoints.state_dict import open_weights  # imports PyTorch
 
-    if kind := foreign.by_names(open_weights(weights).tensors):
+    names = open_weights(weights).tensors
+    if kind := foreign.by_names(names):
         return foreign.refusal(weights, kind)
+    if any(name.startswith("stg1_low_band_net.") for name in names):
+        return CheckpointError(uvr.vr_advice(weights))
     found = f"any of {', '.join(path.name for path in candidates)} may be it" if candidates else "there is no YAML"
     return CheckpointError(
         f"{weights} needs the YAML file that it was published with, and {found}: put it into {weights.parent} as "

@@ -29,6 +29,7 @@ FIXED_CHUNKS = {
     "htdemucs",
     "mdx23c",
     "mdx_net",
+    "vr",
 }  # architectures that take chunks of one length only
 WITH_ATTENTION = {
     "bs_roformer",

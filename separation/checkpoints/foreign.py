@@ -53,7 +53,6 @@ KEYS = {
 }
 # By names of weights that no other model has.
 NAMES = {
-    r"stg1_(low|high)_band_net\..*": "a VR network of Ultimate Vocal Remover 5",
     r"encoding_blocks\.\d+\.tfc\.H\..*": "an MDX-Net (ConvTDFNet) before its export as an .onnx file",
     r"mask_estimators\.\d+\.(.+\.)?segm\..*": HYPERACE,
     r"mask_estimators\.\d+\.(.+\.)?(fno\w*|lifting|spectral\w*|projection)\..*": FNO,

@@ -5,14 +5,17 @@ With it, its models need no YAML beside them. Nothing here imports PyTorch unles
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from separation.documents import read_yaml
+from separation.documents import quoted, read_yaml
 from separation.errors import CheckpointError
 from separation.system.places import shipped, size_bytes
 
+SAMPLE_RATE = 44100
+VOCAL = {"vocals", "other", "bass", "drums", "guitar", "piano"}  # whose mask Ultimate Vocal Remover sharpens more
 HASHED_BYTES = 10_000 * 1024  # at the end of a file
 
 
@@ -47,6 +50,8 @@ def completed(weights: Path, document: Mapping[str, Any] | None = None) -> dict[
     """
     if weights.suffix == ".onnx":
         return _mdx_net(weights, document or {})
+    if weights.suffix == ".pth" and (document is None or _names_bands(document)):
+        return _vr(weights, document or {})
     return None if document is None else dict(document)
 
 
@@ -72,6 +77,72 @@ def _mdx_net(weights: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         )
     frames = audio.pop("dim_t")
     return {**made, "audio": {"chunk_size": audio["hop_length"] * (frames - 1) - audio["n_fft"]} | audio}
+
+
+def _names_bands(document: Mapping[str, Any]) -> bool:
+    """Whether a YAML names the spectrogram of a VR network instead of stating it."""
+    model = document.get("model")
+    return isinstance(model, Mapping) and "bands" in model
+
+
+def _vr(weights: Path, document: Mapping[str, Any]) -> dict[str, Any] | None:
+    known = _table()["vr"].get(hash_of(weights), {})
+    model = {"bands": known.get("bands")} | dict(document.get("model") or {})
+    name, all_bands = model.pop("bands"), _table()["vr_bands"]
+    if name is None:
+        return None
+    if name not in all_bands:
+        raise CheckpointError(f"{weights} has the unknown bands {quoted(name)}: use one of {', '.join(all_bands)}")
+    bands, sizes = dict(all_bands[name]), _vr_sizes(weights)
+    channels, conversions = bands.pop("channels"), bands.pop("conversions")
+    bands["channels"] = conversions if sizes["nout_lstm"] else [channels] * len(conversions)
+    found = {
+        "architecture": "vr",
+        "audio": {"sample_rate": 44100, "chunk_size": _vr_chunk(bands, sizes)},
+        "stems": [known["stem"], _other_than(known["stem"])] if known else [],
+        "model": {**bands, **sizes, "is_vocal": bool(known) and known["stem"] in VOCAL},
+    }
+    made = _merged(found, {**document, "model": model})
+    if not made["stems"]:
+        raise CheckpointError(f"{weights} needs its stems: add the line `stems: [vocals, instrumental]`, with its own")
+    return made
+
+
+def vr_advice(weights: Path) -> str:
+    """What a VR network that the table does not have needs."""
+    return (
+        f"{weights} is a VR network that the table of Ultimate Vocal Remover does not have: put a file "
+        f"{weights.stem}.yaml with the lines `stems: [vocals, instrumental]` and `model: {{bands: 4band_v3}}` beside "
+        "it, with its own stems, first the one of its mask, and the bands of its training, one of "
+        f"{', '.join(_table()['vr_bands'])}"
+    )
+
+
+def _vr_sizes(weights: Path) -> dict[str, Any]:
+    """The hyper-parameters that the weights of a VR network determine."""
+    from separation.checkpoints.state_dict import open_weights  # these import PyTorch
+    from separation.models.shapes import Shapes
+    from separation.models.vr import VR
+
+    tensors = open_weights(weights).tensors
+    if not any(name.startswith("stg1_low_band_net.") for name in tensors):
+        raise CheckpointError(f"{weights} is not a VR network: remove `bands` from its YAML, or use the right file")
+    read = {"out.weight", "stg1_low_band_net.enc1.conv1.conv.0.weight", "stg3_full_band_net.lstm_dec2.dense.0.weight"}
+    shapes = {name: tuple(value().shape) if name in read else () for name, value in tensors.items()}
+    return {key: size for key, size in VR.sizes_in(Shapes(shapes), None).items() if key != "bins"}
+
+
+def _vr_chunk(bands: Mapping[str, Any], sizes: Mapping[str, Any]) -> int:
+    """The samples at 44100 Hz whose mask counts, of a window of 512 frames."""
+    rate, hop = int(bands["rates"][-1]), int(bands["hop_lengths"][-1])
+    frames, unit = 512 - 2 * (64 if sizes["nout_lstm"] else 128), rate // math.gcd(hop * SAMPLE_RATE, rate)
+    return frames // unit * unit * hop * SAMPLE_RATE // rate
+
+
+def _other_than(stem: str) -> str:
+    """The name of the rest of a song without this stem."""
+    others = {"vocals": "instrumental", "instrumental": "vocals", "dry": "reverb"}
+    return others.get(stem) or (stem.removeprefix("no_") if stem.startswith("no_") else f"no_{stem}")
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from separation.audio.resample import ResampledView, resampled, resampled_as_it_
 from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, in_blocks, sample_fault
 from separation.engine.cache import Cache
 from separation.engine.cached_estimates import CachedEstimates, EstimateSettings, n_bytes
-from separation.engine.chunk_plan import ChunkPlan, Span
+from separation.engine.chunk_plan import ChunkPlan, Span, read_extended
 from separation.engine.chunking import Level, ReadyModel, separate
 from separation.engine.compute_thread import compute_thread
 from separation.engine.encoders import Encoders
@@ -447,7 +447,20 @@ def _level(model: SeparationModel, source: Samples | Waveform) -> Level:
         return Level()
     if model.normalisation == "standard":
         return Level(offset=source.mean, scale=source.std + 1e-8)
+    if model.normalisation == "spectrum":
+        return Level(scale=_spectral_peak(model, source) or 1.0)
     return Level(scale=source.peak / PEAK or 1.0)
+
+
+@torch.inference_mode()
+def _spectral_peak(model: SeparationModel, source: Samples | Waveform) -> float:
+    """The largest magnitude in the model's spectrogram of a song, chunk by chunk."""
+    plan = ChunkPlan(model.chunk_samples, 0, reflects_border=False, input_samples=model.input_samples)
+    mixtures = (
+        read_extended(source, chunk.read_start, chunk.read_start + chunk.read_length, 0)
+        for chunk in plan.chunks(source.n_samples)
+    )
+    return max(model.spectral_peak(mixture[None]) for mixture in mixtures)
 
 
 def _checking(progress: Progress, song: SongWaveforms[Waveform], encoders: Encoders) -> Progress:

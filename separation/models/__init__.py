@@ -11,6 +11,7 @@ from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.scnet import SCNet
 from separation.models.scnet_unofficial import SCNetUnofficial
 from separation.models.scnet_variants import SCNetMasked, SCNetTran
+from separation.models.vr import VR
 
 __all__ = ["ARCHITECTURES", "SeparationModel"]
 
@@ -29,4 +30,5 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "scnet_masked": SCNetMasked,
     "scnet_tran": SCNetTran,
     "scnet_unofficial": SCNetUnofficial,
+    "vr": VR,
 }

@@ -105,9 +105,9 @@ class SeparationModel(nn.Module):
     UNUSED_KEYS: ClassVar[str] = ""
     # The layers that `to_precision` casts.
     CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    # How a track is scaled before chunking: not at all, to a peak of 0.9, or so that its mono mixture has zero mean and
-    # unit variance. A checkpoint's YAML can request the last.
-    normalisation: Literal["none", "peak", "standard"] = "peak"
+    # How a track is scaled before chunking: not at all, to a peak of 0.9, so that its mono mixture has zero mean and
+    # unit variance, or to a largest `spectral_peak` of 1. A checkpoint's YAML can request "standard".
+    normalisation: Literal["none", "peak", "standard", "spectrum"] = "peak"
     # Whether the song's ends are extended by their reflection, or else by silence.
     reflects_border: ClassVar[bool] = True
     # Whether `core` takes the chunks, in addition to the spectrogram or alone.
@@ -159,6 +159,10 @@ class SeparationModel(nn.Module):
     def input_samples(self, length: int) -> int | None:
         """How many samples the model needs for a chunk with `length` samples of the song. None means a whole chunk."""
         return None
+
+    def spectral_peak(self, chunk: Tensor) -> float:
+        """The largest magnitude in a chunk `[1, C, T]` on the CPU, without its margins; of the waveform by default."""
+        return float(chunk.abs().amax())
 
     def only(self, stems: tuple[str, ...]) -> Self:
         """A model with the same weights that returns at least these of its stems.

@@ -9,10 +9,12 @@ import pytest
 import torch
 import yaml
 
-from helpers.small_model import DOCUMENT, small_model, write_yaml
+from helpers.small_model import DOCUMENT, identity, small_model, write_yaml
+from helpers.vr_bands import config_of
 from separation import CheckpointError, load_model
 from separation.checkpoints import uvr
 from separation.checkpoints.catalogue import CONFIGS, read_config
+from separation.models.vr import VR
 
 onnx = pytest.importorskip("onnx", reason="needs onnx")
 
@@ -35,10 +37,11 @@ def test_the_hash_is_the_md5_of_the_last_ten_million_bytes(tmp_path: Path) -> No
 
 def test_the_table_has_plausible_entries() -> None:
     table = uvr._table()
-    hashes = [key for kind in ("mdx_net", "yaml") for key in table[kind]]
-    assert len(hashes) == len(set(hashes)) == 86 and all(re.fullmatch("[0-9a-f]{32}", each) for each in hashes)
+    hashes = [key for kind in ("mdx_net", "yaml", "vr") for key in table[kind]]
+    assert len(hashes) == len(set(hashes)) == 118 and all(re.fullmatch("[0-9a-f]{32}", each) for each in hashes)
     for entry in table["mdx_net"].values():
         assert entry.keys() == {"stem", "n_fft", "compensate"} and 0.9 < entry["compensate"] < 2
+    assert all(entry["bands"] in table["vr_bands"] for entry in table["vr"].values())
     assert set(table["configs"]) <= set(table["yaml"].values())
     assert all((CONFIGS / f"{name}.yaml").is_file() for name in table["configs"].values())
 
@@ -95,3 +98,47 @@ def test_a_known_checkpoint_uses_this_projects_yaml(tmp_path: Path, monkeypatch:
     description = read_config(tmp_path / "renamed.ckpt")
     assert description.source == CONFIGS / "mel_band_roformer_kim.yaml"
     assert [file.name for file in description.files] == [str(tmp_path / "renamed.ckpt")]
+
+
+def vr_network(folder: Path, **network: Any) -> Path:
+    """The weights of a VR network as they are published."""
+    torch.manual_seed(0)
+    config = config_of("1band_sr44100_hl512_nf1024", chunk_size=256 * 512, **network)
+    model = VR(config, identity(("vocals", "instrumental"), chunk_samples=config.chunk_size))
+    path = folder / "5_HP-Karaoke-UVR.pth"
+    torch.save(model.state_dict() | {"aux1_out.weight": torch.zeros(2, 4, 1, 1)}, path)
+    return path
+
+
+@pytest.mark.parametrize("network", [{"nout": 4, "aspp_layers": 7}, {"nout": 4, "deep": True}], ids=str)
+def test_a_known_vr_network_needs_no_yaml(
+    tmp_path: Path, network: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = vr_network(tmp_path, **network)
+    know(monkeypatch, "vr", path, {"stem": "no_echo", "bands": "1band_sr44100_hl512_nf1024"})
+    model: Any = load_model(path)
+    assert model.stems == ("no_echo", "echo") and model.chunk_samples == 256 * 512
+    assert {name: getattr(model.config, name) for name in network} == network and not model.config.is_vocal
+
+
+def test_an_unknown_vr_network_says_which_lines_its_yaml_needs(tmp_path: Path) -> None:
+    path = vr_network(tmp_path, nout=8, nout_lstm=8)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(path)
+    lines = re.findall("`(.*?)`", str(caught.value))
+    assert lines == ["stems: [vocals, instrumental]", "model: {bands: 4band_v3}"]
+    path.with_suffix(".yaml").write_text("\n".join(lines).replace("4band_v3", "none"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"unknown bands 'none': use one of 1band_sr16000_hl512, .*, 4band_v3"):
+        load_model(path)
+    path.with_suffix(".yaml").write_text(
+        "\n".join(lines).replace("4band_v3", "1band_sr44100_hl512_nf1024"), encoding="utf-8"
+    )
+    model: Any = load_model(path)
+    assert model.stems == ("vocals", "instrumental") and model.config.nout_lstm == 8
+
+
+def test_bands_for_weights_of_another_network_are_an_error(tmp_path: Path) -> None:
+    torch.save(small_model().state_dict(), tmp_path / "x.pth")
+    (tmp_path / "x.yaml").write_text("stems: [vocals]\nmodel: {bands: 4band_v3}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"x\.pth is not a VR network"):
+        load_model(tmp_path / "x.pth")
