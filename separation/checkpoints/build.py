@@ -140,6 +140,8 @@ def with_architecture(description: Checkpoint, stored: Stored | None = None) -> 
             )
     if len(found) > 1:
         found = [name for name in found if _takes(replace(description, architecture=name))]
+        # Of the YAML alone, architectures that extend another may be that one.
+        found = [name for name in found if not any(ARCHITECTURES[other] in _bases(name) for other in found)]
     if len(found) != 1:
         raise CheckpointError(
             f"{description.source} does not name its architecture ({' or '.join(found) or 'none fits its keys'}): "
@@ -158,8 +160,13 @@ def architectures_with(names: Mapping[str, Any]) -> list[str]:
         for name, architecture in ARCHITECTURES.items()
         if all(any(re.fullmatch(pattern, key) for key in names) for pattern in architecture.KEY_PATTERNS)
     }
-    extended = {base for architecture in fitting.values() for base in architecture.__mro__[1:]}
+    extended = {base for name in fitting for base in _bases(name)}
     return [name for name, architecture in fitting.items() if architecture not in extended]
+
+
+def _bases(name: str) -> tuple[type, ...]:
+    """The classes that an architecture extends."""
+    return ARCHITECTURES[name].__mro__[1:]
 
 
 def _takes(description: Checkpoint) -> bool:

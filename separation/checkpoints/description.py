@@ -31,13 +31,22 @@ FIXED_CHUNKS = {
     "mdx_net",
     "vr",
 }  # architectures that take chunks of one length only
-WITH_ATTENTION = {
+WITH_INT8 = {  # architectures that can compute in int8
     "bs_roformer",
+    "bs_roformer_hyperace",
+    "bs_roformer_fno",
+    "bs_roformer_large_v2",
     "mel_band_roformer",
-    "htdemucs",
-    "scnet_tran",
-}  # architectures with a choice of attention backend
-WITH_INT8 = {"bs_roformer", "mel_band_roformer"}  # architectures that can compute in int8
+}
+WITH_ATTENTION = WITH_INT8 | {"htdemucs", "scnet_tran"}  # architectures with a choice of attention backend
+# Keys by which community YAML files name a variant, at the top level or in the `model:` section.
+FLAGS = {
+    "hyperace2": "bs_roformer_hyperace",
+    "use_mask_estimator_hyper_ace": "bs_roformer_hyperace",
+    "fno": "bs_roformer_fno",
+    "use_mask_estimator_fno": "bs_roformer_fno",
+    "unwa_inst_large_2": "bs_roformer_large_v2",
+}
 YAML_SUFFIXES = (".yaml", ".yml")
 # Suffixes of the files that stand beside a weights file, so that no weights file can take their place.
 RESERVED_SUFFIXES = (".lock", ".part", ".verified", *YAML_SUFFIXES)
@@ -112,7 +121,7 @@ def describe(document: dict[str, Any], path: Path, *, name: str, shares: Shares 
     Raises CheckpointError for a key that is missing, of the wrong type or out of range.
     """
     training, inference = section(document, "training", path), section(document, "inference", path)
-    unknown = set(document) - KEYS - COMMUNITY_SECTIONS
+    unknown = set(document) - KEYS - COMMUNITY_SECTIONS - set(FLAGS)
     if isinstance(document.get("model"), str):
         unknown.discard(document["model"])
         document = _from_demucs_training(document, training, path)
@@ -124,7 +133,7 @@ def describe(document: dict[str, Any], path: Path, *, name: str, shares: Shares 
     audio = take(document, "audio", dict, path)
     unknown |= {f"audio.{key}" for key in set(audio) - AUDIO_KEYS}
     hyper_parameters = take(document, "model", dict, path)
-    architecture = document.get("architecture", training.get("model_type"))
+    architecture = document.get("architecture", training.get("model_type")) or _flagged(document, hyper_parameters)
     if architecture is not None and not isinstance(architecture, str):
         raise CheckpointError(f"{path}: architecture must be a string, not {quoted(architecture)}")
     stems = _stems(document, training, hyper_parameters, path)
@@ -149,6 +158,11 @@ def describe(document: dict[str, Any], path: Path, *, name: str, shares: Shares 
         ignored=tuple(sorted(unknown)),
         shares=shares,
     )
+
+
+def _flagged(document: dict[str, Any], model: dict[str, Any]) -> str | None:
+    """The variant that a key of the YAML names, if any. A key at the top level counts whatever its value."""
+    return next((name for key, name in FLAGS.items() if key in document or model.get(key)), None)
 
 
 def _from_demucs_training(document: dict[str, Any], training: dict[str, Any], path: Path) -> dict[str, Any]:

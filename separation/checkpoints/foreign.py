@@ -18,16 +18,12 @@ FOREIGN_SUFFIXES = {
 }
 VALUE_RESIDUALS = "an experimental RoFormer of Music-Source-Separation-Training (value residuals)"
 HYPER_CONNECTIONS = "an experimental RoFormer of Music-Source-Separation-Training (hyper-connections)"
-HYPERACE = "a BS-RoFormer HyperACE, whose mask estimators have a segmentation branch"
-FNO = "a BS-RoFormer FNO, whose mask estimators have Fourier neural operators"
+HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of its code disagree,"
 # By the YAML's `architecture`, or the `model_type` in its `training` section.
 TYPES = {
     "bs_roformer_experimental": "an experimental BS-RoFormer of Music-Source-Separation-Training",
     "mel_band_roformer_experimental": "an experimental MelBand-RoFormer of Music-Source-Separation-Training",
-    "bs_roformer_hyperace": HYPERACE,
-    "bs_roformer_fno": FNO,
     "bs_roformer_value_residual": VALUE_RESIDUALS,
-    "bs_roformer_large_v2": "a BS-RoFormer Large v2, whose mask estimators have transformers",
     "bs_conformer": "a BS-Conformer",
     "mel_band_conformer": "a MelBand-Conformer",
     "conformer": "a Conformer",
@@ -43,7 +39,6 @@ TYPES = {
 KEYS = {
     "use_value_residual_learning": VALUE_RESIDUALS,
     "num_residual_streams": HYPER_CONNECTIONS,
-    "fno": FNO,
     "time_conformer_depth": "a Conformer over bands",
     "embed_dim": "a Conformer",
     "mamba_gmlp": TYPES["bs_mamba2"],
@@ -54,11 +49,10 @@ KEYS = {
 # By names of weights that no other model has.
 NAMES = {
     r"encoding_blocks\.\d+\.tfc\.H\..*": "an MDX-Net (ConvTDFNet) before its export as an .onnx file",
-    r"mask_estimators\.\d+\.(.+\.)?segm\..*": HYPERACE,
-    r"mask_estimators\.\d+\.(.+\.)?(fno\w*|lifting|spectral\w*|projection)\..*": FNO,
+    r"mask_estimators\.\d+\.segm\.hyperace\.high_order_branch\.2\..*": HYPERACE_V1,
     r".*\.to_value_residual_mix\..*": VALUE_RESIDUALS,
     r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
-    r"mask_estimators\.\d+\.(?!to_freqs\.).*": "a RoFormer with other mask estimators",
+    r"mask_estimators\.\d+\.(?!to_freqs|segm|layers|norm)\w+\..*": "a RoFormer with other mask estimators",
     r".*\.A_log": TYPES["bs_mamba2"],
     r".*\.lora_[AB](\..*)?": "a LoRA adapter without its model",
     r"layers\.\d+\.\d+\.layers\.\d+\.conv\.net\..*": KEYS["time_conformer_depth"],

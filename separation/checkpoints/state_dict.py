@@ -44,6 +44,7 @@ READERS = 4  # threads: one is too slow for a fast disk
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
+    "C64": torch.complex64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I64": torch.int64,
@@ -200,8 +201,8 @@ STAND_INS = {
 # Trainers save objects of these packages with the weights. The packages are not imported.
 BESIDE = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|torchmetrics|hydra|omegaconf|ml_collections|argparse|pathlib|typing"
-    r"|torch\.optim|collections)\..*"
-    r"|builtins\.(dict|list|int|float|str|bool|tuple|frozenset|set|bytearray|complex)|torch\.(device|Tensor)"
+    r"|torch\.optim|collections|neuralop)\..*"
+    r"|torch\._C\._nn\.gelu|builtins\.(dict|list|int|float|str|bool|tuple|frozenset|set|bytearray|complex)|torch\.(device|Tensor)"
 )
 
 

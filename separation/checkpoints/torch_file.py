@@ -25,6 +25,7 @@ MOST_AXES = 8
 DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
+    "ComplexFloatStorage": torch.complex64,
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64,

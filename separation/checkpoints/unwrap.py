@@ -13,6 +13,7 @@ AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")
 NESTINGS = ("state_dict", "state", "model", "model_state_dict", "net", "network", "module")  # keys of plain weights
 # Prefixes of the weights' names, by preference: averages first.
 WRAPPERS = ("ema_model.", "model_ema.", "ema.", "module.", "_orig_mod.", "model.", "net.", "network.", "online_model.")
+BESIDE = "_metadata"  # the package neuraloperator puts its arguments among the weights
 INNER_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # anywhere in a name
 MOST_NESTINGS = 8
 
@@ -32,7 +33,10 @@ def state_dict_in(saved: Any) -> tuple[dict[str, Any], list[str]]:
         if inside[0] in AVERAGES and (others := [name for name in inside if name not in AVERAGES]):
             choices.append(f"using the moving average {inside[0]!r}, not {others[0]!r}")
         saved = saved[inside[0]]
-    if not isinstance(saved, Mapping) or not all(_is_weight(value) or _is_number(value) for value in saved.values()):
+    if not isinstance(saved, Mapping):
+        return {}, []
+    saved = {name: value for name, value in saved.items() if name != BESIDE}
+    if not all(_is_weight(value) or _is_number(value) for value in saved.values()):
         return {}, []
     named = {str(name): value for name, value in saved.items() if _is_weight(value)}
     weights = {_without_inner(name): value for name, value in named.items()}

@@ -4,7 +4,10 @@ from separation.models.apollo import Apollo
 from separation.models.bandit import Bandit, BanditV2
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer
+from separation.models.bs_roformer_large import BSRoFormerLarge
+from separation.models.fno import BSRoFormerFNO
 from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
+from separation.models.hyperace import BSRoFormerHyperACE
 from separation.models.mdx23c import MDX23C
 from separation.models.mdx_net import MDXNet
 from separation.models.mel_band_roformer import MelBandRoFormer
@@ -17,6 +20,9 @@ __all__ = ["ARCHITECTURES", "SeparationModel"]
 
 ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "bs_roformer": BSRoFormer,
+    "bs_roformer_hyperace": BSRoFormerHyperACE,
+    "bs_roformer_fno": BSRoFormerFNO,
+    "bs_roformer_large_v2": BSRoFormerLarge,
     "mel_band_roformer": MelBandRoFormer,
     "demucs": Demucs,
     "hdemucs": HDemucs,

@@ -4,7 +4,7 @@ Its bands do not overlap: each bin of the spectrogram belongs to one band.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class BSRoFormer(RoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
     Config = BSRoFormerConfig
-    KEY_PATTERNS = (
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"band_split\.to_features\..*",
         r"layers\.\d+\.\d+\.layers\.\d+\.0\.to_qkv\.weight",
         r"final_norm\.gamma",

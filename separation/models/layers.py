@@ -232,14 +232,37 @@ class MaskEstimator(nn.Module):
 
     def __init__(self, dim: int, widths: tuple[int, ...], *, linear_layers: int, expansion: int) -> None:
         super().__init__()
-        hidden = [dim * expansion] * (linear_layers - 1)
-        self.to_freqs = nn.ModuleList(
-            nn.Sequential(_tanh_mlp([dim, *hidden, width * 2]), nn.GLU(dim=-1)) for width in widths
-        )
+        self.to_freqs = band_mlps(dim, widths, linear_layers=linear_layers, expansion=expansion)
 
     def forward(self, x: Tensor) -> Tensor:
-        bands = zip(x.unbind(dim=-2), self.to_freqs, strict=True)
-        return torch.cat([to_mask(band) for band, to_mask in bands], dim=-1)
+        return band_masks(self.to_freqs, x)
+
+
+class VariantEstimator(nn.Module):
+    """A mask estimator with other layers than MaskEstimator's, `[N, B, K, D] -> [N, B, sum(widths)]`."""
+
+    def fused(self, fuse: Callable[[Transformer], nn.Module], fuse_mlps: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """An equal module for CPUs, from float32 to float32, with some layers replaced.
+
+        `fuse` replaces a transformer, `fuse_mlps` the `to_freqs` of a module if they are those of a MaskEstimator.
+        Raises NotFusedError for unsupported layers; the estimator is then unchanged.
+        """
+        return self
+
+    def for_gpu(self, dtype: torch.dtype) -> nn.Module:
+        """An equal module for a CUDA GPU, from float32 to float32, whose products may be in 16 bits."""
+        return self
+
+
+def band_mlps(dim: int, widths: tuple[int, ...], *, linear_layers: int, expansion: int) -> nn.ModuleList:
+    """The MLPs of a MaskEstimator."""
+    hidden = [dim * expansion] * (linear_layers - 1)
+    return nn.ModuleList(nn.Sequential(_tanh_mlp([dim, *hidden, width * 2]), nn.GLU(dim=-1)) for width in widths)
+
+
+def band_masks(to_freqs: nn.ModuleList, x: Tensor) -> Tensor:
+    """Apply the network of each band to its features, `[..., K, D] -> [..., sum(widths)]`."""
+    return torch.cat([network(band) for band, network in zip(x.unbind(dim=-2), to_freqs, strict=True)], dim=-1)
 
 
 def _tanh_mlp(sizes: list[int]) -> nn.Sequential:

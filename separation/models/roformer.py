@@ -31,6 +31,7 @@ from separation.models.layers import (
     RMSNorm,
     RotaryEmbedding,
     Transformer,
+    VariantEstimator,
 )
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
@@ -132,10 +133,14 @@ class RoFormer(SeparationModel):
         self.final_norm: nn.Module = nn.Identity() if norm_output else RMSNorm(config.dim)
         self.band_split: nn.Module = BandSplit(config.dim, widths)
         self.mask_estimators = nn.ModuleList(
-            MaskEstimator(config.dim, widths, linear_layers=mask_layers, expansion=config.mlp_expansion_factor)
-            for _ in range(config.num_stems)
+            self._mask_estimator(config, widths, mask_layers, attention) for _ in range(config.num_stems)
         )
         self._outputs = tuple(range(config.num_stems))
+
+    def _mask_estimator(self, config: Any, widths: tuple[int, ...], linear_layers: int, attention: str) -> nn.Module:
+        """A mask estimator without weights, for bands of so many features: a MaskEstimator or a VariantEstimator."""
+        expansion = config.mlp_expansion_factor
+        return MaskEstimator(config.dim, widths, linear_layers=linear_layers, expansion=expansion)
 
     @abstractmethod
     def _bands(self, bins: Tensor) -> Tensor:
@@ -187,15 +192,20 @@ class RoFormer(SeparationModel):
         For int8, features are rotated so that none is an outlier; see kernels/rotation.py.
         Raises NotFusedError for unsupported sizes and layers; the model is then unchanged.
         """
-        # Gains at the end of a transformer, as in MelBand-RoFormer, do not commute with a rotation of all features.
-        all_features = precision == torch.int8 and isinstance(self.final_norm, RMSNorm)
+        is_variant = any(isinstance(estimator, VariantEstimator) for estimator in self.mask_estimators)
+        # Gains at the end of a transformer, as in MelBand-RoFormer, do not commute with a rotation of all features. The
+        # layers of a variant's mask estimators may not either.
+        all_features = precision == torch.int8 and isinstance(self.final_norm, RMSNorm) and not is_variant
 
         def fused(transformer: Transformer) -> FusedTransformer:
             if precision == torch.int8:
                 transformer = rotated_transformer(transformer, features=all_features)
             return FusedTransformer(transformer, precision)
 
-        def fused_estimator(estimator: MaskEstimator) -> FusedMaskEstimator:
+        def fused_estimator(estimator: nn.Module) -> nn.Module:
+            if isinstance(estimator, VariantEstimator):
+                return estimator.fused(fused, lambda mlps: FusedMaskEstimator(nn.Identity(), mlps, precision))
+            assert isinstance(estimator, MaskEstimator)
             norm = self.final_norm
             if all_features:
                 norm, estimator = rotated_estimator(cast(RMSNorm, norm), estimator)
@@ -205,13 +215,14 @@ class RoFormer(SeparationModel):
         layers = [nn.ModuleList(map(fused, block)) for block in blocks]
         split = cast(BandSplit, self.band_split)
         fused_split = FusedBandSplit(rotated_split(split) if all_features else split, precision)
-        estimators = list(map(fused_estimator, cast(Iterable[MaskEstimator], self.mask_estimators)))
+        estimators = list(map(fused_estimator, self.mask_estimators))
         self.band_split, self.layers, self.mask_estimators = (
             fused_split,
             nn.ModuleList(layers),
             nn.ModuleList(estimators),
         )
-        self.final_norm = nn.Identity()  # the mask estimators include it
+        if not is_variant:
+            self.final_norm = nn.Identity()  # the mask estimators include it
 
     def fuse_for_gpu(self, dtype: torch.dtype) -> None:
         """Replace the layers by those of kernels/roformer_gpu.py, which compute in float16 or bfloat16 on a CUDA GPU.
@@ -229,11 +240,13 @@ class RoFormer(SeparationModel):
                 carry = fused[-1].carry_out
             layers.append(nn.ModuleList(fused))
         self.layers = nn.ModuleList(layers)
+        is_variant = any(isinstance(estimator, VariantEstimator) for estimator in self.mask_estimators)
         if isinstance(self.final_norm, RMSNorm):
-            self.final_norm = GpuNorm(self.final_norm, carry, dtype)
+            self.final_norm = GpuNorm(self.final_norm, carry, torch.float32 if is_variant else dtype)
         self.band_split = GpuBandSplit(cast(BandSplit, self.band_split), dtype)
         self.mask_estimators = nn.ModuleList(
-            GpuMaskEstimator(each, dtype) for each in cast(Iterable[MaskEstimator], self.mask_estimators)
+            each.for_gpu(dtype) if isinstance(each, VariantEstimator) else GpuMaskEstimator(each, dtype)
+            for each in self.mask_estimators
         )
         self.precision = dtype
 
@@ -254,16 +267,14 @@ class RoFormer(SeparationModel):
         """Spectrogram `[B, C, F, N, 2]` to `[N, B, K, D]`."""
         # Frames come before the batch, so that the input of the transformers is a view along either axis.
         x = self.band_split(self._bands(rearrange(spectrum, "b c f n ri -> n b f (c ri)")))
-        frames, batch = x.shape[:2]
+        frames = len(x)
         blocks_sum: Tensor | None = None
         for *linear, time_transformer, freq_transformer in cast(Iterable[Any], self.layers):
             for transformer in linear:
                 x = rearrange(transformer(rearrange(x, "n b k d -> b (n k) d")), "b (n k) d -> n b k d", n=frames)
             if blocks_sum is not None:
                 x = x + blocks_sum
-            x = time_transformer(rearrange(x, "n b k d -> (b k) n d"))
-            x = freq_transformer(rearrange(x, "(b k) n d -> (n b) k d", b=batch))
-            x = x.unflatten(0, (frames, batch))
+            x = axial(x, time_transformer, freq_transformer)
             if self._skips:
                 blocks_sum = x if blocks_sum is None else blocks_sum + x
         features: Tensor = self.final_norm(x)
@@ -297,6 +308,15 @@ class RoFormer(SeparationModel):
         if self._zero_dc:
             result = F.pad(result[..., 1:, :, :], (0, 0, 0, 0, 1, 0))
         return (result,)
+
+
+def axial(x: Tensor, along_time: nn.Module, along_bands: nn.Module) -> Tensor:
+    """Features `[N, B, K, D]` after a transformer along time and one along bands."""
+    frames, batch = x.shape[:2]
+    x = along_time(rearrange(x, "n b k d -> (b k) n d"))
+    x = along_bands(rearrange(x, "(b k) n d -> (n b) k d", b=batch))
+    features: Tensor = x.unflatten(0, (frames, batch))
+    return features
 
 
 def mask_layers_in(shapes: Shapes) -> int:

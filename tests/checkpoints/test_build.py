@@ -167,7 +167,10 @@ def test_the_list_of_architectures_with_fixed_chunks_is_complete() -> None:
     assert fixed == descriptions.FIXED_CHUNKS
 
 
-@pytest.mark.parametrize("name", ["demo", "mel_band_roformer_kim", "htdemucs", "hdemucs_mmi", "drumsep", "scnet"])
+@pytest.mark.parametrize(
+    "name",
+    ["demo", "bs_roformer_inst_fno_unwa", "mel_band_roformer_kim", "htdemucs", "hdemucs_mmi", "drumsep", "scnet"],
+)
 def test_the_lists_of_architectures_with_attention_and_int8_are_complete(name: str) -> None:
     description = catalogue.read_config(name)
     model = build(description)

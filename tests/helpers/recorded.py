@@ -27,6 +27,8 @@ def drawn_weights(state: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tenso
     weights = {}
     for key in sorted(state):
         drawn = _drawn(generator, state[key].shape)
+        if state[key].is_complex():
+            drawn = torch.complex(drawn, _drawn(generator, state[key].shape))
         if drawn.ndim > 1:
             weights[key] = drawn / math.sqrt(drawn[0].numel())
         elif key.endswith(("weight", "gamma")):  # of a norm

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from separation.models.kernels.native import CODES, PANEL, NotFusedError, library
 from separation.models.kernels.thread_choice import ThreadChoice
-from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
+from separation.models.layers import BandSplit, Pair, RMSNorm, Transformer
 
 _THREADS = ThreadChoice()
 
@@ -212,12 +212,12 @@ class FusedBandSplit(_BandNetworks):
 
 
 class FusedMaskEstimator(_BandNetworks):
-    """A `MaskEstimator`, `[B, N, K, D] -> [B, N, sum(widths)]`, both in float32 on the CPU.
+    """The MLPs in `to_freqs` of a `MaskEstimator`, `[B, N, K, D] -> [B, N, sum(widths)]`, both in float32 on the CPU.
 
     `norm` comes before it; it is an RMSNorm or an Identity.
     """
 
-    def __init__(self, norm: nn.Module, estimator: MaskEstimator, precision: torch.dtype) -> None:
+    def __init__(self, norm: nn.Module, estimator: nn.Module, precision: torch.dtype) -> None:
         networks = [
             [module for module in network[0] if isinstance(module, nn.Linear)]
             for network in cast(Iterable[Any], estimator.to_freqs)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.registry import ops
 from separation.models.kernels.roformer_ops import attend
-from separation.models.layers import BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
+from separation.models.layers import BandSplit, Pair, RMSNorm, Transformer
 
 ALIGNMENT = 8  # rows are padded to a multiple of so many features: attention kernels fail on rows that are not aligned
 MOST_SHORT_TOKENS = 128  # the longest sequence for `attend_short`, which loads it whole
@@ -184,12 +184,12 @@ class GpuBandSplit(GpuLayer):
 
 
 class GpuMaskEstimator(GpuLayer):
-    """A `MaskEstimator`, `[..., K, D]` to `[..., sum(widths)]` in float32.
+    """The MLPs in `to_freqs` of a `MaskEstimator`, `[..., K, D]` to `[..., sum(widths)]` in float32.
 
     A hidden layer of all bands is one batched product. So is the last layer of adjacent bands of one width.
     """
 
-    def __init__(self, estimator: MaskEstimator, dtype: torch.dtype) -> None:
+    def __init__(self, estimator: nn.Module, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         networks = [
             [module for module in network[0] if isinstance(module, nn.Linear)]
