@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from helpers.common import PROJECT, SONG
+from helpers.small_model import HYPER_PARAMETERS, small_model, write_weights, write_yaml
 from helpers.small_separators import QUICK, Recorder, random_model, read, write
 from separation import AudioError, InputError, ModelPool, RecipeError, Separator
+from separation.checkpoints.load import load_model
 from separation.engine.options import EngineOptions
 from separation.engine.recipes import resolve
 from separation.engine.song_waveforms import Samples
@@ -65,6 +67,25 @@ def test_one_model_gives_two_stems_without_a_recipe(clip: Tensor) -> None:
     assert (stems["right"] - Separator.from_model(model).separate(clip[:, :50_000])["right"]).abs().max() <= 1e-6
     with pytest.raises(RecipeError, match=r"'random' has no stem 'vocals': choose one of left, right"):
         Separator.from_model(model, two_stems="vocals")
+
+
+def test_the_lowest_bin_of_an_offset_is_in_the_stems_unless_the_yaml_zeroes_it(tmp_path: Path) -> None:
+    """The stems differ below the second bin only."""
+    weights = write_weights(small_model().state_dict(), tmp_path / "small.ckpt")
+    seconds = torch.arange(44100) / 44100
+    song = 0.3 * torch.sin(2 * torch.pi * 5000 * seconds).repeat(2, 1) + 0.1
+    stems = {}
+    for zero_dc in (None, False, True):
+        hyper_parameters = HYPER_PARAMETERS if zero_dc is None else HYPER_PARAMETERS | {"zero_dc": zero_dc}
+        model = load_model(write_yaml(tmp_path, model=hyper_parameters), checkpoint=weights)
+        stems[zero_dc] = Separator.from_model(model).separate(song)
+    for stem, kept in stems[None].items():
+        assert torch.equal(kept, stems[False][stem])
+        of_offset = (kept - stems[True][stem])[:, 4096:-4096]
+        assert of_offset.mean().abs() > 0.001  # of 0.1; the window leaves a part of an offset in the second bin
+        difference = torch.fft.rfft(of_offset).abs()
+        lowest = 3 * difference.shape[-1] // 32  # the window spreads a bin over its neighbours
+        assert difference[:, lowest:].max() < 1e-3 * difference.max()
 
 
 def test_one_model_gives_what_it_leaves_if_that_has_a_name(clip: Tensor) -> None:
