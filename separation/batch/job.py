@@ -9,7 +9,8 @@ from separation.checkpoints.catalogue import files_for, read_config
 from separation.checkpoints.description import WeightFile
 from separation.checkpoints.files import file_state, local_path
 from separation.engine.options import EngineOptions
-from separation.engine.recipes import Combination, Estimate
+from separation.engine.recipe_lines import PLAIN
+from separation.engine.recipes import Combination, Ensemble, Estimate
 from separation.engine.selection import Selection
 
 
@@ -95,8 +96,9 @@ def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOpt
     if output.excerpt is not None:
         settings["excerpt"] = output.excerpt.as_json()
     if selection.model is None:
-        sources = {stem: _text(source) for stem, source in selection.load().outputs.items()}
-        settings |= {"recipe": selection.recipe, "stems": selection.stems, "sources": sources}
+        recipe = selection.load()
+        sources = {stem: _text(source) for stem, source in recipe.outputs.items()}
+        settings |= {"recipe": recipe.name, "stems": selection.stems or recipe.choice, "sources": sources}
     elif residuals:
         settings["residual"] = residuals[0]
     files = [file for name, stems in models.items() for file in files_for(descriptions[name], stems)]
@@ -116,13 +118,16 @@ def _resolved(path: Path | None) -> str | None:
 
 
 def _text(parts: Combination) -> str:
-    """A weighted sum of estimates as text. Records hold it, so the names in it stay as they are."""
-    terms = [f"({_estimate_text(estimate)}, {weight!r})" for estimate, weight in parts]
+    """A weighted sum as text. Records hold it, so the names in it stay as they are."""
+    terms = [f"({_part_text(part)}, {weight!r})" for part, weight in parts]
     return f"({', '.join(terms)}{',' if len(terms) == 1 else ''})"
 
 
-def _estimate_text(estimate: Estimate | None) -> str:
-    if estimate is None:
+def _part_text(part: Estimate | Ensemble | None) -> str:
+    if part is None:
         return "None"
-    run = estimate.run
-    return f"Estimate(run=Run(model={run.model!r}, input={_text(run.input)}), stem={estimate.stem!r})"
+    if isinstance(part, Ensemble):
+        return f"Ensemble(rule={part.rule!r}, parts=({', '.join(map(_text, part.parts))}))"
+    run = part.run
+    view = "" if run.view == PLAIN else f", view={tuple(run.view)}"
+    return f"Estimate(run=Run(model={run.model!r}, input={_text(run.input)}{view}), stem={part.stem!r})"

@@ -64,7 +64,7 @@ def selection(args: argparse.Namespace) -> Selection:
         )
     return Selection(
         recipe=args.recipe or Selection.recipe,
-        stems=args.stems or Selection.stems,
+        stems=args.stems,
         two_stems=getattr(args, "two_stems", None),
         model_name=args.model_name,
         model_dir=args.model_dir,

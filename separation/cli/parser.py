@@ -24,7 +24,7 @@ from separation.cli.values import (
     time,
 )
 from separation.engine.options import ATTENTIONS, PRECISIONS
-from separation.engine.recipes import choices, names
+from separation.engine.recipes import ALL, DEFAULT_CHOICE, choices, names
 from separation.engine.selection import Selection
 from separation.evaluation.choice import DEFAULT_SCORES, SCORES
 from separation.system.places import program
@@ -449,11 +449,19 @@ def _add_cache(parent: _Commands) -> None:
 
 def _add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("model options")
-    all_choices = sorted({choice for name in names() for choice in choices(name)})
+    all_choices = sorted({choice for name in names() for choice in choices(name)} - {ALL})
     group.add_argument(
-        "--stems", type=given, metavar="NAME", help=f"{_listed(all_choices)} (default: {Selection.stems})"
+        "--stems",
+        type=given,
+        metavar="NAME",
+        help=f"{_listed(all_choices)} (default: {DEFAULT_CHOICE}, or all stems of a recipe without that)",
     )
-    group.add_argument("--recipe", type=given, metavar="NAME", help=f"{_listed(names())} (default: {Selection.recipe})")
+    group.add_argument(
+        "--recipe",
+        type=given,
+        metavar="NAME",
+        help=f"{_listed(names())}, or the path of a .yaml file (default: {Selection.recipe})",
+    )
     group.add_argument("--model-name", type=given, metavar="NAME", help="all stems of one model, instead of a recipe")
     group.add_argument(
         "--model-dir", type=path, metavar="DIR", help="folder of that model: DIR/NAME, or DIR/NAME.yaml and NAME.ckpt"

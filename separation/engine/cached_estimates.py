@@ -13,7 +13,7 @@ from separation.device import identity
 from separation.engine.cache import Cache, engine_version
 from separation.engine.chunk_plan import ChunkPlan, Span
 from separation.engine.parts import EstimatePart
-from separation.engine.recipes import Estimate
+from separation.engine.recipes import Combination, Ensemble, Estimate
 from separation.errors import CheckpointError
 from separation.models.base import SeparationModel
 
@@ -67,8 +67,19 @@ class EstimateSettings:
             "batch_size": self._batch_size or "auto",
             "chunk_samples": plan.chunk_samples,
             "overlap_samples": plan.overlap_samples,
-            "input": [(weight, self.of(part, mixture) if part else dict(mixture)) for part, weight in run.input],
+            "view": list(run.view),
+            "input": self._of_sum(run.input, mixture),
         }
+
+    def _of_sum(self, parts: Combination, mixture: Mapping[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+        return [(weight, self._of_part(part, mixture)) for part, weight in parts]
+
+    def _of_part(self, part: Estimate | Ensemble | None, mixture: Mapping[str, Any]) -> dict[str, Any]:
+        if part is None:
+            return dict(mixture)
+        if isinstance(part, Ensemble):
+            return {"rule": part.rule, "parts": [self._of_sum(each, mixture) for each in part.parts]}
+        return self.of(part, mixture)
 
 
 class CachedEstimates:

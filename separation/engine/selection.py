@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Self
 
 from separation.checkpoints.catalogue import read_config
-from separation.checkpoints.description import FIXED_CHUNKS, WITH_ATTENTION, WITH_INT8
+from separation.checkpoints.description import FIXED_CHUNKS, WITH_ATTENTION, WITH_INT8, YAML_SUFFIXES
 from separation.engine.options import EngineOptions
-from separation.engine.recipes import Recipe, load_recipe, one_model
+from separation.engine.recipes import Recipe, find_recipe, one_model
 from separation.errors import InputError
 
 
@@ -17,8 +17,8 @@ class Selection:
     """A recipe's choice of stems or, with `model_name` or `model_path`, all stems of one model and its residual.
 
     Args:
-        recipe: a recipe in configs/recipes.
-        stems: one of the recipe's choices, such as `all_4`.
+        recipe: a recipe in configs/recipes, or the path of a YAML file.
+        stems: one of the recipe's choices, such as `all_4`; None for its default, `vocals_instrumental` if it has that.
         two_stems: give only this stem and `no_<stem>`, the mixture minus it.
         model_name: a model's name or path, to run instead of a recipe.
         model_dir: the folder that holds the model of that name.
@@ -26,7 +26,7 @@ class Selection:
     """
 
     recipe: str = "standard"
-    stems: str = "vocals_instrumental"
+    stems: str | None = None
     two_stems: str | None = None
     model_name: str | None = None
     model_dir: Path | None = None
@@ -42,7 +42,7 @@ class Selection:
     def load(self) -> Recipe:
         """The recipe to run. Raises RecipeError if there is no such recipe, choice, stem or model."""
         if self.model is None:
-            return load_recipe(self.recipe, self.stems, two_stems=self.two_stems)
+            return find_recipe(self.recipe, self.stems, two_stems=self.two_stems)
         model = read_config(self.model)
         recipe = one_model(self.model, model.stems, model.residual)
         return recipe if self.two_stems is None else recipe.two_stems(self.two_stems)
@@ -77,4 +77,7 @@ class Selection:
     def absolute(self) -> Self:
         """The same selection for a process with another working directory."""
         folder, weights = self.model_dir, self.model_path
-        return replace(self, model_dir=folder and folder.absolute(), model_path=weights and weights.absolute())
+        recipe = str(path.absolute()) if (path := Path(self.recipe)).suffix in YAML_SUFFIXES else self.recipe
+        return replace(
+            self, recipe=recipe, model_dir=folder and folder.absolute(), model_path=weights and weights.absolute()
+        )

@@ -18,7 +18,7 @@ from separation.audio.ffmpeg_writer import check_installed
 from separation.audio.metadata import Metadata, read_metadata
 from separation.audio.options import FFMPEG_FORMATS, OutputOptions
 from separation.audio.resample import ResampledView, resampled, resampled_as_it_comes, resampled_length
-from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, in_blocks, sample_fault
+from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Readable, Waveform, in_blocks, sample_fault
 from separation.engine.cache import Cache
 from separation.engine.cached_estimates import CachedEstimates, EstimateSettings, n_bytes
 from separation.engine.chunk_plan import ChunkPlan, Span, read_extended
@@ -30,9 +30,11 @@ from separation.engine.options import EngineOptions
 from separation.engine.pairs import pairs_help
 from separation.engine.parts import EstimatePart, KnownPart, excerpt, with_margin
 from separation.engine.pool import LoadedModels, ModelPool, Models
-from separation.engine.recipes import Estimate, Recipe, Run, load_recipe, one_model
+from separation.engine.recipe_lines import PLAIN
+from separation.engine.recipes import Estimate, Recipe, Run, find_recipe, one_model
 from separation.engine.song_context import song_context
 from separation.engine.song_waveforms import Samples, SongWaveforms, Wave
+from separation.engine.views import Viewed, undone
 from separation.errors import AudioError, InputError
 from separation.models.base import SeparationModel
 from separation.progress import Progress, Report
@@ -73,8 +75,9 @@ class Separator:
     """Splits songs into the stems of a recipe. Several threads may use one separator.
 
     Args:
-        recipe: a recipe's name (a folder in configs/recipes), or a recipe that is already loaded.
-        stems: one of the recipe's choices, such as `vocals_instrumental`, `all_4` or `all_6`.
+        recipe: the name of a recipe in configs/recipes, the path of a YAML file, or a recipe that is already loaded.
+        stems: one of the recipe's choices, such as `all_4` or `all_6`; None for `vocals_instrumental`, or for the
+            recipe's first choice if it does not have that.
         two_stems: a stem such as `drums`, to return only that stem and `no_drums`, the mixture minus it. The stem is
             taken from the choice `stems` or, if that has no such stem, from the recipe's first choice that does. Only
             the models that it needs are loaded.
@@ -90,7 +93,7 @@ class Separator:
     def __init__(
         self,
         recipe: str | Recipe = "standard",
-        stems: str = "vocals_instrumental",
+        stems: str | None = None,
         *,
         two_stems: str | None = None,
         options: EngineOptions = EngineOptions(),
@@ -145,10 +148,10 @@ class Separator:
 
     def warm_up(self) -> None:
         """Run each model over a chunk of noise, so that the first song does not wait for one-time setup."""
-        for run, stems in self.recipe.runs.items():
-            plan = replace(self.plans[run.model], overlap_samples=0)
+        for name, stems in dict.fromkeys((run.model, stems) for run, stems in self.recipe.runs.items()):
+            plan = replace(self.plans[name], overlap_samples=0)
             noise = torch.randn(2, min(SAMPLE_RATE, plan.chunk_samples), generator=torch.Generator().manual_seed(0))
-            model, source = self.models[run.model].only(stems), Samples.of(noise * 0.1)
+            model, source = self.models[name].only(stems), Samples.of(noise * 0.1)
             for _ in separate(self._ready(model, plan), source, plan, _level(model, source)):
                 pass
 
@@ -330,7 +333,7 @@ class Separator:
         """
         whole, inputs = Span(0, song.n_samples), self.recipe.inputs
         spans = {run: whole if run in inputs else with_margin(part, song.n_samples) for run in song.runs}
-        n_chunks = {run: self.n_chunks(run.model, song.n_samples, span) for run, span in spans.items()}
+        n_chunks = {run: self._n_chunks(run, song.n_samples, span) for run, span in spans.items()}
         total, done = sum(n_chunks.values()), 0
         for run, stems in song.runs.items():
             share = progress.part(done / total, (done + n_chunks[run]) / total, run.model)
@@ -340,6 +343,10 @@ class Separator:
             self._run_model(run, waves, song.wait_for(run.input), known, spans[run], share)
             for estimate, wave in waves.items():
                 yield estimate, wave, known.with_span(spans[run])
+
+    def _n_chunks(self, run: Run, n_samples: int, span: Span) -> int:
+        """How many chunks a run computes for a span of a song."""
+        return self.n_chunks(run.model, n_samples + run.view.delay_samples, _in_view(span, run))
 
     def n_chunks(self, model: str, n_samples: int, span: Span | None = None) -> int:
         """How many chunks a model computes for a song of `n_samples`, or for a span of it, at 44100 Hz."""
@@ -353,9 +360,8 @@ class Separator:
         """Run a model over a waveform, and append what it estimates to `waves`: complete in `span`, else anything."""
         model = self.models[run.model].only(tuple(estimate.stem for estimate in waves))
         outputs, start = [model.stems.index(estimate.stem) for estimate in waves], 0
-        plan = self.plans[run.model]
-        with closing(self._estimate(model, source, plan, progress, known.missing(span))) as blocks:
-            for block in blocks:
+        with closing(self._estimate(model, source, run, progress, known.missing(span))) as blocks:
+            for block in undone(blocks, run.view):
                 estimates = [block[output] for output in outputs]
                 known.fill_in(estimates, start)
                 start += block.shape[-1]
@@ -363,21 +369,21 @@ class Separator:
                     wave.append(estimate)
 
     def _estimate(
-        self,
-        model: SeparationModel,
-        source: Samples | Waveform,
-        plan: ChunkPlan,
-        progress: Progress,
-        spans: Sequence[Span],
+        self, model: SeparationModel, source: Samples | Waveform, run: Run, progress: Progress, spans: Sequence[Span]
     ) -> Generator[Tensor]:
-        """The estimates of a model for these spans of a complete waveform, in blocks `[S, 2, n]`."""
-        ready, level, rate = self._ready(model, plan), _level(model, source), model.sample_rate
+        """The estimates of a model for a run's view of these spans of a complete waveform, in blocks `[S, 2, n]`."""
+        plan, level, rate = self.plans[run.model], _level(model, source), model.sample_rate
+        if run.view.is_inverted:
+            level = replace(level, offset=-level.offset)
+        viewed: Readable = source if run.view == PLAIN else Viewed(source, run.view)
+        spans = [_in_view(span, run) for span in spans]
+        ready = self._ready(model, plan)
         if rate == SAMPLE_RATE:
-            yield from separate(ready, source, plan, level, progress, spans)
+            yield from separate(ready, viewed, plan, level, progress, spans)
             return
-        at_its_rate, spans = ResampledView(source, SAMPLE_RATE, rate), [span.at(rate) for span in spans]
+        at_its_rate, spans = ResampledView(viewed, SAMPLE_RATE, rate), [span.at(rate) for span in spans]
         with closing(separate(ready, at_its_rate, plan, level, progress, spans)) as blocks:
-            yield from resampled_as_it_comes(blocks, rate, SAMPLE_RATE, source.n_samples)
+            yield from resampled_as_it_comes(blocks, rate, SAMPLE_RATE, viewed.n_samples)
 
     def _ready(self, model: SeparationModel, plan: ChunkPlan) -> ReadyModel:
         """The model, ready to run over batches of chunks of that plan."""
@@ -410,10 +416,15 @@ def _check_parts(models: Mapping[str, SeparationModel], two_stems: str | None) -
         )
 
 
-def _recipe(recipe: str | Recipe, stems: str, two_stems: str | None) -> Recipe:
+def _in_view(span: Span, run: Run) -> Span:
+    """Where a span of a run's input lies in its view of the input."""
+    return Span(span.start + run.view.delay_samples, span.stop + run.view.delay_samples)
+
+
+def _recipe(recipe: str | Recipe, stems: str | None, two_stems: str | None) -> Recipe:
     if isinstance(recipe, str):
-        return load_recipe(recipe, stems, two_stems=two_stems)
-    if stems != "vocals_instrumental":
+        return find_recipe(recipe, stems, two_stems=two_stems)
+    if stems is not None:
         raise InputError(f"stems {stems!r} have no effect with a loaded recipe: leave them out")
     return recipe if two_stems is None else recipe.two_stems(two_stems)
 

@@ -1,4 +1,4 @@
-"""The waveforms of one song: the mixture, the models' estimates, and the sums that a recipe makes of them."""
+"""The waveforms of one song: the mixture, the models' estimates, and what a recipe makes of them."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -12,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from separation.audio.waveform import Growing, Waveform
-from separation.engine.recipes import Combination, Estimate, Recipe
+from separation.audio.waveform import BLOCK_SAMPLES, Growing, Waveform
+from separation.engine.ensembles import combined
+from separation.engine.recipes import Combination, Ensemble, Estimate, Recipe, runs_in
 from separation.system.threads import Threads
-
-BLOCK_SAMPLES = 65536  # samples that are added up at once
 
 
 class Samples(Growing):
@@ -71,8 +70,8 @@ Wave = TypeVar("Wave", Samples, Waveform)
 class _WeightedSum(Generic[Wave]):
     """A weighted sum of waveforms, computed whenever it is read."""
 
-    def __init__(self, parts: list[tuple[Wave, float]]) -> None:
-        self._parts: list[tuple[Wave, float]] = parts
+    def __init__(self, parts: "list[tuple[Wave | _Combined[Wave], float]]") -> None:
+        self._parts: list[tuple[Wave | _Combined[Wave], float]] = parts
         self.n_samples = parts[0][0].n_samples
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -86,8 +85,33 @@ class _WeightedSum(Generic[Wave]):
             yield self.read(start, min(start + BLOCK_SAMPLES, self.n_samples))
 
 
+class _Combined(Generic[Wave]):
+    """An ensemble, stored in a waveform as far as it has been read. Only the thread that fills waveforms reads it."""
+
+    def __init__(self, wave: Wave, blocks: Iterator[Tensor]) -> None:
+        self.wave: Wave = wave
+        self.n_samples = wave.n_samples
+        self._blocks, self._there = blocks, 0
+
+    def read(self, start: int, stop: int) -> Tensor:
+        self._extend(stop)
+        return self.wave.read(start, stop)
+
+    def growing(self) -> Iterator[None]:
+        """Steps that compute the whole ensemble."""
+        for stop in range(BLOCK_SAMPLES, self.n_samples + BLOCK_SAMPLES, BLOCK_SAMPLES):
+            self._extend(min(stop, self.n_samples))
+            yield
+
+    def _extend(self, stop: int) -> None:
+        while self._there < stop:
+            block = next(self._blocks)
+            self.wave.append(block)
+            self._there += block.shape[1]
+
+
 class SongWaveforms(Generic[Wave]):
-    """The waveforms of one song: the mixture, the models' estimates, and sums of them.
+    """The waveforms of one song: the mixture, the models' estimates, and sums and ensembles of them.
 
     Sums are requested with `sum_of` and `fill`. Inside the `with` block, a thread computes them as the estimates grow.
     If it fails, or an exception leaves the block, the waveforms are closed, so that their readers stop waiting.
@@ -112,7 +136,8 @@ class SongWaveforms(Generic[Wave]):
         self.estimates: dict[Estimate | None, Wave] = {None: mixture}
         self._new: Callable[[], Wave] = new
         self._sums: dict[Combination, Wave] = {}
-        self._to_fill: list[tuple[int, Wave, Iterator[Tensor]]] = []  # with the number of the last run that is needed
+        self._ensembles: dict[Ensemble, _Combined[Wave]] = {}
+        self._to_fill: list[tuple[int, Wave, Iterator[None]]] = []  # with the number of the last run that is needed
         self._threads = Threads(max_workers=2)  # one for the sums, one for background jobs
         self._filling: Future[None] | None = None
         self._jobs: list[Future[None]] = []
@@ -128,8 +153,10 @@ class SongWaveforms(Generic[Wave]):
             self.sum_of(run.input)
 
     def sum_of(self, parts: Combination) -> Wave:
-        """The waveform of a sum, which the thread fills. A single estimate with weight 1 is returned as it is."""
+        """The waveform of a sum, which the thread fills. A single part with weight 1 is returned as it is."""
         readable = self.readable(parts)
+        if isinstance(readable, _Combined):
+            return readable.wave
         if not isinstance(readable, _WeightedSum):
             return readable
         if parts not in self._sums:
@@ -137,17 +164,29 @@ class SongWaveforms(Generic[Wave]):
             self.fill(self._sums[parts], parts, readable.blocks())
         return self._sums[parts]
 
-    def readable(self, parts: Combination) -> "Wave | _WeightedSum[Wave]":
-        """The sum as something to read from once: it is not stored, but computed by each read."""
+    def readable(self, parts: Combination) -> "Wave | _WeightedSum[Wave] | _Combined[Wave]":
+        """The sum as something for the thread to read from once: it is not stored, but computed by each read."""
         if [weight for _, weight in parts] == [1.0]:
-            return self.estimates[parts[0][0]]
-        return _WeightedSum([(self.estimates[estimate], weight) for estimate, weight in parts])
+            return self._part(parts[0][0])
+        return _WeightedSum([(self._part(part), weight) for part, weight in parts])
 
     def fill(self, wave: Wave, parts: Combination, blocks: Iterator[Tensor]) -> None:
-        """Have the thread append `blocks`, which are computed from the estimates in `parts`, to a waveform."""
+        """Have the thread append `blocks`, which are computed from `parts`, to a waveform."""
+        self._to_fill.append((self._last_run(parts), wave, _appending(wave, blocks)))
+
+    def _part(self, part: Estimate | Ensemble | None) -> "Wave | _Combined[Wave]":
+        if not isinstance(part, Ensemble):
+            return self.estimates[part]
+        if part not in self._ensembles:
+            blocks = combined(part.rule, [self.readable(each) for each in part.parts])
+            ensemble = self._ensembles[part] = _Combined(self._new(), blocks)
+            self._to_fill.append((self._last_run(((part, 1.0),)), ensemble.wave, ensemble.growing()))
+        return self._ensembles[part]
+
+    def _last_run(self, parts: Combination) -> int:
+        """The number of the last run that is needed for a sum; -1 if none is."""
         numbers = {run: number for number, run in enumerate(self.runs)}
-        last = max((numbers.get(estimate.run, -1) for estimate, _ in parts if estimate), default=-1)
-        self._to_fill.append((last, wave, blocks))
+        return max((numbers.get(run, -1) for run in runs_in(parts)), default=-1)
 
     def wait_for(self, parts: Combination) -> Wave:
         """The waveform of a sum, once it is complete. Raises the error of a thread that failed."""
@@ -175,7 +214,7 @@ class SongWaveforms(Generic[Wave]):
     def _fill(self) -> None:
         # Waveforms that need the same runs grow together.
         for _, group in groupby(sorted(self._to_fill, key=itemgetter(0)), key=itemgetter(0)):
-            for _ in zip_longest(*(_appending(wave, blocks) for _, wave, blocks in group)):
+            for _ in zip_longest(*(steps for _, _, steps in group)):
                 pass
 
     def _close_if_failed(self, filling: "Future[None]") -> None:

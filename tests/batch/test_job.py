@@ -76,8 +76,17 @@ def test_the_weights_of_a_users_own_model_are_told_apart_by_size_and_time(tmp_pa
 
 def test_a_recipe_that_was_edited_has_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     before = settings_of(*DEMO)
-    monkeypatch.setattr(selection, "load_recipe", lambda name, choice, **rest: load_recipe("sw", choice, **rest))
+    monkeypatch.setattr(selection, "find_recipe", lambda name, choice, **rest: load_recipe("sw", choice, **rest))
     assert settings_of(*DEMO) != before
+
+
+def test_views_and_rules_of_a_recipe_are_part_of_the_settings(tmp_path: Path) -> None:
+    found = []
+    for line in ("demo", "demo with polarity", "{max: [demo, residual]}", "{min: [demo, residual]}"):
+        (tmp_path / "mine.yaml").write_text(f"bass: demo\nvocals: {line}")
+        found.append(settings_of("--recipe", str(tmp_path / "mine.yaml"))["sources"])
+    assert found[0]["vocals"] == f"({ESTIMATE.format(1.0)},)"
+    assert all(found.count(sources) == 1 for sources in found)
 
 
 def test_the_same_chunks_are_the_same_settings_however_they_are_chosen() -> None:

@@ -57,6 +57,30 @@ def bad_file(kind: str, path: Path, music: np.ndarray) -> None:
         soundfile.write(path, music[:0], RATE, format="WAV")
 
 
+def test_a_recipe_of_the_users_own_is_a_file(
+    tmp_path: Path, song: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(
+        "(voice): {max_fft: [vocals by demo, residual after drums, vocals by demo after drums with 2 shifts]}\n"
+        "(drums): demo with tta\nsung: vocals by demo of voice\nband: residual"
+    )
+    assert separate(song, "-o", "out", "--recipe", "mine.yaml") == 0
+    sung, band = (soundfile.read(f"out/song/{stem}.wav", dtype="float32")[0] for stem in ("sung", "band"))
+    assert np.abs(sung + band - soundfile.read(song, dtype="float32")[0]).max() <= 1e-6
+    assert sung.any() and sorted(path.name for path in Path("out/song").glob("*.wav")) == ["band.wav", "sung.wav"]
+    capsys.readouterr()
+    for text, words, more in (
+        ("sung: demo with reverb", "recipe 'mine.yaml': sung: 'reverb' is not a view of the song: write", ()),
+        ("sung: demo", "recipe 'mine.yaml', sung: demo does not give 'sung': choose from vocals, drums", ()),
+        ("vocals: demo", "not 'all_4': leave the stems out", ("--stems", "all_4")),
+        ("vocals: demo", "there is no recipe other.yaml: give the path of a .yaml file", ("--recipe", "other.yaml")),
+    ):
+        Path("mine.yaml").write_text(text)
+        code = separate(song, "-o", "none", "--recipe", "mine.yaml", *more)
+        assert_refused(code, capsys, Path("none"), words)
+
+
 @pytest.mark.parametrize(
     "kind, words",
     [

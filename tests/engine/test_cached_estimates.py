@@ -12,7 +12,8 @@ from separation import Cache, CheckpointError, ModelPool, Separator
 from separation.audio.waveform import Waveform
 from separation.engine.cached_estimates import CachedEstimates, EstimateSettings, n_bytes
 from separation.engine.chunk_plan import ChunkPlan, Span
-from separation.engine.recipes import MIXTURE, Estimate, Run
+from separation.engine.recipe_lines import View
+from separation.engine.recipes import MIXTURE, Ensemble, Estimate, Run
 from separation.models.base import Origin
 
 PLAN = ChunkPlan(1000, 500)
@@ -47,6 +48,18 @@ def test_the_input_of_a_run_is_part_of_the_settings_down_to_the_mixture() -> Non
     ((weight, inner),) = found.of(AGAIN, {"sha256": "song"})["input"]
     assert weight == 1 and inner == found.of(VOCALS, {"sha256": "song"})
     assert inner["input"] == [(1, {"sha256": "song"})]
+
+
+def test_the_view_and_the_ensembles_of_a_runs_input_are_part_of_the_settings() -> None:
+    found = settings({"0": "aa"})
+    inverted = Estimate(Run("m", MIXTURE, View(is_inverted=True)), "vocals")
+    assert found.of(inverted, {}) == found.of(VOCALS, {}) | {"view": [True, False, 0]}
+    parts = (((VOCALS, 1.0),), ((AGAIN, 1.0),))
+    largest, smallest = (Estimate(Run("m", ((Ensemble(rule, parts), 1.0),)), "vocals") for rule in ("max", "min"))
+    ((_, input),) = found.of(largest, {"sha256": "song"})["input"]
+    assert input["rule"] == "max"
+    assert input["parts"] == [[(1.0, found.of(part, {"sha256": "song"}))] for part in (VOCALS, AGAIN)]
+    assert found.of(largest, {}) != found.of(smallest, {})
 
 
 def test_with_one_network_per_stem_only_the_weights_of_that_stem_matter() -> None:

@@ -8,7 +8,18 @@ import yaml
 
 from helpers.common import STEMS
 from separation.engine import recipes
-from separation.engine.recipes import MIXTURE, Estimate, Recipe, Run, load_recipe, resolve
+from separation.engine.recipe_lines import View
+from separation.engine.recipes import (
+    MIXTURE,
+    Combination,
+    Ensemble,
+    Estimate,
+    Recipe,
+    Run,
+    find_recipe,
+    load_recipe,
+    resolve,
+)
 from separation.errors import RecipeError
 
 ORDER = {choice: tuple(stems) for choice, stems in STEMS.items()} | {
@@ -24,6 +35,13 @@ def recipe(text: str) -> Recipe:
 def over_mixture(stem: str, model: str = "m") -> Estimate:
     return Estimate(Run(model, MIXTURE), stem)
 
+
+def one(stem: str, model: str = "m") -> Combination:
+    return ((over_mixture(stem, model), 1.0),)
+
+
+INVERTED = Estimate(Run("m", MIXTURE, View(is_inverted=True)), "a")
+LARGEST = Ensemble("max", (one("a"), one("a", "n")))
 
 # The recipes of the project
 
@@ -74,6 +92,14 @@ def test_sw_takes_every_stem_from_one_model_in_one_run() -> None:
         ("a: m\nb: [m, residual]", {"b": {over_mixture("b"): 0.5, None: 0.5, over_mixture("a"): -0.5}}),
         ("a: m\n(c): m\nb: residual", {"b": {None: 1, over_mixture("a"): -1}}),
         ("(c): m\na: m of c", {"a": {Estimate(Run("m", ((over_mixture("c"), 1.0),)), "a"): 1}}),
+        ("a: b by m", {"a": {over_mixture("b"): 1}}),
+        ("c: m\na: residual after c", {"a": {None: 1, over_mixture("c"): -1}}),
+        ("a: m with polarity", {"a": {over_mixture("a"): 0.5, INVERTED: 0.5}}),
+        ("a: {m with polarity: 1, m: 1}", {"a": {over_mixture("a"): 0.75, INVERTED: 0.25}}),
+        ("a: {max: [m, n]}", {"a": {LARGEST: 1}}),
+        ("a: {max: [m]}", {"a": {over_mixture("a"): 1}}),
+        ("a: {max: [m, n]}\nb: residual", {"b": {None: 1, LARGEST: -1}}),
+        ("(a): {max: [m, n]}\nb: m of a", {"b": {Estimate(Run("m", ((LARGEST, 1.0),)), "b"): 1}}),
         ("a: m after c\nc: n", {"a": {Estimate(Run("m", ((None, 1.0), (over_mixture("c", "n"), -1.0))), "a"): 1}}),
     ],
 )
@@ -90,6 +116,14 @@ def test_a_model_runs_once_on_the_same_input_however_it_is_written() -> None:
     assert [run.model for run in mine.runs] == ["m", "n", "n", "n"]
     assert list(mine.runs.values()) == [("a", "b"), ("c", "d"), ("e",), ("f",)]
     assert mine.models == {"m": ("a", "b"), "n": ("c", "d", "e", "f")}
+
+
+def test_the_runs_of_an_ensemble_and_of_views_are_those_of_its_parts_once_each() -> None:
+    mine = recipe("a: {max: [m, n with tta, m]}\nb: m\nc: n of a\n(d): {min: [a by m, k]}")
+    assert [(run.model, run.view) for run in mine.runs] == [
+        ("m", View()), ("n", View()), ("n", View(is_swapped=True)), ("n", View(is_inverted=True)), ("n", View())
+    ]  # fmt: skip
+    assert list(mine.runs.values()) == [("a", "b"), *[("a",)] * 3, ("c",)]
 
 
 def test_a_run_comes_after_the_runs_it_depends_on_and_unneeded_runs_are_left_out() -> None:
@@ -156,7 +190,7 @@ def test_an_unknown_stem_is_an_error_that_lists_the_stems() -> None:
         ("(vocals: htdemucs", r"'\(vocals' is not a stem"),
         ("1: htdemucs", "1 is not a stem"),
         ("vocals: htdemucs\n(vocals): demo", "vocals has two lines: remove one"),
-        ("vocals: 3", "vocals: 3 is not a source: write a model, `MODEL of STEM`, `MODEL after STEM` or 'residual'"),
+        ("vocals: 3", "vocals: 3 is not a source: write a model, `STEM by MODEL`, `MODEL of STEM`, "),
         ("vocals: []", r"vocals: \[\] is not a source"),
         ("vocals: {}", "vocals: {} is not a source"),
         ("vocals: [demo, [demo]]", r"vocals: \['demo'\] is not a source"),
@@ -182,6 +216,13 @@ def test_an_unknown_stem_is_an_error_that_lists_the_stems() -> None:
             "a0: m\n" + "\n".join(f"a{n}: m of a{n - 1}" for n in range(1, 60)),
             "a6 needs a chain of more than 5 other stems: leave some out",
         ),
+        (
+            "a0: m\n" + "\n".join(f"a{n}: m of a{n - 1} with 20 shifts" for n in range(1, 6)),
+            "a3 needs more than 2,000 runs of models: leave some out",
+        ),
+        ("vocals: demo with reverb", "vocals: 'reverb' is not a view of the song: write polarity, channels, tta or"),
+        ("vocals: {mean: [demo, demo]}", "vocals: 'mean' is not a rule: write one of median, min, max, median_fft"),
+        ("vocals: karaoke by demo", ", karaoke: demo does not give 'karaoke': choose from vocals"),
         ("\n".join(f"a{n}: m" for n in range(65)), "has 65 lines: write at most 64"),
         ("v: m\n" + "x" * 65 + ": m", r"'x{65}' is not a stem"),
         ("v: m of " + "x" * 10_000, r"'m of x{73}… needs x{79}…, which has no line"),
@@ -216,3 +257,67 @@ def test_an_unknown_recipe_or_choice_is_an_error_that_lists_the_known_ones() -> 
     for two_stems in (None, "vocals"):
         with pytest.raises(RecipeError, match=r"'all_5'.*all_4, all_6, vocals_instrumental"):
             load_recipe("demo", "all_5", two_stems=two_stems)
+
+
+# Recipes of one file
+
+
+def test_a_file_is_a_recipe_whose_one_choice_needs_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "my recipe.yaml"
+    path.write_text("vocals: demo\nrest: residual")
+    mine = find_recipe(str(path))
+    assert (mine.name, mine.choice, mine.stems) == (str(path), "all", ("vocals", "rest"))
+    assert find_recipe(str(path), "all") == mine
+    assert find_recipe(str(path), two_stems="rest").stems == ("rest", "no_rest")
+    assert find_recipe("demo", "all_4") == load_recipe("demo", "all_4")
+
+
+def test_a_shipped_recipe_of_one_file_is_read_without_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sing.yaml").write_text("vocals: demo\nbass: demo")
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    assert recipes.names() == ["sing"] and recipes.choices("sing") == ["all"]
+    assert load_recipe("sing").stems == load_recipe("sing", "all").stems == ("vocals", "bass")
+    assert load_recipe("sing", two_stems="bass").stems == ("bass", "no_bass")
+    with pytest.raises(RecipeError, match=r"^recipe 'sing' has no stems 'all_4': choose one of all$"):
+        load_recipe("sing", "all_4")
+    (tmp_path / "sing.yaml").write_text("vocals: 3")
+    with pytest.raises(RecipeError, match=r"^recipe 'sing': vocals: 3 is not a source"):
+        load_recipe("sing")
+
+
+def test_without_a_choice_a_recipe_gives_vocals_and_instrumental_if_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_recipe("demo") == load_recipe("demo", "vocals_instrumental")
+    (tmp_path / "kit").mkdir()
+    for choice in ("five", "four"):
+        (tmp_path / "kit" / f"{choice}.yaml").write_text("vocals: demo")
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    assert load_recipe("kit").choice == "five"
+
+
+@pytest.mark.parametrize(
+    "text, choice, words",
+    [
+        (None, None, "there is no recipe .*mine.yaml: give the path of a .yaml file"),
+        ("vocals: 3", None, "recipe '.*mine.yaml': vocals: 3 is not a source"),
+        ("vocals: [", None, "recipe '.*mine.yaml' line 1 is not safe and valid YAML"),
+        ("vocals: demo", "all_4", "recipe .*mine.yaml has one choice of stems and not 'all_4': leave the stems out"),
+        ("kick: demo", None, "recipe '.*mine.yaml', kick: demo does not give 'kick': choose from vocals"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_an_error_in_one_sentence(
+    text: str | None, choice: str | None, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=f"^{words}") as caught:
+        find_recipe(str(path), choice)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_no_recipe_for_those_who_may_only_name_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("vocals: demo")
+    with pytest.raises(RecipeError, match="unknown recipe"):
+        load_recipe(str(tmp_path / "mine.yaml"))

@@ -67,6 +67,18 @@ def test_an_absolute_selection_works_in_any_folder(monkeypatch: pytest.MonkeyPat
     assert Selection().absolute() == Selection()
 
 
+def test_a_recipe_can_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("vocals: demo with 2 shifts\nrest: residual")
+    monkeypatch.chdir(tmp_path)
+    selection = Selection("mine.yaml").absolute()
+    monkeypatch.chdir("/")
+    assert selection == Selection(str(tmp_path / "mine.yaml"))
+    assert selection.load().stems == ("vocals", "rest")
+    assert selection.models() == {"demo": ("vocals",)}
+    with pytest.raises(RecipeError, match="leave the stems out"):
+        Selection(str(tmp_path / "mine.yaml"), "all_4").load()
+
+
 @pytest.mark.parametrize(
     "model, options, error",
     [

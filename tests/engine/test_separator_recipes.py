@@ -73,16 +73,19 @@ def test_a_recipe_of_several_models_decodes_the_mixture_once(
     assert all((read(path) - clip[:, :100_000]).abs().max() <= 1e-6 for path in files.values())
 
 
-def plain(model: BSRoFormer, mixture: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """The estimates of a model for a whole song, without a Separator or a recipe."""
-    song = torch.from_numpy(mixture)
+def plain(model: BSRoFormer, mixture: NDArray[np.float32], n_silent: int = 0) -> dict[str, NDArray[np.float32]]:
+    """The estimates of a model for a whole song, without a Separator or a recipe.
+
+    The model sees `n_silent` samples of silence before the song, whose level is that of the song alone.
+    """
+    song = torch.from_numpy(np.pad(mixture, ((0, 0), (n_silent, 0))))
     offset, scale = 0.0, float(np.abs(mixture).max()) / 0.9
     if model.normalisation == "standard":
         mono = mixture.mean(axis=0, dtype=np.float64)
         offset, scale = float(mono.mean()), float(mono.std(ddof=1)) + 1e-8
     ready = ReadyModel(model, len(model.stems))
     blocks = separate(ready, Samples.of(song), ChunkPlan(4 * 44100, 44100), Level(offset, scale))
-    return dict(zip(model.stems, torch.cat(list(blocks), dim=-1).numpy(), strict=True))
+    return dict(zip(model.stems, torch.cat(list(blocks), dim=-1)[..., n_silent:].numpy(), strict=True))
 
 
 def two_models() -> dict[str, BSRoFormer]:
@@ -97,8 +100,28 @@ def two_models() -> dict[str, BSRoFormer]:
 Arrays = dict[str, NDArray[np.float32]]
 
 
+def largest(*parts: NDArray[np.float32]) -> NDArray[np.float32]:
+    stacked = np.stack(parts)
+    return np.take_along_axis(stacked, np.abs(stacked).argmax(axis=0)[None], axis=0)[0]
+
+
+def augmented(model: Callable[..., Arrays], mix: NDArray[np.float32]) -> Arrays:
+    """The mean over the song, the song with its sides swapped, and the song inverted."""
+    plainly, swapped, inverted = model(mix), model(mix[::-1].copy()), model(-mix)
+    return {stem: (plainly[stem] + swapped[stem][::-1] - inverted[stem]) / 3 for stem in plainly}
+
+
 # Recipes, and the same computation in numpy from two models and the mixture.
 CONSTRUCTS: dict[str, Callable[..., Arrays]] = {
+    "{vocals: {max: [a, b, residual after drums]}, drums: a with tta, bass: residual}": lambda a, b, mix: {
+        "vocals": (v := largest(a(mix)["vocals"], b(mix)["vocals"], mix - (d := augmented(a, mix)["drums"]))),
+        "drums": d,
+        "bass": mix - v - d,
+    },
+    "{(vocals): {median_fft: [a, b]}, drums: a of vocals, bass: vocals by b with 2 shifts}": lambda a, b, mix: {
+        "drums": a((a(mix)["vocals"] + b(mix)["vocals"]) / 2)["drums"],
+        "bass": (b(mix)["vocals"] + b(mix, 11025)["vocals"]) / 2,
+    },
     "{vocals: a, drums: b, bass: a, other: residual}": lambda a, b, mix: {
         "vocals": (v := a(mix)["vocals"]),
         "drums": (d := b(mix)["drums"]),
@@ -137,7 +160,7 @@ def test_each_construct_of_a_recipe_equals_the_plain_computation_in_numpy(
     models, mixture = two_models(), clip[:, :120_000] * 0.5 + 0.02
     pool = LoadedModels(models)
     expected = CONSTRUCTS[text](
-        lambda song: plain(models["a"], song), lambda song: plain(models["b"], song), mixture.numpy()
+        lambda *song: plain(models["a"], *song), lambda *song: plain(models["b"], *song), mixture.numpy()
     )
     separator = Separator(
         resolve("mine", "test", yaml.safe_load(text)),

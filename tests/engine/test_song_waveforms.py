@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
-from separation.audio.waveform import Waveform
+from separation.audio.waveform import BLOCK_SAMPLES, Waveform
 from separation.engine.recipes import MIXTURE, Combination, Estimate, Recipe, Run, resolve
-from separation.engine.song_waveforms import BLOCK_SAMPLES, Samples, SongWaveforms
+from separation.engine.song_waveforms import Samples, SongWaveforms
 
 N_SAMPLES = BLOCK_SAMPLES + 1000
 RECIPE = resolve("test", "test", {"vocals": "m", "drums": "m", "instrumental": "residual"})
@@ -69,6 +70,60 @@ def test_a_sum_is_filled_once_while_its_estimates_grow() -> None:
             assert torch.equal(total.read(part.start, part.stop), (noise(0) - vocals - drums)[:, part])
         assert waves.wait_for(residual) is total
         waves.finish()
+
+
+ENSEMBLES = """
+(best): {max_fft: [m, n]}
+(even): {median: [m, n, k]}
+vocals: {min_fft: [m, k, residual after best]}
+drums: {max: [m, residual after even]}
+rest: residual
+"""
+
+
+def grow(waves: SongWaveforms[Samples], block: int) -> dict[str, Tensor]:
+    """The stems, when each model appends its estimates in blocks of this length."""
+    stems = {stem: waves.sum_of(parts) for stem, parts in waves_recipe.outputs.items()}
+    with waves:
+        for seed, (run, names) in enumerate(waves.runs.items()):
+            waves.wait_for(run.input)
+            for start in range(0, N_SAMPLES, block):
+                for number, stem in enumerate(names):
+                    waves.estimates[Estimate(run, stem)].append(noise(9 + seed + 3 * number)[:, start : start + block])
+        waves.finish()
+    return {stem: wave.samples for stem, wave in stems.items()}
+
+
+waves_recipe = resolve("test", "test", yaml.safe_load(ENSEMBLES))
+
+
+def test_ensembles_of_ensembles_do_not_depend_on_the_blocks_in_which_estimates_come() -> None:
+    first = grow(song(waves_recipe), N_SAMPLES)
+    for block in (1000, BLOCK_SAMPLES + 1):
+        again = grow(song(waves_recipe), block)
+        assert all(torch.equal(again[stem], first[stem]) for stem in first)
+    assert (first["vocals"] + first["drums"] + first["rest"] - noise(0)).abs().max() <= 2e-6
+
+
+def test_a_stem_that_is_resampled_reads_an_ensemble_ahead_of_its_growth() -> None:
+    waves = song(resolve("test", "test", {"a": {"max_fft": ["m", "n"]}}))
+    (parts,) = resolve("test", "test", {"a": {"max_fft": ["m", "n"]}}).outputs.values()
+    readable, copy = waves.readable(parts), new()
+    waves.fill(copy, parts, (readable.read(at, stop) for at, stop in ((0, N_SAMPLES - 1), (N_SAMPLES - 1, N_SAMPLES))))
+    with waves:
+        for seed, wave in enumerate(list(waves.estimates.values())[1:]):
+            wave.append(noise(seed + 1))
+        waves.finish()
+    assert torch.equal(copy.samples, waves.sum_of(parts).samples)
+
+
+def test_a_song_that_fails_ends_the_wait_for_an_ensemble() -> None:
+    waves = song(waves_recipe)
+    wave = waves.sum_of(waves_recipe.outputs["vocals"])
+    with pytest.raises(KeyboardInterrupt), waves:
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="closed"):
+        wave.read(0, 1)
 
 
 def test_cached_estimates_need_no_run_and_hold_their_samples() -> None:
