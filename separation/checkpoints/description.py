@@ -38,7 +38,15 @@ WITH_INT8 = {  # architectures that can compute in int8
     "bs_roformer_large_v2",
     "mel_band_roformer",
 }
-WITH_ATTENTION = WITH_INT8 | {"htdemucs", "scnet_tran"}  # architectures with a choice of attention backend
+WITH_ATTENTION = WITH_INT8 | {
+    "bs_roformer_value_residual",
+    "bs_roformer_experimental",
+    "mel_band_roformer_experimental",
+    "bs_conformer",
+    "mel_band_conformer",
+    "htdemucs",
+    "scnet_tran",
+}  # architectures with a choice of attention backend
 # Keys by which community YAML files name a variant, at the top level or in the `model:` section.
 FLAGS = {
     "hyperace2": "bs_roformer_hyperace",
@@ -162,6 +170,8 @@ def describe(document: dict[str, Any], path: Path, *, name: str, shares: Shares 
 
 def _flagged(document: dict[str, Any], model: dict[str, Any]) -> str | None:
     """The variant that a key of the YAML names, if any. A key at the top level counts whatever its value."""
+    if {"use_value_residual_learning", "num_residual_streams"} & set(model):  # no other architecture has these
+        return "mel_band_roformer_experimental" if "num_bands" in model else "bs_roformer_experimental"
     return next((name for key, name in FLAGS.items() if key in document or model.get(key)), None)
 
 

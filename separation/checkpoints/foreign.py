@@ -16,16 +16,10 @@ FOREIGN_SUFFIXES = {
     ".h5": "a network for TensorFlow",
     ".gguf": "a network for ggml",
 }
-VALUE_RESIDUALS = "an experimental RoFormer of Music-Source-Separation-Training (value residuals)"
-HYPER_CONNECTIONS = "an experimental RoFormer of Music-Source-Separation-Training (hyper-connections)"
+HYPER_CONNECTIONS = "a RoFormer with hyper-connections, which versions of their package compute differently,"
 HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of its code disagree,"
 # By the YAML's `architecture`, or the `model_type` in its `training` section.
 TYPES = {
-    "bs_roformer_experimental": "an experimental BS-RoFormer of Music-Source-Separation-Training",
-    "mel_band_roformer_experimental": "an experimental MelBand-RoFormer of Music-Source-Separation-Training",
-    "bs_roformer_value_residual": VALUE_RESIDUALS,
-    "bs_conformer": "a BS-Conformer",
-    "mel_band_conformer": "a MelBand-Conformer",
     "conformer": "a Conformer",
     "bs_mamba2": "a BS-Mamba2",
     "experimental_mdx23c_stht": "an MDX23C with another transform (STHT)",
@@ -37,9 +31,6 @@ TYPES = {
 }
 # By keys of the `model:` section that no other model has, whatever their value.
 KEYS = {
-    "use_value_residual_learning": VALUE_RESIDUALS,
-    "num_residual_streams": HYPER_CONNECTIONS,
-    "time_conformer_depth": "a Conformer over bands",
     "embed_dim": "a Conformer",
     "mamba_gmlp": TYPES["bs_mamba2"],
     "num_repeat_mask": TYPES["bs_mamba2"],
@@ -50,12 +41,11 @@ KEYS = {
 NAMES = {
     r"encoding_blocks\.\d+\.tfc\.H\..*": "an MDX-Net (ConvTDFNet) before its export as an .onnx file",
     r"mask_estimators\.\d+\.segm\.hyperace\.high_order_branch\.2\..*": HYPERACE_V1,
-    r".*\.to_value_residual_mix\..*": VALUE_RESIDUALS,
     r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
     r"mask_estimators\.\d+\.(?!to_freqs|segm|layers|norm)\w+\..*": "a RoFormer with other mask estimators",
     r".*\.A_log": TYPES["bs_mamba2"],
     r".*\.lora_[AB](\..*)?": "a LoRA adapter without its model",
-    r"layers\.\d+\.\d+\.layers\.\d+\.conv\.net\..*": KEYS["time_conformer_depth"],
+    r"layers\.\d+\.\d+\.layers\.\d+\.attn\.fn\..*": "an early MelBand-Conformer (of the package conformer)",
 }
 
 

@@ -5,6 +5,7 @@ from separation.models.bandit import Bandit, BanditV2
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer
 from separation.models.bs_roformer_large import BSRoFormerLarge
+from separation.models.conformers import BSConformer, MelBandConformer
 from separation.models.fno import BSRoFormerFNO
 from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
 from separation.models.hyperace import BSRoFormerHyperACE
@@ -14,6 +15,11 @@ from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.scnet import SCNet
 from separation.models.scnet_unofficial import SCNetUnofficial
 from separation.models.scnet_variants import SCNetMasked, SCNetTran
+from separation.models.value_residuals import (
+    BSRoFormerExperimental,
+    BSRoFormerValueResidual,
+    MelBandRoFormerExperimental,
+)
 from separation.models.vr import VR
 
 __all__ = ["ARCHITECTURES", "SeparationModel"]
@@ -23,6 +29,11 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "bs_roformer_hyperace": BSRoFormerHyperACE,
     "bs_roformer_fno": BSRoFormerFNO,
     "bs_roformer_large_v2": BSRoFormerLarge,
+    "bs_roformer_value_residual": BSRoFormerValueResidual,
+    "bs_roformer_experimental": BSRoFormerExperimental,
+    "mel_band_roformer_experimental": MelBandRoFormerExperimental,
+    "bs_conformer": BSConformer,
+    "mel_band_conformer": MelBandConformer,
     "mel_band_roformer": MelBandRoFormer,
     "demucs": Demucs,
     "hdemucs": HDemucs,

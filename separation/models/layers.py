@@ -6,6 +6,7 @@ K band.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, cast
@@ -18,6 +19,7 @@ from rotary_embedding_torch import apply_rotary_emb
 from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS
+from separation.models.kernels.native import NotFusedError
 
 MOST_TOKENS = 8192  # that a transformer processes at once on a CPU
 Pair = tuple[Any, Any]  # two modules of a ModuleList, which is not typed
@@ -209,6 +211,27 @@ class Transformer(nn.Module):
             x = x + feed_forward(x)
         normed: Tensor = self.norm(x)
         return normed
+
+
+def fusable_layers(transformer: nn.Module) -> Iterable[Pair]:
+    """The pairs of attention and feed-forward layers of a transformer, for the kernels, which know no other layers.
+
+    Raises NotFusedError for linear attention, polar positions, and anything but a plain Transformer.
+    """
+    if type(transformer) is not Transformer:
+        raise NotFusedError(f"it does not support {_words(transformer)}")
+    pairs = cast(Iterable[Pair], transformer.layers)
+    for attention, _ in pairs:
+        if type(attention) is not Attention:
+            raise NotFusedError(f"it does not support {_words(attention)}")
+        if attention.rotary_embed is None:
+            raise NotFusedError("it does not support polar positions")
+    return pairs
+
+
+def _words(module: nn.Module) -> str:
+    """A class's name as words: linear attention for LinearAttention."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(module).__name__).lower()
 
 
 class BandSplit(nn.Module):

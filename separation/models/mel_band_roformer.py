@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -88,11 +88,12 @@ class MelBandRoFormer(RoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
     Config = MelBandRoFormerConfig
-    KEY_PATTERNS = (
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"band_split\.to_features\..*",
         r"layers\.\d+\.\d+\.layers\.\d+\.0\.to_qkv\.weight",
         r"layers\.\d+\.\d+\.norm\.gamma",
     )
+    more_mask_layers: ClassVar[int] = 1  # linear layers of a mask estimator beyond `mask_estimator_depth`
     UNUSED_KEYS = "freq_indices|freqs_per_band|num_freqs_per_band|num_bands_per_freq"  # tables that `mel_bands` gives
 
     def __init__(self, config: MelBandRoFormerConfig, identity: Identity, *, attention: str = "sdpa") -> None:
@@ -101,7 +102,7 @@ class MelBandRoFormer(RoFormer):
             config,
             identity,
             [len(band) for band in mel_bands(*scale)],
-            mask_layers=config.mask_estimator_depth + 1,
+            mask_layers=config.mask_estimator_depth + self.more_mask_layers,
             norm_output=True,
             attention=attention,
         )
@@ -124,7 +125,11 @@ class MelBandRoFormer(RoFormer):
             if tuple((4 if choice["stereo"] else 2) * len(band) for band in bands) == widths:
                 found |= choice
                 break
-        return super().sizes_in(shapes, config) | found | {"mask_estimator_depth": mask_layers_in(shapes) - 1}
+        return (
+            super().sizes_in(shapes, config)
+            | found
+            | {"mask_estimator_depth": mask_layers_in(shapes) - cls.more_mask_layers}
+        )
 
     def _bands(self, bins: Tensor) -> Tensor:
         return bins.index_select(2, _places(*self._scale, bins.device)[0]).flatten(2)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.small_model import HYPER_PARAMETERS, small_model, write_weights, write_yaml
+from helpers.small_model import small_model, write_weights, write_yaml
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import load_model
 from separation.cli.main import main
@@ -48,15 +48,7 @@ def test_a_damaged_file_is_an_error_without_a_request_for_a_yaml(tmp_path: Path)
 @pytest.mark.parametrize(
     "changes, what",
     [
-        (
-            {"architecture": "bs_roformer_experimental"},
-            "an experimental BS-RoFormer of Music-Source-Separation-Training",
-        ),
-        ({"training": {"model_type": "mel_band_roformer_experimental"}}, "an experimental MelBand-RoFormer"),
-        ({"model": HYPER_PARAMETERS | {"use_value_residual_learning": True}}, r"RoFormer of .* \(value residuals\)"),
-        ({"model": HYPER_PARAMETERS | {"num_residual_streams": 1}}, r"RoFormer of .* \(hyper-connections\)"),
         ({"model": {"sources": 4, "embed_dim": 512, "depth": 8, "in_channels": 2}}, "a Conformer"),
-        ({"model": HYPER_PARAMETERS | {"time_conformer_depth": 1}}, "a Conformer over bands"),
     ],
 )
 def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
@@ -71,11 +63,10 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
 @pytest.mark.parametrize(
     "key, what",
     [
-        ("layers.0.1.layers.0.0.to_value_residual_mix.0.weight", r"experimental RoFormer of .* \(value residuals\)"),
-        ("layers.0.1.layers.0.0.static_alpha", r"experimental RoFormer of .* \(hyper-connections\)"),
+        ("layers.0.1.layers.0.0.static_alpha", "a RoFormer with hyper-connections, which versions of their package"),
         ("mask_estimators.0.segm.hyperace.high_order_branch.2.cv1.bn.bias", "a BS-RoFormer HyperACE of version 1"),
         ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
-        ("layers.0.1.layers.0.conv.net.0.weight", "a Conformer over bands"),
+        ("layers.0.1.layers.0.attn.fn.to_q.weight", "an early MelBand-Conformer"),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
         ("layers.0.1.layers.0.0.to_qkv.lora_A", "a LoRA adapter without its model"),
     ],

@@ -26,11 +26,16 @@ def drawn_weights(state: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tenso
     generator = np.random.Generator(np.random.PCG64(seed))
     weights = {}
     for key in sorted(state):
+        if key.endswith("num_batches_tracked"):
+            weights[key] = state[key]
+            continue
         drawn = _drawn(generator, state[key].shape)
         if state[key].is_complex():
             drawn = torch.complex(drawn, _drawn(generator, state[key].shape))
         if drawn.ndim > 1:
             weights[key] = drawn / math.sqrt(drawn[0].numel())
+        elif key.endswith("running_var"):
+            weights[key] = drawn.abs() / 10 + 0.5
         elif key.endswith(("weight", "gamma")):  # of a norm
             weights[key] = 1 + drawn / 10
         else:

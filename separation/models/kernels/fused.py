@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from separation.models.kernels.native import CODES, PANEL, NotFusedError, library
 from separation.models.kernels.thread_choice import ThreadChoice
-from separation.models.layers import BandSplit, Pair, RMSNorm, Transformer
+from separation.models.layers import BandSplit, Pair, RMSNorm, Transformer, fusable_layers
 
 _THREADS = ThreadChoice()
 
@@ -100,10 +100,7 @@ class FusedTransformer(nn.Module):
         self._tensors: list[Tensor] = []  # `_layers` contains pointers to them
         self._layers: list[Any] = []
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}  # for the last length only, since all chunks have the same
-        for attention, feed_forward in cast(Iterable[Pair], transformer.layers):
-            if getattr(attention, "rotary_embed", None) is None:
-                kind = "polar positions" if hasattr(attention, "pope_embed") else "linear attention"
-                raise NotFusedError(f"it does not support {kind}")
+        for attention, feed_forward in fusable_layers(transformer):
             norm, up, _, _, down = feed_forward.net
             heads, dim = attention.to_gates.weight.shape
             self._head_size = attention.to_out[0].weight.shape[1] // heads

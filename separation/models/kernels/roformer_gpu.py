@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.registry import ops
 from separation.models.kernels.roformer_ops import attend
-from separation.models.layers import BandSplit, Pair, RMSNorm, Transformer
+from separation.models.layers import BandSplit, Pair, RMSNorm, Transformer, fusable_layers
 
 ALIGNMENT = 8  # rows are padded to a multiple of so many features: attention kernels fail on rows that are not aligned
 MOST_SHORT_TOKENS = 128  # the longest sequence for `attend_short`, which loads it whole
@@ -68,10 +67,7 @@ class GpuTransformer(GpuLayer):
         super().__init__(dtype)
         self.norms = nn.ModuleList()
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        for attention, feed_forward in cast(Iterable[Pair], transformer.layers):
-            if getattr(attention, "rotary_embed", None) is None:
-                kind = "polar positions" if hasattr(attention, "pope_embed") else "linear attention"
-                raise NotFusedError(f"it does not support {kind}")
+        for attention, feed_forward in fusable_layers(transformer):
             norm, up, _, _, down = feed_forward.net
             out = attention.to_out[0]
             self.heads = attention.heads

@@ -15,8 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from separation.models.kernels.native import NotFusedError
-from separation.models.layers import Attention, BandSplit, MaskEstimator, Pair, RMSNorm, Transformer
+from separation.models.layers import Attention, BandSplit, MaskEstimator, Pair, RMSNorm, Transformer, fusable_layers
 
 
 @cache
@@ -35,12 +34,11 @@ def rotation(size: int) -> Tensor:
 def rotated_transformer(transformer: Transformer, *, features: bool) -> Transformer:
     """The transformer with the values of each head rotated and, if asked for, input and output features as well.
 
-    Gains of norms become part of the weights behind them if `features`. Raises NotFusedError for linear attention.
+    Gains of norms become part of the weights behind them if `features`. Raises NotFusedError for layers that no kernel
+    supports.
     """
     result = copy.deepcopy(transformer)
-    for attention, feed_forward in cast(Iterable[Pair], result.layers):
-        if not isinstance(attention, Attention):
-            raise NotFusedError("it does not support linear attention")
+    for attention, feed_forward in fusable_layers(result):
         _rotate_values(attention)
         if features:
             norm, up, _, _, down = feed_forward.net
