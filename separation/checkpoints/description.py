@@ -28,6 +28,7 @@ FIXED_CHUNKS = {
     "hdemucs",
     "htdemucs",
     "mdx23c",
+    "experimental_mdx23c_stht",
     "mdx_net",
     "vr",
 }  # architectures that take chunks of one length only

@@ -22,7 +22,6 @@ HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of it
 TYPES = {
     "conformer": "a Conformer",
     "bs_mamba2": "a BS-Mamba2",
-    "experimental_mdx23c_stht": "an MDX23C with another transform (STHT)",
     "swin_upernet": "a Swin-UperNet",
     "segm_models": "a network of segmentation_models_pytorch",
     "torchseg": "a network of TorchSeg",

@@ -10,6 +10,7 @@ from separation.models.fno import BSRoFormerFNO
 from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
 from separation.models.hyperace import BSRoFormerHyperACE
 from separation.models.mdx23c import MDX23C
+from separation.models.mdx23c_stht import MDX23CSTHT
 from separation.models.mdx_net import MDXNet
 from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.scnet import SCNet
@@ -39,6 +40,7 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "hdemucs": HDemucs,
     "htdemucs": HTDemucs,
     "mdx23c": MDX23C,
+    "experimental_mdx23c_stht": MDX23CSTHT,
     "mdx_net": MDXNet,
     "apollo": Apollo,
     "bandit": Bandit,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,16 @@ class MDX23CConfig:
     norm: str
     act: str
 
+    @property
+    def numbers(self) -> int:
+        """R: how many numbers a frame has for each bin and channel; 2, the real and the imaginary part."""
+        return 2
+
+    @property
+    def n_bins(self) -> int:
+        """F: bins that the network takes."""
+        return self.dim_f
+
     def __post_init__(self) -> None:
         frames = self.chunk_size // self.hop_length + 1
         frames_unit, bins_unit = (factor**self.num_scales for factor in self.scale)
@@ -69,7 +79,10 @@ class MDX23C(GpuCoreModel):
     AUDIO_KEYS = MappingProxyType(
         {key: key for key in ("n_fft", "hop_length", "dim_f", "chunk_size")} | {"num_channels": "audio_channels"}
     )
-    KEY_PATTERNS = (r"encoder_blocks\.0\.tfc_tdf\.blocks\.0\.tdf\.2\.weight", r"bottleneck_block\.blocks\.0\..*")
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"encoder_blocks\.0\.tfc_tdf\.blocks\.0\.tdf\.2\.weight",
+        r"bottleneck_block\.blocks\.0\..*",
+    )
     CAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     cpu_core_precisions = (torch.float32, torch.bfloat16)  # Winograd's convolution outruns a direct one in bfloat16
     normalisation = "none"  # its residual path is linear, and it was trained on tracks at their original level
@@ -81,9 +94,9 @@ class MDX23C(GpuCoreModel):
         self.channels = config.audio_channels
         self.least_samples = config.n_fft // 2 + 1
         self._stft = Stft(n_fft=config.n_fft, hop_length=config.hop_length, win_length=config.n_fft)
-        inputs = 2 * config.audio_channels * config.num_subbands
+        inputs = config.numbers * config.audio_channels * config.num_subbands
         sizes = [config.num_channels + config.growth * scale for scale in range(config.num_scales + 1)]
-        bins = config.dim_f // config.num_subbands
+        bins = config.n_bins // config.num_subbands
         self.first_conv = nn.Conv2d(inputs, sizes[0], 1, bias=False)
         self.encoder_blocks, self.decoder_blocks = nn.ModuleList(), nn.ModuleList()
         for size, larger in pairwise(sizes):
@@ -121,9 +134,11 @@ class MDX23C(GpuCoreModel):
         down, bottleneck = "encoder_blocks.0.downscale.conv.2.weight", "encoder_blocks.0.tfc_tdf.blocks.0.tdf.2.weight"
         larger, bins = shapes.size(down, 0), shapes.size(bottleneck, 1)
         channels = config.audio_channels
-        if inputs == 2 * (3 - channels) * config.num_subbands:  # mono instead of stereo, or the other way around
+        if (
+            inputs == config.numbers * (3 - channels) * config.num_subbands
+        ):  # mono instead of stereo, or the other way around
             channels = 3 - channels
-        bands = quotient(inputs, 2 * channels)
+        bands = quotient(inputs, config.numbers * channels)
         return {
             "num_channels": features,
             "audio_channels": channels,
@@ -138,11 +153,11 @@ class MDX23C(GpuCoreModel):
         }
 
     def forward(self, chunks: Tensor) -> Tensor:
-        spectrum = self._stft.spectrogram(chunks)[..., : self.config.dim_f, :]  # [B, C, F, N]
+        spectrum = self._taken(self._stft.spectrogram(chunks))
         if self._gpu_core is not None:
-            spectra = torch.view_as_complex(self._gpu_core(torch.view_as_real(spectrum), self._outputs))
+            spectra = self._given(self._gpu_core(spectrum, self._outputs))
             return self._stft.waveform(spectra.transpose(-1, -2), chunks.shape[-1])
-        features = self._features(torch.view_as_real(spectrum))
+        features = self._features(spectrum)
         return torch.stack([self._estimate(index, features, chunks.shape[-1]) for index in self._outputs], 1)
 
     def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
@@ -164,8 +179,16 @@ class MDX23C(GpuCoreModel):
         spectra = [self._spectrum(index, features) for index in self._outputs]
         return (rearrange(torch.stack(spectra, dim=1), "b s c n f ri -> b s c f n ri"),)
 
+    def _taken(self, spectrum: Tensor) -> Tensor:
+        """What the network takes of a complex spectrogram `[B, C, F, N]`: real numbers `[B, C, F, N, R]`."""
+        return torch.view_as_real(spectrum[..., : self.config.dim_f, :])
+
+    def _given(self, values: Tensor) -> Tensor:
+        """The complex spectrograms `[..., N, F]` of the network's `[..., N, F, R]`."""
+        return torch.view_as_complex(values.contiguous())
+
     def _features(self, spectrum: Tensor) -> Tensor:
-        """The spectrogram `[B, C, F, N, 2]` to features `[B, D, N, F / K]`; K is the number of sub-bands."""
+        """The spectrogram `[B, C, F, N, R]` to features `[B, D, N, F / K]`; K is the number of sub-bands."""
         dtype = self.first_conv.weight.dtype
         mixture = rearrange(spectrum, "b c (k f) n ri -> b (c ri k) n f", k=self.config.num_subbands).to(dtype)
         first = x = self.first_conv(mixture)
@@ -184,11 +207,11 @@ class MDX23C(GpuCoreModel):
 
     def _estimate(self, index: int, features: Tensor, length: int) -> Tensor:
         """One stem's estimate `[B, C, length]`."""
-        spectrum = torch.view_as_complex(self._spectrum(index, features).contiguous())
+        spectrum = self._given(self._spectrum(index, features))
         return self._stft.waveform(spectrum.transpose(-1, -2), length)
 
     def _spectrum(self, index: int, features: Tensor) -> Tensor:
-        """One stem's spectrogram `[B, C, N, F, 2]`, a view."""
+        """One stem's spectrogram `[B, C, N, F, R]`, a view."""
         weight = cast(nn.Conv2d, self.final_conv[2]).weight.chunk(self.config.num_stems)[index]
         values = F.conv2d(features, weight).float()
         sizes = {"c": self.channels, "k": self.config.num_subbands}

@@ -7,13 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Window = Literal["hann", "rectangular"]
+Window = Literal["hann", "hamming", "rectangular"]
 
 
 @cache
 def make_window(shape: Window, win_length: int, device: torch.device) -> Tensor:
-    """A periodic Hann window or ones, `[win_length]`, cached for each length and device."""
+    """A periodic Hann or Hamming window or ones, `[win_length]`, cached for each length and device."""
     with torch.inference_mode(False):  # a window made in inference mode could not be used in training later
+        if shape == "hamming":
+            return torch.hamming_window(win_length, device=device)
         make = torch.hann_window if shape == "hann" else torch.ones
         return make(win_length, device=device)
 

@@ -31,10 +31,14 @@ class GpuMDX23C:
                 layer.weight.data = layer.weight.data.contiguous(memory_format=self._format)
 
     def __call__(self, spectrum: Tensor, outputs: tuple[int, ...]) -> Tensor:
-        """The mixture's spectrogram `[B, C, F, N, 2]` to the stems' `[B, S, C, N, F, 2]`, both in float32."""
+        """The mixture's spectrogram `[B, C, F, N, R]` to the stems' `[B, S, C, N, F, R]`, both in float32.
+
+        R is 2 for complex spectrograms and 1 for real ones.
+        """
         weight = self._parts["first_conv"].weight
         channels, subbands = spectrum.shape[1], (self._num_subbands, spectrum.shape[2] // self._num_subbands)
-        inputs = 2 * channels * self._num_subbands
+        numbers = spectrum.shape[-1]
+        inputs = numbers * channels * self._num_subbands
         # The input of the last layers: the mixture in sub-bands, then the masked features.
         joined = torch.empty(
             (len(spectrum), inputs + len(weight), spectrum.shape[3], subbands[1]),
@@ -43,7 +47,7 @@ class GpuMDX23C:
             memory_format=self._format,
         )
         mixture, masked = joined.split([inputs, len(weight)], dim=1)
-        by_channel = spectrum.unflatten(2, subbands).permute(0, 1, 5, 2, 4, 3)  # [B, C, 2, K, N, F / K]
+        by_channel = spectrum.unflatten(2, subbands).permute(0, 1, 5, 2, 4, 3)  # [B, C, R, K, N, F / K]
         mixture.unflatten(1, by_channel.shape[1:4]).copy_(by_channel)
         first = _pointwise(mixture, weight)
         torch.mul(self._unet(first), first, out=masked)
@@ -51,8 +55,8 @@ class GpuMDX23C:
         features = activation(_pointwise(joined, before.weight))
         weights = last.weight.chunk(self._num_stems)
         wanted = last.weight if outputs == tuple(range(self._num_stems)) else torch.cat([weights[i] for i in outputs])
-        spectra = _pointwise(features, wanted).unflatten(1, (len(outputs), channels, 2, self._num_subbands))
-        spectra = spectra.permute(0, 1, 2, 5, 4, 6, 3)  # [B, S, C, N, K, F / K, 2]
+        spectra = _pointwise(features, wanted).unflatten(1, (len(outputs), channels, numbers, self._num_subbands))
+        spectra = spectra.permute(0, 1, 2, 5, 4, 6, 3)  # [B, S, C, N, K, F / K, R]
         return torch.empty(spectra.shape, device=spectra.device).copy_(spectra).flatten(4, 5)
 
     def _unet(self, x: Tensor) -> Tensor:
