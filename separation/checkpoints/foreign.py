@@ -26,7 +26,6 @@ TYPES = {
     "segm_models": "a network of segmentation_models_pytorch",
     "torchseg": "a network of TorchSeg",
     "moises_light": "a Moises-Light",
-    "tiger": "a TIGER",
 }
 # By keys of the `model:` section that no other model has, whatever their value.
 KEYS = {

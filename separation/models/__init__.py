@@ -16,6 +16,7 @@ from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.scnet import SCNet
 from separation.models.scnet_unofficial import SCNetUnofficial
 from separation.models.scnet_variants import SCNetMasked, SCNetTran
+from separation.models.tiger import Tiger
 from separation.models.value_residuals import (
     BSRoFormerExperimental,
     BSRoFormerValueResidual,
@@ -50,4 +51,5 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "scnet_tran": SCNetTran,
     "scnet_unofficial": SCNetUnofficial,
     "vr": VR,
+    "tiger": Tiger,
 }
