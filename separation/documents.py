@@ -4,6 +4,7 @@ A few hundred bytes can stand for gigabytes (aliases of aliases), nest deeper th
 that takes hours to read. Size, nodes, depth and digits are therefore checked before any value is built.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.parser import Parser
+from yaml.reader import Reader
+from yaml.resolver import Resolver
+from yaml.scanner import Scanner
 
 MOST_BYTES = 2**18  # a model's YAML has a few thousand
 MOST_NODES = 10_000  # in a YAML file; an alias counts as many nodes as it stands for
@@ -27,17 +34,18 @@ class DocumentError(Exception):
     """A document that cannot be read. The message is a predicate: the caller puts the file's name in front of it."""
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with limits. It knows plain values and `!!python/tuple`; it leaves dates as strings."""
+class _Composer(Composer):
+    """PyYAML's composer, with limits."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._peek: Callable[[], Any] = self.peek_event
+    peek_event: Callable[[], Any]  # of the parser
+
+    def __init__(self) -> None:
+        super().__init__()
         self._nodes = self._depth = 0
         self._sizes: dict[int, int] = {}  # the number of nodes in each composed node, by id; all nodes stay alive
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self._peek()
+        event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
@@ -70,6 +78,25 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Constructor(SafeConstructor, Resolver):
+    """PyYAML's safe constructor. It knows plain values and `!!python/tuple`; it leaves dates as strings."""
+
+    def __init__(self) -> None:
+        SafeConstructor.__init__(self)
+        Resolver.__init__(self)
+
+
+class _PlainLoader(Reader, Scanner, Parser, _Composer, _Constructor):
+    """Reads YAML in Python."""
+
+    def __init__(self, text: str) -> None:
+        Reader.__init__(self, text)
+        Scanner.__init__(self)
+        Parser.__init__(self)
+        _Composer.__init__(self)
+        _Constructor.__init__(self)
+
+
 def _error(problem: str, where: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
@@ -99,7 +126,7 @@ def _number(construct: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 _safe = yaml.SafeLoader.yaml_constructors
-_Loader.yaml_constructors = {
+_Constructor.yaml_constructors = {
     _TAG + "null": _safe[_TAG + "null"],
     _TAG + "bool": _number(_safe[_TAG + "bool"]),
     _TAG + "int": _number(_safe[_TAG + "int"]),
@@ -110,13 +137,44 @@ _Loader.yaml_constructors = {
     _TAG + "python/tuple": _construct_tuple,
     None: yaml.SafeLoader.construct_undefined,
 }
-_Loader.yaml_implicit_resolvers = {
+_Constructor.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 # PyYAML reads 1e-3, which has no decimal point, as a string. The digits are limited so that 955717e8,
 # the name of a Demucs file, stays one.
-_Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?\d{1,4}(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Constructor.add_implicit_resolver(
+    _TAG + "float", re.compile(r"[-+]?\d{1,4}(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _loaders() -> list[Any]:
+    """The loaders to try: one with the scanner and the parser of libyaml, if PyYAML has them, then the plain one.
+
+    libyaml is about ten times as fast. The plain loader has the last word, so errors do not depend on libyaml.
+    """
+    if not yaml.__with_libyaml__:
+        return [_PlainLoader]
+    from yaml._yaml import CParser
+
+    class FastLoader(_Composer, CParser, _Constructor):
+        def __init__(self, text: str) -> None:
+            CParser.__init__(self, text)
+            _Composer.__init__(self)
+            _Constructor.__init__(self)
+
+    return [FastLoader, _PlainLoader]
+
+
+_LOADERS = _loaders()
+
+
+def _load(text: str) -> Any:
+    *fast, plain = _LOADERS
+    for loader in fast:
+        with contextlib.suppress(yaml.YAMLError, ValueError, OverflowError):
+            return yaml.load(text, Loader=loader)
+    return yaml.load(text, Loader=plain)
 
 
 def read_yaml(path: Path) -> Any:
@@ -131,7 +189,7 @@ def read_yaml(path: Path) -> Any:
             content = stream.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise DocumentError(f"cannot be read as YAML: it has more than {MOST_BYTES:,} bytes")
-        return yaml.load(content.decode("utf-8"), Loader=_Loader)
+        return _load(content.decode("utf-8"))
     except FileNotFoundError:
         raise
     except yaml.MarkedYAMLError as e:

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers.common import PROJECT
 from helpers.small_model import DOCUMENT
+from separation import documents
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.description import KEYS
 from separation.documents import (
@@ -96,8 +98,7 @@ def test_models_and_recipes_have_the_same_reader(kind: str, tmp_path: Path, monk
         recipes.load_recipe("mine", "all_4")
 
 
-def test_harmless_oddities_are_read(tmp_path: Path) -> None:
-    text = """\
+ODDITIES = """\
 \ufeff# A byte order mark, as Notepad writes it
 date: 2024-13-45
 base: &base {a: 1, b: 1e-3}
@@ -106,7 +107,10 @@ several: [*base, *base]
 tuple: !!python/tuple [1, [2]]
 limits: [.inf, 1_000, 0x1f, null, yes]
 """
-    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+
+
+def test_harmless_oddities_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(ODDITIES, encoding="utf-8")
     base = {"a": 1, "b": 0.001}
     assert read_yaml(tmp_path / "x.yaml") == {
         "date": "2024-13-45",
@@ -190,3 +194,16 @@ def test_the_projects_own_files_are_far_below_the_limits() -> None:
         assert path.stat().st_size < MOST_BYTES / 10
         assert len(json.dumps(read_yaml(path))) < MOST_BYTES / 10
     assert DOCUMENT.keys() <= KEYS
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML has no libyaml here")
+def test_libyaml_reads_what_the_plain_loader_reads() -> None:
+    """What libyaml refuses, the plain loader decides; so libyaml must accept nothing else and nothing more."""
+    fast, plain = documents._LOADERS
+    own = [path.read_text(encoding="utf-8") for path in sorted((PROJECT / "configs").rglob("*.yaml"))]
+    for text in [*own, ODDITIES]:
+        assert yaml.load(text, Loader=fast) == yaml.load(text, Loader=plain)
+    for text, _ in HOSTILE.values():
+        if len(text) <= MOST_BYTES:
+            with pytest.raises((yaml.YAMLError, ValueError, OverflowError)):
+                yaml.load(text, Loader=fast)
