@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import soundfile
+
 from separation.audio import ffmpeg
 from separation.errors import AudioError
+from separation.system.names import FROM_TAGS, fields_in
 
 MAX_COVER_BYTES = 2**24 - 2**16  # a block of FLAC has 24-bit sizes
 
@@ -88,6 +91,18 @@ def read_metadata(path: Path) -> Metadata:
     found = {**sound.get("tags", {}), **answer.get("format", {}).get("tags", {})}
     tags = {_name(key): value for key, value in found.items() if value and not _OF_THE_FILE.fullmatch(key)}
     return Metadata(tags, cover if _mime(cover) and len(cover) <= MAX_COVER_BYTES else b"")
+
+
+def tags_for(template: str | None, path: Path) -> dict[str, str]:
+    """The song's tags that a template for names needs; none if it needs none. A file that cannot be read has none."""
+    if template is None or not fields_in(template) & set(FROM_TAGS):
+        return {}
+    try:
+        with soundfile.SoundFile(path) as sound:
+            tags = {"artist": sound.artist, "album": sound.album, "track": sound.tracknumber}
+    except (soundfile.LibsndfileError, OSError):  # what is wrong with it, decoding says better
+        return dict(read_metadata(path).tags)
+    return {tag: text for tag, text in tags.items() if text}
 
 
 def _name(key: str) -> str:

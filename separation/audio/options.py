@@ -5,6 +5,7 @@ from typing import Literal
 
 from separation.audio.excerpt import Excerpt
 from separation.errors import InputError
+from separation.system.names import fields_in
 
 SNDFILE_FORMATS = ("wav", "mp3", "flac")
 FFMPEG_FORMATS = ("m4a", "opus", "ogg")
@@ -37,6 +38,8 @@ class OutputOptions:
         wav_depth: `16`, `24` or `32f` (float); None means `32f`.
         flac_depth: `16` or `24`; None means `24`.
         channels: `stereo`, `mono` for the mean of both channels, or `source` for mono stems of mono songs.
+        name: a template for the names of the files, such as `{artist}/{album}/{song} ({stem}).{ext}`, with the fields
+            in `separation.system.names.FIELDS`; None means `{stem}.{ext}`.
         overwrite: replace files that this program did not write.
         excerpt: the part of the song to separate; None means the whole song.
 
@@ -50,6 +53,7 @@ class OutputOptions:
     wav_depth: str | None = None
     flac_depth: str | None = None
     channels: str = "stereo"
+    name: str | None = None
     overwrite: bool = False
     excerpt: Excerpt | None = None
 
@@ -57,6 +61,8 @@ class OutputOptions:
         _check("output format", self.format, FORMATS)
         _check("sample rate", self.sample_rate, SAMPLE_RATES)
         _check("number of channels", self.channels, CHANNELS)
+        if self.name is not None:
+            fields_in(self.name)
         if self.format == "opus" and self.sample_rate == "source":
             raise InputError(f"Opus always has {OPUS_SAMPLE_RATE} Hz: leave the sample rate out")
         bitrates = (*BITRATES, LOSSLESS) if self.format == "m4a" else BITRATES

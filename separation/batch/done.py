@@ -14,7 +14,7 @@ from typing import Any
 from separation.batch.job import Job, Outcome, Song
 from separation.errors import OutputError, SeparationError
 from separation.system.output import OutputFolder
-from separation.system.record import PAGE, RECORD, Record, check_targets, stem_files
+from separation.system.record import Record, check_targets, stem_files
 
 
 def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple[list[Song], list[Outcome]]:
@@ -32,7 +32,7 @@ def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple
         try:
             check_folder(song, job, run)
             if force:  # so that this run, if stopped, resumes without `force`
-                _forget(song.folder, job.settings)
+                _forget(song, job.settings)
             remaining.append(song)
         except SeparationError as e:
             outcomes.append(Outcome(song.path, "failed", str(e)))
@@ -42,7 +42,7 @@ def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple
 def find_run(song: Song, job: Job) -> dict[str, Any] | None:
     """The recorded run that made the song's stems with the job's settings, if they are all complete."""
     file = SongFile(song)
-    for run in Record.read(song.folder).runs:
+    for run in Record.read(song.folder, song.place.record).runs:
         if run["settings"] == job.settings and file.is_source(run["source"]):
             sizes = {song.folder / name: n_bytes for name, n_bytes in run["stems"].values()}
             if all(os.path.isfile(path) and path.stat().st_size == n_bytes for path, n_bytes in sizes.items()):
@@ -57,13 +57,14 @@ def check_folder(song: Song, job: Job, run: dict[str, Any] | None) -> None:
         OutputError: one would replace another song's stem, or a file that this program did not write.
         InputError: one would replace the song.
     """
-    names = [] if run else [f"{stem}.{job.output.format}" for stem in job.stems]
-    names += [PAGE] if needs_page(song, job, run or {}) else []
-    check_targets(song.folder, [*names, RECORD], overwrite=job.output.overwrite, song=song.path)
+    record = song.place.record
+    names = [] if run else [*song.stem_names(job).values()]
+    names += [song.page.name] if needs_page(song, job, run or {}) else []
+    check_targets(song.folder, [*names, record], overwrite=job.output.overwrite, song=song.path, record_name=record)
     if job.output.overwrite:
         return
     file = SongFile(song)
-    for other in Record.read(song.folder).runs:
+    for other in Record.read(song.folder, record).runs:
         source = other["source"]
         if file.is_other_song(source) and any(os.path.exists(song.folder / name) for name in stem_files(other)):
             path = os.path.normpath(song.folder / source.get("path", source["name"]))
@@ -75,32 +76,31 @@ def check_folder(song: Song, job: Job, run: dict[str, Any] | None) -> None:
 
 def needs_page(song: Song, job: Job, run: dict[str, Any]) -> bool:
     """Whether the listening page is wanted, but missing or not the recorded one."""
-    page = song.folder / PAGE
-    return job.report and not (os.path.isfile(page) and page.stat().st_size == run.get("page_bytes"))
+    return job.report and not (os.path.isfile(song.page) and song.page.stat().st_size == run.get("page_bytes"))
 
 
 def outcome_of(song: Song, status: str, run: dict[str, Any], error: str = "") -> Outcome:
     """The outcome of a song whose stems are complete."""
     stems = {stem: song.folder / name for stem, (name, _) in run["stems"].items()}
     facts = {key: run[key] for key in ("duration_seconds", "elapsed_seconds", "gain")}
-    page = song.folder / PAGE if "page_bytes" in run else None
+    page = song.page if "page_bytes" in run else None
     return Outcome(song.path, status, error, stems, facts, page, list(run.get("warnings", [])))
 
 
-def add_run(folder: Path, run: dict[str, Any]) -> None:
-    """Add a run to the folder's record."""
-    _write(folder, Record.read(folder).with_run(run))
+def add_run(song: Song, run: dict[str, Any]) -> None:
+    """Add a run to the song's record."""
+    _write(song, Record.read(song.folder, song.place.record).with_run(run))
 
 
-def _forget(folder: Path, settings: dict[str, Any]) -> None:
-    """Remove the run with these settings from the folder's record."""
-    record = Record.read(folder)
+def _forget(song: Song, settings: dict[str, Any]) -> None:
+    """Remove the run with these settings from the song's record."""
+    record = Record.read(song.folder, song.place.record)
     if any(run["settings"] == settings for run in record.runs):
-        _write(folder, record.without_run(settings))
+        _write(song, record.without_run(settings))
 
 
-def _write(folder: Path, record: Record) -> None:
-    with OutputFolder(folder) as output:
+def _write(song: Song, record: Record) -> None:
+    with OutputFolder(song.folder, record=song.place.record) as output:
         output.write(record)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from separation.audio.suffixes import AUDIO_OR_VIDEO
 from separation.batch.job import Outcome, Song
 from separation.errors import InputError
-from separation.system.record import PAGE, Record, stem_files
+from separation.system.names import Place
+from separation.system.record import PAGE, recorded_files
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -43,17 +44,17 @@ class Found:
         return f"skipped {' and '.join(parts)}: name a file or folder to include it" if parts else ""
 
 
-def find(given: Sequence[str], output: Path) -> Found:
+def find(given: Sequence[str], output: Path, placed: Callable[[Song], Song] = lambda song: song) -> Found:
     """Find the songs in files, folders and globs.
 
     The stems of a file go to `output/<name without suffix>`. The structure of a folder, or of a glob below its first
     wildcard, is kept below `output`. In folders and globs, only files with a suffix of audio or video count. Hidden
     files, files below `output` and stems that a record lists do not count, and linked folders are not entered. A path
-    that exists is taken literally, even if it has wildcards.
+    that exists is taken literally, even if it has wildcards. `placed` may give a song another place.
 
     Raises InputError if `output` is one of the folders to search.
     """
-    search = _Search(output)
+    search = _Search(output, placed)
     for text in given:
         search.add(text)
     return search.finish()
@@ -62,15 +63,16 @@ def find(given: Sequence[str], output: Path) -> Found:
 class _Search:
     """Collects songs, and what cannot be separated."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, placed: Callable[[Song], Song]) -> None:
         self._output = output
+        self._placed = placed
         self._found = Found()
         self._songs: dict[str, Song] = {}
-        self._stems_in: Callable[[Path], set[str]] = cache(_stems_in)
+        self._stems_in: Callable[[Path], set[str]] = cache(recorded_files)
 
     def finish(self) -> Found:
         """What was found; songs that would share a folder fail."""
-        self._found.songs = _without_clashes(list(self._songs.values()), self._found.failed)
+        self._found.songs = _without_clashes([self._placed(song) for song in self._songs.values()], self._found.failed)
         return self._found
 
     def add(self, text: str) -> None:
@@ -105,8 +107,8 @@ class _Search:
         sources = []
         for place in self._matches(below, pattern):
             for path in self._files(place, skipped):
-                if path.name in self._stems_in(path.parent):
-                    has_stems |= path.name != PAGE
+                if self._is_stem(path, below):
+                    has_stems |= path.suffix != Path(PAGE).suffix
                 elif path.suffix.lower() in AUDIO_OR_VIDEO:
                     sources.append(path)
                 else:
@@ -117,6 +119,11 @@ class _Search:
             self._fail(Path(text), f"{text!r} has only stems that this program made: give the songs they came from")
         elif not sources and n_failed == len(self._found.failed):
             self._fail(Path(text), f"{text!r} has no audio file: check the path")
+
+    def _is_stem(self, path: Path, below: Path) -> bool:
+        """Whether a record in the file's folder, or in one of those above it up to `below`, lists the file."""
+        above = [folder for folder in path.parents if _is_below(folder, below)]
+        return any(path.relative_to(folder).as_posix() in self._stems_in(folder) for folder in above)
 
     def _add_song(self, path: Path, below: Path) -> None:
         relative = path.relative_to(below)
@@ -211,22 +218,18 @@ def _why_missing(path: Path) -> str:
     return "does not exist"
 
 
-def _stems_in(folder: Path) -> set[str]:
-    """The names of the files in a folder that its record lists."""
-    record = Record.read(folder)
-    return {file.name for file in record.files}.union(*map(stem_files, record.runs))
-
-
 def _without_clashes(songs: list[Song], failed: list[Outcome]) -> list[Song]:
-    """The songs with a folder for stems of their own; all others are added to `failed`."""
+    """The songs with a place for stems of their own; all others are added to `failed`."""
     owners: dict[str, list[Song]] = {}
     for song in songs:
-        owners.setdefault(_comparable(song.folder), []).append(song)
+        owners.setdefault(_comparable(song.folder / song.place.template), []).append(song)
     for rivals in owners.values():
         if len(rivals) > 1:
             names = " and ".join(repr(str(song.path)) for song in rivals)
-            folder = str(rivals[0].folder)
-            error = f"{names} would share the folder {folder!r}: separate each with its own -o"
+            shared = f"folder {str(rivals[0].folder)!r}"
+            if rivals[0].place != Place():
+                shared = f"file {str(rivals[0].folder / rivals[0].place.template)!r}"
+            error = f"{names} would share the {shared}: separate each with its own -o"
             failed += (Outcome(song.path, "failed", error) for song in rivals)
     return [rivals[0] for rivals in owners.values() if len(rivals) == 1]
 

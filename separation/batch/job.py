@@ -1,6 +1,7 @@
 """What to do with songs, and what became of them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,17 +13,29 @@ from separation.engine.options import EngineOptions
 from separation.engine.recipe_lines import PLAIN
 from separation.engine.recipes import Combination, Ensemble, Estimate
 from separation.engine.selection import Selection
+from separation.system.names import Place
+from separation.system.record import PAGE
 
 
 @dataclass(frozen=True)
 class Song:
-    """A song's file, and the folder for its stems."""
+    """A song's file, the folder for its stems, and the place of the stems there."""
 
     path: Path
     folder: Path
+    place: Place = field(default_factory=Place)
 
     def absolute(self) -> Self:
-        return type(self)(self.path.absolute(), self.folder.absolute())
+        return replace(self, path=self.path.absolute(), folder=self.folder.absolute())
+
+    def stem_names(self, job: "Job") -> dict[str, str]:
+        """The names of the stems' files in the folder, by stem. Raises InputError if two are equal."""
+        return self.place.names(job.stems, job.output.format)
+
+    @property
+    def page(self) -> Path:
+        """The path of the listening page."""
+        return self.folder / Path(self.place.name(Path(PAGE).stem, "html")).name
 
 
 @dataclass(frozen=True)
@@ -31,14 +44,14 @@ class Job:
 
     Args:
         settings: everything that decides the content of the stems' files; see `stem_settings`.
-        stems: the stems to write, which are known before a model is loaded.
+        stems: the stems to write, which are known before a model is loaded, each with the names of its models.
         output: how to write them.
         accept_damaged: also separate songs that lack a large or unknown part.
         report: also write a listening page.
     """
 
     settings: dict[str, Any]
-    stems: tuple[str, ...] = ()
+    stems: Mapping[str, str] = field(default_factory=dict)
     output: OutputOptions = OutputOptions()
     accept_damaged: bool = False
     report: bool = False
@@ -83,6 +96,7 @@ def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOpt
         "model_dir": _resolved(selection.model_dir),
         "model_path": _resolved(selection.model_path),
         "two_stems": selection.two_stems,
+        **({"only": selection.only} if selection.only else {}),
         "precision": engine.precision,
         "attention": engine.attention,
         "chunks": {name: list(description.chunks(engine.chunks)) for name, description in descriptions.items()},

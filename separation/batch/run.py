@@ -23,7 +23,6 @@ from separation.engine.song_context import song_context
 from separation.errors import SeparationError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
-from separation.system.record import PAGE
 from separation.system.signals import uninterrupted
 from separation.system.threads import Threads
 
@@ -63,7 +62,7 @@ def load_separator(selection: Selection, options: EngineOptions, *, refresh: boo
         precision=pool.choice.precision,
         attention=options.attention,
     )
-    return Separator.from_model(model, two_stems=selection.two_stems, options=on_pool, cache=cache)
+    return Separator.from_model(model, two_stems=selection.two_stems, only=selection.only, options=on_pool, cache=cache)
 
 
 def run(
@@ -162,27 +161,33 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
                 finishing.enter_context(uninterrupted())
 
         files = separator.separate_file(
-            song.path, song.folder, job.output, accept_damaged=job.accept_damaged, progress=report
+            song.path,
+            song.folder,
+            replace(job.output, name=job.output.name and song.place.template),
+            accept_damaged=job.accept_damaged,
+            progress=report,
         )
         run = {
             "source": source,
             "settings": job.settings,
-            "stems": {stem: (path.name, path.stat().st_size) for stem, path in files.items()},
+            "stems": {
+                stem: (path.relative_to(song.folder).as_posix(), path.stat().st_size) for stem, path in files.items()
+            },
             "duration_seconds": files.duration_seconds,
             "elapsed_seconds": files.elapsed_seconds,
             "gain": files.gain,
             "warnings": warnings,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        add_run(song.folder, run)
+        add_run(song, run)
     return run
 
 
 def _write_page(song: Song, job: Job, run: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Write a song's listening page and record it; returns the recorded run."""
-    page, stems = song.folder / PAGE, outcome_of(song, "done", run).stems
-    report = Report(song.path.name, song.path, stems, excerpt=job.output.excerpt)
-    write_report(report, page, overwrite=job.output.overwrite, progress=progress)
-    run = {**run, "page_bytes": page.stat().st_size}
-    add_run(song.folder, run)
+    stems = outcome_of(song, "done", run).stems
+    report = Report(song.path.name, song.path, stems, excerpt=job.output.excerpt, record=song.place.record)
+    write_report(report, song.page, overwrite=job.output.overwrite, progress=progress)
+    run = {**run, "page": song.page.name, "page_bytes": song.page.stat().st_size}
+    add_run(song, run)
     return run

@@ -34,7 +34,7 @@ def convert(checkpoint: Path, target: Path, *, overwrite: bool = False) -> None:
         metadata = {SOURCE_SHA256: hashlib.file_digest(stream, "sha256").hexdigest(), "source_name": checkpoint.name}
     if stored.blueprint is not None:
         metadata |= metadata_of(stored.blueprint)
-    with OutputFolder(target.parent, overwrite=overwrite, recorded=False) as folder:
+    with OutputFolder(target.parent, overwrite=overwrite, record=None) as folder:
         part = folder.work / target.name
         with output_errors(target, SafetensorError):
             safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, part, metadata)

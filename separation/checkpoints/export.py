@@ -81,7 +81,7 @@ def export(
     be written.
     """
     _check_options(target, checkpoint, random=random)
-    with OutputFolder(target.parent, overwrite=overwrite, recorded=False) as folder, torch.no_grad():
+    with OutputFolder(target.parent, overwrite=overwrite, record=None) as folder, torch.no_grad():
         folder.check_targets([target.name])
         part = folder.work / target.name
         if random:

@@ -34,6 +34,7 @@ def output_options(args: argparse.Namespace) -> OutputOptions:
         wav_depth=args.wav_depth,
         flac_depth=args.flac_depth,
         channels=args.channels,
+        name=args.name,
         overwrite=args.overwrite,
         excerpt=_excerpt(args),
     )
@@ -54,6 +55,8 @@ def selection(args: argparse.Namespace) -> Selection:
                 raise InputError(
                     f"{model} gives all stems of one model and cannot be combined with {other}: leave one of them out"
                 )
+    if getattr(args, "only", None) and getattr(args, "two_stems", None):
+        raise InputError("--only and --two-stems cannot be combined: leave one of them out")
     if args.model_dir is not None and (args.model_name is None or args.model_path is not None):
         raise InputError(
             "--model-dir needs --model-name and cannot be combined with --model-path: name a model in that folder"
@@ -66,6 +69,7 @@ def selection(args: argparse.Namespace) -> Selection:
         recipe=args.recipe or Selection.recipe,
         stems=args.stems,
         two_stems=getattr(args, "two_stems", None),
+        only=getattr(args, "only", None),
         model_name=args.model_name,
         model_dir=args.model_dir,
         model_path=args.model_path,

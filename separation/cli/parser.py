@@ -142,6 +142,7 @@ def _add_separate(parent: _Commands) -> None:
         metavar="STEM",
         help="give only this stem and no_STEM, the song minus it; any stem that the recipe has",
     )
+    model.add_argument("--only", type=given, metavar="STEM", help="give only this stem; any stem that the recipe has")
     _add_output_options(parser)
     engine = _add_engine_options(parser)
     engine.add_argument(
@@ -205,6 +206,13 @@ def _add_output_options(parser: Parser) -> None:
         choices=CHANNELS,
         metavar="NAME",
         help="stereo, mono, or `source` for mono stems of mono songs (default: stereo)",
+    )
+    group.add_argument(
+        "--name",
+        type=given,
+        metavar="TEMPLATE",
+        help="names of the files in DIR, such as '{artist}/{album}/{song} ({stem}).{ext}'; also {folder}, {track}, "
+        "{recipe} and {model} (default: '{folder}/{song}/{stem}.{ext}')",
     )
     group.add_argument(
         "--report", action="store_true", help="also write stems.html, a page to see and hear the stems of a song"

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,9 @@ from separation.batch.find import find
 from separation.batch.job import Job, Outcome, Song, stem_settings
 from separation.cli.options import engine_options, output_options, refuse_beside, selection
 from separation.cli.printing import print_error, print_json, print_line, song_bar, songs_bar
+from separation.engine.recipes import models_of_stems
 from separation.errors import InputError
+from separation.system.names import Place, song_fields
 
 logger = logging.getLogger("separation")
 
@@ -27,12 +29,10 @@ def separate(args: argparse.Namespace) -> int:
     """Separate songs. Prints each outcome as soon as it is known, and at the end what failed."""
     if args.ray:
         refuse_beside("--ray", ["--workers"], args)
-    found = find(args.songs, args.output)
+    found = find(args.songs, args.output, _placed(args))
     if note := found.note():
         logger.warning(note)
     songs = [song.absolute() for song in found.songs] if args.ray else found.songs
-    if excerpt := output_options(args).excerpt:  # in a folder of its own, beside the whole song's
-        songs = [replace(song, folder=song.folder.with_name(f"{song.folder.name} {excerpt}")) for song in songs]
     outcomes, n_songs = list(found.failed), len(found.failed) + len(songs)
     job, left = Job({}), songs
     if songs:  # report a missing song before a missing model
@@ -54,12 +54,31 @@ def separate(args: argparse.Namespace) -> int:
     return 2 if any(outcome.status == "failed" for outcome in outcomes) else 0
 
 
+def _placed(args: argparse.Namespace) -> Callable[[Song], Song]:
+    """Gives a song the place that the options name."""
+    options = output_options(args)
+
+    def placed(song: Song) -> Song:
+        if options.excerpt:  # in a folder of its own, beside the whole song's
+            song = replace(song, folder=song.folder.with_name(f"{song.folder.name} {options.excerpt}"))
+        if options.name is None:
+            return song
+        from separation.audio.metadata import tags_for  # needs PyTorch, which a run that has nothing to do does without
+
+        tags, below = tags_for(options.name, song.path), song.folder.parent.relative_to(args.output)
+        recipe = selection(args).load().name
+        place = Place.of(options.name, song_fields(song.folder.name, tags, recipe, below.as_posix()))
+        return replace(song, folder=args.output / place.folder, place=replace(place, folder=""))
+
+    return placed
+
+
 def _job(args: argparse.Namespace) -> Job:
     selected, engine, output = selection(args), engine_options(args), output_options(args)
     selected.check(engine)
     return Job(
         stem_settings(selected, engine, output),
-        selected.load().stems,
+        models_of_stems(selected.load()),
         output,
         accept_damaged=args.accept_damaged,
         report=args.report,

@@ -112,6 +112,12 @@ class Recipe:
             models[run.model] = tuple(dict.fromkeys((*models.get(run.model, ()), *stems)))
         return models
 
+    def only(self, stem: str) -> "Recipe":
+        """The recipe for this stem alone. Raises RecipeError if the recipe does not have it."""
+        if stem not in self.outputs:
+            raise _no_stem(self.name, stem, self.stems)
+        return replace(self, outputs={stem: self.outputs[stem]})
+
     def two_stems(self, stem: str) -> "Recipe":
         """The recipe for only this stem and `no_<stem>`, the mixture minus it.
 
@@ -159,25 +165,31 @@ def default_choice(name: str) -> str:
     return DEFAULT_CHOICE if DEFAULT_CHOICE in (offered := choices(name)) else offered[0]
 
 
-def find_recipe(name_or_path: str, choice: str | None = None, *, two_stems: str | None = None) -> Recipe:
+def find_recipe(
+    name_or_path: str, choice: str | None = None, *, two_stems: str | None = None, only: str | None = None
+) -> Recipe:
     """As `load_recipe`, or the recipe in a YAML file of the user's.
 
     Raises RecipeError as `load_recipe` does, and for a choice of stems beside a file, which has only one.
     """
     path = Path(name_or_path)
     if path.suffix not in YAML_SUFFIXES:
-        return load_recipe(name_or_path, choice, two_stems=two_stems)
+        return load_recipe(name_or_path, choice, two_stems=two_stems, only=only)
     if choice not in (None, ALL):
         raise RecipeError(f"recipe {name_or_path} has one choice of stems and not {choice!r}: leave the stems out")
     recipe = _read(path, name_or_path, ALL)
+    if only is not None:
+        return recipe.only(only)
     return recipe if two_stems is None else recipe.two_stems(two_stems)
 
 
-def load_recipe(name: str, choice: str | None = None, *, two_stems: str | None = None) -> Recipe:
+def load_recipe(
+    name: str, choice: str | None = None, *, two_stems: str | None = None, only: str | None = None
+) -> Recipe:
     """Read a recipe of configs/recipes.
 
     With `two_stems`, the result is the recipe for only that stem and the mixture minus it. The stem is taken from this
-    choice or, if that has no such stem, from the recipe's first choice that does.
+    choice or, if that has no such stem, from the recipe's first choice that does. `only` gives the stem alone.
 
     Args:
         choice: None stands for `default_choice`.
@@ -189,15 +201,21 @@ def load_recipe(name: str, choice: str | None = None, *, two_stems: str | None =
     choice = choice or default_choice(name)
     if choice not in choices(name):
         raise RecipeError(f"recipe {name!r} has no stems {choice!r}: choose one of {', '.join(choices(name))}")
-    if two_stems is None:
+    wanted = only or two_stems
+    if wanted is None:
         return _read_choice(name, choice)
     found: list[str] = []
     for each in sorted(choices(name), key=lambda each: each != choice):
         recipe = _read_choice(name, each)
-        if two_stems in recipe.stems:
-            return recipe.two_stems(two_stems)
+        if wanted in recipe.stems:
+            return recipe.two_stems(wanted) if only is None else recipe.only(wanted)
         found += recipe.stems
-    raise _no_stem(name, two_stems, dict.fromkeys(found))
+    raise _no_stem(name, wanted, dict.fromkeys(found))
+
+
+def models_of_stems(recipe: Recipe) -> dict[str, str]:
+    """The names of the models that each stem needs, joined by `+`, by stem."""
+    return {stem: "+".join(recipe.only(stem).models) for stem in recipe.stems}
 
 
 def one_model(name: str, stems: tuple[str, ...], residual: str | None = None) -> Recipe:

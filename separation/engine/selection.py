@@ -20,6 +20,7 @@ class Selection:
         recipe: a recipe in configs/recipes, or the path of a YAML file.
         stems: one of the recipe's choices, such as `all_4`; None for its default, `vocals_instrumental` if it has that.
         two_stems: give only this stem and `no_<stem>`, the mixture minus it.
+        only: give only this stem.
         model_name: a model's name or path, to run instead of a recipe.
         model_dir: the folder that holds the model of that name.
         model_path: weights for that model, instead of its own. Without `model_name`, the YAML file beside them counts.
@@ -28,6 +29,7 @@ class Selection:
     recipe: str = "standard"
     stems: str | None = None
     two_stems: str | None = None
+    only: str | None = None
     model_name: str | None = None
     model_dir: Path | None = None
     model_path: Path | None = None
@@ -42,16 +44,19 @@ class Selection:
     def load(self) -> Recipe:
         """The recipe to run. Raises RecipeError if there is no such recipe, choice, stem or model."""
         if self.model is None:
-            return find_recipe(self.recipe, self.stems, two_stems=self.two_stems)
+            return find_recipe(self.recipe, self.stems, two_stems=self.two_stems, only=self.only)
         model = read_config(self.model)
         recipe = one_model(self.model, model.stems, model.residual)
+        if self.only is not None:
+            return recipe.only(self.only)
         return recipe if self.two_stems is None else recipe.two_stems(self.two_stems)
 
     def models(self) -> dict[str, tuple[str, ...] | None]:
         """The models to load and the stems that each has to give; None stands for all of them. Raises as `load`."""
         if self.model is not None:
-            is_residual = self.two_stems == read_config(self.model).residual
-            return {self.model: None if self.two_stems is None or is_residual else (self.two_stems,)}
+            wanted = self.only or self.two_stems
+            is_residual = wanted == read_config(self.model).residual
+            return {self.model: None if wanted is None or is_residual else (wanted,)}
         return dict(self.load().models)
 
     def check(self, options: EngineOptions) -> None:

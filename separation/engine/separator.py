@@ -15,7 +15,7 @@ from separation.audio.decode import decode
 from separation.audio.encode import check_rate, is_rf64
 from separation.audio.excerpt import Excerpt
 from separation.audio.ffmpeg_writer import check_installed
-from separation.audio.metadata import Metadata, read_metadata
+from separation.audio.metadata import Metadata, read_metadata, tags_for
 from separation.audio.options import FFMPEG_FORMATS, OutputOptions
 from separation.audio.resample import ResampledView, resampled, resampled_as_it_comes, resampled_length
 from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Readable, Waveform, in_blocks, sample_fault
@@ -31,7 +31,7 @@ from separation.engine.pairs import pairs_help
 from separation.engine.parts import EstimatePart, KnownPart, excerpt, with_margin
 from separation.engine.pool import LoadedModels, ModelPool, Models
 from separation.engine.recipe_lines import PLAIN
-from separation.engine.recipes import Estimate, Recipe, Run, find_recipe, one_model
+from separation.engine.recipes import Estimate, Recipe, Run, find_recipe, models_of_stems, one_model
 from separation.engine.song_context import song_context
 from separation.engine.song_waveforms import Samples, SongWaveforms, Wave
 from separation.engine.views import Viewed, undone
@@ -39,6 +39,7 @@ from separation.errors import AudioError, InputError
 from separation.models.base import SeparationModel
 from separation.progress import Progress, Report
 from separation.system.memory import enough_memory
+from separation.system.names import Place, song_fields
 from separation.system.output import OutputFolder
 from separation.system.text import shown
 
@@ -122,16 +123,19 @@ class Separator:
         model: SeparationModel,
         *,
         two_stems: str | None = None,
+        only: str | None = None,
         options: EngineOptions = EngineOptions(),
         cache: Cache | None = None,
     ) -> "Separator":
         """A separator for one loaded model, which decides device, precision and attention.
 
         Its stems are the model's, and the mixture minus them if the model's YAML names that: `residual: instrumental`.
+        With `only`, it gives that stem alone.
 
         A `cache` needs a model from `load_model` whose files have not changed since.
         """
         recipe = one_model(model.name, model.stems, model.residual)
+        recipe = recipe if only is None else recipe.only(only)
         return cls(recipe, two_stems=two_stems, options=options, pool=LoadedModels({model.name: model}), cache=cache)
 
     @property
@@ -191,7 +195,7 @@ class Separator:
         accept_damaged: bool = False,
         progress: Report | None = None,
     ) -> StemFiles:
-        """Separate a song's file into one file per stem, `<folder>/<stem>.<format>`.
+        """Separate a song's file into one file per stem, `<folder>/<stem>.<format>`, or as `options.name` says.
 
         The folder is created if needed. WAV over 4 GB becomes RF64, and a warning is logged. At the song's own rate,
         the stems have as many samples as the song. A stem's title is the song's title, or its file name, followed by
@@ -227,8 +231,11 @@ class Separator:
         started, path, job = time.monotonic(), Path(path), Progress(progress)
         if options.format in FFMPEG_FORMATS:
             check_installed(f"format {options.format}")
-        with song_context(path.name), OutputFolder(Path(folder), overwrite=options.overwrite) as output:
-            output.check_targets([f"{stem}.{options.format}" for stem in self.stems], path)
+        place = self._place(path, options)
+        names = place.names(models_of_stems(self.recipe), options.format)
+        target = OutputFolder(Path(folder, place.folder), overwrite=options.overwrite, record=place.record)
+        with song_context(path.name), target as output:
+            output.check_targets([*names.values()], path)
             with decode(
                 path,
                 output.work,
@@ -243,11 +250,15 @@ class Separator:
                 gain = self._write_stems(mixture, part, path, files, options, job)
                 job(1.0, "done")  # the last moment to cancel
                 return StemFiles(
-                    output.publish(files),
+                    output.publish(files, names),
                     duration_seconds=duration_seconds,
                     elapsed_seconds=time.monotonic() - started,
                     gain=gain,
                 )
+
+    def _place(self, path: Path, options: OutputOptions) -> Place:
+        tags = tags_for(options.name, path)
+        return Place.of(options.name, song_fields(path.stem, tags, self.recipe.name))
 
     def on_decoded(self, duration_seconds: float, options: OutputOptions) -> None:
         """Called by `separate_file` when a song is decoded, before any model runs. For subclasses; does nothing."""

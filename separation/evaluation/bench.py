@@ -264,7 +264,7 @@ def separator_of(
     if selection.model is None:
         return Separator(selection.load(), pool=LoadedModels(models), options=options)
     (model,) = models.values()
-    return Separator.from_model(model, two_stems=selection.two_stems, options=options)
+    return Separator.from_model(model, two_stems=selection.two_stems, only=selection.only, options=options)
 
 
 def _song(seconds: int) -> Tensor:

@@ -39,6 +39,7 @@ from separation.report.picture import (
 )
 from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
+from separation.system.record import RECORD
 from separation.system.threads import Threads
 
 PAGE = Path(__file__).with_name("report.html")
@@ -60,6 +61,7 @@ class Report:
         stems: stem -> its file.
         scores: stem -> its SDR in dB.
         links: text -> URL of the links at the top of the page.
+        record: the name of the record that lists the page.
         excerpt: the part of the song of which these are the stems; None means the whole song.
     """
 
@@ -68,6 +70,7 @@ class Report:
     stems: Mapping[str, Path]
     scores: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
+    record: str = RECORD
     excerpt: Excerpt | None = None
 
 
@@ -80,7 +83,8 @@ def write_report(report: Report, target: Path, *, overwrite: bool = False, progr
             replaced.
     """
     files = {"mixture": report.mixture, **report.stems}
-    with OutputFolder(target.parent, overwrite=overwrite) as output, ExitStack() as stack, Threads() as pool:
+    folder = OutputFolder(target.parent, overwrite=overwrite, record=report.record)
+    with folder as output, ExitStack() as stack, Threads() as pool:
         output.check_targets([target.name], report.mixture)
         waves: list[Waveform] = []
         for path in files.values():

@@ -38,7 +38,7 @@ class OutputFolder:
     Args:
         folder: where files are published.
         overwrite: also replace files that this program did not write.
-        recorded: list published files in the folder's record.
+        record: the name of the record that lists the published files; None for no record.
 
     Raises:
         OutputError: the folder cannot be written to.
@@ -46,10 +46,10 @@ class OutputFolder:
 
     work: Path
 
-    def __init__(self, folder: Path, *, overwrite: bool = False, recorded: bool = True) -> None:
+    def __init__(self, folder: Path, *, overwrite: bool = False, record: str | None = RECORD) -> None:
         self.folder = folder
         self.overwrite = overwrite
-        self.recorded = recorded
+        self.record = record
         self._cleaning = ExitStack()
 
     def __enter__(self) -> Self:
@@ -86,36 +86,45 @@ class OutputFolder:
 
     def check_targets(self, names: Sequence[str], song: Path | None = None) -> None:
         """Check that files with these names may be published; see `record.check_targets` for the errors."""
-        record = [RECORD] if self.recorded else []
-        check_targets(self.folder, [*names, *record], overwrite=self.overwrite, song=song)
+        record = [] if self.record is None else [self.record]
+        name = self.record or RECORD
+        check_targets(self.folder, [*names, *record], overwrite=self.overwrite, song=song, record_name=name)
 
-    def publish(self, parts: Mapping[str, Path]) -> dict[str, Path]:
-        """Move finished files from `work` into the folder, over older ones. If one cannot be moved, none is."""
-        self.check_targets([part.name for part in parts.values()])  # files may have appeared during the run
-        if self.recorded:  # first, so that a killed process never leaves an unrecorded file
-            record = Record.read(self.folder).with_files(self.folder, parts.values())
+    def publish(self, parts: Mapping[str, Path], names: Mapping[str, str] | None = None) -> dict[str, Path]:
+        """Move finished files from `work` into the folder, over older ones. If one cannot be moved, none is.
+
+        `names` are the files' names in the folder, which may have folders in them; None means their own names.
+        """
+        names = names or {stem: part.name for stem, part in parts.items()}
+        self.check_targets([*names.values()])  # files may have appeared during the run
+        if self.record is not None:  # first, so that a killed process never leaves an unrecorded file
+            named = {names[stem]: part for stem, part in parts.items()}
+            record = Record.read(self.folder, self.record).with_files(self.folder, named)
             self.write(record)
         published = {}
         with uninterrupted(), ExitStack() as undo:
-            for stem, part in parts.items():
-                published[stem] = target = self.folder / part.name
+            for number, (stem, part) in enumerate(parts.items()):
+                published[stem] = target = self.folder / names[stem]
                 with output_errors(target):
+                    for parent in reversed(target.relative_to(self.folder).parents[:-1]):
+                        (self.folder / parent).mkdir(exist_ok=True)
+                        undo.callback(_remove_if_empty, self.folder / parent)
                     if os.path.lexists(target):
-                        older = self.work / f"older-{part.name}"
+                        older = self.work / f"older-{number}"
                         os.replace(target, older)
                         undo.callback(os.replace, older, target)
                     else:
                         undo.callback(target.unlink, missing_ok=True)
                     os.replace(part, target)
             undo.pop_all()
-        if self.recorded and not all(map(record.vouches_for, published.values())):
+        if self.record is not None and not all(record.vouches_for(self.folder, name) for name in names.values()):
             # Some network drives change a file's time when it is renamed.
-            self.write(record.with_files(self.folder, published.values()))
+            self.write(record.with_files(self.folder, {names[stem]: path for stem, path in published.items()}))
         return published
 
     def write(self, record: Record) -> None:
         """Replace the folder's record."""
-        part, target = self.work / RECORD, self.folder / RECORD
+        part, target = self.work / (self.record or RECORD), self.folder / (self.record or RECORD)
         with output_errors(target):
             part.write_text(record.text(), encoding="utf-8")
             os.replace(part, target)

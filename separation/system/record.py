@@ -1,5 +1,8 @@
 """The record in an output folder, `.separation.json`: the files that this program wrote there, and from which song.
 
+If songs share a folder because of the names that were chosen for their stems, each has a record of its own there,
+`.separation-*.json`. Names of files are relative to the folder.
+
 `files` lists the name, size and modification time of each file as written. A file that still matches may be replaced;
 any other file belongs to somebody else. `runs` lists the runs whose stems are in the folder, each with its song,
 settings and stems. A run is added last, so stems without a run are unfinished.
@@ -8,8 +11,9 @@ settings and stems. A run is added last, so stems without a run are unfinished.
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +37,9 @@ class Written:
     mtime_ns: int | None  # None in records of earlier versions, which do not have it
 
     @classmethod
-    def of(cls, path: Path) -> "Written":
+    def of(cls, name: str, path: Path) -> "Written":
         facts = path.stat()
-        return cls(path.name, facts.st_size, facts.st_mtime_ns)
+        return cls(name, facts.st_size, facts.st_mtime_ns)
 
     def is_still_in(self, folder: Path) -> bool:
         """Whether the file is unchanged: neither edited, replaced nor removed."""
@@ -55,9 +59,9 @@ class Record:
     files: list[Written] = field(default_factory=list)
 
     @classmethod
-    def read(cls, folder: Path) -> "Record":
-        """The folder's record; empty if it has none, or one that is damaged or from a later version."""
-        content = _content(folder / RECORD)
+    def read(cls, folder: Path, name: str = RECORD) -> "Record":
+        """The folder's record of that name; empty if it has none, or one that is damaged or from a later version."""
+        content = _content(folder / name)
         if content.get("version") != _VERSION:
             return cls()
         try:
@@ -82,21 +86,23 @@ class Record:
         """This record with a run added; it replaces the run with the same settings."""
         return Record([*self.without_run(run["settings"]).runs, run], self.files)
 
-    def with_files(self, folder: Path, parts: Iterable[Path]) -> "Record":
+    def with_files(self, folder: Path, parts: Mapping[str, Path]) -> "Record":
         """This record with files that are about to be moved into the folder, without the runs whose stems they replace.
+
+        `parts` are the files by their names in the folder.
 
         It still vouches for the files that are there now, in case the move fails.
         """
-        new = [Written.of(part) for part in parts]
-        names = {file.name for file in new}
+        new = [Written.of(name, part) for name, part in parts.items()]
+        names = parts.keys()
         runs = [run for run in self.runs if not names & stem_files(run)]
-        if PAGE in names:
-            runs = [{key: value for key, value in run.items() if key != "page_bytes"} for run in runs]
+        without_page = ({key: value for key, value in run.items() if key != "page_bytes"} for run in runs)
+        runs = [bare if page_of(run) in names else run for run, bare in zip(runs, without_page, strict=True)]
         return Record(runs, [*(file for file in self.files if file.is_still_in(folder)), *new])
 
-    def vouches_for(self, path: Path) -> bool:
-        """Whether the file exists exactly as this program wrote it."""
-        return any(file.name == path.name and file.is_still_in(path.parent) for file in self.files)
+    def vouches_for(self, folder: Path, name: str) -> bool:
+        """Whether the file of that name exists exactly as this program wrote it."""
+        return any(file.name == name and file.is_still_in(folder) for file in self.files)
 
 
 def _checked(run: dict[str, Any]) -> dict[str, Any]:
@@ -119,21 +125,41 @@ def stem_files(run: dict[str, Any]) -> set[str]:
     return {name for name, _ in run["stems"].values()}
 
 
-def check_targets(folder: Path, names: Sequence[str], *, overwrite: bool = False, song: Path | None = None) -> None:
-    """Check that files with these names may be written to the folder.
+def page_of(run: dict[str, Any]) -> str:
+    """The name of a run's listening page, if it has one."""
+    return str(run.get("page", PAGE))
+
+
+def recorded_files(folder: Path) -> set[str]:
+    """The names of all files that records in a folder list, relative to it."""
+    records = [Record.read(folder, path.name) for path in folder.glob(".separation*.json")]
+    listed = {file.name for record in records for file in record.files}
+    return listed.union(*(stem_files(run) for record in records for run in record.runs))
+
+
+def check_targets(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    overwrite: bool = False,
+    song: Path | None = None,
+    record_name: str = RECORD,
+) -> None:
+    """Check that files with these names, and the record, may be written to the folder.
 
     Raises:
         OutputError: a name belongs to a folder or, unless `overwrite`, to a file or link that this program did not
             write.
         InputError: a name belongs to the song itself.
     """
-    record = Record.read(folder)
-    for target in (folder / name for name in names):
+    record = Record.read(folder, record_name)
+    for name in names:
+        target = folder / name
         if os.path.isdir(target):
             raise OutputError(f"{str(target)!r} is a folder: remove it, or choose another place")
         if song is not None and os.path.exists(target) and os.path.exists(song) and target.samefile(song):
             raise InputError(f"a stem would overwrite the song {song.name!r}: choose another output folder")
-        if os.path.lexists(target) and not (overwrite or record.vouches_for(target) or is_record(target)):
+        if os.path.lexists(target) and not (overwrite or record.vouches_for(folder, name) or is_record(target)):
             raise OutputError(
                 f"{str(target)!r} already exists and is not a file that this program wrote: choose another place, or "
                 "replace it with --overwrite (overwrite=True in Python)"
@@ -142,7 +168,7 @@ def check_targets(folder: Path, names: Sequence[str], *, overwrite: bool = False
 
 def is_record(path: Path) -> bool:
     """Whether a file is a record, of any version."""
-    return path.name == RECORD and bool(_content(path))
+    return fnmatch(path.name, ".separation*.json") and bool(_content(path))
 
 
 def _content(path: Path) -> dict[str, Any]:

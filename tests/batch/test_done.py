@@ -154,7 +154,7 @@ def test_runs_with_different_settings_are_both_done_unless_they_share_files(
 @pytest.mark.parametrize("value", [7, [7], "x", {"x": [7]}, None, -1.0, 0])
 def test_a_run_with_wrong_values_does_not_crash(key: str, value: object, copy: Path) -> None:
     folder, song = copy / "out" / "01", Song(copy / "a" / "01.wav", copy / "out" / "01")
-    job = Job(RUN["settings"], report=True, stems=("vocals",))
+    job = Job(RUN["settings"], report=True, stems={"vocals": "demo"})
     text = Record([{**RUN, key: value}], Record.read(folder).files).text()
     (folder / RECORD).write_text(text, encoding="utf-8")
     left, done = unfinished([song], job)

@@ -28,7 +28,7 @@ def make(folder: Path, *names: str) -> None:
 
 def write_stems(folder: Path, *names: str) -> None:
     make(folder, *names)
-    (folder / RECORD).write_text(Record(files=[Written.of(folder / name) for name in names]).text())
+    (folder / RECORD).write_text(Record(files=[Written.of(name, folder / name) for name in names]).text())
 
 
 def found_in(folder: Path, *given: str, output: str = "out") -> tuple[dict[str, str], Found]:

@@ -110,6 +110,8 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "wav_depth": ("--wav-depth", "16"),
     "bitrate": ("--format", "mp3", "--mp3-bitrate", "192"),
     "channels": ("--channels", "source"),
+    "name": ("--name", "{song} ({stem}).{ext}"),
+    "only": ("--only", "vocals"),
     "flac_depth": ("--format", "flac", "--flac-depth", "16"),
     "device": ("--device", "cpu"),
     "batch_size": ("--batch-size", "3"),
@@ -128,7 +130,7 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "songs": ("another.wav",),
 }
 
-SAME = {"songs", "output", "verbose", "json", "report", "force_refresh", "overwrite", "accept_damaged"}
+SAME = {"songs", "output", "name", "verbose", "json", "report", "force_refresh", "overwrite", "accept_damaged"}
 SAME |= {"device", "batch_size", "workers", "ray"}
 
 

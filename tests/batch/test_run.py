@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import common
 from helpers.command_line import files_in, json_lines, separate, separating, write_songs
 from helpers.common import below, read
 from separation.audio.options import OutputOptions
 from separation.batch import run
+from separation.batch.done import unfinished
 from separation.batch.find import find
 from separation.batch.job import Job, Outcome, Song
 from separation.engine import chunking
@@ -24,6 +28,7 @@ from separation.engine.options import EngineOptions
 from separation.engine.selection import Selection
 from separation.engine.separator import Separator
 from separation.progress import Progress
+from separation.system.names import Place, song_fields
 from separation.system.record import RECORD
 
 
@@ -236,3 +241,26 @@ def test_the_temporary_folder_of_a_running_process_stays(tmp_path: Path) -> None
         process.send_signal(signal.SIGCONT)
         process.communicate(timeout=60)
     assert process.returncode == 0 and not temporary(out)
+
+
+def test_songs_in_one_folder_are_skipped_when_they_are_done_and_do_not_replace_one_another(tmp_path: Path) -> None:
+    place = partial(Place.of, "{artist}/{song} {stem}.{ext}")
+    songs = []
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / f"{name}.wav").write_bytes(common.song(0.3 + number / 10))
+        at = place(song_fields(name, {}, "demo"))
+        songs.append(Song(tmp_path / f"{name}.wav", tmp_path / "out" / at.folder, replace(at, folder="")))
+    job = Job({}, {"vocals": "demo", "instrumental": "demo"}, OutputOptions(name="{artist}/{song} {stem}.{ext}"))
+    separator = Separator("demo", options=EngineOptions(device="cpu"))
+    assert unfinished(songs, job) == (songs, [])
+    outcomes = [run.separate_song(song, job, separator, Progress()) for song in songs]
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
+    folder = tmp_path / "out" / "Unknown artist"
+    visible = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    assert visible == ["a instrumental.wav", "a vocals.wav", "b instrumental.wav", "b vocals.wav"]
+    left, finished = unfinished(songs, job)
+    assert left == [] and [outcome.stems for outcome in finished] == [outcome.stems for outcome in outcomes]
+    (folder / "b vocals.wav").unlink()
+    assert unfinished(songs, job)[0] == songs[1:]
+    other = Song(tmp_path / "b.wav", folder, songs[0].place)
+    assert "has the stems of another song" in unfinished([other], job)[1][0].error

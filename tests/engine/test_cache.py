@@ -209,6 +209,11 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "sample_rate": [(HIT, ("--sample-rate", "48000")), (HIT, ("--sample-rate", "source"))],
     "wav_depth": [(HIT, ("--wav-depth", "16"))],
     "bitrate": [(HIT, ("--format", "mp3", "--bitrate", "128"))],
+    "start": [(HIT, ("--start", "1"))],
+    "end": [(HIT, ("--end", "5"))],
+    "preview": [(HIT, ("--preview",))],
+    "name": [(HIT, ("--name", "{song} {stem}.{ext}"))],
+    "only": [(HIT, ("--only", "vocals"))],
     "channels": [(HIT, ("--channels", "mono"))],
     "flac_depth": [(HIT, ("--format", "flac", "--flac-depth", "16"))],
     "report": [(HIT, ("--report",))],
@@ -310,10 +315,20 @@ def write_recipes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # The arguments of the Python API that are not part of the key: a new argument must be added here or to the key.
 OFFERED = {
     Separator.__init__: {"recipe", "stems", "pool"},
-    Separator.from_model: {"model"},
+    Separator.from_model: {"model", "only"},
     Separator.separate_file: {"path", "folder", "max_seconds", "accept_damaged", "progress"},
     EngineOptions: {"device", "precision", "attention"},
-    OutputOptions: {"format", "sample_rate", "wav_depth", "flac_depth", "bitrate", "channels", "overwrite"},
+    OutputOptions: {
+        "format",
+        "sample_rate",
+        "wav_depth",
+        "flac_depth",
+        "bitrate",
+        "channels",
+        "excerpt",
+        "name",
+        "overwrite",
+    },
 }
 
 

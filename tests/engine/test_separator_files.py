@@ -179,7 +179,7 @@ def test_stems_are_published_together_or_not_at_all(pool: ModelPool, clip: Tenso
 
 def test_if_publishing_fails_the_older_stems_are_restored(tmp_path: Path) -> None:
     (tmp_path / "vocals.wav").write_text("older")
-    with OutputFolder(tmp_path, overwrite=True, recorded=False) as output:
+    with OutputFolder(tmp_path, overwrite=True, record=None) as output:
         (output.work / "vocals.wav").write_text("newer")
         parts = {"vocals": output.work / "vocals.wav", "instrumental": output.work / "not there.wav"}
         with pytest.raises(OutputError, match=r"not there\.wav"):

@@ -23,7 +23,7 @@ from separation.system.record import RECORD, check_targets
 def test_if_one_file_cannot_be_published_none_is(older: dict[str, bytes], tmp_path: Path) -> None:
     for name, content in older.items():
         (tmp_path / name).write_bytes(content)
-    with OutputFolder(tmp_path, overwrite=True, recorded=False) as output:
+    with OutputFolder(tmp_path, overwrite=True, record=None) as output:
         vocals = output.work / "vocals.wav"
         vocals.write_bytes(b"newer")
         with pytest.raises(OutputError, match=r"drums\.wav"):

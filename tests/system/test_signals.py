@@ -87,9 +87,9 @@ def test_a_signal_while_a_song_is_published_leaves_it_finished_and_recorded(
     song, job = Song(tmp_path / "song.wav", tmp_path / "out"), Job({})
     undisturbed = getattr(OutputFolder, step)
 
-    def interrupted(folder: OutputFolder, written: Any) -> Any:
+    def interrupted(folder: OutputFolder, *written: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        return undisturbed(folder, written)
+        return undisturbed(folder, *written)
 
     monkeypatch.setattr(OutputFolder, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
