@@ -56,7 +56,7 @@ class Excerpt:
         """
         duration = mixture.n_samples / mixture.sample_rate
         if self.is_preview:
-            start = _loudest(mixture, PREVIEW_SECONDS)
+            start = loudest(mixture, PREVIEW_SECONDS)
             return float(start), min(duration, float(start + PREVIEW_SECONDS))
         if round(self.start_seconds * mixture.sample_rate) >= mixture.n_samples:
             raise InputError(
@@ -71,7 +71,7 @@ class Excerpt:
         return start, max(stop, start + 1)
 
 
-def _loudest(wave: "Waveform", seconds: int) -> int:
+def loudest(wave: "Waveform", seconds: int) -> int:
     """The second at which the loudest `seconds` of a song start: the first of them, if several are equally loud."""
     energies = [_energy(wave, second) for second in range(-(-wave.n_samples // wave.sample_rate))]
     starts = range(max(1, wave.n_samples // wave.sample_rate - seconds + 1))

@@ -11,6 +11,7 @@ from separation.checkpoints.facts import LICENCES, RANKING_TEST, TASKS
 from separation.checkpoints.listing import SORTS
 from separation.cli import commands, models
 from separation.cli.separate import separate
+from separation.cli.tune import tune
 from separation.cli.values import (
     batch_size,
     bitrate,
@@ -95,6 +96,7 @@ def build_parser() -> Parser:
     _add_demo(parent)
     _add_separate(parent)
     _add_serve(parent)
+    _add_tune(parent)
     _add_evaluate(parent)
     _add_null(parent)
     _add_bench(parent)
@@ -242,6 +244,50 @@ def _add_serve(parent: _Commands) -> None:
     group.add_argument("--no-browser", action="store_true", help="only print the page's address")
     _add_device_options(serve.add_argument_group("device options"))
     serve.add_last(verbose=True)
+
+
+def _add_tune(parent: _Commands) -> None:
+    parser = parent.add(
+        "tune",
+        tune,
+        "[OPTIONS] SONG",
+        "Compare models on ten seconds of a song, and write a page to listen to them.",
+        "song.mp3 --task vocals",
+        "song.mp3 --task instrumental --blind",
+        "song.mp3 --stem drums --recipe standard",
+    )
+    parser.add_argument_group("arguments").add_argument("song", type=path, metavar="SONG", help="file to compare on")
+    group = parser.add_argument_group("candidates")
+    group.add_argument(
+        "--task",
+        type=given,
+        metavar="NAME",
+        help="compare the downloaded models for this task; `separation models list` prints the tasks",
+    )
+    group.add_argument(
+        "--stem", type=given, metavar="NAME", help="compare this stem; without --task, of all models that give it"
+    )
+    group.add_argument(
+        "--recipe",
+        type=given,
+        action="append",
+        metavar="NAME",
+        help=f"also compare this recipe: {_listed(names())}; may be repeated",
+    )
+    group.add_argument("--seconds", type=count, default=10, metavar="S", help="length, at most 60 (default: 10)")
+    group = parser.add_argument_group("page options")
+    group.add_argument(
+        "-o",
+        "--output",
+        type=path,
+        default=Path("tune"),
+        metavar="DIR",
+        help="write the page to DIR/<song>/<stem>.html (default: tune)",
+    )
+    group.add_argument("--blind", action="store_true", help="hide the names on the page until you ask for them")
+    group.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    _add_device_options(parser.add_argument_group("device options"))
+    parser.add_last(verbose=True).add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_evaluate(parent: _Commands) -> None:

@@ -160,11 +160,11 @@ def engine_speed(
         separator = separator_of(models, selection, chunked)
         mixture = _song(seconds)
         gc.collect()
-        model_bytes = _memory_bytes(choice.device)[0]
-        _reset_peak_memory(choice.device)
+        model_bytes = memory_bytes(choice.device)[0]
+        reset_peak_memory(choice.device)
         separator.separate(mixture)
         run_seconds = [_seconds(lambda: separator.separate(mixture)) for _ in range(runs)]
-        peak_bytes = _memory_bytes(choice.device)[1]
+        peak_bytes = memory_bytes(choice.device)[1]
 
         floats = float_precision(choice.precision, choice.device)
         costs: dict[str, _Cost] = {}
@@ -336,8 +336,8 @@ def _products_speed(
     return counted / seconds
 
 
-def _memory_bytes(device: torch.device) -> tuple[int, int]:
-    """Memory in use now, and the peak since `_reset_peak_memory`.
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """Memory in use now, and the peak since `reset_peak_memory`.
 
     On a CUDA GPU, tensors count; elsewhere the whole process.
     """
@@ -350,7 +350,7 @@ def _memory_bytes(device: torch.device) -> tuple[int, int]:
     return now, peak
 
 
-def _reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":

@@ -87,7 +87,7 @@ def scores(references: Read, estimates: Read, n_samples: int, *, sir_and_sar: bo
     medians = torch.full((3, silent.shape[1]), math.nan, dtype=torch.float64)  # SDR, SIR, SAR
     if len(stems) and len(frames):
         energy, error_energy = sums[frames, :2][..., stems].unbind(dim=1)
-        medians[0, stems] = _median(10 * (energy / error_energy).log10())
+        medians[0, stems] = median(10 * (energy / error_energy).log10())
         if sir_and_sar and len(stems) > 1 and has_museval():
             medians[1:, stems] = _sir_and_sar(references(0, n_samples)[stems], estimates(0, n_samples)[stems], frames)
     return [
@@ -125,10 +125,10 @@ def _sir_and_sar(references: Tensor, estimates: Tensor, frames: Tensor) -> Tenso
 
     both = [audio.mT.double().numpy() for audio in (references, estimates)]
     _, _, sir, sar, _ = bss_eval(*both, window=FRAME_SAMPLES, hop=FRAME_SAMPLES)
-    return torch.stack([_median(torch.from_numpy(values.T)[frames]) for values in (sir, sar)])
+    return torch.stack([median(torch.from_numpy(values.T)[frames]) for values in (sir, sar)])
 
 
-def _median(values: Tensor) -> Tensor:
+def median(values: Tensor) -> Tensor:
     """The median over the first axis. Unlike torch.median, it is the mean of the middle two for an even number."""
     ordered = values.sort(dim=0).values
     return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from separation.audio.decode import decode
+from separation.audio.excerpt import loudest
 from separation.audio.waveform import SAMPLE_RATE, Waveform
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.description import WITH_INT8
@@ -147,7 +148,7 @@ def compare_precisions(
     names = _offered(selection, device)
     selection.load()  # before a long song is decoded
     with TemporaryDirectory() as folder, decode(song, Path(folder), progress=progress.part(0, 0.1, "decoding")) as wave:
-        start, excerpt = _loudest(wave, seconds)
+        start, excerpt = loudest_part(wave, seconds)
     results: list[PrecisionResult] = []
     float32: dict[str, Tensor] = {}
     for number, name in enumerate(names):
@@ -182,16 +183,10 @@ def _offered(selection: Selection, device: torch.device) -> list[str]:
     return names
 
 
-def _loudest(song: Waveform, seconds: int) -> tuple[int, Tensor]:
+def loudest_part(song: Waveform, seconds: int) -> tuple[int, Tensor]:
     """The start of the loudest `seconds` of a song, a multiple of SAMPLE_RATE, and their samples, `[2, T]`."""
-    energies = []
-    for start in range(0, song.n_samples, SAMPLE_RATE):
-        second = song.read(start, min(song.n_samples, start + SAMPLE_RATE)).double()
-        energies.append(second.square().sum())
-    sums = torch.nn.functional.pad(torch.stack(energies).cumsum(0), (1, 0))
-    length = min(seconds, len(energies))
-    start = int((sums[length:] - sums[:-length]).argmax()) * SAMPLE_RATE
-    return start, song.read(start, min(song.n_samples, start + length * SAMPLE_RATE)).clone()
+    start = loudest(song, seconds) * SAMPLE_RATE
+    return start, song.read(start, min(song.n_samples, start + seconds * SAMPLE_RATE)).clone()
 
 
 def _separated(

@@ -1,54 +1,28 @@
 """The listening page: one HTML file with pictures, levels and scores of a song and its stems, and a player.
 
-This module fills the data into report.html, which draws and plays it. The sound is MP3, which every browser decodes. It
-is cut into segments, because a phone has memory for some decoded seconds of each stem but not for a whole song.
+This module fills the data into report.html, which draws and plays it.
 """
 
-import base64
-import io
-import json
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
-import torch
-
 from separation.audio.decode import decode
 from separation.audio.excerpt import Excerpt
-from separation.audio.waveform import SAMPLE_RATE, Waveform, in_blocks, read_padded
+from separation.audio.waveform import Waveform, in_blocks
 from separation.errors import AudioError
-from separation.models.stft import make_window
 from separation.progress import Progress
-from separation.report.picture import (
-    COLUMNS,
-    N_FFT,
-    Floats,
-    band_filters,
-    colour_of,
-    level_text,
-    magnification,
-    spectrogram_base64,
-    time_ticks,
-)
+from separation.report.picture import colour_of
+from separation.report.player import Picture, Sound, write_page
 from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 from separation.system.record import RECORD
 from separation.system.threads import Threads
 
-PAGE = Path(__file__).with_name("report.html")
 MAX_SECONDS = 20 * 60  # the longest song; with six stems, its page has about 160 MB
-SEGMENT_SAMPLES = 10 * SAMPLE_RATE  # what the player decodes at once
-LEAD_SAMPLES = SAMPLE_RATE // 10  # extra sound on both sides of a segment, for decoder delay and cross-fade
-MP3_LEVEL = 0.5  # from 0 (best) to 1; about 100 kbit/s, variable
 MEASURED = 0.3  # share of the progress bar for decoding and pictures; the rest is for the sound
-WAVE_HEIGHT = 96  # height of the loudest sample; waveforms reach from -100 to 100
 
 
 @dataclass(frozen=True)
@@ -101,72 +75,18 @@ def write_report(report: Report, target: Path, *, overwrite: bool = False, progr
             for block in in_blocks(waves[0], start, stop):
                 part.append(block)
             waves[0] = part
-        n_samples = max(wave.n_samples for wave in waves)
         peak = max(wave.peak for wave in waves) or 1.0
-        edges = np.linspace(0, n_samples, min(COLUMNS, n_samples) + 1).astype(int).tolist()
-        pictures = dict(zip(files, pool.map(lambda wave: _Picture.of(wave, edges), waves), strict=True))
-        song = _page_data(report, pictures, n_samples, peak)
-        head, tail = PAGE.read_text(encoding="utf-8").split("<!-- sound -->")
+        sound = Sound(waves, [min(1.0, 1 / peak)] * len(waves))
+        pictures = dict(zip(files, sound.pictures(pool), strict=True))
+        data = _page_data(report, pictures, peak) | sound.times()
         written = output.work / target.name
-        with output_errors(target), written.open("w", encoding="utf-8") as page:
-            page.write(head.replace("/* song */", json.dumps(song).replace("<", "\\u003c")))
-            for number, start in enumerate(range(0, n_samples, SEGMENT_SAMPLES)):
-                progress(MEASURED + (1 - MEASURED) * start / n_samples, "writing the report")
-                stop = min(start + SEGMENT_SAMPLES, n_samples)
-                encode = partial(_mp3_base64, start=start, stop=stop, gain=min(1.0, 1 / peak))
-                for index, sound in enumerate(pool.map(encode, waves)):
-                    page.write(f'<script type="text/plain" id="sound-{index}-{number}">{sound}</script>\n')
-            page.write(tail)
+        with output_errors(target):
+            write_page(written, "report.html", data, sound, pool, progress.part(MEASURED, 1))
         progress(1.0, "done")
         output.publish({"report": written})
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """What the waveform and the spectrogram of a track show in each column, over both channels."""
-
-    low: Floats  # smallest sample, [columns]
-    high: Floats  # largest sample, [columns]
-    rms: Floats  # [columns]
-    level: str
-    energy: Floats  # [bands, columns], low bands first
-
-    @classmethod
-    def of(cls, wave: Waveform, edges: list[int]) -> "_Picture":
-        """Measure a track. Column i covers samples `[edges[i], edges[i + 1])`, at least one."""
-        window = make_window("hann", N_FFT, torch.device("cpu"))
-        filters = torch.from_numpy(band_filters(wave.sample_rate)).float()
-        low, high, squares, energy = [], [], [], []
-        for start, stop in pairwise(edges):
-            padded = read_padded(wave, start - N_FFT // 2, stop + N_FFT // 2)
-            samples = padded[:, N_FFT // 2 : -(N_FFT // 2)]
-            low.append(float(samples.min()))
-            high.append(float(samples.max()))
-            squares.append(float(samples.square().mean()))
-            frames = padded.unfold(1, N_FFT, N_FFT // 2) * window  # [2, N, N_FFT]
-            energy.append(filters @ torch.fft.rfft(frames).abs().square().mean(dim=(0, 1)))
-        mean_square = float(np.average(squares, weights=np.diff(edges)))
-        return cls(
-            low=np.array(low),
-            high=np.array(high),
-            rms=np.sqrt(squares),
-            level=level_text(10 * math.log10(mean_square) if mean_square else -math.inf),
-            energy=torch.stack(energy, dim=1).double().numpy(),
-        )
-
-    def drawn(self, peak: float, loudest: float) -> dict[str, Any]:
-        """The data for report.html. `peak` fills a waveform's height; energy `loudest` has the brightest colour."""
-        magnified = magnification(max(float(self.high.max()), -float(self.low.min())), peak)
-        scale = WAVE_HEIGHT * magnified / peak
-        outlines = {"low": self.low, "high": self.high, "rms": self.rms}
-        return {
-            "magnified": magnified,
-            "spectrogram": spectrogram_base64(self.energy / loudest),
-            **{name: np.round(values * scale).astype(int).tolist() for name, values in outlines.items()},
-        }
-
-
-def _page_data(report: Report, pictures: Mapping[str, _Picture], n_samples: int, peak: float) -> dict[str, Any]:
+def _page_data(report: Report, pictures: Mapping[str, Picture], peak: float) -> dict[str, Any]:
     """The data for report.html, without the sound. `peak` is that of all tracks; the first track is the mixture."""
     loudest = max(float(picture.energy.max()) for picture in pictures.values()) or 1.0
     sdrs = {name: f"SDR {sdr:.1f} dB".replace("-", "−") for name, sdr in report.scores.items()}
@@ -180,29 +100,4 @@ def _page_data(report: Report, pictures: Mapping[str, _Picture], n_samples: int,
         }
         for index, (name, picture) in enumerate(pictures.items())
     ]
-    return {
-        "title": report.title,
-        "seconds": n_samples / SAMPLE_RATE,
-        "rate": SAMPLE_RATE,
-        "segment": SEGMENT_SAMPLES / SAMPLE_RATE,
-        "lead": LEAD_SAMPLES / SAMPLE_RATE,
-        "ticks": time_ticks(n_samples / SAMPLE_RATE),
-        "tracks": tracks,
-        "links": dict(report.links),
-    }
-
-
-def _mp3_base64(wave: Waveform, start: int, stop: int, gain: float) -> str:
-    """Samples `[start, stop)` and LEAD_SAMPLES on both sides, times `gain`, as MP3. MP3 clips beyond full scale."""
-    samples = read_padded(wave, start - LEAD_SAMPLES, stop + LEAD_SAMPLES) * gain
-    file = io.BytesIO()
-    soundfile.write(
-        file,
-        samples.T.numpy(),
-        wave.sample_rate,
-        format="MP3",
-        subtype="MPEG_LAYER_III",
-        bitrate_mode="VARIABLE",
-        compression_level=MP3_LEVEL,
-    )
-    return base64.b64encode(file.getvalue()).decode()
+    return {"title": report.title, "tracks": tracks, "links": dict(report.links)}

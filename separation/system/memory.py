@@ -1,8 +1,11 @@
-"""Recognises out-of-memory errors of Python, PyTorch, oneDNN, C++ and the dynamic linker; reads the memory's size."""
+"""Recognises out-of-memory errors of Python, PyTorch, oneDNN, C++ and the dynamic linker; reads and frees memory."""
 
+import ctypes
 import errno
+import gc
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +31,13 @@ def total_memory_bytes() -> int:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [path.read_text(encoding="ascii").strip() for path in CONTAINER_LIMITS if path.exists()]
     return min([total, *(int(limit) for limit in limits if limit.isdecimal())])  # else it is "max"
+
+
+def release_memory() -> None:
+    """Return memory that is no longer used to the system. glibc keeps some of it for the process otherwise."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # musl has none
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def lacks_memory(error: BaseException) -> bool:

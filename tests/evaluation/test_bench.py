@@ -129,13 +129,13 @@ def test_the_ceiling_is_measured_on_the_largest_products(monkeypatch: pytest.Mon
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak of a process")
 def test_the_peak_of_memory_counts_from_its_last_reset() -> None:
     device, mib = torch.device("cpu"), 2**20
-    bench_module._reset_peak_memory(device)
+    bench_module.reset_peak_memory(device)
     large = torch.ones(100, mib)  # 400 MiB
     del large
-    now, peak = bench_module._memory_bytes(device)
+    now, peak = bench_module.memory_bytes(device)
     assert peak - now > 350 * mib
-    bench_module._reset_peak_memory(device)
-    now, peak = bench_module._memory_bytes(device)
+    bench_module.reset_peak_memory(device)
+    now, peak = bench_module.memory_bytes(device)
     assert 0 <= peak - now < 50 * mib
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers.common import SONG
 from separation.audio.waveform import SAMPLE_RATE, Waveform
 from separation.cli.main import main
-from separation.evaluation.precision import PrecisionComparison, PrecisionResult, _distances, _loudest
+from separation.evaluation.precision import PrecisionComparison, PrecisionResult, _distances, loudest_part
 
 
 def comparison(**others: tuple[float, float]) -> PrecisionComparison:
@@ -71,7 +71,7 @@ def test_the_excerpt_is_the_loudest_part_of_the_song(seconds: int, start: int, l
     levels = torch.tensor([0.1, 0.3, 0.4, 0.5, 0.1]).repeat_interleave(SAMPLE_RATE)[: int(4.5 * SAMPLE_RATE)]
     with Waveform(tmp_path) as song:
         song.append(levels.expand(2, -1))
-        found, excerpt = _loudest(song, seconds)
+        found, excerpt = loudest_part(song, seconds)
     assert found == start * SAMPLE_RATE
     assert torch.equal(excerpt, levels[found : found + int(length * SAMPLE_RATE)].expand(2, -1))
 

@@ -1,11 +1,13 @@
 """The filters have the responses that their sources state."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from helpers.song_parts import RATE
-from separation.evaluation.weighting import a_weighting_taps, hearing_taps
+from separation.evaluation.weighting import a_weighting_taps, hearing_taps, loudness_lufs
 
 
 def decibels(taps: torch.Tensor, *hertz: int) -> list[float]:
@@ -43,3 +45,15 @@ def test_the_fit_equals_scipys() -> None:
     response = np.random.Generator(np.random.PCG64(0)).random(60)
     theirs = signal.firls(31, frequencies, response)
     assert _least_squares_taps(31, frequencies, response) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_loudness_is_that_of_the_standard() -> None:
+    at = torch.arange(10 * RATE) / RATE
+    sine = torch.sin(2 * torch.pi * 997 * at)
+    assert loudness_lufs(sine[None]) == pytest.approx(
+        -3.01, abs=0.05
+    )  # ITU-R BS.1770: a full-scale sine in one channel
+    assert loudness_lufs(sine.expand(2, -1)) == pytest.approx(0, abs=0.05)
+    assert loudness_lufs(0.1 * sine[None, :1000]) == pytest.approx(-23.01, abs=0.3)
+    assert loudness_lufs(torch.sin(2 * torch.pi * 40 * at)[None]) < -8  # bass counts less
+    assert loudness_lufs(torch.zeros(2, 100)) == -math.inf

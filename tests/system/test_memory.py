@@ -19,7 +19,7 @@ from separation.engine.options import EngineOptions
 from separation.errors import AudioError
 from separation.models.bs_roformer import BSRoFormer
 from separation.system import memory
-from separation.system.memory import enough_memory, lacks_memory, total_memory_bytes
+from separation.system.memory import enough_memory, lacks_memory, release_memory, total_memory_bytes
 
 HUGE = 2**60
 
@@ -137,3 +137,25 @@ def test_the_memory_is_the_computers_or_its_containers(tmp_path: Path, monkeypat
 def test_the_memory_of_a_system_that_does_not_report_it_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sysconf_names", {}, raising=False)
     assert total_memory_bytes() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the memory in use")
+def test_released_memory_is_returned_to_the_system() -> None:
+    code = """
+import gc, os
+from separation.system.memory import release_memory
+def used(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+kept = [bytes(100_000) for _ in range(2000)]  # 200 MB in small pieces, then something behind them
+behind = bytes(100_000)
+del kept
+before = used()
+release_memory()
+print(before - used())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
+    assert int(run.stdout) > 100e6
+
+
+def test_memory_is_released_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    release_memory()
