@@ -12,7 +12,7 @@ TAGS = {"artist": "AC/DC", "album": "Back in Black", "track": "6/10"}
 MODELS = {"vocals": "roformer", "drums": "roformer+htdemucs"}
 
 
-def names(template: str | None, song: str = "Hells Bells", folder: str = **tags: str) -> list[str]:
+def names(template: str | None, song: str = "Hells Bells", folder: str = "", **tags: str) -> list[str]:
     place = Place.of(template, song_fields(song, TAGS | tags, "standard", folder))
     return [str(PurePosixPath(place.folder, name)) for name in place.names(MODELS, "flac").values()]
 
