@@ -18,6 +18,7 @@ FOREIGN_SUFFIXES = {
 }
 HYPER_CONNECTIONS = "a RoFormer with hyper-connections, which versions of their package compute differently,"
 HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of its code disagree,"
+ADAPTER = "a LoRA adapter without its model"
 # By the YAML's `architecture`, or the `model_type` in its `training` section.
 TYPES = {
     "conformer": "a Conformer",
@@ -42,7 +43,7 @@ NAMES = {
     r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
     r"mask_estimators\.\d+\.(?!to_freqs|segm|layers|norm)\w+\..*": "a RoFormer with other mask estimators",
     r".*\.A_log": TYPES["bs_mamba2"],
-    r".*\.lora_[AB](\..*)?": "a LoRA adapter without its model",
+    r".*\.lora_[AB]\..*": "a LoRA adapter of the package peft",
     r"layers\.\d+\.\d+\.layers\.\d+\.attn\.fn\..*": "an early MelBand-Conformer (of the package conformer)",
 }
 
@@ -59,6 +60,8 @@ def by_yaml(document: Mapping[str, Any]) -> str | None:
 def by_names(names: Iterable[str]) -> str | None:
     """The kind of the unsupported model that has weights of these names; None if none has."""
     names = list(names)
+    if names and all(re.fullmatch(r".*\.lora_[AB]", name) for name in names):
+        return ADAPTER
     found = (kind for pattern, kind in NAMES.items() if any(re.fullmatch(pattern, name) for name in names))
     return next(found, None)
 
@@ -77,6 +80,11 @@ def refuse_names(path: Path, names: Iterable[str]) -> None:
 
 def refusal(path: Path, kind: str) -> CheckpointError:
     """The error for a model of this kind."""
+    if kind == ADAPTER:
+        return CheckpointError(
+            f"{path} is {kind}: give the model's weights, and name this file as `file` in the section `lora` of their "
+            "YAML"
+        )
     return CheckpointError(
         f"{path} is {kind}: this architecture is not supported, use the program that it was made for"
     )

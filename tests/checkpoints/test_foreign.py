@@ -68,7 +68,7 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
         ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
         ("layers.0.1.layers.0.attn.fn.to_q.weight", "an early MelBand-Conformer"),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
-        ("layers.0.1.layers.0.0.to_qkv.lora_A", "a LoRA adapter without its model"),
+        ("layers.0.1.layers.0.0.to_qkv.lora_A.weight", "a LoRA adapter of the package peft"),
     ],
 )
 @pytest.mark.parametrize("architecture", ["bs_roformer", None])
