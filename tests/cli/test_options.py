@@ -28,7 +28,7 @@ from separation.cli.main import main
         (("--batch-size", "-1"), ("--batch-size", "'-1'", "whole number")),
         (("--batch-size", "0"), ("batch size 0", "whole number")),
         (("--device", "abacus"), ("abacus", "auto, cpu, cuda")),
-        (("--model-name", "nonsense"), ("nonsense", "htdemucs")),
+        (("--model-name", "nonsense"), ("nonsense", "models list")),
         (("--no-such-option",), ("--no-such-option", "--help")),
         (("--flac-depth", "24"), ("FLAC depth '24' does not apply to WAV",)),
         (("--mp3-bitrate", "320"), ("bitrate 320 does not apply to WAV",)),
