@@ -22,12 +22,12 @@ ADAPTER = "a LoRA adapter without its model"
 # By the YAML's `architecture`, or the `model_type` in its `training` section.
 TYPES = {
     "conformer": "a Conformer",
-    "bs_mamba2": "a BS-Mamba2",
-    "swin_upernet": "a Swin-UperNet",
-    "segm_models": "a network of segmentation_models_pytorch",
-    "torchseg": "a network of TorchSeg",
-    "moises_light": "a Moises-Light",
+    "bs_mamba2": "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA",
+    "swin_upernet": "a Swin-UperNet, whose layers are those of the package transformers",
+    "segm_models": "a network of segmentation_models_pytorch or TorchSeg, whose layers are those of the package timm",
+    "moises_light": "a Moises-Light, whose layers are those of the package moises_light",
 }
+TYPES["torchseg"] = TYPES["segm_models"]
 # By keys of the `model:` section that no other model has, whatever their value.
 KEYS = {
     "embed_dim": "a Conformer",
@@ -44,6 +44,8 @@ NAMES = {
     r"mask_estimators\.\d+\.(?!to_freqs|segm|layers|norm)\w+\..*": "a RoFormer with other mask estimators",
     r".*\.A_log": TYPES["bs_mamba2"],
     r".*\.lora_[AB]\..*": "a LoRA adapter of the package peft",
+    r"swin_upernet_model\..*": TYPES["swin_upernet"],
+    r"unet_model\..*": TYPES["segm_models"],
     r"layers\.\d+\.\d+\.layers\.\d+\.attn\.fn\..*": "an early MelBand-Conformer (of the package conformer)",
 }
 
