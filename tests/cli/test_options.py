@@ -15,7 +15,7 @@ from separation.cli.main import main
         (("--overlap", "half"), ("--overlap", "'half' must be auto or a whole number of seconds")),
         (("--chunk-size", "4", "--overlap", "5"), ("overlap", "chunk size")),
         (("--chunk-size", "31"), ("chunk size 31 s", "4 to 30")),
-        (("--recipe", "nonsense"), ("nonsense", "demo, standard, sw")),
+        (("--recipe", "nonsense"), ("nonsense", "demo, ", "standard", "the path of a .yaml file")),
         (("--two-stems", "kazoo"), ("'kazoo'", "vocals, instrumental, drums, bass, other, guitar, piano")),
         (("--two-stems", "kazoo", "--model-name", "demo"), ("'kazoo'", "vocals, drums, bass, guitar, piano, other")),
         (("--stems", "all_7"), ("all_7", "all_4, all_6, vocals_instrumental")),
