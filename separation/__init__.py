@@ -34,6 +34,8 @@ from separation.errors import (
 __version__ = "0.2.0"  # pyproject.toml reads it
 
 if TYPE_CHECKING:
+    from separation.analysis.facts import SongAnalysis
+    from separation.analysis.song import analyse
     from separation.audio.excerpt import Excerpt
     from separation.audio.options import OutputOptions
     from separation.checkpoints.load import load_model
@@ -57,6 +59,8 @@ __all__ = [
     "RecipeError",
     "SeparationError",
     "Separator",
+    "SongAnalysis",
+    "analyse",
     "load_model",
 ]
 
@@ -68,6 +72,8 @@ _MODULES = {
     "ModelPool": "separation.engine.pool",
     "OutputOptions": "separation.audio.options",
     "Separator": "separation.engine.separator",
+    "SongAnalysis": "separation.analysis.facts",
+    "analyse": "separation.analysis.song",
     "load_model": "separation.checkpoints.load",
 }
 

@@ -426,7 +426,7 @@ def test_a_damaged_songs_error_is_as_documented(objects: Objects, working_folder
 
 def test_the_fields_of_separate_are_documented(objects: Objects, working_folder: Path) -> None:
     Path("broken.flac").write_bytes(Path("song.flac").read_bytes()[:9000])
-    found = objects("separate", "song.flac", "broken.flac", "-o", "out", "--recipe", "demo", "--report")
+    found = objects("separate", "song.flac", "broken.flac", "-o", "out", "--recipe", "demo", "--report", "--analyse")
     check_fields("separate", sorted(found, key=lambda line: line["status"]))
     check_fields("cache list", objects("cache", "list"))
 

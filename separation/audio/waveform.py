@@ -264,6 +264,18 @@ def in_blocks(source: Readable, start: int, stop: int) -> Iterator[Tensor]:
         yield source.read(first, min(first + BLOCK_SAMPLES, stop))
 
 
+def cut(wave: Waveform, start: int, stop: int, folder: Path) -> Waveform:
+    """Samples `[start, stop)` as a waveform of their own, in a temporary file in `folder`."""
+    part = Waveform(folder, sample_rate=wave.sample_rate, channels=wave.channels)
+    try:
+        for block in in_blocks(wave, start, stop):
+            part.append(block)
+    except BaseException:
+        part.close()
+        raise
+    return part
+
+
 def silent(n_samples: int, channels: int) -> Iterator[NDArray[np.float32]]:
     """Blocks `[n, channels]` of silence."""
     for start in range(0, n_samples, BLOCK_SAMPLES):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from separation.analysis.facts import SongAnalysis
 from separation.batch.job import Job, Outcome, Song
 from separation.errors import OutputError, SeparationError
 from separation.system.output import OutputFolder
@@ -26,7 +27,7 @@ def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple
     remaining, outcomes = [], []
     for song in songs:
         run = None if force else find_run(song, job)
-        if run is not None and not needs_page(song, job, run):
+        if run is not None and not (needs_page(song, job, run) or needs_analysis(job, run)):
             outcomes.append(outcome_of(song, "skipped", run))
             continue
         try:
@@ -79,12 +80,26 @@ def needs_page(song: Song, job: Job, run: dict[str, Any]) -> bool:
     return job.report and not (os.path.isfile(song.page) and song.page.stat().st_size == run.get("page_bytes"))
 
 
+def needs_analysis(job: Job, run: dict[str, Any]) -> bool:
+    """Whether tempo, key and loudness are wanted, but not recorded."""
+    return job.analyse and analysis_of(run) is None
+
+
+def analysis_of(run: dict[str, Any]) -> SongAnalysis | None:
+    """The recorded analysis of a song; None if there is none, or one that cannot be understood."""
+    try:
+        return SongAnalysis.from_json(run["analysis"])
+    except (LookupError, TypeError, AttributeError):
+        return None
+
+
 def outcome_of(song: Song, status: str, run: dict[str, Any], error: str = "") -> Outcome:
     """The outcome of a song whose stems are complete."""
     stems = {stem: song.folder / name for stem, (name, _) in run["stems"].items()}
     facts = {key: run[key] for key in ("duration_seconds", "elapsed_seconds", "gain")}
     page = song.page if "page_bytes" in run else None
-    return Outcome(song.path, status, error, stems, facts, page, list(run.get("warnings", [])))
+    warnings = list(run.get("warnings", []))
+    return Outcome(song.path, status, error, stems, facts, analysis_of(run), page, warnings)
 
 
 def add_run(song: Song, run: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from separation.analysis.facts import SongAnalysis
 from separation.audio.options import OutputOptions
 from separation.checkpoints.catalogue import files_for, read_config
 from separation.checkpoints.description import WeightFile
@@ -47,6 +48,7 @@ class Job:
         stems: the stems to write, which are known before a model is loaded, each with the names of its models.
         output: how to write them.
         accept_damaged: also separate songs that lack a large or unknown part.
+        analyse: also find the tempo and the key, and measure the loudness.
         report: also write a listening page.
     """
 
@@ -54,6 +56,7 @@ class Job:
     stems: Mapping[str, str] = field(default_factory=dict)
     output: OutputOptions = OutputOptions()
     accept_damaged: bool = False
+    analyse: bool = False
     report: bool = False
 
 
@@ -67,6 +70,7 @@ class Outcome:
         error: why it failed.
         stems: the paths of the stems' files, by stem.
         facts: `duration_seconds`, `elapsed_seconds` and `gain`; empty if the song has no stems.
+        analysis: tempo, key and loudness, if they were asked for, now or in an earlier run.
         page: the path of the listening page.
         warnings: the warnings about the song; for a skipped song, those of the run that made its stems.
     """
@@ -76,6 +80,7 @@ class Outcome:
     error: str = ""
     stems: dict[str, Path] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    analysis: SongAnalysis | None = None
     page: Path | None = None
     warnings: list[str] = field(default_factory=list)
 

@@ -10,7 +10,17 @@ from datetime import UTC, datetime
 from queue import SimpleQueue
 from typing import Any
 
-from separation.batch.done import SongFile, add_run, check_folder, find_run, needs_page, outcome_of
+from separation.analysis.song import analyse
+from separation.batch.done import (
+    SongFile,
+    add_run,
+    analysis_of,
+    check_folder,
+    find_run,
+    needs_analysis,
+    needs_page,
+    outcome_of,
+)
 from separation.batch.job import Job, Outcome, Song
 from separation.checkpoints.load import load_model
 from separation.device import parallel_devices
@@ -23,10 +33,12 @@ from separation.engine.song_context import song_context
 from separation.errors import SeparationError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
+from separation.system.output import OutputFolder
 from separation.system.signals import uninterrupted
 from separation.system.threads import Threads
 
-SEPARATED = 0.7  # share of a song's progress bar for the separation, if a page follows
+SEPARATED = 0.7  # share of a song's progress bar for the separation, if an analysis or a page follows
+ANALYSED = 0.5  # share of the rest for the analysis, if a page follows
 
 logger = logging.getLogger("separation")
 
@@ -138,9 +150,12 @@ def separate_song(song: Song, job: Job, separator: Separator, progress: Progress
             check_folder(song, job, run)
             if run is None:
                 run, status = _write_stems(song, job, separator, progress, warnings), "done"
+            rest = progress.part(SEPARATED if status == "done" else 0, 1)
+            if needs_analysis(job, run):
+                run, status = _analyse(song, job, run, rest.part(0, ANALYSED if job.report else 1)), "done"
+                rest = rest.part(ANALYSED, 1)
             if needs_page(song, job, run):
-                page_progress = progress.part(SEPARATED if status == "done" else 0, 1)
-                run, status = _write_page(song, job, run, page_progress), "done"
+                run, status = _write_page(song, job, run, rest), "done"
     except (SeparationError, OSError) as e:  # OSError: the disk fails or is removed
         error = str(e) if isinstance(e, SeparationError) else f"{song.path.name!r} cannot be separated: {e}"
         if run is None:
@@ -152,7 +167,7 @@ def separate_song(song: Song, job: Job, separator: Separator, progress: Progress
 def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress, warnings: list[str]) -> dict[str, Any]:
     """Separate a song and record it; returns the recorded run."""
     source = SongFile(song).source()
-    stems_progress = progress.part(0, SEPARATED if job.report else 1)
+    stems_progress = progress.part(0, SEPARATED if job.report or job.analyse else 1)
     with ExitStack() as finishing:
 
         def report(share: float, stage: str) -> None:
@@ -183,10 +198,24 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
     return run
 
 
+def _analyse(song: Song, job: Job, run: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Analyse a song and record what was found; returns the recorded run. A page without it is to be written again."""
+    stems = outcome_of(song, "done", run).stems
+    with OutputFolder(song.folder, record=song.place.record) as output:
+        found = analyse(song.path, stems, excerpt=job.output.excerpt, folder=output.work, progress=progress)
+    run = {**run, "analysis": found.as_json()}
+    if job.report:
+        run.pop("page_bytes", None)
+    add_run(song, run)
+    return run
+
+
 def _write_page(song: Song, job: Job, run: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Write a song's listening page and record it; returns the recorded run."""
-    stems = outcome_of(song, "done", run).stems
-    report = Report(song.path.name, song.path, stems, excerpt=job.output.excerpt, record=song.place.record)
+    stems, analysis = outcome_of(song, "done", run).stems, analysis_of(run)
+    report = Report(
+        song.path.name, song.path, stems, record=song.place.record, excerpt=job.output.excerpt, analysis=analysis
+    )
     write_report(report, song.page, overwrite=job.output.overwrite, progress=progress)
     run = {**run, "page": song.page.name, "page_bytes": song.page.stat().st_size}
     add_run(song, run)

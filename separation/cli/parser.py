@@ -180,7 +180,7 @@ def _add_output_options(parser: Parser) -> None:
         default="wav",
         choices=FORMATS,
         metavar="NAME",
-        help=f"{_listed(FORMATS)}; the last four need ffmpeg (default: wav)",
+        help=f"{_listed(FORMATS)}; the last three need ffmpeg (default: wav)",
     )
     group.add_argument(
         "--sample-rate",
@@ -215,6 +215,9 @@ def _add_output_options(parser: Parser) -> None:
         metavar="TEMPLATE",
         help="names of the files in DIR, such as '{artist}/{album}/{song} ({stem}).{ext}'; also {folder}, {track}, "
         "{recipe} and {model} (default: '{folder}/{song}/{stem}.{ext}')",
+    )
+    group.add_argument(
+        "--analyse", action="store_true", help="also find the tempo and the key, and measure the loudness"
     )
     group.add_argument(
         "--report", action="store_true", help="also write stems.html, a page to see and hear the stems of a song"

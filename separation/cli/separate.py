@@ -13,13 +13,12 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from separation.audio.options import STEM_FILE
 from separation.batch.done import unfinished
 from separation.batch.find import find
 from separation.batch.job import Job, Outcome, Song, stem_settings
 from separation.cli.options import engine_options, output_options, refuse_beside, selection
 from separation.cli.printing import print_error, print_json, print_line, song_bar, songs_bar
-from separation.engine.recipes import models_of_files
+from separation.engine.recipes import models_of_stems
 from separation.errors import InputError
 from separation.system.names import Place, song_fields
 
@@ -77,13 +76,12 @@ def _placed(args: argparse.Namespace) -> Callable[[Song], Song]:
 def _job(args: argparse.Namespace) -> Job:
     selected, engine, output = selection(args), engine_options(args), output_options(args)
     selected.check(engine)
-    if args.report and output.format == STEM_FILE:
-        raise InputError(f"--report does not take --format {STEM_FILE}: leave one of them out")
     return Job(
         stem_settings(selected, engine, output),
-        models_of_files(selected.load(), output.format),
+        models_of_stems(selected.load()),
         output,
         accept_damaged=args.accept_damaged,
+        analyse=args.analyse,
         report=args.report,
     )
 
@@ -121,6 +119,8 @@ def _print_outcome(outcome: Outcome, *, as_json: bool, file: TextIO) -> None:
     elif facts:
         times = f"{facts['duration_seconds']:.1f} s in {facts['elapsed_seconds']:.1f} s"
         print_line(f"{outcome.path.name}: {times}, {facts['times_realtime']:.2f} times real-time", file=file)
+        if outcome.analysis:
+            print_line(f"  {outcome.analysis}", file=file)
         for path in (*outcome.stems.values(), *([outcome.page] if outcome.page else [])):
             print_line(f"  {path}", file=file)
 
@@ -131,6 +131,8 @@ def _as_json(outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
         line["error"] = outcome.error
     if outcome.stems:
         line["stems"] = {stem: str(path) for stem, path in outcome.stems.items()}
+    if outcome.analysis:
+        line["analysis"] = outcome.analysis.as_json()
     if outcome.page:
         line["page"] = str(outcome.page)
     line["warnings"] = outcome.warnings

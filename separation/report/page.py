@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from separation.analysis.facts import Loudness, SongAnalysis
 from separation.audio.decode import decode
 from separation.audio.excerpt import Excerpt
-from separation.audio.waveform import Waveform, in_blocks
+from separation.audio.waveform import Waveform, cut
 from separation.errors import AudioError
 from separation.progress import Progress
 from separation.report.picture import colour_of
@@ -37,6 +38,7 @@ class Report:
         links: text -> URL of the links at the top of the page.
         record: the name of the record that lists the page.
         excerpt: the part of the song of which these are the stems; None means the whole song.
+        analysis: tempo and key, which the page shows, and the loudness of each track.
     """
 
     title: str
@@ -46,6 +48,7 @@ class Report:
     links: Mapping[str, str] = field(default_factory=dict)
     record: str = RECORD
     excerpt: Excerpt | None = None
+    analysis: SongAnalysis | None = None
 
 
 def write_report(report: Report, target: Path, *, overwrite: bool = False, progress: Progress = Progress()) -> None:
@@ -70,11 +73,7 @@ def write_report(report: Report, target: Path, *, overwrite: bool = False, progr
             except AudioError as e:
                 raise AudioError(f"cannot make the report of {report.title!r}: {e}") from e
         if report.excerpt is not None:
-            start, stop = report.excerpt.samples(waves[0])
-            part = stack.enter_context(Waveform(output.work, sample_rate=waves[0].sample_rate))
-            for block in in_blocks(waves[0], start, stop):
-                part.append(block)
-            waves[0] = part
+            waves[0] = stack.enter_context(cut(waves[0], *report.excerpt.samples(waves[0]), output.work))
         peak = max(wave.peak for wave in waves) or 1.0
         sound = Sound(waves, [min(1.0, 1 / peak)] * len(waves))
         pictures = dict(zip(files, sound.pictures(pool), strict=True))
@@ -90,14 +89,28 @@ def _page_data(report: Report, pictures: Mapping[str, Picture], peak: float) -> 
     """The data for report.html, without the sound. `peak` is that of all tracks; the first track is the mixture."""
     loudest = max(float(picture.energy.max()) for picture in pictures.values()) or 1.0
     sdrs = {name: f"SDR {sdr:.1f} dB".replace("-", "−") for name, sdr in report.scores.items()}
+    loudnesses = {name: [_lufs(of_one)] for name, of_one in report.analysis.loudness.items()} if report.analysis else {}
     tracks = [
         {
             "name": name,
             "mixture": index == 0,
             "colour": colour_of(name, index),
-            "facts": [picture.level, *([sdrs[name]] if name in sdrs else [])],
+            "facts": [picture.level, *loudnesses.get(name, ()), *([sdrs[name]] if name in sdrs else [])],
             **picture.drawn(peak, loudest),
         }
         for index, (name, picture) in enumerate(pictures.items())
     ]
-    return {"title": report.title, "tracks": tracks, "links": dict(report.links)}
+    facts = _song_facts(report.analysis) if report.analysis else []
+    return {"title": report.title, "facts": facts, "tracks": tracks, "links": dict(report.links)}
+
+
+def _lufs(loudness: Loudness) -> str:
+    """A track's loudness as the page shows it; "— LUFS" for a silent one."""
+    lufs = loudness.integrated_lufs
+    return "— LUFS" if lufs is None else f"{lufs:.1f} LUFS".replace("-", "−")
+
+
+def _song_facts(analysis: SongAnalysis) -> list[str]:
+    """The tempo and the key, if they are known."""
+    tempo = [] if analysis.tempo_bpm is None else [f"{analysis.tempo_bpm:.1f} BPM"]
+    return [*tempo, *([analysis.key] if analysis.key else [])]

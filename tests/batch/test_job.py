@@ -117,6 +117,7 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "batch_size": ("--batch-size", "3"),
     "workers": ("--workers", "3"),
     "ray": ("--ray", "auto"),
+    "analyse": ("--analyse",),
     "report": ("--report",),
     "json": ("--json",),
     "verbose": ("-v",),
@@ -130,8 +131,8 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "songs": ("another.wav",),
 }
 
-SAME = {"songs", "output", "name", "verbose", "json", "report", "force_refresh", "overwrite", "accept_damaged"}
-SAME |= {"device", "batch_size", "workers", "ray"}
+SAME = {"songs", "output", "name", "verbose", "json", "analyse", "report", "force_refresh", "overwrite"}
+SAME |= {"accept_damaged", "device", "batch_size", "workers", "ray"}
 
 
 def parsed(*options: str) -> argparse.Namespace:

@@ -264,3 +264,34 @@ def test_songs_in_one_folder_are_skipped_when_they_are_done_and_do_not_replace_o
     assert unfinished(songs, job)[0] == songs[1:]
     other = Song(tmp_path / "b.wav", folder, songs[0].place)
     assert "has the stems of another song" in unfinished([other], job)[1][0].error
+
+
+def test_an_analysis_is_recorded_and_can_follow_later_without_separating_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_songs(tmp_path, "1.wav", seconds=4)
+    command = (tmp_path / "1.wav", "-o", tmp_path / "out", "--json", "--report")
+    assert separate(*command) == 0
+    (plain,) = json_lines(capsys.readouterr().out)
+    assert "analysis" not in plain
+    assert '"facts": []' in Path(plain["page"]).read_text(encoding="utf-8")
+    assert separate(*command, "--analyse") == 0
+    (analysed,) = json_lines(capsys.readouterr().out)
+    assert analysed["status"] == "done" and analysed["elapsed_seconds"] == plain["elapsed_seconds"]
+    assert analysed["analysis"]["tempo_bpm"] == pytest.approx(128, rel=0.01)
+    assert list(analysed["analysis"]["loudness"]) == ["mixture", *analysed["stems"]]
+    assert " BPM" in Path(plain["page"]).read_text(encoding="utf-8")
+    assert separate(*command, "--analyse") == 0
+    (skipped,) = json_lines(capsys.readouterr().out)
+    assert skipped == {**analysed, "status": "skipped"}
+
+
+def test_a_damaged_record_of_an_analysis_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_songs(tmp_path, "1.wav", seconds=1)
+    command = (tmp_path / "1.wav", "-o", tmp_path / "out", "--analyse", "--json")
+    assert separate(*command) == 0
+    record = tmp_path / "out" / "1" / RECORD
+    record.write_text(record.read_text().replace("tempo_bpm", "speed"))
+    first, again = capsys.readouterr().out, separate(*command)
+    assert again == 0
+    assert json_lines(capsys.readouterr().out) == json_lines(first)
