@@ -1,6 +1,6 @@
 """What stems are written as: format, sample rate, channels, bitrate and depth. Importing it is cheap."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from separation.audio.excerpt import Excerpt
@@ -9,7 +9,8 @@ from separation.system.names import fields_in
 
 SNDFILE_FORMATS = ("wav", "mp3", "flac")
 FFMPEG_FORMATS = ("m4a", "opus", "ogg")
-FORMATS = (*SNDFILE_FORMATS, *FFMPEG_FORMATS)
+STEM_FILE = "stem.mp4"  # all stems in one file; see `separation.audio.stem_file`
+FORMATS = (*SNDFILE_FORMATS, *FFMPEG_FORMATS, STEM_FILE)
 SAMPLE_RATES: tuple[int | str, ...] = (44100, 48000, "source")  # hertz; `source` is the song's own
 CHANNELS = ("stereo", "mono", "source")  # `source`: mono for a mono song
 WAV_DEPTHS = ("16", "24", "32f")  # bits of integers, or of floats
@@ -17,7 +18,7 @@ FLAC_DEPTHS = ("16", "24")
 BITRATES = (128, 160, 192, 224, 256, 320)  # kbit/s
 LOSSLESS = "lossless"  # in place of a bitrate, for m4a: ALAC instead of AAC
 WAV_DEPTH, FLAC_DEPTH = "32f", "24"  # the defaults
-DEFAULT_BITRATES = {"mp3": 320, "m4a": 256, "opus": 192, "ogg": 256}
+DEFAULT_BITRATES = {"mp3": 320, "m4a": 256, "opus": 192, "ogg": 256, STEM_FILE: 256}
 OPUS_SAMPLE_RATE = 48000  # hertz, of every Opus file
 
 Bitrate = int | Literal["lossless"]
@@ -31,15 +32,17 @@ class OutputOptions:
     the song are scaled by the same gain, and a warning is logged. 16 bits are dithered.
 
     Args:
-        format: `wav`, `mp3` or `flac`; or with ffmpeg `m4a`, `opus` or `ogg`.
+        format: `wav`, `mp3` or `flac`; or with ffmpeg `m4a`, `opus`, `ogg` or `stem.mp4`. The last holds the song and
+            four stems in one file, for DJ programs.
         sample_rate: 44100, 48000, or `source` for the song's own rate. Opus always has 48000.
         bitrate: kbit/s, one of BITRATES, for the formats in DEFAULT_BITRATES; None means theirs. `lossless`, for m4a
-            only, is ALAC with 24 bits. Ogg Vorbis takes it as a quality, so that the music decides.
+            and stem.mp4, is ALAC with 24 bits. Ogg Vorbis takes it as a quality, so that the music decides.
         wav_depth: `16`, `24` or `32f` (float); None means `32f`.
         flac_depth: `16` or `24`; None means `24`.
         channels: `stereo`, `mono` for the mean of both channels, or `source` for mono stems of mono songs.
         name: a template for the names of the files, such as `{artist}/{album}/{song} ({stem}).{ext}`, with the fields
-            in `separation.system.names.FIELDS`; None means `{stem}.{ext}`.
+            in `separation.system.names.FIELDS`; None means `{stem}.{ext}`, and for stem.mp4
+            `{folder}/{song}.{ext}`.
         overwrite: replace files that this program did not write.
         excerpt: the part of the song to separate; None means the whole song.
 
@@ -61,11 +64,16 @@ class OutputOptions:
         _check("output format", self.format, FORMATS)
         _check("sample rate", self.sample_rate, SAMPLE_RATES)
         _check("number of channels", self.channels, CHANNELS)
+        if self.format == STEM_FILE:
+            if self.channels != "stereo":
+                raise InputError(f"{STEM_FILE} is always in stereo: leave the channels out")
+            if self.name is None:
+                object.__setattr__(self, "name", "{folder}/{song}.{ext}")
         if self.name is not None:
             fields_in(self.name)
         if self.format == "opus" and self.sample_rate == "source":
             raise InputError(f"Opus always has {OPUS_SAMPLE_RATE} Hz: leave the sample rate out")
-        bitrates = (*BITRATES, LOSSLESS) if self.format == "m4a" else BITRATES
+        bitrates = (*BITRATES, LOSSLESS) if self.format in ("m4a", STEM_FILE) else BITRATES
         for owners, what, value, offered in (
             (("wav",), "WAV depth", self.wav_depth, WAV_DEPTHS),
             (("flac",), "FLAC depth", self.flac_depth, FLAC_DEPTHS),
@@ -91,6 +99,11 @@ class OutputOptions:
         """The bitrate in kbit/s; None if the format is lossless."""
         (value,) = self.encoding.values()
         return value if isinstance(value, int) else None
+
+    @property
+    def of_tracks(self) -> "OutputOptions":
+        """The options for each track of a `stem.mp4`; the same options in every other format."""
+        return replace(self, format="m4a") if self.format == STEM_FILE else self
 
     @property
     def clips(self) -> bool:

@@ -16,11 +16,12 @@ from urllib.parse import urlsplit
 from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.checkpoints.facts import FACTS, Facts, facts_in
 from separation.checkpoints.keys import refuse_unknown, section, take
+from separation.checkpoints.lora import Lora, lora_in
 from separation.documents import CONTROL, DocumentError, quoted, read_yaml
 from separation.errors import CheckpointError, RecipeError
 
 KEYS = {"architecture", "stems", "residual", "files", "audio", "model"} | FACTS
-COMMUNITY_SECTIONS = {"training", "inference", "augmentations", "loss_multistft"}
+COMMUNITY_SECTIONS = {"training", "inference", "augmentations", "loss_multistft", "lora"}
 CLASSES = {"Bandit": "bandit_v2"}  # architectures by `cls`, whose arguments are in the section `kwargs`
 AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_fft", "num_channels", "min_mean_abs"}
 FIXED_CHUNKS = {
@@ -98,6 +99,7 @@ class Checkpoint:
     facts: Facts  # for people
     ignored: tuple[str, ...]  # unknown keys
     shares: Shares = ()  # empty: the estimates of several files without a stem are averaged
+    lora: Lora | None = None  # how LoRA adapters in the weights, or beside them, are merged
 
     def chunks(self, choice: ChunkChoice) -> tuple[int, int]:
         """The chunk and the overlap in samples for this choice. Raises InputError for an overlap that is too long."""
@@ -166,6 +168,7 @@ def describe(document: dict[str, Any], path: Path, *, name: str, shares: Shares 
         facts=facts_in(document, path),
         ignored=tuple(sorted(unknown)),
         shares=shares,
+        lora=lora_in(document, path),
     )
 
 

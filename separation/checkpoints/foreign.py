@@ -18,15 +18,16 @@ FOREIGN_SUFFIXES = {
 }
 HYPER_CONNECTIONS = "a RoFormer with hyper-connections, which versions of their package compute differently,"
 HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of its code disagree,"
+ADAPTER = "a LoRA adapter without its model"
 # By the YAML's `architecture`, or the `model_type` in its `training` section.
 TYPES = {
     "conformer": "a Conformer",
-    "bs_mamba2": "a BS-Mamba2",
-    "swin_upernet": "a Swin-UperNet",
-    "segm_models": "a network of segmentation_models_pytorch",
-    "torchseg": "a network of TorchSeg",
-    "moises_light": "a Moises-Light",
+    "bs_mamba2": "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA",
+    "swin_upernet": "a Swin-UperNet, whose layers are those of the package transformers",
+    "segm_models": "a network of segmentation_models_pytorch or TorchSeg, whose layers are those of the package timm",
+    "moises_light": "a Moises-Light, whose layers are those of the package moises_light",
 }
+TYPES["torchseg"] = TYPES["segm_models"]
 # By keys of the `model:` section that no other model has, whatever their value.
 KEYS = {
     "embed_dim": "a Conformer",
@@ -42,7 +43,9 @@ NAMES = {
     r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
     r"mask_estimators\.\d+\.(?!to_freqs|segm|layers|norm)\w+\..*": "a RoFormer with other mask estimators",
     r".*\.A_log": TYPES["bs_mamba2"],
-    r".*\.lora_[AB](\..*)?": "a LoRA adapter without its model",
+    r".*\.lora_[AB]\..*": "a LoRA adapter of the package peft",
+    r"swin_upernet_model\..*": TYPES["swin_upernet"],
+    r"unet_model\..*": TYPES["segm_models"],
     r"layers\.\d+\.\d+\.layers\.\d+\.attn\.fn\..*": "an early MelBand-Conformer (of the package conformer)",
 }
 
@@ -59,6 +62,8 @@ def by_yaml(document: Mapping[str, Any]) -> str | None:
 def by_names(names: Iterable[str]) -> str | None:
     """The kind of the unsupported model that has weights of these names; None if none has."""
     names = list(names)
+    if names and all(re.fullmatch(r".*\.lora_[AB]", name) for name in names):
+        return ADAPTER
     found = (kind for pattern, kind in NAMES.items() if any(re.fullmatch(pattern, name) for name in names))
     return next(found, None)
 
@@ -77,6 +82,11 @@ def refuse_names(path: Path, names: Iterable[str]) -> None:
 
 def refusal(path: Path, kind: str) -> CheckpointError:
     """The error for a model of this kind."""
+    if kind == ADAPTER:
+        return CheckpointError(
+            f"{path} is {kind}: give the model's weights, and name this file as `file` in the section `lora` of their "
+            "YAML"
+        )
     return CheckpointError(
         f"{path} is {kind}: this architecture is not supported, use the program that it was made for"
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from separation.checkpoints import foreign
+from separation.checkpoints.adapters import adapted_weights, merged, read_adapter
 from separation.checkpoints.build import (
     build,
     follow,
@@ -108,9 +109,12 @@ def load_model(
     follow(model, stored)
     if not needs_weights:
         _prepare(model, asked, floats, choice, attention)
-    weights = _read(model, stored)
+    weights = _read(model, stored, description)
     check_fit(model, weights, description, stored)
-    model.load(weights, _origin(description, dict(zip(stored, checksums, strict=True))))
+    known = dict(zip(stored, checksums, strict=True))
+    if (adapter := _adapter(description)) is not None:
+        known["lora"] = partial(loaded_sha256, adapter, file_state(adapter))
+    model.load(weights, _origin(description, known))
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     empty = [name for name, tensor in tensors if tensor.is_meta]
     assert not empty, f"not in the state dict, so nothing fills them: {empty}"
@@ -175,14 +179,28 @@ def _checksums(files: Sequence[WeightFile], paths: Sequence[Path], *, given: boo
     return [partial(loaded_sha256, path, file_state(path)) for path in paths]
 
 
-def _read(model: SeparationModel, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """The model's state dict from the files of its networks, each tensor in the type that the model wants."""
+def _adapter(description: Checkpoint) -> Path | None:
+    """The file of the description's LoRA adapter, if it has one of its own."""
+    return None if description.lora is None else description.lora.file
+
+
+def _read(model: SeparationModel, stored: Mapping[str, Stored], description: Checkpoint) -> dict[str, Tensor]:
+    """The model's state dict from the files of its networks, each tensor in the type that the model wants.
+
+    LoRA adapters in the files or beside them are merged.
+    """
+    path = _adapter(description)
+    beside = {} if path is None else read_adapter(open_weights(path), networks=len(stored))
     dtypes = {key: value.dtype for key, value in model.state_dict().items()}
     weights: dict[str, Tensor] = {}
     for part, file in stored.items():
         prefix = type(model).key_prefix(part)
         wanted = {key.removeprefix(prefix): dtype for key, dtype in dtypes.items() if key.startswith(prefix)}
-        weights |= {prefix + key: value for key, value in read_weights(file, wanted).items()}
+        adapted = adapted_weights([*file.tensors, *beside])  # these are cast after the merge
+        read = read_weights(file, {key: dtype for key, dtype in wanted.items() if key not in adapted}) | beside
+        if adapted:
+            read = merged(read, description.lora, wanted)
+        weights |= {prefix + key: value for key, value in read.items()}
     return {key: value for key, value in weights.items() if not re.fullmatch(model.UNUSED_KEYS, key)}
 
 
@@ -191,6 +209,8 @@ def _origin(description: Checkpoint, checksums: Mapping[str, Callable[[], str]])
     settings = hyper_parameters(description)
     if description.shares:
         settings["shares"] = description.shares
+    if (lora := description.lora) is not None:
+        settings["lora"] = lora.r, lora.alpha, lora.enabled
     return Origin(
         architecture=description.architecture,
         hyper_parameters={name: repr(value) for name, value in settings.items()},

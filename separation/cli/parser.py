@@ -180,7 +180,7 @@ def _add_output_options(parser: Parser) -> None:
         default="wav",
         choices=FORMATS,
         metavar="NAME",
-        help=f"{_listed(FORMATS)}; the last three need ffmpeg (default: wav)",
+        help=f"{_listed(FORMATS)}; the last four need ffmpeg (default: wav)",
     )
     group.add_argument(
         "--sample-rate",

@@ -13,12 +13,13 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from separation.audio.options import STEM_FILE
 from separation.batch.done import unfinished
 from separation.batch.find import find
 from separation.batch.job import Job, Outcome, Song, stem_settings
 from separation.cli.options import engine_options, output_options, refuse_beside, selection
 from separation.cli.printing import print_error, print_json, print_line, song_bar, songs_bar
-from separation.engine.recipes import models_of_stems
+from separation.engine.recipes import models_of_files
 from separation.errors import InputError
 from separation.system.names import Place, song_fields
 
@@ -76,9 +77,11 @@ def _placed(args: argparse.Namespace) -> Callable[[Song], Song]:
 def _job(args: argparse.Namespace) -> Job:
     selected, engine, output = selection(args), engine_options(args), output_options(args)
     selected.check(engine)
+    if args.report and output.format == STEM_FILE:
+        raise InputError(f"--report does not take --format {STEM_FILE}: leave one of them out")
     return Job(
         stem_settings(selected, engine, output),
-        models_of_stems(selected.load()),
+        models_of_files(selected.load(), output.format),
         output,
         accept_damaged=args.accept_damaged,
         analyse=args.analyse,

@@ -26,6 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from separation.audio.options import STEM_FILE
+from separation.audio.stem_file import tracks_of
 from separation.checkpoints.catalogue import files_for, read_config
 from separation.checkpoints.description import YAML_SUFFIXES
 from separation.documents import DocumentError, escaped, quoted, read_yaml
@@ -216,6 +218,17 @@ def load_recipe(
 def models_of_stems(recipe: Recipe) -> dict[str, str]:
     """The names of the models that each stem needs, joined by `+`, by stem."""
     return {stem: "+".join(recipe.only(stem).models) for stem in recipe.stems}
+
+
+def models_of_files(recipe: Recipe, format: str) -> dict[str, str]:
+    """As `models_of_stems`, by the name of what each file holds: a stem, or `stems` if one file holds all.
+
+    Raises InputError if such a file cannot hold these stems.
+    """
+    if format != STEM_FILE:
+        return models_of_stems(recipe)
+    tracks_of(recipe.stems)
+    return {"stems": "+".join(recipe.models)}
 
 
 def one_model(name: str, stems: tuple[str, ...], residual: str | None = None) -> Recipe:

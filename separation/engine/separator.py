@@ -16,8 +16,9 @@ from separation.audio.encode import check_rate, is_rf64
 from separation.audio.excerpt import Excerpt
 from separation.audio.ffmpeg_writer import check_installed
 from separation.audio.metadata import Metadata, read_metadata, tags_for
-from separation.audio.options import FFMPEG_FORMATS, OutputOptions
+from separation.audio.options import SNDFILE_FORMATS, STEM_FILE, OutputOptions
 from separation.audio.resample import ResampledView, resampled, resampled_as_it_comes, resampled_length
+from separation.audio.stem_file import MIXTURE_TRACK, tracks_of, write_stem_file
 from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Readable, Waveform, in_blocks, sample_fault
 from separation.engine.cache import Cache
 from separation.engine.cached_estimates import CachedEstimates, EstimateSettings, n_bytes
@@ -31,7 +32,16 @@ from separation.engine.pairs import pairs_help
 from separation.engine.parts import EstimatePart, KnownPart, excerpt, with_margin
 from separation.engine.pool import LoadedModels, ModelPool, Models
 from separation.engine.recipe_lines import PLAIN
-from separation.engine.recipes import Estimate, Recipe, Run, find_recipe, models_of_stems, one_model
+from separation.engine.recipes import (
+    MIXTURE,
+    Combination,
+    Estimate,
+    Recipe,
+    Run,
+    find_recipe,
+    models_of_files,
+    one_model,
+)
 from separation.engine.song_context import song_context
 from separation.engine.song_waveforms import Samples, SongWaveforms, Wave
 from separation.engine.views import Viewed, undone
@@ -229,10 +239,10 @@ class Separator:
             OutputError: the stems cannot be written, or files that this program did not write are in their place.
         """
         started, path, job = time.monotonic(), Path(path), Progress(progress)
-        if options.format in FFMPEG_FORMATS:
+        if options.format not in SNDFILE_FORMATS:
             check_installed(f"format {options.format}")
         place = self._place(path, options)
-        names = place.names(models_of_stems(self.recipe), options.format)
+        names = place.names(models_of_files(self.recipe, options.format), options.format)
         target = OutputFolder(Path(folder, place.folder), overwrite=options.overwrite, record=place.record)
         with song_context(path.name), target as output:
             output.check_targets([*names.values()], path)
@@ -246,8 +256,12 @@ class Separator:
                 part = Span(*(options.excerpt or Excerpt()).samples(mixture))
                 duration_seconds = (part.stop - part.start) / SAMPLE_RATE
                 self.on_decoded(duration_seconds, options)
-                files = {stem: output.work / f"{stem}.{options.format}" for stem in self.stems}
-                gain = self._write_stems(mixture, part, path, files, options, job)
+                tracks = tracks_of(self.stems) if options.format == STEM_FILE else self.stems
+                files = {track: output.work / f"{track}.{options.of_tracks.format}" for track in tracks}
+                gain = self._write_stems(mixture, part, path, files, options.of_tracks, job)
+                if options.format == STEM_FILE:
+                    write_stem_file(files, output.work / STEM_FILE)
+                    files = {"stems": output.work / STEM_FILE}
                 job(1.0, "done")  # the last moment to cancel
                 return StemFiles(
                     output.publish(files, names),
@@ -277,6 +291,8 @@ class Separator:
         if options.channels == "source":
             options = replace(options, channels="mono" if mixture.is_mono else "stereo")
         check_rate(options.format, rate)
+        outputs = {MIXTURE_TRACK: MIXTURE} | self.recipe.outputs
+        outputs = {track: outputs[track] for track in files}
         with ExitStack() as stack:
             work = next(iter(files.values())).parent
             cached = self._cached_estimates(mixture, path.name, stack)
@@ -285,9 +301,9 @@ class Separator:
                 return stack.enter_context(Waveform(work, sample_rate=sample_rate, total_samples=n_samples))
 
             song = SongWaveforms(self.recipe, mixture, new, cached.find if cached else lambda estimate: None)
-            stems = self._stems_at_rate(song, part, mixture, rate, new)
+            stems = self._stems_at_rate(song, outputs, part, mixture, rate, new)
             _warn_of_rf64(stems, options)
-            encoders = Encoders(stems, files, _metadata(mixture, path, self.stems), options)
+            encoders = Encoders(stems, files, _metadata(mixture, path, [*files]), options)
             writing = job.part(ESTIMATED, 1)
             with encoders, song:  # `song` exits first: it closes the waveforms that the encoders wait for
                 models = _checking(job.part(DECODED, ESTIMATED), song, encoders)
@@ -311,18 +327,24 @@ class Separator:
         return CachedEstimates(self._cache, self._settings, mixture, song, opened)
 
     def _stems_at_rate(
-        self, song: SongWaveforms[Waveform], part: Span, mixture: Waveform, rate: int, new: Callable[..., Waveform]
+        self,
+        song: SongWaveforms[Waveform],
+        outputs: Mapping[str, Combination],
+        part: Span,
+        mixture: Waveform,
+        rate: int,
+        new: Callable[..., Waveform],
     ) -> dict[str, Waveform]:
-        """The stems of a part of the song at a sample rate (hertz). They grow while the models run."""
+        """The outputs for a part of the song at a sample rate (hertz). They grow while the models run."""
         is_whole = part == (0, song.n_samples)
         if rate == SAMPLE_RATE and is_whole:
-            return {stem: song.sum_of(parts) for stem, parts in self.recipe.outputs.items()}
+            return {stem: song.sum_of(parts) for stem, parts in outputs.items()}
         length = resampled_length(mixture.n_samples, SAMPLE_RATE, rate)
         if rate == mixture.source_rate:  # resampling there and back may have rounded the length up
             length = min(length, mixture.source_samples)
         start, stop = (0, length) if is_whole else (min(round(at * rate / SAMPLE_RATE), length) for at in part)
-        stems = {stem: new(rate, stop - start) for stem in self.stems}
-        for stem, parts in self.recipe.outputs.items():
+        stems = {stem: new(rate, stop - start) for stem in outputs}
+        for stem, parts in outputs.items():
             source = song.readable(parts)
             if rate == SAMPLE_RATE:
                 blocks = in_blocks(source, start, stop)
@@ -498,12 +520,13 @@ def _checking(progress: Progress, song: SongWaveforms[Waveform], encoders: Encod
     return Progress(report)
 
 
-def _metadata(mixture: Waveform, path: Path, stems: tuple[str, ...]) -> dict[str, Metadata]:
-    """The tags and the cover of each stem's file."""
+def _metadata(mixture: Waveform, path: Path, stems: Sequence[str]) -> dict[str, Metadata]:
+    """The tags and the cover of each stem's file, and of the mixture's."""
     song = read_metadata(path)
     tags = {**song.tags, **mixture.tags}
     title = tags.get("title") or shown(path.stem)  # without a title, players show the file's name
-    return {stem: Metadata({**tags, "title": f"{title} ({stem})"}, song.cover) for stem in stems}
+    titles = {stem: title if stem == MIXTURE_TRACK else f"{title} ({stem})" for stem in stems}
+    return {stem: Metadata({**tags, "title": titles[stem]}, song.cover) for stem in stems}
 
 
 def _warn_of_rf64(stems: Mapping[str, Waveform], options: OutputOptions) -> None:

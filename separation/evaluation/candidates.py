@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from separation.checkpoints import catalogue, files
 from separation.checkpoints.description import Checkpoint
 from separation.checkpoints.listing import Filter, listed
+from separation.documents import quoted
 from separation.engine.selection import Selection
 from separation.errors import InputError
+from separation.system.text import close_matches
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def find_candidates(task: str | None, stem: str | None, recipes: Sequence[str] =
     missing.sort(key=lambda candidate: _published_sdr(readable.get(candidate.name), stem), reverse=True)
     if not found:
         stems = dict.fromkeys(each for model in wanted.values() for each in _stems(model))
-        raise InputError(f"no model gives the stem {stem!r}: choose one of {', '.join(sorted(stems))}")
+        close = " or ".join(close_matches(stem, stems)) or "one that `separation models list` names"
+        for_this = "" if task is None else f" for {task}"
+        raise InputError(f"no model{for_this} gives the stem {quoted(stem)}: use {close}")
     return Candidates(stem, tuple(each for each in found if each not in missing), tuple(missing), unreadable)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from separation.models.base import Identity, SeparationModel
 from separation.models.layers import GroupNorm
-from separation.models.scnet import time_convolution
+from separation.models.scnet import chosen, time_convolution
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
 
@@ -132,7 +132,7 @@ class SCNetUnofficial(SeparationModel):
         for expand in self.su_blocks:
             x = expand(x, skips.pop(), bins.pop())
         spectra = rearrange(x.float(), "b (c ri s) f n -> b s c f n ri", c=self.channels, ri=2)
-        spectra = spectra[:, list(self._outputs)]
+        spectra = chosen(spectra, self._outputs)
         return self._stft.waveform(torch.view_as_complex(spectra.contiguous()), length)
 
     def _separate(self, x: Tensor) -> Tensor:

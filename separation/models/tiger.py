@@ -135,8 +135,8 @@ class Network(nn.Module):
         ):
             parts = convolved(linear, activate(features)).unflatten(1, (2, 2, self._sources, width))
             mask = parts[:, 0] * torch.sigmoid(parts[:, 1])  # [B, 2, sources, width, N]
-            # All sources are shifted alike, so that their masks sum to 1.
-            excess = mask.sum(2) - torch.tensor([1.0, 0.0], device=mask.device)[:, None, None]
+            excess = mask.sum(2)  # all sources are shifted alike, so that their masks sum to 1
+            excess[:, 0] -= 1
             masks.append(mask[:, :, source] - excess / self._sources)
         return rearrange(torch.cat(masks, dim=2), "b ri f n -> b f n ri").contiguous()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from separation.audio.ffmpeg import is_installed
-from separation.audio.options import FORMATS, SNDFILE_FORMATS
+from separation.audio.options import FFMPEG_FORMATS, SNDFILE_FORMATS
 from separation.checkpoints.catalogue import missing
 from separation.engine.recipes import choices, load_recipe, names
 from separation.web.limits import max_mib, max_seconds
@@ -26,7 +26,7 @@ def page() -> bytes:
             }
             for recipe in sorted(loaded, key=lambda recipe: len(recipe.stems))
         }
-    formats = FORMATS if is_installed() else SNDFILE_FORMATS
+    formats = (*SNDFILE_FORMATS, *(FFMPEG_FORMATS if is_installed() else ()))
     options = {"recipes": recipes, "formats": formats, "mib": max_mib(), "seconds": max_seconds(), "keep": KEEP_SECONDS}
     text = json.dumps(options).replace("<", "\\u003c")
     return PAGE.read_text(encoding="utf-8").replace("/* options */", text).encode()

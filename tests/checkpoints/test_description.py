@@ -512,14 +512,14 @@ def test_published_checkpoints_have_the_published_chunk_and_number_of_parameters
 
 
 def test_unknown_keys_are_named_once_in_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    text = "is_roformer: true\nlora:\n  r: 8\n" + MSST_ROFORMER.replace("  num_channels: 2\n", "  surround: 2\n")
+    text = "is_roformer: true\nema:\n  r: 8\n" + MSST_ROFORMER.replace("  num_channels: 2\n", "  surround: 2\n")
     path = write(tmp_path, text)
     weights = write_weights(small_model(num_stems=1).state_dict(), tmp_path / "x.ckpt")
     with caplog.at_level(logging.WARNING):
         load_model(path, checkpoint=weights)
         load_model(path, checkpoint=weights)
     (said,) = caplog.messages
-    assert said == f"{path}: ignoring unknown keys: audio.surround, is_roformer, lora"
+    assert said == f"{path}: ignoring unknown keys: audio.surround, ema, is_roformer"
 
 
 @pytest.mark.parametrize("value", ["true", "3", "fast"])

@@ -49,6 +49,9 @@ def test_a_damaged_file_is_an_error_without_a_request_for_a_yaml(tmp_path: Path)
     "changes, what",
     [
         ({"model": {"sources": 4, "embed_dim": 512, "depth": 8, "in_channels": 2}}, "a Conformer"),
+        ({"model": {"num_repeat_mask": 8, "feature_dim": 128}}, "a BS-Mamba2, whose layers are those of the package"),
+        ({"architecture": "torchseg"}, "a network of segmentation_models_pytorch or TorchSeg, whose layers are"),
+        ({"training": {"model_type": "moises_light"}}, "a Moises-Light, whose layers are those of the package"),
     ],
 )
 def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
@@ -68,7 +71,10 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
         ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
         ("layers.0.1.layers.0.attn.fn.to_q.weight", "an early MelBand-Conformer"),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
-        ("layers.0.1.layers.0.0.to_qkv.lora_A", "a LoRA adapter without its model"),
+        ("layers.0.1.layers.0.0.to_qkv.lora_A.weight", "a LoRA adapter of the package peft"),
+        ("separator.0.mamba.A_log", "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA"),
+        ("unet_model.encoder.conv_stem.weight", "a network of segmentation_models_pytorch or TorchSeg, whose layers"),
+        ("swin_upernet_model.decode_head.classifier.weight", "a Swin-UperNet, whose layers are those of the package"),
     ],
 )
 @pytest.mark.parametrize("architecture", ["bs_roformer", None])

@@ -160,8 +160,8 @@ def test_the_documented_steps_add_a_checkpoint(
     assert (weights / "checksums.lock").read_text() == f"{sha256} {len(server.content)} made_up.ckpt\n"
     assert [sha256 in message for message in caplog.messages] == [True]
     assert main(listing) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("made_up "))
-    assert row.split()[1:] == ["here", f"{len(server.content) / 1e6:.0f}", "MB", "?", "vocals,", "drums"]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("* made_up "))
+    assert row.split()[2:] == [f"{len(server.content) / 1e6:.0f}", "none", "stated", "vocals,", "drums"]
     soundfile.write(tmp_path / "song.mp3", soundfile.read(song)[0], 44100)
     monkeypatch.chdir(tmp_path)
     assert run(*separate) == 0

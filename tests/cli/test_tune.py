@@ -74,7 +74,7 @@ def test_a_model_that_fails_is_left_out_and_named(models: Path, capsys: pytest.C
     [
         ((), "there is no task and no stem to compare models for: add --task vocals, or --stem drums"),
         (("--task", "nonsense"), "nonsense"),
-        (("--task", "vocals", "--stem", "kazoo"), "no model gives the stem 'kazoo'"),
+        (("--task", "vocals", "--stem", "kazoo"), "no model for vocals gives the stem 'kazoo'"),
         (("--task", "karaoke"), "no model that gives lead_vocals is downloaded"),
         (("--stem", "rest", "--recipe", "none"), "unknown recipe 'none'"),
         (("--stem", "rest", "--seconds", "61"), "seconds is 61: choose a whole number from 1 to 60"),

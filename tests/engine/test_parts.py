@@ -2,11 +2,13 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.common import quick_first
 from helpers.small_separators import Recorder, StandardRecorder, read, write
 from separation import Separator
 from separation.audio.excerpt import Excerpt
@@ -52,18 +54,27 @@ CHAIN = {"(drums)": "ramp", "kick": "standard of drums", "bass": "standard"}
 
 
 OTHER_RATE = {"speech": "fast", "rest": "residual"}
+VIEWS = {"vocals": "ramp with tta and 2 shifts", "rest": "residual"}
+ENSEMBLE: dict[str, Any] = {"vocals": {"max_fft": ["ramp", "vocals by ramp with polarity"]}, "rest": "residual"}
+LINES = {"one": ONE, "chain": CHAIN, "other rate": OTHER_RATE, "views": VIEWS, "ensemble": ENSEMBLE}
 
 
-def recipe(lines: dict[str, str]) -> Recipe:
+def recipe(lines: dict[str, Any]) -> Recipe:
     return resolve("test", "test", lines)
 
 
-@pytest.mark.parametrize("rate", [44100, 48000])
-@pytest.mark.parametrize("lines", [ONE, CHAIN, OTHER_RATE], ids=["one", "chain", "other rate"])
-@pytest.mark.parametrize("part", [Excerpt(2.0, 2.5), Excerpt(0, 0.01), Excerpt(5.7), Excerpt(1.23456, 3.3)], ids=str)
+@pytest.mark.parametrize(
+    "kind, rate, part",
+    [
+        *(("one", 44100, part) for part in (Excerpt(2.0, 2.5), Excerpt(0, 0.01), Excerpt(5.7))),
+        *((kind, 48000, Excerpt(1.23456, 1.3)) for kind in LINES),
+    ],
+    ids=str,
+)
 def test_the_samples_of_a_part_are_those_of_the_whole_song(
-    clip: Tensor, tmp_path: Path, one_thread: None, rate: int, lines: dict[str, str], part: Excerpt
+    clip: Tensor, tmp_path: Path, one_thread: None, kind: str, rate: int, part: Excerpt
 ) -> None:
+    lines = LINES[kind]
     separator = Separator(recipe(lines), pool=LoadedModels(models()))
     song = write(tmp_path / "song.wav", clip * 0.4 + 0.01)
     whole = separator.separate_file(song, tmp_path / "whole", OutputOptions(sample_rate=rate))
@@ -105,11 +116,11 @@ def test_models_whose_estimates_another_model_needs_run_over_the_whole_song(
     assert len(loaded["standard"].seen) < len(separator.plans["standard"].starts(clip.shape[1]))
 
 
-@pytest.mark.parametrize("lines", [ONE, CHAIN, OTHER_RATE], ids=["one", "chain", "other rate"])
+@pytest.mark.parametrize("kind", quick_first(LINES, 2))
 def test_the_whole_song_reuses_the_part_that_is_in_the_cache(
-    clip: Tensor, tmp_path: Path, one_thread: None, lines: dict[str, str]
+    clip: Tensor, tmp_path: Path, one_thread: None, kind: str
 ) -> None:
-    song = write(tmp_path / "song.wav", clip * 0.4 + 0.01)
+    lines, song = LINES[kind], write(tmp_path / "song.wav", clip * 0.4 + 0.01)
     expected = Separator(recipe(lines), pool=LoadedModels(models())).separate_file(song, tmp_path / "expected")
 
     def separate(part: Excerpt | None) -> int:

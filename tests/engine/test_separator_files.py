@@ -11,9 +11,11 @@ import soundfile
 import torch
 from torch import Tensor
 
-from helpers.common import GIVES_BACK, PROJECT
+from helpers.common import GIVES_BACK, PROJECT, needs_ffmpeg
 from helpers.small_separators import QUICK, Recorder, random_model, read, write
-from separation import EstimateError, ModelPool, OutputError, Separator
+from helpers.sounds import ffmpeg
+from separation import EstimateError, InputError, ModelPool, OutputError, Separator
+from separation.audio.metadata import read_metadata
 from separation.audio.options import OutputOptions
 from separation.engine.pool import LoadedModels
 from separation.engine.recipes import resolve
@@ -277,3 +279,48 @@ def test_the_stems_have_the_songs_tags_and_titles_with_the_names_of_the_stems(
             with soundfile.SoundFile(path) as file:
                 tags = file.title, file.artist, file.album
             assert tags == (f"{title or '01 song'} ({stem})", "Band", "Album")
+
+
+@needs_ffmpeg
+def test_a_stem_file_has_the_songs_name_and_its_tracks_sum_to_the_song(
+    pool: ModelPool, clip: Tensor, tmp_path: Path
+) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :100_001])
+    separator = Separator("demo", "all_4", pool=pool, options=QUICK)
+    files = separator.separate_file(song, tmp_path / "out", OutputOptions("stem.mp4", bitrate="lossless"))
+    assert files == {"stems": tmp_path / "out" / "song.stem.mp4"}
+    visible = [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
+    assert visible == ["song.stem.mp4"]
+    tracks = []
+    for number in range(5):
+        ffmpeg(files["stems"], tmp_path / "track.wav", "-map", f"0:a:{number}", "-c:a", "pcm_s24le")
+        tracks.append(read(tmp_path / "track.wav"))
+    assert (tracks[0] - clip[:, :100_001] * files.gain).abs().max() <= 2.0**-23
+    assert (sum(tracks[1:]) - tracks[0]).abs().max() <= 5 * 2.0**-23
+    stems = separator.separate(clip[:, :100_001])
+    for track, stem in zip(tracks[1:], ("drums", "bass", "other", "vocals"), strict=True):
+        assert (track - stems[stem] * files.gain).abs().max() <= 2.0**-22
+
+
+def test_a_stem_file_of_two_stems_is_refused_before_any_work(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :1000])
+    with pytest.raises(InputError, match=r"holds four stems, not 2|needs ffmpeg"):
+        Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out", OutputOptions("stem.mp4"))
+    assert not (tmp_path / "out").exists()
+
+
+@needs_ffmpeg
+def test_tags_cover_and_one_channel_go_from_a_mono_song_to_its_stems(
+    pool: ModelPool, clip: Tensor, tmp_path: Path
+) -> None:
+    write(tmp_path / "plain.wav", clip[:1, :50_000])
+    tags = ("-metadata", "title=T", "-metadata", "genre=Rock", "-metadata", "composer=C")
+    ffmpeg(tmp_path / "plain.wav", tmp_path / "song.flac", *tags)
+    separator = Separator("demo", pool=pool, options=QUICK)
+    files = separator.separate_file(
+        tmp_path / "song.flac", tmp_path / "out", OutputOptions("flac", channels="source", name="{song}/{stem}.{ext}")
+    )
+    assert files["vocals"] == tmp_path / "out" / "song" / "vocals.flac"
+    assert soundfile.info(files["vocals"]).channels == 1
+    found = read_metadata(files["vocals"])
+    assert found.tags == {"title": "T (vocals)", "genre": "Rock", "composer": "C"}

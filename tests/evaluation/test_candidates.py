@@ -66,7 +66,8 @@ def test_models_that_cannot_be_read_are_named(models: Path) -> None:
     [
         (None, None, "there is no task and no stem to compare models for: add --task vocals"),
         ("singing", None, "singing"),
-        ("vocals", "kazoo", "no model gives the stem 'kazoo': choose one of drums, "),
+        ("vocals", "kazoo", "no model for vocals gives the stem 'kazoo': use one that `separation models list` names"),
+        (None, "vocal", "no model gives the stem 'vocal': use vocals or "),
         ("six_stems", None, "models for six_stems give several stems: add --stem, one of "),
     ],
 )

@@ -16,6 +16,8 @@ from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models.apollo import Apollo, ApolloConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"sr": 44_100, "win": 20, "feature_dim": 32, "layer": 2}
 
 

@@ -22,6 +22,8 @@ from separation.evaluation.metrics import sdr
 from separation.models import ARCHITECTURES
 from separation.models.bandit import Bandit, BanditV2, musical_bands
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEMS = ("speech", "music", "sfx")
 SMALL: dict[str, Any] = {
     "stems": STEMS,

@@ -12,6 +12,8 @@ from helpers.small_model import assert_chunks_are_alone, assert_half_precision_i
 from separation import CheckpointError, Separator, load_model
 from separation.models.scnet_unofficial import SCNetUnofficial, SCNetUnofficialConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEMS = ("drums", "bass", "other", "vocals")
 SMALL: dict[str, Any] = {
     "dims": (4, 8, 12, 16),

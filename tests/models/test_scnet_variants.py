@@ -15,6 +15,8 @@ from separation.engine.options import EngineOptions
 from separation.models import ARCHITECTURES
 from separation.models.scnet import SCNet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRANSFORMERS: dict[str, Any] = {"tran_heads": 2, "tran_dim_head": 16, "tran_rotary_embedding_dim": 16}
 TWO = ("vocals", "other")
 OTHER_BANDS = {"conv_depths": (1, 2, 3), "band_stride": (1, 2, 8), "band_kernel": (5, 4, 8)}

@@ -20,6 +20,8 @@ from separation.engine.options import EngineOptions
 from separation.evaluation.metrics import sdr
 from separation.models.tiger import Tiger, TigerConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEMS = ("dialog", "effect", "music")
 SMALL: dict[str, Any] = {"out_channels": 24, "in_channels": 16, "num_blocks": 2, "upsampling_depth": 3}
 OTHER: dict[str, Any] = {
@@ -97,9 +99,9 @@ def write_files(folder: Path, **changes: Any) -> Path:
 
 
 def test_published_weights_separate_each_channel_of_a_song(tmp_path: Path) -> None:
-    model = load_model(write_files(tmp_path))
+    model = load_model(write_files(tmp_path, num_blocks=1))
     assert isinstance(model, Tiger) and model.stems == STEMS
-    song = torch.randn(2, 20_000) * 0.1
+    song = torch.randn(2, 13_000) * 0.1
     stems, same = (
         Separator.from_model(model, options=EngineOptions(batch_size=size)).separate(each)
         for size, each in ((1, song), (3, song.flip(0)))
