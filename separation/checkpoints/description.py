@@ -143,6 +143,9 @@ def describe(document: dict[str, Any], path: Path, *, name: str, shares: Shares 
         unknown.discard("name")
     audio = take(document, "audio", dict, path)
     unknown |= {f"audio.{key}" for key in set(audio) - AUDIO_KEYS}
+    if stft := section(document, "stft", path):  # of the Conformer
+        audio = audio | _stft_sizes(stft, path)
+        unknown.discard("stft")
     hyper_parameters = take(document, "model", dict, path)
     architecture = document.get("architecture", training.get("model_type")) or _flagged(document, hyper_parameters)
     if architecture is not None and not isinstance(architecture, str):
@@ -195,6 +198,13 @@ def _from_demucs_training(document: dict[str, Any], training: dict[str, Any], pa
     }
     audio = take(document, "audio", dict, path) | {"sample_rate": rate, "chunk_size": rate * segment}
     return {"architecture": name} | document | {"audio": audio, "model": arguments}
+
+
+def _stft_sizes(stft: dict[str, Any], path: Path) -> dict[str, int]:
+    """The sizes in an `stft:` section."""
+    if not stft.get("center", True):
+        raise CheckpointError(f"{path}: center must be true in the section stft: no model here has it otherwise")
+    return {key: take(stft, key, int, path) for key in ("n_fft", "hop_length", "win_length") if key in stft}
 
 
 def _from_class(document: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of it
 ADAPTER = "a LoRA adapter without its model"
 # By the YAML's `architecture`, or the `model_type` in its `training` section.
 TYPES = {
-    "conformer": "a Conformer",
     "bs_mamba2": "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA",
     "swin_upernet": "a Swin-UperNet, whose layers are those of the package transformers",
     "segm_models": "a network of segmentation_models_pytorch or TorchSeg, whose layers are those of the package timm",
@@ -30,7 +29,6 @@ TYPES = {
 TYPES["torchseg"] = TYPES["segm_models"]
 # By keys of the `model:` section that no other model has, whatever their value.
 KEYS = {
-    "embed_dim": "a Conformer",
     "mamba_gmlp": TYPES["bs_mamba2"],
     "num_repeat_mask": TYPES["bs_mamba2"],
     "encoder_name": TYPES["segm_models"],
@@ -46,7 +44,6 @@ NAMES = {
     r".*\.lora_[AB]\..*": "a LoRA adapter of the package peft",
     r"swin_upernet_model\..*": TYPES["swin_upernet"],
     r"unet_model\..*": TYPES["segm_models"],
-    r"layers\.\d+\.\d+\.layers\.\d+\.attn\.fn\..*": "an early MelBand-Conformer (of the package conformer)",
 }
 
 

@@ -5,6 +5,7 @@ from separation.models.bandit import Bandit, BanditV2
 from separation.models.base import SeparationModel
 from separation.models.bs_roformer import BSRoFormer
 from separation.models.bs_roformer_large import BSRoFormerLarge
+from separation.models.conformer import Conformer, EarlyMelBandConformer
 from separation.models.conformers import BSConformer, MelBandConformer
 from separation.models.fno import BSRoFormerFNO
 from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
@@ -36,6 +37,8 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "mel_band_roformer_experimental": MelBandRoFormerExperimental,
     "bs_conformer": BSConformer,
     "mel_band_conformer": MelBandConformer,
+    "mel_band_conformer_early": EarlyMelBandConformer,
+    "conformer": Conformer,
     "mel_band_roformer": MelBandRoFormer,
     "demucs": Demucs,
     "hdemucs": HDemucs,

@@ -48,7 +48,6 @@ def test_a_damaged_file_is_an_error_without_a_request_for_a_yaml(tmp_path: Path)
 @pytest.mark.parametrize(
     "changes, what",
     [
-        ({"model": {"sources": 4, "embed_dim": 512, "depth": 8, "in_channels": 2}}, "a Conformer"),
         ({"model": {"num_repeat_mask": 8, "feature_dim": 128}}, "a BS-Mamba2, whose layers are those of the package"),
         ({"architecture": "torchseg"}, "a network of segmentation_models_pytorch or TorchSeg, whose layers are"),
         ({"training": {"model_type": "moises_light"}}, "a Moises-Light, whose layers are those of the package"),
@@ -69,7 +68,6 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
         ("layers.0.1.layers.0.0.static_alpha", "a RoFormer with hyper-connections, which versions of their package"),
         ("mask_estimators.0.segm.hyperace.high_order_branch.2.cv1.bn.bias", "a BS-RoFormer HyperACE of version 1"),
         ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
-        ("layers.0.1.layers.0.attn.fn.to_q.weight", "an early MelBand-Conformer"),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
         ("layers.0.1.layers.0.0.to_qkv.lora_A.weight", "a LoRA adapter of the package peft"),
         ("separator.0.mamba.A_log", "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA"),
