@@ -162,6 +162,13 @@ def test_the_wheel_lists_all_packages(project: dict[str, Any]) -> None:
     assert named | {"separation.configs", "separation.weights"} == set(project["tool"]["setuptools"]["packages"])
 
 
+def test_the_wheel_takes_every_config(project: dict[str, Any]) -> None:
+    configs = PROJECT / "configs"
+    patterns = project["tool"]["setuptools"]["package-data"]["separation.configs"]
+    taken = {path for pattern in patterns for path in configs.glob(pattern)}
+    assert taken == {path for path in configs.rglob("*") if path.is_file()}
+
+
 def test_mypy_checks_for_the_oldest_python(project: dict[str, Any]) -> None:
     assert project["project"]["requires-python"] == f">={project['tool']['mypy']['python_version']}"
 

@@ -32,6 +32,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "[htdemucs, demo]": THREE,
     "{htdemucs: 3, demo: 1}": THREE,
     "{htdemucs: 9, demo: 1}": THREE,
+    **{
+        f"{model} with {views}": stems
+        for model, stems in (("htdemucs", STEMS), ("demo", THREE))
+        for views in ("polarity", "channels", "tta", "2 shifts", "4 shifts", "8 shifts")
+    },
 }
 
 
