@@ -26,6 +26,7 @@ CLASSES = {"Bandit": "bandit_v2"}  # architectures by `cls`, whose arguments are
 AUDIO_KEYS = {"sample_rate", "chunk_size", "dim_f", "dim_t", "hop_length", "n_fft", "num_channels", "min_mean_abs"}
 FIXED_CHUNKS = {
     "demucs",
+    "demucs_v2",
     "hdemucs",
     "htdemucs",
     "mdx23c",

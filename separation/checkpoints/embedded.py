@@ -11,6 +11,8 @@ from separation.errors import CheckpointError
 from separation.system.memory import enough_memory
 from separation.system.places import size_bytes
 
+OLD_CLASS = "demucs.model.Demucs"  # of versions 1 and 2
+
 
 def embedded_description(weights: Path) -> dict[str, Any] | None:
     """The description inside a weights file, in the form of a YAML's content; None if there is none.
@@ -33,7 +35,7 @@ def embedded_description(weights: Path) -> dict[str, Any] | None:
     except (DocumentError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{weights} has a damaged description of its network: put its YAML beside it") from e
     return {
-        "architecture": metadata["klass"].rpartition(".")[2].lower(),
+        "architecture": "demucs_v2" if metadata["klass"] == OLD_CLASS else metadata["klass"].rpartition(".")[2].lower(),
         "audio": {"sample_rate": rate, "chunk_size": chunk_samples},
         "model": arguments,
     }

@@ -32,12 +32,15 @@ from separation.documents import DocumentError, escaped, first_line, quoted, rea
 from separation.errors import CheckpointError, EstimateError
 from separation.models.base import Blueprint
 from separation.models.demucs_networks import dequantised, description_of, network_of
+from separation.models.htdemucs import DemucsV2
 from separation.models.limits import Uninitialised
+from separation.models.shapes import Shapes
 from separation.system.memory import enough_memory
 from separation.system.places import size_bytes
 
 logger = logging.getLogger("separation")
 
+SOURCES = ("drums", "bass", "other", "vocals")  # of all networks of Demucs 1 and 2
 MOST_NAME = 500  # characters in a weight's name
 READERS = 4  # threads: one is too slow for a fast disk
 # Types by their name in the header of a safetensors file.
@@ -112,6 +115,7 @@ def open_weights(path: Path) -> Stored:
             return Stored(path, weights, None, sizes)
         saved, blueprint = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
         tensors, choices = state_dict_in(saved)
+        blueprint = blueprint or _of_demucs_2(tensors)
         check_total(tensors, size_bytes(path))
     if not tensors:
         raise CheckpointError(f"{path} has no state dict (names and tensors): give a model's checkpoint")
@@ -184,6 +188,7 @@ def _ignored(*arguments: Any) -> Ignored:
 
 # The classes and functions in Demucs' own files. Each gets a harmless stand-in; the real ones are not imported.
 _CLASSES = (
+    "demucs.model.Demucs",
     "demucs.demucs.Demucs",
     "demucs.hdemucs.HDemucs",
     "demucs.htdemucs.HTDemucs",
@@ -220,6 +225,10 @@ def _find(name: str) -> Name:
 def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
     """The saved value, and the file's description of its network, if any."""
     saved = read_torch_file(path, _find)
+    if isinstance(saved, tuple) and len(saved) == 4 and isinstance(saved[0], Name):  # Demucs 1
+        saved = dict(zip(("klass", "args", "kwargs", "state"), saved, strict=True))
+        check_plain(saved["kwargs"])
+        saved["kwargs"] = _of_demucs_1(saved["kwargs"])
     if not isinstance(saved, Mapping) or not isinstance(saved.get("klass"), Name):
         return saved, None
     check_plain([saved["args"], saved["kwargs"]])
@@ -235,6 +244,22 @@ def _open_pickle(path: Path) -> tuple[Any, Blueprint | None]:
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     return {name: partial(torch.clone, tensor) for name, tensor in unpacked.items()}, blueprint
+
+
+def _of_demucs_1(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a network of Demucs 1, as version 2 names them. Chunks have 10 seconds, as in that program."""
+    return {**arguments, "sources": list(SOURCES), "resample": False, "is_scaled": False, "segment": 10}
+
+
+def _of_demucs_2(weights: Mapping[str, Any]) -> Blueprint | None:
+    """The network that bare weights of Demucs 2 are for, by their names and shapes; None for other weights."""
+    shapes = Shapes({name: value.args[3] for name, value in weights.items() if value.func is read_tensor})
+    if "encoder.0.2.weight" not in shapes or "lstm.linear.weight" not in shapes:
+        return None
+    sizes = DemucsV2.sizes_in(shapes, None)
+    if sizes.pop("sources") != len(SOURCES):
+        return None
+    return Blueprint("demucs.model.Demucs", (), {"sources": list(SOURCES), "samplerate": 44100, "segment": 40, **sizes})
 
 
 def _read_within(value: Any) -> Any:

@@ -8,7 +8,7 @@ from separation.models.bs_roformer_large import BSRoFormerLarge
 from separation.models.conformer import Conformer, EarlyMelBandConformer
 from separation.models.conformers import BSConformer, MelBandConformer
 from separation.models.fno import BSRoFormerFNO
-from separation.models.htdemucs import Demucs, HDemucs, HTDemucs
+from separation.models.htdemucs import Demucs, DemucsV2, HDemucs, HTDemucs
 from separation.models.hyperace import BSRoFormerHyperACE
 from separation.models.mdx23c import MDX23C
 from separation.models.mdx23c_stht import MDX23CSTHT
@@ -41,6 +41,7 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "conformer": Conformer,
     "mel_band_roformer": MelBandRoFormer,
     "demucs": Demucs,
+    "demucs_v2": DemucsV2,
     "hdemucs": HDemucs,
     "htdemucs": HTDemucs,
     "mdx23c": MDX23C,

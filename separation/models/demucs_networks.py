@@ -19,6 +19,7 @@ from separation.errors import CheckpointError
 from separation.models.attention import BACKENDS
 from separation.models.base import Blueprint
 from separation.models.limits import check_arguments
+from separation.models.old_demucs import OldDemucs
 from separation.models.stft import hermitian
 
 
@@ -80,6 +81,7 @@ class HTDemucs(_OwnSpectrograms, demucs.htdemucs.HTDemucs):  # type: ignore[misc
 
 Demucs: type[nn.Module] = demucs.demucs.Demucs
 CLASSES: dict[str, type[nn.Module]] = {
+    "demucs.model.Demucs": OldDemucs,
     "demucs.demucs.Demucs": Demucs,
     "demucs.hdemucs.HDemucs": HDemucs,
     "demucs.htdemucs.HTDemucs": HTDemucs,
@@ -118,7 +120,7 @@ def description_of(blueprint: Blueprint) -> dict[str, Any]:
     model = {name: bound.arguments[name] for name in ("sources", "audio_channels", "samplerate", "segment")}
     rate = model["samplerate"]
     return {
-        "architecture": network.__name__.lower(),
+        "architecture": getattr(network, "architecture", network.__name__.lower()),
         "audio": {"sample_rate": rate, "chunk_size": int(rate * model["segment"])},
         "model": model | {"sources": list(model["sources"])},
     }
@@ -167,7 +169,7 @@ def valid_length(networks: Iterable[nn.Module], length: int) -> int:
 
     Networks with a spectrogram accept any length.
     """
-    plain = (network for network in networks if isinstance(network, demucs.demucs.Demucs))
+    plain: list[Any] = [network for network in networks if isinstance(network, demucs.demucs.Demucs | OldDemucs)]
     return max((network.valid_length(length) for network in plain), default=length)
 
 

@@ -24,6 +24,7 @@ from separation.models.base import Blueprint, Identity, SeparationModel, Transfo
 from separation.models.kernels.demucs_gpu import HybridNetwork, Inputs
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.registry import cpu_fault, ops
+from separation.models.old_demucs import OldDemucs
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft, make_window
 
@@ -352,7 +353,7 @@ class Demucs(DemucsModel):
 
     Network = demucs_networks.Demucs
     Config = demucs_networks.config_of(Network)
-    KEY_PATTERNS = (r"encoder\.0\.0\.weight", r"decoder\.0\.0\.weight", r"(.*\.)?lstm\..*")
+    KEY_PATTERNS = (r"encoder\.0\.[3-9]\..*", r"decoder\.0\.0\.weight", r"(.*\.)?lstm\..*")
 
     def transform(self, length: int) -> None:
         return None
@@ -374,3 +375,22 @@ class Demucs(DemucsModel):
 
     def input_samples(self, length: int) -> int:
         return demucs_networks.valid_length(self.networks.values(), length)
+
+
+class DemucsV2(Demucs):
+    """Demucs 1 and 2. Their files describe their network, or their weights do."""
+
+    Network = OldDemucs
+    Config = demucs_networks.config_of(Network)
+    KEY_PATTERNS = (r"encoder\.0\.2\.weight", r"decoder\.0\.0\.weight", r"lstm\.linear\.weight")
+
+    @classmethod
+    def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
+        sizes = super().sizes_in(shapes, config)
+        last = f"decoder.{sizes['depth'] - 1}.2.bias"
+        return sizes | {
+            "sources": quotient(shapes.size(last, 0), sizes["audio_channels"]),
+            "context": shapes.size("decoder.0.0.weight", 2),
+            "kernel_size": shapes.size("encoder.0.0.weight", 2),
+            "lstm_layers": shapes.count(r"lstm\.lstm\.weight_ih_l(\d+)"),
+        }
