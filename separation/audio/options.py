@@ -43,6 +43,7 @@ class OutputOptions:
         name: a template for the names of the files, such as `{artist}/{album}/{song} ({stem}).{ext}`, with the fields
             in `separation.system.names.FIELDS`; None means `{stem}.{ext}`, and for stem.mp4
             `{folder}/{song}.{ext}`.
+        reaper: also write a REAPER project, `stems.rpp`, with the stems on its tracks.
         overwrite: replace files that this program did not write.
         excerpt: the part of the song to separate; None means the whole song.
 
@@ -57,6 +58,7 @@ class OutputOptions:
     flac_depth: str | None = None
     channels: str = "stereo"
     name: str | None = None
+    reaper: bool = False
     overwrite: bool = False
     excerpt: Excerpt | None = None
 
@@ -67,6 +69,8 @@ class OutputOptions:
         if self.format == STEM_FILE:
             if self.channels != "stereo":
                 raise InputError(f"{STEM_FILE} is always in stereo: leave the channels out")
+            if self.reaper:
+                raise InputError(f"a REAPER project cannot hold {STEM_FILE}: choose another format")
             if self.name is None:
                 object.__setattr__(self, "name", "{folder}/{song}.{ext}")
         if self.name is not None:

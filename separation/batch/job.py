@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from separation.analysis.facts import SongAnalysis
 from separation.audio.options import OutputOptions
+from separation.audio.reaper import PROJECT
 from separation.checkpoints.catalogue import files_for, read_config
 from separation.checkpoints.description import WeightFile
 from separation.checkpoints.files import file_state, local_path
@@ -15,7 +16,6 @@ from separation.engine.recipe_lines import PLAIN
 from separation.engine.recipes import Combination, Ensemble, Estimate
 from separation.engine.selection import Selection
 from separation.system.names import Place
-from separation.system.record import PAGE
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class Song:
 
     def stem_names(self, job: "Job") -> dict[str, str]:
         """The names of the stems' files in the folder, by stem. Raises InputError if two are equal."""
-        return self.place.names(job.stems, job.output.format)
+        names = self.place.names(job.stems, job.output.format)
+        return names | ({PROJECT: self.place.beside("rpp")} if job.output.reaper else {})
 
     @property
     def page(self) -> Path:
         """The path of the listening page."""
-        return self.folder / Path(self.place.name(Path(PAGE).stem, "html")).name
+        return self.folder / self.place.beside("html")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOpt
         "sample_rate": output.sample_rate,
         **output.encoding,
     }
+    if output.reaper:
+        settings["reaper"] = True
     if output.channels != "stereo":
         settings["channels"] = output.channels
     residuals = [description.residual for description in descriptions.values() if description.residual]

@@ -7,10 +7,12 @@ from concurrent.futures import as_completed
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from separation.analysis.song import analyse
+from separation.audio.reaper import PROJECT
 from separation.batch.done import (
     SongFile,
     add_run,
@@ -198,9 +200,14 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
     return run
 
 
+def _stems_of(song: Song, run: dict[str, Any]) -> dict[str, Path]:
+    """The stems' files, without the REAPER project beside them."""
+    return {stem: path for stem, path in outcome_of(song, "done", run).stems.items() if stem != PROJECT}
+
+
 def _analyse(song: Song, job: Job, run: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Analyse a song and record what was found; returns the recorded run. A page without it is to be written again."""
-    stems = outcome_of(song, "done", run).stems
+    stems = _stems_of(song, run)
     with OutputFolder(song.folder, record=song.place.record) as output:
         found = analyse(song.path, stems, excerpt=job.output.excerpt, folder=output.work, progress=progress)
     run = {**run, "analysis": found.as_json()}
@@ -212,7 +219,7 @@ def _analyse(song: Song, job: Job, run: dict[str, Any], progress: Progress) -> d
 
 def _write_page(song: Song, job: Job, run: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Write a song's listening page and record it; returns the recorded run."""
-    stems, analysis = outcome_of(song, "done", run).stems, analysis_of(run)
+    stems, analysis = _stems_of(song, run), analysis_of(run)
     report = Report(
         song.path.name, song.path, stems, record=song.place.record, excerpt=job.output.excerpt, analysis=analysis
     )

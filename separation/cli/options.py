@@ -35,6 +35,7 @@ def output_options(args: argparse.Namespace) -> OutputOptions:
         flac_depth=args.flac_depth,
         channels=args.channels,
         name=args.name,
+        reaper=args.reaper,
         overwrite=args.overwrite,
         excerpt=_excerpt(args),
     )

@@ -77,8 +77,9 @@ def _placed(args: argparse.Namespace) -> Callable[[Song], Song]:
 def _job(args: argparse.Namespace) -> Job:
     selected, engine, output = selection(args), engine_options(args), output_options(args)
     selected.check(engine)
-    if args.report and output.format == STEM_FILE:
-        raise InputError(f"--report does not take --format {STEM_FILE}: leave one of them out")
+    for option, is_given in (("--report", args.report), ("--analyse", args.analyse)):
+        if is_given and output.format == STEM_FILE:
+            raise InputError(f"{option} does not take --format {STEM_FILE}: leave one of them out")
     return Job(
         stem_settings(selected, engine, output),
         models_of_files(selected.load(), output.format),

@@ -17,6 +17,7 @@ from separation.audio.excerpt import Excerpt
 from separation.audio.ffmpeg_writer import check_installed
 from separation.audio.metadata import Metadata, read_metadata, tags_for
 from separation.audio.options import SNDFILE_FORMATS, STEM_FILE, OutputOptions
+from separation.audio.reaper import PROJECT, Project
 from separation.audio.resample import ResampledView, resampled, resampled_as_it_comes, resampled_length
 from separation.audio.stem_file import MIXTURE_TRACK, tracks_of, write_stem_file
 from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Readable, Waveform, in_blocks, sample_fault
@@ -50,6 +51,7 @@ from separation.models.base import SeparationModel
 from separation.progress import Progress, Report
 from separation.system.memory import enough_memory
 from separation.system.names import Place, song_fields
+from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 from separation.system.text import shown
 
@@ -245,7 +247,7 @@ class Separator:
         names = place.names(models_of_files(self.recipe, options.format), options.format)
         target = OutputFolder(Path(folder, place.folder), overwrite=options.overwrite, record=place.record)
         with song_context(path.name), target as output:
-            output.check_targets([*names.values()], path)
+            output.check_targets([*names.values(), *([place.beside("rpp")] if options.reaper else [])], path)
             with decode(
                 path,
                 output.work,
@@ -262,6 +264,13 @@ class Separator:
                 if options.format == STEM_FILE:
                     write_stem_file(files, output.work / STEM_FILE)
                     files = {"stems": output.work / STEM_FILE}
+                if options.reaper:
+                    rate = options.rate_of_stems(mixture.source_rate)
+                    project = Project(dict(names), options.format, rate, duration_seconds)
+                    names[PROJECT] = place.beside("rpp")
+                    files[PROJECT] = output.work / PROJECT
+                    with output_errors(files[PROJECT]):
+                        files[PROJECT].write_text(project.text(), encoding="utf-8")
                 job(1.0, "done")  # the last moment to cancel
                 return StemFiles(
                     output.publish(files, names),

@@ -111,6 +111,7 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "bitrate": ("--format", "mp3", "--mp3-bitrate", "192"),
     "channels": ("--channels", "source"),
     "name": ("--name", "{song} ({stem}).{ext}"),
+    "reaper": ("--reaper",),
     "only": ("--only", "vocals"),
     "flac_depth": ("--format", "flac", "--flac-depth", "16"),
     "device": ("--device", "cpu"),

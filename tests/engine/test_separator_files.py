@@ -324,3 +324,18 @@ def test_tags_cover_and_one_channel_go_from_a_mono_song_to_its_stems(
     assert soundfile.info(files["vocals"]).channels == 1
     found = read_metadata(files["vocals"])
     assert found.tags == {"title": "T (vocals)", "genre": "Rock", "composer": "C"}
+
+
+def test_a_reaper_project_lies_beside_the_stems_and_names_them(pool: ModelPool, clip: Tensor, tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :44_100])
+    options = OutputOptions(reaper=True, name="{song}/{stem}/{stem}.{ext}")
+    files = Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out", options)
+    assert files["project"] == tmp_path / "out" / "song" / "stems.rpp"
+    text = files["project"].read_text()
+    for stem in ("vocals", "instrumental"):
+        assert files[stem] == tmp_path / "out" / "song" / stem / f"{stem}.wav"
+        assert f'FILE "{stem}/{stem}.wav"' in text
+    assert text.count("LENGTH 1\n") == 2
+    files["project"].write_text(text + " ")  # somebody has worked on it
+    with pytest.raises(OutputError, match="already exists"):
+        Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out", options)
