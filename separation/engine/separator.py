@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,34 +18,20 @@ from separation.audio.ffmpeg_writer import check_installed
 from separation.audio.metadata import Metadata, read_metadata, tags_for
 from separation.audio.options import SNDFILE_FORMATS, STEM_FILE, OutputOptions
 from separation.audio.reaper import PROJECT, Project
-from separation.audio.resample import ResampledView, resampled, resampled_as_it_comes, resampled_length
+from separation.audio.resample import resampled, resampled_length
 from separation.audio.stem_file import MIXTURE_TRACK, tracks_of, write_stem_file
-from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Readable, Waveform, in_blocks, sample_fault
+from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, in_blocks, sample_fault
 from separation.engine.cache import Cache
 from separation.engine.cached_estimates import CachedEstimates, EstimateSettings, n_bytes
-from separation.engine.chunk_plan import ChunkPlan, Span, read_extended
-from separation.engine.chunking import Level, ReadyModel, separate
-from separation.engine.compute_thread import compute_thread
+from separation.engine.chunk_plan import ChunkPlan, Span
 from separation.engine.encoders import Encoders
-from separation.engine.gpu_models import on_stereo
+from separation.engine.model_runner import ModelRunner
 from separation.engine.options import EngineOptions
-from separation.engine.pairs import pairs_help
-from separation.engine.parts import EstimatePart, KnownPart, excerpt, with_margin
+from separation.engine.parts import excerpt
 from separation.engine.pool import LoadedModels, ModelPool, Models
-from separation.engine.recipe_lines import PLAIN
-from separation.engine.recipes import (
-    MIXTURE,
-    Combination,
-    Estimate,
-    Recipe,
-    Run,
-    find_recipe,
-    models_of_files,
-    one_model,
-)
+from separation.engine.recipes import MIXTURE, Combination, Recipe, find_recipe, models_of_files, one_model
 from separation.engine.song_context import song_context
-from separation.engine.song_waveforms import Samples, SongWaveforms, Wave
-from separation.engine.views import Viewed, undone
+from separation.engine.song_waveforms import Samples, SongWaveforms
 from separation.errors import AudioError, InputError
 from separation.models.base import SeparationModel
 from separation.progress import Progress, Report
@@ -56,7 +42,6 @@ from separation.system.output import OutputFolder
 from separation.system.text import shown
 
 DECODED, ESTIMATED = 0.05, 0.9  # the shares of a file's job that are done after decoding and after the models
-PEAK = 0.9  # of the mixture, for models with `normalisation` "peak"
 
 logger = logging.getLogger("separation")
 
@@ -116,18 +101,11 @@ class Separator:
         if pool is not None:
             _check_options_beside_pool(options)
         self.recipe = _recipe(recipe, stems, two_stems)
-        pool = pool or ModelPool(options)
-        self.models = {name: pool.get(name, wanted) for name, wanted in self.recipe.models.items()}
+        self.runner = ModelRunner(self.recipe, pool or ModelPool(options), options)
         _check_parts(self.models, two_stems)
-        self.plans = {name: _plan(model, options) for name, model in self.models.items()}
-        self.device = pool.device
-        self.batch_size = options.batch_size
-        self._on_gpu = pool.on_gpu
-        self._turns = pool.turns
         self._cache = cache
-        self._settings = (
-            EstimateSettings(self.models, self.plans, self.device, self.fixed_batch_size) if cache else None
-        )
+        batch_size = self.runner.fixed_batch_size
+        self._settings = EstimateSettings(self.models, self.plans, self.device, batch_size) if cache else None
 
     @classmethod
     def from_model(
@@ -156,20 +134,23 @@ class Separator:
         return self.recipe.stems
 
     @property
-    def fixed_batch_size(self) -> int | None:
-        """The number of chunks computed at once; None if it depends on a GPU's memory."""
-        if self.batch_size != "auto":
-            return self.batch_size
-        return {"cpu": 1, "mps": 4}.get(self.device.type)
+    def models(self) -> Mapping[str, SeparationModel]:
+        """The models, by name."""
+        return self.runner.models
+
+    @property
+    def plans(self) -> Mapping[str, ChunkPlan]:
+        """How a song is cut for each model."""
+        return self.runner.plans
+
+    @property
+    def device(self) -> torch.device:
+        """What the models run on."""
+        return self.runner.device
 
     def warm_up(self) -> None:
         """Run each model over a chunk of noise, so that the first song does not wait for one-time setup."""
-        for name, stems in dict.fromkeys((run.model, stems) for run, stems in self.recipe.runs.items()):
-            plan = replace(self.plans[name], overlap_samples=0)
-            noise = torch.randn(2, min(SAMPLE_RATE, plan.chunk_samples), generator=torch.Generator().manual_seed(0))
-            model, source = self.models[name].only(stems), Samples.of(noise * 0.1)
-            for _ in separate(self._ready(model, plan), source, plan, _level(model, source)):
-                pass
+        self.runner.warm_up()
 
     def separate(self, mixture: Tensor, *, progress: Report | None = None) -> dict[str, Tensor]:
         """Separate a song in memory.
@@ -191,7 +172,7 @@ class Separator:
             song = SongWaveforms(self.recipe, whole, lambda: Samples(whole.n_samples))
             stems = {stem: song.sum_of(parts) for stem, parts in self.recipe.outputs.items()}
             with song:
-                for _ in self._run(song, Span(0, song.n_samples), Progress(progress)):
+                for _ in self.runner.run(song, Span(0, song.n_samples), Progress(progress)):
                     pass
                 song.finish()
         Progress(progress)(1.0, "done")
@@ -316,7 +297,7 @@ class Separator:
             writing = job.part(ESTIMATED, 1)
             with encoders, song:  # `song` exits first: it closes the waveforms that the encoders wait for
                 models = _checking(job.part(DECODED, ESTIMATED), song, encoders)
-                for estimate, wave, span in self._run(song, part, models, cached.find_part if cached else None):
+                for estimate, wave, span in self.runner.run(song, part, models, cached.find_part if cached else None):
                     if cached:
                         song.in_background(partial(cached.keep, estimate, wave, span))
                 song.finish(lambda: writing(0, f"writing {self.stems[0]}"))
@@ -362,85 +343,6 @@ class Separator:
             song.fill(stems[stem], parts, blocks)
         return stems
 
-    def _run(
-        self,
-        song: SongWaveforms[Wave],
-        part: Span,
-        progress: Progress,
-        find_part: Callable[[Estimate], EstimatePart | None] | None = None,
-    ) -> Iterator[tuple[Estimate, Wave, Span]]:
-        """Run the models that a part of a song needs; yields each estimate with the span of it that is complete.
-
-        A run whose estimates another run needs is complete, because their level decides about the other's estimates.
-        """
-        whole, inputs = Span(0, song.n_samples), self.recipe.inputs
-        spans = {run: whole if run in inputs else with_margin(part, song.n_samples) for run in song.runs}
-        n_chunks = {run: self._n_chunks(run, song.n_samples, span) for run, span in spans.items()}
-        total, done = sum(n_chunks.values()), 0
-        for run, stems in song.runs.items():
-            share = progress.part(done / total, (done + n_chunks[run]) / total, run.model)
-            done += n_chunks[run]
-            waves = {Estimate(run, stem): song.estimates[Estimate(run, stem)] for stem in stems}
-            known = KnownPart(map(find_part, waves) if find_part else ())
-            self._run_model(run, waves, song.wait_for(run.input), known, spans[run], share)
-            for estimate, wave in waves.items():
-                yield estimate, wave, known.with_span(spans[run])
-
-    def _n_chunks(self, run: Run, n_samples: int, span: Span) -> int:
-        """How many chunks a run computes for a span of a song."""
-        return self.n_chunks(run.model, n_samples + run.view.delay_samples, _in_view(span, run))
-
-    def n_chunks(self, model: str, n_samples: int, span: Span | None = None) -> int:
-        """How many chunks a model computes for a song of `n_samples`, or for a span of it, at 44100 Hz."""
-        rate = self.models[model].sample_rate
-        chunks = self.plans[model].chunks(resampled_length(n_samples, SAMPLE_RATE, rate))
-        return sum(chunk.is_for([(span or Span(0, n_samples)).at(rate)]) for chunk in chunks)
-
-    def _run_model(
-        self, run: Run, waves: Mapping[Estimate, Wave], source: Wave, known: KnownPart, span: Span, progress: Progress
-    ) -> None:
-        """Run a model over a waveform, and append what it estimates to `waves`: complete in `span`, else anything."""
-        model = self.models[run.model].only(tuple(estimate.stem for estimate in waves))
-        outputs, start = [model.stems.index(estimate.stem) for estimate in waves], 0
-        with closing(self._estimate(model, source, run, progress, known.missing(span))) as blocks:
-            for block in undone(blocks, run.view):
-                estimates = [block[output] for output in outputs]
-                known.fill_in(estimates, start)
-                start += block.shape[-1]
-                for wave, estimate in zip(waves.values(), estimates, strict=True):
-                    wave.append(estimate)
-
-    def _estimate(
-        self, model: SeparationModel, source: Samples | Waveform, run: Run, progress: Progress, spans: Sequence[Span]
-    ) -> Generator[Tensor]:
-        """The estimates of a model for a run's view of these spans of a complete waveform, in blocks `[S, 2, n]`."""
-        plan, level, rate = self.plans[run.model], _level(model, source), model.sample_rate
-        if run.view.is_inverted:
-            level = replace(level, offset=-level.offset)
-        viewed: Readable = source if run.view == PLAIN else Viewed(source, run.view)
-        spans = [_in_view(span, run) for span in spans]
-        ready = self._ready(model, plan)
-        if rate == SAMPLE_RATE:
-            yield from separate(ready, viewed, plan, level, progress, spans)
-            return
-        at_its_rate, spans = ResampledView(viewed, SAMPLE_RATE, rate), [span.at(rate) for span in spans]
-        with closing(separate(ready, at_its_rate, plan, level, progress, spans)) as blocks:
-            yield from resampled_as_it_comes(blocks, rate, SAMPLE_RATE, viewed.n_samples)
-
-    def _ready(self, model: SeparationModel, plan: ChunkPlan) -> ReadyModel:
-        """The model, ready to run over batches of chunks of that plan."""
-        if self.device.type != "cuda":
-            return ReadyModel(
-                on_stereo(model),
-                len(model.stems),
-                self.fixed_batch_size or 1,
-                self.device,
-                in_pairs=self.device.type == "cpu" and pairs_help(),
-                turns=self._turns,
-            )
-        samples = plan.whole_chunk_input_samples
-        return compute_thread(self.device).run(self._on_gpu.get, model, samples, self.batch_size, self.device)
-
 
 def _check_options_beside_pool(options: EngineOptions) -> None:
     for name in ("device", "precision", "attention"):
@@ -458,25 +360,12 @@ def _check_parts(models: Mapping[str, SeparationModel], two_stems: str | None) -
         )
 
 
-def _in_view(span: Span, run: Run) -> Span:
-    """Where a span of a run's input lies in its view of the input."""
-    return Span(span.start + run.view.delay_samples, span.stop + run.view.delay_samples)
-
-
 def _recipe(recipe: str | Recipe, stems: str | None, two_stems: str | None) -> Recipe:
     if isinstance(recipe, str):
         return find_recipe(recipe, stems, two_stems=two_stems)
     if stems is not None:
         raise InputError(f"stems {stems!r} have no effect with a loaded recipe: leave them out")
     return recipe if two_stems is None else recipe.two_stems(two_stems)
-
-
-def _plan(model: SeparationModel, options: EngineOptions) -> ChunkPlan:
-    """How a model's songs are cut."""
-    chunk_samples, overlap_samples = options.chunks.samples(
-        model.name, model.chunk_samples, model.sample_rate, is_fixed=model.fixed_chunk
-    )
-    return ChunkPlan(chunk_samples, overlap_samples, model.reflects_border, model.input_samples)
 
 
 def _checked(mixture: Tensor) -> Samples:
@@ -492,28 +381,6 @@ def _checked(mixture: Tensor) -> Samples:
         fault = sample_fault(float(whole.samples[:, first][faulty[:, first]][0]))
         raise AudioError(f"the mixture holds {fault} at sample {first}: correct it")
     return whole
-
-
-def _level(model: SeparationModel, source: Samples | Waveform) -> Level:
-    """How the model's input is shifted and scaled."""
-    if model.normalisation == "none":
-        return Level()
-    if model.normalisation == "standard":
-        return Level(offset=source.mean, scale=source.std + 1e-8)
-    if model.normalisation == "spectrum":
-        return Level(scale=_spectral_peak(model, source) or 1.0)
-    return Level(scale=source.peak / PEAK or 1.0)
-
-
-@torch.inference_mode()
-def _spectral_peak(model: SeparationModel, source: Samples | Waveform) -> float:
-    """The largest magnitude in the model's spectrogram of a song, chunk by chunk."""
-    plan = ChunkPlan(model.chunk_samples, 0, reflects_border=False, input_samples=model.input_samples)
-    mixtures = (
-        read_extended(source, chunk.read_start, chunk.read_start + chunk.read_length, 0)
-        for chunk in plan.chunks(source.n_samples)
-    )
-    return max(model.spectral_peak(mixture[None]) for mixture in mixtures)
 
 
 def _checking(progress: Progress, song: SongWaveforms[Waveform], encoders: Encoders) -> Progress:

@@ -174,7 +174,7 @@ def engine_speed(
             if model.channels == 1:  # computes each channel on its own
                 chunk = chunk.transpose(0, 1)
             model_runs = sum(run.model == model.name for run in separator.recipe.runs)
-            n_chunks = model_runs * separator.n_chunks(model.name, mixture.shape[1])
+            n_chunks = model_runs * separator.runner.n_chunks(model.name, mixture.shape[1])
             reference = loader.load(name, torch.float32, "itemwise")
             costs[model.name] = _cost(model, reference, chunk.to(choice.device), n_chunks, floats)
     operations = sum(cost.operations for cost in costs.values())
@@ -188,7 +188,7 @@ def engine_speed(
         overlap_seconds={
             name: plan.overlap_samples / separator.models[name].sample_rate for name, plan in separator.plans.items()
         },
-        batch_size=separator.fixed_batch_size or "auto",
+        batch_size=separator.runner.fixed_batch_size or "auto",
         audio_seconds=seconds,
         run_seconds=run_seconds,
         chunks=sum(cost.chunks for cost in costs.values()),

@@ -211,7 +211,9 @@ def _run(candidate: Candidate, mixture: Tensor, n_samples: int, options: EngineO
     seconds = time.monotonic() - started
     is_told = separator.device.type == "cuda" or sys.platform == "linux"  # elsewhere, a peak cannot be reset
     lengths = (mixture.shape[1], n_samples)
-    chunks, song_chunks = (sum(separator.n_chunks(run.model, n) for run in separator.recipe.runs) for n in lengths)
+    chunks, song_chunks = (
+        sum(separator.runner.n_chunks(run.model, n) for run in separator.recipe.runs) for n in lengths
+    )
     assert candidate.selection.two_stems is not None
     return Result(
         name=candidate.name,

@@ -134,21 +134,6 @@ def test_batch_size_in_bfloat16_changes_the_stems_by_no_more_than_its_rounding(c
     assert sdr(one["vocals"], three["vocals"]) > 40
 
 
-def test_the_batch_size_on_a_cpu_is_1_unless_another_is_chosen(pool: ModelPool) -> None:
-    for options, expected in (({}, 1), ({"batch_size": 5}, 5)):
-        separator = Separator("demo", "all_4", pool=pool, options=replace(QUICK, **options))
-        ready = separator._ready(separator.models["demo"], separator.plans["demo"])
-        assert (ready.model, ready.batch_size) == (separator.models["demo"], expected)
-
-
-def test_on_a_cpu_batches_are_computed_in_pairs_where_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    separator = Separator.from_model(random_model(("left", "right")))
-    (model,), (plan,) = separator.models.values(), separator.plans.values()
-    for helps in (False, True):
-        monkeypatch.setattr("separation.engine.separator.pairs_help", lambda helps=helps: helps)
-        assert separator._ready(model, plan).in_pairs is helps
-
-
 def test_stems_do_not_depend_on_pairs_nor_on_pytorchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     separator = Separator.from_model(random_model(("left", "right")), options=QUICK)
     noise = torch.randn(2, 300_000) * 0.1
@@ -156,7 +141,7 @@ def test_stems_do_not_depend_on_pairs_nor_on_pytorchs_threads(monkeypatch: pytes
     try:
         for count, helps in ((1, False), (2, False), (2, True), (5, True)):
             torch.set_num_threads(count)
-            monkeypatch.setattr("separation.engine.separator.pairs_help", lambda helps=helps: helps)
+            monkeypatch.setattr("separation.engine.model_runner.pairs_help", lambda helps=helps: helps)
             results.append(separator.separate(noise)["left"])
     finally:
         torch.set_num_threads(threads)
