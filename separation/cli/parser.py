@@ -398,8 +398,8 @@ def _add_models(parent: _Commands) -> None:
         models.list_models,
         "[OPTIONS]",
         "List models by task, and whether they are downloaded.",
-        "--task karaoke --licence permissive",
-        "--stem vocals --sort quality",
+        "--task karaoke",
+        "--stem vocals --licence permissive --sort quality",
     )
     group = listing.add_argument_group("options")
     group.add_argument("--task", type=given, metavar="NAME", help=f"only models for {_listed(list(TASKS))}")
