@@ -16,7 +16,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, SeparationModel, Transform
-from separation.models.conformers import BatchNorm, MelBandConformerConfig
+from separation.models.conformers import BatchNorm, MelBandConformer, MelBandConformerConfig
 from separation.models.layers import MOST_TOKENS
 from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.roformer import RoFormer
@@ -251,20 +251,22 @@ class EarlyConfig(MelBandConformerConfig):
     zero_dc: bool = False
 
 
-class EarlyMelBandConformer(MelBandRoFormer):
-    """The first form of MelBand-Conformer: chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
+class EarlyMelBandConformer(MelBandConformer):
+    """The first form of MelBand-Conformer: chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer.
+
+    It extends the later form, so that a YAML without weights means that one.
+    """
 
     Config = EarlyConfig
     TRAINING_KEYS = RoFormer.TRAINING_KEYS | {"conv_dropout", "skip_connection"}  # which it does not use
-    CAST_LAYERS = (nn.Linear, nn.Conv1d)
+    more_mask_layers = 1
     KEY_PATTERNS = (
         r"band_split\.to_features\..*",
         r"layers\.\d+\.\d+\.layers\.\d+\.attn\.fn\.to_q\.weight",
     )
-    has_int8 = False
 
     def __init__(self, config: EarlyConfig, identity: Identity) -> None:
-        super().__init__(config, identity)
+        MelBandRoFormer.__init__(self, config, identity)
         self.head_size = None  # relative positions have no choice of attention backend
         depths = config.time_conformer_depth, config.freq_conformer_depth
         self.layers = nn.ModuleList(

@@ -13,6 +13,7 @@ import yaml
 from helpers.recorded import assert_as_recorded
 from helpers.small_model import assert_chunks_are_alone, assert_half_precision_is_near, identity, write_weights
 from separation import load_model
+from separation.checkpoints.build import with_architecture
 from separation.checkpoints.catalogue import read_config
 from separation.errors import CheckpointError, InputError
 from separation.models.base import SeparationModel
@@ -131,3 +132,13 @@ def test_a_first_melband_conformer_loads_as_it_is(tmp_path: Path) -> None:
     assert type(loaded) is EarlyMelBandConformer
     with torch.inference_mode():
         assert torch.equal(loaded(chunks), early()(chunks))
+
+
+def test_a_melband_conformers_yaml_without_weights_means_the_later_form(tmp_path: Path) -> None:
+    document = {
+        "audio": {"chunk_size": 12_000, "sample_rate": 44100},
+        "model": EARLY | {"num_bands": 60, "time_conformer_depth": 1, "conv_dropout": 0.0},
+        "training": {"instruments": ["vocals", "other"], "target_instrument": None},
+    }
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    assert with_architecture(read_config(tmp_path / "x.yaml")).architecture == "mel_band_conformer"
