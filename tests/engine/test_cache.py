@@ -763,3 +763,19 @@ def test_environment_variables_choose_the_folder_and_the_size(tmp_path: Path, mo
 def test_other_users_cannot_read_the_cache(cache: Cache) -> None:
     cache.put(SETTINGS, [b"1234"], 4, FACTS)
     assert {path.stat().st_mode & 0o077 for path in [cache.folder, *cache.folder.glob("*.*")]} == {0}
+
+
+def test_views_and_ensembles_take_their_estimates_from_the_cache(
+    pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
+) -> None:
+    def recipe(vocals: object) -> Recipe:
+        return resolve("mine", "test", {"vocals": vocals, "rest": "residual"})
+
+    runs(separator(pool, cache, recipe("demo with 2 shifts")), song, tmp_path / "two")
+    before = state(cache)
+    assert len(before) == 2
+    more = recipe({"max_fft": ["demo with 4 shifts", "demo with polarity"]})
+    found = runs(separator(pool, cache, more), song, tmp_path / "more")
+    assert before.items() <= state(cache).items() and len(state(cache)) == 5  # the song is shared by all three
+    assert found == runs(separator(pool, None, more), song, tmp_path / "cold")
+    assert runs(separator(pool, cache, more), song, tmp_path / "again") == (found[0], set())

@@ -231,14 +231,16 @@ class Half(SeparationModel):
     channels = 2
 
     def __init__(self):
-        super().__init__(Identity(name="half", stems=("song", "again"), sample_rate=44100, chunk_samples=352800))
+        stems = ("song", "again", "most")
+        super().__init__(Identity(name="half", stems=stems, sample_rate=44100, chunk_samples=352800))
         self.gain = torch.nn.Parameter(torch.full((1,), 0.5))
 
     def forward(self, chunks):
-        return (chunks * self.gain).unsqueeze(1).expand(-1, 2, -1, -1)
+        return (chunks * self.gain).unsqueeze(1).expand(-1, 3, -1, -1)
 
 pool = LoadedModels({"half": Half()})
-recipe = resolve("test", "test", {"(song)": "half", "again": "half after song", "other": "residual"})
+ensemble = {"max_fft": ["half after song", "half with 2 shifts", "residual after song"]}
+recipe = resolve("test", "test", {"(song)": "half", "again": "half after song", "most": ensemble, "other": "residual"})
 options = OutputOptions(format="flac", sample_rate=48000)
 Separator(recipe, pool=pool).separate_file(sys.argv[1], sys.argv[2], options)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
