@@ -32,6 +32,7 @@ from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import load_model
 from separation.engine.chunk_plan import ChunkPlan
 from separation.engine.chunking import ReadyModel, separate
+from separation.engine.gpu_models import on_stereo
 from separation.engine.options import EngineOptions
 from separation.engine.song_waveforms import Samples
 from separation.evaluation.metrics import sdr
@@ -43,6 +44,9 @@ MOST_MORE_BYTES = 1.02  # of what the table says
 # The least SDR in dB of estimates in fp16, against those in float32.
 NEAR = {"mdx23c": 42.0} | dict.fromkeys(("htdemucs", "hdemucs", "demucs"), 60.0)
 NEAR |= dict.fromkeys(("bs_roformer", "mel_band_roformer", "scnet"), 55.0)
+NEAR |= dict.fromkeys(
+    ("scnet_masked", "scnet_tran", "scnet_unofficial", "bandit", "bandit_v2", "apollo", "tiger"), 45.0
+)
 
 Forward = Callable[[str], tuple[Counts, Tensor, Tensor]]
 
@@ -50,6 +54,17 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROFORMER = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16}
+RNNS = {"n_sqm_modules": 1, "emb_dim": 32, "rnn_dim": 32, "mlp_dim": 64}
+UNOFFICIAL: dict[str, Any] = {
+    **dict.fromkeys(name for name in read_config("scnet").hyper_parameters),  # none of SCNet's
+    "dims": [4, 16, 32, 64],
+    "bandsplit_ratios": [0.175, 0.392, 0.433],
+    "downsample_strides": [1, 4, 16],
+    "n_conv_modules": [3, 2, 1],
+    "n_rnn_layers": 2,
+    "rnn_hidden_dim": 32,
+    "n_fft": 4096,
+}
 # By architecture: a shipped configuration, what makes it small, and the samples of a chunk.
 SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
     "bs_roformer": ("bs_roformer_viperx_1297", ROFORMER, 16_384),
@@ -59,6 +74,13 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
     "hdemucs": ("hdemucs_mmi", {"channels": 8, "segment": "1/2"}, 22_050),
     "demucs": ("hdemucs_mmi", {"channels": 8, "segment": "1/2", "nfft": None}, 22_050),
     "scnet": ("scnet", {"num_dplayer": 2}, 22_050),
+    "scnet_masked": ("scnet", {"num_dplayer": 2}, 22_050),
+    "scnet_tran": ("scnet", {"num_dplayer": 2, "tran_heads": 2}, 22_050),
+    "scnet_unofficial": ("scnet", UNOFFICIAL, 22_050),
+    "bandit": ("bandit_plus_dnr", RNNS, 22_050),
+    "bandit_v2": ("bandit_v2_multi", RNNS, 22_050),
+    "apollo": ("apollo_lq_mp3_restoration", {"feature_dim": 64, "layer": 1}, 22_050),
+    "tiger": ("tiger_dnr", {"out_channels": 24, "in_channels": 16, "num_blocks": 2}, 22_050),
 }
 
 
@@ -372,12 +394,12 @@ def forward(small: Callable[[str], tuple[Path, Path]], clip: Tensor) -> Callable
             assert {type(tensor) for tensor in model.state_dict().values()} == {SimulatedTensor}
             samples = model.input_samples(model.chunk_samples) or model.chunk_samples
             chunks = torch.stack([clip[:, start : start + samples] for start in (0, 40_000)])
-            on_gpu = chunks.to("cuda")
-            model(on_gpu)  # creates windows and tables, which stay
+            on_gpu, compute = chunks.to("cuda"), on_stereo(model)
+            compute(on_gpu)  # creates windows and tables, which stay
             with gpu.counted() as counts:
-                estimates = model(on_gpu)
+                estimates = compute(on_gpu)
             assert estimates.device == DEVICE and estimates.dtype == torch.float32
-            return counts, estimates.cpu(), load_model(path, checkpoint=weights)(chunks)
+            return counts, estimates.cpu(), on_stereo(load_model(path, checkpoint=weights))(chunks)
 
     return run
 
@@ -415,16 +437,17 @@ def test_a_graph_of_a_forward_gives_the_same_estimates(
     path, weights = small(architecture)
     model = load_model(path, checkpoint=weights, device="cuda", precision="fp16")
     samples = model.input_samples(model.chunk_samples) or model.chunk_samples
+    compute = on_stereo(model)
     with torch.inference_mode():
         chunks = torch.zeros(1, 2, samples, device="cuda")
-        model(chunks)
+        compute(chunks)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            estimates = model(chunks)
+            estimates = compute(chunks)
         assert estimates.isnan().all()
         chunks.copy_(clip[None, :, 20_000 : 20_000 + samples])
         graph.replay()
-        assert torch.equal(estimates, model(chunks)) and estimates.abs().max() > 0
+        assert torch.equal(estimates, compute(chunks)) and estimates.abs().max() > 0
 
 
 # The engine

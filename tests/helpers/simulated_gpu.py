@@ -48,8 +48,8 @@ LAUNCHING_NOTHING |= {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift
 ONLY_WRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # these do not read the tensor that they change
 ATTENTION = {f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")}
 # In half precision these accumulate in float32, as on a GPU. CPUs are slow at them or do not support them.
-IN_FLOAT32 = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution", "lstm", "cudnn_batch_norm"}
-WHOLE = {"lstm"}  # not divided into other operations, because cuDNN has a kernel for it
+IN_FLOAT32 = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution", "lstm", "gru", "cudnn_batch_norm"}
+WHOLE = {"lstm", "gru"}  # not divided into other operations, because cuDNN has kernels for them
 
 
 @dataclass
