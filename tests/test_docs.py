@@ -191,7 +191,7 @@ def written_commands() -> Iterator[tuple[str, str]]:
         for sample in samples(document):
             for line in sample.text.replace("\\\n", " ").splitlines():
                 if match := re.search(r"(?:^|&& |exec |\$ )(?:python -m )?separation (.*)", line):
-                    yield sample.place, match[1]
+                    yield sample.place, re.sub(r" [<>] \S+", "", match[1])  # without redirections
         for match in re.finditer(r"`(?:python -m )?separation (-?[a-z][^`]*)`", text_of(document)):
             yield str(document.relative_to(PROJECT)), match[1]
 

@@ -88,7 +88,7 @@ class _Search:
         elif os.path.exists(path):
             self._add_song(path, path.parent)
         elif _URL.match(text):
-            self._fail(path, f"{text!r} is a URL: download the song, then give its file")
+            self._fail(path, f"{text!r} is a URL: download the song and give its file, or pipe it into `-`")
         elif _is_pattern(text):
             below, rest = _literal_prefix(path)
             rest += ["**"] if text.endswith(("/", os.sep)) else []  # only folders, as in a shell

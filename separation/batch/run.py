@@ -85,7 +85,7 @@ def run(
     separators: Sequence[Separator],
     *,
     workers: int = 1,
-    bar: Callable[[str], AbstractContextManager[Progress]],
+    bar: Callable[[Path], AbstractContextManager[Progress]],
 ) -> Iterator[Outcome]:
     """Separate the songs and yield each outcome as soon as it is known.
 
@@ -97,12 +97,12 @@ def run(
         job: what to do with each.
         separators: one for each GPU, or one for the CPU.
         workers: songs at once on each separator. Its model works on one of them while others are decoded and encoded.
-        bar: shows the progress of the song with that name.
+        bar: shows the progress of that song.
     """
     workers = min(workers, -(-len(songs) // len(separators)))
     if workers == len(separators) == 1:  # in this thread, which sees an exception at once
         for song in songs:
-            with bar(song.path.name) as progress:
+            with bar(song.path) as progress:
                 outcome = separate_song(song, job, separators[0], progress)
             yield outcome
         return
@@ -114,7 +114,7 @@ def run(
     def work(song: Song) -> Outcome:
         separator = free.get()
         try:
-            with bar(song.path.name) as progress:
+            with bar(song.path) as progress:
                 return separate_song(song, job, separator, cancellable(progress, stopped))
         finally:
             free.put(separator)

@@ -12,14 +12,15 @@ from separation.system.memory import enough_memory
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 for success, 2 for bad input."""
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(handlers=[LogHandler()], level=logging.INFO if args.verbose else logging.WARNING)
+    as_json = args.progress == "json"
+    logging.basicConfig(handlers=[LogHandler(as_json=as_json)], level=logging.INFO if args.verbose else logging.WARNING)
     try:
         with enough_memory("the program"):
             code: int = args.command(args)
         return code
     except SeparationError as e:
-        print_error(e)
+        print_error(e, as_json=as_json)
         return 2
     except OSError as e:  # such as a full disk, or no folder for temporary files
-        print_error(f"{e.strerror or e}{f': {e.filename!r}' if e.filename else ''}")
+        print_error(f"{e.strerror or e}{f': {e.filename!r}' if e.filename else ''}", as_json=as_json)
         return 2

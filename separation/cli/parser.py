@@ -18,6 +18,7 @@ from separation.cli.values import (
     capabilities,
     count,
     given,
+    output_folder,
     path,
     sample_rate,
     scores,
@@ -91,7 +92,7 @@ def build_parser() -> Parser:
         description="Split songs into stems, such as vocals and drums.",
         epilog=f"{_epilog(('separate song.mp3 -o stems',))}\n\n`%(prog)s COMMAND --help` describes a command.",
     )
-    parser.set_defaults(verbose=False)
+    parser.set_defaults(verbose=False, quiet=False, progress="bar")
     parent = _Commands(parser)
     _add_demo(parent)
     _add_separate(parent)
@@ -133,9 +134,10 @@ def _add_separate(parent: _Commands) -> None:
         "song.mp3 -o stems",
         "music -o stems --stems all_4 --format mp3",
         "'music/**/*.flac' -o karaoke --two-stems vocals",
+        "- -o - --only vocals < song.mp3 > vocals.wav",
     )
     parser.add_argument_group("arguments").add_argument(
-        "songs", nargs="+", type=given, metavar="SONG", help="file, folder or glob"
+        "songs", nargs="+", type=given, metavar="SONG", help="file, folder or glob, or - for stdin"
     )
     model = _add_model_options(parser)
     model.add_argument(
@@ -167,13 +169,27 @@ def _add_separate(parent: _Commands) -> None:
         action="store_true",
         help="also separate songs of which more than a tenth, or an unknown part, is missing",
     )
-    parser.add_last(verbose=True).add_argument("--json", action="store_true", help="print a JSON object for each song")
+    last = parser.add_last(verbose=True)
+    last.add_argument("-q", "--quiet", action="store_true", help="print only warnings, errors and what --json asks for")
+    last.add_argument("--json", action="store_true", help="print a JSON object for each song")
+    last.add_argument(
+        "--progress",
+        default="bar",
+        choices=("bar", "json"),
+        metavar="NAME",
+        help="what goes to stderr: bar, or json for programs, an object a line (default: bar)",
+    )
 
 
 def _add_output_options(parser: Parser) -> None:
     group = parser.add_argument_group("output options")
     group.add_argument(
-        "-o", "--output", type=path, required=True, metavar="DIR", help="write the stems to DIR/<song>/<stem>.<format>"
+        "-o",
+        "--output",
+        type=output_folder,
+        required=True,
+        metavar="DIR",
+        help="write the stems to DIR/<song>/<stem>.<format>; - writes one stem to stdout",
     )
     group.add_argument(
         "--format",

@@ -6,9 +6,11 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -18,9 +20,11 @@ from separation.batch.done import unfinished
 from separation.batch.find import find
 from separation.batch.job import Job, Outcome, Song, stem_settings
 from separation.cli.options import engine_options, output_options, refuse_beside, selection
-from separation.cli.printing import print_error, print_json, print_line, song_bar, songs_bar
+from separation.cli.pipes import PIPE, Pipes, changed, check_stdout, stdin_song, write_to_stdout
+from separation.cli.printing import json_progress, print_error, print_json, print_line, song_bar, songs_bar
 from separation.engine.recipes import models_of_files
 from separation.errors import InputError
+from separation.progress import Progress
 from separation.system.names import Place, song_fields
 
 logger = logging.getLogger("separation")
@@ -30,6 +34,20 @@ def separate(args: argparse.Namespace) -> int:
     """Separate songs. Prints each outcome as soon as it is known, and at the end what failed."""
     if args.ray:
         refuse_beside("--ray", ["--workers"], args)
+    with ExitStack() as opened:
+        to_stdout, stdin = args.output == Path(PIPE), None
+        if to_stdout:
+            check_stdout(args, list(_job(args).stems))
+            args = changed(args, output=Path(opened.enter_context(TemporaryDirectory())))
+        if PIPE in args.songs:
+            if args.ray:
+                raise InputError("--ray does not take a song from stdin: give a file on the shared file system")
+            stdin = opened.enter_context(stdin_song())
+            args = changed(args, songs=[str(stdin) if song == PIPE else song for song in args.songs])
+        return _separate(args, Pipes(stdin, to_stdout))
+
+
+def _separate(args: argparse.Namespace, pipes: Pipes) -> int:
     found = find(args.songs, args.output, _placed(args))
     if note := found.note():
         logger.warning(note)
@@ -40,18 +58,23 @@ def separate(args: argparse.Namespace) -> int:
         job = _job(args)
         left, finished = unfinished(songs, job, force=args.force_refresh)
         outcomes += finished
-    print_outcome = partial(_print_outcome, as_json=args.json, file=sys.stdout)  # while Ray runs, sys.stdout is stderr
+    if pipes.to_stdout and n_songs > 1:
+        raise InputError(f"-o - writes one stem of one song, and there are {n_songs} songs: give one")
+    print_outcome = partial(
+        _print_outcome, args=args, pipes=pipes, file=sys.stdout
+    )  # while Ray runs, sys.stdout is stderr
     for outcome in outcomes:
         print_outcome(outcome)
     try:
-        with songs_bar(len(left), hidden=n_songs == 1) as bar, closing(_run(left, job, args)) as running:
+        hidden = n_songs == 1 or args.quiet or args.progress == "json"
+        with songs_bar(len(left), hidden=hidden) as bar, closing(_run(left, job, args, pipes)) as running:
             for outcome in running:
                 outcomes.append(outcome)
                 with tqdm.external_write_mode():
                     print_outcome(outcome)
                 bar.update()
     finally:
-        _print_summary(outcomes, n_songs)
+        _print_summary(outcomes, n_songs, args)
     return 2 if any(outcome.status == "failed" for outcome in outcomes) else 0
 
 
@@ -90,7 +113,7 @@ def _job(args: argparse.Namespace) -> Job:
     )
 
 
-def _run(songs: Sequence[Song], job: Job, args: argparse.Namespace) -> Generator[Outcome]:
+def _run(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipes) -> Generator[Outcome]:
     """Separate songs here or on a cluster. Loads no model if there are none."""
     if not songs:
         return
@@ -108,16 +131,32 @@ def _run(songs: Sequence[Song], job: Job, args: argparse.Namespace) -> Generator
     from separation.batch import run
 
     separators = run.load_separators(selected, engine, len(songs), refresh=args.force_refresh)
-    bar = partial(song_bar, leave=len(songs) == 1)
-    yield from run.run(songs, job, separators, workers=args.workers, bar=bar)
+    yield from run.run(
+        songs, job, separators, workers=args.workers, bar=partial(_bar, args, pipes, leave=len(songs) == 1)
+    )
 
 
-def _print_outcome(outcome: Outcome, *, as_json: bool, file: TextIO) -> None:
+def _bar(args: argparse.Namespace, pipes: Pipes, song: Path, *, leave: bool) -> AbstractContextManager[Progress]:
+    """What shows the progress of a song."""
+    if args.progress == "json":
+        return json_progress(PIPE if song == pipes.stdin else str(song))
+    return song_bar(song.name, leave=leave, hidden=args.quiet)
+
+
+def _print_outcome(outcome: Outcome, *, args: argparse.Namespace, pipes: Pipes, file: TextIO) -> None:
+    if pipes.to_stdout:
+        for path in outcome.stems.values():
+            write_to_stdout(path)
+        return
+    if outcome.path == pipes.stdin:
+        outcome = replace(outcome, path=Path(PIPE))
     facts = dict(outcome.facts)
     if facts:
         facts["times_realtime"] = facts["duration_seconds"] / facts["elapsed_seconds"]
-    if as_json:
+    if args.json:
         print_json(json.dumps(_as_json(outcome, facts)), file=file)
+    elif args.quiet:
+        return
     elif outcome.status == "skipped":
         print_line(f"{outcome.path.name}: done already (use --force-refresh to separate it again)", file=file)
     elif facts:
@@ -143,13 +182,13 @@ def _as_json(outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
     return line | {name: value if name == "gain" else round(value, 3) for name, value in facts.items()}
 
 
-def _print_summary(outcomes: Sequence[Outcome], n_songs: int) -> None:
+def _print_summary(outcomes: Sequence[Outcome], n_songs: int, args: argparse.Namespace) -> None:
     """Print the failures on stderr and, for several songs, how many have each status."""
     for outcome in outcomes:
         if outcome.status == "failed":
             where = f"{outcome.path}: " if n_songs > 1 else ""
-            print_error(f"{where}{outcome.error}")
-    if n_songs > 1:
+            print_error(f"{where}{outcome.error}", as_json=args.progress == "json")
+    if n_songs > 1 and not args.quiet and args.progress != "json":
         counts = Counter(outcome.status for outcome in outcomes)
         counts["left"] = n_songs - len(outcomes)
         parts = [f"{counts[status]} {status}" for status in ("done", "skipped", "failed", "left") if counts[status]]

@@ -19,6 +19,12 @@ def path(text: str) -> Path:
     return Path(given(text))
 
 
+def output_folder(text: str) -> Path:
+    """A folder, or `-` for stdout; `./-` is a folder."""
+    folder = path(text)
+    return folder.absolute() if text != "-" and folder == Path("-") else folder
+
+
 def batch_size(text: str) -> int | str:
     """`auto`, or a number of chunks."""
     if text != "auto" and not text.isdecimal():

@@ -135,7 +135,10 @@ def test_what_cannot_be_a_song_fails_with_the_reason_and_the_whole_path(given: s
 @pytest.mark.parametrize("address", ["https://example.com/song.mp3", "HTTP://x/*.wav?a=[1]", "s3://music/song.wav"])
 def test_a_url_is_refused(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["separate", address, "-o", str(tmp_path / "out"), *DEMO]) == 2
-    assert capsys.readouterr().err == f"error: {address!r} is a URL: download the song, then give its file\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {address!r} is a URL: download the song and give its file, or pipe it into `-`\n"
+    )
 
 
 def test_songs_that_would_share_a_folder_all_fail_and_say_what_to_do(tmp_path: Path) -> None:

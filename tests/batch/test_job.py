@@ -121,6 +121,8 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "analyse": ("--analyse",),
     "report": ("--report",),
     "json": ("--json",),
+    "quiet": ("--quiet",),
+    "progress": ("--progress", "json"),
     "verbose": ("-v",),
     "force_refresh": ("--force-refresh",),
     "overwrite": ("--overwrite",),
@@ -133,7 +135,7 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
 }
 
 SAME = {"songs", "output", "name", "verbose", "json", "analyse", "report", "force_refresh", "overwrite"}
-SAME |= {"accept_damaged", "device", "batch_size", "workers", "ray"}
+SAME |= {"quiet", "progress", "accept_damaged", "device", "batch_size", "workers", "ray"}
 
 
 def parsed(*options: str) -> argparse.Namespace:
