@@ -44,6 +44,7 @@ class OutputOptions:
             in `separation.system.names.FIELDS`; None means `{stem}.{ext}`, and for stem.mp4
             `{folder}/{song}.{ext}`.
         reaper: also write a REAPER project, `stems.rpp`, with the stems on its tracks.
+        video: for a video, also write it again with this stem as its sound, or with a mix such as `drums+bass`.
         overwrite: replace files that this program did not write.
         excerpt: the part of the song to separate; None means the whole song.
 
@@ -59,6 +60,7 @@ class OutputOptions:
     channels: str = "stereo"
     name: str | None = None
     reaper: bool = False
+    video: str | None = None
     overwrite: bool = False
     excerpt: Excerpt | None = None
 
@@ -69,10 +71,14 @@ class OutputOptions:
         if self.format == STEM_FILE:
             if self.channels != "stereo":
                 raise InputError(f"{STEM_FILE} is always in stereo: leave the channels out")
+            if self.video:
+                raise InputError(f"a video cannot be made of {STEM_FILE}: choose another format")
             if self.reaper:
                 raise InputError(f"a REAPER project cannot hold {STEM_FILE}: choose another format")
             if self.name is None:
                 object.__setattr__(self, "name", "{folder}/{song}.{ext}")
+        if self.video and self.excerpt:
+            raise InputError("a video is written whole: leave out the part of the song, or the video")
         if self.name is not None:
             fields_in(self.name)
         if self.format == "opus" and self.sample_rate == "source":

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-PROJECT = "project"  # beside the names of stems
 COLOURS = ("#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#0072B2", "#F0E442", "#999999")  # Okabe and Ito's
 SOURCES = {"wav": "WAVE", "flac": "FLAC", "mp3": "MP3", "ogg": "VORBIS", "opus": "OPUS", "m4a": "VIDEO"}  # by format
 

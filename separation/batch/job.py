@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from separation.analysis.facts import SongAnalysis
+from separation.audio.beside import names_beside
 from separation.audio.options import OutputOptions
-from separation.audio.reaper import PROJECT
 from separation.checkpoints.catalogue import files_for, read_config
 from separation.checkpoints.description import WeightFile
 from separation.checkpoints.files import file_state, local_path
@@ -31,8 +31,7 @@ class Song:
 
     def stem_names(self, job: "Job") -> dict[str, str]:
         """The names of the stems' files in the folder, by stem. Raises InputError if two are equal."""
-        names = self.place.names(job.stems, job.output.format)
-        return names | ({PROJECT: self.place.beside("rpp")} if job.output.reaper else {})
+        return self.place.names(job.stems, job.output.format) | names_beside(self.path, self.place, job.output)
 
     @property
     def page(self) -> Path:
@@ -110,6 +109,8 @@ def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOpt
         "sample_rate": output.sample_rate,
         **output.encoding,
     }
+    if output.video:
+        settings["video"] = output.video
     if output.reaper:
         settings["reaper"] = True
     if output.channels != "stereo":

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from separation.analysis.song import analyse
-from separation.audio.reaper import PROJECT
+from separation.audio.beside import PROJECT, VIDEO
 from separation.batch.done import (
     SongFile,
     add_run,
@@ -201,8 +201,9 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
 
 
 def _stems_of(song: Song, run: dict[str, Any]) -> dict[str, Path]:
-    """The stems' files, without the REAPER project beside them."""
-    return {stem: path for stem, path in outcome_of(song, "done", run).stems.items() if stem != PROJECT}
+    """The stems' files, without the REAPER project and the video beside them."""
+    files = outcome_of(song, "done", run).stems
+    return {name: path for name, path in files.items() if name not in (PROJECT, VIDEO)}
 
 
 def _analyse(song: Song, job: Job, run: dict[str, Any], progress: Progress) -> dict[str, Any]:

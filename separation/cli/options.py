@@ -36,6 +36,7 @@ def output_options(args: argparse.Namespace) -> OutputOptions:
         channels=args.channels,
         name=args.name,
         reaper=args.reaper,
+        video=args.video,
         overwrite=args.overwrite,
         excerpt=_excerpt(args),
     )

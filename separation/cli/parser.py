@@ -232,6 +232,12 @@ def _add_output_options(parser: Parser) -> None:
         help="names of the files in DIR, such as '{artist}/{album}/{song} ({stem}).{ext}'; also {folder}, {track}, "
         "{recipe} and {model} (default: '{folder}/{song}/{stem}.{ext}')",
     )
+    group.add_argument(
+        "--video",
+        type=given,
+        metavar="STEM",
+        help="also write each video again with this stem as its sound, or with a mix such as drums+bass",
+    )
     group.add_argument("--reaper", action="store_true", help="also write stems.rpp, a REAPER project with the stems")
     group.add_argument(
         "--analyse", action="store_true", help="also find the tempo and the key, and measure the loudness"

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from separation.audio.beside import stems_in
 from separation.audio.options import STEM_FILE
 from separation.batch.done import unfinished
 from separation.batch.find import find
@@ -103,6 +104,8 @@ def _job(args: argparse.Namespace) -> Job:
     for option, is_given in (("--report", args.report), ("--analyse", args.analyse)):
         if is_given and output.format == STEM_FILE:
             raise InputError(f"{option} does not take --format {STEM_FILE}: leave one of them out")
+    if output.video:
+        stems_in(output.video, selected.load().stems)
     return Job(
         stem_settings(selected, engine, output),
         models_of_files(selected.load(), output.format),

@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from separation.audio.beside import PROJECT, VIDEO, names_beside, stems_in
 from separation.audio.decode import decode
 from separation.audio.encode import check_rate, is_rf64
 from separation.audio.excerpt import Excerpt
 from separation.audio.ffmpeg_writer import check_installed
 from separation.audio.metadata import Metadata, read_metadata, tags_for
 from separation.audio.options import SNDFILE_FORMATS, STEM_FILE, OutputOptions
-from separation.audio.reaper import PROJECT, Project
+from separation.audio.reaper import Project
 from separation.audio.resample import resampled, resampled_length
 from separation.audio.stem_file import MIXTURE_TRACK, tracks_of, write_stem_file
+from separation.audio.video import check_picture, write_video
 from separation.audio.waveform import MAX_SAMPLE, SAMPLE_RATE, Waveform, in_blocks, sample_fault
 from separation.engine.cache import Cache
 from separation.engine.cached_estimates import CachedEstimates, EstimateSettings, n_bytes
@@ -224,11 +226,15 @@ class Separator:
         started, path, job = time.monotonic(), Path(path), Progress(progress)
         if options.format not in SNDFILE_FORMATS:
             check_installed(f"format {options.format}")
+        chosen = stems_in(options.video, self.stems) if options.video else []
+        if chosen:
+            check_picture(path)
         place = self._place(path, options)
         names = place.names(models_of_files(self.recipe, options.format), options.format)
         target = OutputFolder(Path(folder, place.folder), overwrite=options.overwrite, record=place.record)
         with song_context(path.name), target as output:
-            output.check_targets([*names.values(), *([place.beside("rpp")] if options.reaper else [])], path)
+            beside = names_beside(path, place, options)
+            output.check_targets([*names.values(), *beside.values()], path)
             with decode(
                 path,
                 output.work,
@@ -248,13 +254,17 @@ class Separator:
                 if options.reaper:
                     rate = options.rate_of_stems(mixture.source_rate)
                     project = Project(dict(names), options.format, rate, duration_seconds)
-                    names[PROJECT] = place.beside("rpp")
                     files[PROJECT] = output.work / PROJECT
                     with output_errors(files[PROJECT]):
                         files[PROJECT].write_text(project.text(), encoding="utf-8")
+                if chosen:
+                    sounds = {stem: files[stem] for stem in chosen}
+                    job(ESTIMATED, "writing the video")
+                    files[VIDEO] = output.work / VIDEO
+                    write_video(path, sounds, files[VIDEO])
                 job(1.0, "done")  # the last moment to cancel
                 return StemFiles(
-                    output.publish(files, names),
+                    output.publish(files, names | beside),
                     duration_seconds=duration_seconds,
                     elapsed_seconds=time.monotonic() - started,
                     gain=gain,

@@ -75,9 +75,9 @@ class Place:
         values = {"stem": value(stem), "model": value(model), "ext": ext}
         return "/".join(_clean(part.format_map(values)) for part in parts)
 
-    def beside(self, ext: str) -> str:
-        """The name of a file for all stems, in `folder` itself: usually `stems.<ext>`."""
-        return self.name("stems", ext).rpartition("/")[2]
+    def beside(self, ext: str, stem: str = "stems") -> str:
+        """The name of a file beside the stems, in `folder` itself: usually `stems.<ext>`."""
+        return self.name(stem, ext).rpartition("/")[2]
 
     def names(self, models: Mapping[str, str], ext: str) -> dict[str, str]:
         """The names of the stems' files by stem, given the models by stem. Raises InputError if two are equal."""

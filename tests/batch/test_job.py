@@ -112,6 +112,7 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "channels": ("--channels", "source"),
     "name": ("--name", "{song} ({stem}).{ext}"),
     "reaper": ("--reaper",),
+    "video": ("--video", "vocals"),
     "only": ("--only", "vocals"),
     "flac_depth": ("--format", "flac", "--flac-depth", "16"),
     "device": ("--device", "cpu"),

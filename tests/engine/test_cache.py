@@ -214,6 +214,8 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "preview": [(HIT, ("--preview",))],
     "name": [(HIT, ("--name", "{song} {stem}.{ext}"))],
     "reaper": [(HIT, ("--reaper",))],
+    "video": [],  # needs a video
+    "analyse": [(HIT, ("--analyse",))],
     "only": [(HIT, ("--only", "vocals"))],
     "channels": [(HIT, ("--channels", "mono"))],
     "flac_depth": [(HIT, ("--format", "flac", "--flac-depth", "16"))],
@@ -329,6 +331,7 @@ OFFERED = {
         "excerpt",
         "reaper",
         "name",
+        "video",
         "overwrite",
     },
 }

@@ -341,3 +341,17 @@ def test_a_reaper_project_lies_beside_the_stems_and_names_them(pool: ModelPool, 
     files["project"].write_text(text + " ")  # somebody has worked on it
     with pytest.raises(OutputError, match="already exists"):
         Separator("demo", pool=pool, options=QUICK).separate_file(song, tmp_path / "out", options)
+
+
+def test_a_song_without_a_picture_gives_no_video_and_is_refused_before_any_work(
+    pool: ModelPool, clip: Tensor, tmp_path: Path
+) -> None:
+    song = write(tmp_path / "song.wav", clip[:, :1000])
+    separator = Separator("demo", pool=pool, options=QUICK)
+    for video, words in (
+        ("vocals", "has no picture|needs ffmpeg"),
+        ("drums", "'drums': choose from vocals, instrumental"),
+    ):
+        with pytest.raises(InputError, match=words):
+            separator.separate_file(song, tmp_path / "out", OutputOptions(video=video))
+    assert not (tmp_path / "out").exists()

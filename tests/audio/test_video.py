@@ -1,0 +1,84 @@
+"""A video is written again with other sound: the same picture, in time."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.common import needs_ffmpeg
+from helpers.sounds import noise, samples_of, write
+from separation.audio.beside import suffix_of
+from separation.audio.video import check_picture, write_video
+from separation.errors import InputError
+
+PICTURES = {"mp4": ("-c:v", "mpeg4"), "webm": ("-c:v", "libvpx"), "avi": ("-c:v", "mpeg4"), "mov": ("-c:v", "mjpeg")}
+SOUNDS = {"webm": ("-c:a", "libopus"), "avi": ("-c:a", "pcm_s16le"), "mov": ("-c:a", "aac"), "mp4": ("-c:a", "aac")}
+N_SAMPLES = 88_200
+
+
+def video(path: Path, sound: Path, *options: str) -> Path:
+    suffix = path.suffix[1:]
+    inputs = ["-f", "lavfi", "-i", "testsrc=size=64x48:rate=25:duration=2", *options, "-i", str(sound)]
+    codecs = [*PICTURES[suffix], *SOUNDS[suffix], "-metadata", "title=Clip"]
+    subprocess.run(["ffmpeg", "-nostdin", "-v", "error", *inputs, "-shortest", *codecs, str(path)], check=True)
+    return path
+
+
+def picture(path: Path) -> bytes:
+    """The checksums and times of the picture's frames, as they are encoded."""
+    options = ["-i", str(path), "-map", "0:v", "-f", "framecrc", "-"]
+    return subprocess.run(["ffmpeg", "-nostdin", "-v", "error", *options], check=True, capture_output=True).stdout
+
+
+def lag(one: Tensor, other: Tensor) -> int:
+    n = one.shape[-1]
+    spectra = [np.fft.rfft(samples[0].numpy(), 2 * n) for samples in (other, one)]
+    peak = int(np.fft.irfft(spectra[0] * spectra[1].conj()).argmax())
+    return peak if peak < n else peak - 2 * n
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", PICTURES)
+def test_the_picture_is_copied_and_the_sum_of_the_sounds_is_in_time(suffix: str, tmp_path: Path) -> None:
+    waves = {"a": noise(N_SAMPLES), "b": noise(2 * N_SAMPLES)[:, :N_SAMPLES]}
+    files = {name: write(tmp_path / f"{name}.wav", samples) for name, samples in waves.items()}
+    clip = video(tmp_path / f"clip.{suffix}", files["a"])
+    check_picture(clip)
+    target = tmp_path / f"new.{suffix_of(clip)}"
+    write_video(clip, files, target)
+    assert [line.split(b",")[4:] for line in picture(target).splitlines() if line[:1] != b"#"] == [
+        line.split(b",")[4:] for line in picture(clip).splitlines() if line[:1] != b"#"
+    ]
+    sound, expected = samples_of(target, tmp_path), waves["a"] + waves["b"]
+    n_samples = min(sound.shape[1], N_SAMPLES)
+    assert n_samples >= N_SAMPLES - 1024
+    assert lag(expected[:, :n_samples], sound[:, :n_samples]) == 0
+    error = sound[:, :n_samples] - expected[:, :n_samples]
+    if suffix in ("mp4", "mov"):
+        assert error.square().mean() < 0.5 * expected.square().mean()
+
+
+@needs_ffmpeg
+def test_one_sound_keeps_its_level(tmp_path: Path) -> None:
+    tone = 0.5 * torch.sin(torch.arange(N_SAMPLES) * 0.05).expand(2, -1)
+    sound = write(tmp_path / "a.wav", tone)
+    clip = video(tmp_path / "clip.mp4", sound)
+    write_video(clip, {"a": sound}, tmp_path / "new.mp4")
+    found = samples_of(tmp_path / "new.mp4", tmp_path)
+    assert found[:, 5000:80_000].square().mean().sqrt() == pytest.approx(0.5 / 2**0.5, rel=0.01)
+
+
+@needs_ffmpeg
+def test_a_song_without_a_picture_is_refused(tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", noise(1000))
+    with pytest.raises(InputError, match=r"'song.wav' has no picture: leave the video out"):
+        check_picture(song)
+
+
+def test_without_ffmpeg_there_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="a video needs ffmpeg"):
+        check_picture(tmp_path / "clip.mp4")
