@@ -424,7 +424,7 @@ def test_a_predictions_folder_is_removed_when_the_next_one_starts(
         (None, {"overlap": 4}, InputError, r"overlap \(4 s\) must be smaller than the chunk size \(4 s\)"),
         (None, {"stems": "all_5"}, RecipeError, "'all_5'"),
         (None, {"stems": "drum_kit"}, RecipeError, "'demo' has no stems 'drum_kit': choose one of all_4, all_6, v"),
-        (None, {"output_format": "ogg"}, InputError, "'ogg'"),
+        (None, {"output_format": "wma"}, InputError, "'wma'"),
     ],
 )
 def test_a_failed_prediction_says_why_and_does_not_affect_the_next(

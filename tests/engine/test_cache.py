@@ -226,6 +226,8 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "ray": [],  # separates on other machines
     "json": [(HIT, ("--json",))],
     "verbose": [(HIT, ("-v",))],
+    "quiet": [(HIT, ("--quiet",))],
+    "progress": [(HIT, ("--progress", "json"))],
     "force_refresh": [(MISS, ("--force-refresh",))],
     "stems": [(HIT, ("--stems", "all_4"))],
     "two_stems": [(HIT, ("--two-stems", "piano"))],
