@@ -207,6 +207,7 @@ except SystemExit:
         run_command("separate", "song.wav", "-o", "out", "--format", "ogg"),
         run_command("evaluate", "--help"),
         run_command("export", "--help"),
+        run_command("completion", "zsh"),
         run_command("models", "list"),
         run_command("models", "show", "nonsense"),
         run_command("cache", "list"),

@@ -10,6 +10,7 @@ from separation.audio.options import BITRATES, CHANNELS, FLAC_DEPTHS, FORMATS, L
 from separation.checkpoints.facts import LICENCES, RANKING_TEST, TASKS
 from separation.checkpoints.listing import SORTS
 from separation.cli import commands, models
+from separation.cli.printing import print_lines
 from separation.cli.separate import separate
 from separation.cli.tune import tune
 from separation.cli.values import (
@@ -104,6 +105,7 @@ def build_parser() -> Parser:
     _add_models(parent)
     _add_cache(parent)
     _add_export(parent)
+    _add_completion(parent)
     parser.add_last().add_argument(
         "--version", action="version", version=f"separation {__version__}", help="print the version"
     )
@@ -410,6 +412,28 @@ def _add_export(parent: _Commands) -> None:
     group.add_argument("--random-weights", action="store_true", help="use random weights, to try it without a download")
     group.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     export.add_last()
+
+
+def _add_completion(parent: _Commands) -> None:
+    completion = parent.add(
+        "completion",
+        completion_script,
+        "SHELL",
+        "Print a script with which a shell completes commands, options and names.",
+        "bash",
+    )
+    completion.add_argument_group("arguments").add_argument(
+        "shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish"
+    )
+    completion.add_last()
+
+
+def completion_script(args: argparse.Namespace) -> int:
+    """Print the script."""
+    from separation.cli.completion import script
+
+    print_lines(script(args.shell, build_parser()))
+    return 0
 
 
 def _add_models(parent: _Commands) -> None:
