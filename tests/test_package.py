@@ -1,12 +1,15 @@
 """The metadata in pyproject.toml is right, and an installed wheel works."""
 
+import ast
 import importlib.metadata
+import inspect
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -370,3 +373,20 @@ def test_the_installed_command_ends_on_a_signal(served: "subprocess.Popen[str]")
     assert served.stdout is not None and "is the page" in served.stdout.readline()
     served.send_signal(signal.SIGHUP)
     assert served.wait(20) == 128 + signal.SIGHUP
+
+
+@pytest.mark.parametrize("name", separation.__all__)
+def test_type_checkers_need_to_infer_nothing_about_a_public_class(name: str) -> None:
+    """Every parameter, result and public attribute that is set in `__init__` has an annotation."""
+    public = getattr(separation, name)
+    if not isinstance(public, type) or issubclass(public, Exception):
+        return
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(public))).body
+    assert isinstance(tree, ast.ClassDef)
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        assert function.returns and all(a.annotation for a in arguments if a.arg not in ("self", "cls")), function.name
+        for node in ast.walk(function) if function.name == "__init__" else []:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            attributes = [target.attr for target in targets if isinstance(target, ast.Attribute)]
+            assert all(attribute.startswith("_") for attribute in attributes), attributes

@@ -97,11 +97,11 @@ class Cache:
     def __init__(
         self, folder: Path | str | None = None, *, limit_bytes: int | None = None, refresh: bool = False
     ) -> None:
-        self.folder = default_folder() if folder is None else Path(folder)
+        self.folder: Path = default_folder() if folder is None else Path(folder)
         if limit_bytes is None:
             limit_bytes = int(positive("SEPARATION_CACHE_GIB", LIMIT_GIB, otherwise="set SEPARATION_CACHE=off") * 2**30)
-        self.limit_bytes = limit_bytes
-        self.refresh = refresh
+        self.limit_bytes: int = limit_bytes
+        self.refresh: bool = refresh
         self._has_warned = False
 
     def get(self, settings: Mapping[str, Any]) -> Hit | None:

@@ -43,9 +43,11 @@ class ModelRunner:
 
     def __init__(self, recipe: Recipe, pool: Models, options: EngineOptions) -> None:
         self._recipe = recipe
-        self.models = {name: pool.get(name, wanted) for name, wanted in recipe.models.items()}
-        self.plans = {name: _plan(model, options) for name, model in self.models.items()}
-        self.device = pool.device
+        self.models: dict[str, SeparationModel] = {
+            name: pool.get(name, wanted) for name, wanted in recipe.models.items()
+        }
+        self.plans: dict[str, ChunkPlan] = {name: _plan(model, options) for name, model in self.models.items()}
+        self.device: torch.device = pool.device
         self._batch_size = options.batch_size
         self._on_gpu = pool.on_gpu
         self._turns = pool.turns

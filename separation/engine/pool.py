@@ -49,10 +49,10 @@ class ModelPool:
         self.choice: Choice = choose(options.device, options.precision)
         if self.choice.device.type == "cuda":
             compute_thread(self.choice.device)  # configures CUDA's numerics before anything runs
-        self.attention = options.attention
+        self.attention: str = options.attention
         self.load_seconds: dict[str, float] = {}  # by model
-        self.on_gpu = GpuModels()
-        self.turns = Turns()
+        self.on_gpu: GpuModels = GpuModels()
+        self.turns: Turns = Turns()
         self._models: dict[str, SeparationModel] = {}
         self._lock = threading.Lock()
 

@@ -102,8 +102,8 @@ class Separator:
     ) -> None:
         if pool is not None:
             _check_options_beside_pool(options)
-        self.recipe = _recipe(recipe, stems, two_stems)
-        self.runner = ModelRunner(self.recipe, pool or ModelPool(options), options)
+        self.recipe: Recipe = _recipe(recipe, stems, two_stems)
+        self.runner: ModelRunner = ModelRunner(self.recipe, pool or ModelPool(options), options)
         _check_parts(self.models, two_stems)
         self._cache = cache
         batch_size = self.runner.fixed_batch_size

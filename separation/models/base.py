@@ -129,8 +129,11 @@ class SeparationModel(nn.Module):
 
     def __init__(self, identity: Identity) -> None:
         super().__init__()
-        self.name, self.stems, self.residual = identity.name, identity.stems, identity.residual
-        self.sample_rate, self.chunk_samples = identity.sample_rate, identity.chunk_samples
+        self.name: str = identity.name
+        self.stems: tuple[str, ...] = identity.stems
+        self.residual: str | None = identity.residual
+        self.sample_rate: int = identity.sample_rate
+        self.chunk_samples: int = identity.chunk_samples
         if identity.standardised:
             self.normalisation = "standard"
 
