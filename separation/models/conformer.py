@@ -237,7 +237,8 @@ class Conformer(SeparationModel):
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = self._stft.spectrogram(chunks)  # [B, C, F, N]
         core: Any = self._modules["core"]
-        real, imaginary = core(spectrum.abs())[:, :, list(self._outputs)].unbind(1)
+        masks = core(spectrum.abs())
+        real, imaginary = torch.stack([masks[:, :, output] for output in self._outputs], dim=2).unbind(1)
         return self._stft.waveform(torch.complex(real, imaginary) * spectrum[:, None], chunks.shape[-1])
 
     def transform(self, length: int) -> Transform:

@@ -46,7 +46,13 @@ class BSRoFormerHyperACE(BSRoFormer):
     Config = HyperACEConfig
     TRAINING_KEYS = BSRoFormer.TRAINING_KEYS | {"use_mask_estimator_hyper_ace"}
     KEY_PATTERNS = (*BSRoFormer.KEY_PATTERNS, r"mask_estimators\.\d+\.segm\.upsample_head\.block1\.out_conv\..*")
-    CAST_LAYERS = (nn.Linear, nn.Conv2d)
+
+    def to_precision(self, dtype: torch.dtype) -> None:
+        """As in SeparationModel, but the segmentation branches stay in float32: their norms enlarge rounding."""
+        super().to_precision(dtype)
+        for module in self.modules():
+            if isinstance(module, Segmentation):
+                module.float()
 
     def _mask_estimator(self, config: Any, widths: tuple[int, ...], linear_layers: int, attention: str) -> nn.Module:
         return SegmentationEstimator(config, widths, linear_layers)
@@ -62,18 +68,14 @@ class SegmentationEstimator(VariantEstimator):
         self.segm = Segmentation(config.dim, len(widths), sum(widths) // 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        masks: Tensor = band_masks(self.to_freqs, x) + self.segm(x)
+        masks: Tensor = band_masks(self.to_freqs, x) + self.segm(x.float())
         return masks
 
     def fused(self, fuse: Callable[[Transformer], nn.Module], fuse_mlps: Callable[[nn.Module], nn.Module]) -> nn.Module:
         return _Sum(fuse_mlps(self), self.segm)
 
     def for_gpu(self, dtype: torch.dtype) -> nn.Module:
-        mlps = GpuMaskEstimator(self, dtype)
-        for module in self.segm.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(dtype)
-        return _Sum(mlps, self.segm)
+        return _Sum(GpuMaskEstimator(self, dtype), self.segm)
 
 
 class _Sum(nn.Module):
@@ -84,7 +86,7 @@ class _Sum(nn.Module):
         self.mlps, self.segm = mlps, segm
 
     def forward(self, x: Tensor) -> Tensor:
-        masks: Tensor = self.mlps(x) + self.segm(x).float()
+        masks: Tensor = self.mlps(x) + self.segm(x.float())
         return masks
 
 

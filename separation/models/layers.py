@@ -277,6 +277,13 @@ class VariantEstimator(nn.Module):
         return self
 
 
+def chosen(spectra: Tensor, outputs: tuple[int, ...]) -> Tensor:
+    """Some of the stems' spectrograms `[B, S, ...]`."""
+    if outputs == tuple(range(spectra.shape[1])):
+        return spectra
+    return torch.stack([spectra[:, index] for index in outputs], dim=1)
+
+
 def band_mlps(dim: int, widths: tuple[int, ...], *, linear_layers: int, expansion: int) -> nn.ModuleList:
     """The MLPs of a MaskEstimator."""
     hidden = [dim * expansion] * (linear_layers - 1)

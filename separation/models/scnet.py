@@ -20,7 +20,7 @@ from separation.models.base import Identity, Transform
 from separation.models.gpu_core import GpuCoreModel
 from separation.models.kernels.scnet_gpu import GpuSCNet
 from separation.models.kernels.unet_cpu import for_cpu
-from separation.models.layers import GroupNorm, join_weights
+from separation.models.layers import GroupNorm, chosen, join_weights
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft, Window
 
@@ -200,13 +200,6 @@ class SCNet(GpuCoreModel):
 
 # The mixture's spectrogram [B, C, F, N, 2] and the indices of stems to their spectrograms [B, S, C, N, F, 2].
 Network = Callable[[Tensor, tuple[int, ...]], Tensor]
-
-
-def chosen(spectra: Tensor, outputs: tuple[int, ...]) -> Tensor:
-    """Some of the stems' spectrograms `[B, S, ...]`."""
-    if outputs == tuple(range(spectra.shape[1])):
-        return spectra
-    return torch.stack([spectra[:, index] for index in outputs], dim=1)
 
 
 # A Fourier transform along frames, [B, F, N, D] -> [B, F, N // 2 + 1, 2 * D], real parts first; and its inverse for an

@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, SeparationModel
-from separation.models.layers import GroupNorm
-from separation.models.scnet import chosen, time_convolution
+from separation.models.layers import GroupNorm, chosen
+from separation.models.scnet import time_convolution
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from separation.models.attention import BACKENDS, LAYER_BACKENDS
 from separation.models.base import Identity
 from separation.models.kernels.native import NotFusedError
-from separation.models.layers import Attention, GroupNorm, RotaryEmbedding, Transformer
-from separation.models.scnet import Network, SCNet, SCNetConfig, chosen
+from separation.models.layers import Attention, GroupNorm, RotaryEmbedding, Transformer, chosen
+from separation.models.scnet import Network, SCNet, SCNetConfig
 from separation.models.shapes import Shapes, quotient
 
 MASK_FEATURES = 64

@@ -47,6 +47,8 @@ NEAR |= dict.fromkeys(("bs_roformer", "mel_band_roformer", "scnet"), 55.0)
 NEAR |= dict.fromkeys(
     ("scnet_masked", "scnet_tran", "scnet_unofficial", "bandit", "bandit_v2", "apollo", "tiger"), 45.0
 )
+NEAR |= {"mdx_net": 40.0, "bs_roformer_hyperace": 12.0}  # with random weights, HyperACE's norms enlarge all rounding
+NEAR |= dict.fromkeys((name for name in ARCHITECTURES if name not in NEAR), 45.0)
 
 Forward = Callable[[str], tuple[Counts, Tensor, Tensor]]
 
@@ -55,6 +57,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROFORMER = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16}
 RNNS = {"n_sqm_modules": 1, "emb_dim": 32, "rnn_dim": 32, "mlp_dim": 64}
+EXPERIMENTAL = ROFORMER | {"use_value_residual_learning": True}
+LAYERS_OF_ROFORMERS = dict.fromkeys(("time_transformer_depth", "freq_transformer_depth"))
+CONFORMERS: dict[str, Any] = ROFORMER | LAYERS_OF_ROFORMERS | {"time_conformer_depth": 1, "freq_conformer_depth": 1}
+CONFORMER: dict[str, Any] = {
+    **dict.fromkeys(read_config("bs_roformer_viperx_1297").hyper_parameters),  # none of BS-RoFormer's
+    "n_fft": 1024,
+    "hop_length": 256,
+    "freq_bins": 513,
+    "sources": 1,
+    "embed_dim": 32,
+    "depth": 1,
+    "dim_head": 16,
+    "heads": 2,
+}
 UNOFFICIAL: dict[str, Any] = {
     **dict.fromkeys(name for name in read_config("scnet").hyper_parameters),  # none of SCNet's
     "dims": [4, 16, 32, 64],
@@ -81,6 +97,20 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
     "bandit_v2": ("bandit_v2_multi", RNNS, 22_050),
     "apollo": ("apollo_lq_mp3_restoration", {"feature_dim": 64, "layer": 1}, 22_050),
     "tiger": ("tiger_dnr", {"out_channels": 24, "in_channels": 16, "num_blocks": 2}, 22_050),
+    "bs_roformer_hyperace": ("bs_roformer_hyperace_v2_vocals_unwa", ROFORMER, 88_200),
+    "bs_roformer_fno": ("bs_roformer_inst_fno_unwa", ROFORMER, 16_384),
+    "bs_roformer_large_v2": ("bs_roformer_large_v2_inst_unwa", ROFORMER, 16_384),
+    "bs_roformer_value_residual": ("bs_roformer_inst_value_residual_unwa", ROFORMER, 16_384),
+    "bs_roformer_experimental": ("bs_roformer_viperx_1297", EXPERIMENTAL, 16_384),
+    "mel_band_roformer_experimental": ("mel_band_roformer_kim", EXPERIMENTAL, 16_384),
+    "bs_conformer": ("bs_roformer_viperx_1297", CONFORMERS, 16_384),
+    "mel_band_conformer": ("mel_band_roformer_kim", CONFORMERS, 16_384),
+    "mel_band_conformer_early": ("mel_band_roformer_kim", CONFORMERS, 16_384),
+    "conformer": ("bs_roformer_viperx_1297", CONFORMER, 16_384),
+    "demucs_v2": ("hdemucs_mmi", {"channels": 8, "segment": "1/2", "nfft": None}, 22_050),
+    "experimental_mdx23c_stht": ("mdx23c_instvoc_hq_2", {"num_channels": 16, "growth": 8}, 31 * 1024),
+    "mdx_net": ("mdx_net_inst_hq_3", {"num_channels": 16}, 25 * 1024),
+    "vr": ("vr_denoise_lite_foxjoy", {"hop_lengths": [128]}, 384 * 128),
 }
 
 
