@@ -169,7 +169,8 @@ def working_folder(songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_mark_stands_before_a_sample_that_can_be_run() -> None:
     for document in DOCUMENTS:
         runnable = [sample for sample in samples(document) if sample.marker]
-        assert len(re.findall("<!--", text_of(document))) == len(runnable), document
+        marks = re.findall("<!--(?! models: | end of models)", text_of(document))  # those are of tables
+        assert len(marks) == len(runnable), document
         assert {sample.language for sample in runnable} <= {"sh", "python"}
     assert len(marked("sh")) > 5 and len(marked("python")) > 5
 

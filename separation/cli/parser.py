@@ -445,7 +445,7 @@ def _add_models(parent: _Commands) -> None:
         "[OPTIONS]",
         "List models by task, and whether they are downloaded.",
         "--task karaoke",
-        "--stem vocals --licence permissive --sort quality",
+        "--stem vocals --sort quality",
     )
     group = listing.add_argument_group("options")
     group.add_argument("--task", type=given, metavar="NAME", help=f"only models for {_listed(list(TASKS))}")

@@ -176,6 +176,8 @@ def find_recipe(
     """
     path = Path(name_or_path)
     if path.suffix not in YAML_SUFFIXES:
+        if name_or_path not in names():
+            raise _unknown_recipe(name_or_path, ", or the path of a .yaml file")
         return load_recipe(name_or_path, choice, two_stems=two_stems, only=only)
     if choice not in (None, ALL):
         raise RecipeError(f"recipe {name_or_path} has one choice of stems and not {choice!r}: leave the stems out")
@@ -199,7 +201,7 @@ def load_recipe(
     Raises RecipeError if there is no such recipe, choice or stem, or if a file is wrong.
     """
     if name not in names():
-        raise RecipeError(f"unknown recipe {name!r}: choose one of {', '.join(names())}, or the path of a .yaml file")
+        raise _unknown_recipe(name)
     choice = choice or default_choice(name)
     if choice not in choices(name):
         raise RecipeError(f"recipe {name!r} has no stems {choice!r}: choose one of {', '.join(choices(name))}")
@@ -213,6 +215,10 @@ def load_recipe(
             return recipe.two_stems(wanted) if only is None else recipe.only(wanted)
         found += recipe.stems
     raise _no_stem(name, wanted, dict.fromkeys(found))
+
+
+def _unknown_recipe(name: str, otherwise: str = "") -> RecipeError:
+    return RecipeError(f"unknown recipe {name!r}: choose one of {', '.join(names())}{otherwise}")
 
 
 def models_of_stems(recipe: Recipe) -> dict[str, str]:

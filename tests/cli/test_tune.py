@@ -55,6 +55,7 @@ def test_people_get_a_table_and_how_to_get_more_models(models: Path, capsys: pyt
     assert '"key"' in page and '"one"' not in page
 
 
+@pytest.mark.slow
 def test_the_task_and_the_stem_may_be_what_a_model_leaves(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune("--stem", "rest", "-o", "out") == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]] == ["candidate", "one", "two"]

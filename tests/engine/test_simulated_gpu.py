@@ -50,6 +50,8 @@ NEAR |= dict.fromkeys(
 NEAR |= {"mdx_net": 40.0, "bs_roformer_hyperace": 12.0}  # with random weights, HyperACE's norms enlarge all rounding
 NEAR |= dict.fromkeys((name for name in ARCHITECTURES if name not in NEAR), 45.0)
 
+QUICK = ("bs_roformer", "mel_band_roformer", "htdemucs", "hdemucs", "mdx23c", "scnet")  # the others are slow tests
+
 Forward = Callable[[str], tuple[Counts, Tensor, Tensor]]
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is there: test_on_gpu.py is for it")
@@ -439,7 +441,7 @@ def test_the_table_of_small_models_has_every_architecture() -> None:
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("architecture", SMALL)
+@pytest.mark.parametrize("architecture", [name if name in QUICK else slow(name) for name in SMALL])
 def test_estimates_in_fp16_equal_the_cpus(forward: Forward, architecture: str) -> None:
     _, got, expected = forward(architecture)
     for chunk, own in zip(got, expected, strict=True):
@@ -447,14 +449,14 @@ def test_estimates_in_fp16_equal_the_cpus(forward: Forward, architecture: str) -
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("architecture", failing(WAITS))
+@pytest.mark.parametrize("architecture", failing(WAITS, slow=set(SMALL) - {*QUICK, "demucs"}))
 def test_a_forward_neither_waits_nor_copies_from_the_host(forward: Forward, architecture: str) -> None:
     counts, *_ = forward(architecture)
     assert counts.kernels and not counts.waits and not counts.uploads
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("architecture", SMALL)
+@pytest.mark.parametrize("architecture", [name if name in QUICK else slow(name) for name in SMALL])
 def test_a_forward_uses_no_operation_that_gpus_compute_differently(forward: Forward, architecture: str) -> None:
     counts, *_ = forward(architecture)
     assert counts.kernels and not counts.hazards

@@ -74,6 +74,7 @@ def test_names_and_facts_are_plain_unless_the_comparison_is_blind(blind: bool, t
     assert ("fact of" in text) is not blind and ("third" in text) is not blind
 
 
+@pytest.mark.slow
 def test_a_blind_comparison_is_shuffled_and_says_which_is_which(tmp_path: Path) -> None:
     orders = set()
     for _ in range(12):  # the chance that all are alike is (1/6)^11

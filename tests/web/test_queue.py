@@ -200,7 +200,7 @@ def test_the_slowest_upload_is_dropped_for_a_new_song(
         (b"[" * 60000, "is not valid JSON"),
         (b"[]", "give name, recipe"),
         ({"name": "song.wav"}, "give name, recipe"),
-        ({"recipe": "../standard"}, "unknown recipe '../standard': choose one of demo, "),
+        ({"recipe": "../standard"}, "unknown recipe '../standard': choose one of best, "),
         ({"stems": "all_7"}, "recipe 'demo' has no stems 'all_7'"),
         ({"format": "exe"}, "output format 'exe' is not offered"),
         ({"bytes": -1}, "more than"),
