@@ -407,8 +407,8 @@ def field_names(value: Any, data: set[str]) -> set[str]:
 def check_fields(command: str, found: list[dict[str, Any]]) -> None:
     text = section(COMMAND_LINE, f"`{command} --json`")
     models = [catalogue.read_config(name) for name in catalogue.available()]
-    stems = {stem for model in models for stem in (*model.stems, str(model.residual))} | {"mean"}
-    names = field_names(found, stems | {"instrumental", "demo", "song"} - set(found[0]))
+    stems = {stem for model in models for stem in (*model.stems, str(model.residual))}
+    names = field_names(found, stems | {"mean", "instrumental", "demo", "song"} - set().union(*found))
     assert names <= set(re.findall(r"`([\w -]+)`", text))
     columns = {name for cell, _ in ROW.findall(text) for name in re.findall(r"`(\w+)`", cell)}
     assert columns <= names, "documented, but not there"
