@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, SeparationModel, Transform
-from separation.models.conformers import BatchNorm, MelBandConformer, MelBandConformerConfig
+from separation.models.conformers import MelBandConformer, MelBandConformerConfig, convolution_between_linear_layers
 from separation.models.layers import MOST_TOKENS
 from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.roformer import RoFormer
@@ -138,17 +137,8 @@ class Convolution(nn.Module):
     def __init__(self, dim: int, expansion: int, kernel_size: int) -> None:
         super().__init__()
         inner = dim * expansion
-        self.net = nn.Sequential(
-            LayerNorm(dim),
-            Rearrange("b n d -> b d n"),
-            nn.Conv1d(dim, 2 * inner, 1),
-            nn.GLU(dim=1),
-            Depthwise(inner, kernel_size),
-            BatchNorm(inner),
-            nn.SiLU(),
-            nn.Conv1d(inner, dim, 1),
-            Rearrange("b d n -> b n d"),
-        )
+        along = Depthwise(inner, kernel_size)
+        self.net = convolution_between_linear_layers(LayerNorm(dim), along, dim=dim, inner=inner)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(x)

@@ -85,26 +85,32 @@ class HalfStep(nn.Module):
         return y
 
 
-class Convolution(nn.Module):
-    """A convolution of each feature along the tokens, between linear layers, `[B, N, D] -> [B, N, D]`.
+def convolution_between_linear_layers(norm: nn.Module, along: nn.Module, *, dim: int, inner: int) -> nn.Sequential:
+    """A norm, then a convolution `along` the tokens `[B, inner, N]` between linear layers, `[B, N, D] -> [B, N, D]`.
 
-    The Rearranges have the places of the checkpoints' ones, so that the indices in `net` match their keys.
+    The Rearranges have the places of the checkpoints' ones, so that the indices match their keys.
     """
+    return nn.Sequential(
+        norm,
+        Rearrange("b n d -> b d n"),
+        nn.Conv1d(dim, inner * 2, 1),
+        nn.GLU(dim=1),
+        along,
+        BatchNorm(inner),
+        nn.SiLU(),
+        nn.Conv1d(inner, dim, 1),
+        Rearrange("b d n -> b n d"),
+    )
+
+
+class Convolution(nn.Module):
+    """A convolution of each feature along the tokens, between linear layers, `[B, N, D] -> [B, N, D]`."""
 
     def __init__(self, dim: int, expansion: int, kernel_size: int) -> None:
         super().__init__()
         inner = dim * expansion
-        self.net = nn.Sequential(
-            RMSNorm(dim),
-            Rearrange("b n d -> b d n"),
-            nn.Conv1d(dim, inner * 2, 1),
-            nn.GLU(dim=1),
-            nn.Conv1d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner),
-            BatchNorm(inner),
-            nn.SiLU(),
-            nn.Conv1d(inner, dim, 1),
-            Rearrange("b d n -> b n d"),
-        )
+        along = nn.Conv1d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner)
+        self.net = convolution_between_linear_layers(RMSNorm(dim), along, dim=dim, inner=inner)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(x)

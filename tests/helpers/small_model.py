@@ -80,7 +80,7 @@ def assert_same_model(model: torch.nn.Module, expected: torch.nn.Module, chunk: 
 
 def assert_half_precision_is_near(model: SeparationModel, precision: torch.dtype, decibels: float) -> None:
     """In this precision, the SDR to the float32 estimates is higher than this; norms stay in float32."""
-    noise = torch.randn(1, 2, model.chunk_samples) * 0.1
+    noise = torch.randn(1, model.channels, model.chunk_samples) * 0.1
     with torch.inference_mode():
         exact = model(noise)
         model.prepare(precision)
@@ -90,7 +90,7 @@ def assert_half_precision_is_near(model: SeparationModel, precision: torch.dtype
 
 def assert_chunks_are_alone(model: SeparationModel) -> None:
     """An estimate does not depend on the other chunks of the batch."""
-    noise = torch.randn(3, 2, model.chunk_samples) * torch.tensor([0.01, 0.1, 1.0])[:, None, None]
+    noise = torch.randn(3, model.channels, model.chunk_samples) * torch.tensor([0.01, 0.1, 1.0])[:, None, None]
     with torch.inference_mode():
         alone = torch.cat([model(chunk[None]) for chunk in noise])
         together = model(noise)

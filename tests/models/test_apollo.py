@@ -8,12 +8,11 @@ import torch
 import yaml
 
 from helpers.recorded import drawn_weights
-from helpers.small_model import assert_near, identity
+from helpers.small_model import assert_chunks_are_alone, assert_half_precision_is_near, assert_near, identity
 from separation import CheckpointError, InputError, Separator, load_model
 from separation.checkpoints.build import build
 from separation.checkpoints.catalogue import read_config
 from separation.engine.options import EngineOptions
-from separation.evaluation.metrics import sdr
 from separation.models.apollo import Apollo, ApolloConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,23 +44,12 @@ def test_output_equals_the_independent_implementation(changes: dict, length: int
 
 
 def test_an_estimate_does_not_depend_on_the_other_chunks_of_the_batch() -> None:
-    model = make()
-    chunks = torch.randn(3, 1, 8_000) * torch.tensor([0.01, 0.1, 1.0])[:, None, None]
-    with torch.inference_mode():
-        alone = torch.cat([model(chunk[None]) for chunk in chunks])
-        together = model(chunks)
-    for one, each in zip(alone, together, strict=True):
-        assert (one - each).abs().max() <= 1e-5 * one.abs().max()
+    assert_chunks_are_alone(make())
 
 
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 30), (torch.float16, 45)])
 def test_half_precision_stays_close_to_float32(precision: torch.dtype, decibels: float) -> None:
-    model = make()
-    chunks = torch.randn(1, 1, 8_000) * 0.1
-    with torch.inference_mode():
-        exact = model(chunks)
-        model.prepare(precision)
-        assert sdr(exact, model(chunks)) > decibels
+    assert_half_precision_is_near(make(), precision, decibels)
 
 
 def write_files(folder: Path, **changes: Any) -> Path:

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from helpers.recorded import assert_as_recorded
-from helpers.small_model import assert_near, identity
+from helpers.small_model import assert_chunks_are_alone, assert_near, identity
 from separation import CheckpointError, Separator, load_model
 from separation.checkpoints.build import build
 from separation.checkpoints.catalogue import read_config
@@ -59,13 +59,7 @@ def test_output_equals_the_authors_network(changes: dict, length: int, figures: 
 
 
 def test_an_estimate_does_not_depend_on_the_other_chunks_of_the_batch() -> None:
-    model = make()
-    chunks = torch.randn(3, 1, 6_000) * torch.tensor([0.01, 0.1, 1.0])[:, None, None]
-    with torch.inference_mode():
-        alone = torch.cat([model(chunk[None]) for chunk in chunks])
-        together = model(chunks)
-    for one, each in zip(alone, together, strict=True):
-        assert (one - each).abs().max() <= 1e-5 * one.abs().max()
+    assert_chunks_are_alone(make())
 
 
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 30), (torch.float16, 45)])
