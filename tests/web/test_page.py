@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.axe import VIEWS, faults, view
 from helpers.browser import Browser
 from helpers.common import SONG, STEMS, needs_chromium, read, song
 from helpers.page_server import MAX_MIB, Process, song_queue
@@ -203,6 +204,14 @@ def test_every_control_has_a_label_and_the_hint_names_the_download(browser: Brow
     for selector in ("input", "#stems", "#recipe", "#format"):
         browser.press("\ue004")
         assert browser.run("return document.activeElement === document.querySelector(arguments[0])", selector)
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("width, height, scheme", VIEWS)
+def test_axe_finds_nothing_on_the_empty_page(browser: Browser, width: int, height: int, scheme: str) -> None:
+    with view(browser, width, height, scheme):
+        assert faults(browser) == []
 
 
 @needs_chromium
