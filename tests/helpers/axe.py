@@ -47,7 +47,7 @@ def faults(browser: Browser) -> list[str]:
     browser.run(f"if (!globalThis.axe) {{ {_script()}\nglobalThis.axe = axe }}")
     found = browser.command(
         "execute/async",
-        script="const [done] = arguments; axe.run().then(({violations}) => done(violations), error => done(`${error}`))",
+        script="const [done] = arguments; axe.run().then(({violations}) => done(violations), e => done(`${e}`))",
         args=[],
     )
     assert isinstance(found, list), found
