@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,11 +88,33 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def parallel_devices(name: str) -> list[str]:
-    """The names of all CUDA GPUs if the name is `auto` or `cuda` and there are several, else only the name."""
+def parallel_devices(name: str, gpus: Sequence[int] = ()) -> list[str]:
+    """The names of all CUDA GPUs if the name is `auto` or `cuda` and there are several, else only the name.
+
+    `gpus` are the numbers of those to use instead. Raises InputError for one that is missing, and beside another name.
+    """
+    if gpus and name not in ("auto", "cuda"):
+        raise InputError(f"GPUs {_listed(gpus)} and device {name!r} cannot be combined: leave one of them out")
+    if gpus:
+        _check_gpus(gpus)
+        return [f"cuda:{index}" for index in gpus]
     if name in ("auto", "cuda") and choose_device(name).type == "cuda" and torch.cuda.device_count() > 1:
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return [name]
+
+
+def _check_gpus(gpus: Sequence[int]) -> None:
+    if not torch.cuda.is_available():
+        missing = "PyTorch sees no CUDA GPU: leave the GPUs out, or use --device cpu"
+        raise InputError(_unusable_gpu() or f"GPU {gpus[0]} is missing, since {missing}")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if absent := [index for index in gpus if index >= len(names)]:
+        found = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
+        raise InputError(f"GPU {absent[0]} is missing: choose from {found}")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _unusable_gpu() -> str:

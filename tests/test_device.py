@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from helpers.cpus import kind_of, set_flags
+from helpers.simulated_gpu import simulated_gpu
 from separation import device
 from separation.errors import InputError
 
@@ -123,6 +124,27 @@ def test_only_auto_and_cuda_mean_all_gpus(monkeypatch: pytest.MonkeyPatch) -> No
     assert device.parallel_devices("cpu") == ["cpu"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert device.parallel_devices("auto") == ["auto"]
+
+
+def test_chosen_gpus_are_used_in_their_order_and_a_missing_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_gpu():
+        assert device.parallel_devices("auto", [0]) == ["cuda:0"]
+        name = torch.cuda.get_device_name(0)
+        with pytest.raises(InputError, match=rf"^GPU 1 is missing: choose from 0 \({name}\)$"):
+            device.parallel_devices("cuda", [0, 1])
+    with pytest.raises(InputError, match=r"^GPUs 1,0 and device 'cuda:1' cannot be combined: leave one of them out$"):
+        device.parallel_devices("cuda:1", [1, 0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    assert device.parallel_devices("auto", [2, 0]) == ["cuda:2", "cuda:0"]
+    with pytest.raises(InputError, match=r"^GPU 3 is missing: choose from 0 \(card 0\), 1 \(card 1\), 2 \(card 2\)$"):
+        device.parallel_devices("auto", [0, 3])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_unusable_gpu", lambda: "")
+    missing = "GPU 0 is missing, since PyTorch sees no CUDA GPU: leave the GPUs out, or use --device cpu"
+    with pytest.raises(InputError, match=f"^{missing}$"):
+        device.parallel_devices("auto", [0])
 
 
 OUT_OF_MEMORY = [

@@ -46,13 +46,13 @@ logger = logging.getLogger("separation")
 
 
 def load_separators(
-    selection: Selection, options: EngineOptions, n_songs: int, *, refresh: bool = False
+    selection: Selection, options: EngineOptions, n_songs: int, *, gpus: Sequence[int] = (), refresh: bool = False
 ) -> list[Separator]:
     """Load a separator for each GPU that `options.device` allows, or one for the CPU, and no more than there are songs.
 
-    See `load_separator`.
+    `gpus` are the numbers of the GPUs to use instead of all. See `load_separator`.
     """
-    devices = parallel_devices(options.device)[:n_songs]
+    devices = parallel_devices(options.device, gpus)[:n_songs]
     return [load_separator(selection, replace(options, device=device), refresh=refresh) for device in devices]
 
 

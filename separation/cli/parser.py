@@ -19,6 +19,7 @@ from separation.cli.values import (
     capabilities,
     count,
     given,
+    gpus,
     output_folder,
     path,
     sample_rate,
@@ -151,6 +152,9 @@ def _add_separate(parent: _Commands) -> None:
     model.add_argument("--only", type=given, metavar="STEM", help="give only this stem; any stem that the recipe has")
     _add_output_options(parser)
     engine = _add_engine_options(parser)
+    engine.add_argument(
+        "--gpus", type=gpus, metavar="0,1", help="use these GPUs, each for songs of its own (default: all)"
+    )
     engine.add_argument(
         "--workers",
         type=count,

@@ -34,7 +34,7 @@ logger = logging.getLogger("separation")
 def separate(args: argparse.Namespace) -> int:
     """Separate songs. Prints each outcome as soon as it is known, and at the end what failed."""
     if args.ray:
-        refuse_beside("--ray", ["--workers"], args)
+        refuse_beside("--ray", ["--workers", "--gpus"], args)
     with ExitStack() as opened:
         to_stdout, stdin = args.output == Path(PIPE), None
         if to_stdout:
@@ -133,7 +133,7 @@ def _run(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipes
         return
     from separation.batch import run
 
-    separators = run.load_separators(selected, engine, len(songs), refresh=args.force_refresh)
+    separators = run.load_separators(selected, engine, len(songs), gpus=args.gpus or (), refresh=args.force_refresh)
     yield from run.run(
         songs, job, separators, workers=args.workers, bar=partial(_bar, args, pipes, leave=len(songs) == 1)
     )

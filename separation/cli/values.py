@@ -64,6 +64,16 @@ def count(text: str) -> int:
     return int(text)
 
 
+def gpus(text: str) -> tuple[int, ...]:
+    """Numbers of GPUs with commas between them."""
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII):
+        raise ArgumentTypeError(f"{text!r} must be numbers of GPUs with commas between them, such as 0,1")
+    numbers = tuple(map(int, text.split(",")))
+    if doubled := [number for number in numbers if numbers.count(number) > 1]:
+        raise ArgumentTypeError(f"{text!r} names GPU {doubled[0]} twice: name each once")
+    return numbers
+
+
 def scores(text: str) -> tuple[str, ...]:
     """Names of scores with commas between them, or `all`."""
     names = tuple(SCORES) if text == "all" else tuple(text.split(","))

@@ -163,6 +163,11 @@ def test_each_gpu_with_a_song_gets_a_separator(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(run, "load_separator", lambda selection, options, *, refresh: options.device)
     assert run.load_separators(Selection("demo"), EngineOptions(device=device), n_songs) == expected
+    if device == "auto":
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+        options = EngineOptions(device=device)
+        assert run.load_separators(Selection("demo"), options, n_songs, gpus=[2, 1]) == ["cuda:2", "cuda:1"]
+        assert run.load_separators(Selection("demo"), options, 1, gpus=[2, 1]) == ["cuda:2"]
 
 
 def test_there_are_no_more_workers_than_songs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from separation.cli.values import batch_size, capabilities, count, given, path, sample_rate, scores, seconds, time
+from separation.cli.values import batch_size, capabilities, count, given, gpus, path, sample_rate, scores, seconds, time
 from separation.evaluation.choice import SCORES
 
 
@@ -26,6 +26,8 @@ from separation.evaluation.choice import SCORES
         (sample_rate, "44100", 44100),
         (sample_rate, "source", "source"),
         (count, "1", 1),
+        (gpus, "0", (0,)),
+        (gpus, "2,0", (2, 0)),
         (scores, "fullness,sdr", ("fullness", "sdr")),
         (scores, "all", tuple(SCORES)),
         (capabilities, "80", [80]),
@@ -49,6 +51,8 @@ def test_a_value_is_converted(convert: Callable[[str], Any], text: str, value: o
         (seconds, "1.5", "'1.5' must be auto or a whole number of seconds"),
         (count, "0", "'0' must be a whole number from 1 up"),
         (count, "two", "'two' must be a whole number from 1 up"),
+        *((gpus, text, "must be numbers of GPUs with") for text in ("", "cuda:0", "0;1", "0,", "-1", "all", "٣")),
+        (gpus, "0,1,0", "'0,1,0' names GPU 0 twice: name each once"),
         (scores, "sdr,loud", "'loud' is not a score: choose from sdr, si_sdr, "),
         (scores, "sdr,", "'' is not a score"),
         (capabilities, "8", "'8' must be compute capabilities times ten"),
