@@ -20,7 +20,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from separation.batch.job import Job, Outcome, Song
-from separation.batch.run import cancellable, separate_song
+from separation.batch.run import cancellable
+from separation.batch.separate import separate_song
 from separation.engine.separator import Separator
 from separation.errors import InputError, SeparationError
 from separation.progress import Progress

@@ -95,11 +95,16 @@ def analysis_of(run: dict[str, Any]) -> SongAnalysis | None:
 
 def outcome_of(song: Song, status: str, run: dict[str, Any], error: str = "") -> Outcome:
     """The outcome of a song whose stems are complete."""
-    stems = {stem: song.folder / name for stem, (name, _) in run["stems"].items()}
+    stems = stem_paths(song, run)
     facts = {key: run[key] for key in ("duration_seconds", "elapsed_seconds", "gain")}
     page = song.page if "page_bytes" in run else None
     warnings = list(run.get("warnings", []))
     return Outcome(song.path, status, error, stems, facts, analysis_of(run), page, warnings)
+
+
+def stem_paths(song: Song, run: dict[str, Any]) -> dict[str, Path]:
+    """The paths of the stems' files, by stem."""
+    return {stem: song.folder / name for stem, (name, _) in run["stems"].items()}
 
 
 def add_run(song: Song, run: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from separation.analysis.facts import SongAnalysis
 from separation.audio.beside import names_beside
 from separation.audio.options import OutputOptions
+from separation.batch.urls import Location
 from separation.checkpoints.catalogue import files_for, read_config
 from separation.checkpoints.description import WeightFile
 from separation.checkpoints.files import file_state, local_path
@@ -19,19 +20,31 @@ from separation.system.names import Place
 
 
 @dataclass(frozen=True)
-class Song:
+class AnySong:
+    """A song, the folder for its stems, and the place of the stems there; each may be in an object store."""
+
+    path: Location
+    folder: Location
+    place: Place = field(default_factory=Place)
+
+    def absolute(self) -> Self:
+        """The song with absolute paths."""
+        path = self.path.absolute() if isinstance(self.path, Path) else self.path
+        return replace(self, path=path, folder=self.folder.absolute() if isinstance(self.folder, Path) else self.folder)
+
+    def stem_names(self, job: "Job") -> dict[str, str]:
+        """The names of the stems' files in the folder, by stem. Raises InputError if two are equal."""
+        return self.place.names(job.stems, job.output.format) | names_beside(
+            Path(self.path.name), self.place, job.output
+        )
+
+
+@dataclass(frozen=True)
+class Song(AnySong):
     """A song's file, the folder for its stems, and the place of the stems there."""
 
     path: Path
     folder: Path
-    place: Place = field(default_factory=Place)
-
-    def absolute(self) -> Self:
-        return replace(self, path=self.path.absolute(), folder=self.folder.absolute())
-
-    def stem_names(self, job: "Job") -> dict[str, str]:
-        """The names of the stems' files in the folder, by stem. Raises InputError if two are equal."""
-        return self.place.names(job.stems, job.output.format) | names_beside(self.path, self.place, job.output)
 
     @property
     def page(self) -> Path:
@@ -65,7 +78,7 @@ class Outcome:
     """What became of a song.
 
     Attributes:
-        path: the song's file.
+        path: the song's file. This and the other paths may be addresses in an object store.
         status: `done`, `skipped` because it was done before, or `failed`.
         error: why it failed.
         stems: the paths of the stems' files, by stem.
@@ -75,13 +88,13 @@ class Outcome:
         warnings: the warnings about the song; for a skipped song, those of the run that made its stems.
     """
 
-    path: Path
+    path: Location
     status: str
     error: str = ""
-    stems: dict[str, Path] = field(default_factory=dict)
+    stems: Mapping[str, Location] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     analysis: SongAnalysis | None = None
-    page: Path | None = None
+    page: Location | None = None
     warnings: list[str] = field(default_factory=list)
 
 

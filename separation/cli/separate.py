@@ -149,7 +149,8 @@ def _bar(args: argparse.Namespace, pipes: Pipes, song: Path, *, leave: bool) -> 
 def _print_outcome(outcome: Outcome, *, args: argparse.Namespace, pipes: Pipes, file: TextIO) -> None:
     if pipes.to_stdout:
         for path in outcome.stems.values():
-            write_to_stdout(path)
+            if isinstance(path, Path):
+                write_to_stdout(path)
         return
     if outcome.path == pipes.stdin:
         outcome = replace(outcome, path=Path(PIPE))

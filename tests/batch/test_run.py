@@ -6,8 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import common
 from helpers.command_line import files_in, json_lines, separate, separating, write_songs
 from helpers.common import below, read
 from separation.audio.options import OutputOptions
 from separation.batch import run
-from separation.batch.done import unfinished
 from separation.batch.find import find
 from separation.batch.job import Job, Outcome, Song
 from separation.engine import chunking
@@ -28,7 +24,6 @@ from separation.engine.options import EngineOptions
 from separation.engine.selection import Selection
 from separation.engine.separator import Separator
 from separation.progress import Progress
-from separation.system.names import Place, song_fields
 from separation.system.record import RECORD
 
 
@@ -78,18 +73,6 @@ def test_bad_songs_do_not_stop_the_others_and_a_second_run_skips_finished_songs(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")} == before
     assert separate(music / "1.wav", "-o", out) == 0
     assert capsys.readouterr() == ("1.wav: done already (use --force-refresh to separate it again)\n", "")
-
-
-def test_a_page_is_added_to_finished_stems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_songs(tmp_path, "1.wav")
-    assert separate(tmp_path / "1.wav", "-o", tmp_path / "out") == 0
-    before = (tmp_path / "out" / "1" / "vocals.wav").stat().st_mtime_ns
-    for status in ("done", "skipped"):
-        capsys.readouterr()
-        assert separate(tmp_path / "1.wav", "-o", tmp_path / "out", "--report", "--json") == 0
-        assert json_lines(capsys.readouterr().out)[0]["status"] == status
-    assert (tmp_path / "out" / "1" / "stems.html").exists()
-    assert (tmp_path / "out" / "1" / "vocals.wav").stat().st_mtime_ns == before
 
 
 @contextmanager
@@ -246,57 +229,3 @@ def test_the_temporary_folder_of_a_running_process_stays(tmp_path: Path) -> None
         process.send_signal(signal.SIGCONT)
         process.communicate(timeout=60)
     assert process.returncode == 0 and not temporary(out)
-
-
-def test_songs_in_one_folder_are_skipped_when_they_are_done_and_do_not_replace_one_another(tmp_path: Path) -> None:
-    place = partial(Place.of, "{artist}/{song} {stem}.{ext}")
-    songs = []
-    for number, name in enumerate(("a", "b")):
-        (tmp_path / f"{name}.wav").write_bytes(common.song(0.3 + number / 10))
-        at = place(song_fields(name, {}, "demo"))
-        songs.append(Song(tmp_path / f"{name}.wav", tmp_path / "out" / at.folder, replace(at, folder="")))
-    job = Job({}, {"vocals": "demo", "instrumental": "demo"}, OutputOptions(name="{artist}/{song} {stem}.{ext}"))
-    separator = Separator("demo", options=EngineOptions(device="cpu"))
-    assert unfinished(songs, job) == (songs, [])
-    outcomes = [run.separate_song(song, job, separator, Progress()) for song in songs]
-    assert [outcome.status for outcome in outcomes] == ["done", "done"]
-    folder = tmp_path / "out" / "Unknown artist"
-    visible = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    assert visible == ["a instrumental.wav", "a vocals.wav", "b instrumental.wav", "b vocals.wav"]
-    left, finished = unfinished(songs, job)
-    assert left == [] and [outcome.stems for outcome in finished] == [outcome.stems for outcome in outcomes]
-    (folder / "b vocals.wav").unlink()
-    assert unfinished(songs, job)[0] == songs[1:]
-    other = Song(tmp_path / "b.wav", folder, songs[0].place)
-    assert "has the stems of another song" in unfinished([other], job)[1][0].error
-
-
-def test_an_analysis_is_recorded_and_can_follow_later_without_separating_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_songs(tmp_path, "1.wav", seconds=4)
-    command = (tmp_path / "1.wav", "-o", tmp_path / "out", "--json", "--report")
-    assert separate(*command) == 0
-    (plain,) = json_lines(capsys.readouterr().out)
-    assert "analysis" not in plain
-    assert '"facts": []' in Path(plain["page"]).read_text(encoding="utf-8")
-    assert separate(*command, "--analyse") == 0
-    (analysed,) = json_lines(capsys.readouterr().out)
-    assert analysed["status"] == "done" and analysed["elapsed_seconds"] == plain["elapsed_seconds"]
-    assert analysed["analysis"]["tempo_bpm"] == pytest.approx(128, rel=0.01)
-    assert list(analysed["analysis"]["loudness"]) == ["mixture", *analysed["stems"]]
-    assert " BPM" in Path(plain["page"]).read_text(encoding="utf-8")
-    assert separate(*command, "--analyse") == 0
-    (skipped,) = json_lines(capsys.readouterr().out)
-    assert skipped == {**analysed, "status": "skipped"}
-
-
-def test_a_damaged_record_of_an_analysis_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_songs(tmp_path, "1.wav", seconds=1)
-    command = (tmp_path / "1.wav", "-o", tmp_path / "out", "--analyse", "--json")
-    assert separate(*command) == 0
-    record = tmp_path / "out" / "1" / RECORD
-    record.write_text(record.read_text().replace("tempo_bpm", "speed"))
-    first, again = capsys.readouterr().out, separate(*command)
-    assert again == 0
-    assert json_lines(capsys.readouterr().out) == json_lines(first)
