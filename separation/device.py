@@ -30,7 +30,7 @@ _OUT_OF_MEMORY = re.compile(
     r"|CUDA[^\n]*: out of memory|Triton Error \[CUDA\]: out of memory"
 )
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 @dataclass(frozen=True)

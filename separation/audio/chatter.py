@@ -23,7 +23,7 @@ class Chatter:
 
     def __init__(self) -> None:
         self.lines: list[str] = []  # at most _MAX_LINES
-        self.n_lines = 0
+        self.n_lines: int = 0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ MIN_MISSING_SECONDS = 0.05  # shorter losses are not reported
 
 _MAX_LISTED = 4  # a message lists this many places and faults, and counts the rest
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class Damage:
@@ -26,7 +26,7 @@ class Damage:
         self.name = name
         self.accept = accept
         self.holes: list[tuple[float, float]] = []  # start and length; filled with silence
-        self.cut_seconds = 0.0  # missing at the end
+        self.cut_seconds: float = 0.0  # missing at the end
         self._part_start = 0.0  # the song may be decoded in parts
         self._notes: list[str] = []
         self._doubts: list[str] = []

@@ -20,7 +20,8 @@ class Pieces(io.RawIOBase):
         self._file = path.open("rb", buffering=0)
         self._pieces: list[Piece] = []
         self._starts: list[int] = []  # the position of each piece's first byte
-        self.size = self._position = 0
+        self.size: int = 0
+        self._position = 0
         for piece in pieces:
             n_bytes = len(piece) if isinstance(piece, bytes) else piece[1] - piece[0]
             if n_bytes:

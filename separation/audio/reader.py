@@ -18,7 +18,7 @@ class ByteReader:
     def __init__(self, file: IO[bytes] | io.RawIOBase) -> None:
         self._file = file
         self._start, self._window = 0, b""
-        self.size = file.seek(0, io.SEEK_END)
+        self.size: int = file.seek(0, io.SEEK_END)
 
     @classmethod
     @contextmanager

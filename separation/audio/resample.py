@@ -64,7 +64,7 @@ class ResampledView:
 
     def __init__(self, source: Readable, sample_rate: int, new_rate: int) -> None:
         self._source, self._ratio = source, _Ratio(sample_rate, new_rate)
-        self.n_samples = resampled_length(source.n_samples, sample_rate, new_rate)
+        self.n_samples: int = resampled_length(source.n_samples, sample_rate, new_rate)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Samples `[start, stop)`, `[C, stop - start]`."""

@@ -33,7 +33,7 @@ _NOT_THE_SONG = (
 # The words in a title by which the sides differ.
 _SIDES = re.compile(r"left|right|channel|track|\b(l|r|ch)\b|[\d\W_]", re.IGNORECASE)
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 Stream = dict[str, Any]
 

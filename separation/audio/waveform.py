@@ -126,20 +126,22 @@ class Waveform(Growing):
     ) -> None:
         self.sample_rate = sample_rate
         self.channels = channels
-        self.tags = dict(tags or {})
+        self.tags: dict[str, str] = dict(tags or {})
         self._source = source
         self._is_mono = True
         if isinstance(place, StoredSamples):
             super().__init__(place.n_samples, place.n_samples)
             self._file, self._path, self._is_temporary = place.file, Path(str(place.file.name)), False
-            self.peak, self.mean, self._squares = place.statistics
+            peak, mean, squares = place.statistics
         else:
             super().__init__(total_samples)
             with output_errors(Path(place)):
                 descriptor, name = tempfile.mkstemp(prefix="waveform-", suffix=".f32", dir=place)
             self._file, self._path, self._is_temporary = io.FileIO(descriptor, "r+"), Path(name), True
-            self.peak = self.mean = 0.0
-            self._squares = 0.0  # sum of squared deviations from the mean
+            peak, mean, squares = 0.0, 0.0, 0.0
+        self.peak: float = peak  # the largest magnitude
+        self.mean: float = mean  # of the mono mixture
+        self._squares = squares  # the sum of its squared deviations from the mean
 
     @property
     def source_rate(self) -> int:

@@ -31,7 +31,7 @@ CONNECT_SECONDS = 10.0
 POLL_SECONDS = 2.0  # how often to look for new nodes
 STOP_SECONDS = 60.0  # how long workers may take to finish a chunk and remove their files
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 Place = tuple[str, int]  # where a worker runs: a node, and the index of one of its GPUs
 

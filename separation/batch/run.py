@@ -21,7 +21,7 @@ from separation.engine.separator import Separator
 from separation.progress import Progress
 from separation.system.threads import Threads
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 def load_separators(

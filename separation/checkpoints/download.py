@@ -49,7 +49,7 @@ RETRY_SECONDS = (0.5, 1.0, 2.0)  # the backoff; any progress resets it
 BLOCK_BYTES = 1 << 18
 REDIRECTS = {("http", "http"), ("http", "https"), ("https", "https")}  # allowed schemes: (from, to)
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class _BrokenConnectionError(Exception):

@@ -26,7 +26,7 @@ from separation.system.places import program, shipped, size_bytes, weights_folde
 
 SOURCE_SHA256 = "source_sha256"  # in a converted file's metadata: the sha256 of the file that it was made from
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 def local_path(file: WeightFile) -> Path:

@@ -40,7 +40,7 @@ from separation.models.attention import LAYER_BACKENDS, AttentionChoice, choose_
 from separation.models.base import Origin, SeparationModel
 from separation.models.kernels.native import NotFusedError, library
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ class Reader:
     def __init__(
         self, content: bytes, find: Callable[[str], Name], load_persistent: Callable[[tuple[Any, ...]], Any]
     ) -> None:
-        self.position = 0
+        self.position: int = 0
         self._content = content
         self._find, self._load_persistent = find, load_persistent
         self._steps = 0

@@ -38,7 +38,7 @@ from separation.models.shapes import Shapes
 from separation.system.memory import enough_memory
 from separation.system.places import size_bytes
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 SOURCES = ("drums", "bass", "other", "vocals")  # of all networks of Demucs 1 and 2
 MOST_NAME = 500  # characters in a weight's name

@@ -28,7 +28,7 @@ from separation.errors import InputError
 from separation.progress import Progress
 from separation.system.names import Place, song_fields
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 def separate(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ MAX_BATCH_SIZE = 8  # chunks; a large model fills a GPU with far fewer
 # that are computed without a CUDA graph.
 MEMORY_SHARE = 1 / 3
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 T = TypeVar("T")
 

@@ -44,7 +44,7 @@ DAMAGED = (ValueError, LookupError, AttributeError, TypeError, RecursionError)  
 # Names that no other program uses: the folder may hold other files, which stay.
 PREFIX, LOCK = "estimate-", "estimates-lock"
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class Hit(NamedTuple):

@@ -17,7 +17,7 @@ from separation.engine.recipes import Combination, Ensemble, Estimate
 from separation.errors import CheckpointError
 from separation.models.base import SeparationModel
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class EstimateSettings:

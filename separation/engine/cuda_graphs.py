@@ -25,7 +25,7 @@ COPIES = ("_to_copy", "copy_", "to")
 # Operations whose results the CPU must know before it goes on.
 WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim")
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class _Watch(TorchDispatchMode):

@@ -16,7 +16,7 @@ from separation.models.base import SeparationModel
 
 MAX_READY = 16  # models that stay ready, per GPU: each keeps a batch and its estimates in memory
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class GpuModels:

@@ -30,7 +30,7 @@ class KnownPart:
         known = [part for part in found if part is not None]
         is_usable = bool(known) and len(known) == len(found) and len({part.span for part in known}) == 1
         self._waves = [part.wave for part in known] if is_usable else []
-        self.span = known[0].span if is_usable else None
+        self.span: Span | None = known[0].span if is_usable else None
 
     def missing(self, span: Span) -> list[Span]:
         """What of a span is not known."""

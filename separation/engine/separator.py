@@ -45,7 +45,7 @@ from separation.system.text import shown
 
 DECODED, ESTIMATED = 0.05, 0.9  # the shares of a file's job that are done after decoding and after the models
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class StemFiles(dict[str, Path]):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from separation.audio.waveform import BLOCK_SAMPLES, Growing, Waveform
 from separation.engine.ensembles import combined
-from separation.engine.recipes import Combination, Ensemble, Estimate, Recipe, runs_in
+from separation.engine.recipes import Combination, Ensemble, Estimate, Recipe, Run, runs_in
 from separation.system.threads import Threads
 
 
@@ -24,7 +24,7 @@ class Samples(Growing):
     def __init__(self, n_samples: int, whole: NDArray[np.float32] | None = None) -> None:
         super().__init__(n_samples, 0 if whole is None else n_samples)
         samples = np.empty((2, n_samples), dtype=np.float32) if whole is None else whole  # numpy asks for huge pages
-        self.samples = torch.from_numpy(samples)
+        self.samples: Tensor = torch.from_numpy(samples)
 
     @classmethod
     def of(cls, samples: Tensor) -> "Samples":
@@ -72,7 +72,7 @@ class _WeightedSum(Generic[Wave]):
 
     def __init__(self, parts: "list[tuple[Wave | _Combined[Wave], float]]") -> None:
         self._parts: list[tuple[Wave | _Combined[Wave], float]] = parts
-        self.n_samples = parts[0][0].n_samples
+        self.n_samples: int = parts[0][0].n_samples
 
     def read(self, start: int, stop: int) -> Tensor:
         total = torch.zeros(2, stop - start)
@@ -90,7 +90,7 @@ class _Combined(Generic[Wave]):
 
     def __init__(self, wave: Wave, blocks: Iterator[Tensor]) -> None:
         self.wave: Wave = wave
-        self.n_samples = wave.n_samples
+        self.n_samples: int = wave.n_samples
         self._blocks, self._there = blocks, 0
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -132,7 +132,7 @@ class SongWaveforms(Generic[Wave]):
         new: Callable[[], Wave],
         find: Callable[[Estimate], Wave | None] = lambda estimate: None,
     ) -> None:
-        self.n_samples = mixture.n_samples
+        self.n_samples: int = mixture.n_samples
         self.estimates: dict[Estimate | None, Wave] = {None: mixture}
         self._new: Callable[[], Wave] = new
         self._sums: dict[Combination, Wave] = {}
@@ -147,7 +147,7 @@ class SongWaveforms(Generic[Wave]):
                 self.estimates[estimate] = cached
             return cached is not None
 
-        self.runs = recipe.runs_without(is_cached)
+        self.runs: dict[Run, tuple[str, ...]] = recipe.runs_without(is_cached)
         self.estimates |= {Estimate(run, stem): new() for run, stems in self.runs.items() for stem in stems}
         for run in self.runs:
             self.sum_of(run.input)

@@ -18,7 +18,7 @@ class Viewed:
 
     def __init__(self, source: Readable, view: View) -> None:
         self._source, self._view = source, view
-        self.n_samples = source.n_samples + view.delay_samples
+        self.n_samples: int = source.n_samples + view.delay_samples
 
     def read(self, start: int, stop: int) -> Tensor:
         """Samples `[start, stop)`, `[2, stop - start]`."""

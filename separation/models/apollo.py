@@ -8,14 +8,14 @@ convolutions along the frames of each band. The network gives the restored spect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, SeparationModel
+from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.layers import rotated
 from separation.models.limits import check_frames
 from separation.models.shapes import Shapes
@@ -59,16 +59,20 @@ class Apollo(SeparationModel):
     """Chunks of waveform `[B, 1, T]` to restored ones `[B, 1, 1, T]`, both float32; T > n_fft // 2."""
 
     Config = ApolloConfig
-    KEY_PATTERNS = (r"BN\.0\.0\.weight", r"net\.0\.band_net\.weight\.weight", r"output\.0\.0\.weight")
-    UNUSED_KEYS = r"net\.\d+\.band_net\.(cos|sin)_freq"
-    CAST_LAYERS = (nn.Conv1d,)
-    normalisation = "none"  # the power of each band is a feature
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"BN\.0\.0\.weight",
+        r"net\.0\.band_net\.weight\.weight",
+        r"output\.0\.0\.weight",
+    )
+    UNUSED_KEYS: ClassVar[str] = r"net\.\d+\.band_net\.(cos|sin)_freq"
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d,)
+    normalisation: Normalisation = "none"  # the power of each band is a feature
     restores = True
 
     def __init__(self, config: ApolloConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.channels = 1
-        self.least_samples = config.n_fft // 2 + 1
+        self.least_samples: int = config.n_fft // 2 + 1
         hop = config.n_fft // 2
         check_frames(identity.chunk_samples, {"n_fft": config.n_fft, "hop_length": hop})
         self._stft = Stft(n_fft=config.n_fft, hop_length=hop, win_length=config.n_fft)
@@ -78,11 +82,11 @@ class Apollo(SeparationModel):
         self.BN = nn.ModuleList(
             nn.Sequential(RMSNorm(2 * width + 1), nn.Conv1d(2 * width + 1, size, 1)) for width in self._widths
         )
-        self.net = nn.ModuleList(
+        self.net: nn.ModuleList = nn.ModuleList(
             nn.ModuleDict({"band_net": BandAttention(size), "seq_net": FrameConvolutions(size)})
             for _ in range(config.layer)
         )
-        self.output = nn.ModuleList(
+        self.output: nn.ModuleList = nn.ModuleList(
             nn.Sequential(RMSNorm(size), nn.Conv1d(size, 4 * width, 1), nn.GLU(dim=-1)) for width in self._widths
         )
 
@@ -121,7 +125,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, 1e-5)
@@ -141,11 +145,11 @@ class BandAttention(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(size)
-        self.weight = nn.Conv1d(size, 3 * size, 1, bias=False)
-        self.output = nn.Conv1d(size, size, 1, bias=False)
+        self.input_norm: RMSNorm = RMSNorm(size)
+        self.weight: nn.Conv1d = nn.Conv1d(size, 3 * size, 1, bias=False)
+        self.output: nn.Conv1d = nn.Conv1d(size, size, 1, bias=False)
         self.MLP = nn.Sequential(RMSNorm(size), nn.Conv1d(size, 8 * size, 1, bias=False))
-        self.MLP_output = nn.Conv1d(4 * size, size, 1, bias=False)
+        self.MLP_output: nn.Conv1d = nn.Conv1d(4 * size, size, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)
@@ -166,7 +170,7 @@ class FrameConvolutions(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"conv": _convolution(size)}) for _ in range(3))
+        self.blocks: nn.ModuleList = nn.ModuleList(nn.ModuleDict({"conv": _convolution(size)}) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)

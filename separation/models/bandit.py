@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, SeparationModel
+from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.layers import LayerNorm
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft, make_window
@@ -154,9 +154,9 @@ class Bandit(SeparationModel):
         r"bsrnn\.band_split\.norm_fc_modules\.0\.fc\.weight",
         r"bsrnn\.mask_estim\..*",
     )
-    UNUSED_KEYS = BUFFERS
-    CAST_LAYERS = (nn.Linear, nn.GRU, nn.LSTM)
-    normalisation = "none"
+    UNUSED_KEYS: ClassVar[str] = BUFFERS
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.GRU, nn.LSTM)
+    normalisation: Normalisation = "none"
     ROOT: ClassVar[str] = "bsrnn."  # of the state dict's keys
     RNN_STEP: ClassVar[int] = 1  # between the indices of RNNs there
     BAND_FEATURES: ClassVar[str] = "(ri f)"  # real parts come before imaginary parts
@@ -165,7 +165,7 @@ class Bandit(SeparationModel):
         super().__init__(identity)
         self.config = config
         self.channels = 1
-        self.least_samples = config.n_fft // 2 + 1 if config.pad_mode == "reflect" else 1
+        self.least_samples: int = config.n_fft // 2 + 1 if config.pad_mode == "reflect" else 1
         self._stft = Stft(
             n_fft=config.n_fft,
             hop_length=config.hop_length,
@@ -196,7 +196,7 @@ class Bandit(SeparationModel):
         self._outputs = tuple(range(config.num_stems))
 
     def _set_layers(self, **layers: nn.Module) -> None:
-        self.bsrnn = nn.ModuleDict(layers)
+        self.bsrnn: nn.ModuleDict = nn.ModuleDict(layers)
 
     @property
     def _layers(self) -> Any:
@@ -263,9 +263,14 @@ class BanditV2(Bandit):
     TRAINING_KEYS = Bandit.TRAINING_KEYS | {
         f"{part}_precisions" for part in ("stft", "bandsplit", "tf_model", "mask_estim")
     }
-    KEY_PATTERNS = (r"band_split\.norm_fc_modules\.0\.combined\.1\.weight", r"mask_estim\..*")
-    UNUSED_KEYS = BUFFERS + r"|mask_estim\..*\.combined\..*"  # the same weights by other names
-    ROOT, RNN_STEP, BAND_FEATURES = "", 2, "(f ri)"
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"band_split\.norm_fc_modules\.0\.combined\.1\.weight",
+        r"mask_estim\..*",
+    )
+    UNUSED_KEYS: ClassVar[str] = BUFFERS + r"|mask_estim\..*\.combined\..*"  # the same weights by other names
+    ROOT: ClassVar[str] = ""
+    RNN_STEP: ClassVar[int] = 2
+    BAND_FEATURES: ClassVar[str] = "(f ri)"
 
     def _set_layers(self, **layers: nn.Module) -> None:
         for name, layer in layers.items():
@@ -285,7 +290,8 @@ class NormAndLinear(nn.Module):
 
     def __init__(self, size_in: int, size: int) -> None:
         super().__init__()
-        self.norm, self.fc = LayerNorm(size_in), nn.Linear(size_in, size)
+        self.norm: LayerNorm = LayerNorm(size_in)
+        self.fc: nn.Linear = nn.Linear(size_in, size)
 
     def forward(self, x: Tensor) -> Tensor:
         return as_float(self.fc, self.norm(x))
@@ -296,7 +302,7 @@ class CombinedNormAndLinear(nn.Module):
 
     def __init__(self, size_in: int, size: int) -> None:
         super().__init__()
-        self.combined = nn.Sequential(LayerNorm(size_in), nn.Linear(size_in, size))
+        self.combined: nn.Sequential = nn.Sequential(LayerNorm(size_in), nn.Linear(size_in, size))
 
     def forward(self, x: Tensor) -> Tensor:
         norm, linear = self.combined
@@ -309,9 +315,11 @@ class ResidualRNN(nn.Module):
     def __init__(self, config: BanditCommon) -> None:
         super().__init__()
         directions = 1 + bool(config.bidirectional)
-        self.norm = LayerNorm(config.emb_dim)
-        self.rnn = RNNS[config.rnn_type](config.emb_dim, config.rnn_dim, bidirectional=directions == 2)
-        self.fc = nn.Linear(config.rnn_dim * directions, config.emb_dim)
+        self.norm: LayerNorm = LayerNorm(config.emb_dim)
+        self.rnn: nn.GRU | nn.LSTM = RNNS[config.rnn_type](
+            config.emb_dim, config.rnn_dim, bidirectional=directions == 2
+        )
+        self.fc: nn.Linear = nn.Linear(config.rnn_dim * directions, config.emb_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         sequences = rearrange(self.norm(x).to(self.fc.weight.dtype), "b p q d -> q (b p) d")
@@ -325,9 +333,9 @@ class MaskMLP(nn.Module):
     def __init__(self, config: BanditCommon, size: int) -> None:
         super().__init__()
         activation = ACTIVATIONS[config.hidden_activation]()
-        self.norm = LayerNorm(config.emb_dim)
-        self.hidden = nn.Sequential(nn.Linear(config.emb_dim, config.mlp_dim), activation)
-        self.output = nn.Sequential(nn.Linear(config.mlp_dim, 2 * size), nn.GLU(dim=-1))
+        self.norm: LayerNorm = LayerNorm(config.emb_dim)
+        self.hidden: nn.Sequential = nn.Sequential(nn.Linear(config.emb_dim, config.mlp_dim), activation)
+        self.output: nn.Sequential = nn.Sequential(nn.Linear(config.mlp_dim, 2 * size), nn.GLU(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
         first = cast(nn.Linear, self.hidden[0])

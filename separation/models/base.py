@@ -12,6 +12,10 @@ from separation.errors import InputError
 from separation.models.shapes import Shapes
 from separation.models.stft import Stft, Window
 
+# How a track is scaled before chunking: not at all, to a peak of 0.9, so that its mono mixture has zero mean and unit
+# variance, or to a largest `spectral_peak` of 1.
+Normalisation = Literal["none", "peak", "standard", "spectrum"]
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -105,9 +109,8 @@ class SeparationModel(nn.Module):
     UNUSED_KEYS: ClassVar[str] = ""
     # The layers that `to_precision` casts.
     CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    # How a track is scaled before chunking: not at all, to a peak of 0.9, so that its mono mixture has zero mean and
-    # unit variance, or to a largest `spectral_peak` of 1. A checkpoint's YAML can request "standard".
-    normalisation: Literal["none", "peak", "standard", "spectrum"] = "peak"
+    # A checkpoint's YAML can request "standard".
+    normalisation: Normalisation = "peak"
     # Whether the song's ends are extended by their reflection, or else by silence.
     reflects_border: ClassVar[bool] = True
     # Whether `core` takes the chunks, in addition to the spectrogram or alone.

@@ -37,7 +37,7 @@ class BSRoFormerConfig(RoFormerConfig):
 class BSRoFormer(RoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
-    Config = BSRoFormerConfig
+    Config: ClassVar[type] = BSRoFormerConfig
     KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"band_split\.to_features\..*",
         r"layers\.\d+\.\d+\.layers\.\d+\.0\.to_qkv\.weight",
@@ -54,8 +54,8 @@ class BSRoFormer(RoFormer):
             attention=attention,
         )
         if config.use_shared_bias:  # checkpoints store these two under these names, and a copy for every layer
-            self.linear_62_bias_0 = nn.Parameter(torch.zeros(config.heads * config.dim_head * 3))
-            self.linear_64_bias_0 = nn.Parameter(torch.zeros(config.dim))
+            self.linear_62_bias_0: nn.Parameter = nn.Parameter(torch.zeros(config.heads * config.dim_head * 3))
+            self.linear_64_bias_0: nn.Parameter = nn.Parameter(torch.zeros(config.dim))
             for module in self.modules():
                 if isinstance(module, Attention):
                     module.add_biases(self.linear_62_bias_0, self.linear_64_bias_0)

@@ -5,7 +5,7 @@ Attribute names match the keys of the published checkpoint.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,10 @@ HEADS, DIM_HEAD = 8, 64  # of the mask estimators' attention, whatever the rest 
 class BSRoFormerLarge(BSRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
-    KEY_PATTERNS = (*BSRoFormer.KEY_PATTERNS, r"mask_estimators\.\d+\.layers\.\d+\.\d+\.layers\.0\.0\.to_qkv\.weight")
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        *BSRoFormer.KEY_PATTERNS,
+        r"mask_estimators\.\d+\.layers\.\d+\.\d+\.layers\.0\.0\.to_qkv\.weight",
+    )
 
     def _mask_estimator(self, config: Any, widths: tuple[int, ...], linear_layers: int, attention: str) -> nn.Module:
         return RefiningEstimator(config, widths, linear_layers, attention)
@@ -45,15 +48,17 @@ class RefiningEstimator(VariantEstimator):
     def __init__(self, config: Any, widths: tuple[int, ...], linear_layers: int, attention: str) -> None:
         super().__init__()
         expansion = config.mlp_expansion_factor
-        self.to_freqs = band_mlps(config.dim, widths, linear_layers=linear_layers, expansion=expansion)
+        self.to_freqs: nn.ModuleList = band_mlps(config.dim, widths, linear_layers=linear_layers, expansion=expansion)
         along_time, along_bands = RotaryEmbedding(DIM_HEAD), RotaryEmbedding(DIM_HEAD)
         make_attention = partial(Attention, config.dim, heads=HEADS, dim_head=DIM_HEAD, backend=attention)
 
         def transformer(positions: RotaryEmbedding) -> Transformer:
             return Transformer(config.dim, depth=1, make_attention=partial(make_attention, positions=positions))
 
-        self.layers = nn.ModuleList(nn.ModuleList(map(transformer, (along_time, along_bands))) for _ in range(PAIRS))
-        self.norm = RMSNorm(config.dim)
+        self.layers: nn.ModuleList = nn.ModuleList(
+            nn.ModuleList(map(transformer, (along_time, along_bands))) for _ in range(PAIRS)
+        )
+        self.norm: RMSNorm = RMSNorm(config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return band_masks(self.to_freqs, self.norm(refined(self.layers, x)))

@@ -5,16 +5,17 @@ form of its MelBand-Conformer. Positions are relative (Shaw et al. 2018, arXiv:1
 keys of the checkpoints. Axes: B batch, N frame or token, D feature, H head, S stem.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, SeparationModel, Transform
+from separation.models.base import Identity, Normalisation, SeparationModel, Transform
 from separation.models.conformers import MelBandConformer, MelBandConformerConfig, convolution_between_linear_layers
 from separation.models.layers import MOST_TOKENS
 from separation.models.mel_band_roformer import MelBandRoFormer
@@ -61,10 +62,10 @@ class RelativeAttention(nn.Module):
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim)
-        self.rel_pos_emb = nn.Embedding(2 * MOST_DISTANCE + 1, dim_head)
+        self.to_q: nn.Linear = nn.Linear(dim, inner, bias=False)
+        self.to_kv: nn.Linear = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out: nn.Linear = nn.Linear(inner, dim)
+        self.rel_pos_emb: nn.Embedding = nn.Embedding(2 * MOST_DISTANCE + 1, dim_head)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -86,7 +87,7 @@ class Sublayer(nn.Module):
     def __init__(self, dim: int, layer: nn.Module) -> None:
         super().__init__()
         self.fn = layer
-        self.norm = LayerNorm(dim)
+        self.norm: LayerNorm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fn(self.norm(x))
@@ -99,7 +100,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, expansion: int) -> None:
         super().__init__()
         inner = dim * expansion
-        self.net = nn.Sequential(nn.Linear(dim, inner), nn.SiLU(), nn.Identity(), nn.Linear(inner, dim))
+        self.net: nn.Sequential = nn.Sequential(nn.Linear(dim, inner), nn.SiLU(), nn.Identity(), nn.Linear(inner, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(x)
@@ -124,7 +125,7 @@ class Depthwise(nn.Module):
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         self._padding = kernel_size // 2, kernel_size // 2 - (kernel_size + 1) % 2
-        self.conv = nn.Conv1d(channels, channels, kernel_size, groups=channels)
+        self.conv: nn.Conv1d = nn.Conv1d(channels, channels, kernel_size, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(F.pad(x, self._padding))
@@ -138,7 +139,7 @@ class Convolution(nn.Module):
         super().__init__()
         inner = dim * expansion
         along = Depthwise(inner, kernel_size)
-        self.net = convolution_between_linear_layers(LayerNorm(dim), along, dim=dim, inner=inner)
+        self.net: nn.Sequential = convolution_between_linear_layers(LayerNorm(dim), along, dim=dim, inner=inner)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(x)
@@ -150,11 +151,11 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__()
-        self.ff1 = Half(Sublayer(dim, FeedForward(dim, config.ff_mult)))
-        self.attn = Sublayer(dim, RelativeAttention(dim, config.heads, config.dim_head))
-        self.conv = Convolution(dim, config.conv_expansion_factor, config.conv_kernel_size)
-        self.ff2 = Half(Sublayer(dim, FeedForward(dim, config.ff_mult)))
-        self.post_norm = LayerNorm(dim)
+        self.ff1: Half = Half(Sublayer(dim, FeedForward(dim, config.ff_mult)))
+        self.attn: Sublayer = Sublayer(dim, RelativeAttention(dim, config.heads, config.dim_head))
+        self.conv: Convolution = Convolution(dim, config.conv_expansion_factor, config.conv_kernel_size)
+        self.ff2: Half = Half(Sublayer(dim, FeedForward(dim, config.ff_mult)))
+        self.post_norm: LayerNorm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.ff1, self.attn, self.conv, self.ff2):
@@ -168,7 +169,7 @@ class Blocks(nn.Module):
 
     def __init__(self, dim: int, depth: int, config: Any) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(dim, config) for _ in range(depth))
+        self.layers: nn.ModuleList = nn.ModuleList(Block(dim, config) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         # The scores of all sequences at once would need too much memory.
@@ -188,9 +189,9 @@ class Core(nn.Module):
         super().__init__()
         inputs = config.freq_bins * config.in_channels
         self._sizes = config.sources, config.in_channels, config.freq_bins
-        self.input_proj_stft = nn.Linear(inputs, config.embed_dim)
-        self.model = Blocks(config.embed_dim, config.depth, config)
-        self.output_proj = nn.Linear(config.embed_dim, 2 * config.sources * inputs)
+        self.input_proj_stft: nn.Linear = nn.Linear(inputs, config.embed_dim)
+        self.model: Blocks = Blocks(config.embed_dim, config.depth, config)
+        self.output_proj: nn.Linear = nn.Linear(config.embed_dim, 2 * config.sources * inputs)
 
     def forward(self, magnitudes: Tensor) -> Tensor:
         frames = rearrange(magnitudes, "b c f n -> b n (c f)").to(self.input_proj_stft.weight.dtype)
@@ -207,17 +208,22 @@ class Conformer(SeparationModel):
 
     Config = ConformerConfig
     TRAINING_KEYS = frozenset({"attn_dropout", "ff_dropout", "conv_dropout"})
-    AUDIO_KEYS = MappingProxyType({key: key for key in ("n_fft", "hop_length", "win_length")})
-    KEY_PATTERNS = (r"core\.input_proj_stft\.weight", r"core\.model\.layers\.\d+\.attn\.fn\.to_q\.weight")
-    CAST_LAYERS = (nn.Linear, nn.Conv1d)
-    normalisation = "none"  # its input is not normalised, and the masks depend on the level
+    AUDIO_KEYS: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {key: key for key in ("n_fft", "hop_length", "win_length")}
+    )
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"core\.input_proj_stft\.weight",
+        r"core\.model\.layers\.\d+\.attn\.fn\.to_q\.weight",
+    )
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv1d)
+    normalisation: Normalisation = "none"  # its input is not normalised, and the masks depend on the level
 
     def __init__(self, config: ConformerConfig, identity: Identity) -> None:
         super().__init__(identity)
         if config.sources != len(identity.stems):
             raise ValueError(f"sources is {config.sources} and there are {len(identity.stems)} stems: correct one")
-        self.channels = config.in_channels
-        self.least_samples = config.n_fft // 2 + 1
+        self.channels: int = config.in_channels
+        self.least_samples: int = config.n_fft // 2 + 1
         self._stft = Stft(
             n_fft=config.n_fft, hop_length=config.hop_length, win_length=config.win_length or config.n_fft
         )
@@ -248,18 +254,18 @@ class EarlyMelBandConformer(MelBandConformer):
     It extends the later form, so that a YAML without weights means that one.
     """
 
-    Config = EarlyConfig
+    Config: ClassVar[type] = EarlyConfig
     TRAINING_KEYS = RoFormer.TRAINING_KEYS | {"conv_dropout", "skip_connection"}  # which it does not use
     more_mask_layers = 1
-    KEY_PATTERNS = (
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"band_split\.to_features\..*",
         r"layers\.\d+\.\d+\.layers\.\d+\.attn\.fn\.to_q\.weight",
     )
 
     def __init__(self, config: EarlyConfig, identity: Identity) -> None:
         MelBandRoFormer.__init__(self, config, identity)
-        self.head_size = None  # relative positions have no choice of attention backend
+        self.head_size: int | None = None  # relative positions have no choice of attention backend
         depths = config.time_conformer_depth, config.freq_conformer_depth
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             nn.ModuleList(Blocks(config.dim, depth, config) for depth in depths) for _ in range(config.depth)
         )

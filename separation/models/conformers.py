@@ -7,7 +7,7 @@ Attribute names match the keys of the checkpoints. Axes: B batch, N token, D fea
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops.layers.torch import Rearrange
@@ -78,7 +78,7 @@ class HalfStep(nn.Module):
 
     def __init__(self, dim: int, expansion: int) -> None:
         super().__init__()
-        self.ff = FeedForward(dim, expansion=expansion)
+        self.ff: FeedForward = FeedForward(dim, expansion=expansion)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.ff(x) * 0.5
@@ -110,7 +110,7 @@ class Convolution(nn.Module):
         super().__init__()
         inner = dim * expansion
         along = nn.Conv1d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner)
-        self.net = convolution_between_linear_layers(RMSNorm(dim), along, dim=dim, inner=inner)
+        self.net: nn.Sequential = convolution_between_linear_layers(RMSNorm(dim), along, dim=dim, inner=inner)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(x)
@@ -122,11 +122,11 @@ class ConformerBlock(nn.Module):
 
     def __init__(self, config: Any, attention: Attention) -> None:
         super().__init__()
-        self.ff1 = HalfStep(config.dim, config.ff_mult)
+        self.ff1: HalfStep = HalfStep(config.dim, config.ff_mult)
         self.attn = attention
-        self.conv = Convolution(config.dim, config.conv_expansion_factor, config.conv_kernel_size)
-        self.ff2 = HalfStep(config.dim, config.ff_mult)
-        self.out_norm = RMSNorm(config.dim)
+        self.conv: Convolution = Convolution(config.dim, config.conv_expansion_factor, config.conv_kernel_size)
+        self.ff2: HalfStep = HalfStep(config.dim, config.ff_mult)
+        self.out_norm: RMSNorm = RMSNorm(config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.ff1, self.attn, self.conv, self.ff2):
@@ -140,7 +140,7 @@ class Conformer(nn.Module):
 
     def __init__(self, blocks: Iterable[ConformerBlock]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(blocks)
+        self.layers: nn.ModuleList = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_exporting():
@@ -158,7 +158,7 @@ class _Conformers(RoFormer):
     """A RoFormer with conformers in place of its transformers."""
 
     TRAINING_KEYS = RoFormer.TRAINING_KEYS | {"conv_dropout"}
-    CAST_LAYERS = (nn.Linear, nn.Conv1d)
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv1d)
     has_int8 = False
 
     def _replace_transformers(self, config: Any, attention: str) -> None:
@@ -174,7 +174,7 @@ class _Conformers(RoFormer):
                 make = partial(Attention, config.dim, **heads, positions=rotary, backend=attention)
                 yield Conformer(ConformerBlock(config, make()) for _ in range(depth))
 
-        self.layers = nn.ModuleList(nn.ModuleList(conformers()) for _ in range(config.depth))
+        self.layers: nn.ModuleList = nn.ModuleList(nn.ModuleList(conformers()) for _ in range(config.depth))
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
@@ -207,8 +207,8 @@ class _Conformers(RoFormer):
 class BSConformer(_Conformers, BSRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
-    Config = BSConformerConfig
-    KEY_PATTERNS = (
+    Config: ClassVar[type] = BSConformerConfig
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"band_split\.to_features\..*",
         r"layers\.\d+\.\d+\.layers\.\d+\.attn\.to_qkv\.weight",
         r"final_norm\.gamma",
@@ -222,9 +222,12 @@ class BSConformer(_Conformers, BSRoFormer):
 class MelBandConformer(_Conformers, MelBandRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
-    Config = MelBandConformerConfig
+    Config: ClassVar[type] = MelBandConformerConfig
     more_mask_layers = 0
-    KEY_PATTERNS = (r"band_split\.to_features\..*", r"layers\.\d+\.\d+\.layers\.\d+\.attn\.to_qkv\.weight")
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"band_split\.to_features\..*",
+        r"layers\.\d+\.\d+\.layers\.\d+\.attn\.to_qkv\.weight",
+    )
 
     def __init__(self, config: MelBandConformerConfig, identity: Identity, *, attention: str = "sdpa") -> None:
         super().__init__(config, identity, attention=attention)

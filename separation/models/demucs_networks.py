@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from separation.documents import escaped
 from separation.errors import CheckpointError
-from separation.models.attention import BACKENDS
+from separation.models.attention import BACKENDS, AttentionBackend
 from separation.models.base import Blueprint
 from separation.models.limits import check_arguments
 from separation.models.old_demucs import OldDemucs
@@ -187,9 +187,11 @@ class MultiheadAttention(nn.Module):
     def __init__(self, plain: nn.MultiheadAttention, backend: str) -> None:
         super().__init__()
         assert plain.batch_first and plain.in_proj_weight is not None and plain.bias_k is None
-        self.in_proj_weight, self.in_proj_bias, self.out_proj = plain.in_proj_weight, plain.in_proj_bias, plain.out_proj
+        self.in_proj_weight: nn.Parameter = plain.in_proj_weight
+        self.in_proj_bias: nn.Parameter = plain.in_proj_bias
+        self.out_proj: nn.Linear = plain.out_proj
         self.num_heads = plain.num_heads
-        self.attend = BACKENDS[backend]
+        self.attend: AttentionBackend = BACKENDS[backend]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
         """`[B, N, D]` and twice the same `[B, M, D]` to `[B, N, D]`; returns no attention weights.

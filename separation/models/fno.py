@@ -6,7 +6,7 @@ published checkpoint. Axes: B batch, D feature, N frame, K band.
 """
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,10 @@ class BSRoFormerFNO(BSRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
     TRAINING_KEYS = BSRoFormer.TRAINING_KEYS | {"fno", "use_mask_estimator_fno"}
-    KEY_PATTERNS = (*BSRoFormer.KEY_PATTERNS, r"mask_estimators\.\d+\.to_freqs\.\d+\.0\.fno_blocks\..*")
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        *BSRoFormer.KEY_PATTERNS,
+        r"mask_estimators\.\d+\.to_freqs\.\d+\.0\.fno_blocks\..*",
+    )
 
     def _mask_estimator(self, config: Any, widths: tuple[int, ...], linear_layers: int, attention: str) -> nn.Module:
         return OperatorEstimator(config.dim, widths)
@@ -47,7 +50,9 @@ class OperatorEstimator(VariantEstimator):
 
     def __init__(self, dim: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.to_freqs = nn.ModuleList(nn.Sequential(Operator(dim, 2 * width), nn.GLU(dim=-2)) for width in widths)
+        self.to_freqs: nn.ModuleList = nn.ModuleList(
+            nn.Sequential(Operator(dim, 2 * width), nn.GLU(dim=-2)) for width in widths
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         courses = x.float().permute(1, 3, 2, 0)  # [B, D, K, N]
@@ -66,9 +71,9 @@ class Operator(nn.Module):
 
     def __init__(self, dim: int, outputs: int) -> None:
         super().__init__()
-        self.lifting = Pointwise(dim + 1, 2 * dim, dim)
-        self.fno_blocks = Blocks(dim)
-        self.projection = Pointwise(dim, 2 * dim, outputs)
+        self.lifting: Pointwise = Pointwise(dim + 1, 2 * dim, dim)
+        self.fno_blocks: Blocks = Blocks(dim)
+        self.projection: Pointwise = Pointwise(dim, 2 * dim, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.shape[2]
@@ -83,7 +88,7 @@ class Pointwise(nn.Module):
 
     def __init__(self, dim: int, hidden: int, outputs: int) -> None:
         super().__init__()
-        self.fcs = nn.ModuleList([nn.Conv1d(dim, hidden, 1), nn.Conv1d(hidden, outputs, 1)])
+        self.fcs: nn.ModuleList = nn.ModuleList([nn.Conv1d(dim, hidden, 1), nn.Conv1d(hidden, outputs, 1)])
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.fcs
@@ -96,8 +101,10 @@ class Spectral(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.ParameterDict({"tensor": nn.Parameter(torch.zeros(dim, MODES, dtype=torch.complex64))})
-        self.bias = nn.Parameter(torch.zeros(dim, 1))
+        self.weight: nn.ParameterDict = nn.ParameterDict(
+            {"tensor": nn.Parameter(torch.zeros(dim, MODES, dtype=torch.complex64))}
+        )
+        self.bias: nn.Parameter = nn.Parameter(torch.zeros(dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         spectrum = torch.fft.rfft(x, norm="forward")
@@ -111,7 +118,7 @@ class Skip(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(dim, dim, 1, bias=False)
+        self.conv: nn.Conv1d = nn.Conv1d(dim, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
@@ -123,7 +130,7 @@ class Gain(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, dim, 1))
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(1, dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
@@ -134,10 +141,10 @@ class Blocks(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(Spectral(dim) for _ in range(LAYERS))
-        self.fno_skips = nn.ModuleList(Skip(dim) for _ in range(LAYERS))
-        self.channel_mlp = nn.ModuleList(Pointwise(dim, dim // 2, dim) for _ in range(LAYERS))
-        self.channel_mlp_skips = nn.ModuleList(Gain(dim) for _ in range(LAYERS))
+        self.convs: nn.ModuleList = nn.ModuleList(Spectral(dim) for _ in range(LAYERS))
+        self.fno_skips: nn.ModuleList = nn.ModuleList(Skip(dim) for _ in range(LAYERS))
+        self.channel_mlp: nn.ModuleList = nn.ModuleList(Pointwise(dim, dim // 2, dim) for _ in range(LAYERS))
+        self.channel_mlp_skips: nn.ModuleList = nn.ModuleList(Gain(dim) for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
         lists = (self.convs, self.fno_skips, self.channel_mlp, self.channel_mlp_skips)

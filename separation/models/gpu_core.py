@@ -12,7 +12,7 @@ from separation.models.base import SeparationModel
 from separation.models.kernels.native import NotFusedError, library
 from separation.models.kernels.registry import cpu_fault, triton_fault
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class GpuCoreModel(SeparationModel):

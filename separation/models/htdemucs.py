@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from separation.errors import CheckpointError, InputError
 from separation.models import demucs_networks
-from separation.models.base import Blueprint, Identity, SeparationModel, Transform
+from separation.models.base import Blueprint, Identity, Normalisation, SeparationModel, Transform
 from separation.models.kernels.demucs_gpu import HybridNetwork, Inputs
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.registry import cpu_fault, ops
@@ -28,9 +28,10 @@ from separation.models.old_demucs import OldDemucs
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft, make_window
 
-MIXED_IN_BAGS = {demucs_networks.Demucs, demucs_networks.HDemucs}  # one bag may contain both
+# One bag may contain both.
+MIXED_IN_BAGS: frozenset[type[nn.Module]] = frozenset({demucs_networks.Demucs, demucs_networks.HDemucs})
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class DemucsModel(SeparationModel):
@@ -41,7 +42,7 @@ class DemucsModel(SeparationModel):
     """
 
     Network: ClassVar[type[nn.Module]]
-    normalisation = "standard"
+    normalisation: Normalisation = "standard"
     reflects_border = False
     fixed_chunk = True
     core_takes_waveform = True
@@ -59,12 +60,12 @@ class DemucsModel(SeparationModel):
         super().__init__(identity)
         arguments = asdict(config) | {"sources": list(config.sources), "segment": Fraction(config.segment)}
         parts = specialists or [str(number) for number in range(members)]
-        self.networks = nn.ModuleDict({part: self.Network(**arguments) for part in parts})
+        self.networks: nn.ModuleDict = nn.ModuleDict({part: self.Network(**arguments) for part in parts})
         self._sources = tuple(config.sources)
         self._specialised = bool(specialists)
         self._shares = shares
         plain = (module for module in self.modules() if isinstance(module, nn.MultiheadAttention))
-        self.head_size = next((module.head_dim for module in plain), None)
+        self.head_size: int | None = next((module.head_dim for module in plain), None)
 
     @classmethod
     def key_prefix(cls, part: str) -> str:
@@ -196,7 +197,8 @@ class HybridDemucs(DemucsModel):
             return
         fused = self.transform(0)
         self._least_samples = _least_samples(each)
-        self.networks, self._fused = nn.ModuleDict(replaced), fused
+        self.networks: nn.ModuleDict = nn.ModuleDict(replaced)
+        self._fused = fused
 
     def to_precision(self, dtype: torch.dtype) -> None:
         super().to_precision(dtype)
@@ -325,9 +327,9 @@ def _spectrum(chunks: Tensor, transform: Transform) -> Tensor:
 class HTDemucs(HybridDemucs):
     """T must be `chunk_samples`, the length on which the transformer was trained."""
 
-    Network = demucs_networks.HTDemucs
-    Config = demucs_networks.config_of(Network)
-    KEY_PATTERNS = (r"tencoder\.\d+\.conv\.weight", r"crosstransformer\.layers\.\d+\..*")
+    Network: ClassVar[type[nn.Module]] = demucs_networks.HTDemucs
+    Config: ClassVar[type] = demucs_networks.config_of(Network)
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (r"tencoder\.\d+\.conv\.weight", r"crosstransformer\.layers\.\d+\..*")
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
@@ -340,9 +342,12 @@ class HTDemucs(HybridDemucs):
 class HDemucs(HybridDemucs):
     """T is at most `chunk_samples`: the last chunk of a song is not extended."""
 
-    Network = demucs_networks.HDemucs
-    Config = demucs_networks.config_of(Network)
-    KEY_PATTERNS = (r"tencoder\.\d+\.conv\.weight", r"encoder\.\d+\.dconv\.layers\.\d+\.\d+\.lstm\.weight_ih_l0")
+    Network: ClassVar[type[nn.Module]] = demucs_networks.HDemucs
+    Config: ClassVar[type] = demucs_networks.config_of(Network)
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"tencoder\.\d+\.conv\.weight",
+        r"encoder\.\d+\.dconv\.layers\.\d+\.\d+\.lstm\.weight_ih_l0",
+    )
 
     def input_samples(self, length: int) -> int:
         return demucs_networks.valid_length(self.networks.values(), length)
@@ -352,8 +357,8 @@ class Demucs(DemucsModel):
     """T is a chunk and a little of its surroundings, so that the convolutions use every sample."""
 
     Network = demucs_networks.Demucs
-    Config = demucs_networks.config_of(Network)
-    KEY_PATTERNS = (r"encoder\.0\.[3-9]\..*", r"decoder\.0\.0\.weight", r"(.*\.)?lstm\..*")
+    Config: ClassVar[type] = demucs_networks.config_of(Network)
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (r"encoder\.0\.[3-9]\..*", r"decoder\.0\.0\.weight", r"(.*\.)?lstm\..*")
 
     def transform(self, length: int) -> None:
         return None
@@ -380,9 +385,13 @@ class Demucs(DemucsModel):
 class DemucsV2(Demucs):
     """Demucs 1 and 2. Their files describe their network, or their weights do."""
 
-    Network = OldDemucs
-    Config = demucs_networks.config_of(Network)
-    KEY_PATTERNS = (r"encoder\.0\.2\.weight", r"decoder\.0\.0\.weight", r"lstm\.linear\.weight")
+    Network: ClassVar[type[nn.Module]] = OldDemucs
+    Config: ClassVar[type] = demucs_networks.config_of(Network)
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"encoder\.0\.2\.weight",
+        r"decoder\.0\.0\.weight",
+        r"lstm\.linear\.weight",
+    )
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ names match the keys of the published checkpoints. Axes: B batch, D channel, N f
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,12 @@ class HyperACEConfig(BSRoFormerConfig):
 class BSRoFormerHyperACE(BSRoFormer):
     """Chunks of waveform `[B, 2, T]` to estimates `[B, S, 2, T]`; see RoFormer."""
 
-    Config = HyperACEConfig
+    Config: ClassVar[type] = HyperACEConfig
     TRAINING_KEYS = BSRoFormer.TRAINING_KEYS | {"use_mask_estimator_hyper_ace"}
-    KEY_PATTERNS = (*BSRoFormer.KEY_PATTERNS, r"mask_estimators\.\d+\.segm\.upsample_head\.block1\.out_conv\..*")
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        *BSRoFormer.KEY_PATTERNS,
+        r"mask_estimators\.\d+\.segm\.upsample_head\.block1\.out_conv\..*",
+    )
 
     def to_precision(self, dtype: torch.dtype) -> None:
         """As in SeparationModel, but the segmentation branches stay in float32: their norms enlarge rounding."""
@@ -64,8 +67,8 @@ class SegmentationEstimator(VariantEstimator):
     def __init__(self, config: HyperACEConfig, widths: tuple[int, ...], linear_layers: int) -> None:
         super().__init__()
         expansion = config.mlp_expansion_factor
-        self.to_freqs = band_mlps(config.dim, widths, linear_layers=linear_layers, expansion=expansion)
-        self.segm = Segmentation(config.dim, len(widths), sum(widths) // 4)
+        self.to_freqs: nn.ModuleList = band_mlps(config.dim, widths, linear_layers=linear_layers, expansion=expansion)
+        self.segm: Segmentation = Segmentation(config.dim, len(widths), sum(widths) // 4)
 
     def forward(self, x: Tensor) -> Tensor:
         masks: Tensor = band_masks(self.to_freqs, x) + self.segm(x.float())
@@ -105,8 +108,8 @@ class Convolution(nn.Module):
 
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, outputs, 1, bias=False)
-        self.bn = InstanceNorm(outputs)
+        self.conv: nn.Conv2d = nn.Conv2d(channels, outputs, 1, bias=False)
+        self.bn: InstanceNorm = InstanceNorm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(self.bn(self.conv(x)))
@@ -117,9 +120,9 @@ class SeparableConvolution(nn.Module):
 
     def __init__(self, channels: int, outputs: int, stride: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
-        self.pwconv = nn.Conv2d(channels, outputs, 1, bias=False)
-        self.bn = InstanceNorm(outputs)
+        self.dwconv: nn.Conv2d = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
+        self.pwconv: nn.Conv2d = nn.Conv2d(channels, outputs, 1, bias=False)
+        self.bn: InstanceNorm = InstanceNorm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(self.bn(self.pwconv(self.dwconv(x))))
@@ -130,8 +133,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.dsconv1 = SeparableConvolution(channels, channels)
-        self.dsconv2 = SeparableConvolution(channels, channels)
+        self.dsconv1: SeparableConvolution = SeparableConvolution(channels, channels)
+        self.dsconv2: SeparableConvolution = SeparableConvolution(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.dsconv2(self.dsconv1(x))
@@ -143,10 +146,10 @@ class PartialBlock(nn.Module):
 
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
-        self.cv1 = Convolution(channels, channels)
-        self.cv2 = Convolution(channels, channels)
-        self.cv3 = Convolution(2 * channels, channels)
-        self.m = nn.Sequential(*(Bottleneck(channels) for _ in range(depth)))
+        self.cv1: Convolution = Convolution(channels, channels)
+        self.cv2: Convolution = Convolution(channels, channels)
+        self.cv3: Convolution = Convolution(2 * channels, channels)
+        self.m: nn.Sequential = nn.Sequential(*(Bottleneck(channels) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
         fused: Tensor = self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))
@@ -158,9 +161,9 @@ class NarrowBlock(nn.Module):
 
     def __init__(self, channels: int, outputs: int, depth: int) -> None:
         super().__init__()
-        self.cv1 = Convolution(channels, outputs // 2)
-        self.m = PartialBlock(outputs // 2, depth)
-        self.cv2 = Convolution(outputs // 2, outputs)
+        self.cv1: Convolution = Convolution(channels, outputs // 2)
+        self.m: PartialBlock = PartialBlock(outputs // 2, depth)
+        self.cv2: Convolution = Convolution(outputs // 2, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.cv2(self.m(self.cv1(x)))
@@ -172,9 +175,13 @@ class Encoder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.stem = SeparableConvolution(dim, BASE_CHANNELS, (2, 1))
+        self.stem: SeparableConvolution = SeparableConvolution(dim, BASE_CHANNELS, (2, 1))
         sizes = pairwise((BASE_CHANNELS, *CHANNELS))
         strides, depths = ((2, 1), (2, 1), (2, 2), (2, 2)), (2, 4, 4, 2)
+        self.p2: nn.Sequential
+        self.p3: nn.Sequential
+        self.p4: nn.Sequential
+        self.p5: nn.Sequential
         self.p2, self.p3, self.p4, self.p5 = (
             nn.Sequential(SeparableConvolution(channels, outputs, stride), NarrowBlock(outputs, outputs, depth))
             for (channels, outputs), stride, depth in zip(sizes, strides, depths, strict=True)
@@ -194,9 +201,9 @@ class Hyperedges(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.global_proto = nn.Parameter(torch.randn(HYPEREDGES, channels))
-        self.context_mapper = nn.Linear(2 * channels, HYPEREDGES * channels, bias=False)
-        self.query_proj = nn.Linear(channels, channels, bias=False)
+        self.global_proto: nn.Parameter = nn.Parameter(torch.randn(HYPEREDGES, channels))
+        self.context_mapper: nn.Linear = nn.Linear(2 * channels, HYPEREDGES * channels, bias=False)
+        self.query_proj: nn.Linear = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[-1]
@@ -214,8 +221,8 @@ class HypergraphConvolution(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.W_e = nn.Linear(channels, channels, bias=False)
-        self.W_v = nn.Linear(channels, channels, bias=False)
+        self.W_e: nn.Linear = nn.Linear(channels, channels, bias=False)
+        self.W_v: nn.Linear = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         collected = F.silu(self.W_e(edges @ x))
@@ -227,8 +234,8 @@ class Hypergraph(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.adaptive_hyperedge_gen = Hyperedges(channels)
-        self.hypergraph_conv = HypergraphConvolution(channels)
+        self.adaptive_hyperedge_gen: Hyperedges = Hyperedges(channels)
+        self.hypergraph_conv: HypergraphConvolution = HypergraphConvolution(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         places = x.flatten(2).mT
@@ -242,10 +249,10 @@ class HypergraphBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.cv1 = Convolution(channels, channels)
-        self.cv2 = Convolution(channels, channels)
-        self.ahc = Hypergraph(channels)
-        self.cv3 = Convolution(2 * channels, channels)
+        self.cv1: Convolution = Convolution(channels, channels)
+        self.cv2: Convolution = Convolution(channels, channels)
+        self.ahc: Hypergraph = Hypergraph(channels)
+        self.cv3: Convolution = Convolution(2 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         fused: Tensor = self.cv3(torch.cat((self.ahc(self.cv2(x)), self.cv1(x)), dim=1))
@@ -260,11 +267,11 @@ class Correlation(nn.Module):
         channels = CHANNELS[2]
         half, quarter = channels // 2, channels // 4
         self._parts = (half, quarter, channels - half - quarter)
-        self.fuse_conv = Convolution(sum(CHANNELS), channels)
-        self.high_order_branch = nn.ModuleList(HypergraphBlock(half) for _ in range(2))
-        self.high_order_fuse = Convolution(2 * half, half)
-        self.low_order_branch = nn.Sequential(PartialBlock(quarter, 1))
-        self.final_fuse = Convolution(channels, channels)
+        self.fuse_conv: Convolution = Convolution(sum(CHANNELS), channels)
+        self.high_order_branch: nn.ModuleList = nn.ModuleList(HypergraphBlock(half) for _ in range(2))
+        self.high_order_fuse: Convolution = Convolution(2 * half, half)
+        self.low_order_branch: nn.Sequential = nn.Sequential(PartialBlock(quarter, 1))
+        self.final_fuse: Convolution = Convolution(channels, channels)
 
     def forward(self, scales: list[Tensor]) -> Tensor:
         size = scales[2].shape[2:]
@@ -279,7 +286,7 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         return x + self.gamma.to(x.dtype) * other
@@ -296,7 +303,7 @@ class Decoder(nn.Module):
             self.add_module(f"skip_p{name}", Convolution(channels, channels))
         for name, channels, outputs in zip(("3", "4", "5"), CHANNELS[1:], CHANNELS, strict=False):
             self.add_module(f"up_d{name}", NarrowBlock(channels, outputs, 1))
-        self.final_d2 = NarrowBlock(CHANNELS[0], CHANNELS[0], 1)
+        self.final_d2: NarrowBlock = NarrowBlock(CHANNELS[0], CHANNELS[0], 1)
 
     def forward(self, scales: list[Tensor], correlation: Tensor) -> Tensor:
         x: Tensor | None = None
@@ -315,7 +322,7 @@ class FrequencyBlock(nn.Module):
 
     def __init__(self, channels: int, bands: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList()
+        self.blocks: nn.ModuleList = nn.ModuleList()
         for _ in range(2):
             convolutions = [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)]
             narrow, wide = (nn.Linear(*sizes, bias=False) for sizes in ((bands, bands // 4), (bands // 4, bands)))
@@ -343,8 +350,8 @@ class DoubleBands(nn.Module):
 
     def __init__(self, channels: int, bands: int) -> None:
         super().__init__()
-        self.conv = SeparableConvolution(channels, channels)
-        self.out_conv = FrequencyBlock(channels // 2, 2 * bands)
+        self.conv: SeparableConvolution = SeparableConvolution(channels, channels)
+        self.out_conv: FrequencyBlock = FrequencyBlock(channels // 2, 2 * bands)
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = self.conv(x).unflatten(1, (-1, 2))  # [B, D / 2, 2, N, K]
@@ -358,10 +365,11 @@ class Head(nn.Module):
     def __init__(self, bands: int, bins: int) -> None:
         super().__init__()
         self._bins = bins
-        self.block1, self.block2, self.block3, self.block4 = (
-            DoubleBands(CHANNELS[0] >> step, bands << step) for step in range(4)
-        )
-        self.final_conv = nn.Conv2d(CHANNELS[0] // BINS_PER_BAND, 4, 3, padding=1, bias=False)
+        self.block1: DoubleBands = DoubleBands(CHANNELS[0], bands)
+        self.block2: DoubleBands = DoubleBands(CHANNELS[0] >> 1, bands << 1)
+        self.block3: DoubleBands = DoubleBands(CHANNELS[0] >> 2, bands << 2)
+        self.block4: DoubleBands = DoubleBands(CHANNELS[0] >> 3, bands << 3)
+        self.final_conv: nn.Conv2d = nn.Conv2d(CHANNELS[0] // BINS_PER_BAND, 4, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block4(self.block3(self.block2(self.block1(x))))
@@ -374,10 +382,10 @@ class Segmentation(nn.Module):
 
     def __init__(self, dim: int, bands: int, bins: int) -> None:
         super().__init__()
-        self.backbone = Encoder(dim)
-        self.hyperace = Correlation()
-        self.decoder = Decoder()
-        self.upsample_head = Head(bands, bins)
+        self.backbone: Encoder = Encoder(dim)
+        self.hyperace: Correlation = Correlation()
+        self.decoder: Decoder = Decoder()
+        self.upsample_head: Head = Head(bands, bins)
 
     def forward(self, x: Tensor) -> Tensor:
         images = x.permute(1, 3, 0, 2).to(self.upsample_head.final_conv.weight.dtype)

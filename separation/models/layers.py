@@ -18,7 +18,7 @@ from rotary_embedding_torch import RotaryEmbedding as PackagedEmbedding
 from rotary_embedding_torch import apply_rotary_emb
 from torch import Tensor, nn
 
-from separation.models.attention import BACKENDS
+from separation.models.attention import BACKENDS, AttentionBackend
 from separation.models.kernels.native import NotFusedError
 
 MOST_TOKENS = 8192  # that a transformer processes at once on a CPU
@@ -30,8 +30,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.scale = dim**0.5
-        self.gamma = nn.Parameter(torch.ones(dim))
+        self.scale: float = dim**0.5
+        self.gamma: nn.Parameter = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         normed: Tensor = F.normalize(x.float(), dim=-1) * (self.scale * self.gamma)
@@ -77,7 +77,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, theta: float = 10000.0) -> None:
         super().__init__()
-        self.freqs = _frequencies(dim // 2, theta)
+        self.freqs: nn.Parameter = _frequencies(dim // 2, theta)
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
@@ -93,8 +93,8 @@ class PolarEmbedding(nn.Module):
 
     def __init__(self, dim: int, heads: int, theta: float = 10000.0) -> None:
         super().__init__()
-        self.inv_freqs = _frequencies(dim, theta)
-        self.bias = nn.Parameter(torch.zeros(heads, dim))  # radians, added to the angles of keys
+        self.inv_freqs: nn.Parameter = _frequencies(dim, theta)
+        self.bias: nn.Parameter = nn.Parameter(torch.zeros(heads, dim))  # radians, added to the angles of keys
 
     def forward(self, x: Tensor, *, is_key: bool) -> Tensor:
         positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
@@ -114,13 +114,13 @@ class Attention(nn.Module):
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
-        self.attend = BACKENDS[backend]
-        self.rotary_embed = positions if isinstance(positions, RotaryEmbedding) else None
-        self.pope_embed = positions if isinstance(positions, PolarEmbedding) else None
-        self.norm = RMSNorm(dim)
-        self.to_qkv = nn.Linear(dim, inner * 3, bias=False)
-        self.to_gates = nn.Linear(dim, heads)
-        self.to_out = nn.Sequential(nn.Linear(inner, dim, bias=False))
+        self.attend: AttentionBackend = BACKENDS[backend]
+        self.rotary_embed: RotaryEmbedding | None = positions if isinstance(positions, RotaryEmbedding) else None
+        self.pope_embed: PolarEmbedding | None = positions if isinstance(positions, PolarEmbedding) else None
+        self.norm: RMSNorm = RMSNorm(dim)
+        self.to_qkv: nn.Linear = nn.Linear(dim, inner * 3, bias=False)
+        self.to_gates: nn.Linear = nn.Linear(dim, heads)
+        self.to_out: nn.Sequential = nn.Sequential(nn.Linear(inner, dim, bias=False))
 
     def add_biases(self, qkv: nn.Parameter, out: nn.Parameter) -> None:
         """Set the biases that some checkpoints have, `[3 * inner]` and `[D]`. Several layers may share them."""
@@ -156,10 +156,11 @@ class LinearAttention(nn.Module):
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
-        self.norm = RMSNorm(dim)
-        self.to_qkv = nn.Sequential(nn.Linear(dim, inner * 3, bias=False))
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))  # the logarithm of a factor for the scores
-        self.to_out = nn.Sequential(nn.Identity(), nn.Linear(inner, dim, bias=False))
+        self.norm: RMSNorm = RMSNorm(dim)
+        self.to_qkv: nn.Sequential = nn.Sequential(nn.Linear(dim, inner * 3, bias=False))
+        # The logarithm of a factor for the scores.
+        self.temperature: nn.Parameter = nn.Parameter(torch.ones(heads, 1, 1))
+        self.to_out: nn.Sequential = nn.Sequential(nn.Identity(), nn.Linear(inner, dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "b n (three h d) -> three b h d n", three=3, h=self.heads)
@@ -178,7 +179,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, *, expansion: int = 4) -> None:
         super().__init__()
         inner = dim * expansion
-        self.net = nn.Sequential(RMSNorm(dim), nn.Linear(dim, inner), nn.GELU(), nn.Identity(), nn.Linear(inner, dim))
+        self.net: nn.Sequential = nn.Sequential(
+            RMSNorm(dim), nn.Linear(dim, inner), nn.GELU(), nn.Identity(), nn.Linear(inner, dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(x)
@@ -195,8 +198,10 @@ class Transformer(nn.Module):
         self, dim: int, *, depth: int, make_attention: Callable[[], nn.Module], norm_output: bool = False
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList([make_attention(), FeedForward(dim)]) for _ in range(depth))
-        self.norm = RMSNorm(dim) if norm_output else nn.Identity()
+        self.layers: nn.ModuleList = nn.ModuleList(
+            nn.ModuleList([make_attention(), FeedForward(dim)]) for _ in range(depth)
+        )
+        self.norm: RMSNorm | nn.Identity = RMSNorm(dim) if norm_output else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_exporting():
@@ -240,7 +245,9 @@ class BandSplit(nn.Module):
     def __init__(self, dim: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.widths = widths
-        self.to_features = nn.ModuleList(nn.Sequential(RMSNorm(width), nn.Linear(width, dim)) for width in widths)
+        self.to_features: nn.ModuleList = nn.ModuleList(
+            nn.Sequential(RMSNorm(width), nn.Linear(width, dim)) for width in widths
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         bands = zip(x.split(self.widths, dim=-1), cast(Iterable[Pair], self.to_features), strict=True)
@@ -255,7 +262,7 @@ class MaskEstimator(nn.Module):
 
     def __init__(self, dim: int, widths: tuple[int, ...], *, linear_layers: int, expansion: int) -> None:
         super().__init__()
-        self.to_freqs = band_mlps(dim, widths, linear_layers=linear_layers, expansion=expansion)
+        self.to_freqs: nn.ModuleList = band_mlps(dim, widths, linear_layers=linear_layers, expansion=expansion)
 
     def forward(self, x: Tensor) -> Tensor:
         return band_masks(self.to_freqs, x)

@@ -4,7 +4,7 @@ The spectrogram's real and imaginary parts are split into sub-bands, which are s
 frames and bins. Its blocks combine 3x3 convolutions with a bottleneck of two linear layers over all bins of a frame.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, Transform
+from separation.models.base import Identity, Normalisation, Transform
 from separation.models.gpu_core import GpuCoreModel
 from separation.models.kernels.mdx23c_gpu import GpuMDX23C
 from separation.models.kernels.unet_cpu import for_cpu
@@ -75,30 +75,33 @@ class MDX23C(GpuCoreModel):
     Input and output are float32. Convolutions and linear layers may be in bfloat16 or float16 (see `to_precision`).
     """
 
-    Config = MDX23CConfig
-    AUDIO_KEYS = MappingProxyType(
+    Config: ClassVar[type] = MDX23CConfig
+    AUDIO_KEYS: ClassVar[Mapping[str, str]] = MappingProxyType(
         {key: key for key in ("n_fft", "hop_length", "dim_f", "chunk_size")} | {"num_channels": "audio_channels"}
     )
     KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"encoder_blocks\.0\.tfc_tdf\.blocks\.0\.tdf\.2\.weight",
         r"bottleneck_block\.blocks\.0\..*",
     )
-    CAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    cpu_core_precisions = (torch.float32, torch.bfloat16)  # Winograd's convolution outruns a direct one in bfloat16
-    normalisation = "none"  # its residual path is linear, and it was trained on tracks at their original level
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    # Winograd's convolution outruns a direct one in bfloat16.
+    cpu_core_precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
+    # Its residual path is linear, and it was trained on tracks at their original level.
+    normalisation: Normalisation = "none"
     fixed_chunk = True  # its norms are over a whole chunk
 
     def __init__(self, config: MDX23CConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.config = config
-        self.channels = config.audio_channels
-        self.least_samples = config.n_fft // 2 + 1
+        self.channels: int = config.audio_channels
+        self.least_samples: int = config.n_fft // 2 + 1
         self._stft = Stft(n_fft=config.n_fft, hop_length=config.hop_length, win_length=config.n_fft)
         inputs = config.numbers * config.audio_channels * config.num_subbands
         sizes = [config.num_channels + config.growth * scale for scale in range(config.num_scales + 1)]
         bins = config.n_bins // config.num_subbands
-        self.first_conv = nn.Conv2d(inputs, sizes[0], 1, bias=False)
-        self.encoder_blocks, self.decoder_blocks = nn.ModuleList(), nn.ModuleList()
+        self.first_conv: nn.Conv2d = nn.Conv2d(inputs, sizes[0], 1, bias=False)
+        self.encoder_blocks: nn.ModuleList = nn.ModuleList()
+        self.decoder_blocks: nn.ModuleList = nn.ModuleList()
         for size, larger in pairwise(sizes):
             down = nn.Conv2d(size, larger, config.scale, config.scale, bias=False)
             up = nn.ConvTranspose2d(larger, size, config.scale, config.scale, bias=False)
@@ -120,8 +123,8 @@ class MDX23C(GpuCoreModel):
                 ),
             )
             bins //= config.scale[1]
-        self.bottleneck_block = Blocks(config, sizes[-1], sizes[-1], bins)
-        self.final_conv = nn.Sequential(
+        self.bottleneck_block: Blocks = Blocks(config, sizes[-1], sizes[-1], bins)
+        self.final_conv: nn.Sequential = nn.Sequential(
             nn.Conv2d(inputs + sizes[0], sizes[0], 1, bias=False),
             _activation(config),
             nn.Conv2d(sizes[0], config.num_stems * inputs, 1, bias=False),
@@ -223,7 +226,7 @@ class Blocks(nn.Module):
 
     def __init__(self, config: MDX23CConfig, size_in: int, size: int, bins: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(
+        self.blocks: nn.Sequential = nn.Sequential(
             *(Block(config, size if i else size_in, size, bins) for i in range(config.num_blocks_per_scale))
         )
 
@@ -238,13 +241,13 @@ class Block(nn.Module):
     def __init__(self, config: MDX23CConfig, size_in: int, size: int, bins: int) -> None:
         super().__init__()
         narrow = bins // config.bottleneck_factor
-        self.tfc1 = _activated(config, size_in, nn.Conv2d(size_in, size, 3, padding=1, bias=False))
-        self.tdf = nn.Sequential(
+        self.tfc1: nn.Sequential = _activated(config, size_in, nn.Conv2d(size_in, size, 3, padding=1, bias=False))
+        self.tdf: nn.Sequential = nn.Sequential(
             *_activated(config, size, nn.Linear(bins, narrow, bias=False)),
             *_activated(config, size, nn.Linear(narrow, bins, bias=False)),
         )
-        self.tfc2 = _activated(config, size, nn.Conv2d(size, size, 3, padding=1, bias=False))
-        self.shortcut = nn.Conv2d(size_in, size, 1, bias=False)
+        self.tfc2: nn.Sequential = _activated(config, size, nn.Conv2d(size, size, 3, padding=1, bias=False))
+        self.shortcut: nn.Conv2d = nn.Conv2d(size_in, size, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.tfc1(x)

@@ -37,7 +37,7 @@ class MDX23CSTHTConfig(MDX23CConfig):
 class MDX23CSTHT(MDX23C):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T must be `chunk_samples`."""
 
-    Config = MDX23CSTHTConfig
+    Config: ClassVar[type] = MDX23CSTHTConfig
     KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"(?!)",
     )  # its weights have the names of MDX23C's: only its YAML tells them apart

@@ -5,18 +5,18 @@ convolutions and a bottleneck of two linear layers over all bins of a frame. The
 before them, as in the published files; those after the linear layers are a factor and a summand for each feature.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, SeparationModel, Transform
+from separation.models.base import Identity, Normalisation, SeparationModel, Transform
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
 
@@ -66,34 +66,40 @@ class MDXNet(SeparationModel):
     """Chunks of waveform `[B, C, T]` to the estimate `[B, 1, C, T]`; T is `chunk_samples + n_fft`."""
 
     Config = MDXNetConfig
-    AUDIO_KEYS = MappingProxyType(
+    AUDIO_KEYS: ClassVar[Mapping[str, str]] = MappingProxyType(
         {key: key for key in ("n_fft", "hop_length", "dim_f", "chunk_size")} | {"num_channels": "audio_channels"}
     )
-    KEY_PATTERNS = (r"encoding_blocks\.0\.tfc\.0\.weight", r"bottleneck_block\.tdf\.0\.scale", r"final_conv\.weight")
-    CAST_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-    normalisation = "none"
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"encoding_blocks\.0\.tfc\.0\.weight",
+        r"bottleneck_block\.tdf\.0\.scale",
+        r"final_conv\.weight",
+    )
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    normalisation: Normalisation = "none"
     reflects_border = False
     fixed_chunk = True
 
     def __init__(self, config: MDXNetConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.config = config
-        self.channels = config.audio_channels
+        self.channels: int = config.audio_channels
         self.least_samples = 1
         self._stft = Stft(n_fft=config.n_fft, hop_length=config.hop_length, win_length=config.n_fft)
         sizes = [config.num_channels * (scale + 1) for scale in range(config.num_scales + 1)]
         bins = [config.dim_f >> scale for scale in range(config.num_scales + 1)]
         blocks = [Block(config, size, n_bins) for size, n_bins in zip(sizes, bins, strict=True)]
         pairs = list(pairwise(sizes))
-        self.first_conv = nn.Conv2d(2 * self.channels, sizes[0], 1)
-        self.encoding_blocks = nn.ModuleList(blocks[:-1])
-        self.ds = nn.ModuleList(nn.Conv2d(size, larger, 2, 2) for size, larger in pairs)
-        self.bottleneck_block = blocks[-1]
-        self.us = nn.ModuleList(nn.ConvTranspose2d(larger, size, 2, 2) for size, larger in reversed(pairs))
-        self.decoding_blocks = nn.ModuleList(
+        self.first_conv: nn.Conv2d = nn.Conv2d(2 * self.channels, sizes[0], 1)
+        self.encoding_blocks: nn.ModuleList = nn.ModuleList(blocks[:-1])
+        self.ds: nn.ModuleList = nn.ModuleList(nn.Conv2d(size, larger, 2, 2) for size, larger in pairs)
+        self.bottleneck_block: Block = blocks[-1]
+        self.us: nn.ModuleList = nn.ModuleList(
+            nn.ConvTranspose2d(larger, size, 2, 2) for size, larger in reversed(pairs)
+        )
+        self.decoding_blocks: nn.ModuleList = nn.ModuleList(
             Block(config, size, n_bins) for size, n_bins in zip(sizes[-2::-1], bins[-2::-1], strict=True)
         )
-        self.final_conv = nn.Conv2d(sizes[0], 2 * self.channels, 1)
+        self.final_conv: nn.Conv2d = nn.Conv2d(sizes[0], 2 * self.channels, 1)
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
@@ -142,8 +148,10 @@ class Block(nn.Module):
     def __init__(self, config: MDXNetConfig, size: int, bins: int) -> None:
         super().__init__()
         kernel, narrow = config.kernel_size, bins // config.bottleneck_factor
-        self.tfc = nn.ModuleList(nn.Conv2d(size, size, kernel, padding=kernel // 2) for _ in range(config.tfc_layers))
-        self.tdf = nn.Sequential(
+        self.tfc: nn.ModuleList = nn.ModuleList(
+            nn.Conv2d(size, size, kernel, padding=kernel // 2) for _ in range(config.tfc_layers)
+        )
+        self.tdf: nn.Sequential = nn.Sequential(
             BinLayer(bins, narrow, size, bias=config.bias), BinLayer(narrow, bins, size, bias=config.bias)
         )
 
@@ -159,7 +167,8 @@ class BinLayer(nn.Linear):
 
     def __init__(self, bins: int, outputs: int, size: int, *, bias: bool) -> None:
         super().__init__(bins, outputs, bias=bias)
-        self.scale, self.shift = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.scale: nn.Parameter = nn.Parameter(torch.ones(size))
+        self.shift: nn.Parameter = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x) * self.scale[:, None, None] + self.shift[:, None, None])

@@ -87,14 +87,15 @@ class MelBandRoFormerConfig(RoFormerConfig):
 class MelBandRoFormer(RoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
-    Config = MelBandRoFormerConfig
+    Config: ClassVar[type] = MelBandRoFormerConfig
     KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"band_split\.to_features\..*",
         r"layers\.\d+\.\d+\.layers\.\d+\.0\.to_qkv\.weight",
         r"layers\.\d+\.\d+\.norm\.gamma",
     )
     more_mask_layers: ClassVar[int] = 1  # linear layers of a mask estimator beyond `mask_estimator_depth`
-    UNUSED_KEYS = "freq_indices|freqs_per_band|num_freqs_per_band|num_bands_per_freq"  # tables that `mel_bands` gives
+    # Tables that `mel_bands` gives.
+    UNUSED_KEYS: ClassVar[str] = "freq_indices|freqs_per_band|num_freqs_per_band|num_bands_per_freq"
 
     def __init__(self, config: MelBandRoFormerConfig, identity: Identity, *, attention: str = "sdpa") -> None:
         scale = config.num_bands, config.stft_n_fft, config.sample_rate

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import Signature
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,7 @@ class OldDemucs(nn.Module):
     The arguments are those of OldDemucsConfig.
     """
 
-    __signature__ = inspect.signature(OldDemucsConfig)
+    __signature__: Signature = inspect.signature(OldDemucsConfig)
     architecture = "demucs_v2"
 
     def __init__(self, **arguments: Any) -> None:
@@ -54,14 +55,17 @@ class OldDemucs(nn.Module):
         if config.upsample:
             raise ValueError("upsample: only published networks are supported, and none has it")
         self.config = config
-        self.sources, self.samplerate, self.segment = config.sources, config.samplerate, config.segment
+        self.sources: tuple[str, ...] = config.sources
+        self.samplerate: int = config.samplerate
+        self.segment: Any = config.segment
         kernel_size, stride = config.kernel_size, config.stride
         widths = [config.audio_channels, config.channels]
         for _ in range(config.depth - 1):
             widths.append(int(config.growth * widths[-1]))
         outputs = [len(config.sources) * config.audio_channels, *widths[1:]]
         gate, gates = (nn.GLU(dim=1), 2) if config.glu else (nn.ReLU(), 1)
-        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        self.encoder: nn.ModuleList = nn.ModuleList()
+        self.decoder: nn.ModuleList = nn.ModuleList()
         for scale in range(config.depth):
             before, width = widths[scale], widths[scale + 1]
             encode: list[nn.Module] = [nn.Conv1d(before, width, kernel_size, stride), nn.ReLU()]
@@ -72,7 +76,7 @@ class OldDemucs(nn.Module):
             decode += [nn.ConvTranspose1d(width, outputs[scale], kernel_size, stride)]
             self.encoder.append(nn.Sequential(*encode))
             self.decoder.insert(0, nn.Sequential(*decode, *([nn.ReLU()] if scale else [])))
-        self.lstm = _LSTM(widths[-1], config.lstm_layers) if config.lstm_layers else None
+        self.lstm: _LSTM | None = _LSTM(widths[-1], config.lstm_layers) if config.lstm_layers else None
 
     def valid_length(self, length: int) -> int:
         """The samples, from `length` up, that the convolutions need for `length` samples of an estimate."""
@@ -112,8 +116,8 @@ class _LSTM(nn.Module):
 
     def __init__(self, size: int, layers: int) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(size, size, layers, bidirectional=True)
-        self.linear = nn.Linear(2 * size, size)
+        self.lstm: nn.LSTM = nn.LSTM(size, size, layers, bidirectional=True)
+        self.linear: nn.Linear = nn.Linear(2 * size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(self.lstm(x.permute(2, 0, 1))[0]).permute(1, 2, 0)

@@ -100,8 +100,8 @@ class RoFormer(SeparationModel):
     ) -> None:
         super().__init__(identity)
         self.channels = 2 if config.stereo else 1
-        self.head_size = config.dim_head
-        self.least_samples = config.stft_n_fft // 2 + 1
+        self.head_size: int | None = config.dim_head
+        self.least_samples: int = config.stft_n_fft // 2 + 1
         self._dim = config.dim
         self._skips, self._zero_dc = config.skip_connection, config.zero_dc
         self._stft = Stft(
@@ -129,10 +129,10 @@ class RoFormer(SeparationModel):
             yield make(depth=config.time_transformer_depth, make_attention=along_time)
             yield make(depth=config.freq_transformer_depth, make_attention=along_bands)
 
-        self.layers = nn.ModuleList(nn.ModuleList(transformers()) for _ in range(config.depth))
+        self.layers: nn.ModuleList = nn.ModuleList(nn.ModuleList(transformers()) for _ in range(config.depth))
         self.final_norm: nn.Module = nn.Identity() if norm_output else RMSNorm(config.dim)
         self.band_split: nn.Module = BandSplit(config.dim, widths)
-        self.mask_estimators = nn.ModuleList(
+        self.mask_estimators: nn.ModuleList = nn.ModuleList(
             self._mask_estimator(config, widths, mask_layers, attention) for _ in range(config.num_stems)
         )
         self._outputs = tuple(range(config.num_stems))
@@ -174,7 +174,8 @@ class RoFormer(SeparationModel):
     def prepare(self, dtype: torch.dtype, *, attention: str | None = None) -> None:
         if attention == "fused":
             self.fuse(dtype)
-            self.precision, self.attention = dtype, attention
+            self.precision: torch.dtype = dtype
+            self.attention: str | None = attention
             return
         if attention == "triton":
             self.fuse_for_gpu(dtype)

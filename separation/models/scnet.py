@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, Transform
+from separation.models.base import Identity, Normalisation, Transform
 from separation.models.gpu_core import GpuCoreModel
 from separation.models.kernels.scnet_gpu import GpuSCNet
 from separation.models.kernels.unet_cpu import for_cpu
@@ -71,22 +71,24 @@ class SCNet(GpuCoreModel):
     `to_precision`).
     """
 
-    Config = SCNetConfig
+    Config: ClassVar[type] = SCNetConfig
     KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"encoder\.0\.SDlayer\.convs\.0\.weight",
         r"separation_net\.dp_modules\.0\.lstm_layers\.0\..*",
     )
-    CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
     WINDOW: ClassVar[Window] = "rectangular"
-    lowest_capability = (8, 0)
-    cpu_core_precisions = (torch.float32, torch.bfloat16)  # in bfloat16, all but the LSTMs compute in float32
-    normalisation = "none"  # it has no norm before its first layer, and was trained on tracks at their original level
+    lowest_capability: ClassVar[tuple[int, int]] = (8, 0)
+    # In bfloat16, all but the LSTMs compute in float32.
+    cpu_core_precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
+    # It has no norm before its first layer, and was trained on tracks at their original level.
+    normalisation: Normalisation = "none"
 
     def __init__(self, config: SCNetConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.config = config
-        self.channels = config.audio_channels
-        self.least_samples = config.nfft // 2 + 1
+        self.channels: int = config.audio_channels
+        self.least_samples: int = config.nfft // 2 + 1
         self._stft = Stft(
             n_fft=config.nfft,
             hop_length=config.hop_size,
@@ -96,9 +98,9 @@ class SCNet(GpuCoreModel):
         )
         steps = list(zip(config.dims, config.dims[1:], strict=False))
         outputs = [config.dims[0] * config.num_stems, *config.dims[1:]]
-        self.encoder = nn.ModuleList(Encoder(config, size_in, size) for size_in, size in steps)
-        self.separation_net = nn.ModuleDict({"dp_modules": nn.ModuleList(self._dual_paths(config))})
-        self.decoder = nn.ModuleList(
+        self.encoder: nn.ModuleList = nn.ModuleList(Encoder(config, size_in, size) for size_in, size in steps)
+        self.separation_net: nn.ModuleDict = nn.ModuleDict({"dp_modules": nn.ModuleList(self._dual_paths(config))})
+        self.decoder: nn.ModuleList = nn.ModuleList(
             nn.ModuleList([Fusion(size), Upsampling(config, size, size_out)])
             for (_, size), size_out in reversed(list(zip(steps, outputs, strict=False)))
         )
@@ -248,8 +250,10 @@ class Encoder(nn.Module):
 
     def __init__(self, config: SCNetConfig, size_in: int, size: int) -> None:
         super().__init__()
-        self.shares, self.kernels, self.strides = config.band_SR, config.band_kernel, config.band_stride
-        self.SDlayer = nn.ModuleDict(
+        self.shares: tuple[float, float, float] = config.band_SR
+        self.kernels: tuple[int, int, int] = config.band_kernel
+        self.strides: tuple[int, int, int] = config.band_stride
+        self.SDlayer: nn.ModuleDict = nn.ModuleDict(
             {
                 "convs": nn.ModuleList(
                     nn.Conv2d(size_in, size, (kernel, 1), (stride, 1))
@@ -257,10 +261,10 @@ class Encoder(nn.Module):
                 )
             }
         )
-        self.conv_modules = nn.ModuleList(
+        self.conv_modules: nn.ModuleList = nn.ModuleList(
             TimeConvolutions(size, depth, config.compress, config.conv_kernel) for depth in config.conv_depths
         )
-        self.globalconv = nn.Conv2d(size, size, 3, padding=1)
+        self.globalconv: nn.Conv2d = nn.Conv2d(size, size, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """`[B, size_in, F, N]` to the next step's input and the decoder's skip connection, both `[B, size, F', N]`.
@@ -305,7 +309,9 @@ class TimeConvolutions(nn.Module):
 
     def __init__(self, size: int, depth: int, compress: int, kernel: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(time_convolution(size, size // compress, kernel) for _ in range(depth))
+        self.layers: nn.ModuleList = nn.ModuleList(
+            time_convolution(size, size // compress, kernel) for _ in range(depth)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)
@@ -321,9 +327,9 @@ class DualPath(nn.Module):
     def __init__(self, size: int, expand: int) -> None:
         super().__init__()
         hidden = size * expand
-        self.lstm_layers = nn.ModuleList(nn.LSTM(size, hidden, bidirectional=True) for _ in range(2))
-        self.linear_layers = nn.ModuleList(nn.Linear(2 * hidden, size) for _ in range(2))
-        self.norm_layers = nn.ModuleList(GroupNorm(1, size) for _ in range(2))
+        self.lstm_layers: nn.ModuleList = nn.ModuleList(nn.LSTM(size, hidden, bidirectional=True) for _ in range(2))
+        self.linear_layers: nn.ModuleList = nn.ModuleList(nn.Linear(2 * hidden, size) for _ in range(2))
+        self.norm_layers: nn.ModuleList = nn.ModuleList(GroupNorm(1, size) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)
@@ -340,7 +346,7 @@ class Fusion(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2 * size, 2 * size, 3, padding=1)
+        self.conv: nn.Conv2d = nn.Conv2d(2 * size, 2 * size, 3, padding=1)
 
     @property
     def weight(self) -> Tensor:
@@ -358,7 +364,7 @@ class Upsampling(nn.Module):
 
     def __init__(self, config: SCNetConfig, size: int, size_out: int) -> None:
         super().__init__()
-        self.convtrs = nn.ModuleList(
+        self.convtrs: nn.ModuleList = nn.ModuleList(
             nn.ConvTranspose2d(size, size_out, (kernel, 1), (stride, 1))
             for kernel, stride in zip(config.band_kernel, config.band_stride, strict=True)
         )

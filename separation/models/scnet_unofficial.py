@@ -7,14 +7,14 @@ skip bins, its LSTMs have no residual connections, and they run along frames fir
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, SeparationModel
+from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.layers import GroupNorm, chosen
 from separation.models.scnet import time_convolution
 from separation.models.shapes import Shapes, quotient
@@ -66,15 +66,18 @@ class SCNetUnofficial(SeparationModel):
 
     Config = SCNetUnofficialConfig
     TRAINING_KEYS = frozenset({"d_state", "d_conv", "d_expand"})  # of Mamba, which is refused
-    KEY_PATTERNS = (r"sd_blocks\.0\.sd_layers\.0\.downsample\.conv\.weight", r"dualpath_blocks\.layers\.0\.0\.rnn\..*")
-    CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
-    normalisation = "none"
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"sd_blocks\.0\.sd_layers\.0\.downsample\.conv\.weight",
+        r"dualpath_blocks\.layers\.0\.0\.rnn\..*",
+    )
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM)
+    normalisation: Normalisation = "none"
 
     def __init__(self, config: SCNetUnofficialConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.config = config
-        self.channels = config.dims[0] // 2
-        self.least_samples = config.n_fft // 2 + 1
+        self.channels: int = config.dims[0] // 2
+        self.least_samples: int = config.n_fft // 2 + 1
         self._stft = Stft(
             n_fft=config.n_fft,
             hop_length=config.hop_length,
@@ -83,8 +86,8 @@ class SCNetUnofficial(SeparationModel):
         )
         steps = list(pairwise(config.dims))
         outputs = [config.dims[0] * config.n_sources, *config.dims[1:]]
-        self.sd_blocks = nn.ModuleList(Compression(config, size_in, size) for size_in, size in steps)
-        self.dualpath_blocks = nn.ModuleDict(
+        self.sd_blocks: nn.ModuleList = nn.ModuleList(Compression(config, size_in, size) for size_in, size in steps)
+        self.dualpath_blocks: nn.ModuleDict = nn.ModuleDict(
             {
                 "layers": nn.ModuleList(
                     DualPath(config.dims[-1] * factor, config.rnn_hidden_dim * factor)
@@ -92,7 +95,7 @@ class SCNetUnofficial(SeparationModel):
                 )
             }
         )
-        self.su_blocks = nn.ModuleList(
+        self.su_blocks: nn.ModuleList = nn.ModuleList(
             Expansion(config, size, size_out)
             for (_, size), size_out in reversed(list(zip(steps, outputs, strict=False)))
         )
@@ -171,7 +174,7 @@ class Compression(nn.Module):
     def __init__(self, config: SCNetUnofficialConfig, size_in: int, size: int) -> None:
         super().__init__()
         self._ratios = config.bandsplit_ratios
-        self.sd_layers = nn.ModuleList(
+        self.sd_layers: nn.ModuleList = nn.ModuleList(
             nn.ModuleDict(
                 {
                     "downsample": nn.ModuleDict({"conv": nn.Conv2d(size_in, size, 1, (stride, 1))}),
@@ -183,7 +186,7 @@ class Compression(nn.Module):
             )
             for stride, depth in zip(config.downsample_strides, config.n_conv_modules, strict=True)
         )
-        self.global_conv2d = nn.Conv2d(size, size, 1)
+        self.global_conv2d: nn.Conv2d = nn.Conv2d(size, size, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, size_in, F, N]` to the next step's input and the skip connection, both `[B, size, F', N]`."""
@@ -231,8 +234,10 @@ class Expansion(nn.Module):
     def __init__(self, config: SCNetUnofficialConfig, size: int, size_out: int) -> None:
         super().__init__()
         self._ratios = config.bandsplit_ratios
-        self.fusion_layer = nn.ModuleDict({"conv": nn.Conv2d(2 * size, 2 * size, (3, 1), padding=(1, 0))})
-        self.su_layers = nn.ModuleList(
+        self.fusion_layer: nn.ModuleDict = nn.ModuleDict(
+            {"conv": nn.Conv2d(2 * size, 2 * size, (3, 1), padding=(1, 0))}
+        )
+        self.su_layers: nn.ModuleList = nn.ModuleList(
             nn.ModuleDict({"upsample": nn.ModuleDict({"conv": nn.ConvTranspose2d(size, size_out, 1, (stride, 1))})})
             for stride in config.downsample_strides
         )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -16,6 +16,7 @@ from separation.models.kernels.native import NotFusedError
 from separation.models.layers import Attention, GroupNorm, RotaryEmbedding, Transformer, chosen
 from separation.models.scnet import Network, SCNet, SCNetConfig
 from separation.models.shapes import Shapes, quotient
+from separation.models.stft import Window
 
 MASK_FEATURES = 64
 
@@ -26,14 +27,14 @@ class SCNetMasked(SCNet):
     Each bin has a learned embedding, which is added to the spectrogram before the encoder.
     """
 
-    KEY_PATTERNS = (*SCNet.KEY_PATTERNS, r"pos_embed_f", r"mask_layer\.0\.weight")
-    WINDOW = "hann"
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (*SCNet.KEY_PATTERNS, r"pos_embed_f", r"mask_layer\.0\.weight")
+    WINDOW: ClassVar[Window] = "hann"
 
     def __init__(self, config: SCNetConfig, identity: Identity) -> None:
         super().__init__(config, identity)
         features = 2 * self.channels * config.num_stems  # real and imaginary parts
-        self.pos_embed_f = nn.Parameter(torch.zeros(1, 2 * self.channels, config.nfft // 2 + 1, 1))
-        self.mask_layer = nn.Sequential(
+        self.pos_embed_f: nn.Parameter = nn.Parameter(torch.zeros(1, 2 * self.channels, config.nfft // 2 + 1, 1))
+        self.mask_layer: nn.Sequential = nn.Sequential(
             nn.Conv2d(features, MASK_FEATURES, 3, padding=1),
             nn.GELU(),
             nn.Conv2d(MASK_FEATURES, features, 1),
@@ -79,15 +80,18 @@ class SCNetTranConfig(SCNetConfig):
 class SCNetTran(SCNet):
     """SCNet with transformers in place of LSTMs; see SCNet."""
 
-    Config = SCNetTranConfig
-    KEY_PATTERNS = (SCNet.KEY_PATTERNS[0], r"separation_net\.dp_modules\.0\.time_layer\.layers\.0\.0\.to_qkv\.weight")
+    Config: ClassVar[type] = SCNetTranConfig
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        SCNet.KEY_PATTERNS[0],
+        r"separation_net\.dp_modules\.0\.time_layer\.layers\.0\.0\.to_qkv\.weight",
+    )
     TRAINING_KEYS = frozenset({"tran_attn_dropout", "tran_ff_dropout", "tran_flash_attn"})
-    UNUSED_KEYS = r"first_conv\.weight"  # its authors' program never applies it
+    UNUSED_KEYS: ClassVar[str] = r"first_conv\.weight"  # its authors' program never applies it
     no_core_because = "there are none for an SCNet with transformers"
 
     def __init__(self, config: SCNetTranConfig, identity: Identity) -> None:
         super().__init__(config, identity)
-        self.head_size = config.tran_dim_head
+        self.head_size: int | None = config.tran_dim_head
 
     @classmethod
     def _dual_paths(cls, config: Any) -> Iterator[nn.Module]:
@@ -133,8 +137,9 @@ class TransformerPath(nn.Module):
 
     def __init__(self, size: int, *, along_time: nn.Module, along_bins: nn.Module) -> None:
         super().__init__()
-        self.norm_layers = nn.ModuleList(GroupNorm(1, size) for _ in range(2))
-        self.time_layer, self.freq_layer = along_time, along_bins
+        self.norm_layers: nn.ModuleList = nn.ModuleList(GroupNorm(1, size) for _ in range(2))
+        self.time_layer: nn.Module = along_time
+        self.freq_layer: nn.Module = along_bins
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = next(weight.dtype for name, weight in self.time_layer.named_parameters() if "to_qkv" in name)

@@ -9,14 +9,14 @@ convolutions of several resolutions and by attention.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, SeparationModel
+from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
 
@@ -69,15 +69,17 @@ class Tiger(SeparationModel):
     Config = TigerConfig
     TRAINING_KEYS = frozenset({"att_kernel_size", "att_stride"})  # which the authors' network does not use
     KEY_PATTERNS = tuple(rf"{name}\.separator\.freq_path\.0\.proj_1x1\.conv\.weight" for name in NETWORKS)
-    CAST_LAYERS = (nn.Conv1d, nn.Conv2d)
-    normalisation = "none"
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d)
+    normalisation: Normalisation = "none"
 
     def __init__(self, config: TigerConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.channels = 1
-        self.least_samples = config.win // 2 + 1
+        self.least_samples: int = config.win // 2 + 1
         self._stft = Stft(n_fft=config.win, hop_length=config.stride, win_length=config.win)
-        self.dialog, self.effect, self.music = (Network(config) for _ in NETWORKS)
+        self.dialog: Network = Network(config)
+        self.effect: Network = Network(config)
+        self.music: Network = Network(config)
         self._outputs = tuple(range(len(NETWORKS)))
 
     @classmethod
@@ -114,7 +116,7 @@ class Network(nn.Module):
         self.BN = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(1, 2 * width, EPS), nn.Conv1d(2 * width, size, 1)) for width in self._widths
         )
-        self.separator = nn.ModuleDict(
+        self.separator: nn.ModuleDict = nn.ModuleDict(
             {
                 "freq_path": _path(config),
                 "frame_path": _path(config),
@@ -122,7 +124,7 @@ class Network(nn.Module):
             }
         )
         outputs = 4 * config.num_sources
-        self.mask = nn.ModuleList(
+        self.mask: nn.ModuleList = nn.ModuleList(
             nn.Sequential(nn.PReLU(), nn.Conv1d(size, outputs * width, 1, groups=config.num_sources))
             for width in self._widths
         )
@@ -185,8 +187,8 @@ class FeatureNorm(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(1, size, 1, 1))
-        self.beta = nn.Parameter(torch.zeros(1, size, 1, 1))
+        self.gamma: nn.Parameter = nn.Parameter(torch.ones(1, size, 1, 1))
+        self.beta: nn.Parameter = nn.Parameter(torch.zeros(1, size, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
@@ -198,10 +200,10 @@ class NormedConvolution(nn.Module):
 
     def __init__(self, size_in: int, size: int, kernel: int, *, activation: bool = False, **options: Any) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(size_in, size, kernel, padding=(kernel - 1) // 2, **options)
-        self.norm = nn.GroupNorm(1, size, eps=1e-8)
+        self.conv: nn.Conv1d = nn.Conv1d(size_in, size, kernel, padding=(kernel - 1) // 2, **options)
+        self.norm: nn.GroupNorm = nn.GroupNorm(1, size, eps=1e-8)
         if activation:
-            self.act = nn.PReLU()
+            self.act: nn.PReLU = nn.PReLU()
         self._is_active = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +217,9 @@ class Injection(nn.Module):
     def __init__(self, size: int, kernel: int = 1) -> None:
         super().__init__()
         make = partial(NormedConvolution, size, size, kernel, groups=size, bias=False)
-        self.local_embedding, self.global_embedding, self.global_act = make(), make(), make()
+        self.local_embedding: NormedConvolution = make()
+        self.global_embedding: NormedConvolution = make()
+        self.global_act: NormedConvolution = make()
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
         gates = F.interpolate(torch.sigmoid(self.global_act(coarse)), size=fine.shape[-1], mode="nearest")
@@ -230,20 +234,20 @@ class Resolutions(nn.Module):
     def __init__(self, config: TigerConfig) -> None:
         super().__init__()
         size, wide, depth = config.out_channels, config.in_channels, config.upsampling_depth
-        self.proj_1x1 = NormedConvolution(size, wide, 1, activation=True)
-        self.spp_dw = nn.ModuleList(
+        self.proj_1x1: NormedConvolution = NormedConvolution(size, wide, 1, activation=True)
+        self.spp_dw: nn.ModuleList = nn.ModuleList(
             NormedConvolution(wide, wide, 5, stride=1 + bool(level), groups=wide) for level in range(depth)
         )
-        self.loc_glo_fus = nn.ModuleList(Injection(wide) for _ in range(depth))
-        self.res_conv = nn.Conv1d(wide, size, 1)
-        self.globalatt = nn.ModuleDict(
+        self.loc_glo_fus: nn.ModuleList = nn.ModuleList(Injection(wide) for _ in range(depth))
+        self.res_conv: nn.Conv1d = nn.Conv1d(wide, size, 1)
+        self.globalatt: nn.ModuleDict = nn.ModuleDict(
             {
                 "fc1": NormedConvolution(wide, wide, 1, bias=False),
                 "dwconv": nn.Conv1d(wide, wide, 5, padding=2, groups=wide),
                 "fc2": NormedConvolution(wide, wide, 1, bias=False),
             }
         )
-        self.last_layer = nn.ModuleList(Injection(wide, 5) for _ in range(depth - 1))
+        self.last_layer: nn.ModuleList = nn.ModuleList(Injection(wide, 5) for _ in range(depth - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         levels: list[Tensor] = [self.proj_1x1(x)]
@@ -272,7 +276,9 @@ class Projection(nn.Module):
 
     def __init__(self, size_in: int, size: int) -> None:
         super().__init__()
-        self.conv, self.act, self.norm = nn.Conv2d(size_in, size, 1), nn.PReLU(), FeatureNorm(size)
+        self.conv: nn.Conv2d = nn.Conv2d(size_in, size, 1)
+        self.act: nn.PReLU = nn.PReLU()
+        self.norm: FeatureNorm = FeatureNorm(size)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(self.act(convolved(self.conv, x)))
@@ -285,10 +291,10 @@ class BandAttention(nn.Module):
     def __init__(self, config: TigerConfig) -> None:
         super().__init__()
         size, heads = config.out_channels, config.att_n_head
-        self.Queries = nn.ModuleList(Projection(size, config.att_hid_chan) for _ in range(heads))
-        self.Keys = nn.ModuleList(Projection(size, config.att_hid_chan) for _ in range(heads))
-        self.Values = nn.ModuleList(Projection(size, size // heads) for _ in range(heads))
-        self.attn_concat_proj = Projection(size, size)
+        self.Queries: nn.ModuleList = nn.ModuleList(Projection(size, config.att_hid_chan) for _ in range(heads))
+        self.Keys: nn.ModuleList = nn.ModuleList(Projection(size, config.att_hid_chan) for _ in range(heads))
+        self.Values: nn.ModuleList = nn.ModuleList(Projection(size, size // heads) for _ in range(heads))
+        self.attn_concat_proj: Projection = Projection(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[2]

@@ -60,7 +60,7 @@ class AttentionWithFirstValues(Attention):
 
     def __init__(self, dim: int, *, mixes: bool, **arguments: Any) -> None:
         super().__init__(dim, **arguments)
-        self.to_value_residual_mix = nn.Linear(dim, self.heads) if mixes else None
+        self.to_value_residual_mix: nn.Linear | None = nn.Linear(dim, self.heads) if mixes else None
 
     def with_values(self, x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
         """`[B, N, D]` and values `[B, H, N, dim_head]` to the same."""
@@ -85,8 +85,10 @@ class TransformerWithFirstValues(nn.Module):
         self, dim: int, *, depth: int, make_attention: Callable[[], nn.Module], norm_output: bool, always_adds: bool
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList([make_attention(), FeedForward(dim)]) for _ in range(depth))
-        self.norm = RMSNorm(dim) if norm_output else nn.Identity()
+        self.layers: nn.ModuleList = nn.ModuleList(
+            nn.ModuleList([make_attention(), FeedForward(dim)]) for _ in range(depth)
+        )
+        self.norm: RMSNorm | nn.Identity = RMSNorm(dim) if norm_output else nn.Identity()
         self._always_adds = always_adds
 
     def forward(self, x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ class _ValueResiduals(RoFormer):
         )
         make = partial(TransformerWithFirstValues, config.dim, norm_output=norm_output, always_adds=self.always_adds)
         axes = ((config.time_transformer_depth, along_time), (config.freq_transformer_depth, along_bands))
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             nn.ModuleList(
                 make(
                     depth=depth, make_attention=partial(make_attention, positions=positions, mixes=mixes and block > 0)
@@ -160,7 +162,7 @@ class _ValueResiduals(RoFormer):
 class BSRoFormerValueResidual(_ValueResiduals, BSRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
-    KEY_PATTERNS = (*BSRoFormer.KEY_PATTERNS, MIXES)
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (*BSRoFormer.KEY_PATTERNS, MIXES)
     always_adds = True
     has_int8 = False
 
@@ -172,8 +174,8 @@ class BSRoFormerValueResidual(_ValueResiduals, BSRoFormer):
 class BSRoFormerExperimental(_ValueResiduals, BSRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer. Only its YAML tells it."""
 
-    Config = BSRoFormerExperimentalConfig
-    KEY_PATTERNS = (r"(?!)",)
+    Config: ClassVar[type] = BSRoFormerExperimentalConfig
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (r"(?!)",)
     has_int8 = False
 
     def __init__(self, config: BSRoFormerExperimentalConfig, identity: Identity, *, attention: str = "sdpa") -> None:
@@ -184,8 +186,8 @@ class BSRoFormerExperimental(_ValueResiduals, BSRoFormer):
 class MelBandRoFormerExperimental(_ValueResiduals, MelBandRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer. Only its YAML tells it."""
 
-    Config = MelBandRoFormerExperimentalConfig
-    KEY_PATTERNS = (r"(?!)",)
+    Config: ClassVar[type] = MelBandRoFormerExperimentalConfig
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (r"(?!)",)
     has_int8 = False
 
     def __init__(

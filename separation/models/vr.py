@@ -9,19 +9,19 @@ largest one in the song. Resampling is polyphase, as in Ultimate Vocal Remover o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.base import Identity, SeparationModel
+from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.shapes import Shapes
 from separation.models.stft import Stft, make_window
 
@@ -122,10 +122,16 @@ class VR(SeparationModel):
     """
 
     Config = VRConfig
-    AUDIO_KEYS = MappingProxyType({"chunk_size": "chunk_size", "sample_rate": "sample_rate"})
-    KEY_PATTERNS = (r"stg1_low_band_net\.(0\.)?enc1\..*", r"stg3_full_band_net\..*", r"out\.weight")
-    UNUSED_KEYS = r"aux\d?_out\..*"  # only for training
-    normalisation = "spectrum"
+    AUDIO_KEYS: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"chunk_size": "chunk_size", "sample_rate": "sample_rate"}
+    )
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"stg1_low_band_net\.(0\.)?enc1\..*",
+        r"stg3_full_band_net\..*",
+        r"out\.weight",
+    )
+    UNUSED_KEYS: ClassVar[str] = r"aux\d?_out\..*"  # only for training
+    normalisation: Normalisation = "spectrum"
     reflects_border = False
     fixed_chunk = True
     channels = 2
@@ -140,19 +146,19 @@ class VR(SeparationModel):
                 NewNet(2, width // 2, bins, lstm), Conv(width // 2, width // 4, 1, padding=0)
             )
             self.stg1_high_band_net: nn.Module = NewNet(2, width // 4, bins, lstm // 2)
-            self.stg2_low_band_net = nn.Sequential(
+            self.stg2_low_band_net: nn.Sequential = nn.Sequential(
                 NewNet(width // 4 + 2, width, bins, lstm), Conv(width, width // 2, 1, padding=0)
             )
-            self.stg2_high_band_net = NewNet(width // 4 + 2, width // 2, bins, lstm // 2)
+            self.stg2_high_band_net: NewNet = NewNet(width // 4 + 2, width // 2, bins, lstm // 2)
             self.stg3_full_band_net: nn.Module = NewNet(3 * width // 4 + 2, width, 2 * bins, lstm)
         else:
             self.stg1_low_band_net = OldNet(2, width, config)
             self.stg1_high_band_net = OldNet(2, width, config)
-            self.stg2_bridge = Conv(width + 2, width // 2, 1, padding=0)
-            self.stg2_full_band_net = OldNet(width // 2, width, config)
-            self.stg3_bridge = Conv(2 * width + 2, width, 1, padding=0)
+            self.stg2_bridge: Conv = Conv(width + 2, width // 2, 1, padding=0)
+            self.stg2_full_band_net: OldNet = OldNet(width // 2, width, config)
+            self.stg3_bridge: Conv = Conv(2 * width + 2, width, 1, padding=0)
             self.stg3_full_band_net = OldNet(width, 2 * width, config)
-        self.out = nn.Conv2d(width if lstm else 2 * width, 2, 1, bias=False)
+        self.out: nn.Conv2d = nn.Conv2d(width if lstm else 2 * width, 2, 1, bias=False)
         self._outputs = (0, 1)
 
     @classmethod
@@ -223,7 +229,7 @@ class Conv(nn.Module):
         super().__init__()
         activation = nn.LeakyReLU() if leaky else nn.ReLU()
         layer = nn.Conv2d(size_in, size, kernel, stride, padding, bias=False)
-        self.conv = nn.Sequential(layer, nn.BatchNorm2d(size), activation)
+        self.conv: nn.Sequential = nn.Sequential(layer, nn.BatchNorm2d(size), activation)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
@@ -239,7 +245,7 @@ class DilatedConv(nn.Module):
         layers = [nn.Conv2d(size, size, 3, 1, dilation, dilation, groups=groups, bias=False)]
         if separable:
             layers.append(nn.Conv2d(size, size, 1, bias=False))
-        self.conv = nn.Sequential(*layers, nn.BatchNorm2d(size), nn.ReLU())
+        self.conv: nn.Sequential = nn.Sequential(*layers, nn.BatchNorm2d(size), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
@@ -251,13 +257,13 @@ class Pyramid(nn.Module):
 
     def __init__(self, size: int, size_out: int, dilations: Sequence[int | tuple[int, int]], *, old: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Identity(), Conv(size, size, 1, padding=0))
-        self.conv2 = Conv(size, size, 1, padding=0)
+        self.conv1: nn.Sequential = nn.Sequential(nn.Identity(), Conv(size, size, 1, padding=0))
+        self.conv2: Conv = Conv(size, size, 1, padding=0)
         for number, dilation in enumerate(dilations, start=3):
             self.add_module(f"conv{number}", DilatedConv(size, dilation, separable=old))
-        self.n_branches = 2 + len(dilations)
+        self.n_branches: int = 2 + len(dilations)
         bottleneck = Conv(size * self.n_branches, size_out, 1, padding=0)
-        self.bottleneck = nn.Sequential(bottleneck) if old else bottleneck
+        self.bottleneck: nn.Sequential | Conv = nn.Sequential(bottleneck) if old else bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
         mean = self.conv1(x.mean(dim=2, keepdim=True)).expand_as(x)
@@ -271,8 +277,8 @@ class Encoder(nn.Module):
 
     def __init__(self, size_in: int, size: int, *, old: bool) -> None:
         super().__init__()
-        self.conv1 = Conv(size_in, size, stride=1 if old else 2, leaky=True)
-        self.conv2 = Conv(size, size, stride=2 if old else 1, leaky=True)
+        self.conv1: Conv = Conv(size_in, size, stride=1 if old else 2, leaky=True)
+        self.conv2: Conv = Conv(size, size, stride=2 if old else 1, leaky=True)
 
 
 def _enlarged(x: Tensor, skip: Tensor) -> Tensor:
@@ -284,7 +290,7 @@ def _enlarged(x: Tensor, skip: Tensor) -> Tensor:
 class OldDecoder(nn.Module):
     def __init__(self, size_in: int, size: int) -> None:
         super().__init__()
-        self.conv = Conv(size_in, size)
+        self.conv: Conv = Conv(size_in, size)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         y: Tensor = self.conv(_enlarged(x, skip))
@@ -294,7 +300,7 @@ class OldDecoder(nn.Module):
 class NewDecoder(nn.Module):
     def __init__(self, size_in: int, size: int) -> None:
         super().__init__()
-        self.conv1 = Conv(size_in, size)
+        self.conv1: Conv = Conv(size_in, size)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         y: Tensor = self.conv1(_enlarged(x, skip))
@@ -312,7 +318,7 @@ class OldNet(nn.Module):
             self.add_module(f"enc{scale}", Encoder(before, width, old=True))
             self.add_module(f"dec{scale}", OldDecoder(3 * width, width))
         dilations = [4, 8, 16, 16, 16][: config.aspp_layers - 2]
-        self.aspp = Pyramid(widths[-2], widths[-1], dilations, old=True)
+        self.aspp: Pyramid = Pyramid(widths[-2], widths[-1], dilations, old=True)
 
     def forward(self, x: Tensor) -> Tensor:
         skips = []
@@ -331,14 +337,14 @@ class NewNet(nn.Module):
 
     def __init__(self, size_in: int, size: int, lstm_bins: int, lstm_size: int) -> None:
         super().__init__()
-        self.enc1 = Conv(size_in, size)
+        self.enc1: Conv = Conv(size_in, size)
         widths = [size * factor for factor in (1, 2, 4, 6, 8)]
         for scale, (before, width) in enumerate(pairwise(widths), start=2):
             self.add_module(f"enc{scale}", Encoder(before, width, old=False))
-        self.aspp = Pyramid(widths[-1], widths[-1], [(4, 2), (8, 4), (12, 6)], old=False)
+        self.aspp: Pyramid = Pyramid(widths[-1], widths[-1], [(4, 2), (8, 4), (12, 6)], old=False)
         for scale, (width, after) in enumerate(pairwise(widths), start=1):
             self.add_module(f"dec{scale}", NewDecoder(width + after + (scale == 1), width))
-        self.lstm_dec2 = LSTMLayer(widths[1], lstm_bins, lstm_size)
+        self.lstm_dec2: LSTMLayer = LSTMLayer(widths[1], lstm_bins, lstm_size)
 
     def forward(self, x: Tensor) -> Tensor:
         skips = [self.enc1(x)]
@@ -358,9 +364,9 @@ class LSTMLayer(nn.Module):
 
     def __init__(self, size: int, bins: int, lstm_size: int) -> None:
         super().__init__()
-        self.conv = Conv(size, 1, 1, padding=0)
-        self.lstm = nn.LSTM(bins, lstm_size // 2, bidirectional=True)
-        self.dense = nn.Sequential(nn.Linear(lstm_size, bins), nn.BatchNorm1d(bins), nn.ReLU())
+        self.conv: Conv = Conv(size, 1, 1, padding=0)
+        self.lstm: nn.LSTM = nn.LSTM(bins, lstm_size // 2, bidirectional=True)
+        self.dense: nn.Sequential = nn.Sequential(nn.Linear(lstm_size, bins), nn.BatchNorm1d(bins), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         frames = self.conv(x)[:, 0].permute(2, 0, 1)  # [N, B, F]

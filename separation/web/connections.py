@@ -102,7 +102,7 @@ class LimitedServer(ThreadingTCPServer):
 
     def __init__(self, host: str, port: int, handler: type[BaseRequestHandler], limits: Limits) -> None:
         self.limits = limits
-        self.connections = Connections(limits)
+        self.connections: Connections = Connections(limits)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), handler)
 

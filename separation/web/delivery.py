@@ -12,7 +12,7 @@ ANSWERED = 8.2  # bytes of the server's memory per byte of stems that it answers
 USABLE = 0.8  # of the memory; the models have the rest
 FLAC_RATIO = 0.64  # of the size of the same samples as integers; measured on loud stems at 24 bits
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class DeliveredSeparator(Separator):

@@ -16,7 +16,7 @@ class RefusedError(InputError):
     def __init__(self, status: HTTPStatus, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = headers or {}
+        self.headers: dict[str, str] = headers or {}
 
 
 class CancelledError(BaseException):

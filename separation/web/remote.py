@@ -50,7 +50,7 @@ METADATA = {
 }
 
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 @dataclass(frozen=True)

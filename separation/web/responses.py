@@ -35,7 +35,7 @@ class Responder(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
-        self.incoming = Incoming(self.connection, self.server.limits.head_seconds)
+        self.incoming: Incoming = Incoming(self.connection, self.server.limits.head_seconds)
         self.rfile = io.BufferedReader(self.incoming)
 
     def handle(self) -> None:

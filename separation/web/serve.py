@@ -46,7 +46,7 @@ MAX_JSON_BYTES = 1 << 16
 MARK = "X-Separation"
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 Send = Callable[[], None]  # sends a response
 
@@ -85,7 +85,7 @@ class Server(LimitedServer):
             raise InputError(f"cannot serve on {host} port {port} ({reason}): choose another --port or --host") from e
         here = socket.gethostname().lower()
         name = here if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        self.url = f"http://{name}:{self.server_address[1]}/"
+        self.url: str = f"http://{name}:{self.server_address[1]}/"
         self._names = {"localhost", host.lower(), here, f"{here}.local"}
 
     def knows(self, host: str) -> bool:

@@ -440,7 +440,9 @@ class _Transformer(nn.Module):
     def __init__(self, network: Any, dtype: torch.dtype) -> None:
         super().__init__()
         plain = network.crosstransformer
-        self.tables = nn.ParameterList(_table(norm.weight, norm.bias) for norm in (plain.norm_in, plain.norm_in_t))
+        self.tables: nn.ParameterList = nn.ParameterList(
+            _table(norm.weight, norm.bias) for norm in (plain.norm_in, plain.norm_in_t)
+        )
         self.layers: Any = nn.ModuleList(
             nn.ModuleList(_TransformerLayer(layer, dtype) for layer in pair)
             for pair in zip(plain.layers, plain.layers_t, strict=True)
@@ -448,7 +450,7 @@ class _Transformer(nn.Module):
         self._max_period = plain.max_period
         names = "channel_upsampler", "channel_upsampler_t", "channel_downsampler", "channel_downsampler_t"
         layers = [getattr(network, name) for name in names] if network.bottom_channels else []
-        self.resamplers = nn.ModuleList(_Linear(layer.weight, layer.bias, dtype) for layer in layers)
+        self.resamplers: nn.ModuleList = nn.ModuleList(_Linear(layer.weight, layer.bias, dtype) for layer in layers)
 
     def forward(self, x: Tensor, xt: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, F, N, C]` and `[B, 1, T, C]` to the same shapes."""
@@ -501,7 +503,7 @@ class HybridNetwork(nn.Module):
         self.tdecoder: Any
         self.encoder, self.tencoder = encoders
         self.decoder, self.tdecoder = decoders
-        self.transformer = _Transformer(network, dtype) if _has_transformer(network) else None
+        self.transformer: _Transformer | None = _Transformer(network, dtype) if _has_transformer(network) else None
 
     def to_precision(self, dtype: torch.dtype) -> None:
         """Cast the weights of products. Norms and biases of convolutions stay in float32."""

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from separation.models.kernels import registry
 
-operation = partial(registry.operation, cpu="separation.models.kernels.demucs_cpu")
+_operation = partial(registry.operation, cpu="separation.models.kernels.demucs_cpu")
 EPS = 1e-5  # of all norms, and added to the standard deviation of the input
 
 
-@operation("pack(Tensor x, Tensor[] stats, int stride, int padding, int rows, ScalarType dtype) -> Tensor")
+@_operation("pack(Tensor x, Tensor[] stats, int stride, int padding, int rows, ScalarType dtype) -> Tensor")
 def pack(x: Tensor, stats: list[Tensor], stride: int, padding: int, rows: int, dtype: torch.dtype) -> Tensor:
     """Normalise `x` and join `stride` neighbours along L, which makes the first convolution a matrix product.
 
@@ -36,13 +36,13 @@ def pack(x: Tensor, stats: list[Tensor], stride: int, padding: int, rows: int, d
     return by_row.transpose(2, 3).flatten(3).to(dtype)
 
 
-@operation("bias_gelu_(Tensor(a!) x, Tensor bias) -> ()")
+@_operation("bias_gelu_(Tensor(a!) x, Tensor bias) -> ()")
 def bias_gelu_(x: Tensor, bias: Tensor) -> None:
     """Replace `x`, `[..., C]`, by `gelu(x + bias)`."""
     x.copy_(F.gelu(x.float() + bias))
 
 
-@operation("bias_glu(Tensor x, Tensor bias, Tensor? table) -> Tensor")
+@_operation("bias_glu(Tensor x, Tensor bias, Tensor? table) -> Tensor")
 def bias_glu(x: Tensor, bias: Tensor, table: Tensor | None) -> Tensor:
     """Add a bias, apply a gated linear unit, and add a table `[L, C]`, if any: `[B, L, N, 2 * C]` to `[B, L, N, C]`."""
     values, gates = (x.float() + bias).chunk(2, dim=-1)
@@ -50,7 +50,7 @@ def bias_glu(x: Tensor, bias: Tensor, table: Tensor | None) -> Tensor:
     return (gated if table is None else gated + table[:, None]).to(x.dtype)
 
 
-@operation("dconv_(Tensor(a!) x, Tensor[] layer_in, Tensor[] layer_out, int hidden, int dilation) -> ()")
+@_operation("dconv_(Tensor(a!) x, Tensor[] layer_in, Tensor[] layer_out, int hidden, int dilation) -> ()")
 def dconv_(x: Tensor, layer_in: list[Tensor], layer_out: list[Tensor], hidden: int, dilation: int) -> None:
     """Compute a residual branch of a DConv and add it to `x`, `[R, T, C]`.
 
@@ -78,7 +78,7 @@ def _normed(x: Tensor) -> Tensor:
     return (x - mean) * (variance + EPS).rsqrt()
 
 
-@operation("interleave(Tensor x, Tensor bias, Tensor? skip, int crop, int length) -> Tensor")
+@_operation("interleave(Tensor x, Tensor bias, Tensor? skip, int crop, int length) -> Tensor")
 def interleave(x: Tensor, bias: Tensor, skip: Tensor | None, crop: int, length: int) -> Tensor:
     """Finish a transposed convolution along L, then add the bias, apply GELU, and add the skip connection, if any.
 
@@ -96,7 +96,7 @@ def interleaved(x: Tensor, stride: int) -> Tensor:
     return by_input.transpose(2, 3).flatten(1, 2)
 
 
-@operation("unpack_spectrum(Tensor x, Tensor bias, Tensor[] stats, int crop, int zero_frames) -> Tensor")
+@_operation("unpack_spectrum(Tensor x, Tensor bias, Tensor[] stats, int crop, int zero_frames) -> Tensor")
 def unpack_spectrum(x: Tensor, bias: Tensor, stats: list[Tensor], crop: int, zero_frames: int) -> Tensor:
     """Finish the last layer of the spectrogram's branch: `[B, J, N, stride * C * 2]` to a float32 spectrogram.
 
@@ -112,7 +112,7 @@ def unpack_spectrum(x: Tensor, bias: Tensor, stats: list[Tensor], crop: int, zer
     return F.pad(y, (0, 0, 0, 1, zero_frames, zero_frames))
 
 
-@operation("overlap_add(Tensor frames, Tensor window, int hop_length, int crop, int length) -> Tensor")
+@_operation("overlap_add(Tensor frames, Tensor window, int hop_length, int crop, int length) -> Tensor")
 def overlap_add(frames: Tensor, window: Tensor, hop_length: int, crop: int, length: int) -> Tensor:
     """Windowed overlap-add of frames `[B, C, N, n_fft]`, `hop_length` apart, to waveforms `[B, C, length]`.
 
@@ -127,7 +127,7 @@ def overlap_add(frames: Tensor, window: Tensor, hop_length: int, crop: int, leng
     return waveforms
 
 
-@operation("add_waveform_(Tensor(a!) out, Tensor x, Tensor bias, Tensor[] stats, int crop) -> ()")
+@_operation("add_waveform_(Tensor(a!) out, Tensor x, Tensor bias, Tensor[] stats, int crop) -> ()")
 def add_waveform_(out: Tensor, x: Tensor, bias: Tensor, stats: list[Tensor], crop: int) -> None:
     """Finish the last layer of the waveform's branch, `[B, J, 1, stride * C]`, and add it to `out`, `[B, C, T]`."""
     mean, std = (each[:, None, None] for each in stats)
@@ -135,7 +135,7 @@ def add_waveform_(out: Tensor, x: Tensor, bias: Tensor, stats: list[Tensor], cro
     out += (y * std + mean).transpose(1, 2)
 
 
-@operation("embed(Tensor x, Tensor gain, Tensor shift, Tensor table) -> (Tensor, Tensor)")
+@_operation("embed(Tensor x, Tensor gain, Tensor shift, Tensor table) -> (Tensor, Tensor)")
 def embed(x: Tensor, gain: Tensor, shift: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Normalise tokens `[B, N, D]` and add positions `[N, D]`; return the sum in float32 and its norm in `x`'s type.
 
@@ -145,14 +145,14 @@ def embed(x: Tensor, gain: Tensor, shift: Tensor, table: Tensor) -> tuple[Tensor
     return y, F.layer_norm(y, y.shape[-1:], None, None, EPS).to(x.dtype)
 
 
-@operation("add_norm_(Tensor(a!) x, Tensor y, Tensor gain) -> Tensor")
+@_operation("add_norm_(Tensor(a!) x, Tensor y, Tensor gain) -> Tensor")
 def add_norm_(x: Tensor, y: Tensor, gain: Tensor) -> Tensor:
     """Add `y * gain`, `[B, N, D]`, to `x` in float32, and return the sum's tokens, each normalised, in `y`'s type."""
     x += y.float() * gain
     return F.layer_norm(x, x.shape[-1:], None, None, EPS).to(y.dtype)
 
 
-@operation("add_group_norm_(Tensor(a!) x, Tensor y, Tensor gain, Tensor norm_gain, Tensor norm_shift) -> Tensor")
+@_operation("add_group_norm_(Tensor(a!) x, Tensor y, Tensor gain, Tensor norm_gain, Tensor norm_shift) -> Tensor")
 def add_group_norm_(x: Tensor, y: Tensor, gain: Tensor, norm_gain: Tensor, norm_shift: Tensor) -> Tensor:
     """Like `add_norm_`, but `x` becomes the sum normalised over all tokens of an item, with gains and biases `[D]`."""
     x += y.float() * gain

@@ -29,7 +29,7 @@ class LSTM:
 
     def __init__(self, lstm: nn.LSTM, precision: torch.dtype) -> None:
         assert lstm.bidirectional and lstm.bias and not lstm.proj_size
-        self.precision = float_precision(precision)
+        self.precision: torch.dtype = float_precision(precision)
         self._memory: list[Tensor] = []  # `_layers` contains pointers to it
         directions = [self._direction(*weights) for weights in cast(Any, lstm.all_weights)]
         self._layers: list[Any] = []
@@ -88,7 +88,8 @@ class AddedLinear:
     """A linear layer whose output is added to a residual stream. Its precision is as that of `LSTM`."""
 
     def __init__(self, linear: nn.Linear, precision: torch.dtype) -> None:
-        self.precision, self._shape = float_precision(precision), linear.weight.shape
+        self.precision: torch.dtype = float_precision(precision)
+        self._shape = linear.weight.shape
         self._weights, *_ = packed_weights([linear.weight.detach()], None, self.precision)
         self._bias = padded_bias(linear).detach()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from separation.models.kernels.native import NotFusedError, library
 
 ops: Any = torch.ops.separation  # ops.rms_norm(...) calls the kernel or its reference, depending on the device
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 PROBE_SHAPE = (16, 64)  # of the rows that `triton_fault` normalises
 
 _LIBRARY = torch.library.Library("separation", "FRAGMENT")

@@ -28,8 +28,8 @@ class GpuLayer(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.weights = nn.ParameterList()
+        self.dtype: torch.dtype = dtype
+        self.weights: nn.ParameterList = nn.ParameterList()
 
     def add_weights(self, *weights: Tensor) -> None:
         """Append weights, cast to the layer's precision."""
@@ -65,13 +65,13 @@ class GpuTransformer(GpuLayer):
 
     def __init__(self, transformer: Transformer, carry: Tensor, dtype: torch.dtype) -> None:
         super().__init__(dtype)
-        self.norms = nn.ModuleList()
+        self.norms: nn.ModuleList = nn.ModuleList()
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         for attention, feed_forward in fusable_layers(transformer):
             norm, up, _, _, down = feed_forward.net
             out = attention.to_out[0]
-            self.heads = attention.heads
-            self.inner = out.weight.shape[1]
+            self.heads: int = attention.heads
+            self.inner: int = out.weight.shape[1]
             self.register_buffer("frequencies", attention.rotary_embed.freqs.detach().float())
             self.norms.append(GpuNorm(attention.norm, carry, dtype))
             carry = carry if out.bias is None else carry + out.bias.float()
