@@ -45,6 +45,8 @@ WITH_ATTENTION = WITH_INT8 | {
     "bs_roformer_value_residual",
     "bs_roformer_experimental",
     "mel_band_roformer_experimental",
+    "bs_siamese_roformer",
+    "mini_bs_roformer",
     "bs_conformer",
     "mel_band_conformer",
     "htdemucs",
@@ -57,6 +59,7 @@ FLAGS = {
     "fno": "bs_roformer_fno",
     "use_mask_estimator_fno": "bs_roformer_fno",
     "unwa_inst_large_2": "bs_roformer_large_v2",
+    "siamese": "bs_siamese_roformer",
 }
 YAML_SUFFIXES = (".yaml", ".yml")
 # Suffixes of the files that stand beside a weights file, so that no weights file can take their place.

@@ -40,8 +40,6 @@ NAMES = {
     r"mask_estimators\.\d+\.segm\.hyperace\.high_order_branch\.2\..*": HYPERACE_V1,
     r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
     r"mask_estimators\.\d+\.(?!to_freqs|segm|layers|norm)\w+\..*": "a RoFormer with other mask estimators",
-    r"layers\.\d+\.\d+\.(ln_[xy]_(attn|mlp)|y_attn)\..*": "a BS-SiameseRoFormer, whose transformers have two streams",
-    r"freq_domain_model\..*": "a Mini-BS-RoFormer, which stands on the package transformers",
     r".*\.A_log": TYPES["bs_mamba2"],
     r".*\.lora_[AB]\..*": "a LoRA adapter of the package peft",
     r"swin_upernet_model\..*": TYPES["swin_upernet"],

@@ -14,9 +14,11 @@ from separation.models.mdx23c import MDX23C
 from separation.models.mdx23c_stht import MDX23CSTHT
 from separation.models.mdx_net import MDXNet
 from separation.models.mel_band_roformer import MelBandRoFormer
+from separation.models.mini_bs_roformer import MiniBSRoFormer
 from separation.models.scnet import SCNet
 from separation.models.scnet_unofficial import SCNetUnofficial
 from separation.models.scnet_variants import SCNetMasked, SCNetTran
+from separation.models.siamese import BSSiameseRoFormer
 from separation.models.tiger import Tiger
 from separation.models.value_residuals import (
     BSRoFormerExperimental,
@@ -35,6 +37,8 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "bs_roformer_value_residual": BSRoFormerValueResidual,
     "bs_roformer_experimental": BSRoFormerExperimental,
     "mel_band_roformer_experimental": MelBandRoFormerExperimental,
+    "bs_siamese_roformer": BSSiameseRoFormer,
+    "mini_bs_roformer": MiniBSRoFormer,
     "bs_conformer": BSConformer,
     "mel_band_conformer": MelBandConformer,
     "mel_band_conformer_early": EarlyMelBandConformer,

@@ -67,8 +67,6 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
     [
         ("layers.0.1.layers.0.0.static_alpha", "a RoFormer with hyper-connections, which versions of their package"),
         ("mask_estimators.0.segm.hyperace.high_order_branch.2.cv1.bn.bias", "a BS-RoFormer HyperACE of version 1"),
-        ("layers.0.1.ln_y_attn.0.gamma", "a BS-SiameseRoFormer, whose transformers have two streams"),
-        ("freq_domain_model.band_split.to_features.0.1.weight", "a Mini-BS-RoFormer, which stands on the package"),
         ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
         ("layers.0.1.layers.0.0.to_qkv.lora_A.weight", "a LoRA adapter of the package peft"),

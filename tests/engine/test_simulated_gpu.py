@@ -59,6 +59,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROFORMER = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 16}
 RNNS = {"n_sqm_modules": 1, "emb_dim": 32, "rnn_dim": 32, "mlp_dim": 64}
+MINI = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "band_proj_size": 16}
 EXPERIMENTAL = ROFORMER | {"use_value_residual_learning": True}
 LAYERS_OF_ROFORMERS = dict.fromkeys(("time_transformer_depth", "freq_transformer_depth"))
 CONFORMERS: dict[str, Any] = ROFORMER | LAYERS_OF_ROFORMERS | {"time_conformer_depth": 1, "freq_conformer_depth": 1}
@@ -98,11 +99,13 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
     "bandit": ("bandit_plus_dnr", RNNS, 22_050),
     "bandit_v2": ("bandit_v2_multi", RNNS, 22_050),
     "apollo": ("apollo_lq_mp3_restoration", {"feature_dim": 64, "layer": 1}, 22_050),
+    "mini_bs_roformer": ("mini_bs_roformer_v2_hidolen", MINI, 16_384),
     "tiger": ("tiger_dnr", {"out_channels": 24, "in_channels": 16, "num_blocks": 2}, 22_050),
     "bs_roformer_hyperace": ("bs_roformer_hyperace_v2_vocals_unwa", ROFORMER, 88_200),
     "bs_roformer_fno": ("bs_roformer_inst_fno_unwa", ROFORMER, 16_384),
     "bs_roformer_large_v2": ("bs_roformer_large_v2_inst_unwa", ROFORMER, 16_384),
     "bs_roformer_value_residual": ("bs_roformer_inst_value_residual_unwa", ROFORMER, 16_384),
+    "bs_siamese_roformer": ("bs_roformer_viperx_1297", ROFORMER, 16_384),
     "bs_roformer_experimental": ("bs_roformer_viperx_1297", EXPERIMENTAL, 16_384),
     "mel_band_roformer_experimental": ("mel_band_roformer_kim", EXPERIMENTAL, 16_384),
     "bs_conformer": ("bs_roformer_viperx_1297", CONFORMERS, 16_384),
