@@ -1,10 +1,11 @@
 """The container's predictor: typed inputs -> Separator -> stem files. No signal processing here.
 
-Cog parses the signature of `run` without running it, so every default, choice and range is a plain literal. Only
-Cog fills in the defaults: a caller from Python passes all arguments.
+Cog parses the signature of `run` without running it, so every default, choice and range is a plain literal. Python
+itself does not know these defaults: `predict` fills them in.
 """
 
 import asyncio
+import inspect
 import os
 import shutil
 import tempfile
@@ -13,12 +14,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
-from typing import List  # noqa: UP035  # Cog's parser needs this spelling
+from typing import Any, List  # noqa: UP035  # Cog's parser needs this spelling
 
 from cog import BaseRunner, Input, Path, concurrent
 from cog.types import URLPath
 
 from separation import EngineOptions, ModelPool, OutputOptions, Separator
+from separation.analysis.facts import MIXTURE, SongAnalysis
+from separation.analysis.song import analyse
+from separation.audio.excerpt import Excerpt
 from separation.checkpoints.catalogue import is_here
 from separation.checkpoints.chunk_choice import ChunkChoice
 from separation.device import peak_memory_bytes
@@ -26,12 +30,15 @@ from separation.engine.cache import chosen_cache
 from separation.engine.recipes import Recipe, load_recipe
 from separation.engine.separator import StemFiles
 from separation.errors import InputError, RecipeError
+from separation.progress import Progress
 from separation.system.stopwatch import Stopwatch, process_seconds
 from separation.web.delivery import DeliveredSeparator
 from separation.web.errors import errors_as_failures, errors_without_paths
 from separation.web.limits import max_mib, max_seconds
 from separation.web.remote import BLOCK_BYTES, Allowed, download, save
 from separation.web.songs import DeliveryRoom, SongThreads, StemFolders, n_slots, n_songs, total_bytes
+
+SEPARATED = 0.9  # share of the progress bar for the separation, if an analysis follows
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,16 @@ class Order:
     recipe: str | None  # None: the server's own
     options: EngineOptions
     output: OutputOptions
+    analyse: bool  # also find the tempo and the key, and measure the loudness
+
+
+@dataclass(frozen=True)
+class Result:
+    """A separated song."""
+
+    files: StemFiles
+    models: list[str]
+    analysis: SongAnalysis | None
 
 
 class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
@@ -75,7 +92,19 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
     @property  # a method of this name would be Cog's old name for `run`, which must not exist beside it
     def predict(self) -> Callable[..., list[Path]]:
         """`run` under its old name, for callers from Python: it waits for the stems."""
-        return lambda *inputs, **named: asyncio.run(self.run(*inputs, **named))
+        signature = inspect.signature(self.run)
+        defaults = [
+            item.replace(default=inspect.Parameter.empty if item.default.default is None else item.default.default)
+            for item in signature.parameters.values()
+        ]
+
+        def predict(*inputs: Any, **named: Any) -> list[Path]:
+            bound = signature.replace(parameters=defaults).bind(*inputs, **named)
+            bound.apply_defaults()
+            stems: list[Path] = asyncio.run(self.run(*bound.args))
+            return stems
+
+        return predict
 
     @concurrent(max=8)  # type: ignore[untyped-decorator]  # cog has no types
     async def run(
@@ -103,6 +132,12 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
             default="default",
             choices=["default", "standard", "sw", "demo"],
         ),
+        start: float = Input(description="Separate only from this second of the song on", default=0, ge=0),
+        end: float = Input(description="Separate only up to this second; 0 means the end of the song", default=0, ge=0),
+        preview: bool = Input(description="Separate only the loudest 30 seconds", default=False),
+        analyse: bool = Input(
+            description="Also find tempo, key and loudness, given as metrics of the prediction", default=False
+        ),
     ) -> List[Path]:  # noqa: UP006
         """Separate a song into stems."""
         folder = self.folders.new()
@@ -116,40 +151,59 @@ class Predictor(BaseRunner):  # type: ignore[misc]  # cog has no types
                 output_format,
                 sample_rate=int(sample_rate),
                 bitrate=int(mp3_bitrate) if output_format == "mp3" else None,
+                excerpt=Excerpt(start, end or None, preview) if start or end or preview else None,
             ),
+            analyse,
         )
         try:
             with errors_as_failures():
-                files, models = await self.songs.run(partial(self._separate, audio, order, folder))
+                result = await self.songs.run(partial(self._separate, audio, order, folder))
             await self.room.take(total_bytes(folder))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # it exists if the cancellation came last
             raise
         self.folders.end(folder)
-        device = self.pool.choice.device
-        self.record_metric("audio_seconds", round(files.duration_seconds, 3))
-        self.record_metric("times_realtime", round(files.times_realtime, 3))
-        self.record_metric("model_load_seconds", round(sum(self.pool.load_seconds[m] for m in models), 3))
-        self.record_metric("device", str(device))
-        self.record_metric("peak_memory_mib", round(peak_memory_bytes(device) / 2**20, 1))
-        return [Path(path) for path in files.values()]
+        for name, value in self._metrics(result).items():
+            self.record_metric(name, value)
+        return [Path(path) for path in result.files.values()]
 
-    def _separate(
-        self, audio: object, order: Order, folder: FilePath, check: Callable[[], None]
-    ) -> tuple[StemFiles, list[str]]:
-        """Separate a song into files in `folder`; also returns its models' names. `check` raises to cancel."""
+    def _metrics(self, result: Result) -> dict[str, str | float]:
+        """The figures of a prediction. Of its analysis, only what could be told."""
+        files, device, analysis = result.files, self.pool.choice.device, result.analysis
+        metrics: dict[str, str | float] = {
+            "audio_seconds": round(files.duration_seconds, 3),
+            "times_realtime": round(files.times_realtime, 3),
+            "model_load_seconds": round(sum(self.pool.load_seconds[name] for name in result.models), 3),
+            "device": str(device),
+            "peak_memory_mib": round(peak_memory_bytes(device) / 2**20, 1),
+        }
+        if analysis is not None:
+            lufs = analysis.loudness[MIXTURE].integrated_lufs
+            metrics |= {} if analysis.tempo_bpm is None else {"tempo_bpm": round(analysis.tempo_bpm, 2)}
+            metrics |= {} if analysis.key is None else {"key": analysis.key}
+            metrics |= {} if lufs is None else {"loudness_lufs": round(lufs, 2)}
+        return metrics
+
+    def _separate(self, audio: object, order: Order, folder: FilePath, check: Callable[[], None]) -> Result:
+        """Separate a song into files in `folder`. `check` raises to cancel."""
         with errors_without_paths(), tempfile.TemporaryDirectory(prefix="song-", ignore_cleanup_errors=True) as own:
             chosen = load_recipe(order.recipe or self.recipe, order.stems, two_stems=order.two_stems)
             self._check_weights(chosen)
             separator = DeliveredSeparator(chosen, options=order.options, pool=self.pool, cache=self.cache)
+            progress = Progress(_ProgressLog(check))
+            song = _receive(audio, own, self.max_mib, partial(_content, allowed=self.allowed, check=check))
             files = separator.separate_file(
-                _receive(audio, own, self.max_mib, partial(_content, allowed=self.allowed, check=check)),
+                song,
                 folder,
                 order.output,
                 max_seconds=self.max_seconds,
-                progress=_ProgressLog(check),
+                progress=progress.part(0, SEPARATED if order.analyse else 1),
             )
-        return files, list(separator.models)
+            analysis = None
+            if order.analyse:
+                part, rest = order.output.excerpt, progress.part(SEPARATED, 1)
+                analysis = analyse(song, files, excerpt=part, folder=FilePath(own), progress=rest)
+        return Result(files, list(separator.models), analysis)
 
     def _check_weights(self, recipe: Recipe) -> None:
         """Announce the weights that are about to be downloaded.

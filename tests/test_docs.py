@@ -481,6 +481,7 @@ def test_the_containers_inputs_and_metrics_are_documented_with_defaults_and_choi
         row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
         choices = schemas[name]["enum"] if name in schemas else []
         choices += [about["default"]] if "default" in about else []
+        choices = [json.dumps(choice) if isinstance(choice, bool) else choice for choice in choices]
         choices += [int(about[key]) for key in ("minimum", "maximum") if key in about]
         assert {str(choice) for choice in choices} <= set(re.findall(r"\w+", row)), name
     assert all(f"| `{metric}` |" in text for metric in METRICS)

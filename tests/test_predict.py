@@ -30,7 +30,7 @@ from helpers.cog_rules import read_runner
 from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
 from helpers.house import imports, modules
 from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
-from separation import device
+from separation import analyse, device
 from separation.checkpoints.catalogue import files_for, read_config
 from separation.checkpoints.convert import convert
 from separation.checkpoints.download import fetch
@@ -92,6 +92,18 @@ INPUTS: list[tuple[str, str, dict[str, Any]]] = [
             "default": "default",
             "choices": ["default", "standard", "sw", "demo"],
         },
+    ),
+    ("start", "float", {"description": "Separate only from this second of the song on", "default": 0, "ge": 0}),
+    (
+        "end",
+        "float",
+        {"description": "Separate only up to this second; 0 means the end of the song", "default": 0, "ge": 0},
+    ),
+    ("preview", "bool", {"description": "Separate only the loudest 30 seconds", "default": False}),
+    (
+        "analyse",
+        "bool",
+        {"description": "Also find tempo, key and loudness, given as metrics of the prediction", "default": False},
     ),
 ]
 
@@ -388,6 +400,52 @@ def test_two_stems_are_the_stem_and_the_rest_of_the_song_whatever_stems_says(
     assert np.abs(read(files[0]) + read(files[1]) - read(audio)).max() <= 1e-6
 
 
+def test_the_inputs_have_their_defaults_for_callers_from_python_too(predictor: predict.Predictor, audio: Path) -> None:
+    assert [file.name for file in predictor.predict(audio)] == ["vocals.wav", "instrumental.wav"]
+    with pytest.raises(TypeError, match="'audio'"):
+        predictor.predict(stems="all_4")
+
+
+@pytest.mark.parametrize("inputs, start, stop", [({"start": 1.5, "end": 3}, 1.5, 3), ({"start": 2}, 2, 5)])
+def test_a_part_of_a_song_has_the_samples_of_the_whole_song(
+    predictor: predict.Predictor, tmp_path: Path, inputs: dict[str, float], start: float, stop: float
+) -> None:
+    audio = tmp_path / "song.wav"
+    audio.write_bytes(song(5))
+    whole = [read(file) for file in predictor.predict(audio, **QUICK)]
+    parts = [read(file) for file in predictor.predict(audio, **QUICK | inputs)]
+    for stem, part in zip(whole, parts, strict=True):
+        assert np.array_equal(part, stem[int(start * 44100) : int(stop * 44100)])
+
+
+def test_a_preview_is_the_loudest_half_minute(predictor: predict.Predictor, tmp_path: Path) -> None:
+    audio = tmp_path / "song.wav"
+    samples = np.full((40 * 8000, 1), 0.01, dtype=np.float32)
+    samples[5 * 8000 : 35 * 8000] = 0.2
+    soundfile.write(audio, samples, 8000)
+    vocals, instrumental = (read(file) for file in predictor.predict(audio, **QUICK | {"preview": True}))
+    assert len(vocals) == 30 * 44100
+    assert (vocals + instrumental)[44100:-44100] == pytest.approx(0.2, abs=0.001)
+
+
+def test_an_analysis_is_among_the_metrics_without_what_cannot_be_told(
+    predictor: predict.Predictor, audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: dict[str, Any] = {}
+    monkeypatch.setattr(predictor, "record_metric", figures.__setitem__)
+    files = predictor.predict(SONG, **QUICK | {"analyse": True})
+    expected = analyse(SONG, {file.stem: file for file in files})
+    assert expected.tempo_bpm and expected.key
+    lufs = expected.loudness["mixture"].integrated_lufs
+    assert lufs and list(figures)[: len(METRICS)] == METRICS
+    found = {name: value for name, value in figures.items() if name not in METRICS}
+    assert found == {"tempo_bpm": round(expected.tempo_bpm, 2), "key": expected.key, "loudness_lufs": round(lufs, 2)}
+    figures.clear()
+    soundfile.write(audio, np.zeros((44100, 2)), 44100)
+    predictor.predict(audio, **QUICK | {"analyse": True})
+    assert list(figures) == METRICS
+
+
 def test_the_metrics_of_a_prediction_are_recorded_in_their_units(
     predictor: predict.Predictor, audio: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +483,9 @@ def test_a_predictions_folder_is_removed_when_the_next_one_starts(
         (None, {"stems": "all_5"}, RecipeError, "'all_5'"),
         (None, {"stems": "drum_kit"}, RecipeError, "'demo' has no stems 'drum_kit': choose one of all_4, all_6, v"),
         (None, {"output_format": "wma"}, InputError, "'wma'"),
+        (None, {"start": 3, "end": 2}, InputError, "a part from 3s to 2s is empty"),
+        (None, {"start": 2}, InputError, "starts after the song's end at 1s"),
+        (None, {"start": 1, "preview": True}, InputError, "a preview chooses its part of the song"),
     ],
 )
 def test_a_failed_prediction_says_why_and_does_not_affect_the_next(
@@ -456,7 +517,7 @@ def test_a_cancelled_prediction_leaves_no_folder(predictor: predict.Predictor, t
 
     async def cancelled() -> None:
         prediction = asyncio.create_task(predictor.run(audio, **QUICK))
-        while not set(stem_folders(temporary)) - before:
+        while not (prediction.done() or set(stem_folders(temporary)) - before):
             await asyncio.sleep(0.01)
         prediction.cancel()
         await prediction

@@ -17,6 +17,14 @@ export interface Inputs<S extends StemsChoice = StemsChoice, T extends TwoStems 
   /** This stem and the song minus it, instead of `stems`. */
   twoStems?: T | undefined;
   recipe?: "default" | "standard" | "sw" | "demo" | undefined;
+  /** Separate only from this second of the song on. */
+  start?: number | undefined;
+  /** Separate only up to this second. */
+  end?: number | undefined;
+  /** Separate only the loudest 30 seconds. */
+  preview?: boolean | undefined;
+  /** Also find tempo, key and loudness, for `onAnalysis` and the `analysis` of a `Separation`. */
+  analyse?: boolean | undefined;
 }
 
 /** A prediction's input with the API's names. */
@@ -31,6 +39,10 @@ const API_NAMES: Record<keyof Inputs, string> = {
   mp3Bitrate: "mp3_bitrate",
   twoStems: "two_stems",
   recipe: "recipe",
+  start: "start",
+  end: "end",
+  preview: "preview",
+  analyse: "analyse",
 };
 
 /**

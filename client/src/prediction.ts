@@ -4,6 +4,16 @@ import { expectedStems, stemsByName, type SomeStemUrls, type StemName } from "./
 const STATUSES = ["starting", "processing", "succeeded", "failed", "canceled", "aborted"] as const;
 export type Status = (typeof STATUSES)[number];
 
+/** What a song is like. Whatever could not be told is null, such as the tempo of a song without drums. */
+export interface Analysis {
+  /** Beats per minute. */
+  tempoBpm: number | null;
+  /** Such as "F# minor". */
+  key: string | null;
+  /** Integrated loudness of the song (EBU R128), in LUFS. */
+  loudnessLufs: number | null;
+}
+
 /** A prediction at some moment. */
 export interface Separation<Stems = SomeStemUrls> {
   id: string;
@@ -12,6 +22,8 @@ export interface Separation<Stems = SomeStemUrls> {
   progress: number;
   /** The URL of each stem after a success, else null. */
   stems: Stems | null;
+  /** What `analyse` found; null if it was not asked for or found nothing. */
+  analysis: Analysis | null;
   /** A PredictionError if it failed or was canceled, a StemsError if its stems are not as expected, else null. */
   error: SeparationError | null;
 }
@@ -31,13 +43,14 @@ export function readPrediction(
   choice?: { stems?: unknown; two_stems?: unknown },
 ): Separation | null {
   if (typeof prediction !== "object" || prediction === null) return null;
-  const { id, status, input, output, error, logs, data_removed } = prediction as Record<string, unknown>;
+  const { id, status, input, output, error, logs, metrics, data_removed } = prediction as Record<string, unknown>;
   if (typeof id !== "string" || !id || !STATUSES.includes(status as Status)) return null;
   const found: Separation = {
     id,
     status: status as Status,
     progress: status === "succeeded" ? 1 : progressInLogs(logs),
     stems: null,
+    analysis: null,
     error: null,
   };
   if (!isOver(found)) return found;
@@ -48,11 +61,22 @@ export function readPrediction(
   }
   try {
     const expected = expectedStems(choice ?? (typeof input === "object" && input !== null ? input : {}));
-    return { ...found, stems: stemsByName(output, expected as readonly StemName[]) };
+    const stems = stemsByName(output, expected as readonly StemName[]);
+    return { ...found, stems, analysis: readAnalysis(metrics) };
   } catch (reason) {
     if (!(reason instanceof StemsError)) throw reason;
     return { ...found, error: new StemsError(reason.message, id) };
   }
+}
+
+function readAnalysis(metrics: unknown): Analysis | null {
+  const { tempo_bpm, key, loudness_lufs } = (metrics ?? {}) as Record<string, unknown>;
+  const analysis = {
+    tempoBpm: typeof tempo_bpm === "number" ? tempo_bpm : null,
+    key: typeof key === "string" ? key : null,
+    loudnessLufs: typeof loudness_lufs === "number" ? loudness_lufs : null,
+  };
+  return Object.values(analysis).some((value) => value !== null) ? analysis : null;
 }
 
 /** The last progress bar in a prediction's log, such as " 35%|███    | 7/20", as a share of 1. */

@@ -85,12 +85,12 @@ export class Separator {
     song: Song,
     options: Inputs<S, T> & SeparateOptions = {},
   ): Promise<StemUrls<S, T>> {
-    const { webhook, signal, onStart = () => undefined, onProgress, pollSeconds, ...inputs } = options;
+    const { webhook, signal, onStart = () => undefined, onProgress, onAnalysis, pollSeconds, ...inputs } = options;
     const input = apiInput(inputs);
     const watch = watching({ onProgress, pollSeconds }, input);
     const prediction = await this.#service.run(song, input, { webhook, signal, onStart, ...watch });
     watch.onPoll(prediction);
-    return stemsOf(read(prediction, input)) as StemUrls<S, T>;
+    return stemsOf(read(prediction, input), onAnalysis) as StemUrls<S, T>;
   }
 
   /**
@@ -128,10 +128,10 @@ export class Separator {
   ): Promise<StemUrls<S, T>>;
   async wait(id: string, options?: WaitOptions): Promise<SomeStemUrls>;
   async wait(id: string, options: Inputs & WaitOptions = {}): Promise<SomeStemUrls> {
-    const { signal, onProgress, pollSeconds, ...choice } = options;
+    const { signal, onProgress, onAnalysis, pollSeconds, ...choice } = options;
     const input = Object.keys(choice).length > 0 ? apiInput(choice) : undefined;
     const watch = watching({ onProgress, pollSeconds }, input);
-    return stemsOf(read(await this.#service.wait(id, { signal, ...watch }), input, id));
+    return stemsOf(read(await this.#service.wait(id, { signal, ...watch }), input, id), onAnalysis);
   }
 
   /** Cancels a prediction. One that has ended stays as it is. */
@@ -156,8 +156,9 @@ function read(prediction: unknown, input: object | undefined, predictionId: stri
   return found;
 }
 
-function stemsOf({ id, stems, error }: Separation): SomeStemUrls {
+function stemsOf({ id, stems, analysis, error }: Separation, onAnalysis: WaitOptions["onAnalysis"]): SomeStemUrls {
   if (error !== null) throw error;
+  if (analysis !== null) onAnalysis?.(analysis);
   if (stems === null) throw new RequestError("the answer is a prediction that has not ended", "server", { predictionId: id });
   return stems;
 }

@@ -1,3 +1,4 @@
+import type { Analysis } from "./prediction.js";
 import type { ApiInput } from "./inputs.js";
 import type { Song } from "./song.js";
 
@@ -13,6 +14,8 @@ export interface WaitOptions {
   signal?: AbortSignal | undefined;
   /** Called with the share of the job that is done, 0 to 1, whenever it has grown. */
   onProgress?: ((share: number) => void) | undefined;
+  /** Called with what the input `analyse` found, before the stems are returned. */
+  onAnalysis?: ((analysis: Analysis) => void) | undefined;
   /** Seconds between two polls; default 1. */
   pollSeconds?: number | undefined;
 }

@@ -1,7 +1,7 @@
 import { SeparationError } from "./errors.js";
 import { readPrediction, type Separation } from "./prediction.js";
 
-export type { Separation, Status } from "./prediction.js";
+export type { Analysis, Separation, Status } from "./prediction.js";
 export { PredictionError, SeparationError, StemsError, type ErrorKind } from "./errors.js";
 
 const TOLERANCE_SECONDS = 5 * 60;

@@ -132,6 +132,24 @@ test("all options arrive under the container's names", async () => {
   });
 });
 
+test("a part of a song with its analysis: onAnalysis, get", async () => {
+  const analyses: unknown[] = [];
+  let id = "";
+  const { vocals } = await separator.separate(song, {
+    start: 0.5,
+    end: 2,
+    analyse: true,
+    pollSeconds: 0.1,
+    onStart: (started) => (id = started),
+    onAnalysis: (analysis) => analyses.push(analysis),
+  });
+  assert.ok(vocals);
+  const { analysis } = await separator.get(id);
+  assert.ok(analysis !== null && analysis.loudnessLufs !== null && analysis.loudnessLufs < 0);
+  assert.deepEqual(analyses, [analysis]);
+  assert.deepEqual(gateway.newest.input, { audio: song, start: 0.5, end: 2, analyse: true });
+});
+
 test("after start, another process waits for the stems by the prediction's id", async () => {
   const id = await separator.start(song, { stems: "all_4", outputFormat: "mp3" });
   const other = new Separator({ model: OFFICIAL, ...server });
@@ -141,7 +159,7 @@ test("after start, another process waits for the stems by the prediction's id", 
   assert.deepEqual(Object.keys(four), ["vocals", "drums", "bass", "other"]);
   assert.equal(shares.at(-1), 1);
   assert.deepEqual(await other.wait(id), four);
-  assert.deepEqual(await other.get(id), { id, status: "succeeded", progress: 1, stems: four, error: null });
+  assert.deepEqual(await other.get(id), { id, status: "succeeded", progress: 1, stems: four, analysis: null, error: null });
   const error = await failure(other.wait(id, { twoStems: "vocals" }));
   assert.ok(error instanceof StemsError);
   assert.equal(error.message, "expected the stems vocals, no_vocals, got " + namesOf(gateway.newest.output));
@@ -154,7 +172,7 @@ test("get tells how far a prediction is", async () => {
     const state = await separator.get(id);
     return state.progress > 0.1 ? state : undefined;
   });
-  assert.deepEqual({ ...running, progress: 0 }, { id, status: "processing", progress: 0, stems: null, error: null });
+  assert.deepEqual({ ...running, progress: 0 }, { id, status: "processing", progress: 0, stems: null, analysis: null, error: null });
   assert.ok(running.progress < 1);
   await separator.cancel(id);
   const { status, error } = await until(async () => {

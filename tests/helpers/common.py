@@ -40,6 +40,7 @@ STEMS = {
 }
 QUICK: dict[str, Any] = {"stems": "vocals_instrumental", "output_format": "wav", "chunk_size": 4, "overlap": 1}
 QUICK |= {"sample_rate": 44100, "mp3_bitrate": 320, "two_stems": "none", "recipe": "default"}
+QUICK |= {"start": 0.0, "end": 0.0, "preview": False, "analyse": False}
 # The line that `parseProgressFromLogs` of npm `replicate` parses: percent, anything between bars, done/total.
 PROGRESS_LINE = re.compile(r"\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
 METRICS = ["audio_seconds", "times_realtime", "model_load_seconds", "device", "peak_memory_mib"]

@@ -40,6 +40,8 @@ export async function checkedByTheCompiler(separator: Separator, song: string, i
   // @ts-expect-error only one of the two choices has this stem
   either.guitar;
 
+  await separator.separate(song, { preview: true, onAnalysis: ({ tempoBpm }) => tempoBpm satisfies number | null });
+
   // @ts-expect-error no such choice
   await separator.separate(song, { stems: "all_5" });
   // @ts-expect-error no such format
