@@ -34,7 +34,7 @@ from separation.errors import (
 __version__ = "0.2.0"  # pyproject.toml reads it
 
 if TYPE_CHECKING:
-    from separation.analysis.facts import SongAnalysis
+    from separation.analysis.facts import Loudness, SongAnalysis
     from separation.analysis.song import analyse
     from separation.audio.excerpt import Excerpt
     from separation.audio.options import OutputOptions
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from separation.engine.cache import Cache
     from separation.engine.options import EngineOptions
     from separation.engine.pool import ModelPool
-    from separation.engine.separator import Separator
+    from separation.engine.separator import Separator, StemFiles
+    from separation.models.base import SeparationModel
 
 __all__ = [
     "AudioError",
@@ -53,13 +54,16 @@ __all__ = [
     "EstimateError",
     "Excerpt",
     "InputError",
+    "Loudness",
     "ModelPool",
     "OutputError",
     "OutputOptions",
     "RecipeError",
     "SeparationError",
+    "SeparationModel",
     "Separator",
     "SongAnalysis",
+    "StemFiles",
     "analyse",
     "load_model",
 ]
@@ -69,10 +73,13 @@ _MODULES = {
     "Cache": "separation.engine.cache",
     "EngineOptions": "separation.engine.options",
     "Excerpt": "separation.audio.excerpt",
+    "Loudness": "separation.analysis.facts",
     "ModelPool": "separation.engine.pool",
     "OutputOptions": "separation.audio.options",
+    "SeparationModel": "separation.models.base",
     "Separator": "separation.engine.separator",
     "SongAnalysis": "separation.analysis.facts",
+    "StemFiles": "separation.engine.separator",
     "analyse": "separation.analysis.song",
     "load_model": "separation.checkpoints.load",
 }

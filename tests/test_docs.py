@@ -27,6 +27,7 @@ import yaml
 import separation
 from helpers import models_table
 from helpers.common import METRICS, PROJECT, SONG
+from helpers.pyright import needs_pyright, pyright
 from separation import EngineOptions, OutputOptions
 from separation.checkpoints import catalogue
 from separation.cli.main import main
@@ -184,6 +185,19 @@ def test_a_shell_sample_runs(sample: Sample, working_folder: Path) -> None:
 @pytest.mark.parametrize("sample", marked("python"))
 def test_a_python_sample_runs(sample: Sample, working_folder: Path) -> None:
     exec(compile(sample.code, sample.place, "exec"), {"__name__": "sample"})
+
+
+@pytest.mark.slow
+@needs_pyright
+def test_strict_type_checking_accepts_the_python_samples(tmp_path: Path) -> None:
+    config = {"typeCheckingMode": "strict", "reportUnusedImport": "none"}  # one only lists what there is to import
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config), encoding="utf-8")
+    written = {f"line_{sample.line}.py": sample.text for sample in samples(PYTHON) if sample.language == "python"}
+    for name, text in written.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = pyright(tmp_path)
+    assert found["summary"]["filesAnalyzed"] == len(written) > 10
+    assert [(each["file"], each["range"]["start"], each["message"]) for each in found["generalDiagnostics"]] == []
 
 
 def written_commands() -> Iterator[tuple[str, str]]:

@@ -33,7 +33,7 @@ class SongAnalysis:
     Attributes:
         tempo_bpm: beats per minute.
         key: such as "F# minor".
-        loudness: of the mixture, under "mixture", and of each stem.
+        loudness: of the song, under "mixture", and of each stem, under its name.
     """
 
     tempo_bpm: float | None

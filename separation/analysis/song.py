@@ -13,6 +13,7 @@ from separation.analysis.facts import MIXTURE, Loudness, SongAnalysis
 from separation.analysis.key import key
 from separation.analysis.loudness import loudness
 from separation.analysis.tempo import tempo
+from separation.audio.beside import PROJECT, VIDEO
 from separation.audio.decode import decode
 from separation.audio.excerpt import Excerpt
 from separation.audio.waveform import SAMPLE_RATE, Waveform, cut
@@ -41,6 +42,9 @@ def analyse(
     of the song.
 
     Args:
+        mixture: the song's file.
+        stems: the stems' files by name, such as the result of `Separator.separate_file`, whose "video" and "project"
+            are left out.
         excerpt: the part of the song of which these are the stems; None means the whole song.
         folder: for the decoded audio, while it is analysed; None means the system's folder for temporary files.
         progress: called with the share that is done, 0 to 1, and the stage; an exception that it raises cancels.
@@ -50,7 +54,7 @@ def analyse(
         OutputError: `folder` is full or cannot be written to.
     """
     job = Progress(progress)
-    files = {MIXTURE: Path(mixture), **stems}
+    files = {MIXTURE: Path(mixture)} | {name: path for name, path in stems.items() if name not in (PROJECT, VIDEO)}
     waves: dict[str, Waveform] = {}
     rate = None if excerpt is None else SAMPLE_RATE  # at which the separator chose the samples of a preview
     with ExitStack() as stack:

@@ -19,8 +19,7 @@ class Excerpt:
     Args:
         start_seconds: where it starts.
         end_seconds: where it ends; None, or a time after the song's end, means the song's end.
-        is_preview: it is the loudest PREVIEW_SECONDS instead, which start at a whole second, or the whole of a shorter
-            song.
+        is_preview: it is the loudest 30 seconds instead, which start at a whole second, or the whole of a shorter song.
 
     Raises:
         InputError: it is empty, starts before the song, or is a preview with times.
@@ -47,6 +46,7 @@ class Excerpt:
         return f"{_clock(self.start_seconds)}-{end}"
 
     def as_json(self) -> list[float | None] | str:
+        """Its start and end in seconds, or "preview", as in JSON."""
         return "preview" if self.is_preview else [self.start_seconds, self.end_seconds]
 
     def seconds(self, mixture: "Waveform") -> tuple[float, float]:
@@ -66,7 +66,10 @@ class Excerpt:
         return self.start_seconds, duration if self.end_seconds is None else min(self.end_seconds, duration)
 
     def samples(self, mixture: "Waveform") -> tuple[int, int]:
-        """The samples `[start, stop)` of a song that it has, at least one."""
+        """The samples `[start, stop)` of a song that it has, at least one.
+
+        Raises InputError if the song is over before it starts.
+        """
         start, stop = (round(seconds * mixture.sample_rate) for seconds in self.seconds(mixture))
         return start, max(stop, start + 1)
 

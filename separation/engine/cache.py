@@ -76,6 +76,7 @@ class Entry:
         )
 
     def as_json(self) -> str:
+        """The entry as a line of JSON."""
         times = {"made": self.made.isoformat(), "last_used": self.last_used.isoformat(timespec="seconds")}
         return json.dumps({"key": self.key, "bytes": self.bytes, **times, **self.facts, "settings": self.settings})
 
@@ -87,8 +88,11 @@ class Cache:
 
     Args:
         folder: created when the first estimate is stored; None means the user's cache folder.
-        limit_bytes: the most that the folder may hold; None means SEPARATION_CACHE_GIB, or LIMIT_GIB without it.
+        limit_bytes: the most that the folder may hold; None means SEPARATION_CACHE_GIB, or 8 GiB without it.
         refresh: use nothing that is stored, and store everything again.
+
+    Attributes:
+        folder, limit_bytes, refresh: as given, with the defaults filled in.
 
     Raises:
         InputError: SEPARATION_CACHE_GIB is not a number above 0.

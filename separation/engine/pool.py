@@ -21,15 +21,23 @@ class Models(Protocol):
     """Where a separator gets its models from."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """What the models run on."""
+        ...
 
     @property
-    def on_gpu(self) -> GpuModels: ...
+    def on_gpu(self) -> GpuModels:
+        """What was prepared for the models on a CUDA GPU."""
+        ...
 
     @property
-    def turns(self) -> Turns: ...
+    def turns(self) -> Turns:
+        """The lock with which songs take turns on the device."""
+        ...
 
-    def get(self, name: str, stems: tuple[str, ...]) -> SeparationModel: ...
+    def get(self, name: str, stems: tuple[str, ...]) -> SeparationModel:
+        """The model of that name, for these stems at least."""
+        ...
 
 
 class ModelPool:
@@ -40,6 +48,13 @@ class ModelPool:
 
     Args:
         options: device, precision and attention; the other options do not matter here.
+
+    Attributes:
+        choice: device and precision, and why they were chosen.
+        attention: the requested attention backend.
+        load_seconds: how long loading each model took, by name.
+        on_gpu: what was prepared for the models on a CUDA GPU, such as recorded graphs.
+        turns: the lock with which songs that are separated at once take turns on the device.
 
     Raises:
         InputError: the device or precision cannot be used.
@@ -58,6 +73,7 @@ class ModelPool:
 
     @property
     def device(self) -> torch.device:
+        """What the models run on."""
         return self.choice.device
 
     def get(self, name: str, stems: tuple[str, ...]) -> SeparationModel:

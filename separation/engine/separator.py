@@ -52,7 +52,7 @@ class StemFiles(dict[str, Path]):
     """The paths of a song's stems by name, in order.
 
     Attributes:
-        duration_seconds: the song's length.
+        duration_seconds: the length of the song, or of its part.
         elapsed_seconds: how long decoding, separating and encoding took.
         gain: what all stems were multiplied by; 1 unless FLAC, MP3 or integer WAV would have clipped.
     """
@@ -61,9 +61,9 @@ class StemFiles(dict[str, Path]):
         self, paths: Mapping[str, Path], *, duration_seconds: float, elapsed_seconds: float, gain: float
     ) -> None:
         super().__init__(paths)
-        self.duration_seconds = duration_seconds
-        self.elapsed_seconds = elapsed_seconds
-        self.gain = gain
+        self.duration_seconds: float = duration_seconds
+        self.elapsed_seconds: float = elapsed_seconds
+        self.gain: float = gain
 
     @property
     def times_realtime(self) -> float:
@@ -84,6 +84,10 @@ class Separator:
         options: what the models run on and how; see `EngineOptions`.
         pool: loaded models to share between separators; it decides device, precision and attention.
         cache: where `separate_file` looks up and stores estimates; None turns caching off.
+
+    Attributes:
+        recipe: which models give which stems.
+        runner: runs the models.
 
     Raises:
         InputError, RecipeError: an option cannot be used.
@@ -125,6 +129,8 @@ class Separator:
         With `only`, it gives that stem alone.
 
         A `cache` needs a model from `load_model` whose files have not changed since.
+
+        Raises InputError for an option that cannot be used, and RecipeError for a stem that the model does not have.
         """
         recipe = one_model(model.name, model.stems, model.residual)
         recipe = recipe if only is None else recipe.only(only)

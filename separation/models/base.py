@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,21 @@ class SeparationModel(nn.Module):
     """Chunks of waveform `[B, C, T]` in float32 to estimates `[B, S, C, T]` in float32.
 
     A model is constructed without weights, from a Config and an Identity. `load` sets its weights, `prepare` its
-    precision and attention backend.
+    precision and attention backend. `separation.load_model` does all of this.
+
+    Attributes:
+        name: the name of its checkpoint.
+        stems: the names of the S estimates, in order.
+        residual: the name of the mixture minus the estimates, if it has one.
+        sample_rate: of the audio that it takes and gives, in hertz.
+        chunk_samples: T, the length of the chunks that it was trained on.
+        channels: C, 1 or 2.
+        least_samples: the smallest T; shorter chunks cannot be extended by their own reflection.
+        fixed_chunk: whether T must be `chunk_samples`.
+        restores: whether the estimates are the whole mixture, restored, and not parts of it.
+        precision: in which it computes.
+        attention: the name of its attention backend, if it has one.
+        origin: the checkpoint that its weights come from, if any.
     """
 
     # A frozen dataclass of hyper-parameters with the community's names, and the names that only training uses.
@@ -139,6 +153,10 @@ class SeparationModel(nn.Module):
         self.chunk_samples: int = identity.chunk_samples
         if identity.standardised:
             self.normalisation = "standard"
+
+    if TYPE_CHECKING:  # torch.nn.Module's takes and returns anything
+
+        def __call__(self, chunks: Tensor) -> Tensor: ...
 
     def load(self, weights: Mapping[str, Tensor], origin: Origin | None = None) -> None:
         """Use these tensors, one for each key of the state dict, as the weights, without copying. Disables training."""

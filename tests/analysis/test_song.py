@@ -64,6 +64,13 @@ def test_a_part_of_a_song_is_measured_there(tmp_path: Path) -> None:
     assert loud == analyse(SONG, {}).loudness["mixture"]
 
 
+def test_the_files_beside_the_stems_are_left_out(tmp_path: Path) -> None:
+    drums, no_audio = write(tmp_path / "drums.wav", read(SONG)[:RATE]), tmp_path / "stems.rpp"
+    no_audio.write_text("<REAPER_PROJECT>", encoding="utf-8")
+    analysis = analyse(drums, {"drums": drums, "project": no_audio, "video": no_audio})
+    assert list(analysis.loudness) == ["mixture", "drums"]
+
+
 def test_an_exception_in_the_progress_cancels(tmp_path: Path) -> None:
     def cancel(share: float, stage: str) -> None:
         if stage == "finding the key":
