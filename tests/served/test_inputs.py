@@ -94,14 +94,16 @@ def wrong_values() -> list[tuple[str, object]]:
     """For every input in the schema: other types, null, an unknown choice, the nearest values out of range."""
     wrong: list[tuple[str, object]] = []
     for name, described in SCHEMAS["Input"]["properties"].items():
-        wrong += [(name, ["a list"]), (name, None), (name, True)]
+        wrong += [(name, ["a list"]), (name, None)]
         described = SCHEMAS[name] if "allOf" in described else described
-        if described["type"] == "integer":
-            wrong += [(name, "8"), (name, 8.5)]
+        wrong += [(name, True)] if described["type"] != "boolean" else [(name, "true"), (name, 1)]
+        wrong += [(name, "8")] if described["type"] in ("integer", "number") else []
+        wrong += [(name, 8.5)] if described["type"] == "integer" else []
         if "enum" in described:
             wrong += [(name, "unknown" if described["type"] == "string" else 1)]
-        if "minimum" in described:
-            wrong += [(name, int(described["minimum"]) - 1), (name, int(described["maximum"]) + 1)]
+        wrong += [
+            (name, int(described[end]) + step) for end, step in (("minimum", -1), ("maximum", 1)) if end in described
+        ]
     return wrong
 
 
