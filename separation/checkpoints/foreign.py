@@ -16,9 +16,15 @@ FOREIGN_SUFFIXES = {
     ".h5": "a network for TensorFlow",
     ".gguf": "a network for ggml",
 }
-HYPER_CONNECTIONS = "a RoFormer with hyper-connections, which versions of their package compute differently,"
-HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of its code disagree,"
+HYPER_CONNECTIONS = "a RoFormer with hyper-connections, which versions of their package compute differently"
+HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of its code disagree"
 ADAPTER = "a LoRA adapter without its model"
+OTHER_PROGRAM = "use the program that it was made for"
+# What to use instead, where that is known.
+INSTEAD = {
+    HYPERACE_V1: "use one of version 2, such as bs_roformer_hyperace_v2_vocals_unwa",
+    HYPER_CONNECTIONS: "use the program and the version of its packages that it was trained with",
+}
 # By the YAML's `architecture`, or the `model_type` in its `training` section.
 TYPES = {
     "bs_mamba2": "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA",
@@ -27,6 +33,7 @@ TYPES = {
     "moises_light": "a Moises-Light, whose layers are those of the package moises_light",
 }
 TYPES["torchseg"] = TYPES["segm_models"]
+INSTEAD |= dict.fromkeys(TYPES.values(), "use Music-Source-Separation-Training")
 # By keys of the `model:` section that no other model has, whatever their value.
 KEYS = {
     "mamba_gmlp": TYPES["bs_mamba2"],
@@ -84,6 +91,4 @@ def refusal(path: Path, kind: str) -> CheckpointError:
             f"{path} is {kind}: give the model's weights, and name this file as `file` in the section `lora` of their "
             "YAML"
         )
-    return CheckpointError(
-        f"{path} is {kind}: this architecture is not supported, use the program that it was made for"
-    )
+    return CheckpointError(f"{path} is {kind}: this architecture is not supported, {INSTEAD.get(kind, OTHER_PROGRAM)}")

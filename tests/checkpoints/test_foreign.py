@@ -14,7 +14,12 @@ from separation.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-END = "this architecture is not supported, use the program that it was made for"
+UNSUPPORTED = "this architecture is not supported, use "
+OTHER = "the program that it was made for"
+END = UNSUPPORTED + OTHER
+MSST = "Music-Source-Separation-Training"
+VERSION_2 = "one of version 2, such as bs_roformer_hyperace_v2_vocals_unwa"
+SAME_PACKAGES = "the program and the version of its packages that it was trained with"
 
 
 @pytest.mark.parametrize("suffix, what", [(".tflite", "for TensorFlow Lite"), (".h5", "for TensorFlow")])
@@ -58,30 +63,46 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
 ) -> None:
     drop = ("files",) if "architecture" in changes else ("files", "architecture")
     path = write_yaml(tmp_path, drop=drop, **changes)
-    with pytest.raises(CheckpointError, match=rf"small\.yaml is .*{what}.*: {END}$"):
+    with pytest.raises(CheckpointError, match=rf"small\.yaml is .*{what}.*: {UNSUPPORTED}{MSST}$"):
         read_config(path)
 
 
 @pytest.mark.parametrize(
-    "key, what",
+    "key, what, end",
     [
-        ("layers.0.1.layers.0.0.static_alpha", "a RoFormer with hyper-connections, which versions of their package"),
-        ("mask_estimators.0.segm.hyperace.high_order_branch.2.cv1.bn.bias", "a BS-RoFormer HyperACE of version 1"),
-        ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators"),
-        ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)"),
-        ("layers.0.1.layers.0.0.to_qkv.lora_A.weight", "a LoRA adapter of the package peft"),
-        ("separator.0.mamba.A_log", "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA"),
-        ("unet_model.encoder.conv_stem.weight", "a network of segmentation_models_pytorch or TorchSeg, whose layers"),
-        ("swin_upernet_model.decode_head.classifier.weight", "a Swin-UperNet, whose layers are those of the package"),
+        (
+            "layers.0.1.layers.0.0.static_alpha",
+            "a RoFormer with hyper-connections, which versions of their package",
+            SAME_PACKAGES,
+        ),
+        (
+            "mask_estimators.0.segm.hyperace.high_order_branch.2.cv1.bn.bias",
+            "a BS-RoFormer HyperACE of version 1",
+            VERSION_2,
+        ),
+        ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators", OTHER),
+        ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)", OTHER),
+        ("layers.0.1.layers.0.0.to_qkv.lora_A.weight", "a LoRA adapter of the package peft", OTHER),
+        ("separator.0.mamba.A_log", "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA", MSST),
+        (
+            "unet_model.encoder.conv_stem.weight",
+            "a network of segmentation_models_pytorch or TorchSeg, whose layers",
+            MSST,
+        ),
+        (
+            "swin_upernet_model.decode_head.classifier.weight",
+            "a Swin-UperNet, whose layers are those of the package",
+            MSST,
+        ),
     ],
 )
 @pytest.mark.parametrize("architecture", ["bs_roformer", None])
 def test_the_weights_of_an_unsupported_model_are_refused_by_name(
-    tmp_path: Path, key: str, what: str, architecture: str | None
+    tmp_path: Path, key: str, what: str, end: str, architecture: str | None
 ) -> None:
     weights = write_weights(small_model().state_dict() | {key: torch.zeros(2)}, tmp_path / "x.ckpt")
     path = write_yaml(tmp_path, drop=("files",) if architecture else ("files", "architecture"))
-    with pytest.raises(CheckpointError, match=rf"x\.ckpt is .*{what}.*: {END}$"):
+    with pytest.raises(CheckpointError, match=rf"x\.ckpt is {what}.*: {UNSUPPORTED}{end}$"):
         load_model(path, checkpoint=weights)
 
 
