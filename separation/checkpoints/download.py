@@ -41,6 +41,7 @@ from separation.checkpoints.files import (
 from separation.checkpoints.keys import LARGEST
 from separation.documents import CONTROL, first_line, quoted
 from separation.errors import CheckpointError, DownloadError
+from separation.progress import Progress
 from separation.system.output import not_through_links
 from separation.system.places import size_bytes, weights_folder
 
@@ -56,10 +57,11 @@ class _BrokenConnectionError(Exception):
     """A failure of the server or the network that a retry may overcome."""
 
 
-def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
+def fetch(file: WeightFile, *, quiet: bool = False, progress: Progress = Progress()) -> Path:
     """The path of a verified weights file, which is downloaded if it is not here.
 
-    A progress bar goes to stderr unless `quiet`. A broken download is resumed, also by a later process. While one
+    A progress bar goes to stderr unless `quiet`, and `progress` is called with the share that is here, if the server
+    states the size; it may raise to cancel. A broken download is resumed, also by a later process. While one
     process downloads a file, others wait for it. A converted file takes the original's place, without a checksum of its
     own.
 
@@ -82,15 +84,15 @@ def fetch(file: WeightFile, *, quiet: bool = False) -> Path:
         raise CheckpointError(f"{path} is missing and has no url: restore it, or put it into {weights_folder()}")
     with locked(path):
         if not path.exists():  # another process may have downloaded it meanwhile
-            _download_from_any(file, [file.url, *file.mirrors], path, quiet=quiet)
+            _download_from_any(file, [file.url, *file.mirrors], path, quiet=quiet, progress=progress)
     return path
 
 
-def _download_from_any(file: WeightFile, urls: Sequence[str], path: Path, *, quiet: bool) -> None:
+def _download_from_any(file: WeightFile, urls: Sequence[str], path: Path, *, quiet: bool, progress: Progress) -> None:
     """Download from the first of the addresses that has the right bytes. Raises the error of the last."""
     for url, mirror in zip(urls, [*urls[1:], None], strict=True):
         try:
-            _download(replace(file, url=url), url, path, quiet=quiet)
+            _download(replace(file, url=url), url, path, quiet=quiet, progress=progress)
             return
         except CheckpointError as e:  # of which DownloadError is one
             if mirror is None:
@@ -98,7 +100,7 @@ def _download_from_any(file: WeightFile, urls: Sequence[str], path: Path, *, qui
             logger.warning(f"{e}; trying the mirror {mirror}")
 
 
-def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:
+def _download(file: WeightFile, url: str, path: Path, *, quiet: bool, progress: Progress) -> None:
     part = path.with_name(path.name + ".part")
     with writing(part):
         # Without a sha256, nothing would tell that the two halves of a resumed download are of different versions.
@@ -107,7 +109,7 @@ def _download(file: WeightFile, url: str, path: Path, *, quiet: bool) -> None:
     failures, most_bytes = 0, size_bytes(part)
     while True:
         try:
-            _transfer(file, url, part, quiet=quiet)
+            _transfer(file, url, part, quiet=quiet, progress=progress)
             break
         except _BrokenConnectionError as e:
             failures = 0 if size_bytes(part) > most_bytes else failures + 1
@@ -142,7 +144,7 @@ def _not_downloaded(file: WeightFile, path: Path, reason: str) -> DownloadError:
     )
 
 
-def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool) -> None:
+def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool, progress: Progress) -> None:
     """Append the missing bytes to `part`, in one request."""
     offset = size_bytes(part)
     response = _open(file, url, part, offset)
@@ -164,6 +166,7 @@ def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool) -> None:
                 stream.write(block)
                 bar.update(len(block))
                 received += len(block)
+                progress(min(received / total, 1.0) if total else 0.0)
     if received > most:
         part.unlink()
         raise _not_downloaded(file, part.with_suffix(""), f"the server sends more than {most:,} bytes")

@@ -37,7 +37,7 @@ def serve(args: argparse.Namespace) -> int:
     has_desktop = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
 
     def ready(url: str) -> None:
-        print_line(f"{url} is the page; Ctrl-C ends it and removes its files")
+        print_line(f"{url} is the page; Ctrl-C ends it and keeps its songs for the next start")
         if has_desktop and not args.no_browser:  # without a desktop, a browser would take over the terminal
             import webbrowser
 

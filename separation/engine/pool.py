@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -86,6 +86,14 @@ class ModelPool:
             if loaded is None or not set(stems) <= set(loaded.stems):
                 loaded = self._load(name, tuple(dict.fromkeys((*(loaded.stems if loaded else ()), *stems))))
             return loaded.only(stems)
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Drop every model but these, so that memory does not grow with the models that were ever asked for."""
+        with self._lock:
+            for name in self._models.keys() - set(names):
+                del self._models[name]
+                if self.choice.device.type == "cuda":
+                    compute_thread(self.choice.device).run(self.on_gpu.forget, name)
 
     def _load(self, name: str, stems: tuple[str, ...]) -> SeparationModel:
         started = time.monotonic()

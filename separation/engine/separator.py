@@ -44,6 +44,7 @@ from separation.system.output import OutputFolder
 from separation.system.text import shown
 
 DECODED, ESTIMATED = 0.05, 0.9  # the shares of a file's job that are done after decoding and after the models
+DECODING = "decoding"  # the stage before the models
 
 logger: logging.Logger = logging.getLogger("separation")
 
@@ -245,7 +246,7 @@ class Separator:
                 path,
                 output.work,
                 max_seconds=max_seconds,
-                progress=job.part(0, DECODED, "decoding"),
+                progress=job.part(0, DECODED, DECODING),
                 accept_damaged=accept_damaged,
             ) as mixture:
                 part = Span(*(options.excerpt or Excerpt()).samples(mixture))

@@ -41,6 +41,13 @@ def cache_folder() -> Path:
     return _user_folders().user_cache_path
 
 
+def songs_folder() -> Path:
+    """Where the local page keeps songs: SEPARATION_SONGS, else in the program's folder of the user's state."""
+    if chosen := os.environ.get("SEPARATION_SONGS"):
+        return Path(chosen)
+    return _user_folders().user_state_path / "songs"
+
+
 def program() -> str:
     """How the user started the program: `separation`, or `python -m separation`."""
     return "separation" if Path(sys.argv[0]).stem == "separation" else "python -m separation"

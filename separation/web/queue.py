@@ -1,113 +1,107 @@
-"""The songs that were sent to the local page, and the thread that separates them one after another."""
+"""The songs of the local page: they are received, wait, and are separated one after another.
+
+Their state is on disk, so that a server that starts again goes on where the last one was stopped.
+"""
 
 import io
+import logging
 import math
-import re
+import os
 import secrets
 import shutil
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
-from separation.audio.options import OutputOptions
+from separation.engine.cache import Cache
 from separation.engine.pool import ModelPool
-from separation.engine.recipes import load_recipe
-from separation.engine.separator import Separator
 from separation.engine.song_context import song_context
-from separation.errors import AudioError, InputError, SeparationError
-from separation.progress import Progress
-from separation.report.page import Report, write_report
+from separation.errors import InputError, SeparationError
 from separation.system.places import size_bytes
 from separation.web.errors import CancelledError, RefusedError, errors_without_paths
 from separation.web.limits import max_mib, max_seconds
+from separation.web.order import Order
+from separation.web.queued import ID_BYTES, QueuedSong, restored
+from separation.web.work import LISTEN, ZIP, Worker
 
-LISTEN, ZIP = "stems.html", "stems.zip"
 KEEP_SECONDS = 60 * 60  # after the last download of a finished song
 ANNOUNCED_SECONDS = 60  # until the upload of an announced song must start
 MAX_SONGS = 20  # songs that may be uploading; the same number may be waiting
 SLOW_SECONDS, SLOW_BYTES_PER_SECOND = 5.0, 1 << 16  # a slower upload is dropped if others have to wait for it
 BLOCK_BYTES = 1 << 16
-SEPARATED = 0.8  # share of the progress bar for the separation; the rest is for the listening page
+BUSY = ("waiting", "separating")  # states whose end can be told
 
-
-@dataclass(eq=False)
-class QueuedSong:
-    """A song on its way through the queue."""
-
-    id: str
-    name: str  # of the file
-    recipe: str
-    stems: str
-    format: str
-    n_bytes: int
-    folder: Path  # holds all files of this song; the upload is `song/<name>`
-    state: str = "announced"  # -> receiving -> waiting -> separating -> done or failed
-    share: float = 0.0  # share of the current state that is complete, 0 to 1
-    stage: str = ""
-    problem: str = ""  # why the song failed, or why a finished song has no listening page
-    files: dict[str, Path] = field(default_factory=dict)  # name in the URL -> file
-    announced: float = field(default_factory=time.monotonic)
-    touched: float = field(default_factory=time.monotonic)  # when it last changed or was downloaded
-
-    @property
-    def path(self) -> Path:
-        """The uploaded file."""
-        return self.folder / "song" / self.name
-
-    @property
-    def bytes_per_second(self) -> float:
-        """The speed of the upload so far; infinite during the first SLOW_SECONDS."""
-        seconds = time.monotonic() - self.announced
-        return self.share * self.n_bytes / seconds if seconds > SLOW_SECONDS else math.inf
+logger = logging.getLogger("separation")
 
 
 class SongQueue:
     """Songs in the order in which their uploads ended. Each has a folder of its own inside `folder`.
 
-    Finished songs are removed `keep_seconds` after their last download. `pool` holds the loaded models.
+    Finished songs are removed `keep_seconds` after their last download.
+
+    Args:
+        folder: of all songs. Those that an earlier server left there go on; see `queued.restored`.
+        pool: holds the loaded models.
+        cache: holds estimates; None for none.
     """
 
-    def __init__(self, folder: Path, pool: ModelPool, *, keep_seconds: float = KEEP_SECONDS) -> None:
+    def __init__(
+        self, folder: Path, pool: ModelPool, *, cache: Cache | None = None, keep_seconds: float = KEEP_SECONDS
+    ) -> None:
         self._folder = folder
-        self._pool = pool
+        self._worker = Worker(pool, cache, max_seconds())
         self._keep_seconds = keep_seconds
-        self._max_seconds, self.max_bytes = max_seconds(), max_mib() * 2**20
-        self._songs: dict[str, QueuedSong] = {}
-        self._waiting: list[QueuedSong] = []  # the first one may be separating
+        self.max_bytes = max_mib() * 2**20
+        found = restored(folder)
+        self._songs = {song.id: song for song in found}
+        self._waiting = [song for song in found if song.state == "waiting"]  # the first one may be separating
         self._changed = threading.Condition()  # every change of a song's state holds its lock
         self._closed = False
 
     def announce(self, order: object) -> str:
-        """Register a song before its upload and return its id.
+        """Register a song and return its id.
 
-        `order` is a dict with the keys name, recipe, stems, format and bytes.
+        `order` is a dict as `Order.read` takes it, with `bytes`, the size of the file that will be sent; or with
+        `again`, the id of another song, if the song is already here because only a part of it was wanted.
 
         Raises:
-            InputError: `order` is not such a dict, or has an unknown recipe, choice of stems or format.
-            RefusedError: the file is too large, or there is no room for it.
+            InputError: `order` is not such a dict, or has an unknown recipe, choice of stems, model or format.
+            RefusedError: the file is too large, or there is no room for it; or the other song is not here.
         """
+        if not isinstance(order, dict):
+            raise InputError("the order must be an object: give name, recipe and stems or model, format, and bytes")
+        wanted, id = Order.read(order), secrets.token_urlsafe(ID_BYTES)
         match order:
-            case {
-                "name": str(name),
-                "recipe": str(recipe),
-                "stems": str(stems),
-                "format": str(format),
-                "bytes": int(n_bytes),
-            }:
-                name = _safe_name(name)
+            case {"again": str(other)}:
+                self._announce_again(wanted, id, self._get(other))
+            case {"bytes": int(n_bytes)}:
+                self._check_size(wanted.name, n_bytes)
+                with self._changed:
+                    self._make_room(wanted.name)
+                    self._songs[id] = QueuedSong(id, wanted, n_bytes, self._folder / id)
             case _:
-                raise InputError("the announcement of the song is incomplete: give name, recipe, stems, format, bytes")
-        load_recipe(recipe, stems)
-        OutputOptions(format)
-        self._check_size(name, n_bytes)
-        id = secrets.token_urlsafe(16)
-        with self._changed:
-            self._make_room(name)
-            self._songs[id] = QueuedSong(id, name, recipe, stems, format, n_bytes, self._folder / id)
+                raise InputError("the order has no file: give name, recipe and stems or model, format, and bytes")
         return id
+
+    def _announce_again(self, wanted: Order, id: str, other: QueuedSong) -> None:
+        """Queue a song whose file was sent for another one."""
+        wanted = replace(wanted, name=other.name, song_seconds=other.order.song_seconds)
+        song = QueuedSong(id, wanted, other.n_bytes, self._folder / id)
+        with self._changed:
+            if other.state != "done" or not other.path.is_file():
+                raise RefusedError(HTTPStatus.CONFLICT, f"{other.name!r} is not on the server any more: send it again")
+            self._check_line(other.name)
+            with errors_without_paths():
+                song.path.parent.mkdir(mode=0o700, parents=True)
+                try:
+                    os.link(other.path, song.path)
+                except OSError:  # a file system without links
+                    shutil.copyfile(other.path, song.path)
+            self._songs[id] = song
+        self._finish(song, "waiting")
 
     def receive(self, id: str, n_bytes: int, stream: io.BufferedIOBase) -> None:
         """Write a song's file to disk as it arrives, then add the song to the queue.
@@ -149,38 +143,51 @@ class SongQueue:
                 self._finish(song, "failed")
             else:
                 self._finish(song, "done", song.problem)
+                if song.order.part is None:
+                    song.path.unlink(missing_ok=True)  # it may have been removed meanwhile
 
     def status(self, id: str) -> dict[str, Any]:
-        """A song's state and progress as JSON. `ahead` is the number of songs before it in the queue."""
+        """A song's state and progress as JSON.
+
+        `ahead` is the number of songs before it in the queue, and `left` the seconds until it is done or, if it waits,
+        until its turn: an estimate, or null. `again` tells whether its file is still here.
+        """
         song = self._get(id)
         with self._changed:
+            ahead = self._waiting[: self._waiting.index(song)] if song in self._waiting else []
+            times = [self._left(other) for other in ahead or [song]]
+            known = [seconds for seconds in times if seconds is not None]
             return {
-                "name": song.name,
+                **song.order.as_json(),
                 "state": song.state,
                 "share": round(song.share, 3),
                 "stage": song.stage,
+                "left": round(sum(known), 1) if song.state in BUSY and len(known) == len(times) else None,
                 "problem": song.problem,
-                "ahead": self._waiting.index(song) if song in self._waiting else 0,
+                "ahead": len(ahead),
                 "files": {name: size_bytes(path) for name, path in song.files.items()},
+                "again": song.state == "done" and song.order.part is not None,
             }
+
+    def _left(self, song: QueuedSong) -> float | None:
+        return song.seconds_left if song.state == "separating" else self._worker.expected_seconds(song)
 
     def file(self, id: str, name: str) -> tuple[Path, str]:
         """One of a song's results, and the file name for its download. Raises RefusedError if there is none."""
         song = self._get(id)
-        song.touched = time.monotonic()
+        song.touch()
         if name not in song.files:
             raise RefusedError(HTTPStatus.NOT_FOUND, f"{song.name!r} has no file {name!r:.100}: go back to the page")
-        return song.files[name], f"{Path(song.name).stem} - {name}"
+        return song.files[name], f"{song.title} - {name}"
 
     def archive(self, id: str) -> tuple[dict[str, Path], str]:
         """The stems by their names in a zip archive, and its file name. Raises RefusedError if there are none."""
         song = self._get(id)
-        song.touched = time.monotonic()
-        title = Path(song.name).stem
-        files = {f"{title}/{name}": path for name, path in song.files.items() if name != LISTEN}
+        song.touch()
+        files = {f"{song.title}/{name}": path for name, path in song.files.items() if name != LISTEN}
         if not files:
             raise RefusedError(HTTPStatus.NOT_FOUND, f"{song.name!r} has no stems yet: go back to the page")
-        return files, f"{title} - {ZIP}"
+        return files, f"{song.title} - {ZIP}"
 
     def remove(self, id: str) -> None:
         """Cancel a song or delete its results. If a thread is busy with it, that thread deletes its files."""
@@ -195,7 +202,7 @@ class SongQueue:
 
     def sweep(self) -> None:
         """Remove expired results and songs that were announced but never sent."""
-        now = time.monotonic()
+        now = time.time()
         keep = {"announced": ANNOUNCED_SECONDS, "done": self._keep_seconds, "failed": self._keep_seconds}
         with self._changed:
             expired = [song.id for song in self._songs.values() if now - song.touched > keep.get(song.state, math.inf)]
@@ -203,10 +210,9 @@ class SongQueue:
                 self.remove(id)
 
     def close(self) -> None:
-        """Accept no more uploads and cancel every song, so that the folder can be deleted."""
+        """Accept no more uploads and cancel what is being done. The songs stay on disk for the next server."""
         with self._changed:
             self._closed = True
-            self._songs.clear()
 
     def _check_size(self, name: str, n_bytes: int) -> None:
         if not 0 <= n_bytes <= self.max_bytes:
@@ -216,23 +222,27 @@ class SongQueue:
             full = f"the server's disk has no room for {name!r} ({n_bytes / 2**20:,.0f} MiB): free some space there"
             raise RefusedError(HTTPStatus.INSUFFICIENT_STORAGE, full)
 
-    def _make_room(self, name: str) -> None:
-        """Drop the slowest upload if there are too many and it is slow. Raises RefusedError if there is no room."""
+    def _check_line(self, name: str) -> None:
         if len(self._waiting) >= MAX_SONGS:
             busy = f"{MAX_SONGS} songs are waiting, the limit here: send {name!r} when some of them are done"
             raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, busy)
+
+    def _make_room(self, name: str) -> None:
+        """Drop the slowest upload if there are too many and it is slow. Raises RefusedError if there is no room."""
+        self._check_line(name)
         uploads = [song for song in self._songs.values() if song.state in ("announced", "receiving")]
         if len(uploads) >= MAX_SONGS:
-            slowest = min(uploads, key=lambda song: song.bytes_per_second)
-            if slowest.bytes_per_second > SLOW_BYTES_PER_SECOND:
+            slowest = min(uploads, key=_bytes_per_second)
+            if _bytes_per_second(slowest) > SLOW_BYTES_PER_SECOND:
                 busy = f"{MAX_SONGS} songs are being sent, the limit here: send {name!r} when some of them have arrived"
                 raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, busy)
             self._finish(slowest, "failed", f"{slowest.name!r} was sent too slowly while others waited: send it again")
 
     def _write(self, song: QueuedSong, stream: io.BufferedIOBase) -> None:
         with self._changed:
-            self._check_wanted(song)  # after `close`, the folder must not be created again
-            song.path.parent.mkdir(parents=True)
+            self._check_wanted(song)
+            song.save()
+            song.path.parent.mkdir(mode=0o700)
             file = song.path.open("xb")
         with file:
             while file.tell() < song.n_bytes:
@@ -241,32 +251,11 @@ class SongQueue:
                 self._check_wanted(song)
 
     def _separate(self, song: QueuedSong) -> None:
-        def report(share: float, stage: str) -> None:
-            song.share, song.stage = share, stage
+        def tell(share: float, stage: str, seconds_left: float | None) -> None:
+            song.share, song.stage, song.seconds_left = share, stage, seconds_left
             self._check_wanted(song)
 
-        progress = Progress(report)
-        progress(0.0, "loading the models")
-        separator = Separator(song.recipe, song.stems, pool=self._pool)
-        stems = separator.separate_file(
-            song.path,
-            song.folder / "stems",
-            OutputOptions(song.format),
-            max_seconds=self._max_seconds,
-            progress=progress.part(0, SEPARATED),
-        )
-        files = {path.name: path for path in stems.values()}
-        song.files = files
-        page = song.folder / LISTEN
-        downloads = {f"↓ {stem}": path.name for stem, path in stems.items()}
-        links = {"← all songs": "/", **downloads, "↓ all as zip": ZIP}
-        try:
-            report_page = Report(song.name, song.path, stems, links=links)
-            write_report(report_page, page, progress=progress.part(SEPARATED, 1))
-            song.files = {**files, LISTEN: page}
-        except AudioError as e:  # too long for a page
-            song.problem = str(e)
-        song.path.unlink()
+        self._worker.work(song, tell)
 
     def _get(self, id: str) -> QueuedSong:
         song = self._songs.get(id)
@@ -275,21 +264,38 @@ class SongQueue:
         return song
 
     def _check_wanted(self, song: QueuedSong) -> None:
-        if song.id not in self._songs or song.state == "failed":
+        if song.id not in self._songs or song.state == "failed" or self._closed:
             raise CancelledError
 
     def _finish(self, song: QueuedSong, state: str, problem: str = "") -> None:
         """Move a song to its next state. Deletes its files if it failed or was removed meanwhile."""
         with self._changed:
-            song.state, song.problem, song.touched = state, problem, time.monotonic()
+            if self._closed:
+                return  # the next server goes on with what is on disk
+            song.touched = time.time()
             if song in self._waiting:
                 self._waiting.remove(song)
-            if song.id not in self._songs or state == "failed":
-                song.files = {}
+            if song.id not in self._songs:
                 shutil.rmtree(song.folder, ignore_errors=True)
-            elif state == "waiting":
+                return
+            song.state, song.problem = state, problem
+            if state == "waiting":
+                song.queued = song.touched
                 self._waiting.append(song)
                 self._changed.notify()
+            self._save(song)
+
+    def _save(self, song: QueuedSong) -> None:
+        try:
+            song.fail(song.problem) if song.state == "failed" else song.save()
+        except OSError as e:
+            logger.warning(f"the state of {song.name!r} cannot be kept ({e.strerror}): do not stop the server")
+
+
+def _bytes_per_second(song: QueuedSong) -> float:
+    """The speed of an upload so far; infinite during the first SLOW_SECONDS."""
+    seconds = time.monotonic() - song.announced
+    return song.share * song.n_bytes / seconds if seconds > SLOW_SECONDS else math.inf
 
 
 def read_some(stream: io.BufferedIOBase, n_bytes: int, what: str) -> bytes:
@@ -304,10 +310,3 @@ def read_some(stream: io.BufferedIOBase, n_bytes: int, what: str) -> bytes:
     if not block:
         raise InputError(f"{what} did not arrive completely: send it again")
     return block
-
-
-def _safe_name(name: str) -> str:
-    """The last part of a path, at most 200 bytes, without characters that a file system or a header forbids."""
-    name = re.split(r"[/\\]", name)[-1]
-    name = "".join("_" if letter in '<>:"|?*' or not letter.isprintable() else letter for letter in name)
-    return name.encode()[:200].decode(errors="ignore").strip(" .") or "song"

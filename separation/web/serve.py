@@ -1,7 +1,8 @@
 """The local page: drop a song in the browser, listen to its stems and download them.
 
     GET     /                   the page, serve.html
-    POST    /songs              announces a song (JSON: name, recipe, stems, format, bytes) and returns its id
+    POST    /songs              announces a song (JSON: name, recipe and stems or model, format, bytes; or again, the
+                                id of a song whose file is here) and returns its id
     PUT     /songs/ID           uploads its file
     GET     /songs/ID           returns its state and progress
     GET     /songs/ID/NAME      returns a stem or a byte range of it, stems.html to listen, or stems.zip
@@ -29,18 +30,19 @@ from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NoReturn
 
+from separation.engine.cache import chosen_cache
 from separation.engine.options import EngineOptions
 from separation.engine.pool import ModelPool
 from separation.errors import InputError, SeparationError
 from separation.web.connections import LimitedServer, Limits
 from separation.web.errors import CancelledError, RefusedError, errors_without_paths
 from separation.web.page import page
-from separation.web.queue import LISTEN, ZIP, SongQueue, read_some
+from separation.web.queue import SongQueue, read_some
+from separation.web.queued import locked_folder
 from separation.web.responses import Responder, attachment
+from separation.web.work import LISTEN, ZIP
 
 MAX_JSON_BYTES = 1 << 16
 MARK = "X-Separation"
@@ -54,15 +56,16 @@ Send = Callable[[], None]  # sends a response
 def serve(host: str, port: int, *, options: EngineOptions = EngineOptions(), ready: Callable[[str], None]) -> NoReturn:
     """Serve the page on `host:port` until an exception such as KeyboardInterrupt ends it. Port 0 takes any free port.
 
-    Songs are separated in the calling thread, which receives Ctrl-C. `ready` is called with the page's URL. All
-    temporary files are deleted at the end.
+    Songs are separated in the calling thread, which receives Ctrl-C. `ready` is called with the page's URL. Songs and
+    their stems stay on disk, and the next server goes on with them.
 
-    Raises InputError if there is no such address or the port is in use.
+    Raises InputError if there is no such address, the port is in use or another server has the songs, and OutputError
+    if the folder for songs cannot be used.
     """
     pool = ModelPool(options)
     logger.info(pool.choice.reason)
-    with TemporaryDirectory(prefix="separation-", ignore_cleanup_errors=True) as folder:
-        songs = SongQueue(Path(folder), pool)
+    with locked_folder() as folder:
+        songs = SongQueue(folder, pool, cache=chosen_cache(default=True))
         with Server(host, port, songs) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             try:

@@ -34,6 +34,15 @@ def test_two_stems_load_and_run_only_the_models_of_that_stem(
     assert 0 <= pool.load_seconds[expected[0]] < 10
 
 
+def test_models_that_are_not_needed_any_more_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "load_model", lambda name, *, stems, **_: Recorder(name, stems, 1000))
+    pool = ModelPool(EngineOptions(device="cpu", precision="fp32"))
+    kept, dropped = pool.get("kept", ("vocals",)), pool.get("dropped", ("vocals",))
+    pool.keep_only({"kept", "another"})
+    assert pool.get("kept", ("vocals",)).gain is kept.gain
+    assert pool.get("dropped", ("vocals",)).gain is not dropped.gain
+
+
 def test_models_use_the_chosen_attention_backend() -> None:
     for name in ("einsum", "itemwise"):
         separator = Separator("demo", "all_4", options=EngineOptions(device="cpu", precision="fp32", attention=name))

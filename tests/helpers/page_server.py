@@ -62,12 +62,12 @@ class Client:
         with self.connect(sent) as connection:
             return [int(status) for status in re.findall(rb"^HTTP/1\.1 (\d+) ", rest(connection), re.MULTILINE)]
 
-    def announce(self, content: bytes, name: str = "song.wav", **choice: str) -> str:
+    def announce(self, content: bytes, name: str = "song.wav", **choice: Any) -> str:
         status, answer = self.ask("POST", "/songs", {"name": name, "bytes": len(content)} | QUICK | choice)
         assert status == 201
         return str(answer["id"])
 
-    def send(self, content: bytes, name: str = "song.wav", **choice: str) -> str:
+    def send(self, content: bytes, name: str = "song.wav", **choice: Any) -> str:
         id = self.announce(content, name, **choice)
         assert self.ask("PUT", f"/songs/{id}", content) == (200, {})
         return id
@@ -89,15 +89,18 @@ def rest(connection: socket.socket) -> bytes:
 
 
 class Process(Client):
-    """`python -m separation serve`, with its temporary files in `folder`."""
+    """`python -m separation serve`, with its temporary files in `folder` and its songs in `songs` below it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.temporary = folder
+    def __init__(self, folder: Path, *, port: int = 0, **environment: str) -> None:
+        self.temporary, self.songs = folder, folder / "songs"
         limits = {"SEPARATION_MAX_MIB": str(MAX_MIB), "SEPARATION_MAX_SECONDS": "30"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "separation", "serve", "--port", "0", "--no-browser", "--device", "cpu"],
+            [sys.executable, "-m", "separation", "serve", "--port", str(port), "--no-browser", "--device", "cpu"],
             cwd=PROJECT,
-            env=os.environ | limits | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | limits
+            | {"TMPDIR": str(folder), "SEPARATION_SONGS": str(self.songs), "OMP_NUM_THREADS": "1"}
+            | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -114,7 +117,9 @@ class Process(Client):
         return self.process.returncode, said
 
     def leftovers(self) -> list[str]:
-        return [path.name for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
+        """Temporary files."""
+        kept = (self.songs.name, "torchinductor")
+        return [path.name for path in self.temporary.iterdir() if not path.name.startswith(kept)]
 
 
 def song_queue(folder: Path, **options: Any) -> SongQueue:

@@ -1,0 +1,186 @@
+"""A song of the local page, and its state on disk, with which it survives the end of the server.
+
+Each song has a folder, named after its id:
+
+    song.json       its state, replaced as a whole with every change
+    song/NAME       the file that was sent
+    stems/          the stems
+    stems.html      the page to listen to them
+
+The time of the last change of song.json is that of the song's last use.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from separation.errors import InputError
+from separation.system.locks import lock
+from separation.system.os_errors import output_errors
+from separation.system.places import size_bytes, songs_folder
+from separation.web.order import Order
+
+STATE, LOCK = "song.json", "lock"
+ID_BYTES = 16
+ID = re.compile(r"[\w-]{22}", re.ASCII)  # ID_BYTES as secrets.token_urlsafe writes them
+VERSION = 1
+ELSEWHERE = "set SEPARATION_SONGS to another folder"
+
+logger = logging.getLogger("separation")
+
+
+@dataclass(eq=False)
+class QueuedSong:
+    """A song on its way through the queue."""
+
+    id: str
+    order: Order
+    n_bytes: int
+    folder: Path  # holds all files of this song
+    state: str = "announced"  # -> receiving -> waiting -> separating -> done or failed
+    share: float = 0.0  # share of the current state that is complete, 0 to 1
+    stage: str = ""
+    seconds_left: float | None = None  # of the separation, an estimate
+    problem: str = ""  # why the song failed, or why a finished song has no listening page
+    files: dict[str, Path] = field(default_factory=dict)  # name in the URL -> file
+    queued: float = 0.0  # when it came into the queue, in the system's time, which orders the queue
+    announced: float = field(default_factory=time.monotonic)
+    touched: float = field(default_factory=time.time)  # when it last changed or was downloaded, in the system's time
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return self.order.name
+
+    @property
+    def path(self) -> Path:
+        """The file that was sent."""
+        return self.folder / "song" / self.name
+
+    @property
+    def title(self) -> str:
+        """What the names of downloads start with."""
+        part = f" {self.order.part}" if self.order.part else ""
+        return f"{Path(self.name).stem}{part}"
+
+    def touch(self) -> None:
+        """Count the time until the song is removed from now on."""
+        self.touched = time.time()
+        with suppress(FileNotFoundError):  # another thread has removed the song
+            os.utime(self.folder / STATE)
+
+    def save(self) -> None:
+        """Write the state to disk. Raises OSError if that fails."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        state = {
+            "version": VERSION,
+            "order": self.order.as_json(),
+            "bytes": self.n_bytes,
+            "state": self.state,
+            "problem": self.problem,
+            "files": {name: path.relative_to(self.folder).as_posix() for name, path in self.files.items()},
+            "queued": self.queued,
+        }
+        part = self.folder / f"{STATE}.part"
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # so that the name never stands for an empty file, even after a power failure
+        os.replace(part, self.folder / STATE)
+
+    def fail(self, problem: str) -> None:
+        """Remove what was sent and what came of it; the reason stays. Raises OSError if it cannot be saved."""
+        self.state, self.problem, self.files = "failed", problem, {}
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.save()
+
+    @classmethod
+    def load(cls, folder: Path) -> "QueuedSong":
+        """The song in a folder. Raises OSError, InputError, LookupError, TypeError or ValueError if it is damaged."""
+        state: Any = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if state["version"] != VERSION:
+            raise ValueError(f"it is of version {state['version']}")
+        files = {str(name): folder / path for name, path in state["files"].items()}
+        return cls(
+            folder.name,
+            Order.read(state["order"]),
+            int(state["bytes"]),
+            folder,
+            str(state["state"]),
+            problem=str(state["problem"]),
+            files=files,
+            queued=float(state["queued"]),
+            touched=min(time.time(), (folder / STATE).stat().st_mtime),
+        )
+
+
+@contextmanager
+def locked_folder() -> Iterator[Path]:
+    """The folder of all songs, which only this process uses.
+
+    Raises:
+        InputError: another process uses it.
+        OutputError: it cannot be used.
+    """
+    folder = songs_folder()
+    with ExitStack() as stack:
+        with output_errors(folder, doing="keep songs in", elsewhere=ELSEWHERE):
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                stack.enter_context(lock(folder / LOCK, wait=False))
+            except TimeoutError as e:  # an OSError, too
+                raise InputError(
+                    f"another server has the songs in {str(folder)!r}: use its page, or {ELSEWHERE}"
+                ) from e
+        yield folder
+
+
+def restored(folder: Path) -> list[QueuedSong]:
+    """The songs that an earlier server left in a folder, in the order of the queue.
+
+    Songs that were being separated wait again. Those that were being sent have failed, and so have those whose state
+    cannot be read; a warning names them.
+    """
+    with output_errors(folder, doing="read the songs in", elsewhere=ELSEWHERE):
+        found = [path for path in folder.iterdir() if ID.fullmatch(path.name) and path.is_dir()]
+        songs = [_restored(path) for path in found]
+    return sorted(songs, key=lambda song: song.queued)
+
+
+def _restored(folder: Path) -> QueuedSong:
+    try:
+        song = QueuedSong.load(folder)
+    except (OSError, InputError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        return _unreadable(folder, e)
+    if song.state in ("waiting", "separating"):
+        for left in (folder / "stems", folder / "stems.html"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        song.state = "waiting"
+        if size_bytes(song.path) != song.n_bytes:
+            song.fail(f"the server was stopped and {song.name!r} is not complete any more: send it again")
+    elif song.state == "done":
+        if not all(path.is_file() for path in song.files.values()):
+            song.fail(f"the stems of {song.name!r} are not here any more: send it again")
+    elif song.state != "failed":
+        song.fail(f"the server was stopped while {song.name!r} was being sent: send it again")
+    return song
+
+
+def _unreadable(folder: Path, error: Exception) -> QueuedSong:
+    """A song whose state cannot be read. Its files stay until the song is removed or expires."""
+    sent = [path.name for path in (folder / "song").glob("*")]
+    name = sent[0] if sent else "a song"
+    reason = (isinstance(error, OSError) and error.strerror) or "it is damaged"
+    reason = str(error) if isinstance(error, InputError) else reason
+    logger.warning(f"{str(folder / STATE)!r} cannot be used ({reason}): {name!r} must be sent again")
+    problem = f"{name!r} lost its place in the queue, because its record cannot be used ({reason}): send it again"
+    order = Order(name, "wav", "standard", "vocals_instrumental")
+    return QueuedSong(folder.name, order, 0, folder, "failed", problem=problem)

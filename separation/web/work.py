@@ -1,0 +1,132 @@
+"""The work on a song of the local page: download weights, separate, make the page to listen; with words and times."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from separation.audio.options import OutputOptions
+from separation.checkpoints.catalogue import missing, read_config
+from separation.checkpoints.download import fetch
+from separation.engine.cache import Cache
+from separation.engine.pool import ModelPool
+from separation.engine.recipes import Recipe
+from separation.engine.separator import DECODED, DECODING, ESTIMATED, Separator
+from separation.errors import AudioError
+from separation.progress import Progress
+from separation.report.page import Report, write_report
+from separation.web.pace import Paces, SongPace
+from separation.web.queued import QueuedSong
+
+LISTEN, ZIP = "stems.html", "stems.zip"
+SEPARATED = 0.8  # share of the progress bar for the separation; the rest is for the listening page
+
+# Called with the share that is done, the stage in words, and the seconds left if they can be told. It may raise.
+Tell = Callable[[float, str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Separates songs.
+
+    Args:
+        pool: holds the models of the last song.
+        cache: holds estimates, so that a whole song reuses what was computed for a part of it; None for none.
+        max_seconds: the longest song.
+    """
+
+    pool: ModelPool
+    cache: Cache | None
+    max_seconds: float
+    paces: Paces = field(default_factory=Paces)
+
+    def work(self, song: QueuedSong, tell: Tell) -> None:
+        """Make the stems of a song and the page to listen to them, and set its `files`.
+
+        Raises SeparationError if that fails, and what `tell` raises.
+        """
+        recipe = song.order.load()
+        self._download(recipe, tell)
+        expected = self.expected_seconds(song)
+        tell(0.0, "Loading the models", expected)
+        self.pool.keep_only(recipe.models)
+        separator = _TimedSeparator(recipe, pool=self.pool, cache=self.cache)
+        pace = SongPace(self.paces, song.order.choice, lambda: separator.seconds, 1 + len(recipe.stems))
+        stages = _Stages(recipe, pace, tell, expected)
+        stems = separator.separate_file(
+            song.path,
+            song.folder / "stems",
+            song.order.output,
+            max_seconds=self.max_seconds,
+            progress=stages.separating,
+        )
+        song.files = {path.name: path for path in stems.values()}
+        self._write_page(song, Progress(stages.writing_page))
+        pace.end()
+
+    def expected_seconds(self, song: QueuedSong) -> float | None:
+        """How long a song will take; None if nothing tells."""
+        return self.paces.total(song.order.choice, song.order.seconds(song.n_bytes), 1 + song.order.n_stems)
+
+    def _download(self, recipe: Recipe, tell: Tell) -> None:
+        """Download the weights that are missing."""
+        files = {file: name for name, stems in recipe.models.items() for file in missing(name, stems)}
+        for file, name in files.items():
+            title, started = _title(name), time.monotonic()
+
+            def report(share: float, stage: str, title: str = title, started: float = started) -> None:
+                took = time.monotonic() - started
+                left = took / share * (1 - share) if share > 0.02 and took > 2 else None
+                tell(share, f"Downloading {title}, once", left)
+
+            fetch(file, quiet=True, progress=Progress(report))
+
+    def _write_page(self, song: QueuedSong, progress: Progress) -> None:
+        page, stems = song.folder / LISTEN, {path.stem: path for path in song.files.values()}
+        downloads = {f"↓ {stem}": path.name for stem, path in stems.items()}
+        links = {"← all songs": "/", **downloads, "↓ all as zip": ZIP}
+        try:
+            title = f"{song.name}, {song.order.part}" if song.order.part else song.name
+            report = Report(title, song.path, stems, links=links, excerpt=song.order.part)
+            write_report(report, page, progress=progress)
+        except AudioError as e:  # too long for a page
+            song.problem = str(e)
+        else:
+            song.files = {**song.files, LISTEN: page}
+
+
+class _TimedSeparator(Separator):
+    """Notes how much music it separates."""
+
+    seconds = 0.0
+
+    def on_decoded(self, duration_seconds: float, options: OutputOptions) -> None:
+        self.seconds = duration_seconds
+
+
+class _Stages:
+    """Turns the progress of the engine and of the report into words and times."""
+
+    def __init__(self, recipe: Recipe, pace: SongPace, tell: Tell, expected: float | None) -> None:
+        self._expected = expected
+        self._models = {name: number for number, name in enumerate(recipe.models, 1)}
+        self._pace, self._tell = pace, tell
+
+    def separating(self, share: float, stage: str) -> None:
+        """Progress of `separate_file`."""
+        if stage in self._models:
+            done = (share - DECODED) / (ESTIMATED - DECODED)
+            number = f" ({self._models[stage]} of {len(self._models)})" if len(self._models) > 1 else ""
+            words, left = f"Separating with {_title(stage)}{number}", self._pace.in_models(done, stage)
+        elif stage == DECODING:
+            words, left = "Reading the song", self._expected
+        else:
+            words, left = "Writing the stems", self._pace.after_models()
+        self._tell(SEPARATED * share, words, left)
+
+    def writing_page(self, share: float, stage: str) -> None:
+        """Progress of `write_report`."""
+        self._tell(SEPARATED + (1 - SEPARATED) * share, "Making the listening page", self._pace.after_models())
+
+
+def _title(model: str) -> str:
+    return read_config(model).facts.title or model
