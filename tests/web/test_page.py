@@ -288,15 +288,15 @@ def test_every_control_has_a_label_and_can_be_reached_with_the_keyboard(browser:
         "#from": "From",
         "#to": "to",
         "#loudest": "The loudest half minute",
-        "[name=wanted]:checked": "More 118 models for 25 tasks",
+        "[name=wanted]:checked": "More",
         "#task": "Task",
         "#model": "Model",
         "#format": "Format",
         "#start": "Separate 0:00 to 0:03",
     }
-    assert {
-        selector: re.sub(r"\d+ models for \d+", "118 models for 25", browser.label(selector)) for selector in names
-    } == names
+    labels = {selector: browser.label(selector) for selector in names}
+    assert re.fullmatch(r"More \d+ models for \d+ tasks", labels.pop("[name=wanted]:checked"))
+    assert labels == {selector: name for selector, name in names.items() if selector in labels}
     browser.run("document.querySelector('#files').focus()")
     for selector in names:
         browser.press(TAB)
@@ -346,7 +346,7 @@ def test_axe_finds_nothing_in_any_state(browser: Browser, tmp_path: Path, size: 
         found["waiting and separating"] = faults(browser)
         wait_for(lambda: "Done" in card(browser, 1) and "is not audio" in card(browser), "done and failed")
         found["done and failed"] = faults(browser)
-    assert found == dict.fromkeys(found, [])
+    assert not any(found.values()), found
 
 
 @needs_chromium
