@@ -383,10 +383,13 @@ def test_type_checkers_need_to_infer_nothing_about_a_public_class(name: str) -> 
         return
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(public))).body
     assert isinstance(tree, ast.ClassDef)
+    declared = {
+        node.target.id for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         assert function.returns and all(a.annotation for a in arguments if a.arg not in ("self", "cls")), function.name
         for node in ast.walk(function) if function.name == "__init__" else []:
             targets = node.targets if isinstance(node, ast.Assign) else []
             attributes = [target.attr for target in targets if isinstance(target, ast.Attribute)]
-            assert all(attribute.startswith("_") for attribute in attributes), attributes
+            assert all(name.startswith("_") or name in declared for name in attributes), attributes
