@@ -390,7 +390,7 @@ EARLIER = """{
      "vocals": "((Estimate(run=Run(model='demo', input=((None, 1.0),)), stem='vocals'), 1.0),)",
      "instrumental": "((None, 1.0), (Estimate(run=Run(model='demo', input=((None, 1.0),)), stem='vocals'), -1.0))"
     },
-    "chunks": {"demo": [352800, 176400]},
+    "chunks": {"demo": [176400, 44100]},
     "weights": {"demo/demo.safetensors": "e9b307729fd3a66b82723e58dfcc631ffa5b600d3a0562b0f9fa5d8e56026bef"}
    },
    "stems": {"vocals": ["vocals.wav", 35400], "instrumental": ["instrumental.wav", 35406]},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.command_line import DEMO, settings_of, settings_of_parsed
+from helpers.command_line import DEMO, DEMO_RECIPE, settings_of, settings_of_parsed
 from helpers.common import PROJECT
 from separation.cli.parser import build_parser
 from separation.engine import selection
@@ -91,7 +91,7 @@ def test_views_and_rules_of_a_recipe_are_part_of_the_settings(tmp_path: Path) ->
 
 def test_the_same_chunks_are_the_same_settings_however_they_are_chosen() -> None:
     for options in (("--chunk-size", "8"), ("--overlap", "4"), ("--chunk-size", "8", "--overlap", "4")):
-        assert settings_of(*DEMO, *options) == settings_of(*DEMO)
+        assert settings_of(*DEMO_RECIPE, *options) == settings_of(*DEMO_RECIPE)
 
 
 OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another value than the default

@@ -17,7 +17,10 @@ from separation.cli.main import main
 from separation.cli.options import engine_options, output_options, selection
 from separation.cli.parser import build_parser
 
-DEMO = ("--recipe", "demo", "--device", "cpu")
+DEMO_RECIPE = ("--recipe", "demo", "--device", "cpu")
+# With these, a song of up to two seconds is one chunk of four seconds; otherwise it is two chunks of eight.
+SHORT_CHUNKS = ("--chunk-size", "4", "--overlap", "1")
+DEMO = (*DEMO_RECIPE, *SHORT_CHUNKS)
 
 # A run as an output folder's record holds it
 RUN: dict[str, Any] = {
@@ -32,10 +35,11 @@ RUN: dict[str, Any] = {
 
 
 def separate(*arguments: str | Path) -> int:
-    """Runs the command in this process, with the demo unless a model is named; returns its exit code."""
-    demo = DEMO[2:] if {"--model-name", "--model-path", "--model-dir"} & set(arguments) else DEMO
+    """Runs the command in this process, with the demo and short chunks by default; returns its exit code."""
+    demo = DEMO_RECIPE[2:] if {"--model-name", "--model-path", "--model-dir"} & set(arguments) else DEMO_RECIPE
+    chunks = () if {"--chunk-size", "--overlap"} & set(arguments) else SHORT_CHUNKS
     try:
-        return main(["separate", *demo, *map(str, arguments)])
+        return main(["separate", *demo, *chunks, *map(str, arguments)])
     except SystemExit as e:  # argparse
         return int(str(e.code))
 

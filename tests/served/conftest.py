@@ -7,7 +7,7 @@ import pytest
 from helpers.served_process import DEMO, Receiver, Server
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Server(tmp_path_factory.mktemp("server"), **DEMO) as server:
         assert server.health()["status"] == "READY", server.log.read_text()

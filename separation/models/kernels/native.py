@@ -100,7 +100,8 @@ def _compiled(kind: Kind, *, emulated: bool) -> tuple[ctypes.CDLL, str]:
     ran = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
     version = ran.stdout.partition("\n")[0]
     sources = [path.read_text(encoding="utf-8") for path in sorted(KERNELS.rglob("*")) if path.suffix in (".h", ".cpp")]
-    command = kind.command(compiler, Path("library"), emulated=emulated)
+    # Without the path of the sources: in another folder, the same sources give the same library.
+    command = [word for word in kind.command(compiler, Path("library"), emulated=emulated) if word != str(SOURCE)]
     key = hashlib.sha256("\0".join([*sources, version, *command]).encode()).hexdigest()[:16]
     name = f"{kind.name}{'-emulated' if emulated else ''}-{key}.so"
     for folder in _cache_folders():

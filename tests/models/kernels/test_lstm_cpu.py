@@ -1,6 +1,7 @@
 """The C++ LSTMs equal PyTorch's, whatever the batch and the number of threads."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from helpers.fused import every_kind, needs_fused, use_kind
 from separation.cpu import KINDS, Kind
-from separation.models.kernels import unet_ops
+from separation.models.kernels import fused, unet_ops
 from separation.models.kernels.lstm_cpu import LSTM, AddedLinear
+from separation.models.kernels.native import library
 
 pytestmark = needs_fused
 ERRORS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -119,5 +121,6 @@ def test_nan_is_never_hidden_and_large_inputs_saturate(kind: Kind, monkeypatch: 
 
 
 def test_it_computes_in_float32_where_the_kind_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_kind(next(kind for kind in KINDS if "bf16" not in kind.precisions), monkeypatch)
+    without = next(kind for kind in KINDS if "bf16" not in kind.precisions)
+    monkeypatch.setattr(fused, "library", lambda: replace(library(), kind=without))
     assert LSTM(make(8, 8), torch.bfloat16).precision == torch.float32
