@@ -30,6 +30,8 @@ _OUT_OF_MEMORY = re.compile(
     r"|CUDA[^\n]*: out of memory|Triton Error \[CUDA\]: out of memory"
 )
 
+_GPU_FAULT = re.compile(r"(CUDA|driver) error|(CUBLAS|CUFFT|CUDNN|CUSOLVER)_\w+|cuDNN error|Triton Error \[CUDA\]")
+
 logger: logging.Logger = logging.getLogger("separation")
 
 
@@ -162,6 +164,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def is_gpu_fault(error: BaseException) -> bool:
+    """Whether an error of PyTorch, CUDA or one of its libraries means that a GPU or its driver failed."""
+    return isinstance(error, RuntimeError) and not is_out_of_memory(error) and bool(_GPU_FAULT.search(str(error)))
+
+
+def works(device: torch.device) -> bool:
+    """Whether a device still computes. A CUDA GPU that crashed stays unusable for the process."""
+    try:
+        return float(torch.ones(1, device=device).add(1).cpu()) == 2.0
+    except RuntimeError as e:
+        if is_out_of_memory(e):  # it is full, and works
+            return True
+        if is_gpu_fault(e):
+            return False
+        raise
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

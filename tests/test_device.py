@@ -147,6 +147,39 @@ def test_chosen_gpus_are_used_in_their_order_and_a_missing_one_is_refused(monkey
         device.parallel_devices("auto", [0])
 
 
+def test_a_crashed_gpu_is_told_from_a_full_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device.works(torch.device("cpu"))
+
+    def raising(message: str) -> bool:
+        def ones(*shape: int, device: torch.device) -> torch.Tensor:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(torch, "ones", ones)
+        return device.works(torch.device("cuda"))
+
+    assert not raising("CUDA error: an illegal memory access was encountered")
+    assert not raising("CUDA driver error: unspecified launch failure")
+    assert raising("CUDA error: out of memory")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        raising("shapes differ")
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("CUDA error: device-side assert triggered", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("CUDA error: out of memory", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_fault_of_a_gpu_is_recognised(message: str, expected: bool) -> None:
+    assert device.is_gpu_fault(RuntimeError(message)) == expected
+
+
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),

@@ -6,6 +6,7 @@ which songs are done, so finished songs are never separated again.
 """
 
 import logging
+import os
 import socket
 import sys
 import threading
@@ -22,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from separation.batch.job import Job, Outcome, Song
 from separation.batch.run import cancellable
 from separation.batch.separate import separate_song
+from separation.device import works
 from separation.engine.separator import Separator
 from separation.errors import InputError, SeparationError
 from separation.progress import Progress
@@ -61,7 +63,10 @@ class Worker:
             host = socket.gethostname()
             error = f"{song.path.name!r} does not exist on {host}: give --ray songs on a shared file system"
             return Outcome(song.path, "failed", error)
-        return separate_song(song, job, self._separator, cancellable(Progress(), self._stopped))
+        outcome = separate_song(song, job, self._separator, cancellable(Progress(), self._stopped))
+        if outcome.may_pass and not works(self._separator.device):  # it would fail every further song
+            os._exit(1)  # another worker, which starts here, separates the song
+        return outcome
 
     def stop(self) -> None:
         """Cancel the current song."""

@@ -86,6 +86,8 @@ class Outcome:
         analysis: tempo, key and loudness, if they were asked for, now or in an earlier run.
         page: the path of the listening page.
         warnings: the warnings about the song; for a skipped song, those of the run that made its stems.
+        may_pass: whether it failed for a reason that may pass.
+        tries: how often this run tried it.
     """
 
     path: Location
@@ -96,6 +98,8 @@ class Outcome:
     analysis: SongAnalysis | None = None
     page: Location | None = None
     warnings: list[str] = field(default_factory=list)
+    may_pass: bool = False
+    tries: int = 0
 
 
 def stem_settings(selection: Selection, engine: EngineOptions, output: OutputOptions) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -12,16 +12,19 @@ from queue import SimpleQueue
 from separation.batch.job import Job, Outcome, Song
 from separation.batch.separate import separate_song
 from separation.checkpoints.load import load_model
-from separation.device import parallel_devices
+from separation.device import is_out_of_memory, parallel_devices, works
 from separation.engine.cache import chosen_cache
 from separation.engine.options import EngineOptions
 from separation.engine.pool import ModelPool
 from separation.engine.selection import Selection
 from separation.engine.separator import Separator
+from separation.errors import EstimateError
 from separation.progress import Progress
 from separation.system.threads import Threads
 
 logger: logging.Logger = logging.getLogger("separation")
+
+Bar = Callable[[Path], AbstractContextManager[Progress]]
 
 
 def load_separators(
@@ -29,10 +32,27 @@ def load_separators(
 ) -> list[Separator]:
     """Load a separator for each GPU that `options.device` allows, or one for the CPU, and no more than there are songs.
 
-    `gpus` are the numbers of the GPUs to use instead of all. See `load_separator`.
+    `gpus` are the numbers of the GPUs to use instead of all. A GPU whose memory does not hold the models is left out;
+    if that is so of all, raises EstimateError. See `load_separator` for other errors.
     """
+    separators: list[Separator] = []
+    full: RuntimeError | None = None
     devices = parallel_devices(options.device, gpus)[:n_songs]
-    return [load_separator(selection, replace(options, device=device), refresh=refresh) for device in devices]
+    for device in devices:
+        try:
+            separators.append(load_separator(selection, replace(options, device=device), refresh=refresh))
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            full = e
+            if len(devices) > 1:
+                logger.warning("%s is left out: its memory does not hold the models", device)
+    if not separators:
+        raise EstimateError(
+            "the GPU's memory does not hold the models: end other programs that use it, or choose precision bf16 or "
+            "fp16, or device cpu"
+        ) from full
+    return separators
 
 
 def load_separator(selection: Selection, options: EngineOptions, *, refresh: bool = False) -> Separator:
@@ -61,10 +81,11 @@ def load_separator(selection: Selection, options: EngineOptions, *, refresh: boo
 def run(
     songs: Sequence[Song],
     job: Job,
-    separators: Sequence[Separator],
+    separators: list[Separator],
     *,
     workers: int = 1,
-    bar: Callable[[Path], AbstractContextManager[Progress]],
+    bar: Bar,
+    afresh: Callable[[Sequence[Song]], Iterator[Outcome]],
 ) -> Iterator[Outcome]:
     """Separate the songs and yield each outcome as soon as it is known.
 
@@ -74,37 +95,75 @@ def run(
     Args:
         songs: at least one.
         job: what to do with each.
-        separators: one for each GPU, or one for the CPU.
+        separators: one for each GPU, or one for the CPU. Those whose GPU crashes are removed.
         workers: songs at once on each separator. Its model works on one of them while others are decoded and encoded.
         bar: shows the progress of that song.
+        afresh: separates the songs that are left when no separator is; see `separation.batch.fresh`.
     """
-    workers = min(workers, -(-len(songs) // len(separators)))
+    waiting = deque(songs)
+    workers = min(workers, -(-len(songs) // max(1, len(separators))))
     if workers == len(separators) == 1:  # in this thread, which sees an exception at once
-        for song in songs:
-            with bar(song.path) as progress:
-                outcome = separate_song(song, job, separators[0], progress)
-            yield outcome
-        return
-    stopped = threading.Event()
-    free: SimpleQueue[Separator] = SimpleQueue()
-    for separator in [*separators] * workers:
-        free.put(separator)
+        while waiting and separators:
+            yield _separate_next(waiting.popleft(), job, separators, separators[0], bar)
+    elif separators:
+        yield from _run_together(waiting, job, separators, workers, bar)
+    if waiting:
+        yield from afresh(waiting)
 
-    def work(song: Song) -> Outcome:
-        separator = free.get()
+
+def _run_together(
+    waiting: deque[Song], job: Job, separators: list[Separator], workers: int, bar: Bar
+) -> Iterator[Outcome]:
+    """Separate songs in threads, until none is waiting or no separator is left."""
+    stopped = threading.Event()
+    told: SimpleQueue[Outcome | BaseException | None] = SimpleQueue()  # None: a thread has ended
+
+    def cancellable_bar(song: Path) -> AbstractContextManager[Progress]:
+        return _cancellable_bar(bar, song, stopped)
+
+    def work(separator: Separator) -> None:
         try:
-            with bar(song.path) as progress:
-                return separate_song(song, job, separator, cancellable(progress, stopped))
-        finally:
-            free.put(separator)
+            while separator in separators and not stopped.is_set():
+                try:
+                    song = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    break
+                told.put(_separate_next(song, job, separators, separator, cancellable_bar))
+            told.put(None)
+        except BaseException as e:
+            told.put(e)
 
     pool = Threads(max_workers=workers * len(separators))
     try:
-        for future in as_completed([pool.submit(work, song) for song in songs]):
-            yield future.result()
+        n_running = len([pool.submit(work, separator) for separator in [*separators] * workers])
+        while n_running:
+            news = told.get()
+            if isinstance(news, BaseException):
+                raise news
+            if news is None:
+                n_running -= 1
+            else:
+                yield news
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _separate_next(song: Song, job: Job, separators: list[Separator], separator: Separator, bar: Bar) -> Outcome:
+    """Separate a song; if that crashes the GPU, remove the separator from the list."""
+    with bar(song.path) as progress:
+        outcome = separate_song(song, job, separator, progress)
+    if outcome.may_pass and not works(separator.device):
+        with suppress(ValueError):  # another thread has removed it
+            separators.remove(separator)
+            logger.warning("%s has crashed and is used no more in this process", separator.device)
+    return outcome
+
+
+@contextmanager
+def _cancellable_bar(bar: Bar, song: Path, stopped: threading.Event) -> Iterator[Progress]:
+    with bar(song) as progress:
+        yield cancellable(progress, stopped)
 
 
 class _StoppedError(Exception):

@@ -20,6 +20,9 @@ from separation.batch.done import (
     stem_paths,
 )
 from separation.batch.job import Job, Outcome, Song
+from separation.batch.retry import may_pass
+from separation.device import is_gpu_fault, is_out_of_memory
+from separation.documents import first_line
 from separation.engine.separator import Separator
 from separation.engine.song_context import song_context
 from separation.errors import SeparationError
@@ -47,11 +50,13 @@ def separate_song(song: Song, job: Job, separator: Separator, progress: Progress
                 rest = rest.part(ANALYSED, 1)
             if needs_page(song, job, run):
                 run, status = _write_page(song, job, run, rest), "done"
-    except (SeparationError, OSError) as e:  # OSError: the disk fails or is removed
-        error = str(e) if isinstance(e, SeparationError) else f"{song.path.name!r} cannot be separated: {e}"
-        if run is None:
-            return Outcome(song.path, "failed", error, warnings=warnings)
-        return outcome_of(song, "failed", run, error)
+    except (SeparationError, OSError, RuntimeError) as e:  # OSError: the disk fails or is removed
+        if isinstance(e, RuntimeError) and not (is_out_of_memory(e) or is_gpu_fault(e)):
+            raise
+        told = str(e) if isinstance(e, SeparationError) else f"{song.path.name!r} cannot be separated: {first_line(e)}"
+        failed = Outcome(song.path, "failed", told, warnings=warnings)
+        failed = failed if run is None else outcome_of(song, "failed", run, told)
+        return replace(failed, may_pass=may_pass(e, song.path))
     return outcome_of(song, status, run)
 
 

@@ -22,6 +22,7 @@ from separation.cli.values import (
     gpus,
     output_folder,
     path,
+    retries,
     sample_rate,
     scores,
     seconds,
@@ -169,6 +170,13 @@ def _add_separate(parent: _Commands) -> None:
     songs.add_argument("--preview", action="store_true", help="separate only the loudest half minute")
     songs.add_argument(
         "--force-refresh", action="store_true", help="separate finished songs again, and ignore cached estimates"
+    )
+    songs.add_argument(
+        "--retries",
+        type=retries,
+        default=2,
+        metavar="N",
+        help="how often to try songs again whose failure may pass, such as a lack of memory (default: 2)",
     )
     songs.add_argument(
         "--accept-damaged",

@@ -5,13 +5,13 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -27,6 +27,9 @@ from separation.engine.recipes import models_of_files
 from separation.errors import InputError
 from separation.progress import Progress
 from separation.system.names import Place, song_fields
+
+if TYPE_CHECKING:
+    from separation.batch.retry import Attempt
 
 logger: logging.Logger = logging.getLogger("separation")
 
@@ -120,23 +123,38 @@ def _run(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipes
     """Separate songs here or on a cluster. Loads no model if there are none."""
     if not songs:
         return
+    from separation.batch.retry import retried
+
+    attempt = _on_cluster(job, args) if args.ray else _here(songs, job, args, pipes)
+    yield from retried(songs, attempt, args.retries)
+
+
+def _on_cluster(job: Job, args: argparse.Namespace) -> "Attempt[Song]":
+    try:
+        from separation.batch import cluster
+    except ImportError as e:
+        raise InputError(f"--ray needs the package ray ({e}): pip install ray") from e
+    from separation.batch.run import load_separator
+
+    load = partial(load_separator, selection(args).absolute(), engine_options(args), refresh=args.force_refresh)
+    return lambda songs, is_retry: cluster.run(songs, job, load, args.ray)
+
+
+def _here(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipes) -> "Attempt[Song]":
+    from separation.batch.fresh import run_afresh
+    from separation.batch.run import load_separators, run
+
     selected, engine = selection(args), engine_options(args)
-    if args.ray:
-        try:
-            from separation.batch import cluster
-        except ImportError as e:
-            raise InputError(f"--ray needs the package ray ({e}): pip install ray") from e
-        from separation.batch.run import load_separator
+    load = partial(load_separators, selected, engine, gpus=args.gpus or (), refresh=args.force_refresh)
+    separators = load(len(songs))
+    bar = partial(_bar, args, pipes, leave=len(songs) == 1)
 
-        load = partial(load_separator, selected.absolute(), engine, refresh=args.force_refresh)
-        yield from cluster.run(songs, job, load, args.ray)
-        return
-    from separation.batch import run
+    def attempt(songs: Sequence[Song], is_retry: bool) -> Iterator[Outcome]:
+        workers = 1 if is_retry else args.workers  # fewer songs at once need less memory
+        afresh = partial(run_afresh, job=job, load=load, workers=workers, bar=bar)
+        return run(songs, job, separators, workers=workers, bar=bar, afresh=afresh)
 
-    separators = run.load_separators(selected, engine, len(songs), gpus=args.gpus or (), refresh=args.force_refresh)
-    yield from run.run(
-        songs, job, separators, workers=args.workers, bar=partial(_bar, args, pipes, leave=len(songs) == 1)
-    )
+    return attempt
 
 
 def _bar(args: argparse.Namespace, pipes: Pipes, song: Path, *, leave: bool) -> AbstractContextManager[Progress]:
@@ -173,7 +191,7 @@ def _print_outcome(outcome: Outcome, *, args: argparse.Namespace, pipes: Pipes, 
 
 
 def _as_json(outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
-    line: dict[str, Any] = {"song": str(outcome.path), "status": outcome.status}
+    line: dict[str, Any] = {"song": str(outcome.path), "status": outcome.status, "tries": outcome.tries}
     if outcome.error:
         line["error"] = outcome.error
     if outcome.stems:

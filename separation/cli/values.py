@@ -64,6 +64,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def retries(text: str) -> int:
+    """A whole number from 0 up, of one digit."""
+    if not re.fullmatch(r"\d", text, re.ASCII):
+        raise ArgumentTypeError(f"{text!r} must be a whole number from 0 to 9")
+    return int(text)
+
+
 def gpus(text: str) -> tuple[int, ...]:
     """Numbers of GPUs with commas between them."""
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII):

@@ -4,8 +4,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from separation.engine import chunking
 from separation.engine.options import EngineOptions
 from separation.engine.selection import Selection
 from separation.engine.separator import Separator
+from separation.errors import EstimateError
 from separation.progress import Progress
 from separation.system.record import RECORD
 
@@ -68,7 +71,7 @@ def test_bad_songs_do_not_stop_the_others_and_a_second_run_skips_finished_songs(
     assert separate(music, "-o", out, "--json") == 0
     captured = capsys.readouterr()
     for line in json_lines(captured.out):
-        assert line == first[Path(line["song"]).name] | {"status": "skipped"}
+        assert line == first[Path(line["song"]).name] | {"status": "skipped", "tries": 0}
     assert captured.err == "3 songs: 3 skipped\n"
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")} == before
     assert separate(music / "1.wav", "-o", out) == 0
@@ -78,6 +81,10 @@ def test_bad_songs_do_not_stop_the_others_and_a_second_run_skips_finished_songs(
 @contextmanager
 def no_bar(name: str) -> Iterator[Progress]:
     yield Progress()
+
+
+def never(songs: Sequence[Song]) -> Iterator[Outcome]:
+    raise AssertionError("no GPU has crashed")
 
 
 def job(format: str = "wav") -> Job:
@@ -91,7 +98,7 @@ def test_workers_write_the_same_files_and_use_the_model_in_turn(
     write_songs(tmp_path / "music", *names, seconds=2)
     separator = Separator("demo", options=EngineOptions(device="cpu", chunk_seconds=4, overlap_seconds=1))
     alone, found = {}, find([str(tmp_path / "music")], tmp_path / "alone").songs
-    for outcome in run.run(found, job(), [separator], workers=1, bar=no_bar):
+    for outcome in run.run(found, job(), [separator], workers=1, bar=no_bar, afresh=never):
         alone[outcome.path.name] = read(outcome.stems["vocals"])
     estimate, running, others = chunking._SongRun._estimates, threading.Lock(), []
 
@@ -105,7 +112,7 @@ def test_workers_write_the_same_files_and_use_the_model_in_turn(
 
     monkeypatch.setattr(chunking._SongRun, "_estimates", watched)
     found = find([str(tmp_path / "music")], tmp_path / "together").songs
-    outcomes = list(run.run(found, job(), [separator], workers=3, bar=no_bar))
+    outcomes = list(run.run(found, job(), [separator], workers=3, bar=no_bar, afresh=never))
     assert len(others) >= 5 and not any(others)
     assert sorted(outcome.path.name for outcome in outcomes) == names
     for outcome in outcomes:
@@ -125,7 +132,7 @@ def test_several_separators_work_at_once_on_one_song_each(tmp_path: Path, monkey
     monkeypatch.setattr(run, "separate_song", separated)
     found = [Song(tmp_path / f"{n}.wav", tmp_path / f"{n}") for n in range(9)]
     separators: Any = ["a", "b", "c"]
-    outcomes = list(run.run(found, job(), separators, workers=1, bar=no_bar))
+    outcomes = list(run.run(found, job(), separators, workers=1, bar=no_bar, afresh=never))
     assert {outcome.path for outcome in outcomes} == {song.path for song in found}
     assert {outcome.facts["by"] for outcome in outcomes} == {"a", "b", "c"}
     assert len(others) == 9 and not any(others)
@@ -153,6 +160,65 @@ def test_each_gpu_with_a_song_gets_a_separator(
         assert run.load_separators(Selection("demo"), options, 1, gpus=[2, 1]) == ["cuda:2"]
 
 
+def test_a_gpu_that_does_not_hold_the_models_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = {"cuda:1"}
+
+    def load(selection: Selection, options: EngineOptions, *, refresh: bool) -> str:
+        if options.device in full:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return options.device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(run, "load_separator", load)
+    assert run.load_separators(Selection("demo"), EngineOptions(), 9) == ["cuda:0", "cuda:2"]
+    assert caplog.messages == ["cuda:1 is left out: its memory does not hold the models"]
+    full |= {"cuda:0", "cuda:2"}
+    with pytest.raises(EstimateError, match=r"^the GPU's memory does not hold the models: end other programs"):
+        run.load_separators(Selection("demo"), EngineOptions(), 9)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What stands for a separator on a GPU."""
+
+    device: str
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_songs_of_a_crashed_gpu_go_to_the_others_and_then_to_a_new_process(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    songs = [Song(tmp_path / f"{n}.wav", tmp_path / f"{n}") for n in range(6)]
+    crashed: set[str] = set()
+    crash_after = {"cuda:0": 1, "cuda:1": 3}
+    counts, lock = dict.fromkeys(crash_after, 0), threading.Lock()
+
+    def separated(song: Song, job: Job, separator: Gpu, progress: object) -> Outcome:
+        with lock:
+            counts[separator.device] += 1
+            if counts[separator.device] >= crash_after[separator.device]:
+                crashed.add(separator.device)
+                return Outcome(song.path, "failed", "CUDA error", may_pass=True)
+        return Outcome(song.path, "done", facts={"by": separator.device})
+
+    def afresh(left: Sequence[Song]) -> Iterator[Outcome]:
+        return (Outcome(song.path, "done", facts={"by": "new process"}) for song in left)
+
+    monkeypatch.setattr(run, "separate_song", separated)
+    monkeypatch.setattr(run, "works", lambda device: device not in crashed)
+    separators: Any = [Gpu("cuda:0"), Gpu("cuda:1")]
+    outcomes = list(run.run(songs, job(), separators, workers=workers, bar=no_bar, afresh=afresh))
+    assert separators == [] and crashed == {"cuda:0", "cuda:1"}
+    assert sorted(outcome.path for outcome in outcomes) == [song.path for song in songs]
+    by = Counter(outcome.facts.get("by", outcome.error) for outcome in outcomes)
+    assert by["CUDA error"] >= 2 and by["cuda:1"] == 2 and by["new process"] >= 1
+    again = list(run.run(songs[:2], job(), separators, workers=workers, bar=no_bar, afresh=afresh))
+    assert [outcome.facts["by"] for outcome in again] == ["new process"] * 2
+
+
 def test_there_are_no_more_workers_than_songs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: set[str] = set()
 
@@ -162,7 +228,9 @@ def test_there_are_no_more_workers_than_songs(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(run, "separate_song", separated)
     separators: Any = ["a"]
-    (outcome,) = run.run([Song(tmp_path / "1.wav", tmp_path / "1")], job(), separators, workers=3, bar=no_bar)
+    (outcome,) = run.run(
+        [Song(tmp_path / "1.wav", tmp_path / "1")], job(), separators, workers=3, bar=no_bar, afresh=never
+    )
     assert outcome.status == "done" and threads == {threading.main_thread().name}
 
 
@@ -171,7 +239,7 @@ def test_closing_the_iterator_stops_workers_and_removes_unfinished_files(format:
     write_songs(tmp_path / "music", *(f"{n}.wav" for n in range(6)), seconds=10)
     separator = Separator("demo", options=EngineOptions(device="cpu"))
     found = find([str(tmp_path / "music")], tmp_path / "out").songs
-    running = run.run(found, job(format), [separator], workers=3, bar=no_bar)
+    running = run.run(found, job(format), [separator], workers=3, bar=no_bar, afresh=never)
     next(running)
     running.close()
     assert not temporary(tmp_path)

@@ -71,7 +71,7 @@ def test_an_analysis_is_recorded_and_can_follow_later_without_separating_again(
     assert " BPM" in Path(plain["page"]).read_text(encoding="utf-8")
     assert separate(*command, "--analyse") == 0
     (skipped,) = json_lines(capsys.readouterr().out)
-    assert skipped == {**analysed, "status": "skipped"}
+    assert skipped == {**analysed, "status": "skipped", "tries": 0}
 
 
 def test_a_damaged_record_of_an_analysis_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

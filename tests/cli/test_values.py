@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 
-from separation.cli.values import batch_size, capabilities, count, given, gpus, path, sample_rate, scores, seconds, time
+from separation.cli.values import (
+    batch_size,
+    capabilities,
+    count,
+    given,
+    gpus,
+    path,
+    retries,
+    sample_rate,
+    scores,
+    seconds,
+    time,
+)
 from separation.evaluation.choice import SCORES
 
 
@@ -26,6 +38,7 @@ from separation.evaluation.choice import SCORES
         (sample_rate, "44100", 44100),
         (sample_rate, "source", "source"),
         (count, "1", 1),
+        (retries, "0", 0),
         (gpus, "0", (0,)),
         (gpus, "2,0", (2, 0)),
         (scores, "fullness,sdr", ("fullness", "sdr")),
@@ -52,6 +65,7 @@ def test_a_value_is_converted(convert: Callable[[str], Any], text: str, value: o
         (count, "0", "'0' must be a whole number from 1 up"),
         (count, "two", "'two' must be a whole number from 1 up"),
         *((gpus, text, "must be numbers of GPUs with") for text in ("", "cuda:0", "0;1", "0,", "-1", "all", "٣")),
+        *((retries, text, "must be a whole number from 0 to 9") for text in ("", "-1", "10", "two")),
         (gpus, "0,1,0", "'0,1,0' names GPU 0 twice: name each once"),
         (scores, "sdr,loud", "'loud' is not a score: choose from sdr, si_sdr, "),
         (scores, "sdr,", "'' is not a score"),
