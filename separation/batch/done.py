@@ -99,7 +99,7 @@ def outcome_of(song: Song, status: str, run: dict[str, Any], error: str = "") ->
     facts = {key: run[key] for key in ("duration_seconds", "elapsed_seconds", "gain")}
     page = song.page if "page_bytes" in run else None
     warnings = list(run.get("warnings", []))
-    return Outcome(song.path, status, error, stems, facts, analysis_of(run), page, warnings)
+    return Outcome(song.path, status, error, stems, facts, analysis_of(run), page, warnings, run["source"])
 
 
 def stem_paths(song: Song, run: dict[str, Any]) -> dict[str, Path]:

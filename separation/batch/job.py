@@ -86,6 +86,7 @@ class Outcome:
         analysis: tempo, key and loudness, if they were asked for, now or in an earlier run.
         page: the path of the listening page.
         warnings: the warnings about the song; for a skipped song, those of the run that made its stems.
+        source: the song's file when it was separated, as in a record: its size in `bytes`, its `sha256` and others.
         may_pass: whether it failed for a reason that may pass.
         tries: how often this run tried it.
     """
@@ -98,6 +99,7 @@ class Outcome:
     analysis: SongAnalysis | None = None
     page: Location | None = None
     warnings: list[str] = field(default_factory=list)
+    source: Mapping[str, Any] = field(default_factory=dict)
     may_pass: bool = False
     tries: int = 0
 

@@ -259,6 +259,13 @@ def _add_output_options(parser: Parser) -> None:
     group.add_argument(
         "--report", action="store_true", help="also write stems.html, a page to see and hear the stems of a song"
     )
+    group.add_argument(
+        "--summary",
+        type=path,
+        action="append",
+        metavar="FILE",
+        help="also write a table of all songs, as .csv or .html; may be repeated",
+    )
     group.add_argument("--overwrite", action="store_true", help=f"{_OVERWRITE}, and stems of other songs")
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from separation.audio.beside import stems_in
 from separation.audio.options import STEM_FILE
+from separation.batch import summary
 from separation.batch.done import unfinished
 from separation.batch.find import find
 from separation.batch.job import Job, Outcome, Song, stem_settings
@@ -24,6 +26,7 @@ from separation.cli.options import engine_options, output_options, refuse_beside
 from separation.cli.pipes import PIPE, Pipes, changed, check_stdout, stdin_song, write_to_stdout
 from separation.cli.printing import json_progress, print_error, print_json, print_line, song_bar, songs_bar
 from separation.engine.recipes import models_of_files
+from separation.engine.selection import Selection
 from separation.errors import InputError
 from separation.progress import Progress
 from separation.system.names import Place, song_fields
@@ -38,6 +41,7 @@ def separate(args: argparse.Namespace) -> int:
     """Separate songs. Prints each outcome as soon as it is known, and at the end what failed."""
     if args.ray:
         refuse_beside("--ray", ["--workers", "--gpus"], args)
+    summary.check(args.summary or [], overwrite=args.overwrite)
     with ExitStack() as opened:
         to_stdout, stdin = args.output == Path(PIPE), None
         if to_stdout:
@@ -52,6 +56,7 @@ def separate(args: argparse.Namespace) -> int:
 
 
 def _separate(args: argparse.Namespace, pipes: Pipes) -> int:
+    started = time.monotonic()
     found = find(args.songs, args.output, _placed(args))
     if note := found.note():
         logger.warning(note)
@@ -79,7 +84,18 @@ def _separate(args: argparse.Namespace, pipes: Pipes) -> int:
                 bar.update()
     finally:
         _print_summary(outcomes, n_songs, args)
+        if args.summary:
+            told = {outcome.path for outcome in outcomes}
+            unseen = [Outcome(song.path, "left") for song in songs if song.path not in told]
+            _write_summaries([_named(outcome, pipes) for outcome in [*outcomes, *unseen]], started, args)
     return 2 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _write_summaries(outcomes: Sequence[Outcome], started: float, args: argparse.Namespace) -> None:
+    recipe = args.model_name or (str(args.model_path) if args.model_path else args.recipe or Selection.recipe)
+    written = summary.Summary(outcomes, recipe, time.monotonic() - started)
+    for path in args.summary:
+        summary.write(written, path, overwrite=args.overwrite)
 
 
 def _placed(args: argparse.Namespace) -> Callable[[Song], Song]:
@@ -170,8 +186,7 @@ def _print_outcome(outcome: Outcome, *, args: argparse.Namespace, pipes: Pipes, 
             if isinstance(path, Path):
                 write_to_stdout(path)
         return
-    if outcome.path == pipes.stdin:
-        outcome = replace(outcome, path=Path(PIPE))
+    outcome = _named(outcome, pipes)
     facts = dict(outcome.facts)
     if facts:
         facts["times_realtime"] = facts["duration_seconds"] / facts["elapsed_seconds"]
@@ -188,6 +203,11 @@ def _print_outcome(outcome: Outcome, *, args: argparse.Namespace, pipes: Pipes, 
             print_line(f"  {outcome.analysis}", file=file)
         for path in (*outcome.stems.values(), *([outcome.page] if outcome.page else [])):
             print_line(f"  {path}", file=file)
+
+
+def _named(outcome: Outcome, pipes: Pipes) -> Outcome:
+    """The outcome, under `-` for the song from stdin."""
+    return replace(outcome, path=Path(PIPE)) if outcome.path == pipes.stdin else outcome
 
 
 def _as_json(outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
