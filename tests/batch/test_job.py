@@ -118,6 +118,9 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
     "device": ("--device", "cpu"),
     "batch_size": ("--batch-size", "3"),
     "workers": ("--workers", "3"),
+    "gpus": ("--gpus", "0,1"),
+    "retries": ("--retries", "7"),
+    "summary": ("--summary", "songs.csv"),
     "ray": ("--ray", "auto"),
     "analyse": ("--analyse",),
     "report": ("--report",),
@@ -136,7 +139,7 @@ OTHER: dict[str, tuple[str, ...]] = {  # each option of `separate`, with another
 }
 
 SAME = {"songs", "output", "name", "verbose", "json", "analyse", "report", "force_refresh", "overwrite"}
-SAME |= {"quiet", "progress", "accept_damaged", "device", "batch_size", "workers", "ray"}
+SAME |= {"quiet", "progress", "accept_damaged", "device", "batch_size", "workers", "gpus", "retries", "summary", "ray"}
 
 
 def parsed(*options: str) -> argparse.Namespace:

@@ -223,6 +223,9 @@ OPTIONS: dict[str, list[tuple[bool, tuple[str, ...]]]] = {
     "overwrite": [(HIT, ("--overwrite",))],
     "accept_damaged": [(HIT, ("--accept-damaged",))],
     "workers": [(HIT, ("--workers", "2"))],
+    "gpus": [],  # for machines with several
+    "retries": [(HIT, ("--retries", "7"))],
+    "summary": [(HIT, ("--summary", "SUMMARY"))],
     "ray": [],  # separates on other machines
     "json": [(HIT, ("--json",))],
     "verbose": [(HIT, ("-v",))],
@@ -278,7 +281,7 @@ def test_an_option_causes_a_miss_if_and_only_if_it_changes_an_estimate(
     cache = Cache(Path(shutil.copytree(base, tmp_path / "cache")))
     monkeypatch.setenv("SEPARATION_CACHE", str(cache.folder))
     before = state(cache)
-    made = {"OTHER": other_folder, "MODELS": copied_model, "CHANGED": changed_weights}
+    made = {"OTHER": other_folder, "MODELS": copied_model, "CHANGED": changed_weights, "SUMMARY": summary_file}
     write_recipes(tmp_path / "recipes", monkeypatch)
     arguments = [str(made[word](tmp_path)) if word in made else word for word in option]
     base_options = BASE[4:] if "--model-name" in option else BASE  # a model takes the recipe's place
@@ -288,6 +291,10 @@ def test_an_option_causes_a_miss_if_and_only_if_it_changes_an_estimate(
 
 def other_folder(folder: Path) -> Path:
     return folder / "quite" / "another"
+
+
+def summary_file(folder: Path) -> Path:
+    return folder / "songs.csv"
 
 
 def copied_model(folder: Path) -> Path:
