@@ -34,6 +34,7 @@ FIXED_CHUNKS = {
     "mdx_net",
     "vr",
 }  # architectures that take chunks of one length only
+SIDE_BY_SIDE = {"vr"}  # of those, architectures whose chunks do not overlap
 WITH_INT8 = {  # architectures that can compute in int8
     "bs_roformer",
     "bs_roformer_hyperace",
@@ -107,6 +108,8 @@ class Checkpoint:
 
     def chunks(self, choice: ChunkChoice) -> tuple[int, int]:
         """The chunk and the overlap in samples for this choice. Raises InputError for an overlap that is too long."""
+        if self.architecture in SIDE_BY_SIDE:
+            return self.chunk_samples, 0
         is_fixed = self.architecture in FIXED_CHUNKS
         return choice.samples(self.name, self.chunk_samples, self.sample_rate, is_fixed=is_fixed)
 

@@ -5,7 +5,6 @@ With it, its models need no YAML beside them. Nothing here imports PyTorch unles
 
 import functools
 import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from separation.documents import quoted, read_yaml
 from separation.errors import CheckpointError
 from separation.system.places import shipped, size_bytes
 
-SAMPLE_RATE = 44100
 VOCAL = {"vocals", "other", "bass", "drums", "guitar", "piano"}  # whose mask Ultimate Vocal Remover sharpens more
 HASHED_BYTES = 10_000 * 1024  # at the end of a file
 
@@ -98,7 +96,7 @@ def _vr(weights: Path, document: Mapping[str, Any]) -> dict[str, Any] | None:
     bands["channels"] = conversions if sizes["nout_lstm"] else [channels] * len(conversions)
     found = {
         "architecture": "vr",
-        "audio": {"sample_rate": 44100, "chunk_size": _vr_chunk(bands, sizes)},
+        "audio": {"sample_rate": bands["rates"][-1], "chunk_size": _vr_chunk(bands, sizes)},
         "stems": [known["stem"], _other_than(known["stem"])] if known else [],
         "model": {**bands, **sizes, "is_vocal": bool(known) and known["stem"] in VOCAL},
     }
@@ -133,10 +131,8 @@ def _vr_sizes(weights: Path) -> dict[str, Any]:
 
 
 def _vr_chunk(bands: Mapping[str, Any], sizes: Mapping[str, Any]) -> int:
-    """The samples at 44100 Hz whose mask counts, of a window of 512 frames."""
-    rate, hop = int(bands["rates"][-1]), int(bands["hop_lengths"][-1])
-    frames, unit = 512 - 2 * (64 if sizes["nout_lstm"] else 128), rate // math.gcd(hop * SAMPLE_RATE, rate)
-    return frames // unit * unit * hop * SAMPLE_RATE // rate
+    """The samples whose mask counts, of a window of 512 frames."""
+    return (512 - 2 * (64 if sizes["nout_lstm"] else 128)) * int(bands["hop_lengths"][-1])
 
 
 def _other_than(stem: str) -> str:

@@ -36,6 +36,8 @@ class ChunkPlan:
             short last chunk is centred in the samples around it. Beyond the song and its reflection there is silence.
         input_samples: maps the samples that a chunk keeps to the samples that the model needs for them; None means a
             whole chunk.
+        spill_samples: how far a chunk's estimates reach beyond it on both sides. If not 0, estimates are added up
+            instead of cross-faded, and chunks lie side by side, all of them whole, one of them before the song.
 
     Raises:
         InputError: the overlap is not smaller than the chunk.
@@ -45,6 +47,7 @@ class ChunkPlan:
     overlap_samples: int
     reflects_border: bool = True
     input_samples: Callable[[int], int | None] = lambda length: None
+    spill_samples: int = 0
 
     def __post_init__(self) -> None:
         if self.chunk_samples < 1 or not 0 <= self.overlap_samples < self.chunk_samples:
@@ -70,6 +73,8 @@ class ChunkPlan:
 
     def starts(self, total_samples: int) -> range:
         """The sample of the song at which each chunk starts; negative in the border."""
+        if self.spill_samples:  # the silence before and after the song may spill into it
+            return range(-self.chunk_samples, total_samples + self.spill_samples, self.chunk_samples)
         if not self.reflects_border:
             return range(0, total_samples, self.chunk_hop)
         hops = max(0, -(-(total_samples + 2 * self.border - self.chunk_samples) // self.chunk_hop))
@@ -78,12 +83,13 @@ class ChunkPlan:
     def chunks(self, total_samples: int) -> Iterator["Chunk"]:
         """The chunks of a song, in order."""
         for start in self.starts(total_samples):
-            length = self.chunk_samples if self.reflects_border else min(self.chunk_samples, total_samples - start)
+            is_whole = self.reflects_border or self.spill_samples
+            length = self.chunk_samples if is_whole else min(self.chunk_samples, total_samples - start)
             read_length = self.input_samples(length) or self.chunk_samples
             yield Chunk(
                 start=start,
-                kept_start=max(start, 0),
-                kept_stop=min(start + length, total_samples),
+                kept_start=max(start - self.spill_samples, 0),
+                kept_stop=min(start + length + self.spill_samples, total_samples),
                 read_start=start - (read_length - length) // 2,
                 read_length=read_length,
             )
@@ -107,7 +113,7 @@ class Chunk:
     """One chunk, in samples of the song.
 
     The model sees `[read_start, read_start + read_length)`. Of its estimates, those for `[kept_start, kept_stop)` are
-    kept: the part of the chunk that lies in the song.
+    kept: the part of the chunk, and of what it spills, that lies in the song.
     """
 
     start: int

@@ -2,8 +2,9 @@
 
 The ends of each chunk are faded by linear ramps over the overlap, and the sum of the faded chunks is divided by the sum
 of the fades. An identity model therefore returns its input, and a gain error in one chunk is cross-faded, never
-stepped. Memory holds a few batches of chunks and the samples that the next chunk may still change, however long the
-song is. Nothing here depends on which model it is.
+stepped. Estimates that spill over their chunk are parts of a sum: they are only added (see ChunkPlan). Memory holds a
+few batches of chunks and the samples that the next chunk may still change, however long the song is. Nothing here
+depends on which model it is.
 
 The sums are kept on the model's device; only finished samples leave it. On a CPU, two batches may be computed at a time
 (see engine/pairs.py). A CUDA GPU works ahead of the caller: while the caller uses one block, the next batch is
@@ -183,7 +184,7 @@ def _read_in_turn(
             sounding=sounding,
             mixtures=stacked.pin_memory() if pinned and stacked is not None else stacked,
             size=batch.size if padded else len(sounding),
-            finished_until=min(following.chunks[0].start, source.n_samples) if following else source.n_samples,
+            finished_until=min(following.chunks[0].kept_start, source.n_samples) if following else source.n_samples,
         )
 
 
@@ -275,7 +276,7 @@ class _SongRun:
         self._device = ready.device
         self._level = level
         chunks = max(len(batch.chunks) for batch in batches)
-        shape = (ready.n_stems, channels, plan.chunk_samples + chunks * plan.chunk_hop)
+        shape = (ready.n_stems, channels, plan.chunk_samples + chunks * plan.chunk_hop + 2 * plan.spill_samples)
         self._sums = _OverlapAdd(plan, level, shape, ready.device)
         self._previous: _Started | None = None
         self.is_over = False  # set when the caller wants no more samples
@@ -353,7 +354,9 @@ class _OverlapAdd:
 
     def __init__(self, plan: ChunkPlan, level: Level, shape: tuple[int, int, int], device: torch.device) -> None:
         self._level = level
-        self._fades = _fades_on(device, plan.chunk_samples, plan.overlap_samples)
+        self._spill = plan.spill_samples
+        self._fades = _fades_on(device, plan.chunk_samples, plan.overlap_samples, plan.spill_samples)
+        self._gains = torch.ones_like(self._fades) if plan.spill_samples else self._fades
         self._sums = torch.zeros(shape, device=device)
         self._fade_sums = torch.zeros(shape[-1], device=device)
         self._finished = 0  # samples that were returned; the sums start there
@@ -367,12 +370,14 @@ class _OverlapAdd:
         estimate_of = dict(zip(batch.sounding, estimates, strict=True))
         for chunk in batch.chunks:
             here = slice(chunk.kept_start - self._finished, chunk.kept_stop - self._finished)
-            fade = self._fades[chunk.kept_start - chunk.start : chunk.kept_stop - chunk.start]
+            first = chunk.start - self._spill
+            part = slice(chunk.kept_start - first, chunk.kept_stop - first)
+            fade, gain = self._fades[part], self._gains[part]
             self._fade_sums[here] += fade
             self._reached = max(self._reached, chunk.kept_stop)
             if chunk in estimate_of:
                 # In place: on a CPU, allocating a tensor as large as the estimates costs more than the sums.
-                self._sums[..., here].addcmul_(_kept(chunk, estimate_of[chunk]), fade, value=self._level.scale)
+                self._sums[..., here].addcmul_(_kept(chunk, estimate_of[chunk]), gain, value=self._level.scale)
                 if self._level.offset:
                     self._sums[..., here] += self._level.offset * fade
         return self._give_out(max(0, batch.finished_until - self._finished))
@@ -389,8 +394,9 @@ class _OverlapAdd:
 
 
 @lru_cache(maxsize=8)
-def _fades_on(device: torch.device, chunk_samples: int, overlap_samples: int) -> Tensor:
-    return fades(chunk_samples, overlap_samples).to(device)
+def _fades_on(device: torch.device, chunk_samples: int, overlap_samples: int, spill_samples: int) -> Tensor:
+    """The fades of a chunk, and zeros where its estimates spill over it."""
+    return F.pad(fades(chunk_samples, overlap_samples), (spill_samples, spill_samples)).to(device)
 
 
 def _to_cpu(tensor: Tensor) -> Callable[[], Tensor]:

@@ -155,6 +155,8 @@ def _in_view(span: Span, run: Run) -> Span:
 
 def _plan(model: SeparationModel, options: EngineOptions) -> ChunkPlan:
     """How a model's songs are cut."""
+    if model.spill_samples:
+        return ChunkPlan(model.chunk_samples, 0, False, model.input_samples, model.spill_samples)
     chunk_samples, overlap_samples = options.chunks.samples(
         model.name, model.chunk_samples, model.sample_rate, is_fixed=model.fixed_chunk
     )
@@ -175,9 +177,10 @@ def _level(model: SeparationModel, source: Samples | Waveform) -> Level:
 @torch.inference_mode()
 def _spectral_peak(model: SeparationModel, source: Samples | Waveform) -> float:
     """The largest magnitude in the model's spectrogram of a song, chunk by chunk."""
-    plan = ChunkPlan(model.chunk_samples, 0, reflects_border=False, input_samples=model.input_samples)
+    plan = ChunkPlan(model.chunk_samples, 0, False, model.input_samples, model.spill_samples)
+    song = source if model.sample_rate == SAMPLE_RATE else ResampledView(source, SAMPLE_RATE, model.sample_rate)
     mixtures = (
-        read_extended(source, chunk.read_start, chunk.read_start + chunk.read_length, 0)
-        for chunk in plan.chunks(source.n_samples)
+        read_extended(song, chunk.read_start, chunk.read_start + chunk.read_length, 0)
+        for chunk in plan.chunks(song.n_samples)
     )
     return max(model.spectral_peak(mixture[None]) for mixture in mixtures)

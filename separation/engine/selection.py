@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from separation.checkpoints.catalogue import read_config
-from separation.checkpoints.description import FIXED_CHUNKS, WITH_ATTENTION, WITH_INT8, YAML_SUFFIXES
+from separation.checkpoints.description import FIXED_CHUNKS, SIDE_BY_SIDE, WITH_ATTENTION, WITH_INT8, YAML_SUFFIXES
 from separation.engine.options import EngineOptions
 from separation.engine.recipes import Recipe, find_recipe, one_model
 from separation.errors import InputError
@@ -73,6 +73,8 @@ class Selection:
             raise InputError(f"attention {options.attention} has no effect on {names}: leave it out")
         if options.precision == "int8" and not kinds & WITH_INT8:
             raise InputError(f"precision int8 has no effect on {names}: leave it out")
+        if (options.chunk_seconds, options.overlap_seconds) != ("auto", "auto") and kinds <= SIDE_BY_SIDE:
+            raise InputError(f"chunk size and overlap have no effect on {names}: leave them out")
         if options.chunk_seconds != "auto" and options.overlap_seconds == "auto" and kinds <= FIXED_CHUNKS:
             raise InputError(
                 f"chunk size {options.chunk_seconds} s alone has no effect on {names}, whose chunks have one length: "

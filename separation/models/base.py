@@ -127,6 +127,9 @@ class SeparationModel(nn.Module):
     normalisation: Normalisation = "peak"
     # Whether the song's ends are extended by their reflection, or else by silence.
     reflects_border: ClassVar[bool] = True
+    # How far a chunk's estimates reach beyond it on both sides, if those of chunks side by side are to be added up.
+    # 0: chunks overlap, and their estimates are cross-faded.
+    spill_samples: int = 0
     # Whether `core` takes the chunks, in addition to the spectrogram or alone.
     core_takes_waveform: ClassVar[bool] = False
     # Whether chunks must have exactly `chunk_samples`. Otherwise the caller chooses their length.

@@ -4,8 +4,9 @@ The song is resampled to several rates. Each gives a band of bins, and together 
 finer than high ones. A network estimates a mask from its magnitudes. The mask gives one stem, the rest the other stem;
 each band is inverted, and the bands are added at the sample rate of the next one.
 
-A network sees `window_frames` frames, and its mask counts without a margin at both ends. Magnitudes are relative to the
-largest one in the song. Resampling is polyphase, as in Ultimate Vocal Remover on Macs; it has other filters elsewhere.
+A network sees `window_frames` frames, and its mask counts without a margin at both ends. The masks of a song lie
+side by side, each in frames of its own. Magnitudes are relative to the largest one in the song. Resampling between
+bands is polyphase, as in Ultimate Vocal Remover on Macs; it has other filters elsewhere.
 """
 
 import math
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.base import Identity, Normalisation, SeparationModel
+from separation.models.base import Identity, SeparationModel
 from separation.models.shapes import Shapes
 from separation.models.stft import Stft, make_window
 
@@ -44,8 +45,8 @@ FILTER_ZEROS = 10  # zero crossings of that filter on each side
 class VRConfig:
     """The hyper-parameters. Lists have an entry for each band, the lowest first; frequencies are in bins of a band."""
 
-    chunk_size: int  # samples at 44100 Hz whose mask counts
-    sample_rate: int  # hertz
+    chunk_size: int  # samples of the frames whose mask counts
+    sample_rate: int  # hertz; that of the last band
     num_stems: int = 2
     bins: int  # in the spectrogram of all bands, without the last one
     rates: tuple[int, ...]  # hertz
@@ -81,6 +82,8 @@ class VRConfig:
             for hop, rate in zip(self.hop_lengths, self.rates, strict=True)
         ):
             raise ValueError("the frames of all bands must last equally long: correct rates or hop_lengths")
+        if self.rates[-1] != self.sample_rate:
+            raise ValueError(f"sample_rate is {self.sample_rate} and must be that of the last band: correct it")
         if sum(self.crop_stops) - sum(self.crop_starts) > self.bins:
             raise ValueError(f"the bands have more than {self.bins} bins: correct bins, crop_starts or crop_stops")
         if self.window_frames % 32 or not 0 < self.kept_frames <= self.window_frames - 2 * self.offset:
@@ -88,7 +91,7 @@ class VRConfig:
                 f"chunk_size {self.chunk_size} is {self.kept_frames} frames and must be at most "
                 f"{self.window_frames - 2 * self.offset}, of a window_frames that is a multiple of 32: correct one"
             )
-        if self.kept_frames * self.hop_lengths[-1] * self.sample_rate != self.chunk_size * self.rates[-1]:
+        if self.chunk_size % self.hop_lengths[-1]:
             raise ValueError(f"chunk_size {self.chunk_size} is not a whole number of frames: correct it")
 
     @property
@@ -98,27 +101,29 @@ class VRConfig:
 
     @property
     def kept_frames(self) -> int:
-        return self.chunk_size * self.rates[-1] // (self.sample_rate * self.hop_lengths[-1])
+        return self.chunk_size // self.hop_lengths[-1]
+
+    @property
+    def reach_frames(self) -> int:
+        """Frames on each side of a frame that its Fourier transforms and the resampling reach."""
+        return max(-(-n_fft // (2 * hop)) for n_fft, hop in zip(self.n_ffts, self.hop_lengths, strict=True)) + 2
 
     @property
     def margin_frames(self) -> int:
         """Frames before and after a chunk that the window, the Fourier transforms and the resampling need."""
-        reach = max(-(-n_fft // (2 * hop)) for n_fft, hop in zip(self.n_ffts, self.hop_lengths, strict=True)) + 2
-        unit = self.rates[-1] // math.gcd(self.hop_lengths[-1] * self.sample_rate, self.rates[-1])
-        least = max(self.offset, self.window_frames - self.offset - self.kept_frames) + reach
-        return -(-least // unit) * unit
+        return max(self.offset, self.window_frames - self.offset - self.kept_frames) + self.reach_frames
 
     @property
     def input_samples(self) -> int:
         """Samples of a chunk and its margins."""
-        frames = self.kept_frames + 2 * self.margin_frames
-        return frames * self.hop_lengths[-1] * self.sample_rate // self.rates[-1]
+        return (self.kept_frames + 2 * self.margin_frames) * self.hop_lengths[-1]
 
 
 class VR(SeparationModel):
     """Chunks of waveform `[B, 2, T]` to estimates `[B, 2, 2, T]`: what the mask keeps, and the rest.
 
-    T is `input_samples`. The chunks are scaled so that the largest magnitude of the song's spectrogram is 1.
+    T is `input_samples`. The chunks are scaled so that the largest magnitude of the song's spectrogram is 1. Estimates
+    are those of `kept_frames` frames; estimates of chunks side by side add up.
     """
 
     Config = VRConfig
@@ -131,7 +136,6 @@ class VR(SeparationModel):
         r"out\.weight",
     )
     UNUSED_KEYS: ClassVar[str] = r"aux\d?_out\..*"  # only for training
-    normalisation: Normalisation = "spectrum"
     reflects_border = False
     fixed_chunk = True
     channels = 2
@@ -139,6 +143,8 @@ class VR(SeparationModel):
     def __init__(self, config: VRConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.config = config
+        self.spill_samples = config.reach_frames * config.hop_lengths[-1]
+        self.normalisation = "spectrum"  # whatever the YAML requests
         width, lstm = config.nout, config.nout_lstm
         if lstm:
             bins = config.bins // 4  # of a half, at the second scale
@@ -189,10 +195,11 @@ class VR(SeparationModel):
         window = spectrum[..., first : first + config.window_frames]
         with torch.autocast(chunks.device.type, self.precision, enabled=self.precision != torch.float32):
             mask = self._mask(window.abs()).float()
-        mask = mask ** _sharpening(config, mask.device)
+        mask = mask[..., config.offset :][..., : config.kept_frames] ** _sharpening(config, mask.device)
         masks = torch.stack([mask if index == 0 else 1 - mask for index in self._outputs], dim=1)
-        missing = spectrum.shape[-1] - first - config.window_frames
-        return waves_of(spectrum[:, None] * F.pad(masks, (first, missing)), config)
+        before = config.margin_frames
+        missing = spectrum.shape[-1] - before - config.kept_frames
+        return waves_of(spectrum[:, None] * F.pad(masks, (before, missing)), config)
 
     def spectral_peak(self, chunk: Tensor) -> float:
         """The largest magnitude in a chunk `[1, 2, T]`, without its margins."""
@@ -382,7 +389,7 @@ class LSTMLayer(nn.Module):
 
 def bands_of(chunks: Tensor, config: VRConfig) -> Tensor:
     """Waveforms `[B, 2, T]` to the complex spectrogram of all bands `[B, 2, bins + 1, N]`."""
-    wave, rate = chunks, config.sample_rate
+    wave, rate = chunks, config.rates[-1]
     parts: list[Tensor] = []
     for band in reversed(range(len(config.rates))):
         wave, rate = resampled(wave, rate, config.rates[band]), config.rates[band]
@@ -416,7 +423,7 @@ def waves_of(spectra: Tensor, config: VRConfig) -> Tensor:
         wave = part if wave is None else resampled(wave, config.rates[band - 1], config.rates[band]) + part
         first += n_bins
     assert wave is not None
-    return resampled(wave, config.rates[-1], config.sample_rate)
+    return wave
 
 
 def _stft(config: VRConfig, band: int) -> Stft:

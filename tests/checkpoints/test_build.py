@@ -171,13 +171,23 @@ def test_the_list_of_architectures_with_fixed_chunks_is_complete() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["demo", "bs_roformer_inst_fno_unwa", "mel_band_roformer_kim", "htdemucs", "hdemucs_mmi", "drumsep", "scnet"],
+    [
+        "demo",
+        "bs_roformer_inst_fno_unwa",
+        "mel_band_roformer_kim",
+        "htdemucs",
+        "hdemucs_mmi",
+        "drumsep",
+        "scnet",
+        "vr_denoise_lite_foxjoy",
+    ],
 )
-def test_the_lists_of_architectures_with_attention_and_int8_are_complete(name: str) -> None:
+def test_the_lists_of_architectures_with_properties_are_complete(name: str) -> None:
     description = catalogue.read_config(name)
     model = build(description)
     assert (model.head_size is not None) == (description.architecture in descriptions.WITH_ATTENTION)
     assert model.has_int8 == (description.architecture in descriptions.WITH_INT8)
+    assert (model.spill_samples > 0) == (description.architecture in descriptions.SIDE_BY_SIDE)
 
 
 # Random weights

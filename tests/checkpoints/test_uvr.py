@@ -103,7 +103,7 @@ def test_a_known_checkpoint_uses_this_projects_yaml(tmp_path: Path, monkeypatch:
 def vr_network(folder: Path, **network: Any) -> Path:
     """The weights of a VR network as they are published."""
     torch.manual_seed(0)
-    config = config_of("1band_sr44100_hl512_nf1024", chunk_size=256 * 512, **network)
+    config = config_of("1band_sr44100_hl512_nf1024", **network)
     model = VR(config, identity(("vocals", "instrumental"), chunk_samples=config.chunk_size))
     path = folder / "5_HP-Karaoke-UVR.pth"
     torch.save(model.state_dict() | {"aux1_out.weight": torch.zeros(2, 4, 1, 1)}, path)

@@ -44,6 +44,17 @@ def test_without_a_reflected_border_a_short_last_chunk_is_centred_in_what_the_mo
     assert plan.whole_chunk_input_samples == 8
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 100])
+def test_chunks_whose_estimates_spill_over_them_lie_side_by_side_around_the_song(length: int) -> None:
+    plan = ChunkPlan(8, 0, reflects_border=False, input_samples=lambda length: length + 10, spill_samples=3)
+    found = list(plan.chunks(length))
+    assert [each.start for each in found] == list(range(-8, length + 3, 8))
+    for each in found:
+        assert (each.read_start, each.read_length) == (each.start - 5, 18)
+        assert each.kept_start == max(0, each.start - 3) and each.kept_stop == min(length, each.start + 11)
+    assert all(each.kept_start < each.kept_stop for each in found)
+
+
 def test_batches_hold_consecutive_chunks_that_are_read_at_the_same_length() -> None:
     plan = ChunkPlan(8, 0, reflects_border=False, input_samples=lambda length: 6 if length < 8 else None)
     batches = plan.batches(8 * 5 + 2, batch_size=4)

@@ -73,6 +73,19 @@ def test_an_identity_model_returns_its_input(length: int, chunk: int, overlap: i
         assert (result[0] - mixture).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("length", [1, 2, 7, 20, 21, 100, 257])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_estimates_that_spill_over_their_chunk_are_added(length: int, batch_size: int, order: str) -> None:
+    plan = ChunkPlan(20, 0, False, lambda length: length + 14, spill_samples=5)
+    rise = torch.arange(1, 11) / 11  # from 5 samples before the chunk; what one chunk lacks is in the next one
+    share = torch.cat([torch.zeros(2), rise, torch.ones(10), 1 - rise, torch.zeros(2)])
+    mixture = torch.randn(2, length)
+    mixture[:, length // 3 : length // 2] = 0
+    result = run(mixture, plan, one_stem(lambda batch: (batch * share)[:, None], batch_size), Level(0.0, 0.7))
+    assert result.shape == (1, 2, length)
+    assert (result[0] - mixture).abs().max() <= 1e-6
+
+
 def two_stems(batch: Tensor) -> Tensor:
     """A model whose estimates differ by chunk and by the position of a sample."""
     return torch.stack([batch.sin() + batch.amax(-1, keepdim=True), batch.flip(-1)], dim=1)

@@ -85,6 +85,7 @@ def test_a_recipe_can_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("hdemucs_mmi", EngineOptions(attention="sdpa"), "attention sdpa has no effect on hdemucs_mmi: leave it out"),
         ("htdemucs", EngineOptions(precision="int8"), "precision int8 has no effect on htdemucs: leave it out"),
         ("demo", EngineOptions(precision="int8", attention="sdpa"), "int8 needs attention fused or auto, not sdpa"),
+        ("vr_denoise_foxjoy", EngineOptions(overlap_seconds=2), "chunk size and overlap have no effect on vr_denoise"),
         ("htdemucs", EngineOptions(chunk_seconds=9), "chunk size 9 s alone has no effect on htdemucs"),
     ],
 )

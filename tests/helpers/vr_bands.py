@@ -15,12 +15,14 @@ BANDS = TABLE["vr_bands"]
 USED = sorted({entry["bands"] for entry in TABLE["vr"].values()})  # by known networks
 
 
-def config_of(bands: str, *, chunk_size: int, **network: Any) -> VRConfig:
-    """The configuration of a network with these bands."""
+def config_of(bands: str, **network: Any) -> VRConfig:
+    """The configuration of a network with these bands, whose masks count for all but the margins of a window."""
     sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in BANDS[bands].items()}
     channels, conversions = sizes.pop("channels"), sizes.pop("conversions")
     sizes["channels"] = conversions if network.get("nout_lstm") else (channels,) * len(conversions)
-    return VRConfig(chunk_size=chunk_size, sample_rate=44100, **sizes, **network)
+    frames = 512 - 2 * (64 if network.get("nout_lstm") else 128)
+    chunk_size = frames * sizes["hop_lengths"][-1]
+    return VRConfig(chunk_size=chunk_size, sample_rate=sizes["rates"][-1], **sizes, **network)
 
 
 def vr_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

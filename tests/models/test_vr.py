@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.signal import resample_poly
 from torch import Tensor
 
@@ -80,19 +81,20 @@ def test_masks_equal_the_independent_implementation(network: dict[str, int], arc
 def test_a_network_of_five_scales_has_the_layers_of_the_published_ones() -> None:
     """A sixth branch and a fifth scale: 132,5 million bytes, as in UVR's list of sizes (129,605 KiB)."""
     with torch.device("meta"):
-        model = VR(config_of("4band_v3", chunk_size=256 * 480, nout=16, aspp_layers=6, deep=True), identity(("a", "b")))
+        model = VR(config_of("4band_v3", nout=16, aspp_layers=6, deep=True), identity(("a", "b")))
     assert model.state_dict()["stg3_full_band_net.dec5.conv.conv.0.weight"].shape == (512, 1536, 3, 3)
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) == pytest.approx(129_605 * 1024, rel=0.002)
 
 
-# Norm and samples of the spectrogram of `drawn_chunks((1, 2, T))` for T samples, real and imaginary parts in turn. By
-# python-audio-separator 0.47.1 (uvr_lib_v5/spec_utils.py, with librosa 0.11 and polyphase resampling).
+# Norm and samples of the spectrogram of `drawn_chunks((1, 2, T))` for T samples at the last band's rate, real and
+# imaginary parts in turn. By python-audio-separator 0.47.1 (uvr_lib_v5/spec_utils.py, with librosa 0.11 and polyphase
+# resampling).
 RECORDED = {
     "2band_32000": (
-        19404,
-        "328.8103 0.09549767 -0.02562945 0.2563898 -0.8037432 -0.4377989 0.2544431 -0.07189404 -2.358798 1.170354 "
-        "-0.0556568 -0.8314608 0 -0.2114587 0.06579074 -0.1042475 0.1483843 -0.1976777 1.440422 -1.4228 0.6062306 "
-        "0.9073008 0.1304638 0.7790841 0",
+        14080,
+        "389.0165 -0.01893287 0.4955916 0.799861 -0.01938587 0.6408781 -2.14776 0.08389848 -0.6762 0.7485188 2.076093 "
+        "0.876761 0 0.1290739 -0.343124 0.3919394 -0.2614872 -0.7831986 2.110057 -0.416047 -0.4929995 -0.6009911 "
+        "-0.8210612 -2.4625 0",
     ),
     "3band_44100_msb2": (
         17280,
@@ -113,12 +115,50 @@ RECORDED = {
 def test_a_spectrogram_equals_that_of_ultimate_vocal_remover(bands: str) -> None:
     length, figures = RECORDED[bands]
     lstm = 16 if bands.startswith("4band_v3") else 0
-    chunk_size = {"2band_32000": 250 * 4851 // 10, "3band_44100_msb2": 256 * 432, "4band_v3_sn": 384 * 480}[bands]
-    config = config_of(bands, chunk_size=chunk_size, nout=8, nout_lstm=lstm)
+    config = config_of(bands, nout=8, nout_lstm=lstm)
     spectrum = bands_of(drawn_chunks((1, 2, length)), config)[0]
     got, expected = figures_of(torch.view_as_real(spectrum)[None, None]), [float(each) for each in figures.split()]
     assert got[0] == pytest.approx(expected[0], rel=1e-5)
     assert np.abs(np.subtract(got[1:], expected[1:])).max() <= 1e-5 * np.abs(expected[1:]).max()
+
+
+# Norm of each stem and samples of the stems of `drawn_chunks((2, 30_000))` with 200 silent samples at both ends; the
+# last 48 are missing. By the same program: spectrogram, patches of 320 frames, masks and inverse.
+RECORDED_SONG = (
+    "12.06374 11.95957 0 0.01589146 0.01425538 -0.01339777 -0.0464436 0.02401687 -0.05581298 0.06204268 -0.07773866 "
+    "0.01138856 -0.05324512 0.03712308 0.04877506 -0.01882951 -0.04671874 0.04132579 -0.03010254 0.02195219 0.02215341 "
+    "0.04929031 -0.005172721 -0.08424848 0.01878912 0"
+)
+
+
+def test_a_song_of_several_chunks_equals_that_of_ultimate_vocal_remover() -> None:
+    model = tiny(nout=8, nout_lstm=16, chunk_size=192 * 64)
+    song = drawn_chunks((2, 30_000))
+    song[:, :200], song[:, -200:] = 0, 0
+    stems = Separator.from_model(model).separate(song)
+    got = figures_of(torch.stack(list(stems.values()))[None, ..., : 30_000 - 48])
+    expected = [float(each) for each in RECORDED_SONG.split()]
+    assert np.abs(np.subtract(got[:2], expected[:2])).max() <= 1e-5 * max(expected[:2])
+    assert np.abs(np.subtract(got[2:], expected[2:])).max() <= 1e-5 * np.abs(expected[2:]).max()
+
+
+@pytest.mark.parametrize("network", [{}, {"nout": 8, "nout_lstm": 16}], ids=str)
+def test_a_song_equals_the_same_network_over_the_spectrogram_of_the_whole_song(network: dict[str, int]) -> None:
+    """The plain way: the whole song's spectrogram, then a mask for every 64 frames, then the inverse."""
+    model = tiny(**network)
+    config, n_frames, margin = model.config, 100, 160
+    song = torch.randn(2, n_frames * 64) * 0.1
+    song[:, :128], song[:, -128:] = 0, 0
+    spectrum = bands_of(F.pad(song[None], (margin * 64, 2 * margin * 64)), config)
+    peak, masks = spectrum.abs().amax(), torch.zeros(spectrum.shape)
+    sharpened = torch.where(torch.arange(65) < 64, 1 + 0.1 / 3, 1.1)[:, None]  # with aggression 0.05
+    with torch.inference_mode():
+        for first in range(margin, margin + n_frames, config.kept_frames):
+            seen = spectrum[..., first - config.offset :][..., : config.window_frames].abs() / peak
+            mask = model._mask(seen) ** sharpened
+            masks[..., first : first + config.kept_frames] = mask[..., config.offset :][..., : config.kept_frames]
+        expected = waves_of((spectrum * masks)[:, None], config)[0, 0, :, margin * 64 :][:, : song.shape[1]]
+    assert_near(Separator.from_model(model).separate(song)["vocals"], expected)
 
 
 @pytest.mark.parametrize("bands", USED)
@@ -127,9 +167,8 @@ def test_the_bands_add_up_to_the_song(bands: str) -> None:
     sizes = BANDS[bands]
     hop, rate = sizes["hop_lengths"][-1], sizes["rates"][-1]
     for lstm in (0, 16):
-        frames = 250 if rate in (32000, 48000, 16000) else 256
-        config = config_of(bands, chunk_size=frames * hop * 44100 // rate, nout=8, nout_lstm=lstm)
-        time = torch.arange(100 * hop * 44100 // rate) / 44100
+        config = config_of(bands, nout=8, nout_lstm=lstm)
+        time = torch.arange(100 * hop) / rate
         song = torch.stack([torch.sin(2 * np.pi * 1000 * time), torch.sin(2 * np.pi * 1500 * time + 1)])[None] / 2
         restored = waves_of(bands_of(song, config)[:, None], config)[:, 0]
         forward, back = (np.array(matrix) for matrix in CHANNELS[config.channels[-1]])
@@ -171,6 +210,7 @@ def test_both_stems_are_the_song_but_for_its_highest_bins() -> None:
     mixture = torch.stack([torch.sin(2 * np.pi * 900 * time), torch.sin(2 * np.pi * 1300 * time)]) / 4
     stems = Separator.from_model(model).separate(mixture)
     assert sdr(mixture[:, 500:-500], (stems["vocals"] + stems["instrumental"])[:, 500:-500]) > 60
+    assert sdr(mixture, stems["vocals"] + stems["instrumental"]) > 30  # clicks at both ends have all frequencies
     only = model.only(("instrumental",))
     chunk = torch.randn(1, 2, model.config.input_samples) * 0.1
     with torch.inference_mode():
