@@ -26,6 +26,8 @@ _MAX_TAIL_BYTES = 2**16
 
 
 class Header(NamedTuple):
+    """What a frame's header says about the frame."""
+
     kind: tuple[int, ...]  # the same for all frames of a stream
     sample_rate: int  # hertz
     n_bytes: int  # of the frame

@@ -19,6 +19,8 @@ _MAX_RESERVOIR_FRAMES = 9  # an MP3 frame's data may begin this many frames befo
 
 
 class Hole(NamedTuple):
+    """A place in a part of a stream where frames are missing."""
+
     frame: int  # the number of frames before it, in the part
     n_frames: int  # missing; 0 if there are only foreign bytes
 

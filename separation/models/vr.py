@@ -295,6 +295,8 @@ def _enlarged(x: Tensor, skip: Tensor) -> Tensor:
 
 
 class OldDecoder(nn.Module):
+    """A convolution of features, enlarged to the skip connection's size, and the skip connection (version 5)."""
+
     def __init__(self, size_in: int, size: int) -> None:
         super().__init__()
         self.conv: Conv = Conv(size_in, size)
@@ -305,6 +307,8 @@ class OldDecoder(nn.Module):
 
 
 class NewDecoder(nn.Module):
+    """As OldDecoder, with the name that version 6 gives to the convolution."""
+
     def __init__(self, size_in: int, size: int) -> None:
         super().__init__()
         self.conv1: Conv = Conv(size_in, size)
