@@ -8,15 +8,15 @@ or token of it, D feature, H head.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.attention import BACKENDS, LAYER_BACKENDS
-from separation.models.base import Identity, SeparationModel
+from separation.models.attention import BACKENDS, LAYER_BACKENDS, AttentionBackend
+from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.kernels.native import NotFusedError
 from separation.models.layers import MOST_TOKENS
 from separation.models.shapes import Shapes, quotient
@@ -73,23 +73,23 @@ class MiniBSRoFormer(SeparationModel):
     TRAINING_KEYS = frozenset(
         {"attention_dropout", "initializer_range", "dtype", "wave_chunk_size", "wave_sample_rate"}
     )
-    KEY_PATTERNS = (
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
         r"freq_domain_model\.band_split\.to_features\.0\.1\.weight",
         r"freq_domain_model\.mask_estimators\.0\.to_gate_mlps\.0\.weight",
         r"freq_domain_model\.time_conv\.1\.gate_proj\.weight",
     )
-    normalisation = "none"
+    normalisation: Normalisation = "none"
 
     def __init__(self, config: MiniBSRoFormerConfig, identity: Identity) -> None:
         super().__init__(identity)
-        self.channels = config.num_input_channels
-        self.head_size = config.head_dim
-        self.least_samples = max(config.stft_n_fft, config.stft_n_fft_out) // 2 + 1
+        self.channels: int = config.num_input_channels
+        self.head_size: int | None = config.head_dim
+        self.least_samples: int = max(config.stft_n_fft, config.stft_n_fft_out) // 2 + 1
         self._stft, self._stft_out = (
             Stft(n_fft=n_fft, hop_length=config.stft_hop_length, win_length=n_fft)
             for n_fft in (config.stft_n_fft, config.stft_n_fft_out)
         )
-        self.freq_domain_model = Network(config)
+        self.freq_domain_model: Network = Network(config)
         self._outputs = tuple(range(config.num_stems))
 
     @classmethod
@@ -152,27 +152,27 @@ class Network(nn.Module):
         super().__init__()
         size, frames, eps = config.band_proj_size, config.time_conv_length, config.rms_norm_eps
         self._frames, self._registers = frames, config.register_token_num
-        self.rotary_emb = Angles(config.head_dim, config.rope_base)
+        self.rotary_emb: Angles = Angles(config.head_dim, config.rope_base)
         widths = tuple(2 * config.num_input_channels * bins for bins in config.freqs_per_bands)
-        self.band_split = Bands(widths, size, eps)
+        self.band_split: Bands = Bands(widths, size, eps)
         joined, inner = size * frames, config.hidden_size * frames
-        self.time_conv = nn.Sequential(
+        self.time_conv: nn.Sequential = nn.Sequential(
             nn.RMSNorm(joined, eps=eps), GatedMLP(joined, inner, config.hidden_size, bias=True)
         )
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             nn.ModuleList(
                 AxialTransformer(config, depth)
                 for depth in (config.time_transformer_depth, config.freq_transformer_depth)
             )
             for _ in range(config.num_hidden_layers)
         )
-        self.final_norm = nn.RMSNorm(config.hidden_size, eps=eps)
-        self.time_deconv = nn.Sequential(
+        self.final_norm: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=eps)
+        self.time_deconv: nn.Sequential = nn.Sequential(
             GatedMLP(config.hidden_size, inner, joined, bias=True), nn.RMSNorm(joined, eps=eps)
         )
         outputs = tuple(2 * config.num_input_channels * bins for bins in config.freqs_per_bands_out)
-        self.mask_estimators = nn.ModuleList(GatedMasks(size, outputs) for _ in range(config.num_stems))
-        self.register_tokens = nn.Parameter(
+        self.mask_estimators: nn.ModuleList = nn.ModuleList(GatedMasks(size, outputs) for _ in range(config.num_stems))
+        self.register_tokens: nn.Parameter = nn.Parameter(
             torch.zeros(config.register_token_num, config.register_token_num, config.hidden_size)
         )
 
@@ -231,7 +231,7 @@ class Bands(nn.Module):
     def __init__(self, widths: tuple[int, ...], size: int, eps: float) -> None:
         super().__init__()
         self._widths = widths
-        self.to_features = nn.ModuleList(
+        self.to_features: nn.ModuleList = nn.ModuleList(
             nn.Sequential(nn.RMSNorm(width, eps=eps), nn.Linear(width, size)) for width in widths
         )
 
@@ -245,8 +245,8 @@ class GatedMasks(nn.Module):
 
     def __init__(self, size: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.to_freq_mlps = nn.ModuleList(nn.Linear(size, width) for width in widths)
-        self.to_gate_mlps = nn.ModuleList(nn.Linear(size, width // 2) for width in widths)
+        self.to_freq_mlps: nn.ModuleList = nn.ModuleList(nn.Linear(size, width) for width in widths)
+        self.to_gate_mlps: nn.ModuleList = nn.ModuleList(nn.Linear(size, width // 2) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = zip(x.unbind(dim=-2), self.to_freq_mlps, self.to_gate_mlps, strict=True)
@@ -262,7 +262,7 @@ class AxialTransformer(nn.Module):
 
     def __init__(self, config: MiniBSRoFormerConfig, depth: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(depth))
+        self.layers: nn.ModuleList = nn.ModuleList(Layer(config) for _ in range(depth))
 
     def forward(self, x: Tensor, turn: Turn) -> Tensor:
         # As in layers.Transformer, the intermediate results of a few sequences fit into a CPU's caches.
@@ -281,9 +281,10 @@ class Layer(nn.Module):
     def __init__(self, config: MiniBSRoFormerConfig) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(size, eps=eps) for _ in range(2))
-        self.self_attn = GroupedAttention(config)
-        self.mlp = GatedMLP(size, config.intermediate_size, size, bias=False)
+        self.input_layernorm: nn.RMSNorm = nn.RMSNorm(size, eps=eps)
+        self.post_attention_layernorm: nn.RMSNorm = nn.RMSNorm(size, eps=eps)
+        self.self_attn: GroupedAttention = GroupedAttention(config)
+        self.mlp: GatedMLP = GatedMLP(size, config.intermediate_size, size, bias=False)
 
     def forward(self, x: Tensor, turn: Turn) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn)
@@ -297,11 +298,12 @@ class GroupedAttention(nn.Module):
     def __init__(self, config: MiniBSRoFormerConfig) -> None:
         super().__init__()
         size, dim = config.hidden_size, config.head_dim
-        self.attend = BACKENDS["sdpa"]
+        self.attend: AttentionBackend = BACKENDS["sdpa"]
         self._dim, self._group = dim, config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(size, config.num_attention_heads * dim)
-        self.k_proj, self.v_proj = (nn.Linear(size, config.num_key_value_heads * dim) for _ in range(2))
-        self.o_proj = nn.Linear(config.num_attention_heads * dim, size)
+        self.q_proj: nn.Linear = nn.Linear(size, config.num_attention_heads * dim)
+        self.k_proj: nn.Linear = nn.Linear(size, config.num_key_value_heads * dim)
+        self.v_proj: nn.Linear = nn.Linear(size, config.num_key_value_heads * dim)
+        self.o_proj: nn.Linear = nn.Linear(config.num_attention_heads * dim, size)
 
     def forward(self, x: Tensor, turn: Turn) -> Tensor:
         """`[B, N, D] -> [B, N, D]` in float32."""
@@ -320,8 +322,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, size_in: int, inner: int, size: int, *, bias: bool) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(size_in, inner, bias=bias) for _ in range(2))
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.gate_proj: nn.Linear = nn.Linear(size_in, inner, bias=bias)
+        self.up_proj: nn.Linear = nn.Linear(size_in, inner, bias=bias)
+        self.down_proj: nn.Linear = nn.Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.gate_proj.weight.dtype)

@@ -7,7 +7,7 @@ K band.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -23,7 +23,7 @@ Streams = tuple[Tensor, Tensor]  # the normed one, and the one that is normed on
 class BSSiameseRoFormer(BSRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
-    KEY_PATTERNS = (*BSRoFormer.KEY_PATTERNS, r"layers\.\d+\.\d+\.ln_y_attn\.\d+\.gamma")
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (*BSRoFormer.KEY_PATTERNS, r"layers\.\d+\.\d+\.ln_y_attn\.\d+\.gamma")
     has_int8 = False
 
     def __init__(self, config: BSRoFormerConfig, identity: Identity, *, attention: str = "sdpa") -> None:
@@ -36,7 +36,7 @@ class BSSiameseRoFormer(BSRoFormer):
         along_time, along_bands = RotaryEmbedding(config.dim_head), RotaryEmbedding(config.dim_head)
         make_attention = partial(Attention, config.dim, heads=config.heads, dim_head=config.dim_head, backend=attention)
         depths = (config.time_transformer_depth, config.freq_transformer_depth)
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             nn.ModuleList(
                 SiameseTransformer(
                     config.dim,
@@ -69,11 +69,14 @@ class SiameseTransformer(nn.Module):
 
     def __init__(self, dim: int, *, depth: int, make_attention: Callable[[], nn.Module], before: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList([make_attention(), FeedForward(dim)]) for _ in range(depth))
-        self.ln_y_attn, self.ln_x_attn, self.ln_y_mlp, self.ln_x_mlp = (
-            nn.ModuleList(RMSNorm(dim) for _ in range(depth)) for _ in range(4)
+        self.layers: nn.ModuleList = nn.ModuleList(
+            nn.ModuleList([make_attention(), FeedForward(dim)]) for _ in range(depth)
         )
-        self.y_attn = nn.ParameterList(nn.Parameter(torch.ones(dim)) for _ in range(depth))
+        self.ln_y_attn: nn.ModuleList = _norms(dim, depth)
+        self.ln_x_attn: nn.ModuleList = _norms(dim, depth)
+        self.ln_y_mlp: nn.ModuleList = _norms(dim, depth)
+        self.ln_x_mlp: nn.ModuleList = _norms(dim, depth)
+        self.y_attn: nn.ParameterList = nn.ParameterList(nn.Parameter(torch.ones(dim)) for _ in range(depth))
         self._shares = [1 + (before + number) ** -0.5 for number in range(1, depth + 1)]
 
     def forward(self, normed: Tensor, plain: Tensor) -> Streams:
@@ -93,3 +96,7 @@ class SiameseTransformer(nn.Module):
             output = feed_forward(normed + read_again(plain))
             plain, normed = plain + output, norm_again(normed + output * share)
         return normed, plain
+
+
+def _norms(dim: int, depth: int) -> nn.ModuleList:
+    return nn.ModuleList(RMSNorm(dim) for _ in range(depth))
