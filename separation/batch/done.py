@@ -27,11 +27,12 @@ def unfinished(songs: Sequence[Song], job: Job, *, force: bool = False) -> tuple
     remaining, outcomes = [], []
     for song in songs:
         run = None if force else find_run(song, job)
-        if run is not None and not (needs_page(song, job, run) or needs_analysis(job, run)):
-            outcomes.append(outcome_of(song, "skipped", run))
+        named = song.analysed(analysis_of(run or {}))
+        if run is not None and not (needs_page(named, job, run) or needs_analysis(job, run)):
+            outcomes.append(outcome_of(named, "skipped", run))
             continue
         try:
-            check_folder(song, job, run)
+            check_folder(named, job, run)
             if force:  # so that this run, if stopped, resumes without `force`
                 _forget(song, job.settings)
             remaining.append(song)
@@ -44,7 +45,8 @@ def find_run(song: Song, job: Job) -> dict[str, Any] | None:
     """The recorded run that made the song's stems with the job's settings, if they are all complete."""
     file = SongFile(song)
     for run in Record.read(song.folder, song.place.record).runs:
-        if run["settings"] == job.settings and file.is_source(run["source"]):
+        is_named = not song.place.needs_analysis or analysis_of(run) is not None
+        if run["settings"] == job.settings and is_named and file.is_source(run["source"]):
             sizes = {song.folder / name: n_bytes for name, n_bytes in run["stems"].values()}
             if all(os.path.isfile(path) and path.stat().st_size == n_bytes for path, n_bytes in sizes.items()):
                 return run
@@ -59,8 +61,10 @@ def check_folder(song: Song, job: Job, run: dict[str, Any] | None) -> None:
         InputError: one would replace the song.
     """
     record = song.place.record
-    names = [] if run else [*song.stem_names(job).values()]
-    names += [song.page.name] if needs_page(song, job, run or {}) else []
+    names: list[str] = []  # those that are known before the song is analysed
+    if not song.place.needs_analysis:
+        names += [] if run else song.stem_names(job).values()
+        names += [song.page.name] if needs_page(song, job, run or {}) else []
     check_targets(song.folder, [*names, record], overwrite=job.output.overwrite, song=song.path, record_name=record)
     if job.output.overwrite:
         return

@@ -32,6 +32,12 @@ class AnySong:
         path = self.path.absolute() if isinstance(self.path, Path) else self.path
         return replace(self, path=path, folder=self.folder.absolute() if isinstance(self.folder, Path) else self.folder)
 
+    def analysed(self, analysis: SongAnalysis | None) -> Self:
+        """The song with its names, if they hold the tempo or the key, and these are known."""
+        if analysis is None or not self.place.needs_analysis:
+            return self
+        return replace(self, place=self.place.analysed(analysis.tempo_bpm, analysis.key))
+
     def stem_names(self, job: "Job") -> dict[str, str]:
         """The names of the stems' files in the folder, by stem. Raises InputError if two are equal."""
         return self.place.names(job.stems, job.output.format) | names_beside(

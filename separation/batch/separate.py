@@ -38,12 +38,14 @@ ANALYSED = 0.5  # share of the rest for the analysis, if a page follows
 def separate_song(song: Song, job: Job, separator: Separator, progress: Progress) -> Outcome:
     """Write the song's stems, unless another process has, and then its page if the job wants one."""
     run, status = find_run(song, job), "skipped"
+    song = song.analysed(analysis_of(run or {}))
     warnings: list[str] = []
     try:
         with song_context(song.path.name) as warnings:
             check_folder(song, job, run)
             if run is None:
                 run, status = _write_stems(song, job, separator, progress, warnings), "done"
+                song = song.analysed(analysis_of(run))
             rest = progress.part(SEPARATED if status == "done" else 0, 1)
             if needs_analysis(job, run):
                 run, status = _analyse(song, job, run, rest.part(0, ANALYSED if job.report else 1)), "done"
@@ -88,6 +90,7 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
             "elapsed_seconds": files.elapsed_seconds,
             "gain": files.gain,
             "warnings": warnings,
+            **({"analysis": files.analysis.as_json()} if files.analysis else {}),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         add_run(song, run)

@@ -244,7 +244,7 @@ def _add_output_options(parser: Parser) -> None:
         type=given,
         metavar="TEMPLATE",
         help="names of the files in DIR, such as '{artist}/{album}/{song} ({stem}).{ext}'; also {folder}, {track}, "
-        "{recipe} and {model} (default: '{folder}/{song}/{stem}.{ext}')",
+        "{bpm}, {key}, {recipe} and {model} (default: '{folder}/{song}/{stem}.{ext}')",
     )
     group.add_argument(
         "--video",

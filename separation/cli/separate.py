@@ -29,7 +29,7 @@ from separation.engine.recipes import models_of_files
 from separation.engine.selection import Selection
 from separation.errors import InputError
 from separation.progress import Progress
-from separation.system.names import Place, song_fields
+from separation.system.names import FROM_ANALYSIS, Place, fields_in, song_fields
 
 if TYPE_CHECKING:
     from separation.batch.retry import Attempt
@@ -130,7 +130,7 @@ def _job(args: argparse.Namespace) -> Job:
         models_of_files(selected.load(), output.format),
         output,
         accept_damaged=args.accept_damaged,
-        analyse=args.analyse,
+        analyse=args.analyse or (output.name is not None and not fields_in(output.name).isdisjoint(FROM_ANALYSIS)),
         report=args.report,
     )
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from separation.analysis.facts import SongAnalysis
+from separation.analysis.song import analyse
 from separation.audio.beside import PROJECT, VIDEO, names_beside, stems_in
 from separation.audio.decode import decode
 from separation.audio.encode import check_rate, is_rf64
@@ -43,6 +45,7 @@ from separation.system.os_errors import output_errors
 from separation.system.output import OutputFolder
 from separation.system.text import shown
 
+SEPARATED = 0.8  # share of a file's job, if an analysis follows
 DECODED, ESTIMATED = 0.05, 0.9  # the shares of a file's job that are done after decoding and after the models
 DECODING = "decoding"  # the stage before the models
 
@@ -56,15 +59,23 @@ class StemFiles(dict[str, Path]):
         duration_seconds: the length of the song, or of its part.
         elapsed_seconds: how long decoding, separating and encoding took.
         gain: what all stems were multiplied by; 1 unless FLAC, MP3 or integer WAV would have clipped.
+        analysis: tempo, key and loudness, if the files' names hold the tempo or the key.
     """
 
     def __init__(
-        self, paths: Mapping[str, Path], *, duration_seconds: float, elapsed_seconds: float, gain: float
+        self,
+        paths: Mapping[str, Path],
+        *,
+        duration_seconds: float,
+        elapsed_seconds: float,
+        gain: float,
+        analysis: SongAnalysis | None = None,
     ) -> None:
         super().__init__(paths)
         self.duration_seconds: float = duration_seconds
         self.elapsed_seconds: float = elapsed_seconds
         self.gain: float = gain
+        self.analysis: SongAnalysis | None = analysis
 
     @property
     def times_realtime(self) -> float:
@@ -199,6 +210,9 @@ class Separator:
     ) -> StemFiles:
         """Separate a song's file into one file per stem, `<folder>/<stem>.<format>`, or as `options.name` says.
 
+        If the names hold the tempo or the key, the song is analysed before its files get them, and a file of that name
+        that this program did not write is only noticed then.
+
         The folder is created if needed. WAV over 4 GB becomes RF64, and a warning is logged. At the song's own rate,
         the stems have as many samples as the song. A stem's title is the song's title, or its file name, followed by
         the stem's name, such as `Song (vocals)`; the other tags and the cover are the song's, but without ffmpeg
@@ -237,16 +251,16 @@ class Separator:
         if chosen:
             check_picture(path)
         place = self._place(path, options)
-        names = place.names(models_of_files(self.recipe, options.format), options.format)
+        separating = job.part(0, SEPARATED) if place.needs_analysis else job
+        self._names(place, path, options)
         target = OutputFolder(Path(folder, place.folder), overwrite=options.overwrite, record=place.record)
         with song_context(path.name), target as output:
-            beside = names_beside(path, place, options)
-            output.check_targets([*names.values(), *beside.values()], path)
+            names = self._checked_names(place, path, options, output)
             with decode(
                 path,
                 output.work,
                 max_seconds=max_seconds,
-                progress=job.part(0, DECODED, DECODING),
+                progress=separating.part(0, DECODED, DECODING),
                 accept_damaged=accept_damaged,
             ) as mixture:
                 part = Span(*(options.excerpt or Excerpt()).samples(mixture))
@@ -254,13 +268,20 @@ class Separator:
                 self.on_decoded(duration_seconds, options)
                 tracks = tracks_of(self.stems) if options.format == STEM_FILE else self.stems
                 files = {track: output.work / f"{track}.{options.of_tracks.format}" for track in tracks}
-                gain = self._write_stems(mixture, part, path, files, options.of_tracks, job)
+                gain = self._write_stems(mixture, part, path, files, options.of_tracks, separating)
+                analysis: SongAnalysis | None = None
+                if place.needs_analysis:
+                    stems = {track: file for track, file in files.items() if track != MIXTURE_TRACK}
+                    analysing = job.part(SEPARATED, 1)
+                    analysis = analyse(path, stems, excerpt=options.excerpt, folder=output.work, progress=analysing)
+                    place = place.analysed(analysis.tempo_bpm, analysis.key)
+                    names = self._checked_names(place, path, options, output)
                 if options.format == STEM_FILE:
                     write_stem_file(files, output.work / STEM_FILE)
                     files = {"stems": output.work / STEM_FILE}
                 if options.reaper:
                     rate = options.rate_of_stems(mixture.source_rate)
-                    project = Project(dict(names), options.format, rate, duration_seconds)
+                    project = Project({stem: names[stem] for stem in files}, options.format, rate, duration_seconds)
                     files[PROJECT] = output.work / PROJECT
                     with output_errors(files[PROJECT]):
                         files[PROJECT].write_text(project.text(), encoding="utf-8")
@@ -271,11 +292,23 @@ class Separator:
                     write_video(path, sounds, files[VIDEO])
                 job(1.0, "done")  # the last moment to cancel
                 return StemFiles(
-                    output.publish(files, names | beside),
+                    output.publish(files, names),
                     duration_seconds=duration_seconds,
                     elapsed_seconds=time.monotonic() - started,
                     gain=gain,
+                    analysis=analysis,
                 )
+
+    def _names(self, place: Place, path: Path, options: OutputOptions) -> dict[str, str]:
+        """The names of all files of a song, by stem. Raises InputError if two are equal."""
+        stems = place.names(models_of_files(self.recipe, options.format), options.format)
+        return stems | names_beside(path, place, options)
+
+    def _checked_names(self, place: Place, path: Path, options: OutputOptions, output: OutputFolder) -> dict[str, str]:
+        """As `_names`. Raises an error also if one may not be written, unless the names are not known yet."""
+        names = self._names(place, path, options)
+        output.check_targets([] if place.needs_analysis else [*names.values()], path)
+        return names
 
     def _place(self, path: Path, options: OutputOptions) -> Place:
         tags = tags_for(options.name, path)

@@ -3,15 +3,16 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 
 from separation.errors import InputError
 from separation.system.record import RECORD
 
 OF_THE_SONG = ("folder", "song", "artist", "album", "track", "recipe")
+FROM_ANALYSIS = ("bpm", "key")  # known when the song is separated
 OF_THE_STEM = ("stem", "model", "ext")
-FIELDS = (*OF_THE_SONG, *OF_THE_STEM)
+FIELDS = (*OF_THE_SONG, *FROM_ANALYSIS, *OF_THE_STEM)
 FROM_TAGS = ("artist", "album", "track")
 MAX_VALUE_BYTES = 120  # of a field; file systems allow 255 for a name
 
@@ -43,7 +44,7 @@ class Place:
 
     Args:
         folder: the folder of all the song's files, with `/` between its parts; empty for the output folder itself.
-        template: the rest of their names, with the fields `OF_THE_STEM`.
+        template: the rest of their names, with the fields `OF_THE_STEM` and, until they are known, `FROM_ANALYSIS`.
         record: the name of the song's record in that folder.
     """
 
@@ -62,17 +63,32 @@ class Place:
         fields_in(template)
         folders: list[str] = []
         parts = template.split("/")
-        while len(parts) > 1 and not _fields(parts[0]) & set(OF_THE_STEM):
+        while len(parts) > 1 and not _fields(parts[0]) & {*FROM_ANALYSIS, *OF_THE_STEM}:
             folders += _filled(parts.pop(0), song).split("/")
-        rest = "/".join(_filled(part, song, keep=OF_THE_STEM) for part in parts)
+        rest = "/".join(_filled(part, song, keep=(*FROM_ANALYSIS, *OF_THE_STEM)) for part in parts)
         # Songs may share a folder, so each has a record of its own. Its name only depends on its files' names.
         key = hashlib.sha256(rest.encode()).hexdigest()[:12]
         return cls("/".join(_clean(part) for part in folders if part), rest, f".separation-{key}.json")
 
+    @property
+    def needs_analysis(self) -> bool:
+        """Whether tempo or key are in the names, and not known yet."""
+        return bool(_fields(self.template) & set(FROM_ANALYSIS))
+
+    def analysed(self, tempo_bpm: float | None, key: str | None) -> "Place":
+        """The place of a song with this tempo and key, such as "F# minor"; None is for what cannot be told."""
+        values = {
+            "bpm": "0" if tempo_bpm is None else f"{round(tempo_bpm, 1):.0f}",  # records hold one decimal place
+            "key": "Unknown key" if key is None else key.replace(" major", "").replace(" minor", "m"),
+        }
+        template = "/".join(_filled(part, values, keep=OF_THE_STEM) for part in self.template.split("/"))
+        return replace(self, template=template)
+
     def name(self, stem: str, ext: str, model: str = "") -> str:
-        """The name of a file, relative to `folder`."""
+        """The name of a file, relative to `folder`. Fields from the analysis stay in it until they are known."""
         parts = self.template.split("/")
-        values = {"stem": value(stem), "model": value(model), "ext": ext}
+        values = {field: f"{{{field}}}" for field in FROM_ANALYSIS}
+        values |= {"stem": value(stem), "model": value(model), "ext": ext}
         return "/".join(_clean(part.format_map(values)) for part in parts)
 
     def beside(self, ext: str, stem: str = "stems") -> str:

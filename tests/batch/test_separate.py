@@ -9,6 +9,7 @@ import pytest
 from helpers import common
 from helpers.command_line import json_lines, separate, write_songs
 from separation.audio.options import OutputOptions
+from separation.batch import separate as one_song
 from separation.batch.done import unfinished
 from separation.batch.job import Job, Song
 from separation.batch.separate import separate_song
@@ -83,3 +84,50 @@ def test_a_damaged_record_of_an_analysis_is_made_again(tmp_path: Path, capsys: p
     first, again = capsys.readouterr().out, separate(*command)
     assert again == 0
     assert json_lines(capsys.readouterr().out) == json_lines(first)
+
+
+def test_songs_with_tempo_and_key_in_their_names_are_named_when_they_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_songs(tmp_path, "a.wav", seconds=4)
+    template = "{bpm} {key}/{song} ({stem}).{ext}"
+    command = (tmp_path / "a.wav", "-o", tmp_path / "out", "--json", "--reaper", "--name", template)
+    assert separate(*command) == 0
+    (made,) = json_lines(capsys.readouterr().out)
+    analysis = made["analysis"]
+    assert analysis["tempo_bpm"] == pytest.approx(128, abs=0.5)
+    folder = tmp_path / "out" / f"128 {analysis['key'].replace(' major', '').replace(' minor', 'm')}"
+    assert made["stems"]["vocals"] == str(folder / "a (vocals).wav") and Path(made["stems"]["vocals"]).exists()
+    project = Path(made["stems"]["project"])
+    assert project.exists() and f"{folder.name}/a (vocals).wav" in project.read_text(encoding="utf-8")
+    monkeypatch.setattr(one_song.Separator, "separate_file", None)  # nothing is separated again
+    assert separate(*command) == 0
+    assert json_lines(capsys.readouterr().out) == [{**made, "status": "skipped", "tries": 0}]
+    assert separate(*command, "--report") == 0
+    (with_page,) = json_lines(capsys.readouterr().out)
+    page = Path(with_page["page"])
+    assert page == tmp_path / "out" / "a (stems).html" and page.exists() and with_page["stems"] == made["stems"]
+
+
+def test_names_with_the_tempo_that_clash_are_refused_as_early_as_they_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_songs(tmp_path / "music", "a.wav", "b.wav", seconds=4)
+    out = tmp_path / "out"
+    assert separate(tmp_path / "music", "-o", out, "--name", "{bpm} {stem}.{ext}") == 2
+    told = capsys.readouterr().err
+    assert told.count("would share the file") == 2 and "{bpm} {stem}.{ext}" in told and not out.exists()
+    out.mkdir()
+    (out / "128 vocals.wav").write_text("mine")
+    command = (tmp_path / "music" / "a.wav", "-o", out, "--name", "{bpm} {stem}.{ext}")
+    assert separate(*command) == 2
+    assert "128 vocals.wav' already exists and is not a file" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["128 vocals.wav"]
+    assert (out / "128 vocals.wav").read_text() == "mine"
+    assert separate(*command, "--overwrite") == 0
+    assert (out / "128 instrumental.wav").exists()
+    song = (tmp_path / "music" / "a.wav").rename(out / "128 drums.wav")
+    before = song.read_bytes()
+    options = ("-o", out, "--name", "{bpm} {stem}.{ext}", "--overwrite", "--only", "drums")
+    assert separate(song, *options) == 2
+    assert "a stem would overwrite the song" in capsys.readouterr().err and song.read_bytes() == before

@@ -33,6 +33,32 @@ def test_a_template_gives_folders_and_names(template: str | None, vocals: str) -
     assert names(template, folder="music/a")[0] == vocals
 
 
+@pytest.mark.parametrize(
+    "tempo_bpm, key, expected",
+    [
+        (127.96, "F# minor", "128 F#m"),
+        (127.46, "E major", "128 E"),  # 127.5 in a record
+        (92.4, "Eb minor", "92 Ebm"),
+        (None, None, "0 Unknown key"),
+    ],
+)
+def test_tempo_and_key_get_into_names_when_they_are_known(
+    tempo_bpm: float | None, key: str | None, expected: str
+) -> None:
+    fields = song_fields("{a} {bpm}", TAGS, "standard")
+    place = Place.of("{artist}/{bpm} {key}/{song} ({stem}).{ext}", fields)
+    assert place.needs_analysis and place.folder == "AC_DC"
+    assert place.name("vocals", "wav") == "{bpm} {key}/{a} {bpm} (vocals).wav"
+    known = place.analysed(tempo_bpm, key)
+    assert known.name("vocals", "wav") == f"{expected}/{{a}} {{bpm}} (vocals).wav"
+    assert (known.record, known.folder) == (place.record, place.folder) and not known.needs_analysis
+    if tempo_bpm is not None:
+        assert place.analysed(round(tempo_bpm, 1), key) == known
+    again = Place.of(place.template, fields)  # as the engine gets it
+    assert (again.template, again.record) == (place.template, place.record)
+    assert not Place.of("{song} {stem}.{ext}", fields).needs_analysis
+
+
 def test_without_a_folder_of_the_song_its_part_is_left_out() -> None:
     assert names("{folder}/{song}/{stem}.{ext}", folder=".")[0] == "Hells Bells/vocals.flac"
     assert names("{folder}/{song}/{stem}.{ext}")[0] == "Hells Bells/vocals.flac"
