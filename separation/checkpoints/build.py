@@ -1,7 +1,7 @@
 """From a checkpoint's description to its model without weights: the architecture and its hyper-parameters."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def hyper_parameters(description: Checkpoint) -> dict[str, Any]:
     known = {field.name for field in fields(architecture.Config)}
     ignored = architecture.TRAINING_KEYS | METADATA
     found: dict[str, Any] = {"num_stems": len(description.stems)} if "num_stems" in known else {}
-    for key, value in description.hyper_parameters.items():
+    for key, value in _flat(description.hyper_parameters):
         is_off = not value or value == OFF.get(key)
         if key not in ignored and (key in known or not is_off):
             found[key] = tuple(value) if isinstance(value, list) else value
@@ -115,6 +115,14 @@ def hyper_parameters(description: Checkpoint) -> dict[str, Any]:
         if key in description.audio:
             found[name] = description.audio[key]
     return found
+
+
+def _flat(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys and values of a section; the keys in a section inside it follow its name and an underscore."""
+    for key, value in section.items():
+        yield from (
+            ((f"{key}_{inner}", each) for inner, each in value.items()) if isinstance(value, dict) else [(key, value)]
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

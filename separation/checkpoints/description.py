@@ -52,6 +52,7 @@ WITH_ATTENTION = WITH_INT8 | {
     "mel_band_conformer",
     "htdemucs",
     "scnet_tran",
+    "moises_light",
 }  # architectures with a choice of attention backend
 # Keys by which community YAML files name a variant, at the top level or in the `model:` section.
 FLAGS = {

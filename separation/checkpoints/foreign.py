@@ -30,7 +30,6 @@ TYPES = {
     "bs_mamba2": "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA",
     "swin_upernet": "a Swin-UperNet, whose layers are those of the package transformers",
     "segm_models": "a network of segmentation_models_pytorch or TorchSeg, whose layers are those of the package timm",
-    "moises_light": "a Moises-Light, whose layers are those of the package moises_light",
 }
 TYPES["torchseg"] = TYPES["segm_models"]
 INSTEAD |= dict.fromkeys(TYPES.values(), "use Music-Source-Separation-Training")
@@ -39,7 +38,6 @@ KEYS = {
     "mamba_gmlp": TYPES["bs_mamba2"],
     "num_repeat_mask": TYPES["bs_mamba2"],
     "encoder_name": TYPES["segm_models"],
-    "n_rope": TYPES["moises_light"],
 }
 # By names of weights that no other model has.
 NAMES = {

@@ -15,6 +15,7 @@ from separation.models.mdx23c_stht import MDX23CSTHT
 from separation.models.mdx_net import MDXNet
 from separation.models.mel_band_roformer import MelBandRoFormer
 from separation.models.mini_bs_roformer import MiniBSRoFormer
+from separation.models.moises_light import MoisesLight
 from separation.models.scnet import SCNet
 from separation.models.scnet_unofficial import SCNetUnofficial
 from separation.models.scnet_variants import SCNetMasked, SCNetTran
@@ -58,6 +59,7 @@ ARCHITECTURES: dict[str, type[SeparationModel]] = {
     "scnet_masked": SCNetMasked,
     "scnet_tran": SCNetTran,
     "scnet_unofficial": SCNetUnofficial,
+    "moises_light": MoisesLight,
     "vr": VR,
     "tiger": Tiger,
 }

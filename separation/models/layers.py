@@ -195,11 +195,17 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, depth: int, make_attention: Callable[[], nn.Module], norm_output: bool = False
+        self,
+        dim: int,
+        *,
+        depth: int,
+        make_attention: Callable[[], nn.Module],
+        norm_output: bool = False,
+        expansion: int = 4,
     ) -> None:
         super().__init__()
         self.layers: nn.ModuleList = nn.ModuleList(
-            nn.ModuleList([make_attention(), FeedForward(dim)]) for _ in range(depth)
+            nn.ModuleList([make_attention(), FeedForward(dim, expansion=expansion)]) for _ in range(depth)
         )
         self.norm: RMSNorm | nn.Identity = RMSNorm(dim) if norm_output else nn.Identity()
 

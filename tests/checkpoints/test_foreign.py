@@ -55,7 +55,7 @@ def test_a_damaged_file_is_an_error_without_a_request_for_a_yaml(tmp_path: Path)
     [
         ({"model": {"num_repeat_mask": 8, "feature_dim": 128}}, "a BS-Mamba2, whose layers are those of the package"),
         ({"architecture": "torchseg"}, "a network of segmentation_models_pytorch or TorchSeg, whose layers are"),
-        ({"training": {"model_type": "moises_light"}}, "a Moises-Light, whose layers are those of the package"),
+        ({"training": {"model_type": "swin_upernet"}}, "a Swin-UperNet, whose layers are those of the package"),
     ],
 )
 def test_the_yaml_of_an_unsupported_model_is_refused_by_name(

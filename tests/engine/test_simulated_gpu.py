@@ -74,6 +74,12 @@ CONFORMER: dict[str, Any] = {
     "dim_head": 16,
     "heads": 2,
 }
+MOISES: dict[str, Any] = {
+    **dict.fromkeys(read_config("bs_roformer_viperx_1297").hyper_parameters),  # none of BS-RoFormer's
+    "sources": ["vocals"],
+    "G": 8,
+    "n_rope": 1,
+}
 UNOFFICIAL: dict[str, Any] = {
     **dict.fromkeys(name for name in read_config("scnet").hyper_parameters),  # none of SCNet's
     "dims": [4, 16, 32, 64],
@@ -100,6 +106,7 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
     "bandit_v2": ("bandit_v2_multi", RNNS, 22_050),
     "apollo": ("apollo_lq_mp3_restoration", {"feature_dim": 64, "layer": 1}, 22_050),
     "mini_bs_roformer": ("mini_bs_roformer_v2_hidolen", MINI, 16_384),
+    "moises_light": ("bs_roformer_viperx_1297", MOISES, 16_384),
     "tiger": ("tiger_dnr", {"out_channels": 24, "in_channels": 16, "num_blocks": 2}, 22_050),
     "bs_roformer_hyperace": ("bs_roformer_hyperace_v2_vocals_unwa", ROFORMER, 88_200),
     "bs_roformer_fno": ("bs_roformer_inst_fno_unwa", ROFORMER, 16_384),
