@@ -33,18 +33,6 @@ from separation.errors import (
 
 __version__ = "0.2.0"  # pyproject.toml reads it
 
-if TYPE_CHECKING:
-    from separation.analysis.facts import Loudness, SongAnalysis
-    from separation.analysis.song import analyse
-    from separation.audio.excerpt import Excerpt
-    from separation.audio.options import OutputOptions
-    from separation.checkpoints.load import load_model
-    from separation.engine.cache import Cache
-    from separation.engine.options import EngineOptions
-    from separation.engine.pool import ModelPool
-    from separation.engine.separator import Separator, StemFiles
-    from separation.models.base import SeparationModel
-
 __all__ = [
     "AudioError",
     "Cache",
@@ -84,8 +72,24 @@ _MODULES = {
     "load_model": "separation.checkpoints.load",
 }
 
+if TYPE_CHECKING:
+    from separation.analysis.facts import Loudness, SongAnalysis
+    from separation.analysis.song import analyse
+    from separation.audio.excerpt import Excerpt
+    from separation.audio.options import OutputOptions
+    from separation.checkpoints.load import load_model
+    from separation.engine.cache import Cache
+    from separation.engine.options import EngineOptions
+    from separation.engine.pool import ModelPool
+    from separation.engine.separator import Separator, StemFiles
+    from separation.models.base import SeparationModel
+else:  # a type checker that saw it would accept any name, misspelt ones as well
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'separation' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'separation' has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

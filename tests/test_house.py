@@ -252,6 +252,7 @@ def test_the_public_names_are_pinned_and_there() -> None:
     assert all(callable(getattr(separation, name)) for name in separation.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Kazoo'"):
         separation.Kazoo  # noqa: B018
+    assert set(separation.__all__) <= set(dir(separation))  # what interpreters complete
     assert separation.__all__ == [
         "AudioError",
         "Cache",
