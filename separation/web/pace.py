@@ -1,7 +1,7 @@
 """How long songs take: estimated from what has been measured, in this song and in those before it.
 
 A song has two phases. In the first, models run; its pace is that of the chunks that are done. In the second, stems and
-the listening page are written, for which there is no measure but the songs before.
+the listening page are written; until some of the page is done, only the songs before tell how long that takes.
 """
 
 import time
@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-REST = 0.02  # seconds of the second phase, for a second of a track; an assumption until a song has been measured
+REST = 0.03  # seconds of the second phase, for a second of a track; an assumption until a song has been measured
+TELLING = 0.15  # share of the page that must be done before its pace counts
 STEPS = 3  # batches that must be done before the pace of a song counts
 LATEST = 5  # songs that count for the next one
 
@@ -95,13 +96,15 @@ class SongPace:
         expected = self._paces.models(self._choice, self._seconds)
         return None if expected is None else expected * (1 - share)
 
-    def after_models(self) -> float:
-        """The seconds that are left while the files are written."""
+    def after_models(self, share: float = 0.0) -> float:
+        """The seconds that are left while the files are written, and this share of the page is done."""
         now = self._clock()
         if self._ended is None:
             self._ended = now
             if self._began is not None:
                 self._paces.add_models(self._choice, self._seconds, now - self._began)
+        if share >= TELLING:
+            return (now - self._ended) * (1 - share) / share
         return max(0.0, self._paces.rest(self._seconds, self._n_tracks) - (now - self._ended))
 
     def end(self) -> None:

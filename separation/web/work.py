@@ -125,7 +125,7 @@ class _Stages:
 
     def writing_page(self, share: float, stage: str) -> None:
         """Progress of `write_report`."""
-        self._tell(SEPARATED + (1 - SEPARATED) * share, "Making the listening page", self._pace.after_models())
+        self._tell(SEPARATED + (1 - SEPARATED) * share, "Making the listening page", self._pace.after_models(share))
 
 
 def _title(model: str) -> str:

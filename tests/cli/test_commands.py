@@ -35,7 +35,8 @@ def test_the_cache_is_listed_and_cleared(
     assert capsys.readouterr().out == f"0 estimates in {folder}: 0.00 of 8 GiB\n"
 
 
-def test_serve_prints_the_pages_address_and_ends_with_ctrl_c() -> None:
+def test_serve_prints_the_pages_address_and_ends_with_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEPARATION_SONGS", str(tmp_path / "songs"))
     with started("serve", "--port", "0", "--no-browser", "--device", "cpu") as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("http://127.0.0.1:")

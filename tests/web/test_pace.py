@@ -66,9 +66,11 @@ def test_the_time_goes_on_while_a_batch_is_computed_and_is_never_negative() -> N
     assert pace.in_models(0.4, "model") == 11 + rest
     clock.now += 100
     assert pace.in_models(0.4, "model") == rest
-    assert pace.after_models() == rest
-    clock.now += 100
-    assert pace.after_models() == 0
+    assert pace.after_models() == rest == 9
+    clock.now += 10
+    assert pace.after_models(0.1) == 0
+    assert pace.after_models(0.25) == 30  # a quarter took 10 s
+    assert pace.after_models(1) == 0
 
 
 def test_each_model_has_its_own_pace() -> None:
