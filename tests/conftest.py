@@ -1,5 +1,6 @@
 """Shared fixtures, and the distribution of tests over processes."""
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ os.environ["SEPARATION_CACHE"] = "off"  # so that no test finds another test's e
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two processes for the whole suite; only this one for single files, which others would delay."""
     return 2 if config.args == config.getini("testpaths") else 0
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what stays anyway: thousands of tests, which cost each full run 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import predict
 from helpers.cog_rules import read_runner
-from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, song
+from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, slow, song
 from helpers.house import imports, modules
 from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
 from separation import analyse, device
@@ -233,7 +233,7 @@ def test_an_altered_download_fails_the_build(config: dict[str, Any], tmp_path: P
     assert not [path for path in (tmp_path / "weights").rglob("*") if path.suffix == ".verified"]
 
 
-@pytest.mark.parametrize("nesting", [None, "state_dict"])
+@pytest.mark.parametrize("nesting", [slow(None), "state_dict"])
 def test_the_converted_checkpoint_of_the_image_loads_without_its_source_or_a_checksum(
     config: dict[str, Any], weights: Path, tmp_path: Path, nesting: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

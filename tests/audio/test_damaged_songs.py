@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from helpers import damaged_songs
+from helpers.command_line import DEMO
 from helpers.common import PROJECT, needs_ffmpeg, slow
 from helpers.damaged_songs import FORMATS, RATE, SECONDS, Answer, decode_all, make, survival, table
 from separation import AudioError
@@ -193,7 +194,7 @@ def test_the_command_line_separates_the_rest_of_a_song_with_accept_damaged(
 ) -> None:
     content = songs(tmp_path, "WAV")
     (tmp_path / "song.wav").write_bytes(content[: len(content) // 2])
-    command = ["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / "out"), "--recipe", "demo", "--json"]
+    command = ["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / "out"), *DEMO, "--json"]
     assert main([*command, "--device", "cpu"]) == 2
     assert "--accept-damaged" in capsys.readouterr().err
     assert main([*command, "--device", "cpu", "--accept-damaged"]) == 0

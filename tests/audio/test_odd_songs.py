@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchaudio.functional import resample
 
+from helpers.command_line import DEMO
 from helpers.common import SONG, quick_first
 from separation import AudioError, InputError, ModelPool, Separator
 from separation.audio.decode import decode
@@ -200,7 +201,7 @@ def test_a_rate_that_mp3_does_not_support_is_refused_in_one_line_before_any_work
     rate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soundfile.write(tmp_path / "song.wav", music()[:5000], rate)
-    arguments = ["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / "out"), "--recipe", "demo"]
+    arguments = ["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / "out"), *DEMO]
     assert main([*arguments, "--format", "mp3", "--sample-rate", "source"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
@@ -267,7 +268,7 @@ def test_a_song_with_an_extreme_sample_is_refused_and_other_songs_are_separated(
     samples[480, 1] = SPIKES[spike]
     soundfile.write(tmp_path / "bad.wav", samples, rate, subtype="FLOAT")
     songs = [str(tmp_path / "bad.wav"), *([str(tmp_path / "good.wav")] if spike == "3.4e38" else [])]
-    assert main(["separate", *songs, "-o", str(tmp_path / "out"), "--recipe", "demo"]) == 2
+    assert main(["separate", *songs, "-o", str(tmp_path / "out"), *DEMO]) == 2
     captured = capsys.readouterr()
     error = captured.err.splitlines()[0]
     assert "'bad.wav' holds a sample of " in error and "full scale is 1" in error

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helpers.command_line import files_in, json_lines, separate, separating, write_songs
-from helpers.common import below, read
+from helpers.common import below, read, slow
 from separation.audio.options import OutputOptions
 from separation.batch import run
 from separation.batch.find import find
@@ -234,10 +234,10 @@ def test_there_are_no_more_workers_than_songs(tmp_path: Path, monkeypatch: pytes
     assert outcome.status == "done" and threads == {threading.main_thread().name}
 
 
-@pytest.mark.parametrize("format", ["wav", "mp3"])
+@pytest.mark.parametrize("format", ["wav", slow("mp3")])
 def test_closing_the_iterator_stops_workers_and_removes_unfinished_files(format: str, tmp_path: Path) -> None:
     write_songs(tmp_path / "music", *(f"{n}.wav" for n in range(6)), seconds=10)
-    separator = Separator("demo", options=EngineOptions(device="cpu"))
+    separator = Separator("demo", options=EngineOptions(device="cpu", chunk_seconds=4, overlap_seconds=1))
     found = find([str(tmp_path / "music")], tmp_path / "out").songs
     running = run.run(found, job(format), [separator], workers=3, bar=no_bar, afresh=never)
     next(running)

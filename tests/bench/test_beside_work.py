@@ -46,6 +46,7 @@ def test_the_noise_has_as_many_chunks_as_asked_for(n_chunks: int, reflects_borde
     assert len(plan.starts(beside_work.noise_of(plan, n_chunks).shape[1])) == n_chunks
 
 
+@pytest.mark.slow
 def test_a_row_for_each_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["beside_work.py", "demo", "demo", "--chunks", "2", "--rounds", "1"])
     beside_work.main()

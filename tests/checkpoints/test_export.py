@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from separation.models.base import SeparationModel
 from separation.models.htdemucs import HDemucs
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-pytest.importorskip("onnxscript", reason="needs onnxscript")
+pytestmark = pytest.mark.skipif(find_spec("onnxscript") is None, reason="needs onnxscript")
 from separation.checkpoints import export as module  # noqa: E402
 from separation.checkpoints.export import Export, export  # noqa: E402
 

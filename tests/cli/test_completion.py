@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.common import quick_first
 from separation.checkpoints import catalogue
 from separation.cli.completion import commands_of, script
 from separation.cli.parser import build_parser
@@ -33,11 +34,16 @@ def needs(shell: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(shell) is None, reason=f"needs {shell}")
 
 
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, str]:
+    return {f"script.{shell}": script(shell, build_parser()) for shell in ("bash", "zsh", "fish")}
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(scripts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the scripts and a song."""
-    for shell in ("bash", "zsh", "fish"):
-        (tmp_path / f"script.{shell}").write_text(script(shell, build_parser()))
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(text)
     (tmp_path / "my song.wav").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -66,7 +72,7 @@ def test_fish_completes(line: str, found: set[str], folder: Path) -> None:
 
 
 @needs("zsh")
-@pytest.mark.parametrize("line, found", [expected for expected in EXPECTED if len(expected[1]) == 1])
+@pytest.mark.parametrize("line, found", quick_first([each for each in EXPECTED if len(each[1]) == 1], 3))
 def test_zsh_completes(line: str, found: set[str], folder: Path) -> None:
     (word,) = found
     (folder / ".zshrc").write_text("PS1='READY '; autoload -U compinit; compinit -u; source script.zsh\n")

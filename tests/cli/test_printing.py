@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import common
-from helpers.command_line import separate, write_songs
+from helpers.command_line import DEMO, separate, write_songs
 from separation.cli.main import main
 
 HOSTILE = ["\x1b[2J\x1b]0;owned\x07", "line\nfeed\r", "\u202egnp", os.fsdecode(b"latin \xe9"), "\x7f\x9b31m"]
@@ -47,7 +47,7 @@ def test_names_of_songs_never_reach_a_terminal_raw(tmp_path: Path, monkeypatch: 
     with open(ours, "w", encoding="utf-8") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
-        code = main(["separate", str(music), "-o", str(tmp_path / "out"), "--recipe", "demo", "--workers", "2"])
+        code = main(["separate", str(music), "-o", str(tmp_path / "out"), *DEMO, "--workers", "2"])
         thread.join(30)
     os.close(terminal)
     assert code == 2
@@ -58,7 +58,7 @@ def test_names_of_songs_never_reach_a_terminal_raw(tmp_path: Path, monkeypatch: 
 
 def test_json_holds_names_exactly_and_nothing_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     music = hostile_folder(tmp_path / "music")
-    assert main(["separate", str(music), "-o", str(tmp_path / "out"), "--recipe", "demo", "--json"]) == 2
+    assert main(["separate", str(music), "-o", str(tmp_path / "out"), *DEMO, "--json"]) == 2
     captured = capsys.readouterr()
     lines = captured.out.split("\n")
     assert lines.pop() == "" and all(line.isascii() and line.isprintable() for line in lines)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import common
+from helpers.command_line import DEMO
 from helpers.common import PROJECT, below, slow
 from separation.cli.main import main
 from separation.system.record import RECORD
@@ -30,14 +31,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "music").mkdir()
     for name in ("1.wav", "2.wav"):
         (folder / "music" / name).write_bytes(common.song(0.3))
-    assert main(["separate", str(folder / "music"), "-o", str(folder / "out"), "--recipe", "demo"]) == 0
+    assert main(["separate", str(folder / "music"), "-o", str(folder / "out"), *DEMO]) == 0
     return folder
 
 
 def shell(folder: Path, redirections: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `separate` on the folder's songs in a shell, with redirections or a pipe."""
     command = [sys.executable, "-m", "separation", "separate", str(folder / "music"), "-o", str(folder / "out")]
-    line = f"{shlex.join([*command, '--recipe', 'demo'])} {redirections}"
+    line = f"{shlex.join([*command, *DEMO])} {redirections}"
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line}"],
         cwd=PROJECT,
@@ -146,7 +147,7 @@ def test_a_signal_during_the_imports_ends_the_program_without_a_traceback(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_signals_that_the_parent_process_ignores_stay_ignored(number: signal.Signals, done: Path) -> None:
-    command = [sys.executable, "-m", "separation", "separate", done / "music", "-o", done / "out", "--recipe", "demo"]
+    command = [sys.executable, "-m", "separation", "separate", done / "music", "-o", done / "out", *DEMO]
     with subprocess.Popen(
         command,
         cwd=PROJECT,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from helpers.command_line import assert_refused, separate
+from helpers.command_line import DEMO, assert_refused, separate
 from helpers.common import PROJECT, SONG, needs_ffmpeg, quick_first, started
 from separation.batch import run
 from separation.cli.main import main
@@ -121,7 +122,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(song: Path, tmp_path: Path) 
     disk.mkdir()
     script = (
         f"mount -t tmpfs -o size=1m tmpfs {disk}; {sys.executable} -m separation separate {song} -o {disk} "
-        f"--recipe demo --device cpu; code=$?; find {disk} -mindepth 1; exit $code"
+        f"{shlex.join(DEMO)}; code=$?; find {disk} -mindepth 1; exit $code"
     )
     run = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=PROJECT)
     assert run.returncode == 2, run.stderr
@@ -169,7 +170,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
 
 def test_one_bad_song_does_not_stop_the_others(song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.mp3").write_text("words")
-    arguments = [str(tmp_path / "bad.mp3"), str(song), "-o", str(tmp_path / "out"), "--recipe", "demo", "--json"]
+    arguments = [str(tmp_path / "bad.mp3"), str(song), "-o", str(tmp_path / "out"), *DEMO, "--json"]
     assert main(["separate", *arguments]) == 2
     captured = capsys.readouterr()
     failed, report = map(json.loads, captured.out.splitlines())

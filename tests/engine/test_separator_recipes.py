@@ -122,15 +122,15 @@ CONSTRUCTS: dict[str, Callable[..., Arrays]] = {
         "drums": a((a(mix)["vocals"] + b(mix)["vocals"]) / 2)["drums"],
         "bass": (b(mix)["vocals"] + b(mix, 11025)["vocals"]) / 2,
     },
+    "{vocals: [a, b], drums: {a: 3, b: 1}}": lambda a, b, mix: {
+        "vocals": (a(mix)["vocals"] + b(mix)["vocals"]) / 2,
+        "drums": 0.75 * a(mix)["drums"] + 0.25 * b(mix)["drums"],
+    },
     "{vocals: a, drums: b, bass: a, other: residual}": lambda a, b, mix: {
         "vocals": (v := a(mix)["vocals"]),
         "drums": (d := b(mix)["drums"]),
         "bass": (s := a(mix)["bass"]),
         "other": mix - v - d - s,
-    },
-    "{vocals: [a, b], drums: {a: 3, b: 1}}": lambda a, b, mix: {
-        "vocals": (a(mix)["vocals"] + b(mix)["vocals"]) / 2,
-        "drums": 0.75 * a(mix)["drums"] + 0.25 * b(mix)["drums"],
     },
     "{(drums): a, bass: b of drums}": lambda a, b, mix: {"bass": b(a(mix)["drums"])["bass"]},
     "{drums: b after vocals, vocals: a}": lambda a, b, mix: {
@@ -153,7 +153,7 @@ CONSTRUCTS: dict[str, Callable[..., Arrays]] = {
 }
 
 
-@pytest.mark.parametrize("text", quick_first(CONSTRUCTS, 4))
+@pytest.mark.parametrize("text", quick_first(CONSTRUCTS, 3))
 def test_each_construct_of_a_recipe_equals_the_plain_computation_in_numpy(
     text: str, clip: Tensor, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 import soundfile
 
 from helpers import common
+from helpers.command_line import DEMO
 from helpers.common import below, slow
 from helpers.house import modules
 from separation import EstimateError, InputError, OutputError, Separator
@@ -101,7 +102,7 @@ def test_the_json_of_a_song_has_its_warnings_and_each_is_printed_once(
     workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = write_songs(tmp_path / "music")
-    arguments = ["separate", str(tmp_path / "music"), "-o", str(tmp_path / "out"), "--recipe", "demo", "--json"]
+    arguments = ["separate", str(tmp_path / "music"), "-o", str(tmp_path / "out"), *DEMO, "--json"]
     arguments += ["--format", "flac", "--workers", workers, *(["--report"] if workers == "1" else [])]
     for status in ("done", "skipped"):
         caplog.clear()

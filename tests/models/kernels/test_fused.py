@@ -298,7 +298,7 @@ def test_a_fused_model_is_close_to_float32(
 ) -> None:
     skip_without(precision)
     model = make_model(family, **hyper)
-    chunks = torch.randn(2, 2, 40_000) * 0.1
+    chunks = torch.randn(2, 2, 20_000) * 0.1
     with torch.inference_mode():
         exact = model(chunks)
         model.prepare(precision, attention="fused")
@@ -314,7 +314,7 @@ def test_a_fused_model_depends_neither_on_the_batch_nor_on_the_threads(
     skip_without(precision)
     model = make_model(family, **hyper)
     model.prepare(precision, attention="fused")
-    chunks = torch.randn(3, 2, 30_000) * 0.1
+    chunks = torch.randn(3, 2, 15_000) * 0.1
     with torch.inference_mode():
         together = model(chunks)
         assert torch.equal(torch.cat([model(chunk[None]) for chunk in chunks]), together)
