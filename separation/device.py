@@ -96,7 +96,7 @@ def parallel_devices(name: str, gpus: Sequence[int] = ()) -> list[str]:
     `gpus` are the numbers of those to use instead. Raises InputError for one that is missing, and beside another name.
     """
     if gpus and name not in ("auto", "cuda"):
-        raise InputError(f"GPUs {_listed(gpus)} and device {name!r} cannot be combined: leave one of them out")
+        raise InputError(f"--gpus and device {name!r} cannot be combined: leave one of them out")
     if gpus:
         _check_gpus(gpus)
         return [f"cuda:{index}" for index in gpus]
@@ -107,16 +107,12 @@ def parallel_devices(name: str, gpus: Sequence[int] = ()) -> list[str]:
 
 def _check_gpus(gpus: Sequence[int]) -> None:
     if not torch.cuda.is_available():
-        missing = "PyTorch sees no CUDA GPU: leave the GPUs out, or use --device cpu"
+        missing = "PyTorch sees no CUDA GPU: leave --gpus out"
         raise InputError(_unusable_gpu() or f"GPU {gpus[0]} is missing, since {missing}")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if absent := [index for index in gpus if index >= len(names)]:
         found = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
         raise InputError(f"GPU {absent[0]} is missing: choose from {found}")
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))
 
 
 def _unusable_gpu() -> str:

@@ -132,7 +132,7 @@ def test_chosen_gpus_are_used_in_their_order_and_a_missing_one_is_refused(monkey
         name = torch.cuda.get_device_name(0)
         with pytest.raises(InputError, match=rf"^GPU 1 is missing: choose from 0 \({name}\)$"):
             device.parallel_devices("cuda", [0, 1])
-    with pytest.raises(InputError, match=r"^GPUs 1,0 and device 'cuda:1' cannot be combined: leave one of them out$"):
+    with pytest.raises(InputError, match=r"^--gpus and device 'cuda:1' cannot be combined: leave one of them out$"):
         device.parallel_devices("cuda:1", [1, 0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -142,7 +142,7 @@ def test_chosen_gpus_are_used_in_their_order_and_a_missing_one_is_refused(monkey
         device.parallel_devices("auto", [0, 3])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(device, "_unusable_gpu", lambda: "")
-    missing = "GPU 0 is missing, since PyTorch sees no CUDA GPU: leave the GPUs out, or use --device cpu"
+    missing = "GPU 0 is missing, since PyTorch sees no CUDA GPU: leave --gpus out"
     with pytest.raises(InputError, match=f"^{missing}$"):
         device.parallel_devices("auto", [0])
 

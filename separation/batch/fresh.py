@@ -31,7 +31,7 @@ def run_afresh(songs: Sequence[Song], job: Job, load: Load, *, workers: int, bar
     """
     waiting: dict[Location, Song] = {song.path: song for song in songs}
     while waiting:
-        logger.warning("a new process separates the %d songs that are left", len(waiting))
+        logger.warning("songs that are left for a new process: %d", len(waiting))
         process = _Process([*waiting.values()], job, load, workers)
         try:
             for outcome in process.outcomes(bar):

@@ -63,7 +63,7 @@ def test_songs_are_separated_and_their_progress_and_warnings_are_passed_on(
     }
     assert files_in(tmp_path / "out" / "1") == [RECORD, "instrumental.flac", "vocals.flac"]
     assert bars.shown["2.wav"] == sorted(bars.shown["2.wav"]) and bars.shown["2.wav"][-1] == 1.0
-    assert caplog.messages[0] == "a new process separates the 4 songs that are left"
+    assert caplog.messages[0] == "songs that are left for a new process: 4"
 
 
 def dying(marker: Path, n_songs: int) -> list[Separator]:

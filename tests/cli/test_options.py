@@ -40,7 +40,7 @@ from separation.cli.main import main
         (("--ray", "auto", "--workers", "2"), ("--ray does not take --workers",)),
         (("--ray", "auto", "--gpus", "0"), ("--ray does not take --gpus",)),
         (("--gpus", "0,0"), ("--gpus", "'0,0' names GPU 0 twice")),
-        (("--gpus", "0"), ("GPUs 0 and device 'cpu' cannot be combined",)),
+        (("--gpus", "0"), ("--gpus and device 'cpu' cannot be combined",)),
         (("--workers", "0"), ("--workers", "from 1 up")),
         (("--model-name", "demo", "--stems", "all_4"), ("--model-name", "cannot be combined with --stems")),
         (("--model-path", "x.ckpt", "--recipe", "sw"), ("--model-path", "cannot be combined with --recipe")),
