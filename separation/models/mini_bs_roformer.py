@@ -69,8 +69,8 @@ class MiniBSRoFormerConfig:
 class MiniBSRoFormer(SeparationModel):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`, both float32; T > stft_n_fft // 2."""
 
-    Config = MiniBSRoFormerConfig
-    TRAINING_KEYS = frozenset(
+    Config: ClassVar[type] = MiniBSRoFormerConfig
+    TRAINING_KEYS: ClassVar[frozenset[str]] = frozenset(
         {"attention_dropout", "initializer_range", "dtype", "wave_chunk_size", "wave_sample_rate"}
     )
     KEY_PATTERNS: ClassVar[tuple[str, ...]] = (

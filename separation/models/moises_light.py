@@ -8,7 +8,7 @@ band. Axes: B batch, D channel, F bin of a band, N frame.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.attention import BACKENDS, LAYER_BACKENDS
-from separation.models.base import Identity, SeparationModel
+from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.kernels.native import NotFusedError
 from separation.models.layers import Attention, RMSNorm, RotaryEmbedding, Transformer
 from separation.models.shapes import Shapes, quotient
@@ -84,19 +84,22 @@ class MoisesLightConfig:
 class MoisesLight(SeparationModel):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`, both float32; T > n_fft // 2."""
 
-    Config = MoisesLightConfig
-    TRAINING_KEYS = frozenset(
+    Config: ClassVar[type] = MoisesLightConfig
+    TRAINING_KEYS: ClassVar[frozenset[str]] = frozenset(
         f"transformer_params_{name}" for name in ("attn_dropout", "ff_dropout", "flash_attn", "proj_dropout")
     )
-    KEY_PATTERNS = (r"encoder_blocks\.0\.tdf\.fc1\.weight", r"bottleneck\.split_merge\.res\.conv\.weight")
-    UNUSED_KEYS = "stft_window|freq_pad"  # which the Config determines
-    CAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    normalisation = "none"
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
+        r"encoder_blocks\.0\.tdf\.fc1\.weight",
+        r"bottleneck\.split_merge\.res\.conv\.weight",
+    )
+    UNUSED_KEYS: ClassVar[str] = "stft_window|freq_pad"  # which the Config determines
+    CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    normalisation: Normalisation = "none"
 
     def __init__(self, config: MoisesLightConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.channels, self.head_size = config.audio_channels, config.transformer_params_dim_head
-        self.least_samples = config.n_fft // 2 + 1
+        self.least_samples: int = config.n_fft // 2 + 1
         self._stft = Stft(
             n_fft=config.n_fft, hop_length=config.hop_size, win_length=config.win_size, normalized=config.normalized
         )
@@ -105,10 +108,10 @@ class MoisesLight(SeparationModel):
         convolve = partial(GroupConvolution, config)
         enter = partial(Block, config, splits=config.n_split_enc)
         sizes = [step * (level + 1) for level in range(config.n_enc + 1)]
-        self.first_conv = convolve(inputs, step, config.edge_kernel_size)
-        self.encoder_blocks = nn.ModuleList(enter(size) for size in sizes[:-1])
-        self.ds = nn.ModuleList(Resampling(config, size, size + step, nn.Conv2d) for size in sizes[:-1])
-        self.bottleneck = nn.ModuleDict(
+        self.first_conv: GroupConvolution = convolve(inputs, step, config.edge_kernel_size)
+        self.encoder_blocks: nn.ModuleList = nn.ModuleList(enter(size) for size in sizes[:-1])
+        self.ds: nn.ModuleList = nn.ModuleList(Resampling(config, size, size + step, nn.Conv2d) for size in sizes[:-1])
+        self.bottleneck: nn.ModuleDict = nn.ModuleDict(
             {
                 "split_merge": enter(sizes[-1]),
                 "rope_blocks": nn.ModuleList(DualPath(config, sizes[-1]) for _ in range(config.n_rope)),
@@ -116,13 +119,14 @@ class MoisesLight(SeparationModel):
             }
         )
         up = [Resampling(config, size, size - step, nn.ConvTranspose2d) for size in reversed(sizes[1:])]
-        self.dec_heavy_us, self.dec_light_us = nn.ModuleList(up[: config.n_dec]), nn.ModuleList(up[config.n_dec :])
-        self.dec_heavy_blocks = nn.ModuleList(
+        self.dec_heavy_us: nn.ModuleList = nn.ModuleList(up[: config.n_dec])
+        self.dec_light_us: nn.ModuleList = nn.ModuleList(up[config.n_dec :])
+        self.dec_heavy_blocks: nn.ModuleList = nn.ModuleList(
             Block(config, size, splits=config.n_split_dec) for size in sizes[::-1][1 : config.n_dec + 1]
         )
         kernel, stems = config.edge_kernel_size, config.num_stems
-        self.final_conv = nn.Conv2d(step, inputs, kernel, padding=kernel // 2, groups=config.n_bands)
-        self.source_head = nn.Conv2d(config.parts, stems * config.parts, 1) if stems > 1 else None
+        self.final_conv: nn.Conv2d = nn.Conv2d(step, inputs, kernel, padding=kernel // 2, groups=config.n_bands)
+        self.source_head: nn.Conv2d | None = nn.Conv2d(config.parts, stems * config.parts, 1) if stems > 1 else None
 
     @classmethod
     def sizes_in(cls, shapes: Shapes, config: Any) -> dict[str, Any]:
@@ -202,9 +206,9 @@ class GroupConvolution(nn.Module):
 
     def __init__(self, config: MoisesLightConfig, size_in: int, size: int, kernel: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(size_in, size, kernel, padding=kernel // 2, groups=config.n_bands)
-        self.bn = NORMS[config.norm_name](size)
-        self.act = ACTIVATIONS[config.act_name]()
+        self.conv: nn.Conv2d = nn.Conv2d(size_in, size, kernel, padding=kernel // 2, groups=config.n_bands)
+        self.bn: nn.Module = NORMS[config.norm_name](size)
+        self.act: nn.Module = ACTIVATIONS[config.act_name]()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.act(self.bn(convolved(self.conv, x)))
@@ -218,9 +222,9 @@ class Resampling(nn.Module):
         self, config: MoisesLightConfig, size_in: int, size: int, convolution: type[nn.Conv2d | nn.ConvTranspose2d]
     ) -> None:
         super().__init__()
-        self.conv = convolution(size_in, size, (1, 2), stride=(1, 2))
-        self.bn = NORMS[config.norm_name](size)
-        self.act = ACTIVATIONS[config.act_name]()
+        self.conv: nn.Conv2d | nn.ConvTranspose2d = convolution(size_in, size, (1, 2), stride=(1, 2))
+        self.bn: nn.Module = NORMS[config.norm_name](size)
+        self.act: nn.Module = ACTIVATIONS[config.act_name]()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.act(self.bn(convolved(self.conv, x)))
@@ -233,9 +237,10 @@ class Block(nn.Module):
     def __init__(self, config: MoisesLightConfig, size: int, *, splits: int) -> None:
         super().__init__()
         convolve = partial(GroupConvolution, config, size, size, 3)
-        self.res = convolve()
-        self.split1, self.split2 = (nn.Sequential(*(convolve() for _ in range(splits))) for _ in range(2))
-        self.tdf = Bottleneck(config, size)
+        self.res: GroupConvolution = convolve()
+        self.split1: nn.Sequential = nn.Sequential(*(convolve() for _ in range(splits)))
+        self.split2: nn.Sequential = nn.Sequential(*(convolve() for _ in range(splits)))
+        self.tdf: Bottleneck = Bottleneck(config, size)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.split1(x)
@@ -249,9 +254,11 @@ class Bottleneck(nn.Module):
     def __init__(self, config: MoisesLightConfig, size: int) -> None:
         super().__init__()
         bins = config.freq_dim // config.n_bands
-        self.fc1, self.fc2 = nn.Linear(bins, bins // config.bn_factor), nn.Linear(bins // config.bn_factor, bins)
-        self.bn1, self.bn2 = (NORMS[config.norm_name](size) for _ in range(2))
-        self.act = ACTIVATIONS[config.act_name]()
+        self.fc1: nn.Linear = nn.Linear(bins, bins // config.bn_factor)
+        self.fc2: nn.Linear = nn.Linear(bins // config.bn_factor, bins)
+        self.bn1: nn.Module = NORMS[config.norm_name](size)
+        self.bn2: nn.Module = NORMS[config.norm_name](size)
+        self.act: nn.Module = ACTIVATIONS[config.act_name]()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(2, 3)
@@ -265,18 +272,16 @@ class DualPath(nn.Module):
 
     def __init__(self, config: MoisesLightConfig, size: int) -> None:
         super().__init__()
+        self.time_transformer: Transformer = self._transformer(config, size)
+        self.freq_transformer: Transformer = self._transformer(config, size)
+
+    @staticmethod
+    def _transformer(config: MoisesLightConfig, size: int) -> Transformer:
         heads, dim = config.transformer_params_heads, config.transformer_params_dim_head
-        self.time_transformer, self.freq_transformer = (
-            Transformer(
-                size,
-                depth=1,
-                make_attention=partial(
-                    Attention, size, heads=heads, dim_head=dim, positions=RotaryEmbedding(dim), backend="sdpa"
-                ),
-                expansion=config.transformer_params_ff_mult,
-            )
-            for _ in range(2)
+        make_attention = partial(
+            Attention, size, heads=heads, dim_head=dim, positions=RotaryEmbedding(dim), backend="sdpa"
         )
+        return Transformer(size, depth=1, make_attention=make_attention, expansion=config.transformer_params_ff_mult)
 
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)

@@ -24,7 +24,7 @@ class BSSiameseRoFormer(BSRoFormer):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; see RoFormer."""
 
     KEY_PATTERNS: ClassVar[tuple[str, ...]] = (*BSRoFormer.KEY_PATTERNS, r"layers\.\d+\.\d+\.ln_y_attn\.\d+\.gamma")
-    has_int8 = False
+    has_int8: ClassVar[bool] = False
 
     def __init__(self, config: BSRoFormerConfig, identity: Identity, *, attention: str = "sdpa") -> None:
         super().__init__(config, identity, attention=attention)
