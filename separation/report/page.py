@@ -100,17 +100,11 @@ def _page_data(report: Report, pictures: Mapping[str, Picture], peak: float) -> 
         }
         for index, (name, picture) in enumerate(pictures.items())
     ]
-    facts = _song_facts(report.analysis) if report.analysis else []
-    return {"title": report.title, "facts": facts, "tracks": tracks, "links": dict(report.links)}
+    tempo, key = (report.analysis.tempo_bpm, report.analysis.key) if report.analysis else (None, None)
+    return {"title": report.title, "tempo": tempo, "key": key, "tracks": tracks, "links": dict(report.links)}
 
 
 def _lufs(loudness: Loudness) -> str:
     """A track's loudness as the page shows it; "— LUFS" for a silent one."""
     lufs = loudness.integrated_lufs
     return "— LUFS" if lufs is None else f"{lufs:.1f} LUFS".replace("-", "−")
-
-
-def _song_facts(analysis: SongAnalysis) -> list[str]:
-    """The tempo and the key, if they are known."""
-    tempo = [] if analysis.tempo_bpm is None else [f"{analysis.tempo_bpm:.1f} BPM"]
-    return [*tempo, *([analysis.key] if analysis.key else [])]

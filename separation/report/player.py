@@ -1,8 +1,8 @@
 """What the pages with a player share: pictures of tracks, and one HTML file with style, script and sound inside.
 
 The sound is MP3, which every browser decodes. It is cut into segments, because a phone has memory for some decoded
-seconds of each track but not for a whole song. A page is a template with places for the shared style and script
-(player.css, player.js), its data and the sound.
+seconds of each track but not for a whole song. A page is a template with places for what the pages share (PARTS), its
+data and the sound.
 """
 
 import base64
@@ -38,6 +38,14 @@ FOLDER = Path(__file__).parent
 SEGMENT_SAMPLES = 10 * SAMPLE_RATE  # what the player decodes at once
 LEAD_SAMPLES = SAMPLE_RATE // 10  # extra sound on both sides of a segment, for decoder delay and cross-fade
 MP3_LEVEL = 0.5  # from 0 (best) to 1; about 100 kbit/s, variable
+PARTS = {  # what stands for a file of this folder in a template
+    "/* style */": "player.css",
+    "/* player */": "player.js",
+    "/* tools */": "tools.js",
+    "/* stretch */": "stretch.js",
+    "<!-- transport -->": "transport.html",
+    "<!-- lane -->": "lane.html",
+}
 WAVE_HEIGHT = 96  # height of the loudest sample; waveforms reach from -100 to 100
 
 
@@ -120,8 +128,8 @@ def write_page(
 ) -> None:
     """Fill the data and the sound into a template of this folder and write it to `path`. May raise OSError."""
     text = (FOLDER / template).read_text(encoding="utf-8")
-    for place, name in (("/* style */", "player.css"), ("/* player */", "player.js")):
-        text = text.replace(place, (FOLDER / name).read_text(encoding="utf-8"))
+    for place, name in PARTS.items():
+        text = text.replace(place, (FOLDER / name).read_text(encoding="utf-8").rstrip())
     head, tail = text.split("<!-- sound -->")
     with path.open("w", encoding="utf-8") as page:
         page.write(head.replace("/* song */", json.dumps(data).replace("<", "\\u003c")))

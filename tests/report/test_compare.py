@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.axe import VIEWS, faults, view
 from helpers.browser import HOME, RIGHT, Browser
 from helpers.common import needs_chromium
 from helpers.served_process import wait_for
@@ -175,9 +176,9 @@ def test_tracks_play_in_sync(browser: Browser) -> None:
     """All sources of a run start at the same moment, at the same place."""
     browser.press(" ")
     hear(browser, 1)
-    assert browser.run("return player.sources.length") % 4 == 0
+    assert browser.run("return player.scheduled.every(piece => piece.sources.length === 4)")
     seek = "player.seek(10.5); return new Promise(resolve => setTimeout(() => resolve(player.position), 300))"
-    assert browser.run(seek) >= 10.5 or browser.run("return player.repeat")
+    assert browser.run(seek) >= 10.5 or browser.run("return Boolean(player.loop)")
     hear(browser, 1)
 
 
@@ -276,3 +277,15 @@ def test_the_page_fits_a_phone_where_a_tap_plays(browser: Browser, width: int) -
     finally:
         browser.developer("Emulation.clearDeviceMetricsOverride")
         browser.developer("Emulation.setTouchEmulationEnabled", enabled=False)
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("width, height, scheme", VIEWS)
+def test_axe_finds_nothing(chromium: Browser, tmp_path: Path, width: int, height: int, scheme: str) -> None:
+    write_comparison(comparison(blind=True, seconds=0.5), tmp_path / "vocals.html")
+    with view(chromium, width, height, scheme):
+        chromium.open(tmp_path / "vocals.html")
+        assert faults(chromium) == []
+        chromium.click("#reveal")
+        assert faults(chromium) == []
