@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from packaging.requirements import Requirement
@@ -370,7 +371,11 @@ def served(installed: Path, empty: Path, environment: dict[str, str]) -> Iterato
 
 @pytest.mark.slow
 def test_the_installed_command_ends_on_a_signal(served: "subprocess.Popen[str]") -> None:
-    assert served.stdout is not None and "is the page" in served.stdout.readline()
+    assert served.stdout is not None
+    url, _, words = served.stdout.readline().partition(" ")
+    assert words.startswith("is the page")
+    with urlopen(url) as page:
+        assert b"class Region" in page.read()
     served.send_signal(signal.SIGHUP)
     assert served.wait(20) == 128 + signal.SIGHUP
 

@@ -1,5 +1,5 @@
 "use strict";
-const WAVE_RATE = 8000; // hertz, of the sound that the waveform is drawn from; every browser can decode to it
+const WAVE_RATE = 16000; // hertz, of the sound that is drawn and played here: good enough to find a place in a song
 const COLUMNS = 2000; // of the waveform
 const SHORTEST = 1; // second
 // Decoding takes the memory of the whole song as floats, so larger files get no waveform. In bytes, by suffix.
@@ -27,6 +27,7 @@ class Region {
     this.element = document.getElementById("region");
     this.canvas = this.part("canvas");
     for (const radio of this.element.querySelectorAll("[name=extent]")) radio.onchange = () => this.show();
+    this.part("#play").onclick = () => (this.playing ? this.stop() : this.play());
     this.part("#loudest").onclick = () => this.chooseLoudest();
     for (const name of ["from", "to"]) this.part(`#${name}`).oninput = () => this.typed();
     this.part("#start-slider").oninput = ({ target }) => this.select(Number(target.value), Math.max(this.end, Number(target.value) + SHORTEST));
@@ -62,9 +63,10 @@ class Region {
   }
 
   close() {
+    this.stop();
     this.element.hidden = true;
     this.opening = null;
-    this.peaks = this.energies = this.length = null;
+    this.peaks = this.energies = this.length = this.sound = null;
     this.part("[value=whole]").checked = true;
   }
 
@@ -99,11 +101,13 @@ class Region {
     this.part("#wave-note").hidden = !text;
   }
 
-  /** Find the length, the largest sample of each column and the energy of each second. */
+  /** Keep the sound in mono, and find its length, the largest sample of each column and the energy of each second. */
   measure(sound) {
     const channels = Array.from({ length: sound.numberOfChannels }, (_, channel) => sound.getChannelData(channel));
     const { length } = sound, column = Math.max(1, length / COLUMNS);
     this.length = sound.duration;
+    this.sound = new AudioBuffer({ length, sampleRate: WAVE_RATE });
+    const mono = this.sound.getChannelData(0);
     this.peaks = new Float32Array(Math.min(COLUMNS, length));
     this.energies = new Float64Array(Math.ceil(length / WAVE_RATE));
     for (const samples of channels) {
@@ -111,6 +115,7 @@ class Region {
         const place = Math.min(this.peaks.length - 1, Math.floor(i / column)), size = Math.abs(samples[i]);
         if (size > this.peaks[place]) this.peaks[place] = size;
         this.energies[Math.floor(i / WAVE_RATE)] += size * size;
+        mono[i] += samples[i] / channels.length;
       }
     }
     const loudest = this.peaks.reduce((most, peak) => Math.max(most, peak), 1e-6);
@@ -130,6 +135,29 @@ class Region {
       if (energy > most) [best, most] = [start, energy];
     }
     this.select(best, best + this.preview);
+  }
+
+  /** Play the part, in the quality that the waveform is drawn from. */
+  play() {
+    const context = new AudioContext(), source = new AudioBufferSourceNode(context, { buffer: this.sound });
+    const playing = this.playing = { context, from: this.start };
+    source.connect(context.destination);
+    source.start(0, this.start, (this.end ?? this.length) - this.start);
+    source.onended = () => { if (playing === this.playing) this.stop(); };
+    this.part("#play").textContent = "Stop";
+    const follow = () => {
+      if (playing !== this.playing) return;
+      this.draw();
+      requestAnimationFrame(follow);
+    };
+    follow();
+  }
+
+  stop() {
+    this.playing?.context.close();
+    this.playing = null;
+    this.part("#play").textContent = "Play";
+    this.draw();
   }
 
   select(start, end) {
@@ -176,7 +204,9 @@ class Region {
   show(texts = true) {
     const known = this.length !== null, { isPart, problem } = this;
     this.part("#part").hidden = !isPart;
-    this.part("#wave").hidden = this.part("#sliders").hidden = !known;
+    if (this.playing && (!isPart || problem || this.playing.from !== this.start)) this.stop();
+    this.part("#wave").hidden = this.part("#sliders").hidden = this.part("#play").hidden = !known;
+    this.part("#play").disabled = Boolean(problem);
     if (texts) {
       this.part("#from").value = this.isPreview ? "" : clock(this.start ?? 0);
       this.part("#to").value = this.isPreview || this.end === null ? "" : clock(this.end);
@@ -217,7 +247,8 @@ class Region {
     }
     if (!whole) {
       context.fillStyle = colour("ink");
-      for (const x of [start, stop - 2 * ratio]) context.fillRect(x, 0, 2 * ratio, height);
+      const now = this.playing ? [(this.playing.from + this.playing.context.currentTime) / this.length * width] : [];
+      for (const x of [start, stop - 2 * ratio, ...now]) context.fillRect(x, 0, 2 * ratio, height);
     }
   }
 }

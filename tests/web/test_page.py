@@ -203,6 +203,7 @@ def test_the_page_reconnects_to_the_next_server_which_goes_on(chromium: Browser,
     first.stop(signal.SIGKILL)
     wait_for(lambda: chromium.run("return !document.querySelector('#lost').hidden"), "the page's notice", seconds=20)
     assert "does not respond" in chromium.run("return document.querySelector('#lost').textContent")
+    assert faults(chromium) == []
     chromium.choose("#files", tmp_path / "song.flac")  # it waits for the server
     chromium.click("#start")
     second = Process(tmp_path / "work", port=int(first.host.split(":")[1]))
@@ -235,6 +236,11 @@ def test_a_part_is_chosen_on_the_waveform_and_then_the_rest_is_separated(browser
     browser.run("document.querySelector('#start-slider').focus()")
     browser.press(RIGHT)
     assert browser.run("return region.order") == [pytest.approx(start + 0.1), end]
+    browser.click("#play")
+    wait_for(lambda: browser.run("return region.playing.context.currentTime > 0"), "the sound")
+    assert browser.label("#play") == "Stop"
+    browser.click("#play")
+    assert browser.run("return region.playing === null")
     change_text(browser, "#to", "0:0x")
     assert "The end is not a time" in browser.run("return document.querySelector('#part-note').textContent")
     assert browser.run("return document.querySelector('#start').disabled")
@@ -287,6 +293,7 @@ def test_every_control_has_a_label_and_can_be_reached_with_the_keyboard(browser:
         "#end-slider": "End",
         "#from": "From",
         "#to": "to",
+        "#play": "Play",
         "#loudest": "The loudest half minute",
         "[name=wanted]:checked": "More",
         "#task": "Task",

@@ -20,6 +20,7 @@ from separation import Separator
 from separation.audio.options import OutputOptions
 from separation.engine.options import EngineOptions
 from separation.web import queue
+from separation.web.pace import REST
 from separation.web.queue import MAX_SONGS
 
 # A song's way through the queue
@@ -87,6 +88,20 @@ def test_a_song_too_long_for_a_listening_page_still_has_its_stems(
     assert status["state"] == "done"
     assert list(status["files"]) == ["vocals.flac", "instrumental.flac"]
     assert status["problem"].startswith("cannot make the report of 'song.wav': 'song.wav' is longer than 0.5 s")
+
+
+def test_waiting_songs_are_told_when_their_turn_comes(tmp_path: Path) -> None:
+    with idle_server(tmp_path) as (client, songs, _):
+        first, second, third = (client.send(b"1", seconds=seconds) for seconds in (100, 200, 300))
+        other = client.send(b"1", seconds=100, stems="all_4")
+        last = client.send(b"1", seconds=100)
+        assert [client.status(id)["left"] for id in (first, second)] == [None, None]
+        songs._worker.paces.add_models("demo vocals_instrumental", 10, 5)
+        page = REST * 3  # for each second of the song and its stems
+        assert client.status(second)["left"] == 100 * (0.5 + page)
+        assert client.status(third)["left"] == 300 * (0.5 + page)
+        assert client.status(other)["left"] == 600 * (0.5 + page)
+        assert client.status(last)["left"] is None  # nothing is known of the other choice
 
 
 # Uploads
