@@ -134,6 +134,7 @@ def test_objects_are_complete_when_they_are_made() -> None:
         ("librosa", "separation.models.mel_band_roformer"),
         ("rotary_embedding_torch", "separation.models.layers"),
         ("ray", "separation.batch.cluster"),
+        ("fsspec", "separation.batch.stores"),
         ("yaml", "separation.documents"),
     ],
 )

@@ -14,15 +14,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from separation.batch.job import Job, Outcome, Song
+from separation.batch.job import AnySong, Job, Outcome
 from separation.batch.run import cancellable
-from separation.batch.separate import separate_song
+from separation.batch.staged import separate_anywhere
 from separation.device import works
 from separation.engine.separator import Separator
 from separation.errors import InputError, SeparationError
@@ -57,13 +58,15 @@ class Worker:
             return f"{e} (on {socket.gethostname()})"
         return ""
 
-    def separate(self, song: Song, job: Job) -> Outcome:
+    def separate(self, song: AnySong, job: Job) -> Outcome:
         """Separate a song."""
-        if not song.path.exists():
+        if isinstance(song.path, Path) and not song.path.exists():
             host = socket.gethostname()
-            error = f"{song.path.name!r} does not exist on {host}: give --ray songs on a shared file system"
+            error = (
+                f"{song.path.name!r} does not exist on {host}: give --ray songs in a store or on a shared file system"
+            )
             return Outcome(song.path, "failed", error)
-        outcome = separate_song(song, job, self._separator, cancellable(Progress(), self._stopped))
+        outcome = separate_anywhere(song, job, self._separator, cancellable(Progress(), self._stopped))
         if outcome.may_pass and not works(self._separator.device):  # it would fail every further song
             os._exit(1)  # another worker, which starts here, separates the song
         return outcome
@@ -73,7 +76,7 @@ class Worker:
         self._stopped.set()
 
 
-def run(songs: Sequence[Song], job: Job, load: Callable[[], Separator], address: str) -> Iterator[Outcome]:
+def run(songs: Sequence[AnySong], job: Job, load: Callable[[], Separator], address: str) -> Iterator[Outcome]:
     """Separate the songs on a cluster and yield each outcome as soon as it is known.
 
     Nodes may join at any time. If the iterator is closed, the songs in progress are cancelled and leave no file behind.
@@ -113,11 +116,11 @@ class _Cluster:
         self._load = load
         self._workers: dict[Place, Any] = {}
         self._idle: list[Place] = []
-        self._busy: dict[Any, tuple[Place, Song | None]] = {}  # by Ray's reference; no song while models load
-        self._deaths: Counter[Place | Song] = Counter()
+        self._busy: dict[Any, tuple[Place, AnySong | None]] = {}  # by Ray's reference; no song while models load
+        self._deaths: Counter[Place | AnySong] = Counter()
         self._given_up: dict[Place, str] = {}  # places that get no more workers, and why
 
-    def run(self, waiting: deque[Song], job: Job) -> Iterator[Outcome]:
+    def run(self, waiting: deque[AnySong], job: Job) -> Iterator[Outcome]:
         while waiting or any(song for _, song in self._busy.values()):
             self._start_workers()
             while waiting and self._idle:
@@ -170,7 +173,7 @@ class _Cluster:
                 )
                 self._busy[self._workers[place].load.remote()] = place, None
 
-    def _remove_dead(self, place: Place, song: Song | None, error: RayError) -> str:
+    def _remove_dead(self, place: Place, song: AnySong | None, error: RayError) -> str:
         """Remove a worker that died. Returns an error if its song is given up."""
         # Idle workers on the same node may be dead too. Each of them would count as another death of the song.
         for lost in [place, *(idle for idle in self._idle if idle[0] == place[0])]:

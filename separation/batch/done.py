@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from separation.analysis.facts import SongAnalysis
-from separation.batch.job import Job, Outcome, Song
+from separation.batch.job import AnySong, Job, Outcome, Song
+from separation.batch.urls import is_url
 from separation.errors import OutputError, SeparationError
 from separation.system.output import OutputFolder
 from separation.system.record import Record, check_targets, stem_files
@@ -72,7 +73,8 @@ def check_folder(song: Song, job: Job, run: dict[str, Any] | None) -> None:
     for other in Record.read(song.folder, record).runs:
         source = other["source"]
         if file.is_other_song(source) and any(os.path.exists(song.folder / name) for name in stem_files(other)):
-            path = os.path.normpath(song.folder / source.get("path", source["name"]))
+            path = source.get("path", source["name"])
+            path = path if is_url(path) else os.path.normpath(song.folder / path)
             raise OutputError(
                 f"{str(song.folder)!r} has the stems of another song, {path!r}: choose another output folder, or "
                 "replace them with --overwrite"
@@ -132,24 +134,27 @@ class SongFile:
     """A song's file, to compare with the sources in records.
 
     A file is the same if its path relative to the stems, its size and its modification time are the same, or else if
-    its content is.
+    its content is. A file in a store is the same if its size and its checksum in the store are.
     """
 
-    def __init__(self, song: Song) -> None:
+    def __init__(self, song: AnySong) -> None:
         self._song = song
+        self._tag = song.origin.tag if song.origin else ""
         self._sha256 = ""
 
     def source(self) -> dict[str, Any]:
         """The source to record; empty if the file cannot be read: decoding reports a better error."""
+        if not isinstance(self._song.path, Path):
+            return {}
         try:
             facts = self._song.path.stat()
             if not stat.S_ISREG(facts.st_mode):
                 return {}
             return {
                 "name": self._song.path.name,
-                "path": self._relative_path(),
+                "path": self._recorded_path(),
                 "bytes": facts.st_size,
-                "mtime_ns": facts.st_mtime_ns,
+                **({"tag": self._tag} if self._tag else {"mtime_ns": facts.st_mtime_ns}),
                 "sha256": self._checksum(),
             }
         except OSError:
@@ -158,11 +163,17 @@ class SongFile:
     def is_source(self, source: dict[str, Any]) -> bool:
         """Whether a recorded source is this file with this content."""
         try:
-            facts = self._song.path.stat()
-            if source.get("bytes") != facts.st_size:
-                return False
-            if self._has_path_of(source) and source.get("mtime_ns") == facts.st_mtime_ns:
-                return True
+            if self._song.origin and self._tag:
+                if source.get("bytes") != self._song.origin.n_bytes:
+                    return False
+                if source.get("tag") == self._tag:
+                    return True
+            elif isinstance(self._song.path, Path):
+                facts = self._song.path.stat()
+                if source.get("bytes") != facts.st_size:
+                    return False
+                if self._has_path_of(source) and source.get("mtime_ns") == facts.st_mtime_ns:
+                    return True
             return "sha256" in source and source["sha256"] == self._checksum()
         except OSError:
             return False
@@ -174,16 +185,19 @@ class SongFile:
     def _has_path_of(self, source: dict[str, Any]) -> bool:
         if "path" not in source:  # an earlier version wrote the record
             return bool(source.get("name") == self._song.path.name)
-        return bool(source["path"] == self._relative_path())
+        return bool(source["path"] == self._recorded_path())
 
-    def _relative_path(self) -> str:
+    def _recorded_path(self) -> str:
+        if self._song.origin:
+            return self._song.origin.path
         try:
-            return Path(os.path.relpath(self._song.path, self._song.folder)).as_posix()
+            return Path(os.path.relpath(str(self._song.path), str(self._song.folder))).as_posix()
         except ValueError:  # on another drive of Windows
-            return Path(os.path.abspath(self._song.path)).as_posix()
+            return Path(os.path.abspath(str(self._song.path))).as_posix()
 
     def _checksum(self) -> str:
-        if not self._sha256:
+        """The file's checksum; empty for one in a store, which is not read for it."""
+        if not self._sha256 and isinstance(self._song.path, Path):
             with self._song.path.open("rb") as file:
                 self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return self._sha256

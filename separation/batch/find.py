@@ -5,14 +5,15 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
 from separation.audio.suffixes import AUDIO_OR_VIDEO
-from separation.batch.job import Outcome, Song
+from separation.batch.job import AnySong, Outcome, Song
+from separation.batch.urls import Location
 from separation.errors import InputError
 from separation.system.names import Place
 from separation.system.record import PAGE, recorded_files
@@ -24,9 +25,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 class Found:
     """The songs, what cannot be separated, and what was skipped in folders."""
 
-    songs: list[Song] = field(default_factory=list)
+    songs: list[AnySong] = field(default_factory=list)
     failed: list[Outcome] = field(default_factory=list)
-    skipped_files: set[Path] = field(default_factory=set)  # files without a suffix of audio or video
+    skipped_files: set[Location] = field(default_factory=set)  # files without a suffix of audio or video
     skipped_links: set[Path] = field(default_factory=set)  # symbolic links to folders
 
     def note(self) -> str:
@@ -44,7 +45,7 @@ class Found:
         return f"skipped {' and '.join(parts)}: name a file or folder to include it" if parts else ""
 
 
-def find(given: Sequence[str], output: Path, placed: Callable[[Song], Song] = lambda song: song) -> Found:
+def find(given: Sequence[str], output: Path, placed: Callable[[AnySong], AnySong] = lambda song: song) -> Found:
     """Find the songs in files, folders and globs.
 
     The stems of a file go to `output/<name without suffix>`. The structure of a folder, or of a glob below its first
@@ -63,7 +64,7 @@ def find(given: Sequence[str], output: Path, placed: Callable[[Song], Song] = la
 class _Search:
     """Collects songs, and what cannot be separated."""
 
-    def __init__(self, output: Path, placed: Callable[[Song], Song]) -> None:
+    def __init__(self, output: Path, placed: Callable[[AnySong], AnySong]) -> None:
         self._output = output
         self._placed = placed
         self._found = Found()
@@ -72,7 +73,7 @@ class _Search:
 
     def finish(self) -> Found:
         """What was found; songs that would share a folder fail."""
-        self._found.songs = _without_clashes([self._placed(song) for song in self._songs.values()], self._found.failed)
+        self._found.songs = without_clashes([self._placed(song) for song in self._songs.values()], self._found.failed)
         return self._found
 
     def add(self, text: str) -> None:
@@ -89,7 +90,7 @@ class _Search:
             self._add_song(path, path.parent)
         elif _URL.match(text):
             self._fail(path, f"{text!r} is a URL: download the song and give its file, or pipe it into `-`")
-        elif _is_pattern(text):
+        elif is_pattern(text):
             below, rest = _literal_prefix(path)
             rest += ["**"] if text.endswith(("/", os.sep)) else []  # only folders, as in a shell
             if os.path.isdir(below):
@@ -175,7 +176,7 @@ class _Search:
         """The folder's entries that a part of a pattern matches."""
         if os.path.lexists(folder / part):
             return [folder / part]
-        if not _is_pattern(part) or not os.path.isdir(folder):
+        if not is_pattern(part) or not os.path.isdir(folder):
             return []
         try:
             names = sorted(os.listdir(folder))
@@ -188,7 +189,7 @@ class _Search:
 def _literal_prefix(path: Path) -> tuple[Path, list[str]]:
     """Splits a pattern before its first wildcard; a wildcard in a name that exists does not count."""
     below, rest = Path(path.anchor), list(path.parts[bool(path.anchor) :])
-    while rest and (not _is_pattern(rest[0]) or os.path.lexists(below / rest[0])):
+    while rest and (not is_pattern(rest[0]) or os.path.lexists(below / rest[0])):
         below /= rest.pop(0)
     return below, rest
 
@@ -201,7 +202,8 @@ def _is_below(path: Path, folder: Path) -> bool:
     return folder in (path, *path.parents)
 
 
-def _is_pattern(text: str) -> bool:
+def is_pattern(text: str) -> bool:
+    """Whether a text has a wildcard."""
     return any(wildcard in text for wildcard in "*?[")
 
 
@@ -218,9 +220,9 @@ def _why_missing(path: Path) -> str:
     return "does not exist"
 
 
-def _without_clashes(songs: list[Song], failed: list[Outcome]) -> list[Song]:
+def without_clashes(songs: Sequence[AnySong], failed: list[Outcome]) -> list[AnySong]:
     """The songs with a place for stems of their own; all others are added to `failed`."""
-    owners: dict[str, list[Song]] = {}
+    owners: dict[str, list[AnySong]] = {}
     for song in songs:
         owners.setdefault(_comparable(song.folder / song.place.template), []).append(song)
     for rivals in owners.values():
@@ -234,11 +236,11 @@ def _without_clashes(songs: list[Song], failed: list[Outcome]) -> list[Song]:
     return [rivals[0] for rivals in owners.values() if len(rivals) == 1]
 
 
-def _comparable(path: Path) -> str:
+def _comparable(path: Location) -> str:
     """The path in a form that is equal for equal files: macOS and Windows ignore case and how accents are composed."""
     text = str(path)
     return unicodedata.normalize("NFC", text).casefold() if sys.platform in ("darwin", "win32") else text
 
 
-def _count(items: set[Path], word: str) -> str:
+def _count(items: Sized, word: str) -> str:
     return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"

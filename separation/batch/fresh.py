@@ -10,9 +10,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from separation.batch.job import Job, Outcome, Song
+from separation.batch.job import AnySong, Job, Outcome
 from separation.batch.run import Bar, run
-from separation.batch.urls import Location
+from separation.batch.urls import Location, Url
 from separation.engine.separator import Separator
 from separation.errors import SeparationError
 from separation.progress import Progress
@@ -24,12 +24,12 @@ logger: logging.Logger = logging.getLogger("separation")
 Load = Callable[[int], list[Separator]]  # the separators for so many songs
 
 
-def run_afresh(songs: Sequence[Song], job: Job, load: Load, *, workers: int, bar: Bar) -> Iterator[Outcome]:
+def run_afresh(songs: Sequence[AnySong], job: Job, load: Load, *, workers: int, bar: Bar) -> Iterator[Outcome]:
     """As `separation.batch.run.run`, in another process. If that dies or its GPUs crash, yet another one goes on.
 
     Raises SeparationError if a process cannot load the models.
     """
-    waiting: dict[Location, Song] = {song.path: song for song in songs}
+    waiting: dict[Location, AnySong] = {song.path: song for song in songs}
     while waiting:
         logger.warning("songs that are left for a new process: %d", len(waiting))
         process = _Process([*waiting.values()], job, load, workers)
@@ -44,7 +44,7 @@ def run_afresh(songs: Sequence[Song], job: Job, load: Load, *, workers: int, bar
 class _Process:
     """A process that separates songs and tells what it does."""
 
-    def __init__(self, songs: Sequence[Song], job: Job, load: Load, workers: int) -> None:
+    def __init__(self, songs: Sequence[AnySong], job: Job, load: Load, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._news, writing = context.Pipe(duplex=False)
         self._process = context.Process(target=_work, args=(writing, songs, job, load, workers), daemon=True)
@@ -63,10 +63,10 @@ class _Process:
                     case Outcome():
                         running.pop(news.path)[0].close()
                         yield news
-                    case Path():
+                    case Path() | Url():
                         began, own = True, stack.enter_context(ExitStack())
                         running[news] = own, own.enter_context(bar(news))
-                    case (Path() as song, share, stage):
+                    case (Path() | Url() as song, share, stage):
                         running[song][1](share, stage)
                     case (int() as level, message):
                         logger.log(level, "%s", message)
@@ -90,7 +90,7 @@ class _Process:
         self._process.join()
 
 
-def _work(news: Connection, songs: Sequence[Song], job: Job, load: Load, workers: int) -> None:
+def _work(news: Connection, songs: Sequence[AnySong], job: Job, load: Load, workers: int) -> None:
     """Separate songs; runs in the new process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the other process gets it, too, and closes the pipe
     lock = threading.Lock()
@@ -100,7 +100,7 @@ def _work(news: Connection, songs: Sequence[Song], job: Job, load: Load, workers
             news.send(what)
 
     @contextmanager
-    def bar(song: Path) -> Iterator[Progress]:
+    def bar(song: Location) -> Iterator[Progress]:
         tell(song)
         yield Progress(lambda share, stage: tell((song, share, stage)))
 
@@ -117,7 +117,7 @@ def _work(news: Connection, songs: Sequence[Song], job: Job, load: Load, workers
         logger.removeHandler(handler)
 
 
-def _none(songs: Sequence[Song]) -> Iterator[Outcome]:
+def _none(songs: Sequence[AnySong]) -> Iterator[Outcome]:
     """No outcomes: the other process starts the next one."""
     return iter(())
 

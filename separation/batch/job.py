@@ -20,12 +20,27 @@ from separation.system.names import Place
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a song's file comes from, if its path relative to the stems does not say that.
+
+    Args:
+        path: its address in a store, or its absolute path.
+        n_bytes, tag: its size and its checksum in the store; an empty tag for a local file.
+    """
+
+    path: str
+    n_bytes: int = 0
+    tag: str = ""
+
+
+@dataclass(frozen=True)
 class AnySong:
     """A song, the folder for its stems, and the place of the stems there; each may be in an object store."""
 
     path: Location
     folder: Location
     place: Place = field(default_factory=Place)
+    origin: Origin | None = None
 
     def absolute(self) -> Self:
         """The song with absolute paths."""

@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from queue import SimpleQueue
 
-from separation.batch.job import Job, Outcome, Song
-from separation.batch.separate import separate_song
+from separation.batch.job import AnySong, Job, Outcome
+from separation.batch.staged import separate_anywhere
+from separation.batch.urls import Location
 from separation.checkpoints.load import load_model
 from separation.device import is_out_of_memory, parallel_devices, works
 from separation.engine.cache import chosen_cache
@@ -24,7 +24,7 @@ from separation.system.threads import Threads
 
 logger: logging.Logger = logging.getLogger("separation")
 
-Bar = Callable[[Path], AbstractContextManager[Progress]]
+Bar = Callable[[Location], AbstractContextManager[Progress]]
 
 
 def load_separators(
@@ -79,13 +79,13 @@ def load_separator(selection: Selection, options: EngineOptions, *, refresh: boo
 
 
 def run(
-    songs: Sequence[Song],
+    songs: Sequence[AnySong],
     job: Job,
     separators: list[Separator],
     *,
     workers: int = 1,
     bar: Bar,
-    afresh: Callable[[Sequence[Song]], Iterator[Outcome]],
+    afresh: Callable[[Sequence[AnySong]], Iterator[Outcome]],
 ) -> Iterator[Outcome]:
     """Separate the songs and yield each outcome as soon as it is known.
 
@@ -112,13 +112,13 @@ def run(
 
 
 def _run_together(
-    waiting: deque[Song], job: Job, separators: list[Separator], workers: int, bar: Bar
+    waiting: deque[AnySong], job: Job, separators: list[Separator], workers: int, bar: Bar
 ) -> Iterator[Outcome]:
     """Separate songs in threads, until none is waiting or no separator is left."""
     stopped = threading.Event()
     told: SimpleQueue[Outcome | BaseException | None] = SimpleQueue()  # None: a thread has ended
 
-    def cancellable_bar(song: Path) -> AbstractContextManager[Progress]:
+    def cancellable_bar(song: Location) -> AbstractContextManager[Progress]:
         return _cancellable_bar(bar, song, stopped)
 
     def work(separator: Separator) -> None:
@@ -149,10 +149,10 @@ def _run_together(
         pool.shutdown(cancel_futures=True)
 
 
-def _separate_next(song: Song, job: Job, separators: list[Separator], separator: Separator, bar: Bar) -> Outcome:
+def _separate_next(song: AnySong, job: Job, separators: list[Separator], separator: Separator, bar: Bar) -> Outcome:
     """Separate a song; if that crashes the GPU, remove the separator from the list."""
     with bar(song.path) as progress:
-        outcome = separate_song(song, job, separator, progress)
+        outcome = separate_anywhere(song, job, separator, progress)
     if outcome.may_pass and not works(separator.device):
         with suppress(ValueError):  # another thread has removed it
             separators.remove(separator)
@@ -161,7 +161,7 @@ def _separate_next(song: Song, job: Job, separators: list[Separator], separator:
 
 
 @contextmanager
-def _cancellable_bar(bar: Bar, song: Path, stopped: threading.Event) -> Iterator[Progress]:
+def _cancellable_bar(bar: Bar, song: Location, stopped: threading.Event) -> Iterator[Progress]:
     with bar(song) as progress:
         yield cancellable(progress, stopped)
 

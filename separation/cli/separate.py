@@ -19,9 +19,9 @@ from tqdm import tqdm
 from separation.audio.beside import stems_in
 from separation.audio.options import STEM_FILE
 from separation.batch import summary
-from separation.batch.done import unfinished
-from separation.batch.find import find
-from separation.batch.job import Job, Outcome, Song, stem_settings
+from separation.batch.anywhere import find_anywhere, unfinished_anywhere
+from separation.batch.job import AnySong, Job, Outcome, stem_settings
+from separation.batch.urls import Location, Url
 from separation.cli.options import engine_options, output_options, refuse_beside, selection
 from separation.cli.pipes import PIPE, Pipes, changed, check_stdout, stdin_song, write_to_stdout
 from separation.cli.printing import json_progress, print_error, print_json, print_line, song_bar, songs_bar
@@ -29,7 +29,7 @@ from separation.engine.recipes import models_of_files
 from separation.engine.selection import Selection
 from separation.errors import InputError
 from separation.progress import Progress
-from separation.system.names import FROM_ANALYSIS, Place, fields_in, song_fields
+from separation.system.names import FROM_ANALYSIS, FROM_TAGS, Place, fields_in, song_fields
 
 if TYPE_CHECKING:
     from separation.batch.retry import Attempt
@@ -57,7 +57,7 @@ def separate(args: argparse.Namespace) -> int:
 
 def _separate(args: argparse.Namespace, pipes: Pipes) -> int:
     started = time.monotonic()
-    found = find(args.songs, args.output, _placed(args))
+    found = find_anywhere(args.songs, args.output, _placed(args))
     if note := found.note():
         logger.warning(note)
     songs = [song.absolute() for song in found.songs] if args.ray else found.songs
@@ -65,7 +65,7 @@ def _separate(args: argparse.Namespace, pipes: Pipes) -> int:
     job, left = Job({}), songs
     if songs:  # report a missing song before a missing model
         job = _job(args)
-        left, finished = unfinished(songs, job, force=args.force_refresh)
+        left, finished = unfinished_anywhere(songs, job, force=args.force_refresh)
         outcomes += finished
     if pipes.to_stdout and n_songs > 1:
         raise InputError(f"-o - writes one stem of one song, and there are {n_songs} songs: give one")
@@ -98,23 +98,35 @@ def _write_summaries(outcomes: Sequence[Outcome], started: float, args: argparse
         summary.write(written, path, overwrite=args.overwrite)
 
 
-def _placed(args: argparse.Namespace) -> Callable[[Song], Song]:
+def _placed(args: argparse.Namespace) -> Callable[[AnySong], AnySong]:
     """Gives a song the place that the options name."""
     options = output_options(args)
 
-    def placed(song: Song) -> Song:
+    def placed(song: AnySong) -> AnySong:
         if options.excerpt:  # in a folder of its own, beside the whole song's
             song = replace(song, folder=song.folder.with_name(f"{song.folder.name} {options.excerpt}"))
         if options.name is None:
             return song
-        from separation.audio.metadata import tags_for  # needs PyTorch, which a run that has nothing to do does without
-
-        tags, below = tags_for(options.name, song.path), song.folder.parent.relative_to(args.output)
+        tags, below = _tags(options.name, song.path), song.folder.parent.relative_to(args.output)
         recipe = selection(args).load().name
         place = Place.of(options.name, song_fields(song.folder.name, tags, recipe, below.as_posix()))
         return replace(song, folder=args.output / place.folder, place=replace(place, folder=""))
 
     return placed
+
+
+def _tags(template: str, song: Location) -> dict[str, str]:
+    """The tags of a song that a template of names needs."""
+    if isinstance(song, Url):
+        if missing := fields_in(template) & set(FROM_TAGS):
+            raise InputError(
+                f"--name takes no {{{min(missing)}}} for songs in an object store, which would have to be read for it: "
+                "leave it out, or download the songs"
+            )
+        return {}
+    from separation.audio.metadata import tags_for  # needs PyTorch, which a run that has nothing to do does without
+
+    return dict(tags_for(template, song))
 
 
 def _job(args: argparse.Namespace) -> Job:
@@ -135,7 +147,7 @@ def _job(args: argparse.Namespace) -> Job:
     )
 
 
-def _run(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipes) -> Generator[Outcome]:
+def _run(songs: Sequence[AnySong], job: Job, args: argparse.Namespace, pipes: Pipes) -> Generator[Outcome]:
     """Separate songs here or on a cluster. Loads no model if there are none."""
     if not songs:
         return
@@ -145,7 +157,7 @@ def _run(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipes
     yield from retried(songs, attempt, args.retries)
 
 
-def _on_cluster(job: Job, args: argparse.Namespace) -> "Attempt[Song]":
+def _on_cluster(job: Job, args: argparse.Namespace) -> "Attempt[AnySong]":
     try:
         from separation.batch import cluster
     except ImportError as e:
@@ -156,7 +168,7 @@ def _on_cluster(job: Job, args: argparse.Namespace) -> "Attempt[Song]":
     return lambda songs, is_retry: cluster.run(songs, job, load, args.ray)
 
 
-def _here(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipes) -> "Attempt[Song]":
+def _here(songs: Sequence[AnySong], job: Job, args: argparse.Namespace, pipes: Pipes) -> "Attempt[AnySong]":
     from separation.batch.fresh import run_afresh
     from separation.batch.run import load_separators, run
 
@@ -165,7 +177,7 @@ def _here(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipe
     separators = load(len(songs))
     bar = partial(_bar, args, pipes, leave=len(songs) == 1)
 
-    def attempt(songs: Sequence[Song], is_retry: bool) -> Iterator[Outcome]:
+    def attempt(songs: Sequence[AnySong], is_retry: bool) -> Iterator[Outcome]:
         workers = 1 if is_retry else args.workers  # fewer songs at once need less memory
         afresh = partial(run_afresh, job=job, load=load, workers=workers, bar=bar)
         return run(songs, job, separators, workers=workers, bar=bar, afresh=afresh)
@@ -173,7 +185,7 @@ def _here(songs: Sequence[Song], job: Job, args: argparse.Namespace, pipes: Pipe
     return attempt
 
 
-def _bar(args: argparse.Namespace, pipes: Pipes, song: Path, *, leave: bool) -> AbstractContextManager[Progress]:
+def _bar(args: argparse.Namespace, pipes: Pipes, song: Location, *, leave: bool) -> AbstractContextManager[Progress]:
     """What shows the progress of a song."""
     if args.progress == "json":
         return json_progress(PIPE if song == pipes.stdin else str(song))

@@ -4,6 +4,8 @@ import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+from separation.batch.urls import Location, Url, is_url
+from separation.errors import InputError
 from separation.evaluation.choice import SCORES
 
 
@@ -19,8 +21,17 @@ def path(text: str) -> Path:
     return Path(given(text))
 
 
-def output_folder(text: str) -> Path:
-    """A folder, or `-` for stdout; `./-` is a folder."""
+def output_folder(text: str) -> Location:
+    """A folder, an address in an object store, or `-` for stdout; `./-` is a folder."""
+    if is_url(text):
+        try:
+            return Url.parse(text)
+        except InputError as e:
+            raise ArgumentTypeError(str(e)) from e
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise ArgumentTypeError(
+            f"{text!r} is no place to write to: give a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
+        )
     folder = path(text)
     return folder.absolute() if text != "-" and folder == Path("-") else folder
 

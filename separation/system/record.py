@@ -25,7 +25,7 @@ SAME_TIME_NS = 2 * 10**9  # FAT, many network drives and sync services keep time
 
 _VERSION = 1
 _MAX_BYTES = 2**24  # enough for thousands of runs
-_SOURCE = {"name": str, "path": str, "bytes": int, "mtime_ns": int, "sha256": str}
+_SOURCE = {"name": str, "path": str, "bytes": int, "mtime_ns": int, "tag": str, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,15 @@ class Record:
     @classmethod
     def read(cls, folder: Path, name: str = RECORD) -> "Record":
         """The folder's record of that name; empty if it has none, or one that is damaged or from a later version."""
-        content = _content(folder / name)
+        return cls._of(_content(folder / name))
+
+    @classmethod
+    def parse(cls, text: bytes) -> "Record":
+        """The record in a text; empty if it is damaged or from a later version."""
+        return cls._of(_object(text))
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> "Record":
         if content.get("version") != _VERSION:
             return cls()
         try:
@@ -176,7 +184,15 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         facts = path.stat()
         is_plausible = stat.S_ISREG(facts.st_mode) and facts.st_size <= _MAX_BYTES
-        content = json.loads(path.read_text(encoding="utf-8")) if is_plausible else None
-    except (OSError, ValueError, RecursionError):
+        return _object(path.read_bytes()) if is_plausible else {}
+    except OSError:
+        return {}
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    """The JSON object in a record's text; empty if the text is damaged or not a record."""
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and {"version", "runs"} <= content.keys() else {}

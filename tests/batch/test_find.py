@@ -132,7 +132,7 @@ def test_what_cannot_be_a_song_fails_with_the_reason_and_the_whole_path(given: s
     assert [(each.path, each.error) for each in found.failed] == [(path, error.format(path, folder=tmp_path))]
 
 
-@pytest.mark.parametrize("address", ["https://example.com/song.mp3", "HTTP://x/*.wav?a=[1]", "s3://music/song.wav"])
+@pytest.mark.parametrize("address", ["https://example.com/song.mp3", "HTTP://x/*.wav?a=[1]", "ftp://music/song.wav"])
 def test_a_url_is_refused(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["separate", address, "-o", str(tmp_path / "out"), *DEMO]) == 2
     assert (

@@ -129,7 +129,7 @@ def test_several_separators_work_at_once_on_one_song_each(tmp_path: Path, monkey
         busy[separator].release()
         return Outcome(song.path, "done", facts={"by": separator})
 
-    monkeypatch.setattr(run, "separate_song", separated)
+    monkeypatch.setattr(run, "separate_anywhere", separated)
     found = [Song(tmp_path / f"{n}.wav", tmp_path / f"{n}") for n in range(9)]
     separators: Any = ["a", "b", "c"]
     outcomes = list(run.run(found, job(), separators, workers=1, bar=no_bar, afresh=never))
@@ -207,7 +207,7 @@ def test_songs_of_a_crashed_gpu_go_to_the_others_and_then_to_a_new_process(
     def afresh(left: Sequence[Song]) -> Iterator[Outcome]:
         return (Outcome(song.path, "done", facts={"by": "new process"}) for song in left)
 
-    monkeypatch.setattr(run, "separate_song", separated)
+    monkeypatch.setattr(run, "separate_anywhere", separated)
     monkeypatch.setattr(run, "works", lambda device: device not in crashed)
     separators: Any = [Gpu("cuda:0"), Gpu("cuda:1")]
     outcomes = list(run.run(songs, job(), separators, workers=workers, bar=no_bar, afresh=afresh))
@@ -226,7 +226,7 @@ def test_there_are_no_more_workers_than_songs(tmp_path: Path, monkeypatch: pytes
         threads.add(threading.current_thread().name)
         return Outcome(song.path, "done")
 
-    monkeypatch.setattr(run, "separate_song", separated)
+    monkeypatch.setattr(run, "separate_anywhere", separated)
     separators: Any = ["a"]
     (outcome,) = run.run(
         [Song(tmp_path / "1.wav", tmp_path / "1")], job(), separators, workers=3, bar=no_bar, afresh=never

@@ -23,7 +23,7 @@ from helpers.common import below, slow
 from helpers.house import modules
 from separation import EstimateError, InputError, OutputError, Separator
 from separation.batch.job import Job, Song
-from separation.batch.run import separate_song
+from separation.batch.separate import separate_song
 from separation.cli.main import main
 from separation.engine.cache import Cache
 from separation.engine.options import EngineOptions

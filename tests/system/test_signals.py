@@ -12,7 +12,7 @@ from helpers import common
 from helpers.common import below
 from separation.batch.done import unfinished
 from separation.batch.job import Job, Song
-from separation.batch.run import separate_song
+from separation.batch.separate import separate_song
 from separation.engine.options import EngineOptions
 from separation.engine.separator import Separator
 from separation.progress import Progress
