@@ -136,12 +136,13 @@ def _add_separate(parent: _Commands) -> None:
         "[OPTIONS] -o DIR SONG [SONG ...]",
         "Separate songs into stems.",
         "song.mp3 -o stems",
+        "s3://bucket/music -o s3://bucket/stems",
         "music -o stems --stems all_4 --format mp3",
         "'music/**/*.flac' -o karaoke --two-stems vocals",
         "- -o - --only vocals < song.mp3 > vocals.wav",
     )
     parser.add_argument_group("arguments").add_argument(
-        "songs", nargs="+", type=given, metavar="SONG", help="file, folder or glob, or - for stdin"
+        "songs", nargs="+", type=given, metavar="SONG", help="file, folder or glob, also at s3:// or gs://, or - for stdin"
     )
     model = _add_model_options(parser)
     model.add_argument(
