@@ -142,7 +142,11 @@ def _add_separate(parent: _Commands) -> None:
         "- -o - --only vocals < song.mp3 > vocals.wav",
     )
     parser.add_argument_group("arguments").add_argument(
-        "songs", nargs="+", type=given, metavar="SONG", help="file, folder or glob, also at s3:// or gs://, or - for stdin"
+        "songs",
+        nargs="+",
+        type=given,
+        metavar="SONG",
+        help="file, folder or glob, also at s3:// or gs://, or - for stdin",
     )
     model = _add_model_options(parser)
     model.add_argument(
