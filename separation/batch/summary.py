@@ -154,8 +154,8 @@ def _rounded(seconds: float | None) -> float | None:
 
 def _cell(value: Any) -> Any:
     """A value that no spreadsheet takes for a formula. A path stays the path of the same file."""
-    if isinstance(value, Path):
-        return f"./{value}" if str(value).startswith(_FORMULA) else str(value)
+    if isinstance(value, Path):  # `-` is the song from stdin
+        return f"./{value}" if str(value).startswith(_FORMULA) and str(value) != "-" else str(value)
     if isinstance(value, str) and value.startswith(_FORMULA):
         return f"'{value}"
     return value

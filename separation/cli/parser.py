@@ -139,6 +139,7 @@ def _add_separate(parent: _Commands) -> None:
         "s3://bucket/music -o s3://bucket/stems",
         "music -o stems --stems all_4 --format mp3",
         "'music/**/*.flac' -o karaoke --two-stems vocals",
+        "music -o stems --report --summary stems/all.html",
         "- -o - --only vocals < song.mp3 > vocals.wav",
     )
     parser.add_argument_group("arguments").add_argument(

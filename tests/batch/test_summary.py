@@ -73,6 +73,11 @@ def test_the_csv_file_has_a_row_for_each_song_and_no_formula(tmp_path: Path) -> 
     assert (remote["song"], remote["vocals_file"]) == ("s3://music/u.wav", "s3://out/u/vocals.wav")
 
 
+def test_the_song_from_stdin_keeps_its_name(tmp_path: Path) -> None:
+    write(Summary([Outcome(Path("-"), "done")]), tmp_path / "summary.csv", overwrite=False)
+    assert rows(tmp_path / "summary.csv")[0]["song"] == "-"
+
+
 def test_the_page_names_what_failed_first_and_links_relative_to_itself(tmp_path: Path) -> None:
     folder = tmp_path / "pages"
     outcomes = [replace(done("a #1?.wav", tmp_path / "out"), path=Path("javascript:x.wav")), *OUTCOMES]
