@@ -308,6 +308,11 @@ function draw() {
   if (player.playing) draw.next = requestAnimationFrame(draw);
 }
 
+/** Tells screen readers what a key has done. */
+function say(text) {
+  document.getElementById("now").textContent = text;
+}
+
 /** Plays, pauses or seeks for a key; returns whether the key was one of these. */
 function transportKey(event) {
   const isSlider = event.target.type === "range" && event.target !== slider;

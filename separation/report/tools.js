@@ -247,6 +247,7 @@ function toolKey(event) {
   else if (event.key === "b") setLoop(position > start ? start : 0, position);
   else if (event.key === "x") player.repeat(null);
   else return false;
+  say(player.loop ? `Loop from ${loopSeconds().map(each => clock(each, 1)).join(" to ")}` : "No loop");
   return true;
 }
 

@@ -227,6 +227,14 @@ def saved(browser: Browser, folder: Path) -> Samples:
     return np.asarray(samples)
 
 
+def test_screen_readers_hear_what_keys_do(browser: Browser) -> None:
+    said = []
+    for key in ("2", "2", "0", "a", "x"):
+        browser.press(key)
+        said.append(browser.run("return document.querySelector('#now[role=status]').textContent"))
+    assert said == ["drums muted", "drums not muted", "mixture solo", "Loop from 0:00.0 to 0:12.0", "No loop"]
+
+
 def test_keys_set_and_clear_the_loop(browser: Browser) -> None:
     browser.run("player.seek(2)")
     browser.press("a")
