@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from separation.models.base import Identity, SeparationModel
+from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.shapes import Shapes
 from separation.models.stft import Stft, make_window
 
@@ -143,8 +143,8 @@ class VR(SeparationModel):
     def __init__(self, config: VRConfig, identity: Identity) -> None:
         super().__init__(identity)
         self.config = config
-        self.spill_samples = config.reach_frames * config.hop_lengths[-1]
-        self.normalisation = "spectrum"  # whatever the YAML requests
+        self.spill_samples: int = config.reach_frames * config.hop_lengths[-1]
+        self.normalisation: Normalisation = "spectrum"  # whatever the YAML requests
         width, lstm = config.nout, config.nout_lstm
         if lstm:
             bins = config.bins // 4  # of a half, at the second scale
