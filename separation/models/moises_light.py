@@ -98,7 +98,8 @@ class MoisesLight(SeparationModel):
 
     def __init__(self, config: MoisesLightConfig, identity: Identity) -> None:
         super().__init__(identity)
-        self.channels, self.head_size = config.audio_channels, config.transformer_params_dim_head
+        self.channels: int = config.audio_channels
+        self.head_size: int | None = config.transformer_params_dim_head
         self.least_samples: int = config.n_fft // 2 + 1
         self._stft = Stft(
             n_fft=config.n_fft, hop_length=config.hop_size, win_length=config.win_size, normalized=config.normalized

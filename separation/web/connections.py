@@ -103,7 +103,7 @@ class LimitedServer(ThreadingTCPServer):
     def __init__(self, host: str, port: int, handler: type[BaseRequestHandler], limits: Limits) -> None:
         self.limits = limits
         self.connections: Connections = Connections(limits)
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.address_family: int = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), handler)
 
     def get_request(self) -> tuple[socket.socket, Any]:

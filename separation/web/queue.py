@@ -34,7 +34,7 @@ SLOW_SECONDS, SLOW_BYTES_PER_SECOND = 5.0, 1 << 16  # a slower upload is dropped
 BLOCK_BYTES = 1 << 16
 BUSY = ("waiting", "separating")  # states whose end can be told
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 class SongQueue:
@@ -54,7 +54,7 @@ class SongQueue:
         self._folder = folder
         self._worker = Worker(pool, cache, max_seconds())
         self._keep_seconds = keep_seconds
-        self.max_bytes = max_mib() * 2**20
+        self.max_bytes: float = max_mib() * 2**20
         found = restored(folder)
         self._songs = {song.id: song for song in found}
         self._waiting = [song for song in found if song.state == "waiting"]  # the first one may be separating

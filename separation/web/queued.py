@@ -34,7 +34,7 @@ ID = re.compile(r"[\w-]{22}", re.ASCII)  # ID_BYTES as secrets.token_urlsafe wri
 VERSION = 1
 ELSEWHERE = "set SEPARATION_SONGS to another folder"
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 
 @dataclass(eq=False)

@@ -29,14 +29,15 @@ class Responder(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # lets a malformed request line get a response with a status
-    server_version, sys_version = "separation", ""
+    server_version: str = "separation"
+    sys_version: str = ""
     server: LimitedServer
 
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
         self.incoming: Incoming = Incoming(self.connection, self.server.limits.head_seconds)
-        self.rfile = io.BufferedReader(self.incoming)
+        self.rfile: io.BufferedIOBase = io.BufferedReader(self.incoming)
 
     def handle(self) -> None:
         self.handle_one_request()

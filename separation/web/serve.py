@@ -125,7 +125,12 @@ class Handler(Responder):
         else:
             send()
 
-    do_GET = do_HEAD = do_OPTIONS = do_POST = do_PUT = do_DELETE = _answer  # noqa: N815
+    do_GET = _answer  # noqa: N815
+    do_HEAD = _answer  # noqa: N815
+    do_OPTIONS = _answer  # noqa: N815
+    do_POST = _answer  # noqa: N815
+    do_PUT = _answer  # noqa: N815
+    do_DELETE = _answer  # noqa: N815
 
     def _check_sender(self) -> None:
         """Refuse ambiguous requests, and requests from other sites' pages."""
