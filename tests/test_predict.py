@@ -29,6 +29,7 @@ import predict
 from helpers.cog_rules import read_runner
 from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, slow, song
 from helpers.house import imports, modules
+from helpers.served_process import SETUP_STEPS
 from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
 from separation import analyse, device
 from separation.checkpoints.catalogue import files_for, read_config
@@ -343,6 +344,16 @@ def predictor(temporary: Path) -> predict.Predictor:
     return predictor
 
 
+def test_setup_prints_how_long_each_step_took(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEPARATION_RECIPE", "demo")
+    predict.Predictor().setup()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(SETUP_STEPS)
+    assert all(re.fullmatch(step, line) for step, line in zip(SETUP_STEPS, lines, strict=True))
+
+
 @pytest.fixture
 def audio(tmp_path: Path) -> Path:
     path = tmp_path / "song.wav"
@@ -418,6 +429,7 @@ def test_a_part_of_a_song_has_the_samples_of_the_whole_song(
         assert np.array_equal(part, stem[int(start * 44100) : int(stop * 44100)])
 
 
+@pytest.mark.slow
 def test_a_preview_is_the_loudest_half_minute(predictor: predict.Predictor, tmp_path: Path) -> None:
     audio = tmp_path / "song.wav"
     samples = np.full((40 * 8000, 1), 0.01, dtype=np.float32)

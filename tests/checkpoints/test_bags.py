@@ -10,6 +10,7 @@ import torch
 import yaml
 from demucs.apply import BagOfModels
 
+from helpers.common import slow
 from helpers.demucs_files import CHUNK_SAMPLES, CLASSES, SOURCES, assert_separates_as, by_demucs, network, save, song
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import load_model
@@ -66,7 +67,7 @@ def test_each_specialist_of_a_bag_gives_its_stem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("weights", [{}, {"weights": [[1, 1], [1, 1]]}])
+@pytest.mark.parametrize("weights", [{}, slow({"weights": [[1, 1], [1, 1]]})])
 def test_equal_shares_give_the_mean(name: str, weights: dict[str, Any], tmp_path: Path) -> None:
     nets = [network(name, seed) for seed in (1, 2)]
     for number, net in enumerate(nets):

@@ -88,6 +88,7 @@ def test_what_cannot_be_compared_is_one_clear_line(
     assert_refused(tune(*arguments, "-o", "out"), capsys, Path("out"), words)
 
 
+@pytest.mark.slow
 def test_a_users_file_is_never_replaced(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = Path("out", "song", "rest.html")
     page.parent.mkdir(parents=True)

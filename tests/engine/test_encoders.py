@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from helpers.common import slow
 from helpers.small_separators import QUICK, Recorder, write
 from separation import ModelPool, OutputError, Separator
 from separation.audio.encode import encode
@@ -65,9 +66,9 @@ def test_stems_are_encoded_in_parallel(
     "options",
     [
         {"format": "wav"},
-        {"format": "wav", "wav_depth": "16"},
-        {"format": "flac"},
-        {"format": "flac", "flac_depth": "16"},
+        slow({"format": "wav", "wav_depth": "16"}),
+        slow({"format": "flac"}),
+        slow({"format": "flac", "flac_depth": "16"}),
         {"format": "mp3"},
         {"format": "flac", "sample_rate": 48000},
     ],

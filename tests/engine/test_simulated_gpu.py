@@ -50,7 +50,7 @@ NEAR |= dict.fromkeys(
 NEAR |= {"mdx_net": 40.0, "bs_roformer_hyperace": 12.0}  # with random weights, HyperACE's norms enlarge all rounding
 NEAR |= dict.fromkeys((name for name in ARCHITECTURES if name not in NEAR), 45.0)
 
-QUICK = ("bs_roformer", "mel_band_roformer", "htdemucs", "hdemucs", "mdx23c", "scnet")  # the others are slow tests
+QUICK = ("bs_roformer", "mel_band_roformer", "htdemucs", "mdx23c", "scnet")  # the others are slow tests
 
 Forward = Callable[[str], tuple[Counts, Tensor, Tensor]]
 
@@ -545,7 +545,7 @@ def test_the_demo_gives_the_cpus_stems(gpu: SimulatedGPU, clip: Tensor, precisio
     assert_near(stems["cuda"], stems["cpu"], decibels)
 
 
-@pytest.mark.parametrize("batch_size", ["auto", 1, 4])
+@pytest.mark.parametrize("batch_size", ["auto", 1, slow(4)])
 def test_a_song_in_memory_gives_the_cpus_stems(
     gpu: SimulatedGPU, quick: Callable[..., Separator], clip: Tensor, expected: dict[str, Tensor], batch_size: Any
 ) -> None:

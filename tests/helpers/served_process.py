@@ -24,6 +24,10 @@ SCHEMA = PROJECT / "tests" / "served" / "openapi.json"
 COGLETS_FOLDERS = Path("/tmp/coglet/predictions")  # coglet 0.23.1 creates one per prediction here, whatever TMPDIR says
 # The demo weights on one CPU thread: the same everywhere, and slow enough to interrupt.
 DEMO = {"SEPARATION_RECIPE": "demo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# What the server prints before it is ready, as regular expressions
+SETUP_STEPS = ["Python and its packages", r"device cpu \(.*\), precision .*", "loading demo", "loading all models"]
+SETUP_STEPS = [rf"{step}: \d+\.\d s" for step in (*SETUP_STEPS, "running each model once")]
+SETUP_STEPS.append(r"ready \d+\.\d s after the start")
 ASYNC = {"Prefer": "respond-async"}
 
 
