@@ -377,7 +377,7 @@ def test_the_installed_command_ends_on_a_signal(served: "subprocess.Popen[str]")
     with urlopen(url) as page:
         assert b"class Region" in page.read()
     served.send_signal(signal.SIGHUP)
-    assert served.wait(20) == 128 + signal.SIGHUP
+    assert served.wait(60) == 128 + signal.SIGHUP
 
 
 @pytest.mark.parametrize("name", separation.__all__)

@@ -48,7 +48,7 @@ def test_names_of_songs_never_reach_a_terminal_raw(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
         code = main(["separate", str(music), "-o", str(tmp_path / "out"), *DEMO, "--workers", "2"])
-        thread.join(30)
+        thread.join(60)
     os.close(terminal)
     assert code == 2
     text = bytes(seen).replace(b"\x1b[A", b"").decode()  # tqdm moves the cursor up
@@ -96,6 +96,6 @@ def test_a_terminal_gets_a_bar_for_each_song_and_one_for_all(
     with open(ours, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         assert separate(tmp_path / "music", "-o", tmp_path / "out", "--workers", workers) == 0
-        thread.join(20)
+        thread.join(60)
     os.close(terminal)
     assert b"0 of 3 songs|" in shown and b"\r3.wav" in shown and b"3 songs: 3 done" in shown

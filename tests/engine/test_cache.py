@@ -599,7 +599,7 @@ def test_killing_a_process_while_it_writes_leaves_no_entry_and_the_next_process_
 def blocks():
     yield b"12"
     print("half", flush=True)
-    time.sleep(20)
+    time.sleep(60)
 Cache({str(cache.folder)!r}).put({SETTINGS!r}, blocks(), 4, {FACTS!r})
 """
     with python(code, stdout=subprocess.PIPE) as writer:

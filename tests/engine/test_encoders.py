@@ -47,7 +47,7 @@ def test_a_song_can_be_cancelled_while_a_stem_is_encoded(
 def test_stems_are_encoded_in_parallel(
     pool: ModelPool, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, both = encoders.encode, threading.Barrier(2, timeout=20)
+    encode, both = encoders.encode, threading.Barrier(2, timeout=60)
 
     def encode_together(*arguments: object, **options: object) -> None:
         both.wait()  # fails unless both encoders get here
@@ -112,7 +112,7 @@ def test_every_stem_is_encoded_while_the_model_still_runs(
     class Waiting(Recorder):
         def forward(self, chunks: Tensor) -> Tensor:
             if len(self.seen) == 2:  # the third and last: 4 s are with the encoders
-                assert all(event.wait(20) for event in begun.values())
+                assert all(event.wait(60) for event in begun.values())
             return super().forward(chunks)
 
     monkeypatch.setattr(encoders, "encode", watched)
@@ -141,7 +141,7 @@ def test_an_error_on_another_thread_ends_the_run_with_that_error(
 
     class Slow(Recorder):
         def forward(self, chunks: Tensor) -> Tensor:
-            assert failed.wait(20)
+            assert failed.wait(60)
             time.sleep(0.05)
             return super().forward(chunks)
 

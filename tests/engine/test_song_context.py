@@ -151,7 +151,7 @@ def test_warnings_are_printed_above_the_progress_bars(tmp_path: Path, monkeypatc
             monkeypatch.setattr(sys, "stderr", stream)
             arguments = ["separate", str(tmp_path / "music"), "-o", str(tmp_path / "out"), "--recipe", "demo"]
             assert main([*arguments, "--format", "flac", "--workers", "2"]) == 0
-            thread.join(30)
+            thread.join(60)
     finally:
         root.handlers[:] = handlers
     os.close(terminal)

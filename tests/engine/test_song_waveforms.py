@@ -47,7 +47,7 @@ def test_a_reader_of_samples_waits_until_they_are_appended() -> None:
     thread.start()
     samples.append(torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
     samples.append(torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
-    thread.join(20)
+    thread.join(60)
     assert read == [[[1, 2, 3, 4]] * 2]
 
 
@@ -173,7 +173,7 @@ def test_the_end_of_the_block_waits_for_background_jobs_and_raises_their_errors(
     begin, done = threading.Event(), []
 
     def job() -> None:
-        begin.wait(20)
+        begin.wait(60)
         done.append(True)
 
     def fail() -> None:

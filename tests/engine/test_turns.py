@@ -38,7 +38,7 @@ def test_turns_come_one_at_a_time_in_the_order_of_asking() -> None:
         threads = waiting(turns, 8, job)
         assert turns.is_wanted and order == []
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert order == list(range(8))
     assert not turns.is_wanted
 
@@ -62,11 +62,11 @@ def test_who_gives_up_waiting_leaves_the_turn_to_the_others() -> None:
 
         thread = threading.Thread(target=cancelled)
         thread.start()
-        thread.join(10)
+        thread.join(60)
         assert raised == [True] and not turns.is_wanted
         threads = waiting(turns, 2, order.append)
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert order == [0, 1]
 
 

@@ -254,7 +254,7 @@ def test_a_download_can_be_cancelled(server: HostileServer, web: tuple[str, list
         wait_for(lambda: len(list(server.temporary.glob("song-*/dripping"))) == 1, "the song's file")
     finally:
         assert server.request("POST", "/predictions/dripping/cancel")[0] == 200
-        thread.join(30)
+        thread.join(60)
     assert [ended["status"] for ended in answers] == ["canceled"]
     wait_for(lambda: not any(server.temporary.glob("song-*")), "the end of the song's thread")
     assert_works(server)
@@ -302,7 +302,7 @@ def test_a_recipe_other_than_the_servers_downloads_nothing(server: HostileServer
 
 
 def assert_operator_reads(message: str, server: HostileServer) -> None:
-    deadline = time.monotonic() + 10  # the log and the response are written concurrently
+    deadline = time.monotonic() + 60  # the log and the response are written concurrently
     while message not in server.log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert message in server.log.read_text()

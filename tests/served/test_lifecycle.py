@@ -268,7 +268,7 @@ def test_sigterm_during_a_song_stops_the_server_and_leaves_no_partial_files(tmp_
         worker = server.worker
         assert any(name.startswith("stems-") for name in server.leftovers())
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
         wait_for(lambda: not is_running(worker), "the worker's end")
         assert server.leftovers() == set()
         with pytest.raises(ConnectionRefusedError):

@@ -47,8 +47,8 @@ def test_as_many_songs_run_at_once_as_there_are_places_and_the_others_follow_in_
     def job(number: int) -> int:
         started.append(number)
         if number < 2:
-            both.wait(10)
-        assert go_on.wait(10)
+            both.wait(60)
+        assert go_on.wait(60)
         return number
 
     async def main() -> list[int]:
@@ -99,7 +99,7 @@ def test_a_cancelled_song_ends_at_its_next_check_and_keeps_its_place_until_then(
 
     def job(check: Check) -> None:
         begun.set()
-        may_check.wait(10)
+        may_check.wait(60)
         try:
             check()
         except CancelledError:
@@ -128,7 +128,7 @@ def test_a_song_that_is_cancelled_while_it_waits_never_starts() -> None:
 
     def first(check: Check) -> None:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(60)
 
     async def main() -> None:
         threads = SongThreads(1)
