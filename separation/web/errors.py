@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 
-from separation.errors import EstimateError, InputError, SeparationError
+from separation.errors import DownloadError, EstimateError, InputError, SeparationError
 from separation.system.text import shown
 
 
@@ -43,6 +43,12 @@ def errors_without_paths() -> Iterator[None]:
         yield
     except (InputError, EstimateError):
         raise
+    except DownloadError as e:
+        log_traceback()
+        raise DownloadError(
+            "the server could not download the models' weights: try again when its internet connection works, or ask "
+            "its operator to read the log"
+        ) from e
     except Exception as e:
         log_traceback()
         cause = e if isinstance(e, OSError) else e.__cause__

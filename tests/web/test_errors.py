@@ -5,6 +5,7 @@ import pytest
 from separation.errors import (
     AudioError,
     CheckpointError,
+    DownloadError,
     EstimateError,
     InputError,
     OutputError,
@@ -40,6 +41,13 @@ def test_errors_of_the_server_hide_paths_and_are_logged_in_full(
     assert type(caught.value) is kind
     assert f"({reason})" in str(caught.value) and "/srv" not in str(caught.value)
     assert "/srv" in capfd.readouterr().err
+
+
+def test_weights_that_cannot_be_downloaded_are_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DownloadError) as caught, errors_without_paths():
+        raise DownloadError("x.ckpt is not in /srv/weights and could not be downloaded")
+    assert str(caught.value).startswith("the server could not download the models' weights: ")
+    assert "/srv/weights" in capfd.readouterr().err
 
 
 def test_the_reason_is_the_operating_systems_if_it_caused_the_error() -> None:
