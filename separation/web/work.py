@@ -1,5 +1,6 @@
 """The work on a song of the local page: download weights, separate, make the page to listen; with words and times."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from separation.engine.cache import Cache
 from separation.engine.pool import ModelPool
 from separation.engine.recipes import Recipe
 from separation.engine.separator import DECODED, DECODING, ESTIMATED, Separator
-from separation.errors import AudioError
+from separation.errors import AudioError, CheckpointError, DownloadError, InputError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
 from separation.web.pace import Paces, SongPace
@@ -19,6 +20,8 @@ from separation.web.queued import QueuedSong
 
 LISTEN, ZIP = "stems.html", "stems.zip"
 SEPARATED = 0.8  # share of the progress bar for the separation; the rest is for the listening page
+
+logger = logging.getLogger("separation")
 
 # Called with the share that is done, the stage in words, and the seconds left if they can be told. It may raise.
 Tell = Callable[[float, str, float | None], None]
@@ -68,7 +71,10 @@ class Worker:
         return self.paces.total(song.order.choice, song.order.seconds(song.n_bytes), 1 + song.order.n_stems)
 
     def _download(self, recipe: Recipe, tell: Tell) -> None:
-        """Download the weights that are missing."""
+        """Download the weights that are missing.
+
+        Raises InputError, whose message names no file on the server, if they cannot be had; a warning says more.
+        """
         files = {file: name for name, stems in recipe.models.items() for file in missing(name, stems)}
         for file, name in files.items():
             title, started = _title(name), time.monotonic()
@@ -78,7 +84,20 @@ class Worker:
                 left = took / share * (1 - share) if share > 0.02 and took > 2 else None
                 tell(share, f"Downloading {title}, once", left)
 
-            fetch(file, quiet=True, progress=Progress(report))
+            try:
+                fetch(file, quiet=True, progress=Progress(report))
+            except DownloadError as e:
+                logger.warning(e)
+                raise InputError(
+                    f"the weights of {title} could not be downloaded: connect the server to the internet, and send the "
+                    "song again"
+                ) from e
+            except CheckpointError as e:
+                logger.warning(e)
+                raise InputError(
+                    f"the weights of {title} are missing or wrong: do what the server's log says, or choose another "
+                    "model"
+                ) from e
 
     def _write_page(self, song: QueuedSong, progress: Progress) -> None:
         page, stems = song.folder / LISTEN, {path.stem: path for path in song.files.values()}

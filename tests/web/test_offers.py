@@ -1,6 +1,7 @@
 """What the local page offers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,16 @@ from separation.web.offers import PRESETS, RECIPES, offers
 from separation.web.order import Order
 
 
-def test_every_recipe_and_every_model_is_offered_once_and_can_be_ordered() -> None:
-    found = offers()
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The offers of a server without any weights but those of the demo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEPARATION_WEIGHTS", str(tmp_path_factory.mktemp("weights")))
+        patch.delenv("SEPARATION_MODELS", raising=False)
+        return offers()
+
+
+def test_every_recipe_and_every_model_is_offered_once_and_can_be_ordered(found: dict[str, Any]) -> None:
     recipes = [offer["order"] for offer in found["presets"] + found["recipes"]]
     assert sorted((order["recipe"], order["stems"]) for order in recipes) == [
         (name, choice) for name in names() for choice in choices(name)
@@ -30,15 +39,14 @@ def test_every_other_recipe_has_a_title() -> None:
     assert RECIPES.keys() == set(names()) - {recipe for recipe, *_ in PRESETS}
 
 
-def test_models_are_listed_by_task_the_best_published_first() -> None:
-    tasks = offers()["tasks"]
+def test_models_are_listed_by_task_the_best_published_first(found: dict[str, Any]) -> None:
+    tasks = found["tasks"]
     assert list(tasks) == [task for task in TASKS if task in tasks]
     titles = [offer["title"] for offer in tasks["vocals"]["models"]]
     assert titles.index("MelBand-RoFormer Kim") < titles.index("BS-RoFormer viperx 1297")  # 10.98 and 10.87 dB
 
 
-def test_quality_licence_and_download_are_those_of_the_yaml(weights: Path) -> None:
-    found = offers()
+def test_quality_licence_and_download_are_those_of_the_yaml(found: dict[str, Any]) -> None:
     kit = {offer["title"]: offer for offer in found["presets"]}["Drum kit"]
     assert kit["missing"] is None  # the size of one file is not known
     vocals = found["presets"][0]

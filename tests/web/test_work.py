@@ -12,10 +12,12 @@ import torch
 from helpers.common import read, song
 from helpers.weights_server import CONTENT, Server, weight_file
 from separation import Separator
+from separation.checkpoints import download
 from separation.checkpoints.description import WeightFile
 from separation.engine.cache import Cache
 from separation.engine.options import EngineOptions
 from separation.engine.pool import ModelPool
+from separation.errors import InputError
 from separation.models.base import SeparationModel
 from separation.web import work
 from separation.web.order import Order
@@ -108,3 +110,28 @@ def test_stages_are_in_words_and_the_next_song_has_a_time_from_the_start(
     assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)
     assert told[0][len(downloading)][2] is None  # nothing has been measured yet
     assert all(left is not None and left >= 0 for _, _, left in told[1])
+
+
+@pytest.mark.parametrize(
+    "url, told, logged",
+    [
+        ("http://127.0.0.1:9/", "could not be downloaded: connect the server to the internet", "no connection"),
+        (None, "are missing or wrong: do what the server's log says, or choose another model", "has no url"),
+    ],
+)
+def test_weights_that_cannot_be_had_fail_the_song_in_words(
+    url: str | None,
+    told: str,
+    logged: str,
+    weights: Path,
+    pool: ModelPool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(download, "RETRY_SECONDS", ())
+    monkeypatch.setattr(work, "missing", lambda name, stems: [weight_file(url)])
+    with pytest.raises(InputError, match=f"^the weights of Demo {told}") as refused, caplog.at_level("WARNING"):
+        Worker(pool, None, 60).work(queued(tmp_path / "song", song(1)), lambda share, stage, left: None)
+    assert str(weights) not in str(refused.value)
+    assert logged in caplog.text and str(weights) in caplog.text
