@@ -27,7 +27,7 @@ from separation.web.order import Order
 from separation.web.queued import ID_BYTES, QueuedSong, restored
 from separation.web.work import LISTEN, ZIP, Worker
 
-KEEP_SECONDS = 60 * 60  # after the last download of a finished song
+KEEP_SECONDS = 24 * 60 * 60  # after the last download of a finished song
 ANNOUNCED_SECONDS = 60  # until the upload of an announced song must start
 MAX_SONGS = 20  # songs that may be uploading; the same number may be waiting
 SLOW_SECONDS, SLOW_BYTES_PER_SECOND = 5.0, 1 << 16  # a slower upload is dropped if others have to wait for it

@@ -385,7 +385,7 @@ listed();
 const hours = options.seconds / 3600;
 find("#limits").textContent = `WAV, FLAC, MP3 and OGG; M4A and video if ffmpeg is installed. Up to ${size(options.mib * 2 ** 20)} and `
   + `${hours >= 1 ? `${+hours.toFixed(1)} hours` : `${+(hours * 60).toFixed(1)} minutes`} per song. `
-  + `Stems are kept for ${options.keep / 60} minutes after their last download.`;
+  + `Stems are kept for ${options.keep / 3600} hours after their last download.`;
 
 find("#wanted").onchange = changed;
 find("#task").onchange = () => fill(find("#model"), offersOf(find("#task").value)); // then #wanted gets the event

@@ -324,7 +324,7 @@ def test_the_page_says_what_is_known_about_a_choice(browser: Browser, tmp_path: 
     assert "downloaded, 9.1 MB" in browser.run(about)
     change(browser, "#task", "karaoke")
     assert "lead vocals" in browser.run(about)
-    assert f"{KEEP_SECONDS // 60} minutes" in browser.run("return document.querySelector('#limits').textContent")
+    assert f"{KEEP_SECONDS // 3600} hours" in browser.run("return document.querySelector('#limits').textContent")
     browser.open(browser.run("return location.href"))
     assert browser.run("return document.querySelector('#task').value") == "karaoke"
 
