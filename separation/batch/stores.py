@@ -137,6 +137,8 @@ class Store:
             facts = self._repeated(url, lambda: self._facts(url))
         except FileNotFoundError:
             return None
+        if facts.get("type") == "directory":  # gcsfs has found objects below it
+            return None
         size = facts["ContentLength"] if self._scheme == "s3" else facts["size"]
         metadata = facts.get("Metadata" if self._scheme == "s3" else "metadata") or {}
         return StoredObject(url, int(size), self._tag(facts), str(metadata.get(RUN, "")))

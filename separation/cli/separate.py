@@ -41,6 +41,8 @@ def separate(args: argparse.Namespace) -> int:
     """Separate songs. Prints each outcome as soon as it is known, and at the end what failed."""
     if args.ray:
         refuse_beside("--ray", ["--workers", "--gpus"], args)
+        if ":" in args.device:
+            raise InputError(f"--ray gives each worker a GPU of its own, not {args.device}: choose --device cuda")
     summary.check(args.summary or [], overwrite=args.overwrite)
     with ExitStack() as opened:
         to_stdout, stdin = args.output == Path(PIPE), None

@@ -76,6 +76,9 @@ class OutputFolder:
             held = lock(work / _LOCK)
             try:
                 held.acquire()
+                if not (work / _LOCK).exists():  # it waited for another process, which removed the folder
+                    held.release()
+                    continue
             except FileNotFoundError:  # another process removed the folder before it was locked
                 continue
             except OSError:  # the file system has no locks, so no process removes the folder of another

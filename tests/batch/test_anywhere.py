@@ -1,5 +1,13 @@
 """Songs are found in stores as they are in folders."""
 
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -8,6 +16,7 @@ import pytest
 
 from helpers import common
 from helpers.command_line import DEMO, json_lines, separate, settings_of
+from helpers.common import PROJECT
 from helpers.s3_server import Bucket
 from separation.batch import anywhere, run
 from separation.batch.anywhere import find_anywhere, unfinished_anywhere
@@ -150,3 +159,49 @@ def test_tags_are_not_read_from_a_store(bucket: Bucket, capsys: pytest.CaptureFi
 def test_the_output_may_not_be_a_web_address(capsys: pytest.CaptureFixture[Any]) -> None:
     assert separate("1.wav", "-o", "https://host/folder") == 2
     assert "'https://host/folder' is no place to write to: give a folder, s3://BUCKET/FOLDER" in capsys.readouterr().err
+
+
+GOOGLE = """
+import sys
+from gcp_storage_emulator.server import create_server
+create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
+"""
+
+
+@pytest.mark.slow
+def test_songs_and_stems_may_be_in_google_cloud_storage(tmp_path: Path) -> None:
+    for package in ("gcsfs", "gcp_storage_emulator"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    host = f"http://127.0.0.1:{port}"
+    variables = {"STORAGE_EMULATOR_HOST": host, "no_proxy": "127.0.0.1", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    environment = os.environ | variables
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", GOOGLE, str(port)], **quiet)
+    try:
+        address = f"{host}/upload/storage/v1/b/bucket/o?uploadType=media&name=music/1.wav"
+        request = urllib.request.Request(address, common.song(0.3), {"Content-Type": "audio/wav"})
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(request).close()
+                break
+            except OSError:  # it is still starting
+                assert time.monotonic() < deadline and server.poll() is None
+                time.sleep(0.1)
+        command = [sys.executable, "-m", "separation", "separate", "gs://bucket/music", "gs://none/1.wav", "--json"]
+        command += ["-o", "gs://bucket/stems", *DEMO]
+        for status in ("done", "skipped"):
+            ran = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200)
+            lines = {line["song"]: line for line in json_lines(ran.stdout)}
+            assert ran.returncode == 2 and "gs://none" in lines["gs://none/1.wav"]["error"], ran.stderr
+            assert lines["gs://bucket/music/1.wav"]["status"] == status
+        with urllib.request.urlopen(f"{host}/storage/v1/b/bucket/o?prefix=stems") as answer:
+            names = sorted(item["name"] for item in json.load(answer)["items"])
+        assert names == [f"stems/1/{name}" for name in (RECORD, "instrumental.wav", "vocals.wav")]
+    finally:
+        server.kill()
+        server.wait()

@@ -163,6 +163,43 @@ def test_a_killed_nodes_songs_move_to_another_and_a_cancelled_run_resumes(nodes:
         assert np.abs(alone - together).max() <= 1e-5
 
 
+GPU_CODE = """
+import os, sys
+from pathlib import Path
+from separation.batch import cluster
+from separation.batch.job import AnySong, Job
+from separation.batch.urls import Url
+from separation.errors import SeparationError
+
+def load():
+    raise SeparationError("it sees GPU " + os.environ.get("CUDA_VISIBLE_DEVICES", "of all"))
+
+song = AnySong(Url("s3", "bucket", "1.wav"), Path("out").absolute())
+try:
+    list(cluster.run([song], Job({}), load, sys.argv[1]))
+except SeparationError as e:
+    print(e)
+"""
+
+
+def test_each_worker_of_a_node_with_several_gpus_sees_one_of_them(nodes: Nodes, tmp_path: Path) -> None:
+    """Ray believes what a node says of its GPUs, so none is needed. The other two nodes have none."""
+    nodes.start("--num-cpus", "4", "--num-gpus", "2", "--address", nodes.address)
+    command = [sys.executable, "-c", GPU_CODE, nodes.address]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    seen = sorted(line.partition("it sees GPU ")[2].partition(" (on")[0] for line in ran.stderr.splitlines())
+    assert [gpu for gpu in seen if gpu.isdecimal()] == ["0", "1"], ran.stderr
+    assert ran.stdout.startswith("the Ray cluster has no worker left (it sees GPU ")
+
+
+def test_one_gpu_of_a_node_cannot_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "1.wav").write_bytes(common.song(0.3))
+    arguments = ["separate", str(tmp_path / "1.wav"), "-o", str(tmp_path / "out"), "--ray", "auto"]
+    assert main([*arguments, "--device", "cuda:1"]) == 2
+    assert "--ray gives each worker a GPU of its own, not cuda:1: choose --device cuda" in capsys.readouterr().err
+
+
 def test_a_missing_cluster_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "1.wav").write_bytes(common.song(0.3))
     with separating(tmp_path / "1.wav", "-o", tmp_path / "out", "--ray", f"127.0.0.1:{free_port()}") as run:

@@ -256,7 +256,9 @@ def measure(n_songs: int, n_nodes: int, n_kills: int) -> dict[str, Any]:
 
             lines = separated(cluster.address, bucket, on_outcome)
             failures.wait()
-        assert Counter(line["status"] for line in lines.values()) == {"done": n_songs}, "not all are done"
+        counts = Counter(line["status"] for line in lines.values())
+        # A song is skipped if its worker was killed after it had written the record.
+        assert counts.keys() <= {"done", "skipped"} and counts["skipped"] <= failures.happened["workers killed"] + 2
         n_objects = check_store(files, bucket, n_songs)
         check_stems(files, bucket, sorted(random.Random(5).sample(range(n_songs), min(20, n_songs))))
     finally:
@@ -267,6 +269,7 @@ def measure(n_songs: int, n_nodes: int, n_kills: int) -> dict[str, Any]:
         "nodes": n_nodes,
         **failures.happened,
         "objects": n_objects,
+        "done before the worker died": counts["skipped"],
         "tried again": sum(line["tries"] > 1 for line in lines.values()),
         "seconds from the first song to the last": round(seconds, 1),
         "seconds to the first song": round(times[1] - times[0], 1),

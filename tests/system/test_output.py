@@ -1,10 +1,12 @@
 """Files of a run appear together or not at all, and other people's files are never replaced unasked."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from separation.checkpoints.convert import convert
 from separation.errors import OutputError
 from separation.report.page import Report, write_report
 from separation.report.picture import Row, draw
+from separation.system import output
 from separation.system.output import OutputFolder, not_through_links
 from separation.system.record import RECORD, check_targets
 
@@ -132,6 +135,25 @@ def test_weights_pictures_and_pages_replace_a_users_file_only_with_overwrite(
     WRITERS[name](target, overwrite=True)
     assert target.is_file() and not target.is_symlink() and target.stat().st_size > 50
     assert make is write_text or (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_work_folder_that_another_process_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, made = output.lock, list[Path]()
+
+    def removed_meanwhile(path: Path) -> Any:
+        held = locked(path)
+        made.append(path.parent)
+        if len(made) == 1:  # the other process holds the lock while it removes the folder
+            held.acquire()
+            shutil.rmtree(path.parent)
+        return held
+
+    monkeypatch.setattr(output, "lock", removed_meanwhile)
+    with OutputFolder(tmp_path, record=None) as folder:
+        assert folder.work == made[1] and folder.work.is_dir()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_never_opened_through_a_symbolic_link(tmp_path: Path) -> None:
