@@ -143,4 +143,5 @@ def _remove_if_abandoned(folder: Path) -> None:
     with suppress(OSError):  # its process holds the lock, or is creating or removing the folder
         with lock(folder / _LOCK, wait=False):
             shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the lock file while it is open
+        if os.name == "nt":  # which keeps the lock file while it is open; elsewhere the folder may be another's by now
+            shutil.rmtree(folder, ignore_errors=True)
