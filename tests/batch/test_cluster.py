@@ -182,12 +182,12 @@ except SeparationError as e:
 """
 
 
-def test_each_worker_of_a_node_with_several_gpus_sees_one_of_them(nodes: Nodes, tmp_path: Path) -> None:
+def test_each_worker_of_a_node_with_several_gpus_sees_one_of_them(nodes: Nodes) -> None:
     """Ray believes what a node says of its GPUs, so none is needed. The other two nodes have none."""
     nodes.start("--num-cpus", "4", "--num-gpus", "2", "--address", nodes.address)
     command = [sys.executable, "-c", GPU_CODE, nodes.address]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    ran = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200)
     seen = sorted(line.partition("it sees GPU ")[2].partition(" (on")[0] for line in ran.stderr.splitlines())
     assert [gpu for gpu in seen if gpu.isdecimal()] == ["0", "1"], ran.stderr
     assert ran.stdout.startswith("the Ray cluster has no worker left (it sees GPU ")
