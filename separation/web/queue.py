@@ -247,7 +247,7 @@ class SongQueue:
         with file:
             while file.tell() < song.n_bytes:
                 file.write(read_some(stream, song.n_bytes - file.tell(), repr(song.name)))
-                song.share, song.touched = file.tell() / song.n_bytes, time.monotonic()
+                song.share, song.touched = file.tell() / song.n_bytes, time.time()
                 self._check_wanted(song)
 
     def _separate(self, song: QueuedSong) -> None:
