@@ -21,7 +21,7 @@ from separation.web.queued import QueuedSong
 LISTEN, ZIP = "stems.html", "stems.zip"
 SEPARATED = 0.8  # share of the progress bar for the separation; the rest is for the listening page
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 # Called with the share that is done, the stage in words, and the seconds left if they can be told. It may raise.
 Tell = Callable[[float, str, float | None], None]
