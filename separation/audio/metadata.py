@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import soundfile
 
 from separation.audio import ffmpeg
+from separation.audio.chatter import Chatter
 from separation.errors import AudioError
 from separation.system.names import FROM_TAGS, fields_in
 
@@ -74,19 +76,24 @@ class Metadata:
 
 def read_metadata(path: Path) -> Metadata:
     """A song's tags and cover, as far as ffmpeg reads them; none without ffmpeg."""
+    try:
+        return _probed(path)
+    except AudioError as e:
+        logger.warning("its tags are copied only in part, and its cover is not (%s)", e)
+        return Metadata()
+
+
+def _probed(path: Path) -> Metadata:
+    """As `read_metadata`. Raises AudioError if ffmpeg cannot read the file."""
     if not ffmpeg.is_installed():
         return Metadata()
     name = repr(path.name)
     entries = "format_tags:stream=index,codec_type,codec_name:stream_tags:stream_disposition=attached_pic"
-    try:
-        answer = ffmpeg.probe(path, name, "-show_entries", entries)
-        streams = answer.get("streams", [])
-        covers = (stream for stream in streams if stream.get("disposition", {}).get("attached_pic"))
-        pictures = [stream for stream in covers if stream.get("codec_name") in ("mjpeg", "png")]
-        cover = ffmpeg.picture(path, int(pictures[0]["index"]), name) if pictures else b""
-    except AudioError as e:
-        logger.warning("its tags are copied only in part, and its cover is not (%s)", e)
-        return Metadata()
+    answer = ffmpeg.probe(path, name, "-show_entries", entries)
+    streams = answer.get("streams", [])
+    covers = (stream for stream in streams if stream.get("disposition", {}).get("attached_pic"))
+    pictures = [stream for stream in covers if stream.get("codec_name") in ("mjpeg", "png")]
+    cover = ffmpeg.picture(path, int(pictures[0]["index"]), name) if pictures else b""
     sound: dict[str, Any] = next((stream for stream in streams if stream.get("codec_type") == "audio"), {})
     found = {**sound.get("tags", {}), **answer.get("format", {}).get("tags", {})}
     tags = {_name(key): value for key, value in found.items() if value and not _OF_THE_FILE.fullmatch(key)}
@@ -94,15 +101,18 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def tags_for(template: str | None, path: Path) -> dict[str, str]:
-    """The song's tags that a template for names needs; none if it needs none. A file that cannot be read has none."""
+    """The song's tags that a template for names needs; none if it needs none.
+
+    A file that cannot be read has none: decoding says what is wrong with it.
+    """
     if template is None or not fields_in(template) & set(FROM_TAGS):
         return {}
-    try:
-        with soundfile.SoundFile(path) as sound:
-            tags = {"artist": sound.artist, "album": sound.album, "track": sound.tracknumber}
-    except (soundfile.LibsndfileError, OSError):  # what is wrong with it, decoding says better
-        return dict(read_metadata(path).tags)
-    return {tag: text for tag, text in tags.items() if text}
+    with suppress(soundfile.LibsndfileError, OSError), Chatter().caught(), soundfile.SoundFile(path) as sound:
+        tags = {"artist": sound.artist, "album": sound.album, "track": sound.tracknumber}
+        return {tag: text for tag, text in tags.items() if text}
+    with suppress(AudioError):
+        return dict(_probed(path).tags)
+    return {}
 
 
 def _name(key: str) -> str:

@@ -20,6 +20,7 @@ from separation.audio.metadata import (
     id3_tag,
     picture_block,
     read_metadata,
+    tags_for,
 )
 from separation.audio.options import FORMATS, STEM_FILE, OutputOptions
 
@@ -109,6 +110,17 @@ def test_a_song_that_ffmpeg_cannot_read_keeps_few_tags_and_says_so(
     (tmp_path / "song.wav").write_bytes(b"not a song")
     assert read_metadata(tmp_path / "song.wav") == Metadata()
     assert "its tags are copied only in part" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"junk" * 100, b""])
+def test_a_name_takes_no_tags_from_a_broken_song_and_says_nothing(
+    content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    song = tmp_path / "song.mp3"
+    song.write_bytes(content)
+    assert tags_for("{artist}/{stem}.{ext}", song) == {}
+    assert tags_for("{artist}/{stem}.{ext}", tmp_path / "missing.mp3") == {}
+    assert capfd.readouterr() == ("", "") and caplog.messages == []
 
 
 def test_an_id3_tag_announces_its_size_and_each_frames(tmp_path: Path) -> None:
