@@ -9,11 +9,11 @@ import importlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from separation.errors import InputError
@@ -104,6 +104,18 @@ BACKENDS: dict[str, AttentionBackend] = {
 }
 NAMES = ("auto", *BACKENDS)
 LAYER_BACKENDS = ("fused", "triton")
+
+
+@runtime_checkable
+class _Attends(Protocol):
+    attend: AttentionBackend
+
+
+def use_backend(network: nn.Module, name: str) -> None:
+    """Have all attention in a network, which is in modules with an `attend`, use one of `BACKENDS`."""
+    for module in network.modules():
+        if isinstance(module, _Attends):
+            module.attend = BACKENDS[name]
 
 
 @dataclass(frozen=True)

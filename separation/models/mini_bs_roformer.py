@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.attention import BACKENDS, LAYER_BACKENDS, AttentionBackend
+from separation.models.attention import BACKENDS, LAYER_BACKENDS, AttentionBackend, use_backend
 from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.kernels.native import NotFusedError
 from separation.models.layers import MOST_TOKENS
@@ -127,9 +127,7 @@ class MiniBSRoFormer(SeparationModel):
         if attention in LAYER_BACKENDS:
             raise NotFusedError("it has no layers of gated MLPs and shared keys")
         if attention is not None:
-            for module in self.modules():
-                if isinstance(module, GroupedAttention):
-                    module.attend = BACKENDS[attention]
+            use_backend(self, attention)
         super().prepare(dtype, attention=attention)
 
     def forward(self, chunks: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.attention import BACKENDS, LAYER_BACKENDS
+from separation.models.attention import LAYER_BACKENDS, use_backend
 from separation.models.base import Identity, Normalisation, SeparationModel
 from separation.models.kernels.native import NotFusedError
 from separation.models.layers import Attention, RMSNorm, RotaryEmbedding, Transformer
@@ -160,9 +160,7 @@ class MoisesLight(SeparationModel):
         if attention in LAYER_BACKENDS:
             raise NotFusedError("there are none for Moises-Light")
         if attention is not None:
-            for module in self.modules():
-                if isinstance(module, Attention):
-                    module.attend = BACKENDS[attention]
+            use_backend(self, attention)
         super().prepare(dtype, attention=attention)
 
     def forward(self, chunks: Tensor) -> Tensor:

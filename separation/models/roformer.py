@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.attention import BACKENDS
+from separation.models.attention import use_backend
 from separation.models.base import Identity, SeparationModel, Transform
 from separation.models.kernels.fused import FusedBandSplit, FusedMaskEstimator, FusedTransformer
 from separation.models.kernels.native import NotFusedError
@@ -182,9 +182,7 @@ class RoFormer(SeparationModel):
             self.attention = attention
             return
         if attention is not None:
-            for module in self.modules():
-                if isinstance(module, Attention):
-                    module.attend = BACKENDS[attention]
+            use_backend(self, attention)
         super().prepare(dtype, attention=attention)
 
     def fuse(self, precision: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.attention import BACKENDS, LAYER_BACKENDS
+from separation.models.attention import LAYER_BACKENDS, use_backend
 from separation.models.base import Identity
 from separation.models.kernels.native import NotFusedError
 from separation.models.layers import Attention, GroupNorm, RotaryEmbedding, Transformer, chosen
@@ -126,9 +126,7 @@ class SCNetTran(SCNet):
         if attention in LAYER_BACKENDS:
             raise NotFusedError(self.no_core_because)
         if attention is not None:
-            for module in self.modules():
-                if isinstance(module, Attention):
-                    module.attend = BACKENDS[attention]
+            use_backend(self, attention)
         super().prepare(dtype, attention=attention)
 
 
