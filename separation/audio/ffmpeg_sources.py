@@ -200,8 +200,9 @@ def _without_padding(blocks: Blocks, n_samples: int) -> Blocks:
         last.append(block)
         while sum(map(len, last[1:])) >= AAC_FRAME_SAMPLES:
             yield last.pop(0)
-    excess = n_seen - n_samples
-    end = np.concatenate(last) if last else np.empty((0, 0), np.float32)
+    if not last:  # ffmpeg decodes nothing
+        return
+    excess, end = n_seen - n_samples, np.concatenate(last)
     yield end[: len(end) - excess] if 0 < excess < AAC_FRAME_SAMPLES else end
 
 

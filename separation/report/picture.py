@@ -91,7 +91,7 @@ def level_text(dbfs: float) -> str:
 
 def magnification(own_peak: float, peak: float) -> int:
     """How much to magnify a waveform with `own_peak` so that it fits a panel whose height is `peak`."""
-    return max(factor for factor in MAGNIFICATIONS if own_peak * factor <= peak) if own_peak else 1
+    return max((factor for factor in MAGNIFICATIONS if 0 < own_peak * factor <= peak), default=1)
 
 
 def spectrogram_base64(energy: Floats) -> str:

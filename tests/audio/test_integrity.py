@@ -133,6 +133,15 @@ def test_an_mp4_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "cut.m4a", tmp_path, "cut short")
 
 
+@needs_ffmpeg
+def test_an_mp4_of_which_nothing_can_be_decoded_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "source.wav", noise(2 * SAMPLE_RATE))
+    whole = ffmpeg(source, tmp_path / "whole.m4a", "-c:a", "aac", "-movflags", "faststart").read_bytes()
+    start = whole.index(b"mdat") + 4
+    (tmp_path / "overwritten.m4a").write_bytes(whole[:start] + b"\xff" * (len(whole) - start))
+    assert_refused(tmp_path / "overwritten.m4a", tmp_path, "the last 2.00 s of 2.00 s are missing")
+
+
 @pytest.mark.parametrize(
     "n_announced, n_there, share", [(100, 100, 0.0), (150, 100, 0.5), (400, 100, 3.0), (None, 100, 0.0), (50, 100, 0.0)]
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from separation.errors import InputError, OutputError
-from separation.report.picture import BANDS, COLUMNS, SHADES, STEM_COLOURS, Row, draw, time_ticks
+from separation.report.picture import BANDS, COLUMNS, SHADES, STEM_COLOURS, Row, draw, magnification, time_ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 SAMPLE_RATE = 44100
@@ -103,6 +103,12 @@ def test_the_spectrogram_of_audio_shorter_than_a_frame_reaches_its_end(tmp_path:
 def test_a_quiet_waveform_is_labelled_with_its_magnification(tmp_path: Path) -> None:
     rows = [Row("mixture", noise(1.0), SAMPLE_RATE), Row("vocals", noise(1.0, 0.04), SAMPLE_RATE)]
     assert [text for text in texts(drawn(tmp_path / "picture.svg", rows)) if text.startswith("×")] == ["×2"]
+
+
+def test_a_waveform_that_is_as_high_as_its_panel_but_for_rounding_is_not_magnified() -> None:
+    assert magnification(0.9652709364891052, 0.9652709364891051) == 1
+    assert magnification(0.0, 0.0) == magnification(0.0, 1.0) == 1
+    assert magnification(0.25, 1.0) == 4
 
 
 def test_any_text_gives_valid_xml_and_long_text_is_shortened(tmp_path: Path) -> None:
