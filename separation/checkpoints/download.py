@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -92,9 +91,16 @@ def _download_from_any(file: WeightFile, urls: Sequence[str], path: Path, *, qui
     """Download from the first of the addresses that has the right bytes. Raises the error of the last."""
     for url, mirror in zip(urls, [*urls[1:], None], strict=True):
         try:
-            _download(replace(file, url=url), url, path, quiet=quiet, progress=progress)
+            _download(file, url, path, quiet=quiet, progress=progress)
             return
-        except CheckpointError as e:  # of which DownloadError is one
+        except DownloadError as e:
+            if mirror is None:
+                raise DownloadError(
+                    f"{path.name} is not in {path.parent} and {e}: put it into that folder, or {restore_command(file)} "
+                    "when the network works"
+                ) from e
+            logger.warning(f"{path.name} {e}; trying the mirror {mirror}")
+        except CheckpointError as e:
             if mirror is None:
                 raise
             logger.warning(f"{e}; trying the mirror {mirror}")
@@ -115,7 +121,7 @@ def _download(file: WeightFile, url: str, path: Path, *, quiet: bool, progress: 
             failures = 0 if size_bytes(part) > most_bytes else failures + 1
             most_bytes = max(most_bytes, size_bytes(part))
             if failures > len(RETRY_SECONDS):
-                raise _not_downloaded(file, path, str(e)) from e
+                raise _not_downloaded(url, str(e)) from e
             time.sleep(RETRY_SECONDS[max(0, failures - 1)])
     if problem := fault(part, file) or _web_page(part, file):
         part.unlink()
@@ -137,17 +143,14 @@ def _web_page(path: Path, file: WeightFile) -> str | None:
     return "is a web page, not a weights file" if is_page else None
 
 
-def _not_downloaded(file: WeightFile, path: Path, reason: str) -> DownloadError:
-    return DownloadError(
-        f"{path.name} is not in {path.parent} and could not be downloaded from {file.url} ({reason}): put it into that "
-        f"folder, or {restore_command(file)} when the network works"
-    )
+def _not_downloaded(url: str, reason: str) -> DownloadError:
+    return DownloadError(f"could not be downloaded from {url} ({reason})")
 
 
 def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool, progress: Progress) -> None:
     """Append the missing bytes to `part`, in one request."""
     offset = size_bytes(part)
-    response = _open(file, url, part, offset)
+    response = _open(url, offset)
     if response is None:
         return
     with response:
@@ -169,12 +172,12 @@ def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool, progress: 
                 progress(min(received / total, 1.0) if total else 0.0)
     if received > most:
         part.unlink()
-        raise _not_downloaded(file, part.with_suffix(""), f"the server sends more than {most:,} bytes")
+        raise _not_downloaded(url, f"the server sends more than {most:,} bytes")
     if total is not None and received < total:
         raise _BrokenConnectionError(f"the connection broke after {received:,} of {total:,} bytes")
 
 
-def _open(file: WeightFile, url: str, part: Path, offset: int) -> HTTPResponse | None:
+def _open(url: str, offset: int) -> HTTPResponse | None:
     """The response from byte `offset` on; None if the server has no more bytes than these."""
     request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
@@ -186,13 +189,13 @@ def _open(file: WeightFile, url: str, part: Path, offset: int) -> HTTPResponse |
             return None
         reason = f"the server answers {e.code} {CONTROL.sub(' ', ' '.join(str(e.reason).split()))}"
         if e.code < 500 and e.code != 429:
-            raise _not_downloaded(file, part.with_suffix(""), reason) from e
+            raise _not_downloaded(url, reason) from e
         raise _BrokenConnectionError(reason) from e
     except (OSError, HTTPException) as e:
         cause = e.reason if isinstance(e, URLError) else e
         raise _BrokenConnectionError(f"no connection: {cause}") from e
     except ValueError as e:  # the URL, or one that the server redirects to
-        raise _not_downloaded(file, part.with_suffix(""), f"not a valid URL: {first_line(e)}") from e
+        raise _not_downloaded(url, f"not a valid URL: {first_line(e)}") from e
 
 
 class _Redirects(HTTPRedirectHandler):

@@ -21,8 +21,9 @@ TASKS = {
     "six_stems": "the same, and guitar and piano",
     "all_stems": "dozens of instruments",
     "drums": "the drums",
+    "percussion": "single drums and other percussion",
     "bass": "the bass",
-    "guitar": "the guitar",
+    "guitar": "the guitar and other plucked strings",
     "piano": "the piano and other keys",
     "strings": "the strings",
     "winds": "the winds",
@@ -42,8 +43,13 @@ TASKS = {
 }
 # Metrics by their keys in a YAML, as they are printed.
 METRICS = {"sdr": "dB SDR", "bleedless": "bleedless", "fullness": "fullness", "l1_freq": "L1 frequency"}
-# Models are ranked by SDR on this test set. Figures of different test sets cannot be compared.
+# Models are ranked by the SDR of a stem on one test set. Figures of different test sets cannot be compared.
 RANKING_TEST = "MVSEP Multisong"
+OTHER_RANKING_TESTS = {  # of stems that Multisong does not have
+    "guitar": "MVSEP guitar leaderboard",
+    "piano": "MVSEP piano leaderboard",
+    "wind": "MVSEP wind leaderboard",
+}
 UNNAMED_TEST = "test set not named"
 NO_LICENCE = "not stated"
 # The class of a licence is the first whose pattern occurs in it.
@@ -107,9 +113,15 @@ class Facts:
         }
 
     def ranking_sdr(self, stem: str) -> float | None:
-        """The SDR of this stem in dB on RANKING_TEST, if one is published."""
-        found = [each.figures.get("sdr", {}).get(stem) for each in self.scores if each.test == RANKING_TEST]
+        """The SDR of this stem in dB on its `ranking_test`, if one is published."""
+        test = ranking_test(stem)
+        found = [each.figures.get("sdr", {}).get(stem) for each in self.scores if each.test == test]
         return next((figure for figure in found if figure is not None), None)
+
+
+def ranking_test(stem: str) -> str:
+    """The test set on which models are compared for this stem."""
+    return OTHER_RANKING_TESTS.get(stem, RANKING_TEST)
 
 
 def licence_class(licence: str) -> str:

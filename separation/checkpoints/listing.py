@@ -1,16 +1,18 @@
 """Which models there are for a task: all that have names here, filtered and sorted."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from separation.checkpoints import catalogue
 from separation.checkpoints.description import Checkpoint
-from separation.checkpoints.facts import LICENCES, RANKING_TEST, TASKS
+from separation.checkpoints.facts import LICENCES, TASKS
 from separation.documents import quoted
 from separation.errors import InputError, SeparationError
+from separation.system.places import program
 from separation.system.text import close_matches
 
 SORTS = ("name", "quality")
+MOST_NAMED = 30  # choices in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Filter:
         stem: a stem that they give, or a kind of it: `vocals` also finds `lead_vocals`.
         licence: one of LICENCES, the classes of licences.
         here: only models that are downloaded.
-        sort: `name`, or `quality`: by the SDR of `stem` on RANKING_TEST, models without that figure last.
+        sort: `name`, or `quality`: by the SDR of `stem` on its `ranking_test`, models without that figure last.
     """
 
     task: str | None = None
@@ -55,21 +57,30 @@ def listed(wanted: Filter) -> tuple[list[Entry], dict[str, str]]:
 
     Raises InputError for a task, a stem or an order that there is not.
     """
-    _check(wanted)
     models, errors = _read(catalogue.available())
-    models = [model for model in models if wanted.task in (None, *model.facts.tasks)]
-    if wanted.stem is not None:
-        _check_stem(wanted.stem, models)
-        models = [model for model in models if gives(model, wanted.stem)]
-    entries = [
-        Entry(model, catalogue.has_all_files(model))
-        for model in models
-        if wanted.licence in (None, model.facts.licence_class)
-    ]
-    entries = [entry for entry in entries if entry.is_here or not wanted.here]
+    _check(wanted, models)
+    entries = [Entry(model, catalogue.has_all_files(model)) for model in models if _passes(model, wanted)]
     if (stem := wanted.ranked_stem) is not None:
         entries.sort(key=lambda entry: _rank(entry.model.facts.ranking_sdr(stem)))
     return entries, errors
+
+
+def without_one(wanted: Filter) -> dict[str, int]:
+    """How many models pass if one part of the filter is left out, by the name of that part; only where some do."""
+    models, _ = _read(catalogue.available())
+    parts = [name for name in ("task", "stem", "licence", "here") if getattr(wanted, name)]
+    rests = {name: replace(wanted, **{name: getattr(Filter(), name)}) for name in parts}
+    counts = {name: sum(_passes(model, rest) for model in models) for name, rest in rests.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _passes(model: Checkpoint, wanted: Filter) -> bool:
+    return (
+        wanted.task in (None, *model.facts.tasks)
+        and (wanted.stem is None or gives(model, wanted.stem))
+        and wanted.licence in (None, model.facts.licence_class)
+        and (not wanted.here or catalogue.has_all_files(model))
+    )
 
 
 def _rank(sdr: float | None) -> tuple[bool, float]:
@@ -101,7 +112,9 @@ def _read(names: Sequence[str]) -> tuple[list[Checkpoint], dict[str, str]]:
     return models, errors
 
 
-def _check(wanted: Filter) -> None:
+def _check(wanted: Filter, models: Sequence[Checkpoint]) -> None:
+    if wanted.task not in (None, *TASKS) and wanted.task in _outputs(models):
+        raise InputError(f"{wanted.task} is a stem, not a task: use --stem {wanted.task}")
     for value, choices, kind in (
         (wanted.task, TASKS, "task"),
         (wanted.licence, LICENCES, "licence"),
@@ -111,25 +124,31 @@ def _check(wanted: Filter) -> None:
             raise InputError(f"unknown {kind} {quoted(value)}: use {_instead(value, choices)}")
     if wanted.sort == "quality" and wanted.stem is None and (wanted.task is None or _no_stem_of_its_own(wanted.task)):
         raise InputError(
-            f"quality compares models by the SDR of one stem on {RANKING_TEST}: add --stem, such as --stem vocals"
+            "quality compares models by the SDR of one stem on one test set: add --stem, such as --stem vocals"
         )
+    if wanted.stem is not None:
+        _check_stem(wanted.stem, wanted.task, [model for model in models if wanted.task in (None, *model.facts.tasks)])
 
 
 def _no_stem_of_its_own(task: str) -> bool:
     return task not in ("vocals", "instrumental", "drums", "bass", "guitar", "piano", "other")
 
 
-def _check_stem(stem: str, models: Sequence[Checkpoint]) -> None:
+def _check_stem(stem: str, task: str | None, models: Sequence[Checkpoint]) -> None:
     outputs = _outputs(models)
     if not any(_is_kind(given, stem) for given in outputs):
         named = [output for output in outputs if not output.startswith("no_")]
-        raise InputError(f"no model gives the stem {quoted(stem)}: use {_instead(stem, named)}")
+        for_this = "" if task is None else f" for {task}"
+        raise InputError(f"no model{for_this} gives the stem {quoted(stem)}: use {_instead(stem, named)}")
 
 
 def _instead(word: str, choices: Iterable[str]) -> str:
-    """What to use instead of a word that is none of the choices, likely ones first."""
+    """What to use instead of a word that is none of the choices, likely ones first; not a whole page of them."""
     close = close_matches(word, choices)
-    rest = ", ".join(choice for choice in choices if choice not in close)
+    others = [choice for choice in choices if choice not in close]
+    if len(others) > MOST_NAMED:
+        return " or ".join([*close, f"one that `{program()} models list` prints"])
+    rest = ", ".join(others)
     if not close or not rest:
         return " or ".join(close) or f"one of {rest}"
     return f"{' or '.join(close)}, or another of {rest}"

@@ -4,14 +4,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from separation.checkpoints import about, catalogue, files
 from separation.checkpoints.download import fetch
-from separation.checkpoints.listing import Entry, Filter, listed
+from separation.checkpoints.listing import Entry, Filter, listed, without_one
 from separation.cli import models_table
 from separation.cli.printing import print_error, print_json, print_line, print_lines
-from separation.errors import InputError, SeparationError
+from separation.engine import recipes
+from separation.errors import InputError, RecipeError, SeparationError
+
+T = TypeVar("T")
 
 
 def list_models(args: argparse.Namespace) -> int:
@@ -31,10 +34,15 @@ def list_models(args: argparse.Namespace) -> int:
         for name, error in failed.items():
             print_line(f"{name}  error: {error}")
     if not entries and not failed:
-        print_line("no model passes all of these filters", file=sys.stderr)
+        print_line(f"no model passes all of these filters{_how_many_would(wanted)}", file=sys.stderr)
     if failed:
         print_error(f"{len(failed)} of {len(entries) + len(failed)} models cannot be used: check {', '.join(failed)}")
     return 2 if failed else 0
+
+
+def _how_many_would(wanted: Filter) -> str:
+    counts = without_one(wanted)
+    return ": " * bool(counts) + ", ".join(f"{count} would without --{name}" for name, count in counts.items())
 
 
 def _facts(entry: Entry) -> dict[str, Any]:
@@ -52,7 +60,7 @@ def _facts(entry: Entry) -> dict[str, Any]:
 
 def show(args: argparse.Namespace) -> int:
     """Print the facts about a checkpoint."""
-    facts = about.model_facts(args.model)
+    facts = _of_model(args.model, about.model_facts)
     print_json(json.dumps(facts)) if args.json else print_lines(about.as_text(facts))
     return 0
 
@@ -64,7 +72,7 @@ def download(args: argparse.Namespace) -> int:
         for file in catalogue.read_config(name).files:
             print_line(fetch(file))
 
-    return _for_each(args.names, download_one)
+    return _for_each(args.names, lambda name: _of_model(name, download_one))
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -79,7 +87,20 @@ def verify(args: argparse.Namespace) -> int:
                 is_known = files.verify(path, file)
                 print_line(f"{path}: {'right' if is_known else 'here, but its sha256 is not known'}")
 
-    return _for_each(args.names or catalogue.available(), verify_one)
+    return _for_each(args.names or catalogue.available(), lambda name: _of_model(name, verify_one))
+
+
+def _of_model(name: str, job: Callable[[str], T]) -> T:
+    """Do the job for a model. A recipe is an error that names its models."""
+    try:
+        return job(name)
+    except RecipeError as e:
+        if name not in recipes.names():
+            raise
+        models = dict.fromkeys(
+            model for choice in recipes.choices(name) for model in recipes.load_recipe(name, choice).models
+        )
+        raise RecipeError(f"{name} is a recipe, not a model: name its models, {' '.join(models)}") from e
 
 
 def _for_each(names: Sequence[str], job: Callable[[str], None]) -> int:

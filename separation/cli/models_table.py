@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from separation.checkpoints import files
 from separation.checkpoints.description import Checkpoint
-from separation.checkpoints.facts import RANKING_TEST, TASKS
+from separation.checkpoints.facts import TASKS, ranking_test
 from separation.checkpoints.listing import Entry, Filter
 
 COLUMNS = 100
@@ -34,7 +34,7 @@ def table(entries: Sequence[Entry], wanted: Filter) -> list[str]:
         ]
     notes = ["* is downloaded"] if any(entry.is_here for entry in entries) else []
     if stem:
-        notes.append(f"{stem.upper()} is the SDR of {stem} in dB on {RANKING_TEST}")
+        notes.append(f"{stem.upper()} is the SDR of {stem} in dB on {ranking_test(stem)}")
     return [*lines, "", "; ".join(notes)] if notes else lines
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from separation import __version__
 from separation.audio.options import BITRATES, CHANNELS, FLAC_DEPTHS, FORMATS, LOSSLESS, SAMPLE_RATES, WAV_DEPTHS
-from separation.checkpoints.facts import LICENCES, RANKING_TEST, TASKS
+from separation.checkpoints.facts import LICENCES, TASKS
 from separation.checkpoints.listing import SORTS
 from separation.cli import commands, models
 from separation.cli.printing import print_lines
@@ -486,7 +486,7 @@ def _add_models(parent: _Commands) -> None:
         choices=SORTS,
         default="name",
         metavar="ORDER",
-        help=f"name, or quality: SDR of the stem on {RANKING_TEST} (default: name)",
+        help="name, or quality: published SDR of the stem (default: name)",
     )
     listing.add_last().add_argument("--json", action="store_true", help="print a JSON object for each model")
 

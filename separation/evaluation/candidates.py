@@ -95,4 +95,7 @@ def _main_stem(task: str, models: Mapping[str, Checkpoint]) -> str:
     if any(len(_stems(model)) > 2 for model in models.values()):
         stems = dict.fromkeys(stem for model in models.values() for stem in _stems(model))
         raise InputError(f"models for {task} give several stems: add --stem, one of {', '.join(stems)}")
-    return Counter(model.stems[0] for model in models.values()).most_common(1)[0][0]
+    (stem, count), *others = Counter(model.stems[0] for model in models.values()).most_common()
+    if others and count == 1:
+        raise InputError(f"models for {task} give several stems: add --stem, one of {', '.join([stem, *dict(others)])}")
+    return stem

@@ -1,5 +1,6 @@
 """Models are found by task, stem and licence, and sorted by the figures of one test set."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from helpers.small_model import write_yaml
 from separation.checkpoints import catalogue
 from separation.checkpoints.facts import RANKING_TEST
-from separation.checkpoints.listing import Filter, listed
+from separation.checkpoints.listing import MOST_NAMED, Filter, listed, without_one
 from separation.errors import InputError
 
 
@@ -72,8 +73,9 @@ def test_models_that_cannot_be_read_are_named_with_their_errors() -> None:
         ({"licence": "free"}, "unknown licence 'free': use one of none stated, non-commercial, copyleft, permissive"),
         ({"sort": "size"}, "unknown order 'size': use one of name, quality$"),
         ({"stem": "lead"}, "no model gives the stem 'lead': use lead_vocals, or another of vocals, drums"),
-        ({"stem": "drums", "task": "karaoke"}, "no model gives the stem 'drums': use one of lead_vocals, backing_trac"),
-        ({"sort": "quality"}, "quality compares models by the SDR of one stem on MVSEP Multisong: add --stem, such as"),
+        ({"stem": "drums", "task": "karaoke"}, "no model for karaoke gives the stem 'drums': use one of lead_vocals, "),
+        ({"task": "lead_vocals"}, "lead_vocals is a stem, not a task: use --stem lead_vocals$"),
+        ({"sort": "quality"}, "quality compares models by the SDR of one stem on one test set: add --stem, such as"),
         ({"sort": "quality", "task": "karaoke"}, "quality compares models by the SDR of one stem"),
     ],
 )
@@ -81,3 +83,28 @@ def test_models_that_cannot_be_read_are_named_with_their_errors() -> None:
 def test_a_word_that_there_is_not_is_an_error_with_the_choices(wanted: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}"):
         listed(Filter(**wanted))
+
+
+@pytest.mark.usefixtures("weights")
+def test_an_error_does_not_name_a_hundred_stems() -> None:
+    with pytest.raises(InputError) as caught:
+        listed(Filter(stem="lead"))
+    assert re.fullmatch(r"no model gives the stem 'lead': use lead_vocals or one that .* prints", str(caught.value))
+    assert str(caught.value).count(",") < MOST_NAMED
+
+
+@pytest.mark.usefixtures("shipped", "weights")
+def test_a_filter_that_finds_nothing_knows_which_part_of_it_to_leave_out() -> None:
+    assert without_one(Filter(task="karaoke", licence="permissive")) == {"task": 1, "licence": 1}
+    assert without_one(Filter(stem="instrumental", licence="permissive", sort="quality")) == {"stem": 1, "licence": 1}
+    assert without_one(Filter(task="drums", stem="drums", here=True)) == {"here": 1}
+    assert without_one(Filter(task="drums", licence="permissive", here=True)) == {}
+
+
+@pytest.mark.usefixtures("weights")
+def test_stems_that_multisong_lacks_are_ranked_on_their_own_leaderboards() -> None:
+    guitar = [entry.model for entry in listed(Filter(stem="guitar", sort="quality"))[0]]
+    figures = [model.facts.ranking_sdr("guitar") for model in guitar]
+    known = [figure for figure in figures if figure is not None]
+    assert known == sorted(known, reverse=True) and len(known) >= 4
+    assert guitar[0].name == "bs_roformer_sw" and not any(figures[len(known) :])

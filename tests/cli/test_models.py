@@ -66,7 +66,10 @@ def test_a_filter_that_no_model_passes_says_so(weights: Path, capsys: pytest.Cap
     for more in ([], ["--json"]):
         assert main(["models", "list", "--here", "--task", "crowd", *more]) == 0
         captured = capsys.readouterr()
-        assert (captured.out, captured.err) == ("", "no model passes all of these filters\n")
+        words = "no model passes all of these filters: 1 would without --task, 1 would without --here\n"
+        assert (captured.out, captured.err) == ("", words)
+    assert main(["models", "list", "--here", "--task", "crowd", "--licence", "permissive"]) == 0
+    assert capsys.readouterr().err == "no model passes all of these filters: 1 would without --task\n"
 
 
 def test_a_word_that_no_model_has_is_an_error_with_the_close_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,3 +126,15 @@ def test_a_converted_checkpoint_is_listed_and_verified_instead_of_the_original(
     capsys.readouterr()
     assert main(["models", "convert", "--overwrite", str(tmp_path / "nothing.ckpt"), str(converted)]) == 2
     assert capsys.readouterr().err.startswith("error: there is no file")
+
+
+@pytest.mark.parametrize("command", ["show", "download", "verify"])
+def test_a_recipe_in_place_of_a_model_is_an_error_that_names_its_models(
+    command: str, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", command, "standard"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: standard is a recipe, not a model: name its models, ")
+    assert set(said.rpartition(", ")[2].split()) == {"bs_roformer_viperx_1297", "htdemucs_ft", "htdemucs_6s", "drumsep"}
+    assert main(["models", command, "nonsense"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown model 'nonsense'")

@@ -69,6 +69,8 @@ def test_models_that_cannot_be_read_are_named(models: Path) -> None:
         ("vocals", "kazoo", "no model for vocals gives the stem 'kazoo': use one that `separation models list` names"),
         (None, "vocal", "no model gives the stem 'vocal': use vocals or "),
         ("six_stems", None, "models for six_stems give several stems: add --stem, one of "),
+        ("winds", None, "models for winds give several stems: add --stem, one of bassoon, brass, "),
+        ("violin", None, "violin is a stem, not a task: use --stem violin"),
     ],
 )
 def test_what_cannot_be_found_is_an_error_that_says_what_there_is(
