@@ -1,4 +1,4 @@
-"""Writes Native Instruments' `.stem.mp4`: the mixture and four stems as the tracks of one file, for DJ programs.
+"""Native Instruments' `.stem.mp4`: the mixture and four stems as the tracks of one file, for DJ programs.
 
 It is an MP4 file with five stereo tracks, of which only the first, the mixture, is enabled for ordinary players, and an
 atom `moov/udta/stem` whose content is JSON: the names and colours of the stems, and the settings of a compressor and a
@@ -81,6 +81,26 @@ def write_stem_file(tracks: Mapping[str, Path], target: Path) -> None:
             _add_atom(file, manifest([*tracks][1:]))
             file.flush()
             os.fsync(file.fileno())
+
+
+def split_stem_file(path: Path, tracks: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Copy the tracks of a file that `write_stem_file` wrote into M4A files in `folder`; returns them by track.
+
+    Raises OutputError if the folder is full or cannot be written to.
+    """
+    files = {track: folder / f"{track}.m4a" for track in tracks}
+    with output_errors(folder):
+        scale = _time_scale(path)
+        outputs = [
+            part
+            for number, file in enumerate(files.values())
+            for part in (
+                *("-map", f"0:a:{number}", "-map_metadata", "-1", "-c", "copy", "-fflags", "+bitexact"),
+                *("-movie_timescale", scale, "-f", "ipod", f"file:{file.absolute()}"),
+            )
+        ]
+        run_ffmpeg(["-i", f"file:{path.absolute()}", *outputs], what=f"format {STEM_FILE}")
+    return files
 
 
 class Atom(NamedTuple):

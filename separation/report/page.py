@@ -36,6 +36,7 @@ class Report:
         stems: stem -> its file.
         scores: stem -> its SDR in dB.
         links: text -> URL of the links at the top of the page.
+        mix: the URL, relative to the page's, of a server that mixes the stems' own files; empty if there is none.
         record: the name of the record that lists the page.
         excerpt: the part of the song of which these are the stems; None means the whole song.
         analysis: tempo and key, which the page shows, and the loudness of each track.
@@ -46,6 +47,7 @@ class Report:
     stems: Mapping[str, Path]
     scores: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
+    mix: str = ""
     record: str = RECORD
     excerpt: Excerpt | None = None
     analysis: SongAnalysis | None = None
@@ -101,7 +103,8 @@ def _page_data(report: Report, pictures: Mapping[str, Picture], peak: float) -> 
         for index, (name, picture) in enumerate(pictures.items())
     ]
     tempo, key = (report.analysis.tempo_bpm, report.analysis.key) if report.analysis else (None, None)
-    return {"title": report.title, "tempo": tempo, "key": key, "tracks": tracks, "links": dict(report.links)}
+    links = {"links": dict(report.links), "mix": report.mix}
+    return {"title": report.title, "tempo": tempo, "key": key, "tracks": tracks, **links}
 
 
 def _lufs(loudness: Loudness) -> str:

@@ -46,6 +46,8 @@ PARTS = {  # what stands for a file of this folder in a template
     "<!-- transport -->": "transport.html",
     "<!-- lane -->": "lane.html",
 }
+FOR_A_SERVER = {"/* served mix */": "served_mix.js"}  # in a page whose data names a server, as `mix`
+CONNECTS = "; connect-src 'self'"  # what such a page needs of the policy against other connections
 WAVE_HEIGHT = 96  # height of the loudest sample; waveforms reach from -100 to 100
 
 
@@ -130,6 +132,9 @@ def write_page(
     text = (FOLDER / template).read_text(encoding="utf-8")
     for place, name in PARTS.items():
         text = text.replace(place, (FOLDER / name).read_text(encoding="utf-8").rstrip())
+    for place, name in FOR_A_SERVER.items():
+        text = text.replace(place, (FOLDER / name).read_text(encoding="utf-8").rstrip() if data.get("mix") else "")
+    text = text.replace(CONNECTS, CONNECTS if data.get("mix") else "")
     head, tail = text.split("<!-- sound -->")
     with path.open("w", encoding="utf-8") as page:
         page.write(head.replace("/* song */", json.dumps(data).replace("<", "\\u003c")))

@@ -65,6 +65,7 @@ function joined(first, second) {
 /** A WAV file of what the player plays now: its levels, its loop, its tempo and pitch. It is made in parts, so that no whole
 song is in memory, and from sound of its own, so that the player goes on. `progress` gets shares. */
 class Mixdown {
+  static quality = "as WAV, from MP3";
   isCancelled = false;
 
   constructor(player, progress) {
@@ -75,30 +76,40 @@ class Mixdown {
     ({ start: this.start, end: this.end } = player.loop ?? { start: 0, end: this.sound.total });
   }
 
+  cancel() {
+    this.isCancelled = true;
+  }
+
   /** The file, or null if cancelled. */
   async file() {
     try {
-      let mix = await this.rendered(1, 0);
-      if (mix?.peak > 1) mix = await this.rendered(1 / mix.peak, 0.5); // louder than a file can be: again, quieter
-      return mix && new Blob([wavHeader(mix.length), ...mix.parts], { type: "audio/wav" });
+      let mix = await this.rendered(Int16Array, 1, 0);
+      if (mix?.peak > 1) mix = await this.rendered(Int16Array, 1 / mix.peak, 0.5); // louder than a file can be: again, quieter
+      return mix && new Blob([wavHeader(mix.length, song.rate), ...mix.parts], { type: "audio/wav" });
     } finally {
       this.sound.end();
     }
   }
 
-  /** The parts of the file in 16 bits, its length in samples, and the largest sample. Null if cancelled. */
-  async rendered(gain, done) {
-    const tracks = this.levels.flatMap((level, index) => level ? [index] : []);
+  /** Why there is no file, in words. */
+  problem(error) {
+    return `This browser cannot make the mix: ${error.message}`;
+  }
+
+  /** The parts of the file, as an Int16Array or a Float32Array each, its length in samples, and the largest sample. Null if
+  cancelled. */
+  async rendered(Samples, gain, done) {
+    const tracks = this.levels.flatMap((level, index) => level ? [index] : []), isFloat = Samples === Float32Array;
     const parts = [];
     let length = 0, peak = 0;
     for await (const { at, channels } of this.sound.pieces(tracks, this.start, this.end, 0)) {
       if (this.isCancelled) return null;
       this.progress(Math.max(done, (at - this.start) / (this.end - this.start)));
-      const samples = new Int16Array(2 * channels[0].length);
+      const samples = new Samples(2 * channels[0].length);
       for (let i = 0; i < samples.length; i++) {
         const mixed = tracks.reduce((sum, index, j) => sum + this.levels[index] * channels[2 * j + i % 2][i >> 1], 0);
         peak = Math.max(peak, Math.abs(mixed));
-        samples[i] = Math.round(32767 * Math.max(-1, Math.min(1, gain * mixed)));
+        samples[i] = isFloat ? gain * mixed : Math.round(32767 * Math.max(-1, Math.min(1, gain * mixed)));
       }
       parts.push(new Blob([samples])); // which the browser may keep on disk
       length += channels[0].length;
@@ -107,14 +118,14 @@ class Mixdown {
   }
 }
 
-/** The head of a WAV file with so many samples of two channels in 16 bits. */
-function wavHeader(length) {
-  const header = new DataView(new ArrayBuffer(44)), bytes = 4 * length;
+/** The head of a WAV file with so many samples of two channels, in 16 bits or as 32-bit floats. */
+function wavHeader(length, rate, isFloat = false) {
+  const header = new DataView(new ArrayBuffer(44)), size = isFloat ? 8 : 4, bytes = size * length;
   const words = [[0, "RIFF"], [8, "WAVE"], [12, "fmt "], [36, "data"]];
   for (const [at, word] of words) [...word].forEach((letter, i) => header.setUint8(at + i, letter.charCodeAt(0)));
-  const numbers = [[4, 36 + bytes], [16, 16], [24, song.rate], [28, 4 * song.rate], [40, bytes]];
+  const numbers = [[4, 36 + bytes], [16, 16], [24, rate], [28, size * rate], [40, bytes]];
   for (const [at, number] of numbers) header.setUint32(at, number, true);
-  for (const [at, number] of [[20, 1], [22, 2], [32, 4], [34, 16]]) header.setUint16(at, number, true);
+  for (const [at, number] of [[20, isFloat ? 3 : 1], [22, 2], [32, size], [34, 4 * size]]) header.setUint16(at, number, true);
   return header;
 }
 
@@ -212,6 +223,7 @@ function showTools() {
   showRegion(loop);
   LOOP_FIELDS.forEach((field, i) => { field.value = loop ? clock(loop[i], 1) : ""; });
   document.getElementById("clear").disabled = !loop;
+  document.getElementById("quality").textContent = mixdownFor(player).quality;
   showSound(sound.tempo, sound.semitones);
 }
 
@@ -252,11 +264,12 @@ function toolKey(event) {
 }
 
 let mixdown = null; // the one that is being made
+let mixdownFor = () => Mixdown; // a kind of Mixdown for what a player plays
 
 async function saveMix() {
   const status = document.getElementById("status"), button = document.getElementById("save");
   if (mixdown) {
-    mixdown.isCancelled = true;
+    mixdown.cancel();
     return;
   }
   if (!player.tracks.some(track => player.level(track))) {
@@ -265,12 +278,12 @@ async function saveMix() {
   }
   status.textContent = "";
   const label = button.textContent;
-  mixdown = new Mixdown(player, share => { button.textContent = `Cancel (${Math.floor(100 * share)} %)`; });
+  mixdown = new (mixdownFor(player))(player, share => { button.textContent = `Cancel (${Math.floor(100 * share)} %)`; });
   try {
     const file = await mixdown.file();
     if (file) download(file, `${song.title} mix.wav`);
   } catch (error) {
-    status.textContent = `This browser cannot make the mix: ${error.message}`;
+    status.textContent = mixdown.problem(error);
   }
   mixdown = null;
   button.textContent = label;

@@ -2,17 +2,19 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from separation.audio.excerpt import PREVIEW_SECONDS, Excerpt
-from separation.audio.options import OutputOptions
+from separation.audio.options import STEM_FILE, OutputOptions
+from separation.audio.stem_file import tracks_of
 from separation.checkpoints.catalogue import available, read_config
 from separation.documents import quoted
 from separation.engine.recipes import Recipe, load_recipe, one_model
 from separation.errors import InputError, RecipeError
+from separation.web.formats import FORMATS
 
 MOST_SECONDS = 10**6  # far beyond any song
 BYTES_PER_SECOND = {".wav": 176_400, ".aiff": 176_400, ".aif": 176_400, ".flac": 110_000}  # of a CD's sound
@@ -25,14 +27,14 @@ class Order:
 
     Args:
         name: of the song's file.
-        format: of the stems' files.
+        format: of the stems' files, one of FORMATS.
         recipe: the recipe, by its name, with `stems`, its choice of stems.
         model: instead of a recipe, the name of the model whose stems are wanted.
         part: the part of the song to separate; None means the whole song.
         song_seconds: how long the song lasts, as its sender says; None if the sender cannot tell.
 
     Raises:
-        InputError: there is no such recipe, choice of stems, model or format.
+        InputError: there is no such recipe, choice of stems, model or format, or the format cannot hold the stems.
     """
 
     name: str
@@ -44,8 +46,11 @@ class Order:
     song_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        self.load()
-        OutputOptions(self.format)
+        stems = self.load().stems
+        if self.format not in FORMATS:
+            raise InputError(f"output format {quoted(self.format)} is not offered: choose {' or '.join(FORMATS)}")
+        if self.format == STEM_FILE:
+            tracks_of(stems)
 
     @classmethod
     def read(cls, order: Mapping[Any, Any]) -> "Order":
@@ -83,7 +88,7 @@ class Order:
 
     @property
     def output(self) -> OutputOptions:
-        return OutputOptions(self.format, excerpt=self.part)
+        return replace(FORMATS[self.format].options, excerpt=self.part)
 
     @property
     def choice(self) -> str:

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from separation.audio.excerpt import PREVIEW_SECONDS
-from separation.audio.ffmpeg import is_installed
-from separation.audio.options import FFMPEG_FORMATS, SNDFILE_FORMATS
+from separation.web.formats import offered
 from separation.web.limits import max_mib, max_seconds
 from separation.web.offers import offers
 from separation.web.queue import KEEP_SECONDS
@@ -18,7 +17,7 @@ def page() -> bytes:
     """The page."""
     options = {
         **offers(),
-        "formats": (*SNDFILE_FORMATS, *(FFMPEG_FORMATS if is_installed() else ())),
+        "formats": offered(),
         "mib": max_mib(),
         "seconds": max_seconds(),
         "keep": KEEP_SECONDS,

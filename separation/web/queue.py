@@ -11,11 +11,15 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
+from separation.audio.options import STEM_FILE
 from separation.engine.cache import Cache
 from separation.engine.pool import ModelPool
 from separation.engine.song_context import song_context
@@ -23,9 +27,10 @@ from separation.errors import InputError, SeparationError
 from separation.system.places import size_bytes
 from separation.web.errors import CancelledError, RefusedError, errors_without_paths
 from separation.web.limits import max_mib, max_seconds
+from separation.web.mixing import MIX, Mix
 from separation.web.order import Order
-from separation.web.queued import ID_BYTES, QueuedSong, restored
-from separation.web.work import LISTEN, ZIP, Worker
+from separation.web.queued import ID_BYTES, WORK_PREFIX, ZIP, QueuedSong, restored
+from separation.web.work import Worker
 
 KEEP_SECONDS = 24 * 60 * 60  # after the last download of a finished song
 ANNOUNCED_SECONDS = 60  # until the upload of an announced song must start
@@ -150,7 +155,8 @@ class SongQueue:
         """A song's state and progress as JSON.
 
         `ahead` is the number of songs before it in the queue, and `left` the seconds until it is done or, if it waits,
-        until its turn: an estimate, or null. `again` tells whether its file is still here.
+        until its turn: an estimate, or null. `again` tells whether its file is still here. `analysis` is null until it
+        is done.
         """
         song = self._get(id)
         with self._changed:
@@ -167,6 +173,7 @@ class SongQueue:
                 "ahead": len(ahead),
                 "files": {name: size_bytes(path) for name, path in song.files.items()},
                 "again": song.state == "done" and song.order.part is not None,
+                "analysis": song.analysis and song.analysis.as_json(),
             }
 
     def _left(self, song: QueuedSong) -> float | None:
@@ -178,16 +185,38 @@ class SongQueue:
         song.touch()
         if name not in song.files:
             raise RefusedError(HTTPStatus.NOT_FOUND, f"{song.name!r} has no file {name!r:.100}: go back to the page")
-        return song.files[name], f"{song.title} - {name}"
+        own_name = f"{song.title}.{STEM_FILE}" if name.endswith(f".{STEM_FILE}") else f"{song.title} - {name}"
+        return song.files[name], own_name
 
     def archive(self, id: str) -> tuple[dict[str, Path], str]:
         """The stems by their names in a zip archive, and its file name. Raises RefusedError if there are none."""
         song = self._get(id)
         song.touch()
-        files = {f"{song.title}/{name}": path for name, path in song.files.items() if name != LISTEN}
+        files = {f"{song.title}/{name}": path for name, path in song.downloads.items()}
         if not files:
             raise RefusedError(HTTPStatus.NOT_FOUND, f"{song.name!r} has no stems yet: go back to the page")
         return files, f"{song.title} - {ZIP}"
+
+    @contextmanager
+    def mixed(self, id: str, mix: Mix) -> Iterator[tuple[Path, str]]:
+        """A mix of a song's stems, in a file that is deleted afterwards, and the file name for its download.
+
+        Raises:
+            RefusedError: the song is unknown, or its stems are not here.
+            SeparationError: the mix cannot be made.
+        """
+        song = self._get(id)
+        song.touch()
+        if not song.downloads:
+            raise RefusedError(HTTPStatus.NOT_FOUND, f"{song.name!r} has no stems yet: go back to the page")
+        if not all(path.is_file() for path in song.downloads.values()):
+            raise RefusedError(HTTPStatus.GONE, f"the stems of {song.name!r} are not here any more: send it again")
+        try:
+            with TemporaryDirectory(prefix=WORK_PREFIX, dir=song.folder, ignore_cleanup_errors=True) as folder:
+                yield mix.write(song, Path(folder)), f"{song.title} - {MIX}"
+        finally:
+            if id not in self._songs:  # removed meanwhile
+                shutil.rmtree(song.folder, ignore_errors=True)
 
     def remove(self, id: str) -> None:
         """Cancel a song or delete its results. If a thread is busy with it, that thread deletes its files."""

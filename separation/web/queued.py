@@ -6,6 +6,7 @@ Each song has a folder, named after its id:
     song/NAME       the file that was sent
     stems/          the stems
     stems.html      the page to listen to them
+    work-*          temporary files
 
 The time of the last change of song.json is that of the song's last use.
 """
@@ -22,6 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from separation.analysis.facts import SongAnalysis
+from separation.audio.options import STEM_FILE
+from separation.audio.stem_file import split_stem_file, tracks_of
 from separation.errors import InputError
 from separation.system.locks import lock
 from separation.system.os_errors import output_errors
@@ -29,6 +33,9 @@ from separation.system.places import size_bytes, songs_folder
 from separation.web.order import Order
 
 STATE, LOCK = "song.json", "lock"
+LISTEN, ZIP = "stems.html", "stems.zip"
+PROJECT_SUFFIX = ".rpp"
+WORK_PREFIX = "work-"  # of the names of temporary folders
 ID_BYTES = 16
 ID = re.compile(r"[\w-]{22}", re.ASCII)  # ID_BYTES as secrets.token_urlsafe writes them
 VERSION = 1
@@ -51,6 +58,7 @@ class QueuedSong:
     seconds_left: float | None = None  # of the separation, an estimate
     problem: str = ""  # why the song failed, or why a finished song has no listening page
     files: dict[str, Path] = field(default_factory=dict)  # name in the URL -> file
+    analysis: SongAnalysis | None = None
     queued: float = 0.0  # when it came into the queue, in the system's time, which orders the queue
     announced: float = field(default_factory=time.monotonic)
     touched: float = field(default_factory=time.time)  # when it last changed or was downloaded, in the system's time
@@ -71,6 +79,21 @@ class QueuedSong:
         part = f" {self.order.part}" if self.order.part else ""
         return f"{Path(self.name).stem}{part}"
 
+    @property
+    def downloads(self) -> dict[str, Path]:
+        """The files but the page to listen, by their names in the URL."""
+        return {name: path for name, path in self.files.items() if name != LISTEN}
+
+    def stems(self, folder: Path) -> dict[str, Path]:
+        """The files of the stems by name. If they are in one file, it is split into files in `folder`.
+
+        Raises OutputError if that fails.
+        """
+        files = [path for path in self.downloads.values() if path.suffix != PROJECT_SUFFIX]
+        if self.order.format == STEM_FILE and files:
+            return split_stem_file(files[0], tracks_of(self.order.load().stems), folder)
+        return {path.stem: path for path in files}
+
     def touch(self) -> None:
         """Count the time until the song is removed from now on."""
         self.touched = time.time()
@@ -88,6 +111,7 @@ class QueuedSong:
             "problem": self.problem,
             "files": {name: path.relative_to(self.folder).as_posix() for name, path in self.files.items()},
             "queued": self.queued,
+            "analysis": self.analysis and self.analysis.as_json(),
         }
         part = self.folder / f"{STATE}.part"
         with part.open("w", encoding="utf-8") as file:
@@ -109,6 +133,7 @@ class QueuedSong:
         if state["version"] != VERSION:
             raise ValueError(f"it is of version {state['version']}")
         files = {str(name): folder / path for name, path in state["files"].items()}
+        analysis = state.get("analysis")
         return cls(
             folder.name,
             Order.read(state["order"]),
@@ -118,6 +143,7 @@ class QueuedSong:
             problem=str(state["problem"]),
             files=files,
             queued=float(state["queued"]),
+            analysis=SongAnalysis.from_json(analysis) if analysis else None,
             touched=min(time.time(), (folder / STATE).stat().st_mtime),
         )
 
@@ -160,6 +186,8 @@ def _restored(folder: Path) -> QueuedSong:
         song = QueuedSong.load(folder)
     except (OSError, InputError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
         return _unreadable(folder, e)
+    for left in folder.glob(f"{WORK_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
     if song.state in ("waiting", "separating"):
         for left in (folder / "stems", folder / "stems.html"):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -2,10 +2,7 @@
 const options = JSON.parse(document.getElementById("options").textContent);
 const ACTIVE_MS = 500, IDLE_MS = 5000; // between status requests: while a song is in progress, and afterwards
 const LISTEN = "stems.html", ZIP = "stems.zip", MORE = "more", RECIPES = "recipes";
-const FORMATS = {
-  wav: "WAV, 32-bit float", flac: "FLAC, 24 bit", mp3: "MP3, 320 kbit/s",
-  m4a: "M4A (AAC), 256 kbit/s", opus: "Opus, 192 kbit/s", ogg: "Ogg Vorbis, about 256 kbit/s",
-};
+const PROJECT = ".rpp", STEM_FILE = ".stem.mp4"; // ends of names
 // Paths of the icons beside a song's state, which colour alone would not tell apart.
 const ICONS = { done: "M2 8.5 6 13 14 3", failed: "M8 2v7M8 13v.5", cancelled: "M3 3l10 10M13 3 3 13", other: "M8 4v4l3 2M8 1a7 7 0 1 0 .01 0" };
 const find = selector => document.querySelector(selector);
@@ -72,6 +69,7 @@ class Countdown {
 milliseconds, which orders the cards. `order` is what is wanted, and `title` is that in words. */
 class Card {
   state = "";
+  unsent = false; // its file has not arrived, and only this page has it
   sending = new AbortController();
   left = new Countdown();
 
@@ -179,7 +177,7 @@ class Card {
     this.id = null;
   }
 
-  show({ state, share, stage, problem, ahead, left, files, again }) {
+  show({ state, share, stage, problem, ahead, left, files, again, analysis }) {
     const percent = `${Math.floor(share * 100)}%`, before = this.state, songs = ahead === 1 ? "1 song" : `${ahead} songs`;
     if (state !== before) this.left = new Countdown();
     const rest = this.left.update(left), time = rest === null ? "" : about(rest);
@@ -194,6 +192,8 @@ class Card {
       failed: problem,
       cancelled: "Cancelled",
     }[state];
+    const { tempo_bpm: tempo, key } = analysis ?? {};
+    this.part("small").textContent = [this.title, ...tempo ? [`${tempo.toFixed(1)} BPM`] : [], ...key ? [key.replace("#", "♯")] : []].join(" · ");
     this.element.className = state;
     this.part(".state span").textContent = this.text;
     this.part(".state path").setAttribute("d", ICONS[state] ?? ICONS.other);
@@ -212,12 +212,14 @@ class Card {
     const names = Object.keys(files), shown = `${names} ${again}`;
     if (shown === this.files) return;
     this.files = shown;
-    const stems = names.filter(name => name !== LISTEN);
+    const stems = names.filter(name => name !== LISTEN && !name.endsWith(PROJECT));
+    const sum = names.reduce((total, name) => total + (name === LISTEN ? 0 : files[name]), 0);
+    const all = names.some(name => name.endsWith(PROJECT)) ? "REAPER project as zip" : "all as zip";
     this.part(".files").replaceChildren(...[
       ...names.filter(name => name === LISTEN).map(name => this.link(name, "Listen", `Listen to ${this.name}`, "first")),
       ...again ? [make("button", { type: "button", onclick: () => this.whole(), ariaLabel: `Separate the whole song: ${this.name}` }, "Separate the whole song")] : [],
-      ...stems.map(name => this.download(name, name.replace(/\.[^.]*$/, ""), files[name])),
-      ...stems.slice(0, 1).map(() => this.download(ZIP, "all as zip", stems.reduce((sum, name) => sum + files[name], 0))),
+      ...stems.map(name => this.download(name, name.endsWith(STEM_FILE) ? "stem file" : name.replace(/\.[^.]*$/, ""), files[name])),
+      ...stems.length && !stems[0].endsWith(STEM_FILE) ? [this.download(ZIP, all, sum)] : [],
     ]);
   }
 
@@ -232,11 +234,11 @@ class Card {
   }
 
   link(name, text, ariaLabel = null, className = "") {
-    return make("a", { href: `/songs/${this.id}/${name}`, ariaLabel, className }, text);
+    return make("a", { href: `/songs/${this.id}/${encodeURIComponent(name)}`, ariaLabel, className }, text);
   }
 
   download(name, text, bytes) {
-    const link = this.link(name, "");
+    const link = Object.assign(this.link(name, ""), { download: "" }); // else a browser takes the click for leaving the page
     const hidden = words => make("span", { className: "unseen" }, words);
     link.append(make("span", { ariaHidden: "true" }, "↓\u00a0"), hidden("Download "), text, make("small", {}, size(bytes)), hidden(` of ${this.name}`));
     return link;
@@ -282,12 +284,24 @@ function words(stem) {
 function titleOf({ part, format, ...order }) {
   const { recipe, stems, model } = order, offer = OFFERS[JSON.stringify(model ? { model } : { recipe, stems })];
   const extent = Array.isArray(part) ? [`${clock(part[0])} to ${part[1] === null ? "the end" : clock(part[1])}`] : part ? ["the loudest half minute"] : [];
-  return [offer ? offer.title : model ?? `${recipe}, ${stems}`, ...extent, format.toUpperCase()].join(" · ");
+  return [offer ? offer.title : model ?? `${recipe}, ${stems}`, ...extent, options.formats[format]?.title ?? format].join(" · ");
 }
 
 function fill(select, values, wanted) {
   select.replaceChildren(...values.map(([value, text]) => make("option", { value, textContent: text })));
   if (values.some(([value]) => value === wanted)) select.value = wanted;
+}
+
+/** Offer the formats that can hold so many stems. */
+function fillFormats(count) {
+  const format = find("#format"), before = format.value;
+  for (const option of format.options) {
+    const { title, stems } = options.formats[option.value];
+    option.disabled = stems !== null && stems !== count;
+    option.textContent = option.disabled ? `${title}: needs ${stems} stems` : title;
+  }
+  if (format.selectedOptions[0]?.disabled) format.selectedIndex = 0;
+  if (format.value !== before) find("#announcement").textContent = `Format: ${format.selectedOptions[0].textContent}`;
 }
 
 function radio(value, title, hint) {
@@ -341,6 +355,7 @@ function changed() {
   const more = find("[name=wanted]:checked").value === MORE;
   find("#more").hidden = !more;
   describe(OFFERS[wanted()]);
+  fillFormats(OFFERS[wanted()].stems.length);
   showStart();
   localStorage.setItem("choice", JSON.stringify({
     wanted: find("[name=wanted]:checked").value, task: find("#task").value, model: find("#model").value, format: find("#format").value,
@@ -377,7 +392,7 @@ find("#presets").append(
 const tasks = Object.entries(options.tasks).map(([task, { title }]) => [task, task ? `${words(task)}: ${title}` : title]);
 fill(find("#task"), [[RECIPES, "several tasks: recipes"], ...tasks], before.task);
 fill(find("#model"), offersOf(find("#task").value), before.model);
-fill(find("#format"), options.formats.map(name => [name, FORMATS[name]]), before.format);
+fill(find("#format"), Object.entries(options.formats).map(([name, { title }]) => [name, title]), before.format);
 changed();
 const kept = Object.keys(localStorage).filter(key => key.startsWith("song ")).map(key => JSON.parse(localStorage.getItem(key)));
 find("ol").append(...kept.filter(({ order }) => order).sort((one, other) => other.at - one.at).map(song => new Card(song).element));
@@ -400,12 +415,16 @@ find("form").onsubmit = async event => {
   if (region.length !== null) order.seconds = region.length;
   const title = titleOf(order);
   const queue = files.map((file, index) => [new Card({ at: Date.now() - index, name: file.name, order, title }), file]);
+  for (const [card] of queue) card.unsent = true;
   find("ol").prepend(...queue.map(([card]) => card.element));
   listed();
   choose([]);
   find("#files").focus({ preventScroll: true });
   queue[0][0].element.scrollIntoView({ block: "nearest" });
-  for (const [card, file] of queue) await card.send(file);
+  for (const [card, file] of queue) {
+    await card.send(file);
+    card.unsent = false;
+  }
 };
 for (const kind of ["dragover", "dragleave", "drop"]) {
   addEventListener(kind, event => {
@@ -415,3 +434,6 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 }
 addEventListener("drop", event => choose(event.dataTransfer.files));
 addEventListener("pageshow", poll);
+addEventListener("beforeunload", event => { // files that have not arrived would be lost
+  if (cards().some(card => card.unsent && !card.finished)) event.preventDefault();
+});

@@ -6,6 +6,7 @@
     PUT     /songs/ID           uploads its file
     GET     /songs/ID           returns its state and progress
     GET     /songs/ID/NAME      returns a stem or a byte range of it, stems.html to listen, or stems.zip
+    GET     /songs/ID/mix.wav   returns a mix of the stems; its query has their levels: ?vocals=0.5&drums=1
     DELETE  /songs/ID           cancels the song or deletes its results
 
 HEAD is answered like GET, without the body. OPTIONS lists the methods of a path. A connection carries one request, so
@@ -26,11 +27,12 @@ import re
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import NoReturn
+from urllib.parse import unquote
 
 from separation.engine.cache import chosen_cache
 from separation.engine.options import EngineOptions
@@ -38,11 +40,11 @@ from separation.engine.pool import ModelPool
 from separation.errors import InputError, SeparationError
 from separation.web.connections import LimitedServer, Limits
 from separation.web.errors import CancelledError, RefusedError, errors_without_paths
+from separation.web.mixing import MIX, Mix
 from separation.web.page import page
 from separation.web.queue import SongQueue, read_some
-from separation.web.queued import locked_folder
+from separation.web.queued import LISTEN, ZIP, locked_folder
 from separation.web.responses import Responder, attachment
-from separation.web.work import LISTEN, ZIP
 
 MAX_JSON_BYTES = 1 << 16
 MARK = "X-Separation"
@@ -147,7 +149,7 @@ class Handler(Responder):
 
     def _respond(self) -> Send:
         """Do what the request asks for. Raises SeparationError if that fails."""
-        actions = self._actions(self.path.split("?")[0].split("/")[1:])
+        actions = self._actions([unquote(part) for part in self.path.split("?")[0].split("/")[1:]])
         if not actions:
             raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such page: start at the first one")
         if "GET" in actions:
@@ -176,6 +178,8 @@ class Handler(Responder):
                 }
             case ["songs", id, name] if name == ZIP:
                 return {"GET": lambda: partial(self.send_zip, *songs.archive(id))}
+            case ["songs", id, name] if name == MIX:
+                return {"GET": partial(self._mix, id)}
             case ["songs", id, name]:
                 return {"GET": partial(self._file, id, name)}
         return {}
@@ -208,6 +212,18 @@ class Handler(Responder):
             return partial(self.send_file, path.open("rb"), {"Content-Type": "text/html; charset=utf-8"})
         media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
         return partial(self.send_file, path.open("rb"), {"Content-Type": media_type} | attachment(download_name))
+
+    def _mix(self, id: str) -> Send:
+        with ExitStack() as on_error:
+            wanted = Mix.read(self.path.partition("?")[2])
+            path, download_name = on_error.enter_context(self.server.songs.mixed(id, wanted))
+            mixed = on_error.pop_all()
+
+        def send() -> None:
+            with mixed:
+                self.send_file(path.open("rb"), {"Content-Type": "audio/wav"} | attachment(download_name))
+
+        return send
 
     def _content_length(self, max_bytes: float) -> int:
         text = self.headers.get("Content-Length", "")

@@ -4,8 +4,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from separation.audio.options import OutputOptions
+from separation.analysis.facts import MIXTURE
+from separation.analysis.song import analyse
+from separation.audio.options import STEM_FILE, OutputOptions
 from separation.checkpoints.catalogue import missing, read_config
 from separation.checkpoints.download import fetch
 from separation.engine.cache import Cache
@@ -15,11 +19,12 @@ from separation.engine.separator import DECODED, DECODING, ESTIMATED, Separator
 from separation.errors import AudioError, CheckpointError, DownloadError, InputError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
+from separation.web.mixing import MIX
 from separation.web.pace import Paces, SongPace
-from separation.web.queued import QueuedSong
+from separation.web.queued import LISTEN, PROJECT_SUFFIX, WORK_PREFIX, ZIP, QueuedSong
 
-LISTEN, ZIP = "stems.html", "stems.zip"
-SEPARATED = 0.8  # share of the progress bar for the separation; the rest is for the listening page
+SEPARATED = 0.8  # share of the progress bar for the separation; the rest is for the analysis and the listening page
+ANALYSED = 0.3  # share of that rest
 
 logger: logging.Logger = logging.getLogger("separation")
 
@@ -43,7 +48,7 @@ class Worker:
     paces: Paces = field(default_factory=Paces)
 
     def work(self, song: QueuedSong, tell: Tell) -> None:
-        """Make the stems of a song and the page to listen to them, and set its `files`.
+        """Make the stems of a song and the page to listen to them, and set its `files` and its `analysis`.
 
         Raises SeparationError if that fails, and what `tell` raises.
         """
@@ -63,7 +68,10 @@ class Worker:
             progress=stages.separating,
         )
         song.files = {path.name: path for path in stems.values()}
-        self._write_page(song, Progress(stages.writing_page))
+        try:
+            self._analyse_and_write_page(song, Progress(stages.finishing))
+        except AudioError as e:  # too long for a page
+            song.problem = str(e)
         pace.end()
 
     def expected_seconds(self, song: QueuedSong) -> float | None:
@@ -99,18 +107,26 @@ class Worker:
                     "model"
                 ) from e
 
-    def _write_page(self, song: QueuedSong, progress: Progress) -> None:
-        page, stems = song.folder / LISTEN, {path.stem: path for path in song.files.values()}
-        downloads = {f"↓ {stem}": path.name for stem, path in stems.items()}
-        links = {"← all songs": "/", **downloads, "↓ all as zip": ZIP}
-        try:
-            title = f"{song.name}, {song.order.part}" if song.order.part else song.name
-            report = Report(title, song.path, stems, links=links, excerpt=song.order.part)
-            write_report(report, page, progress=progress)
-        except AudioError as e:  # too long for a page
-            song.problem = str(e)
-        else:
-            song.files = {**song.files, LISTEN: page}
+    def _analyse_and_write_page(self, song: QueuedSong, progress: Progress) -> None:
+        with TemporaryDirectory(prefix=WORK_PREFIX, dir=song.folder, ignore_cleanup_errors=True) as name:
+            folder, part = Path(name), song.order.part
+            stems = {stem: path for stem, path in song.stems(folder).items() if stem != MIXTURE}
+            analysing = progress.part(0, ANALYSED)
+            song.analysis = analyse(song.path, stems, excerpt=part, folder=folder, progress=analysing)
+            title = f"{song.name}, {part}" if part else song.name
+            links = {"← all songs": "/", **_links(song)}
+            report = Report(title, song.path, stems, links=links, mix=MIX, excerpt=part, analysis=song.analysis)
+            write_report(report, song.folder / LISTEN, progress=progress.part(ANALYSED, 1))
+        song.files = {**song.files, LISTEN: song.folder / LISTEN}
+
+
+def _links(song: QueuedSong) -> dict[str, str]:
+    """Links to the downloads of a song, by their texts."""
+    if song.order.format == STEM_FILE:
+        return {"↓ stem file": next(iter(song.downloads))}
+    stems = {path.stem: name for name, path in song.downloads.items() if path.suffix != PROJECT_SUFFIX}
+    archive = "REAPER project" if len(stems) < len(song.downloads) else "all"
+    return {**{f"↓ {stem}": name for stem, name in stems.items()}, f"↓ {archive} as zip": ZIP}
 
 
 class _TimedSeparator(Separator):
@@ -142,9 +158,10 @@ class _Stages:
             words, left = "Writing the stems", self._pace.after_models()
         self._tell(SEPARATED * share, words, left)
 
-    def writing_page(self, share: float, stage: str) -> None:
-        """Progress of `write_report`."""
-        self._tell(SEPARATED + (1 - SEPARATED) * share, "Making the listening page", self._pace.after_models(share))
+    def finishing(self, share: float, stage: str) -> None:
+        """Progress of `analyse` and then of `write_report`."""
+        words = "Finding tempo and key" if share < ANALYSED else "Making the listening page"
+        self._tell(SEPARATED + (1 - SEPARATED) * share, words, self._pace.after_models(share))
 
 
 def _title(model: str) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from helpers.common import needs_ffmpeg
 from helpers.sounds import TAGS, noise, waveform_of
+from separation.audio.decode import decode
 from separation.audio.encode import encode
 from separation.audio.metadata import read_metadata
-from separation.audio.options import LOSSLESS, OutputOptions
+from separation.audio.options import LOSSLESS, Bitrate, OutputOptions
 from separation.audio.stem_file import (
     COLOURS,
     MIXTURE_TRACK,
@@ -24,6 +25,7 @@ from separation.audio.stem_file import (
     atoms,
     find_atom,
     manifest,
+    split_stem_file,
     tracks_of,
     write_stem_file,
 )
@@ -81,6 +83,19 @@ def test_with_aac_the_tracks_are_in_time_and_announce_their_exact_length(tmp_pat
             (edit,) = atoms(file, edits.content, edits.end)
             file.seek(edit.content + 4)
             assert struct.unpack(">III", file.read(12)) == (1, N_SAMPLES, 1024)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("bitrate", [None, LOSSLESS])
+def test_a_split_file_has_the_same_tracks_in_time(bitrate: Bitrate | None, tmp_path: Path) -> None:
+    path = written(tmp_path, OutputOptions("m4a", bitrate=bitrate), PNG)
+    (tmp_path / "split").mkdir()
+    files = split_stem_file(path, tracks_of(ORDER), tmp_path / "split")
+    assert list(files) == [MIXTURE_TRACK, *ORDER]
+    for number, (track, file) in enumerate(files.items()):
+        with decode(file, tmp_path) as one, decode(tmp_path / f"{track}.m4a", tmp_path) as before:
+            assert one.n_samples == N_SAMPLES
+            assert torch.equal(one.read(0, N_SAMPLES), before.read(0, N_SAMPLES)), number
 
 
 def _children(file: io.BufferedReader, parent: bytes, kind: bytes) -> list[tuple[int, int]]:

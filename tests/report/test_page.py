@@ -56,6 +56,16 @@ def test_the_page_loads_nothing_else(page: Path) -> None:
     assert not re.search(r"@import|fetch\(|XMLHttpRequest|(?:src|href)=(?!\"data:)", text)
 
 
+def test_only_a_page_with_a_server_that_mixes_may_connect_to_it(tmp_path: Path) -> None:
+    song = write(tmp_path / "song.wav", np.zeros(RATE))
+    texts = []
+    for mix in ("", "mix.wav"):
+        write_report(Report("A", song, {"vocals": song}, mix=mix), tmp_path / "stems.html", overwrite=True)
+        texts.append((tmp_path / "stems.html").read_text(encoding="utf-8"))
+    assert ["fetch(" in text for text in texts] == ["connect-src" in text for text in texts] == [False, True]
+    assert "/* served mix */" not in "".join(texts)
+
+
 def test_sound_takes_less_than_a_megabyte_per_minute_and_stem(page: Path) -> None:
     assert page.stat().st_size < 1e6 * SECONDS / 60 * 4 + 5e5
 

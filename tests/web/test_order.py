@@ -21,6 +21,8 @@ MODEL = {"name": "song.wav", "model": "mel_band_roformer_kim", "format": "wav"}
         RECIPE | {"part": "preview", "seconds": 200.5},
         MODEL | {"part": [10.0, 40.0]},
         MODEL | {"part": [10.0, None]},
+        RECIPE | {"format": "stem.mp4"},
+        MODEL | {"format": "reaper"},
     ],
 )
 def test_an_order_is_what_its_json_says(order: dict[str, Any]) -> None:
@@ -44,7 +46,8 @@ def test_an_order_names_a_recipe_or_the_stems_of_a_model() -> None:
         ({"stems": "all_7"}, "has no stems 'all_7'"),
         ({"model": "no_such"}, "unknown model 'no_such': choose one that the page offers"),
         ({"model": "configs/models/demo.yaml"}, "unknown model"),
-        ({"format": "exe"}, "output format 'exe' is not offered"),
+        ({"format": "exe"}, "output format 'exe' is not offered: choose wav or wav24 or flac"),
+        ({"format": "stem.mp4", "stems": "vocals_instrumental"}, "holds four stems, not 2"),
         ({"name": 3}, "the order is incomplete"),
         ({"part": "loud"}, r"must be \[start, end\] in seconds, or preview"),
         ({"part": [1]}, r"must be \[start, end\]"),

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from numpy.typing import NDArray
 
 from helpers.axe import VIEWS, faults, view
 from helpers.browser import RIGHT, Browser
-from helpers.common import SONG, STEMS, needs_chromium, read, song
+from helpers.common import SONG, STEMS, needs_chromium, needs_ffmpeg, read, song
 from helpers.page_server import MAX_MIB, Process
 from helpers.served_process import wait_for
 from separation import Separator
@@ -131,6 +133,78 @@ def test_a_song_can_be_chosen_separated_heard_and_downloaded(browser: Browser, s
     browser.click("[aria-label='Remove song.flac']")
     assert card(browser) == ""
     wait_for(lambda: not list(server.songs.glob("*/stems/guitar.flac")), "its removal")
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_mix_is_saved_from_the_stems_own_files(browser: Browser, server: Process, tmp_path: Path) -> None:
+    select(browser, "demo", format="wav")
+    browser.choose("#files", SONG)
+    browser.click("#start")
+    wait_for(lambda: "Done" in card(browser), "the end of the song")
+    assert "128.0 BPM" in card(browser)
+    browser.click("[aria-label='Listen to song.flac']")
+    wait_for(lambda: browser.run("return globalThis.play !== undefined && !play.disabled"), "the player")
+    page = browser.run("return location.pathname").rpartition("/")[0]
+    vocals, instrumental = (read(server.ask("GET", f"{page}/{stem}.wav")[1]) for stem in ("vocals", "instrumental"))
+    quality = "return document.querySelector('#quality').textContent"
+    assert browser.run(quality) == "as WAV, from the stems’ own files"
+    browser.run("player.set(player.tracks[1], { volume: 0.5 })")
+
+    def saved() -> NDArray[np.float32]:
+        browser.click("#save")
+        content = downloaded(tmp_path / "song.flac mix.wav")
+        (tmp_path / "song.flac mix.wav").unlink()
+        assert soundfile.info(io.BytesIO(content)).subtype == "FLOAT"
+        return read(content)
+
+    mix = (0.25 * vocals.astype(np.float64) + instrumental).astype(np.float32)
+    np.testing.assert_array_equal(saved(), mix)
+    browser.run("setLoop(3, 6); player.set(player.tracks[1], { muted: true })")
+    np.testing.assert_array_equal(saved(), instrumental[3 * 44100 : 6 * 44100])
+    browser.run("change({ tempo: 0.5 })")
+    slow = saved()
+    assert len(slow) == 6 * 44100
+    assert np.sqrt(np.square(slow).mean() / np.square(instrumental[3 * 44100 : 6 * 44100]).mean()) > 0.7
+    browser.run("player.set(player.tracks[0], { solo: true })")
+    assert browser.run(quality) == "as WAV, from MP3"
+    browser.run("player.set(player.tracks[0], { solo: false })")
+    assert server.ask("DELETE", page)[0] == 200
+    browser.click("#save")
+    status = "return document.querySelector('#status').textContent"
+    wait_for(lambda: browser.run(status), "the refusal")
+    assert browser.run(status) == "No mix: this song is no longer on the server: send it again"
+    assert "Failed to load resource" in browser.console()[0]  # Chromium logs the refusal
+
+
+@needs_chromium
+@needs_ffmpeg
+@pytest.mark.slow
+def test_a_stem_file_is_only_offered_for_four_stems(browser: Browser) -> None:
+    option = "const one = document.querySelector('[value=\"stem.mp4\"]'); return [one.disabled, one.textContent]"
+    title = "Stem file for DJ programs (.stem.mp4)"
+    assert browser.run(option) == [True, f"{title}: needs 4 stems"]
+    browser.run("document.querySelectorAll('[name=wanted]')[2].click()")
+    assert browser.run(option) == [False, title]
+    change(browser, "#format", "stem.mp4")
+    browser.run("document.querySelectorAll('[name=wanted]')[0].click()")
+    assert browser.run("return document.querySelector('#format').value") == "wav"
+    assert browser.run("return document.querySelector('#announcement').textContent") == "Format: WAV, 32-bit float"
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_page_warns_before_unsent_songs_are_lost(browser: Browser, short: bytes, tmp_path: Path) -> None:
+    unload = "const leaving = new Event('beforeunload', { cancelable: true }); return !dispatchEvent(leaving)"
+    select(browser, "demo")
+    (tmp_path / "song.flac").write_bytes(short)
+    browser.run("globalThis.asked = fetch; globalThis.fetch = () => new Promise(() => {})")  # a slow connection
+    browser.choose("#files", tmp_path / "song.flac")
+    assert not browser.run(unload)
+    browser.click("#start")
+    assert browser.run(unload)
+    browser.click("[aria-label='Cancel song.flac']")
+    assert not browser.run(unload)
 
 
 @needs_chromium

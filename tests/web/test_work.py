@@ -104,6 +104,7 @@ def test_stages_are_in_words_and_the_next_song_has_a_time_from_the_start(
         "Reading the song",
         "Separating with Demo",
         "Writing the stems",
+        "Finding tempo and key",
         "Making the listening page",
     ]
     shares = [share for share, _, _ in told[0]][len(downloading) :]

@@ -1,0 +1,82 @@
+/** The sound of a WAV file of 32-bit floats in two channels: its only track. */
+class WavSound extends StretchedSound {
+  /** Find the samples in the file. */
+  async open(file) {
+    const header = new DataView(await file.slice(0, 1 << 16).arrayBuffer());
+    const size = at => header.getUint32(at + 4, true);
+    let at = 12; // the first chunk, which describes the format
+    this.rate = header.getUint32(at + 12, true);
+    while (header.getUint32(at) !== 0x64617461) at += 8 + size(at) + size(at) % 2; // "data"
+    this.samples = file.slice(at + 8, at + 8 + size(at));
+    this.total = this.samples.size / 8;
+  }
+
+  async read(tracks, from, to) {
+    const first = Math.min(Math.max(from, 0), this.total), last = Math.min(Math.max(to, 0), this.total);
+    const found = new Float32Array(await this.samples.slice(8 * first, 8 * last).arrayBuffer());
+    return [0, 1].map(channel => {
+      const samples = new Float32Array(to - from);
+      for (let i = 0; i < last - first; i++) samples[first - from + i] = found[2 * i + channel];
+      return samples;
+    });
+  }
+}
+
+/** A mix of the stems' own files in 32-bit float, which the server makes. Another tempo or pitch is made of it here. */
+class ServedMix extends Mixdown {
+  static quality = "as WAV, from the stems’ own files";
+  asking = new AbortController();
+
+  constructor(player, progress) {
+    super(player, progress);
+    const levels = player.tracks.flatMap(({ name }, index) => this.levels[index] ? [[name, this.levels[index]]] : []);
+    const times = player.loop ? [["start", this.start / song.rate], ["end", this.end / song.rate]] : [];
+    this.url = `${song.mix}?${new URLSearchParams([...levels, ...times])}`;
+  }
+
+  cancel() {
+    super.cancel();
+    this.asking.abort();
+  }
+
+  async file() {
+    try {
+      const file = await this.fetched();
+      return this.sound.tempo === 1 && this.sound.semitones === 0 ? file : await this.stretched(file);
+    } catch (error) {
+      if (this.isCancelled) return null;
+      throw error;
+    } finally {
+      this.sound.end();
+    }
+  }
+
+  /** The server's file. */
+  async fetched() {
+    const response = await fetch(this.url, { signal: this.asking.signal });
+    if (!response.ok) throw new Error(await response.text());
+    const bytes = Number(response.headers.get("Content-Length")), reader = response.body.getReader(), parts = [];
+    for (let at = 0, part; !(part = await reader.read()).done;) {
+      parts.push(new Blob([part.value])); // which the browser may keep on disk
+      this.progress((at += part.value.length) / bytes);
+    }
+    return new Blob(parts, { type: "audio/wav" });
+  }
+
+  /** A mix at the player's tempo and pitch; null if cancelled. */
+  async stretched(file) {
+    const { tempo, semitones } = this.sound;
+    this.sound = Object.assign(new WavSound(), { tempo, semitones });
+    await this.sound.open(file);
+    Object.assign(this, { levels: [1], start: 0, end: this.sound.total });
+    const mix = await this.rendered(Float32Array, 1, 0);
+    return mix && new Blob([wavHeader(mix.length, this.sound.rate, true), ...mix.parts], { type: "audio/wav" });
+  }
+
+  problem(error) {
+    return error instanceof TypeError ? "The server does not respond: start it, and save the mix again." : `No mix: ${error.message}`;
+  }
+}
+
+// The server has the stems, but not the mixture. A copy of this page, opened from a disk, has no server.
+mixdownFor = ({ tracks }) => location.protocol === "file:" || tracks.some(({ mixture, solo }) => mixture && solo) ? Mixdown : ServedMix;
