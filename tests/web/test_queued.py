@@ -15,11 +15,12 @@ import pytest
 from helpers.common import song
 from helpers.page_server import QUICK, Process, idle_server
 from helpers.served_process import wait_for
+from separation.analysis.facts import Loudness, SongAnalysis
 from separation.audio.excerpt import Excerpt
 from separation.cli.main import main
 from separation.errors import InputError, OutputError
 from separation.web.order import Order
-from separation.web.queued import ID, ID_BYTES, STATE, QueuedSong, locked_folder, restored
+from separation.web.queued import ID, ID_BYTES, STATE, WORK_PREFIX, QueuedSong, locked_folder, restored
 
 STOPPED = "the server was stopped while 'song.flac' was being sent: send it again"
 ORDER = Order("song.flac", "flac", "demo", "vocals_instrumental")
@@ -47,10 +48,11 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_song_is_on_disk_as_it_is(tmp_path: Path) -> None:
-    saved = put(tmp_path, "done", problem="no page", queued=5.0)
+    analysis = SongAnalysis(128.0, "F# minor", {"mixture": Loudness(-14.0, 5.5, None)})
+    saved = put(tmp_path, "done", problem="no page", queued=5.0, analysis=analysis)
     os.utime(saved.folder / STATE, (7, 7))
     loaded = QueuedSong.load(saved.folder)
-    for field in ("id", "order", "n_bytes", "folder", "state", "problem", "files", "queued"):
+    for field in ("id", "order", "n_bytes", "folder", "state", "problem", "files", "queued", "analysis"):
         assert getattr(loaded, field) == getattr(saved, field)
     assert loaded.touched == 7
     loaded.touch()
@@ -139,6 +141,15 @@ def test_a_record_that_cannot_be_used_is_named(
     assert reason in found.problem
     assert [str(record) in line and reason in line for line in caplog.messages] == [True]
     assert saved.path.is_file()  # until it expires
+
+
+def test_what_a_killed_server_was_working_on_is_removed(tmp_path: Path) -> None:
+    for state in ("waiting", "done"):
+        saved = put(tmp_path, state)
+        (saved.folder / f"{WORK_PREFIX}x").mkdir()
+        (saved.folder / f"{WORK_PREFIX}x" / "mix.wav").write_bytes(b"half")
+    assert [found.state for found in restored(tmp_path)] in (["waiting", "done"], ["done", "waiting"])
+    assert not list(tmp_path.rglob("mix.wav"))
 
 
 def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
