@@ -257,7 +257,8 @@ class Readable(Protocol):
 def read_padded(source: Readable, start: int, stop: int) -> Tensor:
     """As `Waveform.read`, with zeros before the first sample and after the last one."""
     first, last = min(max(start, 0), source.n_samples), min(max(stop, 0), source.n_samples)
-    return torch.nn.functional.pad(source.read(first, last), (first - start, stop - last))
+    before = min(max(-start, 0), stop - start)
+    return torch.nn.functional.pad(source.read(first, last), (before, stop - start - before - (last - first)))
 
 
 def in_blocks(source: Readable, start: int, stop: int) -> Iterator[Tensor]:

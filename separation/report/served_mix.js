@@ -24,7 +24,7 @@ class WavSound extends StretchedSound {
 
 /** A mix of the stems' own files in 32-bit float, which the server makes. Another tempo or pitch is made of it here. */
 class ServedMix extends Mixdown {
-  static quality = "as WAV, from the stems’ own files";
+  static quality = "as WAV, from the stems";
   asking = new AbortController();
 
   constructor(player, progress) {

@@ -192,10 +192,9 @@ class Card {
       failed: problem,
       cancelled: "Cancelled",
     }[state];
-    const { tempo_bpm: tempo, key } = analysis ?? {};
-    this.part("small").textContent = [this.title, ...tempo ? [`${tempo.toFixed(1)} BPM`] : [], ...key ? [key.replace("#", "♯")] : []].join(" · ");
     this.element.className = state;
-    this.part(".state span").textContent = this.text;
+    const { tempo_bpm: tempo, key } = analysis ?? {}, facts = [...tempo ? [`${tempo.toFixed(1)} BPM`] : [], ...key ? [key.replace("#", "♯")] : []];
+    this.part(".state span").textContent = [this.text, ...state === "done" ? facts : []].join(" · ");
     this.part(".state path").setAttribute("d", ICONS[state] ?? ICONS.other);
     this.part("progress").hidden = this.finished;
     this.part("progress").value = ["receiving", "separating"].includes(state) ? share : 0;

@@ -134,7 +134,9 @@ def test_reading_beyond_both_ends_gives_zeros(tmp_path: Path) -> None:
     samples = noise(10)
     with waveform_of(samples, tmp_path) as waveform:
         padded = read_padded(waveform, -3, 15)
+        beyond = [read_padded(waveform, 12, 15), read_padded(waveform, -3, -1)]
     assert torch.equal(padded, torch.nn.functional.pad(samples, (3, 5)))
+    assert torch.equal(beyond[0], torch.zeros(2, 3)) and torch.equal(beyond[1], torch.zeros(2, 2))
 
 
 def test_silence_comes_in_blocks() -> None:
