@@ -15,7 +15,17 @@ import soundfile
 from numpy.typing import NDArray
 
 from separation.audio.ffmpeg_writer import run_ffmpeg
-from separation.audio.metadata import Metadata, add_to_flac, add_to_mp3, add_to_wav, ffmetadata
+from separation.audio.metadata import (
+    Metadata,
+    add_to_flac,
+    add_to_m4a,
+    add_to_mp3,
+    add_to_wav,
+    ffmetadata,
+    free_form_items,
+    m4a_tags,
+    ogg_tags,
+)
 from separation.audio.options import FFMPEG_FORMATS, LOSSLESS, OPUS_SAMPLE_RATE, OutputOptions
 from separation.audio.waveform import BLOCK_SAMPLES, TAGS, Waveform, write_all
 from separation.errors import InputError
@@ -125,10 +135,8 @@ def _add_metadata(partial: Path, format: str, metadata: Metadata) -> None:
     tagged = partial.with_suffix(".tagged")
     with _removed_on_error(tagged):
         with partial.open("rb") as source, tagged.open("xb") as target:
-            if format == "flac":
-                add_to_flac(source, target, metadata)
-            else:
-                add_to_mp3(source, target, metadata)
+            add = {"flac": add_to_flac, "m4a": add_to_m4a, "mp3": add_to_mp3}[format]
+            add(source, target, metadata)
         os.replace(tagged, partial)
 
 
@@ -140,7 +148,7 @@ def _write_with_ffmpeg(
     rate = str(waveform.sample_rate)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=partial.parent) as folder:
         tags, cover = Path(folder, "tags"), Path(folder, "cover")
-        tags.write_bytes(ffmetadata(metadata, with_picture=not is_m4a))
+        tags.write_bytes(ffmetadata(m4a_tags(metadata) if is_m4a else ogg_tags(metadata)))
         inputs = ["-f", kind, "-ar", rate, "-ac", str(channels), "-i", "pipe:0", "-f", "ffmetadata", "-i", str(tags)]
         pictures = []
         if is_m4a and metadata.cover:
@@ -160,6 +168,8 @@ def _write_with_ffmpeg(
             (block.tobytes() for block in blocks),
             what=f"format {options.format}",
         )
+    if is_m4a and free_form_items(metadata.tags):
+        _add_metadata(partial, options.format, metadata)
 
 
 def _codec(options: OutputOptions, channels: int) -> list[str]:

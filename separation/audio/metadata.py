@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ from typing import Any, BinaryIO
 
 import soundfile
 
-from separation.audio import ffmpeg
+from separation.audio import ffmpeg, mp4
 from separation.audio.chatter import Chatter
+from separation.audio.integrity import chunks
+from separation.audio.reader import ByteReader
 from separation.errors import AudioError
 from separation.system.names import FROM_TAGS, fields_in
 
@@ -59,9 +62,29 @@ _ID3_FRAMES = {
     "isrc": "TSRC",
     "initialkey": "TKEY",
 }
+_M4A_TAGS = {  # that ffmpeg writes
+    *(
+        "title",
+        "artist",
+        "album",
+        "album_artist",
+        "composer",
+        "genre",
+        "date",
+        "track",
+        "disc",
+        "copyright",
+        "grouping",
+    ),
+    *("compilation", "comment", "lyrics", "description", "synopsis", "show", "episode_id", "network", "keywords"),
+    *("episode_sort", "season_number", "media_type", "hd_video"),
+}
+_FREE_FORM_NAMES = {"bpm": "BPM", "isrc": "ISRC", "publisher": "LABEL", "performer": "PERFORMER"}
+_UTF8 = 1  # the type of an item's content
 _VORBIS_NAMES = {"album_artist": "ALBUMARTIST", "track": "TRACKNUMBER", "disc": "DISCNUMBER"}
 _MIME_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png"}
 _FRONT_COVER = 3
+_SILENT_FRAMES = 3 * (b"\xff\xfb\x90\x64" + bytes(413))  # of MP3, so that a tag before them is a file
 
 logger: logging.Logger = logging.getLogger("separation")
 
@@ -88,11 +111,23 @@ def _probed(path: Path) -> Metadata:
     if not ffmpeg.is_installed():
         return Metadata()
     name = repr(path.name)
+    found, tag = _read_by_ffmpeg(path, name), _id3_of_wav(path)
+    if not tag:
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Path(folder, "tag.mp3")
+        alone.write_bytes(tag + _SILENT_FRAMES)
+        more = _read_by_ffmpeg(alone, name)
+    return Metadata({**found.tags, **more.tags}, found.cover or more.cover)
+
+
+def _read_by_ffmpeg(path: Path, name: str) -> Metadata:
     entries = "format_tags:stream=index,codec_type,codec_name:stream_tags:stream_disposition=attached_pic"
     answer = ffmpeg.probe(path, name, "-show_entries", entries)
     streams = answer.get("streams", [])
     covers = (stream for stream in streams if stream.get("disposition", {}).get("attached_pic"))
     pictures = [stream for stream in covers if stream.get("codec_name") in ("mjpeg", "png")]
+    pictures.sort(key=lambda stream: stream.get("tags", {}).get("comment") != "Cover (front)")
     cover = ffmpeg.picture(path, int(pictures[0]["index"]), name) if pictures else b""
     sound: dict[str, Any] = next((stream for stream in streams if stream.get("codec_type") == "audio"), {})
     found = {**sound.get("tags", {}), **answer.get("format", {}).get("tags", {})}
@@ -100,19 +135,31 @@ def _probed(path: Path) -> Metadata:
     return Metadata(tags, cover if _mime(cover) and len(cover) <= MAX_COVER_BYTES else b"")
 
 
+def _id3_of_wav(path: Path) -> bytes:
+    """The ID3 tag of a WAV file, which ffmpeg ignores beside an INFO list; empty if there is none."""
+    with ByteReader.open(path) as reader:
+        if reader.get(0, 4) != b"RIFF":
+            return b""
+        found = (place for kind, *place in chunks(reader) if kind.lower() == b"id3 ")
+        start, n_bytes = next(found, (0, 0))
+        return reader.get(start, n_bytes)
+
+
 def tags_for(template: str | None, path: Path) -> dict[str, str]:
     """The song's tags that a template for names needs; none if it needs none.
 
     A file that cannot be read has none: decoding says what is wrong with it.
     """
-    if template is None or not fields_in(template) & set(FROM_TAGS):
-        return {}
-    with suppress(soundfile.LibsndfileError, OSError), Chatter().caught(), soundfile.SoundFile(path) as sound:
-        tags = {"artist": sound.artist, "album": sound.album, "track": sound.tracknumber}
-        return {tag: text for tag, text in tags.items() if text}
-    with suppress(AudioError):
-        return dict(_probed(path).tags)
-    return {}
+    needed = fields_in(template) & set(FROM_TAGS) if template is not None else set()
+    found: dict[str, str] = {}
+    if needed:
+        with suppress(soundfile.LibsndfileError, OSError), Chatter().caught(), soundfile.SoundFile(path) as sound:
+            tags = {"artist": sound.artist, "album": sound.album, "track": sound.tracknumber}
+            found = {tag: text for tag, text in tags.items() if text}
+    if needed - found.keys():  # libsndfile reads neither the tags of AIFF nor every format
+        with suppress(AudioError):
+            found = {**_probed(path).tags, **found}
+    return found
 
 
 def _name(key: str) -> str:
@@ -184,11 +231,14 @@ def _vorbis_name(name: str) -> str:
     return re.sub(r"[^\x20-\x3c\x3e-\x7d]", "_", name)
 
 
-def ffmetadata(metadata: Metadata, *, with_picture: bool) -> bytes:
-    """The tags as a file for ffmpeg; with the cover as the tag that Ogg has for it."""
-    tags = dict(metadata.tags)
-    if with_picture and metadata.cover:
-        tags["METADATA_BLOCK_PICTURE"] = base64.b64encode(picture_block(metadata.cover)).decode()
+def ogg_tags(metadata: Metadata) -> dict[str, str]:
+    """The tags, and the cover as the tag that Ogg has for it."""
+    picture = base64.b64encode(picture_block(metadata.cover)).decode() if metadata.cover else ""
+    return {**metadata.tags, "METADATA_BLOCK_PICTURE": picture}
+
+
+def ffmetadata(tags: Mapping[str, str]) -> bytes:
+    """The tags as a file for ffmpeg."""
     lines = (b"%s=%s\n" % (_escaped(name), _escaped(value)) for name, value in tags.items() if _text(value))
     return b";FFMETADATA1\n" + b"".join(lines)
 
@@ -198,7 +248,48 @@ def _escaped(text: str) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The items of iTunes, for M4A. Tags that these have no place for go into free-form items, as Picard, Mixxx and others
+# name them.
+
+
+def m4a_tags(metadata: Metadata) -> dict[str, str]:
+    """The tags under ffmpeg's names for M4A."""
+    tags = dict(metadata.tags)
+    if number := re.fullmatch(r"\s*(\d{1,3}(\.\d+)?)\s*", tags.get("bpm", "")):
+        tags["tmpo"] = str(round(float(number[1])))
+    return tags
+
+
+def free_form_items(tags: Mapping[str, str]) -> bytes:
+    """The atoms for the tags that ffmpeg does not write to M4A; empty if there are none."""
+    return b"".join(
+        _free_form_item(_FREE_FORM_NAMES.get(name, name), _text(value))
+        for name, value in tags.items()
+        if name.lower() not in _M4A_TAGS and _text(value)
+    )
+
+
+def _free_form_item(name: str, text: bytes) -> bytes:
+    parts = (
+        mp4.atom(b"mean", bytes(4) + b"com.apple.iTunes"),
+        mp4.atom(b"name", bytes(4) + _text(name)),
+        mp4.atom(b"data", struct.pack(">II", _UTF8, 0) + text),
+    )
+    return mp4.atom(b"----", b"".join(parts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
+
+
+def add_to_m4a(source: BinaryIO, target: BinaryIO, metadata: Metadata) -> None:
+    """Copy an M4A file whose index comes before its sound, with the tags that ffmpeg does not write."""
+    items, index = free_form_items(metadata.tags), mp4.find_atom(source, b"moov")
+    source.seek(0)
+    target.write(source.read(index.start))
+    moov = mp4.inserted(source.read(index.end - index.start), (b"moov", b"udta", b"meta", b"ilst"), items)
+    target.write(mp4.shifted(moov, len(items)))
+    shutil.copyfileobj(source, target, 2**20)
 
 
 def add_to_mp3(source: BinaryIO, target: BinaryIO, metadata: Metadata) -> None:

@@ -7,12 +7,12 @@ limiter for their sum, which are off here (https://www.native-instruments.com/en
 
 import json
 import os
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from separation.audio.ffmpeg_writer import run_ffmpeg
+from separation.audio.mp4 import atom, atoms, find_atom, inserted
 from separation.audio.options import STEM_FILE
 from separation.errors import InputError, OutputError
 from separation.system.os_errors import output_errors
@@ -65,20 +65,20 @@ def write_stem_file(tracks: Mapping[str, Path], target: Path) -> None:
     maps = [part for number in range(len(tracks)) for part in ("-map", f"{number}:a:0")]
     # A track is enabled if it has the disposition "default".
     dispositions = [part for number in range(1, len(tracks)) for part in (f"-disposition:a:{number}", "0")]
+    first = next(iter(tracks.values()))
     with output_errors(target):
         run_ffmpeg(
             [
                 *inputs,
                 *maps,
-                *("-map", "0:v:0?", "-disposition:v:0", "attached_pic"),
-                *("-map_metadata", "0", "-c", "copy", "-disposition:a:0", "default", *dispositions),
-                *("-fflags", "+bitexact", "-movie_timescale", _time_scale(next(iter(tracks.values())))),
+                *("-map_metadata", "-1", "-c", "copy", "-disposition:a:0", "default", *dispositions),
+                *("-fflags", "+bitexact", "-movie_timescale", _time_scale(first)),
                 *("-f", "ipod", f"file:{target.absolute()}"),
             ],
             what=f"format {STEM_FILE}",
         )
         with target.open("r+b") as file:
-            _add_atom(file, manifest([*tracks][1:]))
+            _replace_user_data(file, inserted(_user_data(first), (b"udta",), atom(b"stem", manifest([*tracks][1:]))))
             file.flush()
             os.fsync(file.fileno())
 
@@ -103,57 +103,30 @@ def split_stem_file(path: Path, tracks: Sequence[str], folder: Path) -> dict[str
     return files
 
 
-class Atom(NamedTuple):
-    """An atom of an MP4 file: its kind, and where it and its content start and end."""
-
-    kind: bytes
-    start: int
-    content: int
-    end: int
-
-
-def atoms(file: BinaryIO, start: int, end: int) -> Iterator[Atom]:
-    """The atoms in a part of a file. Raises OutputError if it is not made of whole atoms."""
-    while start < end:
-        file.seek(start)
-        size, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
-        content = start + 8
-        if size == 1:
-            (size,) = struct.unpack(">Q", file.read(8).ljust(8, b"\0"))
-            content += 8
-        if size < content - start or start + size > end:
-            raise OutputError(f"ffmpeg wrote a broken MP4 file at byte {start}: install another version")
-        yield Atom(kind, start, content, start + size)
-        start += size
-
-
-def find_atom(file: BinaryIO, *path: bytes) -> Atom:
-    """The first atom with a path such as `moov`, `udta`. Raises OutputError if there is none."""
-    found = Atom(b"", 0, 0, file.seek(0, os.SEEK_END))
-    for kind in path:
-        inside = [atom for atom in atoms(file, found.content, found.end) if atom.kind == kind]
-        if not inside:
-            raise OutputError(f"ffmpeg wrote an MP4 file without {b'/'.join(path).decode()}: install another version")
-        found = inside[0]
-    return found
-
-
 def _time_scale(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(find_atom(file, b"moov", b"mvhd").content + 12)
         return str(int.from_bytes(file.read(4), "big"))
 
 
-def _add_atom(file: BinaryIO, content: bytes) -> None:
-    """Append the atom `stem` to `moov/udta`. `moov` is the last atom, so nothing that it points to moves."""
-    moov, udta = find_atom(file, b"moov"), find_atom(file, b"moov", b"udta")
+def _user_data(path: Path) -> bytes:
+    """The atom `moov/udta` of a file, which holds its tags and its cover."""
+    with path.open("rb") as file:
+        found = find_atom(file, b"moov", b"udta")
+        file.seek(found.start)
+        return file.read(found.end - found.start)
+
+
+def _replace_user_data(file: BinaryIO, udta: bytes) -> None:
+    """Replace the atom `moov/udta`. `moov` is the last atom, so nothing that it points to moves."""
+    moov = find_atom(file, b"moov")
     if moov.end != file.seek(0, os.SEEK_END):
         raise OutputError("ffmpeg wrote an MP4 file whose index is not at its end: install another version")
-    file.seek(udta.end)
-    rest = file.read()
-    atom = struct.pack(">I4s", 8 + len(content), b"stem") + content
-    file.seek(udta.end)
-    file.write(atom + rest)
-    for parent in (moov, udta):
-        file.seek(parent.start)
-        file.write(struct.pack(">I", parent.end - parent.start + len(atom)))
+    kept = [one for one in atoms(file, moov.content, moov.end) if one.kind != b"udta"]
+    parts = []
+    for one in kept:
+        file.seek(one.start)
+        parts.append(file.read(one.end - one.start))
+    file.seek(moov.start)
+    file.write(atom(b"moov", b"".join([*parts, udta])))
+    file.truncate()

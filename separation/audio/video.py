@@ -1,4 +1,4 @@
-"""Writes a video again with stems as its sound. The picture is copied, so it stays as it is."""
+"""Writes a video again with stems as its sound. Picture and subtitles are copied, so they stay as they are."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +24,8 @@ def check_picture(path: Path) -> None:
 def write_video(source: Path, sounds: Mapping[str, Path], target: Path) -> None:
     """Write `target` with the picture of `source` and the sum of the sounds, which begin with the picture.
 
+    Subtitles go over too if the container stays the same: others may have no place for them.
+
     Raises OutputError if the folder is full or cannot be written to.
     """
     suffix = suffix_of(source)
@@ -31,12 +33,13 @@ def write_video(source: Path, sounds: Mapping[str, Path], target: Path) -> None:
     labels = "".join(f"[{number}:a:0]" for number in range(1, len(sounds) + 1))
     # Matroska, and so WebM, has no place for AAC's delay.
     codec = "libopus" if suffix in ("mkv", "webm") else "aac"
+    subtitles = ["-map", "0:s?", "-c:s", "copy"] if source.suffix.lower() == f".{suffix}" else []
     with output_errors(target):
         run_ffmpeg(
             [
                 *inputs,
                 *("-filter_complex", f"{labels}amix=inputs={len(sounds)}:normalize=0[sound]"),
-                *("-map", "0:V:0", "-map", "[sound]", "-c:v", "copy", "-c:a", codec, "-b:a", f"{KBPS}k"),
+                *("-map", "0:V:0", "-map", "[sound]", "-c:v", "copy", "-c:a", codec, "-b:a", f"{KBPS}k", *subtitles),
                 *("-map_metadata", "0", "-map_chapters", "0", "-fflags", "+bitexact", "-flags:a", "+bitexact"),
                 *("-f", MUXERS[suffix], f"file:{target.absolute()}"),
             ],

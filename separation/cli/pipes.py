@@ -44,8 +44,8 @@ def stdin_song() -> Iterator[Path]:
 
 def check_stdout(args: argparse.Namespace, stems: Sequence[str]) -> None:
     """Raise InputError if one stem cannot go to stdout with these arguments."""
-    unused = ["--json", "--report", "--analyse", "--name", "--summary", "--ray", "--workers", "--overwrite"]
-    refuse_beside("-o -", unused, args)
+    unused = ["--json", "--report", "--analyse", "--reaper", "--video", "--name", "--summary"]
+    refuse_beside("-o -", [*unused, "--ray", "--workers", "--overwrite"], args)
     if len(args.songs) > 1:
         raise InputError(f"-o - writes one stem of one song, and {len(args.songs)} songs are given: give one")
     if len(stems) > 1:

@@ -4,12 +4,14 @@ import io
 import struct
 import subprocess
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import soundfile
+import torch
 
 from helpers.common import needs_ffmpeg
-from helpers.sounds import noise, samples_of, waveform_of, write
+from helpers.sounds import noise, samples_of, waveform_of, write, write_mp3
 from separation.audio.encode import encode
 from separation.audio.metadata import (
     MAX_COVER_BYTES,
@@ -18,11 +20,13 @@ from separation.audio.metadata import (
     add_to_wav,
     ffmetadata,
     id3_tag,
+    m4a_tags,
     picture_block,
     read_metadata,
     tags_for,
 )
-from separation.audio.options import FORMATS, STEM_FILE, OutputOptions
+from separation.audio.mp4 import Atom, atoms, find_atom
+from separation.audio.options import FORMATS, LOSSLESS, STEM_FILE, OutputOptions
 
 TAGS = {
     "title": "Title",
@@ -39,10 +43,6 @@ TAGS = {
     "copyright": "somebody",
 }
 UNKNOWN = {"bpm": "120", "isrc": "DE1234567890", "MY_OWN": "value"}
-NOT_READ = {  # by ffmpeg: MP4 has no place for the unknown ones that ffmpeg writes, and of a WAV it reads only INFO
-    "m4a": UNKNOWN.keys(),
-    "wav": {*UNKNOWN, "album_artist", "disc", "composer", "lyrics"},
-}
 
 
 @pytest.fixture
@@ -63,12 +63,38 @@ def test_all_tags_and_the_cover_survive_every_format(format: str, covers: dict[s
     for cover in covers.values():
         with waveform_of(samples, tmp_path, rate) as waveform:
             encode(waveform, tmp_path / "song", OutputOptions(format), tags=TAGS | UNKNOWN, cover=cover)
-        found = read_metadata(tmp_path / "song")
-        assert found.tags == {
-            tag: text for tag, text in (TAGS | UNKNOWN).items() if tag not in NOT_READ.get(format, ())
-        }
-        assert found.cover == cover
+        assert read_metadata(tmp_path / "song") == Metadata(TAGS | UNKNOWN, cover)
         assert samples_of(tmp_path / "song", tmp_path, sample_rate=rate).shape == (2, 5000)
+
+
+@needs_ffmpeg
+def test_of_several_pictures_the_front_cover_counts(covers: dict[str, bytes], tmp_path: Path) -> None:
+    write_mp3(tmp_path / "plain.mp3", noise(5000))
+    inputs, maps = ["-i", str(tmp_path / "plain.mp3")], ["-map", "0"]
+    for number, (suffix, kind) in enumerate([("jpg", "Artist/performer"), ("png", "Cover (front)")]):
+        inputs += ["-i", str(tmp_path / f"cover.{suffix}")]
+        maps += ["-map", str(number + 1), f"-metadata:s:v:{number}", f"comment={kind}"]
+    command = ["ffmpeg", "-nostdin", "-v", "error", *inputs, *maps, "-c", "copy", str(tmp_path / "song.mp3")]
+    subprocess.run(command, check=True)
+    assert read_metadata(tmp_path / "song.mp3").cover == covers["png"]
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("format", ["AIFF", "WAV", "FLAC"])
+def test_a_name_takes_the_tags_of_every_format(format: str, tmp_path: Path) -> None:
+    write(tmp_path / "plain.wav", noise(5000))
+    tags = ["-metadata", "artist=Ärtist", "-metadata", "album=Album", "-metadata", "track=3/12", "-write_id3v2", "1"]
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", str(tmp_path / "plain.wav")]
+    song = tmp_path / f"song.{format.lower()}"
+    subprocess.run([*command, *(tags if format == "AIFF" else tags[:-2]), str(song)], check=True)
+    assert (
+        tags_for("{artist}/{album}/{track} {stem}.{ext}", song).items()
+        >= {
+            "artist": "Ärtist",
+            "album": "Album",
+            "track": "3/12",
+        }.items()
+    )
 
 
 @needs_ffmpeg
@@ -177,8 +203,42 @@ def test_a_flac_with_other_tags_has_the_same_frames_and_is_complete() -> None:
 
 
 def test_ffmpegs_file_of_tags_escapes_what_it_must() -> None:
-    text = ffmetadata(Metadata({"a=b": "c;d#e\\f\ng\0h", "empty": ""}), with_picture=True)
+    text = ffmetadata({"a=b": "c;d#e\\f\ng\0h", "empty": ""})
     assert text == b";FFMETADATA1\na\\=b=c\\;d\\#e\\\\f\\\ng\n"
+
+
+@needs_ffmpeg
+def test_an_m4a_with_free_form_tags_has_the_same_samples_and_both_forms_of_the_tempo(
+    covers: dict[str, bytes], tmp_path: Path
+) -> None:
+    samples = noise(100_000).mul(2**23).round().div(2**23)
+    tags = {"bpm": "127.6", "initialkey": "F#m", "publisher": "Label", "description": "told once"}
+    with waveform_of(samples, tmp_path) as waveform:
+        encode(waveform, tmp_path / "song.m4a", OutputOptions("m4a", bitrate=LOSSLESS), tags=tags, cover=covers["jpg"])
+    assert torch.equal(samples_of(tmp_path / "song.m4a", tmp_path, sample_rate=44100), samples)
+    content = (tmp_path / "song.m4a").read_bytes()
+    assert content[content.index(b"tmpo") :][4:22] == b"\0\0\0\x12data\0\0\0\x15" + bytes(4) + b"\0\x80"
+    assert content.count(b"told once") == 1
+    with (tmp_path / "song.m4a").open("rb") as file:
+        items = find_atom(file, b"moov", b"udta", b"meta", b"ilst")
+        found = [free_form(file, one) for one in atoms(file, items.content, items.end) if one.kind == b"----"]
+    assert found == [("BPM", "127.6"), ("initialkey", "F#m"), ("LABEL", "Label")]
+    assert read_metadata(tmp_path / "song.m4a").cover == covers["jpg"]
+
+
+def free_form(file: BinaryIO, item: Atom) -> tuple[str, str]:
+    """The name and the text of a free-form item of iTunes."""
+    parts = {}
+    for part in atoms(file, item.content, item.end):
+        file.seek(part.content)
+        parts[part.kind] = file.read(part.end - part.content)
+    assert parts[b"mean"] == bytes(4) + b"com.apple.iTunes" and parts[b"data"][:8] == b"\0\0\0\1" + bytes(4)
+    return parts[b"name"][4:].decode(), parts[b"data"][8:].decode()
+
+
+@pytest.mark.parametrize("bpm, whole", [("128", "128"), (" 99.5 ", "100"), ("fast", None), ("", None), ("1e3", None)])
+def test_itunes_has_whole_beats_per_minute(bpm: str, whole: str | None) -> None:
+    assert m4a_tags(Metadata({"bpm": bpm})).get("tmpo") == whole
 
 
 @needs_ffmpeg

@@ -1,5 +1,6 @@
 """A video is written again with other sound: the same picture, in time."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -69,6 +70,34 @@ def test_one_sound_keeps_its_level(tmp_path: Path) -> None:
     write_video(clip, {"a": sound}, tmp_path / "new.mp4")
     found = samples_of(tmp_path / "new.mp4", tmp_path)
     assert found[:, 5000:80_000].square().mean().sqrt() == pytest.approx(0.5 / 2**0.5, rel=0.01)
+
+
+SUBTITLES = "1\n00:00:00,200 --> 00:00:01,000\nfirst line\n\n2\n00:00:01,200 --> 00:00:01,900\nsecond line\n"
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix, codec", [("mp4", "mov_text"), ("mov", "mov_text"), ("mkv", "srt")])
+def test_subtitles_stay_with_their_language(suffix: str, codec: str, tmp_path: Path) -> None:
+    sound = write(tmp_path / "a.wav", noise(N_SAMPLES))
+    (tmp_path / "lyrics.srt").write_text(SUBTITLES)
+    inputs = ["-i", str(video(tmp_path / "plain.mp4", sound)), "-i", str(tmp_path / "lyrics.srt")]
+    clip = tmp_path / f"clip.{suffix}"
+    copied = ["-map", "0", "-map", "1", "-c", "copy", "-c:s", codec, "-metadata:s:s:0", "language=jpn"]
+    subprocess.run(["ffmpeg", "-nostdin", "-v", "error", *inputs, *copied, str(clip)], check=True)
+    write_video(clip, {"a": sound}, tmp_path / f"new.{suffix}")
+    assert subtitles(tmp_path / f"new.{suffix}") == pytest.approx(subtitles(clip), abs=0.01)
+
+
+def subtitles(path: Path) -> dict[str, float]:
+    """The Japanese subtitles of a video, each with the seconds between the picture's first frame and its start."""
+    options = ["-map", "0:s:m:language:jpn", "-f", "srt", "-"]
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-copyts", "-i", str(path), *options]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    starts = ["ffprobe", "-v", "error", "-select_streams", "v", "-show_entries", "stream=start_time", "-of", "csv=p=0"]
+    picture_start = float(subprocess.run([*starts, str(path)], check=True, capture_output=True, text=True).stdout)
+    found = re.findall(r"00:00:(\d\d),(\d\d\d) --> .*\n(.+)", text)
+    assert [words for _, _, words in found] == ["first line", "second line"]
+    return {words: int(whole) + int(rest) / 1000 - picture_start for whole, rest, words in found}
 
 
 @needs_ffmpeg

@@ -78,6 +78,8 @@ def test_quiet_prints_nothing_but_json(tmp_path: Path, capsys: pytest.CaptureFix
         (("-o", "-"), ("vocals, instrumental", "--only vocals")),
         (("-o", "-", "--only", "vocals", "--json"), ("--json",)),
         (("-o", "-", "--only", "vocals", "--report"), ("--report",)),
+        (("-o", "-", "--only", "vocals", "--reaper"), ("--reaper",)),
+        (("-o", "-", "--only", "vocals", "--video", "vocals"), ("--video",)),
         (("another.wav", "-o", "-", "--only", "vocals"), ("one song", "2 songs")),
     ],
 )
