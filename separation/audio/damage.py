@@ -12,6 +12,14 @@ _MAX_LISTED = 4  # a message lists this many places and faults, and counts the r
 logger: logging.Logger = logging.getLogger("separation")
 
 
+class DamagedError(AudioError):
+    """Too much of a song is missing. The argument says what."""
+
+    def __str__(self) -> str:
+        remedy = "get the file again, or use what is there with --accept-damaged (in Python accept_damaged=True)"
+        return f"{self.args[0]}: {remedy}"
+
+
 class Damage:
     """The damage found in one song. After decoding, `judge` turns it into one warning, or refuses the song.
 
@@ -72,17 +80,14 @@ class Damage:
         self._doubts.append(fault)
 
     def judge(self, decoded_seconds: float) -> None:
-        """Log a warning if anything is wrong. Raises `AudioError` if too much is missing, or an unknown amount.
+        """Log a warning if anything is wrong. Raises DamagedError if too much is missing, or an unknown amount.
 
         `decoded_seconds` include the silence in the holes.
         """
         whole = decoded_seconds + self.cut_seconds
         is_refused = bool(self._doubts or self._unknown_cuts) or self.missing_seconds > MAX_MISSING_SHARE * whole
         if is_refused and not self.accept:
-            raise AudioError(
-                f"{self._description(whole)}: get the file again, or use what is there with --accept-damaged "
-                "(in Python accept_damaged=True)"
-            )
+            raise DamagedError(self._description(whole))
         if self:
             logger.warning("%s", self._description(whole))
 

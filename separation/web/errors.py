@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 
-from separation.errors import DownloadError, EstimateError, InputError, SeparationError
+from separation.audio.damage import DamagedError
+from separation.errors import AudioError, DownloadError, EstimateError, InputError, SeparationError
 from separation.system.text import shown
 
 
@@ -41,6 +42,8 @@ def errors_without_paths() -> Iterator[None]:
     """
     try:
         yield
+    except DamagedError as e:  # a server has no --accept-damaged
+        raise AudioError(f"{e.args[0]}: get the file again") from e
     except (InputError, EstimateError):
         raise
     except DownloadError as e:

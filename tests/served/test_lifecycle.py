@@ -7,7 +7,12 @@ import re
 import signal
 import socket
 import statistics
+import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from helpers.common import GIVES_BACK, PROGRESS_LINE, song
+from helpers.common import GIVES_BACK, PROGRESS_LINE, PROJECT, song
 from helpers.served_process import (
     ASYNC,
     COGLETS_FOLDERS,
@@ -273,3 +278,47 @@ def test_sigterm_during_a_song_stops_the_server_and_leaves_no_partial_files(tmp_
         assert server.leftovers() == set()
         with pytest.raises(ConnectionRefusedError):
             server.request("GET", "/health-check")
+
+
+@pytest.mark.slow
+def test_the_documented_commands_serve_without_docker(tmp_path: Path) -> None:
+    text = (PROJECT / "docs" / "replicate.md").read_text(encoding="utf-8")
+    _, *commands = text.partition("## Without Replicate")[2].split("```")[1].splitlines()[1:]  # all but pip
+    for name in ("predict.py", "separation", "configs", "weights", "tests"):
+        (tmp_path / name).symlink_to(PROJECT / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = "\n".join(commands).replace("PORT=5000 ", f"PORT={port} exec ")
+    assert str(port) in script
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", "-euc", script], cwd=tmp_path, env=os.environ | DEMO | {"PATH": path}, stdout=output, stderr=output
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+
+        def ready() -> bool:
+            assert process.poll() is None, log.read_text()
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health-check") as answer:
+                return bool(json.load(answer)["status"] == "READY")
+            return False
+
+        wait_for(ready, "the end of setup")
+        wrong = urllib.request.Request(
+            f"{address}/predictions", b'{"input": {"stems": "all_5"}}', {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(wrong)
+        assert refused.value.code == 422
+        refused.value.close()
+        right = json.dumps({"input": {"audio": data_uri(song(1))}}).encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{address}/predictions", right, {"Content-Type": "application/json"})
+        ) as answer:
+            assert len(json.load(answer)["output"]) == 2
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from separation.audio.damage import DamagedError
 from separation.errors import (
     AudioError,
     CheckpointError,
@@ -58,3 +59,8 @@ def test_the_reason_is_the_operating_systems_if_it_caused_the_error() -> None:
 def test_no_error_has_a_word_that_cog_takes_for_a_cancellation() -> None:
     with pytest.raises(AudioError, match=r"^'canceled\.wav' and 'CanceledError' are empty$"), errors_as_failures():
         raise AudioError("'cancelled.wav' and 'CancelledError' are empty")
+
+
+def test_a_damaged_song_is_refused_without_an_option_of_the_command_line() -> None:
+    with pytest.raises(AudioError, match=r"^'song\.mp3' is cut short: get the file again$"), errors_without_paths():
+        raise DamagedError("'song.mp3' is cut short")
