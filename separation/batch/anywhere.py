@@ -1,11 +1,11 @@
 """Finds songs in files, folders and object stores, and those among them that are not done."""
 
 import os
-import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from separation.audio.suffixes import AUDIO_OR_VIDEO
@@ -13,7 +13,7 @@ from separation.batch import done
 from separation.batch.find import Found, find, is_pattern, without_clashes
 from separation.batch.job import AnySong, Job, Origin, Outcome, Song
 from separation.batch.stored import StoredFolder
-from separation.batch.stores import StoredObject, store
+from separation.batch.stores import Store, StoredObject, store
 from separation.batch.urls import Location, Url, is_url
 from separation.errors import InputError, SeparationError
 from separation.system.record import Record, page_of, stem_files
@@ -103,7 +103,8 @@ def _finder(songs: Sequence[AnySong]) -> Finder:
     if len(folders) < MANY:
         return lambda url: store(url.scheme).head(url)
     first = folders[0]
-    shared = posixpath.commonpath([folder.key for folder in folders])
+    columns = zip(*(folder.key.split("/") for folder in folders), strict=False)
+    shared = "/".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
     listed = store(first.scheme).objects(replace(first, key=shared))
     return {found.url: found for found in listed}.get
 
@@ -134,7 +135,7 @@ class _StoreSearch:
         if url.key and not text.endswith("/") and (one := at.head(url)):
             yield from self._song(one, PurePosixPath(url.name))
             return
-        below, pattern = _literal_prefix(url)
+        below, pattern = _literal_prefix(url, at)
         listed = [found for found in at.objects(below) if _matches(found.url.relative_to(below).parts, pattern)]
         stems = self._stems(listed)
         songs = [found for found in self._visible(listed, below) if found.url not in stems]
@@ -144,7 +145,7 @@ class _StoreSearch:
             else:
                 self._found.skipped_files.add(found.url)
         if not any(found.url.suffix.lower() in AUDIO_OR_VIDEO for found in songs):
-            why = "has no audio file" if listed or pattern else "does not exist"
+            why = "has no audio file" if listed or pattern or not url.key else "does not exist"
             advice = "give the songs they came from" if stems else "check the address"
             self._fail(url, f"{text!r} {'has only stems that this program made' if stems else why}: {advice}")
 
@@ -175,11 +176,13 @@ class _StoreSearch:
         yield AnySong(found.url, folder, origin=Origin(str(found.url), found.n_bytes, found.tag))
 
 
-def _literal_prefix(url: Url) -> tuple[Url, list[str]]:
-    """Splits an address before its first wildcard."""
+def _literal_prefix(url: Url, at: Store) -> tuple[Url, list[str]]:
+    """Splits an address before its first wildcard; a wildcard in a name that exists does not count."""
     parts = url.key.split("/") if url.key else []
-    literal = next((index for index, part in enumerate(parts) if is_pattern(part)), len(parts))
-    return replace(url, key="/".join(parts[:literal])), parts[literal:]
+    for index, part in enumerate(parts):
+        if is_pattern(part) and not at.exists(replace(url, key="/".join(parts[: index + 1]))):
+            return replace(url, key="/".join(parts[:index])), parts[index:]
+    return url, []
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from separation.batch.done import SongFile, analysis_of, needs_analysis, outcome_of
 from separation.batch.job import AnySong, Job, Outcome, Song
-from separation.batch.stores import StoredObject, store
+from separation.batch.stores import CLEANING_SECONDS, StoredObject, store
 from separation.batch.urls import Url
 from separation.errors import InputError, OutputError, SeparationError
 from separation.progress import Progress
@@ -197,10 +197,11 @@ class Upload:
         return found.tag if found else ""
 
     def _remove(self, names: list[str]) -> None:
+        hurried = store(self._url.scheme, CLEANING_SECONDS)
         for name in names:
-            found = self._store.head(self._url / name)
+            found = hurried.head(self._url / name)
             if found and found.run == self._run_name:
-                self._store.remove(found.url)
+                hurried.remove(found.url)
 
 
 def located(outcome: Outcome, song: AnySong, local: Path) -> Outcome:

@@ -6,6 +6,7 @@ tells later runs that this program wrote them.
 """
 
 import errno
+import logging
 import mimetypes
 import os
 import random
@@ -21,11 +22,14 @@ from separation.batch.urls import Url
 from separation.documents import first_line
 from separation.errors import InputError, OutputError, SeparationError
 from separation.progress import Progress
+from separation.system import signals
 from separation.system.os_errors import output_errors
 
 PART_BYTES = 2**24  # of an upload or download at once; S3 takes 10,000 parts
 PATIENCE_SECONDS = 300.0  # how long to repeat a request that fails
+CLEANING_SECONDS = 10.0  # the same, to remove objects after a failure
 LONGEST_WAIT_SECONDS = 20.0  # between two attempts
+NOTICE_SECONDS = 5.0  # after which it is said that a store does not answer, and then every minute
 RUN = "separation-run"  # the metadata with the name of the run that wrote an object
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -47,10 +51,14 @@ _PASSING = {  # names of the classes of errors that pass; the libraries that hav
     "HttpError",
     "RequestException",
     "TransportError",
+    "ChecksumError",
 }
 _LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "gcsfs", "google", "requests", "asyncio"}
-_PASSING_CODES = {408, 429, *range(500, 600)}
+_PASSING_CODES = {"IncompleteBody", "BadDigest"}  # of an upload, which is then begun again
+_PASSING_STATUSES = {408, 409, 425, 429, *range(500, 600)}
 _FINAL_ERRNOS = {errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM}
+
+logger: logging.Logger = logging.getLogger("separation")
 
 Result = TypeVar("Result")
 
@@ -98,6 +106,7 @@ class Store:
     def __init__(self, scheme: str, patience: float = PATIENCE_SECONDS) -> None:
         self._scheme = scheme
         self._patience = patience
+        self._noticed = -60.0  # when it was last said that the store does not answer
         options: dict[str, Any] = {"use_listings_cache": False}
         if scheme == "s3":  # requests are repeated here
             options |= {"config_kwargs": {"retries": {"max_attempts": 1}}}
@@ -105,6 +114,8 @@ class Store:
             import fsspec  # takes a while, and few songs are in a store
 
             self._files: Any = fsspec.filesystem(scheme, **options)
+            for name in ("fsspec", "s3fs", "gcsfs"):  # what matters is an error or a warning of this program
+                logging.getLogger(name).addHandler(logging.NullHandler())
         except ImportError as e:
             name = _PACKAGES[scheme]
             raise InputError(f"{scheme}:// needs the package {name} ({first_line(e)}): pip install {name}") from e
@@ -143,6 +154,11 @@ class Store:
         metadata = facts.get("Metadata" if self._scheme == "s3" else "metadata") or {}
         return StoredObject(url, int(size), self._tag(facts), str(metadata.get(RUN, "")))
 
+    def exists(self, url: Url) -> bool:
+        """Whether there is an object of that name, or one below it."""
+        found: bool = self._repeated(url, lambda: self._files.exists(_path(url)))
+        return found
+
     def read(self, url: Url) -> bytes | None:
         """The content of a small object, if it exists."""
         try:
@@ -156,7 +172,7 @@ class Store:
 
         Raises ChangedError if it is not the object any more that was found.
         """
-        part = path.with_name(f".{path.name[:100]}.part")
+        part = path.with_name(".part")  # not longer than the name, which may be as long as names can be
         reader = _Reader(self, found, part, progress)
         try:
             while not reader.is_complete():
@@ -196,8 +212,9 @@ class Store:
         self._repeated(url, attempt, doing="write")
 
     def remove(self, url: Url) -> None:
-        """Remove an object."""
-        self._repeated(url, lambda: self._files.rm_file(_path(url)), doing="remove")
+        """Remove an object, unless it is gone already."""
+        with suppress(FileNotFoundError):
+            self._repeated(url, lambda: self._files.rm_file(_path(url)), doing="remove")
 
     def open(self, url: Url) -> Any:
         """Open an object for reading, a part at a time."""
@@ -221,9 +238,13 @@ class Store:
             raise
 
     def _facts(self, url: Url) -> Any:
-        if self._scheme == "s3":  # `info` has no metadata
+        if self._scheme != "s3":
+            return self._files.info(_path(url))
+        try:  # `info` has no metadata
             return self._files.call_s3("head_object", Bucket=url.bucket, Key=url.key)
-        return self._files.info(_path(url))
+        except PermissionError:  # without a reason, which the answer to another kind of request has
+            self._files.call_s3("get_object", Bucket=url.bucket, Key=url.key, Range="bytes=0-0")
+            raise
 
     def _tag(self, facts: Any) -> str:
         return str(facts["ETag"]).strip('"') if self._scheme == "s3" else str(facts.get("crc32c") or facts["etag"])
@@ -231,21 +252,35 @@ class Store:
     def _repeated(self, url: Url, attempt: Callable[[], Result], doing: str = "read") -> Result:
         """Call `attempt` until it succeeds. Any other error than a passing one ends this, and so does the patience.
 
-        Raises FileNotFoundError if there is no such object to read.
+        Raises FileNotFoundError if there is no such object to read or to remove.
         """
-        start, wait = time.monotonic(), 0.5
+        start, wait, n_not_found = time.monotonic(), 0.5, 0
         while True:
             try:
                 return attempt()
             except Exception as e:
                 # All others are errors of this program, or cancel the song.
-                is_from_store = isinstance(e, OSError) or type(e).__module__.partition(".")[0] in _LIBRARIES
-                if not is_from_store or (isinstance(e, FileNotFoundError) and doing == "read"):
+                is_not_found = isinstance(e, FileNotFoundError)
+                if not _is_from_store(e) or (is_not_found and doing in ("read", "remove")):
                     raise
-                if not _is_passing(e) or time.monotonic() - start > self._patience:
+                passed = time.monotonic() - start
+                # The bucket is missing, or an upload is finished already whose answer was lost: it is begun again.
+                n_not_found += is_not_found
+                is_final = n_not_found > 1 if is_not_found and doing == "write" else not _is_passing(e)
+                if is_final or passed > self._patience:
                     raise _told(e, url, doing) from e
+                signals.check()  # in threads, which no signal interrupts
+                if passed > NOTICE_SECONDS:
+                    self._notice(e, url)
             time.sleep(wait * random.uniform(0.5, 1))  # so that many workers do not repeat at once
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+    def _notice(self, error: Exception, url: Url) -> None:
+        """Say that the store does not answer, for all threads once a minute."""
+        if time.monotonic() - self._noticed > 60:
+            self._noticed = time.monotonic()
+            bucket, minutes = f"{url.scheme}://{url.bucket}", self._patience / 60
+            logger.warning("%s does not answer (%s): asked again for %.0f minutes", bucket, _reason(error), minutes)
 
 
 class _Reader:
@@ -273,9 +308,9 @@ class _Reader:
 
 
 @cache
-def store(scheme: str) -> Store:
+def store(scheme: str, patience: float = PATIENCE_SECONDS) -> Store:
     """The store for addresses of a scheme."""
-    return Store(scheme)
+    return Store(scheme, patience)
 
 
 def _path(url: Url) -> str:
@@ -295,36 +330,63 @@ def _code(error: BaseException) -> str:
     return str(getattr(error, "code", ""))
 
 
+def _status(error: BaseException) -> int:
+    """The HTTP status with which a store answered; 0 if there is none."""
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = str(getattr(error, "code", ""))
+    return int(code) if code.isdecimal() else 0
+
+
+def _is_from_store(error: Exception) -> bool:
+    if isinstance(error, ValueError) and str(error).startswith("Bad Request"):  # of gcsfs
+        return True
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES
+
+
+def _reason(error: Exception) -> str:
+    """Why a store refused or did not answer. It never has an address with a query, which could hold a signature."""
+    text = str(error).strip()
+    starts_with_path = text.startswith(("Forbidden", "Bad Request"))  # of gcsfs
+    line = text.rpartition("\n")[2] if starts_with_path else getattr(error, "strerror", None) or first_line(error)
+    return str(line).partition("?")[0].rstrip(". ")
+
+
 def _is_passing(error: Exception) -> bool:
     code = _code(error)
+    if code in _PASSING_CODES or isinstance(error, TimeoutError):
+        return True
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError) or "Forbidden" in str(error):
         return False
     if "FileExpired" in _names(error):
         return False
     if _names(error) & (_NO_CREDENTIALS | _BAD_CREDENTIALS) or code in _BAD_CODES:
         return False
-    if code.isdecimal():
-        return int(code) in _PASSING_CODES
+    if status := _status(error):
+        return status in _PASSING_STATUSES
     if isinstance(error, OSError):
         return error.errno not in _FINAL_ERRNOS
     return bool(_names(error) & _PASSING)
 
 
 def _told(error: Exception, url: Url, doing: str = "read") -> SeparationError:
-    """The error as a sentence. It never has an address with a query, which could hold a signature."""
+    """The error as a sentence."""
     bucket, log_in = f"{url.scheme}://{url.bucket}", _LOG_IN[url.scheme]
-    reason, code = first_line(error).partition("?")[0], _code(error)
+    reason, code = _reason(error), _code(error)
     if "FileExpired" in _names(error):
         return ChangedError(f"{str(url)!r} changed while it was read: run it again")
     if _names(error) & _NO_CREDENTIALS:
-        return InputError(f"there are no credentials for {bucket}: {log_in}")
+        return InputError(f"there are no credentials for {bucket} ({reason}): {log_in}")
     if _names(error) & _BAD_CREDENTIALS or code in (*_BAD_CODES, "401"):
         return InputError(f"{bucket} refuses the credentials ({reason}): {log_in}")
     if isinstance(error, FileNotFoundError):
         return InputError(f"{bucket} does not exist: check the name of the bucket")
-    if isinstance(error, PermissionError) or "Forbidden" in reason:
+    if isinstance(error, PermissionError) or "Forbidden" in str(error):
         kind = OutputError if doing in ("write", "remove") else NotPermittedError
-        return kind(f"no permission to {doing} {str(url)!r}: check what the credentials allow")
+        return kind(f"no permission to {doing} {str(url)!r} ({reason}): check what the credentials allow")
+    if "ParamValidationError" in _names(error) and "bucket name" in str(error):
+        return InputError(f"{bucket} is not a valid name of a bucket: check the address")
     if _is_passing(error):
         return UnreachableError(f"cannot {doing} {str(url)!r} ({reason}): check the network, and run it again")
     return InputError(f"cannot {doing} {str(url)!r} ({reason}): check the address")

@@ -59,9 +59,12 @@ class Url:
 
     def relative_to(self, folder: object) -> PurePosixPath:
         """The rest of the address below a folder. Raises ValueError if it is not below it."""
+        below = f"{folder.key}/" if isinstance(folder, Url) and folder.key else ""
         if not isinstance(folder, Url) or (folder.scheme, folder.bucket) != (self.scheme, self.bucket):
             raise ValueError(f"{self} is not below {folder}")
-        return PurePosixPath(self.key).relative_to(folder.key)
+        if not f"{self.key}/".startswith(below):
+            raise ValueError(f"{self} is not below {folder}")
+        return PurePosixPath(self.key[len(below) :].lstrip("/"))  # a name may begin with a slash
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")

@@ -8,6 +8,8 @@ from separation.batch.urls import Location, Url, is_url
 from separation.errors import InputError
 from separation.evaluation.choice import SCORES
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
 
 def given(text: str) -> str:
     """Any text that is not empty."""
@@ -17,7 +19,9 @@ def given(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """A path."""
+    """A path on this computer."""
+    if _ADDRESS.match(text):
+        raise ArgumentTypeError(f"{text!r} is an address: give a path on this computer")
     return Path(given(text))
 
 
@@ -28,7 +32,7 @@ def output_folder(text: str) -> Location:
             return Url.parse(text)
         except InputError as e:
             raise ArgumentTypeError(str(e)) from e
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+    if _ADDRESS.match(text):
         raise ArgumentTypeError(
             f"{text!r} is no place to write to: give a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
         )

@@ -57,6 +57,23 @@ def test_folders_objects_and_patterns_are_read_as_those_of_files(music: Bucket) 
     assert "1 file without a suffix of audio or video (.txt 1)" in found([f"{music}/music"], Path("out")).note()
 
 
+NAMES = ("Album [2020]/1 of 2.wav", "what?/#1 100%.wav", "ünïcode 音/é&+.wav", "/slash//2.wav")
+
+
+def test_wildcards_in_names_that_exist_are_taken_literally_and_any_name_is_found(bucket: Bucket) -> None:
+    for name in NAMES:
+        bucket.put(f"music/{name}", b"x")
+    bucket.put("/3.wav", b"x")
+    for name in NAMES[:3]:
+        folder = name.partition("/")[0]
+        expected = {f"music/{name}": f"out/{Path(name).stem}"}
+        for given in (f"music/{name}", f"music/{folder}", f"music/{folder}/", f"music/{folder}/*.wav"):
+            assert folders([given], bucket) == expected, given
+    assert folders(["music//slash"], bucket) == {"music//slash//2.wav": "out/2"}
+    assert folders(["music"], bucket)["music//slash//2.wav"] == "out/slash/2"
+    assert folders([""], bucket)["/3.wav"] == folders(["/3.wav"], bucket)["/3.wav"] == "out/3"
+
+
 def test_songs_and_stems_may_be_in_different_places(music: Bucket, tmp_path: Path) -> None:
     (tmp_path / "5.wav").write_bytes(b"x")
     songs = found([f"{music}/other", str(tmp_path)], Url("s3", music.name, "out")).songs
@@ -94,6 +111,11 @@ def test_stems_and_the_output_are_no_songs(music: Bucket) -> None:
 def test_what_is_not_there_fails_alone(address: str, words: str, music: Bucket) -> None:
     result = found([f"{music}/{address}", f"{music}/other"], Path("out"))
     assert len(result.songs) == 1 and [words in outcome.error for outcome in result.failed] == [True]
+
+
+def test_an_empty_bucket_is_not_missing(bucket: Bucket) -> None:
+    (failure,) = found([str(bucket)], Path("out")).failed
+    assert failure.error == f"'{bucket}' has no audio file: check the address"
 
 
 def test_a_missing_bucket_fails_alone_and_as_the_output_at_once(music: Bucket) -> None:

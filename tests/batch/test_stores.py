@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,8 @@ def test_a_file_goes_to_a_store_and_back_and_its_run_is_known(bucket: Bucket, tm
     bucket.put("x/a.wav", b"other")
     theirs = store.head(found.url)
     assert theirs is not None and theirs.run == "" and store.read(found.url) == b"other"
-    store.remove(found.url)
+    for _ in range(2):
+        store.remove(found.url)
     assert store.head(found.url) is None and store.read(found.url) is None and store.objects(url(bucket)) == []
 
 
@@ -109,26 +111,33 @@ def test_a_store_that_does_not_answer_at_all_is_an_error(bucket: Bucket, fresh: 
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("no credentials", "there are no credentials for s3://BUCKET: run `aws configure`, or set AWS_ACCESS_KEY_ID"),
+        (
+            "no credentials",
+            "for s3://BUCKET (Unable to locate credentials): run `aws configure`, or set AWS_ACCESS_KEY_ID",
+        ),
+        ("no profile", "there are no credentials for s3://BUCKET (The config profile (none) could not be found): run"),
         ("other credentials", "s3://BUCKET refuses the credentials (The AWS Access Key Id you provided does not exist"),
         ("no bucket", "s3://BUCKET does not exist: check the name of the bucket"),
-        ("no name of a bucket", "check the address"),
+        ("no name of a bucket", "s3://NO_%_NAME is not a valid name of a bucket: check the address"),
     ],
 )
+@pytest.mark.parametrize("asked", ["objects", "head"])
 def test_what_goes_wrong_is_one_sentence_without_a_secret(
-    kind: str, words: str, bucket: Bucket, fresh: pytest.MonkeyPatch
+    asked: str, kind: str, words: str, bucket: Bucket, fresh: pytest.MonkeyPatch
 ) -> None:
     name = bucket.name
     if kind == "no credentials":
         for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             fresh.delenv(variable)
+    elif kind == "no profile":
+        fresh.setenv("AWS_PROFILE", "none")
     elif kind == "other credentials":
         bucket.check_credentials_after(0)
     else:
         name = "missing-bucket" if kind == "no bucket" else "NO_%_NAME"
     try:
         with pytest.raises(InputError) as caught:
-            Store("s3", patience=0).objects(Url("s3", name, "music"))
+            getattr(Store("s3", patience=0), "objects" if kind == "no bucket" else asked)(Url("s3", name, "music"))
     finally:
         bucket.check_credentials_after(10**9)
     message = str(caught.value)
@@ -144,12 +153,89 @@ def test_what_may_not_be_written_or_read_is_one_sentence(bucket: Bucket, fresh: 
     try:
         store = Store("s3", patience=0)
         assert store.objects(url(bucket)) == []
-        with pytest.raises(OutputError, match=rf"no permission to write '{bucket}/a.wav': check what the credentials"):
+        with pytest.raises(OutputError, match=rf"no permission to write '{bucket}/a.wav' \(.+\): check what the"):
             store.write(b"1", url(bucket, "a.wav"), "run")
         with pytest.raises(InputError, match=rf"no permission to read '{bucket}/a.wav'"):
             store.head(url(bucket, "a.wav"))
     finally:
         bucket.check_credentials_after(10**9)
+
+
+@pytest.mark.parametrize(
+    "code, status, message, expected",
+    [
+        (
+            "InvalidObjectState",
+            403,
+            "The object is archived.",
+            "no permission to write 's3://b/k' (The object is archived)",
+        ),
+        ("RequestTimeTooSkewed", 403, "The clock is wrong.", "no permission to write 's3://b/k' (The clock is wrong)"),
+        ("KMS.DisabledException", 400, "The key is disabled.", "The key is disabled): check the address"),
+        ("PermanentRedirect", 301, "Use another endpoint.", "Use another endpoint): check the address"),
+        ("NoSuchUpload", 404, "It is finished already, and the answer was lost.", None),
+        ("SlowDown", 503, "Please reduce your request rate.", None),
+        ("RequestTimeout", 400, "The connection was idle.", None),
+        ("TooManyRequests", 429, "Slow down.", None),
+    ],
+)
+def test_only_errors_that_pass_are_repeated_and_others_keep_their_reason(
+    code: str, status: int, message: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = pytest.importorskip("s3fs.errors")
+    from botocore.exceptions import ClientError
+
+    answer: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    failures = iter([errors.translate_boto_error(ClientError(answer, "GetObject"))])
+
+    def attempt() -> str:
+        for failure in failures:
+            raise failure
+        return "written"
+
+    monkeypatch.setattr(stores.time, "sleep", lambda seconds: None)
+    if expected is None:
+        assert Store("s3")._repeated(Url("s3", "b", "k"), attempt, "write") == "written"
+        return
+    with pytest.raises(SeparationError) as caught:
+        Store("s3")._repeated(Url("s3", "b", "k"), attempt, "write")
+    assert expected in str(caught.value)
+
+
+def test_a_store_that_is_away_is_told_once_and_a_signal_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("s3fs")
+    now = [0.0]
+
+    def away() -> None:
+        raise ConnectionError("nobody is there?signature=secret")
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def check() -> None:
+        if now[0] > 50:  # the main thread has received a signal
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stores.signals, "check", check)
+
+    monkeypatch.setattr(stores.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stores.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        Store("s3")._repeated(Url("s3", "bucket", "a.wav"), away)
+    assert 50 < now[0] < 80
+    (record,) = caplog.records
+    assert record.getMessage() == "s3://bucket does not answer (nobody is there): asked again for 5 minutes"
+
+
+def test_the_longest_name_of_a_file_can_be_downloaded(bucket: Bucket, tmp_path: Path) -> None:
+    name = "音" * 83 + ".wav"  # 253 bytes
+    bucket.put(name, b"123")
+    found = Store("s3").head(url(bucket, name))
+    assert found is not None
+    Store("s3").download(found, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"123" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("scheme, package", [("s3", "s3fs"), ("gs", "gcsfs")])

@@ -16,6 +16,14 @@ def test_an_address_has_the_parts_of_a_path() -> None:
     assert url.parent / "x" / "." == url.with_name("x") == Url("s3", "bucket", "music/a b/x")
     assert Url.parse("gs://bucket/") == Url.parse("gs://bucket") == Url("gs", "bucket")
     assert str(Url("gs", "bucket") / PurePosixPath("a/b")) == "gs://bucket/a/b"
+    assert url.relative_to(url) == PurePosixPath(".")
+
+
+def test_a_name_may_begin_with_a_slash() -> None:
+    url = Url.parse("s3://bucket//music//song.wav")
+    assert str(url) == "s3://bucket//music//song.wav"
+    assert url.relative_to(Url("s3", "bucket")) == PurePosixPath("music/song.wav")
+    assert url.relative_to(Url("s3", "bucket", "/music")) == PurePosixPath("song.wav")
 
 
 @pytest.mark.parametrize("folder", ["s3://bucket/mus", "gs://bucket/music", "s3://other/music", Path("music")])

@@ -56,6 +56,7 @@ def test_a_value_is_converted(convert: Callable[[str], Any], text: str, value: o
     [
         (given, "", "it is empty: give a value, or leave it out"),
         (path, "", "it is empty"),
+        (path, "s3://bucket/all.csv", "'s3://bucket/all.csv' is an address: give a path on this computer"),
         *(
             (time, text, "must be a time such as 1:20, 1:20.5 or 80")
             for text in ("", "1m20s", "1:2:3:4", "-5", "٣", ":5")
