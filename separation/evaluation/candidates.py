@@ -33,7 +33,7 @@ class Candidates:
 
     stem: str
     here: tuple[Candidate, ...]
-    missing: tuple[Candidate, ...]  # not downloaded; recipes first, then those with the best published SDR
+    missing: tuple[Candidate, ...]  # not downloaded; recipes first, those with a warning last
     unreadable: dict[str, str]  # model -> why its description cannot be read
 
 
@@ -61,7 +61,7 @@ def find_candidates(task: str | None, stem: str | None, recipes: Sequence[str] =
     ]
     found += [Candidate(f"recipe {name}", Selection(recipe=name, two_stems=stem)) for name in dict.fromkeys(recipes)]
     missing = [candidate for candidate in found if candidate.missing]
-    missing.sort(key=lambda candidate: _published_sdr(readable.get(candidate.name), stem), reverse=True)
+    missing.sort(key=lambda candidate: _advised(readable.get(candidate.name), stem), reverse=True)
     if not found:
         stems = dict.fromkeys(each for model in wanted.values() for each in _stems(model))
         close = " or ".join(close_matches(stem, stems)) or "one that `separation models list` names"
@@ -81,12 +81,12 @@ def _stems(model: Checkpoint) -> tuple[str, ...]:
     return (*model.stems, *([model.residual] if model.residual else []))
 
 
-def _published_sdr(model: Checkpoint | None, stem: str) -> float:
-    """In dB; minus infinity if it is not published, and infinity for a recipe."""
+def _advised(model: Checkpoint | None, stem: str) -> tuple[bool, float]:
+    """A key to sort by: recipes (None) highest, then by the published SDR; models with a warning lowest."""
     if model is None:
-        return math.inf
+        return True, math.inf
     sdr = model.facts.ranking_sdr(stem)
-    return -math.inf if sdr is None else sdr
+    return not model.facts.warning, -math.inf if sdr is None else sdr
 
 
 def _main_stem(task: str, models: Mapping[str, Checkpoint]) -> str:

@@ -32,6 +32,12 @@ def test_a_task_gives_its_models_and_those_without_a_task(models: Path) -> None:
     assert missing.index("mel_band_roformer_kim") < missing.index("mel_band_roformer_vocals_becruily")  # no figure
 
 
+def test_a_model_with_a_warning_is_not_the_one_to_get_first(models: Path) -> None:
+    missing = [candidate.name for candidate in find_candidates("guitar", None).missing]
+    assert missing[0].startswith("bs_roformer_mega_")
+    assert missing[-2:] == ["bs_roformer_sw", "bs_roformer_guitar_xlance"]  # which have better figures
+
+
 def test_a_stem_alone_gives_all_models_that_give_it(models: Path) -> None:
     found = find_candidates(None, "vocals")
     assert here(found) == ["demo", "plain"]
