@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, Normalisation, Transform
-from separation.models.gpu_core import GpuCoreModel
+from separation.models.fast_core import GpuCoreModel
 from separation.models.kernels.mdx23c_gpu import GpuMDX23C
 from separation.models.kernels.unet_cpu import for_cpu
 from separation.models.layers import GroupNorm
@@ -157,8 +157,8 @@ class MDX23C(GpuCoreModel):
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = self._taken(self._stft.spectrogram(chunks))
-        if self._gpu_core is not None:
-            spectra = self._given(self._gpu_core(spectrum, self._outputs))
+        if self._core is not None:
+            spectra = self._given(self._core(spectrum, self._outputs))
             return self._stft.waveform(spectra.transpose(-1, -2), chunks.shape[-1])
         features = self._features(spectrum)
         return torch.stack([self._estimate(index, features, chunks.shape[-1]) for index in self._outputs], 1)

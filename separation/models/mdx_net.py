@@ -5,7 +5,7 @@ convolutions and a bottleneck of two linear layers over all bins of a frame. The
 before them, as in the published files; those after the linear layers are a factor and a summand for each feature.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from separation.models.base import Identity, Normalisation, SeparationModel, Transform
+from separation.models.base import Identity, Normalisation, Transform
+from separation.models.fast_core import CpuCoreModel
+from separation.models.kernels.mdx_net_cpu import CpuMDXNet
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
 
@@ -62,7 +64,7 @@ class MDXNetConfig:
         return (self.chunk_size + self.n_fft) // self.hop_length + 1
 
 
-class MDXNet(SeparationModel):
+class MDXNet(CpuCoreModel):
     """Chunks of waveform `[B, C, T]` to the estimate `[B, 1, C, T]`; T is `chunk_samples + n_fft`."""
 
     Config = MDXNetConfig
@@ -75,6 +77,8 @@ class MDXNet(SeparationModel):
         r"final_conv\.weight",
     )
     CAST_LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    # Winograd's convolution outruns a direct one in bfloat16.
+    cpu_core_precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
     normalisation: Normalisation = "none"
     reflects_border = False
     fixed_chunk = True
@@ -84,6 +88,8 @@ class MDXNet(SeparationModel):
         self.config = config
         self.channels: int = config.audio_channels
         self.least_samples = 1
+        if config.bias:
+            self.no_core_because = "there are none for linear layers with biases"
         self._stft = Stft(n_fft=config.n_fft, hop_length=config.hop_length, win_length=config.n_fft)
         sizes = [config.num_channels * (scale + 1) for scale in range(config.num_scales + 1)]
         bins = [config.dim_f >> scale for scale in range(config.num_scales + 1)]
@@ -120,8 +126,12 @@ class MDXNet(SeparationModel):
 
     def forward(self, chunks: Tensor) -> Tensor:
         spectrum = self._stft.spectrogram(chunks)[..., : self.config.dim_f, :]
-        (spectra,) = self.core(torch.view_as_real(spectrum))
+        values = torch.view_as_real(spectrum)
+        spectra = self.core(values)[0] if self._core is None else self._core(values, ())
         return self._stft.waveform(torch.view_as_complex(spectra.contiguous()), chunks.shape[-1])
+
+    def make_cpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+        return CpuMDXNet(self, silent_bins=SILENT_BINS, compensate=self.config.compensate)
 
     def transform(self, length: int) -> Transform:
         return Transform.of(self._stft, bins=self.config.dim_f)

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, Normalisation, Transform
-from separation.models.gpu_core import GpuCoreModel
+from separation.models.fast_core import GpuCoreModel
 from separation.models.kernels.scnet_gpu import GpuSCNet
 from separation.models.kernels.unet_cpu import for_cpu
 from separation.models.layers import GroupNorm, chosen, join_weights
@@ -139,7 +139,7 @@ class SCNet(GpuCoreModel):
     def forward(self, chunks: Tensor) -> Tensor:
         length = chunks.shape[-1]
         spectrum = self._stft.spectrogram(F.pad(chunks, (0, self._missing(length))))  # [B, C, F, N]
-        network = self._gpu_core or partial(self._network, fourier=(_fourier, _inverse_fourier))
+        network = self._core or partial(self._network, fourier=(_fourier, _inverse_fourier))
         spectra = self._spectra(torch.view_as_real(spectrum), network)
         return self._stft.waveform(torch.view_as_complex(spectra.contiguous()).transpose(-1, -2), length)
 
@@ -155,11 +155,11 @@ class SCNet(GpuCoreModel):
     def cast_weight(self) -> Tensor:
         return cast(Encoder, self.encoder[0]).globalconv.weight
 
-    def _update_gpu_core(self) -> None:
+    def _update_core(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.LSTM):
                 join_weights(module)
-        super()._update_gpu_core()
+        super()._update_core()
 
     def _missing(self, length: int) -> int:
         """The number of zeros to append, so that the number of frames is even, as `_inverse_fourier` needs."""

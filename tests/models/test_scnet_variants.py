@@ -110,7 +110,7 @@ def test_transformers_fall_back_to_plain_layers_and_the_log_says_why(
     caplog.set_level("INFO", "separation")
     path, _ = write_files(tmp_path, "scnet_tran")
     model = load_model(path, attention="auto")
-    assert model._gpu_core is None and model.attention in ("sdpa", "einsum")
+    assert model._core is None and model.attention in ("sdpa", "einsum")
     why = "there are none for an SCNet with transformers"
     assert f"small: using plain layers ({why})" in caplog.messages
     with pytest.raises(

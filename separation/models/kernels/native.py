@@ -146,7 +146,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         "unet_convolve": [pointer, pointer, pointer, pointer, pointer, long],
         "unet_moments": [pointer, long, long, pointer, long],
         "unet_normalise": [pointer, pointer, long, long, long, ctypes.c_float, pointer, long],
-        "unet_over_bins": [pointer, pointer, pointer, pointer, long],
+        "unet_over_bins": [pointer, pointer, pointer, pointer, pointer, long],
         "pack": [pointer, long, long, pointer, pointer, pointer, pointer, long, long],
         "transformer_layer": [pointer, long, long, long, long, pointer, pointer, pointer, long, long],
         "attention": [pointer, pointer, pointer, pointer, pointer, pointer, long, long],

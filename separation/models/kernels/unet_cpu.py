@@ -49,22 +49,32 @@ def normalise(x: Tensor, norm: list[Tensor], activation: int, alpha: float, dtyp
     return torch.empty_like(like, dtype=dtype).copy_(out)  # with the strides of x
 
 
-def over_bins(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """`weight`, `[F', F]`, times each of `x`, `[B, F, D]`; added to `out`, `[B, F', D]`, if that is given."""
+def over_bins(x: Tensor, weight: Tensor, out: Tensor | None = None, *, table: Tensor | None = None) -> Tensor:
+    """`weight`, `[F', F]`, times each of `x`, `[B, F, D]`; added to `out`, `[B, F', D]`, if that is given.
+
+    With a table `[2, D]`, the product is multiplied by its first row, and its second is added, then ReLU, before that.
+    """
     x, weight = x.contiguous(), weight.contiguous()
     y = x.new_empty(len(x), len(weight), x.shape[2]) if out is None else out
     assert y.is_contiguous() and x.dtype == weight.dtype == y.dtype == torch.float32
+    assert table is None or (table.is_contiguous() and table.dtype == torch.float32)
     sizes = (ctypes.c_long * 5)(len(x), *weight.shape, x.shape[2], out is not None)
-    pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr(), ctypes.addressof(sizes)
+    scales = None if table is None else table.data_ptr()
+    pointers = x.data_ptr(), weight.data_ptr(), scales, y.data_ptr(), ctypes.addressof(sizes)
     library().functions.unet_over_bins(*pointers, torch.get_num_threads())
     return y
 
 
 class Convolution(nn.Module):
-    """A convolution of 3 x 3 with zeros around, `[B, D, H, W] -> [B, D', H, W]`, both channels last in memory."""
+    """A convolution of 3 x 3 with zeros around, `[B, D, H, W] -> [B, D', H, W]`, both channels last in memory.
+
+    Attributes:
+        activation: what follows it, by the numbers of unet_ops.py, but for ELU.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.activation = unet_ops.NONE
         self._features = weight.shape[:2]
         weight = weight.detach().float().contiguous()
         functions, sizes = library().functions, self._features[::-1]
@@ -77,7 +87,7 @@ class Convolution(nn.Module):
         batch, features, height, width = x.shape
         features_out = self._features[0]
         y = torch.empty((batch, features_out, height, width), memory_format=torch.channels_last)
-        sizes = (ctypes.c_long * 6)(batch, height, width, features, features_out, False)
+        sizes = (ctypes.c_long * 7)(batch, height, width, features, features_out, False, self.activation)
         bias = None if self._bias is None else self._bias.data_ptr()
         pointers = x.data_ptr(), self._packed.data_ptr(), bias, y.data_ptr(), ctypes.addressof(sizes)
         library().functions.unet_convolve(*pointers, torch.get_num_threads())

@@ -30,13 +30,13 @@ def test_the_gpu_core_equals_the_plain_layers(
     fewer = model.only(("cymbals", "snare"))
     with torch.inference_mode():
         expected = model(chunks)
-        model._gpu_core = fewer._gpu_core = model.make_gpu_core()
+        model._core = fewer._core = model.make_gpu_core()
         got, some = model(chunks), fewer(chunks)
         assert (got - expected).abs().amax((1, 2, 3)).le(1e-5 * expected.abs().amax((1, 2, 3))).all()
         assert (some - expected[:, [4, 1]]).abs().max() <= 1e-5 * expected.abs().max()
         model.prepare(torch.float16)  # drops the core
         plain = model(chunks)
-        model._gpu_core = model.make_gpu_core()
+        model._core = model.make_gpu_core()
         fast = model(chunks)
     exact, plain, fast = (estimates[0].flatten(0, 1) for estimates in (expected, plain, fast))
     assert sdr(exact, fast) > max(50, sdr(exact, plain) - 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helpers.small_unets import XL_IHF, small_mdx23c, small_scnet
 from separation.evaluation.metrics import sdr
-from separation.models.gpu_core import GpuCoreModel
+from separation.models.fast_core import GpuCoreModel
 from separation.models.kernels import unet_cpu, unet_ops
 from separation.models.kernels.native import library
 from separation.models.kernels.registry import cpu_fault
@@ -50,6 +50,9 @@ def test_winograds_convolution(features: tuple[int, int], size: tuple[int, int],
     exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
     assert_near(got.double(), exact)
     assert torch.equal(got[1:], convolution(x[1:]))
+    for activation in (unet_ops.GELU, unet_ops.RELU):
+        convolution.activation = activation
+        assert_near(convolution(x), unet_ops.ACTIVATIONS[activation](got, 0.0))
 
 
 @pytest.mark.parametrize("shape", [(2, 300, 20), (1, 64, 32), (3, 1, 5)])
@@ -78,11 +81,16 @@ def test_normalise(activation: int, features: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rows, depth, features", [(7, 30, 20), (24, 16, 64), (1, 1, 1)])
 @pytest.mark.parametrize("adds", [True, False])
-def test_a_linear_layer_over_bins(rows: int, depth: int, features: int, adds: bool) -> None:
+@pytest.mark.parametrize("has_table", [True, False])
+def test_a_linear_layer_over_bins(rows: int, depth: int, features: int, adds: bool, has_table: bool) -> None:
     torch.manual_seed(0)
     x, weight, before = torch.randn(3, depth, features), torch.randn(rows, depth), torch.randn(3, rows, features)
-    got = with_threads(lambda: unet_cpu.over_bins(x, weight, before.clone() if adds else None))
-    assert_near(got, weight @ x + (before if adds else 0))
+    table = torch.randn(2, features) if has_table else None
+    got = with_threads(lambda: unet_cpu.over_bins(x, weight, before.clone() if adds else None, table=table))
+    product = weight @ x
+    if table is not None:
+        product = F.relu(product * table[0] + table[1])
+    assert_near(got, product + (before if adds else 0))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +116,7 @@ def test_the_cpu_core_equals_the_plain_layers(make: Callable[[], GpuCoreModel]) 
         model.fuse_for_cpu()
         fewer.fuse_for_cpu()
         got, some = model(chunks), fewer(chunks)
-    assert model._gpu_core is not None
+    assert model._core is not None
     assert (got - expected).abs().amax((1, 2, 3)).le(1e-5 * expected.abs().amax((1, 2, 3))).all()
     assert_near(some, expected[:, [1, 0]])
 
@@ -119,7 +127,7 @@ def test_bfloat16_is_computed_in_float32_where_that_is_faster() -> None:
     model.to_precision(torch.bfloat16)
     exact.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
     with torch.inference_mode():
-        model._gpu_core = model.make_cpu_core()
+        model._core = model.make_cpu_core()
         assert_near(model(chunks), exact(chunks))
 
 
@@ -132,7 +140,7 @@ def test_of_scnet_in_bfloat16_only_the_lstms_compute_in_it() -> None:
         for each in (model, plain):
             each.prepare(torch.bfloat16)
         model.fuse_for_cpu()
-        assert model._gpu_core is not None and model.precision == torch.bfloat16
+        assert model._core is not None and model.precision == torch.bfloat16
         exact, got, expected = (estimates[0].flatten(0, 1) for estimates in (exact, model(chunks), plain(chunks)))
     assert sdr(exact, got) > sdr(exact, expected)
 

@@ -212,7 +212,7 @@ def test_a_forward_on_a_gpu_equals_the_cpus_and_can_be_captured(
         model.prepare(dtype)
         model.cuda()
         given = chunks.cuda()
-        assert model._gpu_core is not None or torch.cuda.get_device_capability() < model.lowest_capability
+        assert model._core is not None or torch.cuda.get_device_capability() < model.lowest_capability
         for _ in range(2):
             got = model(given)
         graph = torch.cuda.CUDAGraph()

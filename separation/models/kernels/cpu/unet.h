@@ -87,9 +87,16 @@ inline void read_tile(const float* x, const Image& image, long row, long column,
     }
 }
 
-// The results of that tile, plus the biases, to y or added to it.
+inline Floats activated(Floats x, long activation, float alpha) {
+    if (activation == 1) return gelu<float>(x);
+    if (activation == 2) return at_least(0.0f, x);
+    if (activation == 3) return x > 0.0f ? x : alpha * (exp2_of(x * LOG2_E) - 1.0f);
+    return x;
+}
+
+// The results of that tile, plus the biases, to y or added to it, then an activation without a parameter.
 inline void write_tile(const float* from, long stride, const Image& image, long row, long column, const float* bias,
-                       bool adds, float* y) {
+                       bool adds, long activation, float* y) {
     const long features = image.features_out;
     const long rows = std::min(TILE, image.height - row), columns = std::min(TILE, image.width - column);
     for (long k = 0; k < features; k += LANES) {
@@ -101,8 +108,9 @@ inline void write_tile(const float* from, long stride, const Image& image, long 
         for (long i = 0; i < rows; i++)
             for (long j = 0; j < columns; j++) {
                 float* to = y + ((row + i) * image.width + column + j) * features + k;
-                const Floats value = out[i * TILE + j] + start;
-                store_first(adds ? value + first(to, features - k) : value, to, features - k);
+                Floats value = out[i * TILE + j] + start;
+                if (adds) value += first(to, features - k);
+                store_first(activated(value, activation, 0), to, features - k);
             }
     }
 }
@@ -123,13 +131,6 @@ inline void multiply(const float* a, long a_stride, const float* b, long depth, 
         store(sums[r][0], to + r * to_stride);
         store(sums[r][1], to + r * to_stride + LANES);
     }
-}
-
-inline Floats activated(Floats x, long activation, float alpha) {
-    if (activation == 1) return gelu<float>(x);
-    if (activation == 2) return at_least(0.0f, x);
-    if (activation == 3) return x > 0.0f ? x : alpha * (exp2_of(x * LOG2_E) - 1.0f);
-    return x;
 }
 
 }  // namespace
@@ -163,8 +164,8 @@ int unet_pack(const float* weights, long features_in, long features_out, float* 
 }
 
 // Convolves each of `batch` images x [height, width, features_in] with zeros around it; `sizes` are batch, height,
-// width, features_in, features_out, and whether to add the result [height, width, features_out] to y. `bias` may be
-// null.
+// width, features_in, features_out, whether to add the result [height, width, features_out] to y, and the activation
+// after that, as in `unet_normalise`. `bias` may be null.
 int unet_convolve(const float* x, const float* packed, const float* bias, float* y, const long* sizes, long threads) {
     using namespace unet;
     const Image image{sizes[1], sizes[2], sizes[3], sizes[4]};
@@ -195,7 +196,7 @@ int unet_convolve(const float* x, const float* packed, const float* bias, float*
                                  out + p * out_stride + t * columns + k, columns);
             each_tile(start, count, [&](long t, long item, long row, long column) {
                 float* to = y + item * image.height * image.width * image.features_out;
-                write_tile(out + t * columns, out_stride, image, row, column, bias, sizes[5], to);
+                write_tile(out + t * columns, out_stride, image, row, column, bias, sizes[5], sizes[6], to);
             });
         }
     });
@@ -263,8 +264,11 @@ int unet_normalise(const float* x, const float* table, long rows, long features,
     });
 }
 
-// y [items, rows, features] = weights [rows, depth] times each of x [items, depth, features], or y plus that.
-int unet_over_bins(const float* x, const float* weights, float* y, const long* sizes, long threads) {
+// y [items, rows, features] = weights [rows, depth] times each of x [items, depth, features], or y plus that. If a
+// table [2, features] of scales and biases is given, the products are scaled, and what is negative becomes zero, before
+// that.
+int unet_over_bins(const float* x, const float* weights, const float* table, float* y, const long* sizes,
+                   long threads) {
     using namespace unet;
     const long items = sizes[0], rows = sizes[1], depth = sizes[2], features = sizes[3];
     const bool adds = sizes[4];
@@ -283,7 +287,10 @@ int unet_over_bins(const float* x, const float* weights, float* y, const long* s
                 for (long i = 0; i < std::min(HEIGHT, rows - r); i++)
                     for (long lane = 0; lane < std::min(WIDTH, lanes); lane += LANES) {
                         float* to = y + (number / panels * rows + r + i) * features + start + lane;
-                        const Floats value = at(out + i * WIDTH + lane);
+                        Floats value = at(out + i * WIDTH + lane);
+                        if (table)
+                            value = at_least(0.0f, value * first(table + start + lane, lanes - lane) +
+                                                       first(table + features + start + lane, lanes - lane));
                         store_first(adds ? value + first(to, lanes - lane) : value, to, lanes - lane);
                     }
             }
