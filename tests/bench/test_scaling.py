@@ -30,11 +30,11 @@ def test_six_stems_of_any_song_need_less_than_300_mib_above_the_loaded_model(tmp
 
 
 @pytest.mark.slow
-def test_three_hours_at_48_khz_need_no_more_memory_than_three_minutes(tmp_path: Path) -> None:
-    if shutil.disk_usage(tmp_path).free < 25e9:
-        pytest.skip("needs 25 GB of space for temporary files")
+def test_an_hour_at_48_khz_needs_no_more_memory_than_three_minutes(tmp_path: Path) -> None:
+    if shutil.disk_usage(tmp_path).free < 9e9:
+        pytest.skip("needs 9 GB of space for temporary files")
     peaks = []
-    for seconds in (180, 10_800):
+    for seconds in (180, 3600):
         song = scaling.write_song(tmp_path / f"{seconds}.flac", seconds, 48000)
         peaks.append(scaling.result(scaling.start(song, "all_4", tiny=True))["peak"])
         infos = [soundfile.info(path) for path in (tmp_path / str(seconds)).glob("*.flac")]
@@ -44,4 +44,4 @@ def test_three_hours_at_48_khz_need_no_more_memory_than_three_minutes(tmp_path: 
             ("vocals.flac", seconds * 48000, 48000),
             ("no_vocals.flac", seconds * 48000, 48000),
         }
-    assert peaks[1] - peaks[0] < 50, peaks  # MiB; one stem of the longer song takes 3955 MiB
+    assert peaks[1] - peaks[0] < 50, peaks  # MiB; one stem of the longer song takes 1318 MiB

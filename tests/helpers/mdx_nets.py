@@ -6,8 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import yaml
 from onnx import TensorProto, helper, numpy_helper
 
+from separation import load_model
+from separation.models.mdx_net import MDXNet
+
+AUDIO = {"n_fft": 80, "hop_length": 16}
 SMALL: dict[str, Any] = {"bins": 32, "frames": 16, "features": 6, "scales": 2, "layers": 2, "kernel": 3, "narrow": 4}
 
 
@@ -103,3 +108,13 @@ class MDXNetGraph:
             self.norm(features)
             self.node("Relu")
         self.node("Add", before)
+
+
+def small_mdx_net(folder: Path, *, compensate: float = 1.0, form: dict[str, Any] | None = None, **sizes: int) -> MDXNet:
+    """A model from an ONNX file that is in no table, with its YAML beside it."""
+    path = MDXNetGraph(**form or {}).write(folder / "small.onnx", **sizes)
+    document = {"stems": ["vocals"], "audio": AUDIO, "model": {"compensate": compensate}}
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    model = load_model(path)
+    assert isinstance(model, MDXNet)
+    return model

@@ -1,6 +1,5 @@
 """An MDX-Net gives what ONNX Runtime gives for the same file, and a song what its authors' program gives."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,9 @@ from separation.models.mdx_net import MDXNet
 onnx = pytest.importorskip("onnx", reason="needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 
-from helpers.fused import needs_fused  # noqa: E402
-from helpers.mdx_nets import SMALL, MDXNetGraph  # noqa: E402  # needs onnx
+from helpers.mdx_nets import AUDIO, SMALL, MDXNetGraph, small_mdx_net  # noqa: E402  # needs onnx
 
-AUDIO = {"n_fft": 80, "hop_length": 16}
 NAMES = [f"mdx_net_{name}" for name in ("kim_vocal_2", "voc_ft", "inst_hq_3", "inst_hq_4", "inst_hq_5", "karaoke_2")]
-
-
-def small_mdx_net(folder: Path, *, compensate: float = 1.0, form: dict[str, Any] | None = None, **sizes: int) -> MDXNet:
-    """A model from an ONNX file that is in no table, with its YAML beside it."""
-    path = MDXNetGraph(**form or {}).write(folder / "small.onnx", **sizes)
-    document = {"stems": ["vocals"], "audio": AUDIO, "model": {"compensate": compensate}}
-    path.with_suffix(".yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
-    model = load_model(path)
-    assert isinstance(model, MDXNet)
-    return model
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
@@ -73,36 +60,6 @@ def test_a_chunk_equals_onnx_runtimes(tmp_path: Path, form: dict, sizes: dict) -
     expected = torch.stack([chunk_by_onnxruntime(tmp_path / "small.onnx", each, SMALL["bins"]) for each in chunk])
     assert got.shape == (2, 1, *chunk.shape[1:])
     assert_close(got[:, 0], 1.25 * expected)
-
-
-@needs_fused
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "sizes", [{}, {"scales": 3, "layers": 1, "kernel": 5}, {"features": 20, "layers": 3, "narrow": 8}], ids=str
-)
-def test_the_cpu_core_equals_the_plain_layers(tmp_path: Path, sizes: dict, precision: str) -> None:
-    model = small_mdx_net(tmp_path, compensate=1.25, **sizes)
-    assert model._core is not None
-    for value in model.parameters():
-        if value.ndim == 1:  # of a bias or a norm: a mistake would not show with factors of exactly one
-            value.add_(torch.rand_like(value) * 0.2)
-    model.to_precision({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    assert model._core is None
-    chunks = torch.randn(2, 2, model.input_samples(1)) * torch.tensor([0.1, 0.01])[:, None, None]
-    with torch.inference_mode():
-        expected = copy.deepcopy(model).float()(chunks)
-    model.fuse_for_cpu()
-    assert model._core is not None
-    with torch.inference_mode():
-        assert_close(model(chunks), expected)
-        assert torch.equal(model(chunks[1:]), model(chunks)[1:])
-
-
-@needs_fused
-def test_linear_layers_with_biases_stay_plain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "separation")
-    assert small_mdx_net(tmp_path, form={"bias": True})._core is None
-    assert "using plain layers (there are none for linear layers with biases)" in caplog.text
 
 
 def test_a_song_equals_chunks_without_their_margins(tmp_path: Path) -> None:
