@@ -10,7 +10,7 @@ from separation.errors import OutputError
 
 WORK_PREFIX = ".separating-"  # of the hidden folders in which files are written before they are published
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -28,5 +28,5 @@ def output_errors(
     except kinds as e:
         reason = getattr(e, "strerror", None) or first_line(e)
         visible = Path(*(part for part in target.parts if not part.startswith(WORK_PREFIX)))
-        action = f"free space there, or {elsewhere}" if getattr(e, "errno", None) in _DISK_FULL else elsewhere
+        action = f"free space there, or {elsewhere}" if getattr(e, "errno", None) in DISK_FULL else elsewhere
         raise OutputError(f"cannot {doing} {str(visible)!r} ({reason}): {action}") from e

@@ -8,6 +8,7 @@ from http import HTTPStatus
 
 from separation.audio.damage import DamagedError
 from separation.errors import AudioError, DownloadError, EstimateError, InputError, SeparationError
+from separation.system.os_errors import DISK_FULL
 from separation.system.text import shown
 
 
@@ -57,6 +58,8 @@ def errors_without_paths() -> Iterator[None]:
         cause = e if isinstance(e, OSError) else e.__cause__
         reason = (isinstance(cause, OSError) and cause.strerror) or type(e).__name__
         kind = type(e) if isinstance(e, SeparationError) else SeparationError
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            raise kind("the server's disk is full: free some space there, or ask its operator, and try again") from e
         raise kind(f"the server failed ({reason}): try again, or ask its operator to read the log") from e
 
 

@@ -140,14 +140,14 @@ class SongQueue:
                 song = self._waiting[0]
                 song.state, song.share = "separating", 0.0
             try:
-                with errors_without_paths(), song_context(song.name):
+                with errors_without_paths(), song_context(song.name) as warnings:
                     self._separate(song)
             except SeparationError as e:
                 self._finish(song, "failed", str(e))
             except CancelledError:
                 self._finish(song, "failed")
             else:
-                self._finish(song, "done", song.problem)
+                self._finish(song, "done", "\n".join([*_about_the_song(warnings, song.name), song.problem]).strip())
                 if song.order.part is None:
                     song.path.unlink(missing_ok=True)  # it may have been removed meanwhile
 
@@ -319,6 +319,11 @@ class SongQueue:
             song.fail(song.problem) if song.state == "failed" else song.save()
         except OSError as e:
             logger.warning(f"the state of {song.name!r} cannot be kept ({e.strerror}): do not stop the server")
+
+
+def _about_the_song(warnings: list[str], name: str) -> list[str]:
+    """The warnings that say nothing about the server's own files; those stay in its log."""
+    return [warning for warning in warnings if os.sep not in warning.replace(repr(name), "")]
 
 
 def _bytes_per_second(song: QueuedSong) -> float:

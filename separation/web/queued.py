@@ -56,7 +56,7 @@ class QueuedSong:
     share: float = 0.0  # share of the current state that is complete, 0 to 1
     stage: str = ""
     seconds_left: float | None = None  # of the separation, an estimate
-    problem: str = ""  # why the song failed, or why a finished song has no listening page
+    problem: str = ""  # why the song failed, or what a finished one lacks, in lines
     files: dict[str, Path] = field(default_factory=dict)  # name in the URL -> file
     analysis: SongAnalysis | None = None
     queued: float = 0.0  # when it came into the queue, in the system's time, which orders the queue

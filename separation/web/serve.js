@@ -188,7 +188,7 @@ class Card {
       receiving: `Uploading, ${percent}`,
       waiting: ahead ? `Waiting: ${songs} ahead${time && `, starts in ${time}`}` : "Up next",
       separating: `${stage || "Starting"}, ${percent}${time && `, ${time} left`}`,
-      done: problem || "Done",
+      done: "Done",
       failed: problem,
       cancelled: "Cancelled",
     }[state];
@@ -196,6 +196,7 @@ class Card {
     const { tempo_bpm: tempo, key } = analysis ?? {}, facts = [...tempo ? [`${tempo.toFixed(1)} BPM`] : [], ...key ? [key.replace("#", "♯")] : []];
     this.part(".state span").textContent = [this.text, ...state === "done" ? facts : []].join(" · ");
     this.part(".state path").setAttribute("d", ICONS[state] ?? ICONS.other);
+    this.part(".note").textContent = state === "done" && problem || "";
     this.part("progress").hidden = this.finished;
     this.part("progress").value = ["receiving", "separating"].includes(state) ? share : 0;
     const verb = this.finished ? "Remove" : "Cancel";
@@ -203,7 +204,7 @@ class Card {
     this.part(".dismiss").setAttribute("aria-label", `${verb} ${this.name}`);
     this.showFiles(files, Boolean(again));
     if (state !== before && (this.finished || state === "separating")) {
-      find("#announcement").textContent = `${this.name}: ${state === "separating" ? "separating" : this.text}`;
+      find("#announcement").textContent = `${this.name}: ${state === "separating" ? "separating" : this.text} ${this.part(".note").textContent}`.trim();
     }
   }
 

@@ -30,7 +30,7 @@ def test_errors_about_the_clients_own_song_pass_unchanged(
     [
         (OutputError("cannot write to '/srv/stems'"), OutputError, "OutputError"),
         (CheckpointError("/srv/weights/x.ckpt is damaged"), CheckpointError, "CheckpointError"),
-        (OSError(28, "No space left on device", "/srv/stems"), SeparationError, "No space left on device"),
+        (OSError(5, "Input/output error", "/srv/stems"), SeparationError, "Input/output error"),
         (KeyError("/srv/secret"), SeparationError, "KeyError"),
     ],
 )
@@ -52,8 +52,15 @@ def test_weights_that_cannot_be_downloaded_are_told_apart(capfd: pytest.CaptureF
 
 
 def test_the_reason_is_the_operating_systems_if_it_caused_the_error() -> None:
-    with pytest.raises(OutputError, match=r"\(No space left on device\)"), errors_without_paths():
+    with pytest.raises(OutputError, match=r"\(Input/output error\)"), errors_without_paths():
+        raise OutputError("cannot write to '/srv/stems'") from OSError(5, "Input/output error", "/srv/stems")
+
+
+def test_a_full_disk_is_told_with_what_to_do(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OutputError) as caught, errors_without_paths():
         raise OutputError("cannot write to '/srv/stems'") from OSError(28, "No space left on device", "/srv/stems")
+    assert str(caught.value).startswith("the server's disk is full: free some space there")
+    assert "/srv/stems" in capfd.readouterr().err
 
 
 def test_no_error_has_a_word_that_cog_takes_for_a_cancellation() -> None:

@@ -18,6 +18,7 @@ from helpers.page_server import MAX_MIB, QUICK, Client, Process, idle_server, so
 from helpers.served_process import wait_for
 from separation import Separator
 from separation.audio.options import OutputOptions
+from separation.engine.cache import Cache
 from separation.engine.options import EngineOptions
 from separation.web import queue
 from separation.web.pace import REST
@@ -88,6 +89,18 @@ def test_a_song_too_long_for_a_listening_page_still_has_its_stems(
     assert status["state"] == "done"
     assert list(status["files"]) == ["vocals.flac", "instrumental.flac"]
     assert status["problem"].startswith("cannot make the report of 'song.wav': 'song.wav' is longer than 0.5 s")
+
+
+def test_a_finished_song_tells_its_warnings_but_not_those_of_the_server(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "songs").mkdir()
+    with idle_server(tmp_path / "songs", cache=Cache(tmp_path / "file")) as (client, songs, _):
+        threading.Thread(target=songs.run, daemon=True).start()
+        quiet, loud = client.send(song(1)), client.send(song(1, gain=4))
+        assert [client.wait_until_over(id)["state"] for id in (quiet, loud)] == ["done", "done"]
+        assert client.status(quiet)["problem"] == ""
+        told = client.status(loud)["problem"]
+    assert told.startswith("'song.wav': a stem peaks at") and told.endswith("so that none clips")
 
 
 def test_waiting_songs_are_told_when_their_turn_comes(tmp_path: Path) -> None:
