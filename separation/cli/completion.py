@@ -98,6 +98,10 @@ def _flags(command: Command) -> list[str]:
 _BASH_HEAD = """# Completion of separation for bash: eval "$(separation completion bash)"
 _separation() {
   local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} name="" word words="" kind=""
+  case "$current$previous" in  # bash splits --format=flac at the =
+    =-*) current="" ;;
+    *=) previous=${COMP_WORDS[COMP_CWORD-2]} ;;
+  esac
   for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
     case "$name $word" in"""
 _BASH_TAIL = """  esac
@@ -150,6 +154,11 @@ _ZSH_HEAD = """#compdef separation
 _separation() {
   local name="" word current=${words[CURRENT]} previous=${words[CURRENT-1]}
   local -a described
+  if [[ $current == --*=* ]]; then
+    previous=${current%%=*}
+    compset -P '*='
+    current=${current#*=}
+  fi
   for word in "${(@)words[2,CURRENT-1]}"; do
     case "$name $word" in"""
 

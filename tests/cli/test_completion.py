@@ -28,6 +28,7 @@ EXPECTED = [
     ("separation separate my", {"my song.wav"}),
     ("separation completion z", {"zsh"}),
 ]
+WITH_EQUALS = [("separation separate --format=fl", "flac"), ("separation separate x.wav --recipe=de", "demo")]
 
 
 def needs(shell: str) -> pytest.MarkDecorator:
@@ -64,6 +65,21 @@ def test_bash_completes(line: str, found: set[str], folder: Path) -> None:
     assert set(run("bash", "-c", f'{code}; printf "%s\\n" "${{COMPREPLY[@]}}"').splitlines()) == found
 
 
+@needs("bash")
+@pytest.mark.parametrize("line, found", [*WITH_EQUALS, ("separation separate --progress=", "json")])
+def test_bash_completes_after_an_equals_sign(line: str, found: str, folder: Path) -> None:
+    words = " ".join(f"'{word}'" for word in line.replace("=", " = ").split())
+    code = f"source script.bash; COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); _separation 2> /dev/null"
+    assert found in run("bash", "-c", f'{code}; printf "%s\\n" "${{COMPREPLY[@]}}"').splitlines()
+
+
+@needs("fish")
+@pytest.mark.parametrize("line, found", WITH_EQUALS)
+def test_fish_completes_after_an_equals_sign(line: str, found: str, folder: Path) -> None:
+    (printed,) = run("fish", "--no-config", "-c", f'source script.fish; complete -C "{line}"').splitlines()
+    assert printed.partition("\t")[0].endswith(f"={found}")
+
+
 @needs("fish")
 @pytest.mark.parametrize("line, found", EXPECTED)
 def test_fish_completes(line: str, found: set[str], folder: Path) -> None:
@@ -75,6 +91,17 @@ def test_fish_completes(line: str, found: set[str], folder: Path) -> None:
 @pytest.mark.parametrize("line, found", quick_first([each for each in EXPECTED if len(each[1]) == 1], 3))
 def test_zsh_completes(line: str, found: set[str], folder: Path) -> None:
     (word,) = found
+    assert_zsh_completes(line, word.replace(" ", "\\ ").removeprefix(line.rpartition(" ")[2]), folder)
+
+
+@needs("zsh")
+@pytest.mark.parametrize("line, found", quick_first(WITH_EQUALS, 1))
+def test_zsh_completes_after_an_equals_sign(line: str, found: str, folder: Path) -> None:
+    assert_zsh_completes(line, found.removeprefix(line.rpartition("=")[2]), folder)
+
+
+def assert_zsh_completes(line: str, rest: str, folder: Path) -> None:
+    """The Tab key adds the rest of a word to a line."""
     (folder / ".zshrc").write_text("PS1='READY '; autoload -U compinit; compinit -u; source script.zsh\n")
     process, terminal = pty.fork()
     if process == 0:
@@ -82,7 +109,7 @@ def test_zsh_completes(line: str, found: set[str], folder: Path) -> None:
     try:
         read_until(terminal, "READY ")
         os.write(terminal, f"{line}\t".encode())
-        read_until(terminal, word.replace(" ", "\\ ").removeprefix(line.rpartition(" ")[2]))
+        read_until(terminal, f"{line}{rest}")
     finally:
         os.kill(process, 9)
         os.waitpid(process, 0)
