@@ -228,10 +228,12 @@ def without_clashes(songs: Sequence[AnySong], failed: list[Outcome]) -> list[Any
     for rivals in owners.values():
         if len(rivals) > 1:
             names = " and ".join(repr(str(song.path)) for song in rivals)
-            shared = f"folder {str(rivals[0].folder)!r}"
+            shared, remedy = f"folder {str(rivals[0].folder)!r}", ""
             if rivals[0].place != Place():
                 shared = f"file {str(rivals[0].folder / rivals[0].place.template)!r}"
-            error = f"{names} would share the {shared}: separate each with its own -o"
+                is_named_alike = len({os.path.splitext(str(song.path))[0] for song in rivals}) == 1
+                remedy = "" if is_named_alike else "add a field to the name, such as {song} or {folder}, or "
+            error = f"{names} would share the {shared}: {remedy}separate each with its own -o"
             failed += (Outcome(song.path, "failed", error) for song in rivals)
     return [rivals[0] for rivals in owners.values() if len(rivals) == 1]
 

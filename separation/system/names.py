@@ -28,7 +28,9 @@ def fields_in(template: str) -> set[str]:
     except ValueError as e:
         raise InputError(f"name {template!r} is no template ({e}): write fields as {{song}}") from e
     for _, name, form, conversion in parts:
-        if name is not None and (name not in FIELDS or form or conversion):
+        if name in FIELDS and (form or conversion):
+            raise InputError(f"name {template!r} has a format for {{{name}}}, which takes none: write {{{name}}}")
+        if name is not None and name not in FIELDS:
             fields = ", ".join(f"{{{field}}}" for field in FIELDS)
             raise InputError(f"name {template!r} has no field {{{name}}}: choose from {fields}")
     if template.startswith("/") or "\\" in template or ".." in template.split("/"):

@@ -20,7 +20,8 @@ def output_errors(
     """Raise `OutputError` in place of an `OSError`, or of an error of the other kinds in `also`.
 
     The message names `target`, a file or a folder, without any hidden work folder in its path. `elsewhere` tells the
-    user how to use another place; if the disk is full, the message first asks for free space.
+    user how to use another place; if the disk is full, the message first asks for free space, and if a name is too
+    long, for a shorter one.
     """
     kinds: tuple[type[Exception], ...] = (OSError, *also)
     try:
@@ -28,5 +29,9 @@ def output_errors(
     except kinds as e:
         reason = getattr(e, "strerror", None) or first_line(e)
         visible = Path(*(part for part in target.parts if not part.startswith(WORK_PREFIX)))
-        action = f"free space there, or {elsewhere}" if getattr(e, "errno", None) in DISK_FULL else elsewhere
+        number, action = getattr(e, "errno", None), elsewhere
+        if number in DISK_FULL:
+            action = f"free space there, or {elsewhere}"
+        elif number == errno.ENAMETOOLONG:
+            action = "give the song a shorter name"
         raise OutputError(f"cannot {doing} {str(visible)!r} ({reason}): {action}") from e

@@ -118,6 +118,7 @@ def test_names_with_the_tempo_that_clash_are_refused_as_early_as_they_are_known(
     assert separate(tmp_path / "music", "-o", out, "--name", "{bpm} {stem}.{ext}") == 2
     told = capsys.readouterr().err
     assert told.count("would share the file") == 2 and "{bpm} {stem}.{ext}" in told and not out.exists()
+    assert told.count(": add a field to the name, such as {song} or {folder}, or separate each with its own -o\n") == 2
     out.mkdir()
     (out / "128 vocals.wav").write_text("mine")
     command = (tmp_path / "music" / "a.wav", "-o", out, "--name", "{bpm} {stem}.{ext}")

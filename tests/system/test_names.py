@@ -103,8 +103,8 @@ def test_no_value_leads_out_of_the_folder_or_has_a_name_that_file_systems_refuse
     [
         ("{stem}", "does not end in .{ext}: add it"),
         ("{title}.{ext}", "has no field {title}: choose from {folder}, {song}"),
-        ("{stem!r}.{ext}", "has no field {stem}"),
-        ("{stem:>9}.{ext}", "has no field {stem}"),
+        ("{stem!r}.{ext}", "has a format for {stem}, which takes none: write {stem}"),
+        ("{stem:>9}.{ext}", "has a format for {stem}, which takes none: write {stem}"),
         ("{stem.__class__}.{ext}", "has no field {stem.__class__}"),
         ("{}.{ext}", "has no field {}"),
         ("{stem.{ext}", "is no template"),

@@ -29,6 +29,11 @@ def test_any_other_failure_asks_for_another_folder() -> None:
     assert message(PermissionError(errno.EACCES, "Permission denied")) == expected
 
 
+def test_a_name_that_is_too_long_is_not_blamed_on_the_folder() -> None:
+    expected = "cannot write to '/out/song.wav' (File name too long): give the song a shorter name"
+    assert message(OSError(errno.ENAMETOOLONG, "File name too long")) == expected
+
+
 def test_the_caller_says_what_it_was_doing_and_where_to_go_instead() -> None:
     options = {"doing": "read the cache in", "elsewhere": "set CACHE"}
     assert (
