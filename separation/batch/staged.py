@@ -13,6 +13,7 @@ from separation.batch.urls import Url
 from separation.engine.separator import Separator
 from separation.errors import InputError, SeparationError
 from separation.progress import Progress
+from separation.system.os_errors import staging
 from separation.system.output import OutputFolder
 from separation.system.record import Record
 
@@ -26,7 +27,7 @@ def separate_anywhere(song: AnySong, job: Job, separator: Separator, progress: P
         return separate_song(song, job, separator, progress)
     try:
         # A hidden folder in the temporary one. If this process is killed, the next one removes it.
-        with OutputFolder(Path(gettempdir()), record=None) as output:
+        with OutputFolder(Path(gettempdir()), record=None) as output, staging(output.work):
             return _Staged(song, job, output.work).separate(separator, progress)
     except (SeparationError, OSError) as e:
         error = str(e) if isinstance(e, SeparationError) else f"{song.path.name!r} cannot be separated: {e}"

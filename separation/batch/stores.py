@@ -179,7 +179,7 @@ class Store:
                 self._repeated(found.url, reader.read_part)
             if self.head(found.url) != found:
                 raise ChangedError(f"{str(found.url)!r} changed while it was read: run it again")
-            with output_errors(path, elsewhere="set TMPDIR to another folder"):
+            with output_errors(path):
                 os.replace(part, path)
         except FileNotFoundError as e:
             raise ChangedError(f"{str(found.url)!r} was removed while it was read: run it again") from e
@@ -289,7 +289,7 @@ class _Reader:
     def __init__(self, store: Store, found: StoredObject, path: Path, progress: Progress) -> None:
         self._store, self._found, self._path, self._progress = store, found, path, progress
         self._n_bytes = 0
-        with output_errors(path, elsewhere="set TMPDIR to another folder"):
+        with output_errors(path):
             path.write_bytes(b"")
 
     def is_complete(self) -> bool:
@@ -299,7 +299,7 @@ class _Reader:
         with self._store.open(self._found.url) as reader:
             reader.seek(self._n_bytes)
             while block := reader.read(PART_BYTES):
-                with output_errors(self._path, elsewhere="set TMPDIR to another folder"), self._path.open("ab") as file:
+                with output_errors(self._path), self._path.open("ab") as file:
                     file.write(block)
                 self._n_bytes += len(block)
                 self._progress(min(1.0, self._n_bytes / max(1, self._found.n_bytes)), "downloading")

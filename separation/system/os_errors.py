@@ -12,6 +12,18 @@ WORK_PREFIX = ".separating-"  # of the hidden folders in which files are written
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_staging: set[Path] = set()  # temporary folders in use
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[None]:
+    """Within the context, an `OutputError` about a file below this temporary folder names the variable TMPDIR."""
+    _staging.add(folder)
+    try:
+        yield
+    finally:
+        _staging.remove(folder)
+
 
 @contextmanager
 def output_errors(
@@ -28,10 +40,12 @@ def output_errors(
         yield
     except kinds as e:
         reason = getattr(e, "strerror", None) or first_line(e)
-        visible = Path(*(part for part in target.parts if not part.startswith(WORK_PREFIX)))
+        visible = repr(str(Path(*(part for part in target.parts if not part.startswith(WORK_PREFIX)))))
+        if staged := next((folder for folder in [*_staging] if folder in target.parents), None):
+            visible, elsewhere = f"the temporary folder {str(staged.parent)!r}", "set TMPDIR to another folder"
         number, action = getattr(e, "errno", None), elsewhere
         if number in DISK_FULL:
             action = f"free space there, or {elsewhere}"
         elif number == errno.ENAMETOOLONG:
             action = "give the song a shorter name"
-        raise OutputError(f"cannot {doing} {str(visible)!r} ({reason}): {action}") from e
+        raise OutputError(f"cannot {doing} {visible} ({reason}): {action}") from e

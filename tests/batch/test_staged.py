@@ -1,5 +1,6 @@
 """A song of a store is separated as a local one is."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from helpers import common
 from helpers.command_line import settings_of
 from helpers.s3_server import Bucket
 from separation.audio.options import OutputOptions
-from separation.batch import staged
+from separation.batch import staged, stores
 from separation.batch.job import AnySong, Job, Song
 from separation.batch.separate import separate_song
 from separation.batch.staged import separate_anywhere
@@ -128,6 +129,23 @@ def test_a_song_that_cannot_be_separated_fails_alone_and_leaves_nothing(
     outcome = separate_anywhere(song, job, separator, Progress())
     assert outcome.status == "failed" and words in outcome.error and not outcome.stems
     assert outcome.path == song.path and bucket.keys() == before
+
+
+def test_a_full_temporary_folder_is_named(
+    bucket: Bucket, separator: Separator, job: Job, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("1.wav", common.song(0.3))
+    song = AnySong(Url("s3", bucket.name, "1.wav"), Url("s3", bucket.name, "out"))
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stores.os, "replace", full)
+    outcome = separate_anywhere(song, job, separator, Progress())
+    assert outcome.error == (
+        f"cannot write to the temporary folder {str(temporary)!r} (No space left on device): free space there, or set "
+        "TMPDIR to another folder"
+    )
 
 
 def test_a_cancelled_song_leaves_nothing(bucket: Bucket, separator: Separator, job: Job) -> None:

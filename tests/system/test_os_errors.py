@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from separation.errors import OutputError
-from separation.system.os_errors import output_errors
+from separation.system.os_errors import output_errors, staging
 
 
 def message(error: Exception, target: Path = Path("/out/song.wav"), **options: str) -> str:
@@ -44,6 +44,17 @@ def test_the_caller_says_what_it_was_doing_and_where_to_go_instead() -> None:
 
 def test_the_hidden_work_folder_is_not_named() -> None:
     assert "'/out/song.wav'" in message(OSError(5, "I/O error"), Path("/out/.separating-x1/song.wav"))
+
+
+def test_a_temporary_folder_is_named_as_such_with_its_variable() -> None:
+    work, full = Path("/tmp/.separating-x1"), OSError(errno.ENOSPC, "No space left on device")
+    with staging(work):
+        assert message(full, work / "stems" / ".separating-x2" / "vocals.wav") == (
+            "cannot write to the temporary folder '/tmp' (No space left on device): free space there, or set TMPDIR to "
+            "another folder"
+        )
+        assert "'/tmp/stems/vocals.wav'" in message(full, Path("/tmp/stems/vocals.wav"))
+    assert "'/tmp/song'" in message(full, work / "song")
 
 
 def test_an_error_of_another_kind_gives_its_first_line() -> None:
