@@ -2,7 +2,7 @@ import { AbortError, RequestError, SeparationError } from "./errors.js";
 import type { ApiInput } from "./inputs.js";
 import type { Service, StartOptions, Watch } from "./service.js";
 import { dataUri, urlOrFile, type Song } from "./song.js";
-import { pause, refusal, type Answer, type Call, type Transport } from "./transport.js";
+import { httpUrl, pause, refusal, type Answer, type Call, type Transport } from "./transport.js";
 
 const CANCEL_SECONDS = 30;
 const CANCEL_PAUSE_SECONDS = 2;
@@ -17,11 +17,8 @@ export class Container implements Service {
   readonly #url: string;
 
   constructor(transport: Transport, url: string) {
-    if (!/^https?:\/\//.test(url) || !URL.canParse(url)) {
-      throw new SeparationError(`the container is ${JSON.stringify(url)}: give its URL`, "options");
-    }
     this.#transport = transport;
-    this.#url = url.replace(/\/+$/, "");
+    this.#url = httpUrl(url, "container");
   }
 
   async start(song: Song, input: ApiInput, { webhook, signal }: StartOptions): Promise<string> {

@@ -2,7 +2,7 @@ import { AbortError, RequestError, SeparationError } from "./errors.js";
 import type { ApiInput } from "./inputs.js";
 import type { Service, StartOptions, Watch } from "./service.js";
 import { urlOrFile, type Song } from "./song.js";
-import { pause, type Transport } from "./transport.js";
+import { httpUrl, pause, type Transport } from "./transport.js";
 
 const SECONDS = 60; // for any answer that has not to wait for an upload
 
@@ -19,7 +19,7 @@ export class Replicate implements Service {
    */
   constructor(transport: Transport, api: string, target: { model: string } | { deployment: string }) {
     this.#transport = transport;
-    this.#api = api.replace(/\/+$/, "");
+    this.#api = httpUrl(api, "baseUrl");
     if ("deployment" in target) {
       const { name } = parsed(target.deployment, /^(?<name>[\w.-]+\/[\w.-]+)$/, "deployment", "owner/name");
       this.#path = `deployments/${name}/predictions`;

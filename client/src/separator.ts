@@ -6,7 +6,7 @@ import { Replicate } from "./replicate.js";
 import type { Service, StartOptions, WaitOptions, Watch } from "./service.js";
 import type { Song } from "./song.js";
 import type { SomeStemUrls, StemsChoice, StemUrls, TwoStems } from "./stems.js";
-import { Transport, type Fetch } from "./transport.js";
+import { httpUrl, Transport, type Fetch } from "./transport.js";
 
 /** One of `model`, `deployment` and `container`, and how to reach it. */
 export type SeparatorOptions = (
@@ -87,6 +87,7 @@ export class Separator {
   ): Promise<StemUrls<S, T>> {
     const { webhook, signal, onStart = () => undefined, onProgress, onAnalysis, pollSeconds, ...inputs } = options;
     const input = apiInput(inputs);
+    if (webhook !== undefined) httpUrl(webhook, "webhook");
     const watch = watching({ onProgress, pollSeconds }, input);
     const prediction = await this.#service.run(song, input, { webhook, signal, onStart, ...watch });
     watch.onPoll(prediction);
@@ -100,7 +101,9 @@ export class Separator {
    * @throws AbortError if the signal is aborted.
    */
   async start(song: Song, { webhook, signal, ...inputs }: Inputs & StartOptions = {}): Promise<string> {
-    return this.#service.start(song, apiInput(inputs), { webhook, signal });
+    const input = apiInput(inputs);
+    if (webhook !== undefined) httpUrl(webhook, "webhook");
+    return this.#service.start(song, input, { webhook, signal });
   }
 
   /**

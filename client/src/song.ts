@@ -3,10 +3,23 @@ import { SeparationError } from "./errors.js";
 /** A song: an http(s) URL, or the file's content. A data URI works too, but every webhook repeats it. */
 export type Song = string | URL | Blob | ArrayBuffer | Uint8Array;
 
-/** The song as a string if it is a URL, else as a Blob. */
+/**
+ * The song as a string if it is a URL, else as a Blob.
+ *
+ * @throws SeparationError if it is neither a URL that a server can download nor a file's content.
+ */
 export function urlOrFile(song: Song): string | Blob {
-  if (typeof song === "string" || song instanceof Blob) return song;
-  return song instanceof URL ? song.href : new Blob([song as ArrayBuffer | Uint8Array<ArrayBuffer>]);
+  const url = song instanceof URL ? song.href : song;
+  if (typeof url === "string") {
+    if (/^(https?:\/\/|data:)/.test(url)) return url;
+    const start = JSON.stringify(url.slice(0, 100));
+    throw new SeparationError(`the song is ${start}: give an http or https URL, or the file's content`, "input");
+  }
+  if (url instanceof Blob) return url;
+  if (ArrayBuffer.isView(url) || Object.prototype.toString.call(url) === "[object ArrayBuffer]") {
+    return new Blob([url as ArrayBuffer | Uint8Array<ArrayBuffer>]);
+  }
+  throw new SeparationError("the song is neither a URL nor a file: give a Blob, an ArrayBuffer or a Uint8Array", "input");
 }
 
 const MOST_INLINE_BYTES = 75_000_000;

@@ -1,5 +1,5 @@
 import type { IncomingMessage } from "node:http";
-import { AbortError, RequestError, type ErrorKind } from "./errors.js";
+import { AbortError, RequestError, SeparationError, type ErrorKind } from "./errors.js";
 
 /** Your own `fetch`, for example one that knows your proxy. */
 export type Fetch = (url: string, init: RequestInit) => Promise<Response>;
@@ -113,6 +113,20 @@ function detail(text: string): string {
   const { detail, title, error } = (body ?? {}) as { detail?: unknown; title?: unknown; error?: unknown };
   if (!Array.isArray(detail)) return String(detail ?? title ?? error ?? text.slice(0, 500)).trim();
   return detail.map(({ loc, msg }) => `${Array.isArray(loc) ? loc.at(-1) : "input"}: ${msg}`).join("; ");
+}
+
+/**
+ * An http or https URL without slashes at its end.
+ *
+ * @param name what it is, for the error: "container".
+ * @throws SeparationError for anything else.
+ */
+export function httpUrl(url: unknown, name: string): string {
+  if (typeof url !== "string" || !/^https?:\/\//.test(url) || !URL.canParse(url)) {
+    const text = `the ${name} is ${JSON.stringify(url)}: give a URL that begins with http:// or https://`;
+    throw new SeparationError(text, "options");
+  }
+  return url.replace(/\/+$/, "");
 }
 
 /** Waits for some seconds, or until the signal is aborted. */

@@ -92,7 +92,9 @@ test("without a token, with two targets or a malformed one there is no separator
     [{ model: "name", auth: "x" }, /the model is "name": write owner\/name:version/],
     [{ model: "owner/name:1/../files", auth: "x" }, /the model is/],
     [{ deployment: "owner/name:1", auth: "x" }, /the deployment is .*: write owner\/name/],
-    [{ container: "localhost:5000" }, /the container is "localhost:5000": give its URL/],
+    [{ container: "localhost:5000" }, /the container is "localhost:5000": give a URL that begins with http:\/\/ or https:\/\//],
+    [{ model: "owner/name", auth: "x", baseUrl: "" }, /the baseUrl is "": give a URL/],
+    [{ model: "owner/name", auth: "x", baseUrl: "localhost:3000" }, /the baseUrl is "localhost:3000"/],
   ];
   for (const [options, message] of wrong) {
     assert.throws(() => new Separator(options), { name: "SeparationError", kind: "options", message });
@@ -106,6 +108,26 @@ test("options of another case are refused before anything is sent", async () => 
   const unknown = await failure(separator.start(song, { shifts: 2 } as object));
   assert.match(unknown.message, /^there is no option shifts: use stems, outputFormat, /);
   assert.equal(gateway.created, before);
+});
+
+test("a song or a webhook that no server can reach is refused before anything is sent", async () => {
+  const before = gateway.created;
+  const routes: string[] = [];
+  gateway.interfere = (route) => void routes.push(route);
+  const direct = new Separator({ container: plain() });
+  for (const wrong of ["/home/me/song.mp3", "file:///song.mp3", "blob:http://host/1", new URL("ftp://host/song.mp3"), "", null, undefined]) {
+    for (const each of [separator, direct]) {
+      const error = await failure(each.separate(wrong as string));
+      assert.match(error.message, /^the song is (".*": give an http or https URL|neither a URL nor a file)/);
+      assert.deepEqual([error.kind, error.predictionId], ["input", null]);
+    }
+  }
+  for (const webhook of ["localhost:3000/stems", "/stems", ""]) {
+    const error = await failure(separator.start(song, { webhook }));
+    assert.equal(error.message, `the webhook is "${webhook}": give a URL that begins with http:// or https://`);
+    assert.equal((await failure(direct.separate(song, { webhook }))).kind, "options");
+  }
+  assert.deepEqual([gateway.created, routes], [before, []]);
 });
 
 test("all options arrive under the container's names", async () => {
