@@ -75,6 +75,10 @@ def read_line(value: object, stem: str, where: str) -> Line:
     weighted = []
     for source, weight in value.items():
         found = _source(source, stem, where)
+        if source in RULES and not isinstance(weight, int | float):
+            raise RecipeError(
+                f"{where}: {source} is a rule for one list of sources: write {{{source}: [SOURCE, SOURCE]}}"
+            )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
             raise RecipeError(
                 f"{where}: the weight of {quoted(source)} is {quoted(weight)}: write a number above 0 and below 1e9"
