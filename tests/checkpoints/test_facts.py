@@ -108,6 +108,7 @@ def test_every_shipped_yaml_is_complete(name: str) -> None:
     assert facts.title and facts.author and facts.tasks
     assert facts.licence != "not stated" and facts.quality != "not stated"
     assert licence_class(facts.licence) in LICENCE_CLASSES
+    assert all(scores.source for scores in facts.scores)
     for file in model.files:
         assert file.url is None or file.sha256 or file.bytes
     known = {*model.stems, model.residual, "mean", *(["cymbals"] if "crash" in model.stems else [])}

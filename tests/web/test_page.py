@@ -390,7 +390,7 @@ def test_the_page_says_what_is_known_about_a_choice(browser: Browser, tmp_path: 
     (tmp_path / "song.wav").write_bytes(song(1))
     browser.choose("#files", tmp_path / "song.wav")
     about = "return document.querySelector('#about').innerText"
-    assert "vocals 10.87, instrumental 17.17 dB SDR (MVSEP Multisong)" in browser.run(about)
+    assert "vocals 10.87, instrumental 17.17 dB SDR (MVSEP Multisong, " in browser.run(about)
     assert "none stated" in browser.run(about)
     select(browser, "best")
     assert "Not for commercial use: the licence of MelBand-RoFormer Deux forbids it." in browser.run(about)
