@@ -74,7 +74,7 @@ class Convolution(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.activation = unet_ops.NONE
+        self.activation: int = unet_ops.NONE
         self._features = weight.shape[:2]
         weight = weight.detach().float().contiguous()
         functions, sizes = library().functions, self._features[::-1]
