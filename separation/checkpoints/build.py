@@ -155,7 +155,30 @@ def with_architecture(description: Checkpoint, stored: Stored | None = None) -> 
             f"{description.source} does not name its architecture ({' or '.join(found) or 'none fits its keys'}): "
             f"add the line `architecture: NAME`, one of {', '.join(ARCHITECTURES)}"
         )
-    return replace(description, architecture=found[0])
+    description = replace(description, architecture=found[0])
+    return description if stored is None else _told_by_shape(description, stored)
+
+
+def _told_by_shape(description: Checkpoint, stored: Stored) -> Checkpoint:
+    """The description, with an architecture that extends its own if the shape of a weight fits that one alone."""
+    assert description.architecture is not None
+    own = ARCHITECTURES[description.architecture]
+    for name, architecture in ARCHITECTURES.items():
+        key, other = architecture.TELLING_WEIGHT, replace(description, architecture=name)
+        if key in stored.tensors and architecture.__base__ is own:
+            shape = stored.tensors[key]().shape
+            if _shape_in(description, key) != shape and _shape_in(other, key) == shape:
+                return other
+    return description
+
+
+def _shape_in(description: Checkpoint, key: str) -> torch.Size | None:
+    """The shape of a weight in the model that is described; None if no model can be built."""
+    try:
+        weight: Tensor = build(description).state_dict()[key]
+    except (CheckpointError, EstimateError):
+        return None
+    return weight.shape
 
 
 def architectures_with(names: Mapping[str, Any]) -> list[str]:

@@ -119,6 +119,8 @@ class SeparationModel(nn.Module):
     AUDIO_KEYS: ClassVar[Mapping[str, str]] = {}
     # Regular expressions. A state dict has this architecture if each of them matches (re.fullmatch) one of its keys.
     KEY_PATTERNS: ClassVar[tuple[str, ...]]
+    # For an architecture whose weights have the names of the one that it extends: a weight with another shape.
+    TELLING_WEIGHT: ClassVar[str] = ""
     # A regular expression for keys that some files contain and that are ignored: their values follow from the Config.
     UNUSED_KEYS: ClassVar[str] = ""
     # The layers that `to_precision` casts.

@@ -38,9 +38,8 @@ class MDX23CSTHT(MDX23C):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T must be `chunk_samples`."""
 
     Config: ClassVar[type] = MDX23CSTHTConfig
-    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (
-        r"(?!)",
-    )  # its weights have the names of MDX23C's: only its YAML tells them apart
+    KEY_PATTERNS: ClassVar[tuple[str, ...]] = (r"(?!)",)  # its weights have the names of MDX23C's
+    TELLING_WEIGHT: ClassVar[str] = "encoder_blocks.0.tfc_tdf.blocks.0.tdf.2.weight"  # over twice as many bins
 
     def __init__(self, config: MDX23CSTHTConfig, identity: Identity) -> None:
         super().__init__(config, identity)

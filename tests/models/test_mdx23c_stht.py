@@ -9,7 +9,7 @@ import yaml
 
 from helpers.recorded import assert_as_recorded
 from helpers.small_model import assert_near, identity
-from helpers.small_unets import AUDIO, MODEL, STEMS
+from helpers.small_unets import AUDIO, MODEL, STEMS, small_mdx23c
 from separation import CheckpointError, Separator, load_model
 from separation.models.mdx23c_stht import MDX23CSTHT, MDX23CSTHTConfig
 
@@ -62,6 +62,17 @@ def test_the_transform_is_the_definition_and_its_inverse() -> None:
     transform = torch.fft.fft(frame * torch.hamming_window(256))
     assert torch.allclose(values[0, 0, :, 5, 0], transform.real - transform.imag, atol=1e-4)
     assert torch.allclose(model._given(values.transpose(2, 3)).transpose(-1, -2), spectrum, atol=1e-4)
+
+
+def test_weights_with_a_yaml_that_names_no_architecture_are_recognised_by_their_shape(tmp_path: Path) -> None:
+    """As Music-Source-Separation-Training publishes it."""
+    document = {"audio": AUDIO, "model": MODEL, "training": {"instruments": list(STEMS[:2]), "target_instrument": None}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    for model in (small(), small_mdx23c(2)):
+        torch.save(model.state_dict(), tmp_path / "x.ckpt")
+        loaded = load_model(tmp_path / "x.ckpt")
+        assert type(loaded) is type(model)
+        assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
 def test_a_yaml_that_names_it_loads_it_and_separates_a_song(tmp_path: Path) -> None:
