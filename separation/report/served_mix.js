@@ -22,6 +22,8 @@ class WavSound extends StretchedSound {
   }
 }
 
+const FETCHED = 0.2; // share of the progress until the server's mix is here, if it is then stretched
+
 /** A mix of the stems' own files in 32-bit float, which the server makes. Another tempo or pitch is made of it here. */
 class ServedMix extends Mixdown {
   static quality = "as WAV, from the stems";
@@ -31,6 +33,7 @@ class ServedMix extends Mixdown {
     super(player, progress);
     const levels = player.tracks.flatMap(({ name }, index) => this.levels[index] ? [[name, this.levels[index]]] : []);
     const times = player.loop ? [["start", this.start / song.rate], ["end", this.end / song.rate]] : [];
+    this.isStretched = this.sound.tempo !== 1 || this.sound.semitones !== 0;
     this.url = `${song.mix}?${new URLSearchParams([...levels, ...times])}`;
   }
 
@@ -41,8 +44,8 @@ class ServedMix extends Mixdown {
 
   async file() {
     try {
-      const file = await this.fetched();
-      return this.sound.tempo === 1 && this.sound.semitones === 0 ? file : await this.stretched(file);
+      const file = await this.fetched(share => this.progress(this.isStretched ? FETCHED * share : share));
+      return this.isStretched ? await this.stretched(file) : file;
     } catch (error) {
       if (this.isCancelled) return null;
       throw error;
@@ -52,20 +55,21 @@ class ServedMix extends Mixdown {
   }
 
   /** The server's file. */
-  async fetched() {
+  async fetched(progress) {
     const response = await fetch(this.url, { signal: this.asking.signal });
     if (!response.ok) throw new Error(await response.text());
     const bytes = Number(response.headers.get("Content-Length")), reader = response.body.getReader(), parts = [];
     for (let at = 0, part; !(part = await reader.read()).done;) {
       parts.push(new Blob([part.value])); // which the browser may keep on disk
-      this.progress((at += part.value.length) / bytes);
+      progress((at += part.value.length) / bytes);
     }
     return new Blob(parts, { type: "audio/wav" });
   }
 
   /** A mix at the player's tempo and pitch; null if cancelled. */
   async stretched(file) {
-    const { tempo, semitones } = this.sound;
+    const { sound: { tempo, semitones }, progress } = this;
+    this.progress = share => progress(FETCHED + (1 - FETCHED) * share);
     this.sound = Object.assign(new WavSound(), { tempo, semitones });
     await this.sound.open(file);
     Object.assign(this, { levels: [1], start: 0, end: this.sound.total });

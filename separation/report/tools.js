@@ -279,6 +279,7 @@ async function saveMix() {
   status.textContent = "";
   const label = button.textContent;
   mixdown = new (mixdownFor(player))(player, share => { button.textContent = `Cancel (${Math.floor(100 * share)} %)`; });
+  mixdown.progress(0);
   try {
     const file = await mixdown.file();
     if (file) download(file, `${song.title} mix.wav`);

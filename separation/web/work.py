@@ -69,7 +69,7 @@ class Worker:
         )
         song.files = {path.name: path for path in stems.values()}
         try:
-            self._analyse_and_write_page(song, Progress(stages.finishing))
+            self._analyse_and_write_page(song, stages)
         except AudioError as e:  # too long for a page
             song.problem = str(e)
         pace.end()
@@ -107,16 +107,19 @@ class Worker:
                     "model"
                 ) from e
 
-    def _analyse_and_write_page(self, song: QueuedSong, progress: Progress) -> None:
+    def _analyse_and_write_page(self, song: QueuedSong, stages: "_Stages") -> None:
         with TemporaryDirectory(prefix=WORK_PREFIX, dir=song.folder, ignore_cleanup_errors=True) as name:
-            folder, part = Path(name), song.order.part
+            folder, part, analysed = Path(name), song.order.part, 0.0
             stems = {stem: path for stem, path in song.stems(folder).items() if stem != MIXTURE}
-            analysing = progress.part(0, ANALYSED)
-            song.analysis = analyse(song.path, stems, excerpt=part, folder=folder, progress=analysing)
+            if part is None:  # tempo and key of a part may not be the song's
+                analysed = ANALYSED
+                analysing = stages.finishing("Finding tempo and key").part(0, analysed)
+                song.analysis = analyse(song.path, stems, folder=folder, progress=analysing)
             title = f"{song.name}, {part}" if part else song.name
             links = {"← all songs": "/", **_links(song)}
             report = Report(title, song.path, stems, links=links, mix=MIX, excerpt=part, analysis=song.analysis)
-            write_report(report, song.folder / LISTEN, progress=progress.part(ANALYSED, 1))
+            writing = stages.finishing("Making the listening page").part(analysed, 1)
+            write_report(report, song.folder / LISTEN, progress=writing)
         song.files = {**song.files, LISTEN: song.folder / LISTEN}
 
 
@@ -158,10 +161,13 @@ class _Stages:
             words, left = "Writing the stems", self._pace.after_models()
         self._tell(SEPARATED * share, words, left)
 
-    def finishing(self, share: float, stage: str) -> None:
-        """Progress of `analyse` and then of `write_report`."""
-        words = "Finding tempo and key" if share < ANALYSED else "Making the listening page"
-        self._tell(SEPARATED + (1 - SEPARATED) * share, words, self._pace.after_models(share))
+    def finishing(self, words: str) -> Progress:
+        """Progress of everything after the stems are written."""
+
+        def report(share: float, stage: str) -> None:
+            self._tell(SEPARATED + (1 - SEPARATED) * share, words, self._pace.after_models(share))
+
+        return Progress(report)
 
 
 def _title(model: str) -> str:

@@ -375,7 +375,10 @@ def test_a_mix_beyond_full_scale_is_saved_quieter_instead_of_clipped(browser: Br
 
 
 def test_saving_can_be_cancelled_and_needs_an_audible_track(browser: Browser, tmp_path: Path) -> None:
-    browser.run("change({ tempo: 0.5 }); document.getElementById('save').click()")
+    start = (
+        "change({ tempo: 0.5 }); const save = document.getElementById('save'); save.click(); return save.textContent"
+    )
+    assert browser.run(start) == "Cancel (0 %)"
     assert browser.run("document.getElementById('save').click(); return mixdown.isCancelled")
     wait_for(lambda: browser.run("return mixdown === null"), "the end of the mix", seconds=20)
     browser.run("for (const track of player.tracks) player.set(track, { muted: true })")
