@@ -114,8 +114,9 @@ class Store:
             import fsspec  # takes a while, and few songs are in a store
 
             self._files: Any = fsspec.filesystem(scheme, **options)
-            for name in ("fsspec", "s3fs", "gcsfs"):  # what matters is an error or a warning of this program
+            for name in ("fsspec", "s3fs", "gcsfs"):  # what matters is told as an error or a warning of this program
                 logging.getLogger(name).addHandler(logging.NullHandler())
+                logging.getLogger(name).propagate = False
         except ImportError as e:
             name = _PACKAGES[scheme]
             raise InputError(f"{scheme}:// needs the package {name} ({first_line(e)}): pip install {name}") from e

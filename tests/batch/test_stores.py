@@ -1,5 +1,6 @@
 """Objects are read and written whole or not at all; what goes wrong is one sentence without a secret."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +228,13 @@ def test_a_store_that_is_away_is_told_once_and_a_signal_ends_the_wait(
     assert 50 < now[0] < 80
     (record,) = caplog.records
     assert record.getMessage() == "s3://bucket does not answer (nobody is there): asked again for 5 minutes"
+
+
+def test_the_libraries_print_nothing(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
+    assert Store("s3").head(url(bucket, "a.wav")) is None
+    for name in ("s3fs", "gcsfs.retry", "fsspec"):
+        logging.getLogger(name).error("out of retries")
+    assert not caplog.records
 
 
 def test_the_longest_name_of_a_file_can_be_downloaded(bucket: Bucket, tmp_path: Path) -> None:
