@@ -137,7 +137,7 @@ def _find(name_or_path: str | Path) -> _Found:
     if is_name and (CONFIGS / f"{name}.yaml").is_file():
         return _Found(name=name, config=CONFIGS / f"{name}.yaml", weights=None)
     if path.suffix in YAML_SUFFIXES:
-        return _Found(name=path.stem, config=path, weights=_with_suffix(path.with_suffix(""), WEIGHT_SUFFIXES))
+        return _Found(name=path.stem, config=path, weights=_weights_beside(path))
     if path.suffix in WEIGHT_SUFFIXES or path.is_file() or path.suffix in foreign.FOREIGN_SUFFIXES:
         if not path.is_file():
             raise CheckpointError(
@@ -183,6 +183,14 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def _with_suffix(path: Path, suffixes: tuple[str, ...]) -> Path | None:
     """The first file that exists when one of the suffixes is appended to `path`, whose name may have dots."""
     return next((file for suffix in suffixes if (file := path.with_name(path.name + suffix)).is_file()), None)
+
+
+def _weights_beside(config: Path) -> Path | None:
+    """The weights that this YAML file is named after."""
+    if found := _with_suffix(config.with_suffix(""), WEIGHT_SUFFIXES):
+        return found
+    named = [path for path in _files(config.parent, WEIGHT_SUFFIXES) if _yaml_named_after(path) == config]
+    return min(named, key=lambda path: WEIGHT_SUFFIXES.index(path.suffix), default=None)
 
 
 def _yaml_named_after(weights: Path) -> Path | None:

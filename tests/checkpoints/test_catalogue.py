@@ -76,6 +76,12 @@ def test_weights_find_their_yaml(tmp_path: Path, config: str, others: list[str])
     assert_same_model(model, own_model(), chunks(2048))
 
 
+@pytest.mark.parametrize("config", ["x.v1.yaml", "x.v1.ckpt.yaml", "config_x.v1.yml"])
+def test_a_yaml_finds_the_weights_that_it_is_named_after(tmp_path: Path, config: str) -> None:
+    put(tmp_path, "a.ckpt", "x.v1.pth", "x.v1.ckpt", config)
+    assert read_config(tmp_path / config).files[0].name == str(tmp_path / "x.v1.ckpt")
+
+
 @pytest.mark.parametrize(
     "others, found",
     [
