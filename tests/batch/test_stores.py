@@ -234,7 +234,7 @@ def test_the_libraries_print_nothing(bucket: Bucket, caplog: pytest.LogCaptureFi
     assert Store("s3").head(url(bucket, "a.wav")) is None
     for name in ("s3fs", "gcsfs.retry", "fsspec"):
         logging.getLogger(name).error("out of retries")
-    assert not caplog.records
+    assert "out of retries" not in caplog.text
 
 
 def test_the_longest_name_of_a_file_can_be_downloaded(bucket: Bucket, tmp_path: Path) -> None:
