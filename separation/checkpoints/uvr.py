@@ -13,7 +13,9 @@ from separation.documents import quoted, read_yaml
 from separation.errors import CheckpointError
 from separation.system.places import shipped, size_bytes
 
-VOCAL = {"vocals", "other", "bass", "drums", "guitar", "piano"}  # whose mask Ultimate Vocal Remover sharpens more
+# Whose mask Ultimate Vocal Remover sharpens more
+VOCAL = {"vocals", "other", "bass", "drums", "guitar", "piano"}
+VOCAL |= {"synthesizer", "strings", "woodwinds", "brass", "wind inst"}
 HASHED_BYTES = 10_000 * 1024  # at the end of a file
 
 
@@ -94,11 +96,13 @@ def _vr(weights: Path, document: Mapping[str, Any]) -> dict[str, Any] | None:
     bands, sizes = dict(all_bands[name]), _vr_sizes(weights)
     channels, conversions = bands.pop("channels"), bands.pop("conversions")
     bands["channels"] = conversions if sizes["nout_lstm"] else [channels] * len(conversions)
+    own = document.get("stems")
+    masked = own[0] if isinstance(own, list) and own else known.get("stem")
     found = {
         "architecture": "vr",
         "audio": {"sample_rate": bands["rates"][-1], "chunk_size": _vr_chunk(bands, sizes)},
         "stems": [known["stem"], _other_than(known["stem"])] if known else [],
-        "model": {**bands, **sizes, "is_vocal": bool(known) and known["stem"] in VOCAL},
+        "model": {**bands, **sizes, "is_vocal": str(masked).lower() in VOCAL},
     }
     made = _merged(found, {**document, "model": model})
     if not made["stems"]:

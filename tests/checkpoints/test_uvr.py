@@ -137,6 +137,17 @@ def test_an_unknown_vr_network_says_which_lines_its_yaml_needs(tmp_path: Path) -
     assert model.stems == ("vocals", "instrumental") and model.config.nout_lstm == 8
 
 
+@pytest.mark.parametrize("stem, is_vocal", [("Vocals", True), ("brass", True), ("instrumental", False)])
+def test_the_first_stem_of_an_unknown_vr_network_tells_how_its_mask_is_sharpened(
+    tmp_path: Path, stem: str, is_vocal: bool
+) -> None:
+    path = vr_network(tmp_path, nout=4)
+    path.with_suffix(".yaml").write_text(
+        f"stems: [{stem}, rest]\nmodel: {{bands: 1band_sr44100_hl512_nf1024}}", encoding="utf-8"
+    )
+    assert read_config(path).hyper_parameters["is_vocal"] == is_vocal
+
+
 def test_bands_for_weights_of_another_network_are_an_error(tmp_path: Path) -> None:
     torch.save(small_model().state_dict(), tmp_path / "x.pth")
     (tmp_path / "x.yaml").write_text("stems: [vocals]\nmodel: {bands: 4band_v3}", encoding="utf-8")
