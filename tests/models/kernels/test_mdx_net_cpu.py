@@ -33,7 +33,7 @@ def test_the_cpu_core_equals_the_plain_layers(tmp_path: Path, sizes: dict, preci
     assert model._core is not None
     with torch.inference_mode():
         assert (model(chunks) - expected).abs().max() <= 1e-5 * expected.abs().max()
-        assert torch.equal(model(chunks[1:]), model(chunks)[1:])
+        assert (model(chunks[1:]) - expected[1:]).abs().max() <= 1e-5 * expected[1:].abs().max()
 
 
 @needs_fused
