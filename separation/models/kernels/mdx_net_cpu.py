@@ -33,6 +33,8 @@ class CpuMDXNet:
             elif isinstance(layer, nn.Linear):
                 scale, shift = cast(Tensor, layer.scale), cast(Tensor, layer.shift)
                 self._tables[layer] = torch.stack([scale.float(), shift.float()])
+            elif isinstance(layer, Convolution):
+                layer.activation = RELU
 
     def __call__(self, spectrum: Tensor, outputs: tuple[int, ...] = ()) -> Tensor:
         """The mixture's spectrogram `[B, C, F, N, 2]` to the stem's `[B, 1, C, F, N, 2]`, both in float32."""
@@ -62,11 +64,8 @@ class CpuMDXNet:
 
     def _block(self, x: Tensor, block: Any) -> Tensor:
         for layer in cast(Iterable[Any], block.tfc):
-            if isinstance(layer, Convolution):
-                layer.activation = RELU
-                x = layer(x)
-            else:
-                x = layer(x).relu_()
+            y = layer(x)
+            x = y if isinstance(layer, Convolution) else y.relu_()
         narrow, wide = block.tdf
         x = x.contiguous(memory_format=torch.channels_last)
         frames = x.permute(0, 2, 3, 1).flatten(0, 1)  # [B * N, F, D], a view

@@ -52,7 +52,7 @@ def normalise(x: Tensor, norm: list[Tensor], activation: int, alpha: float, dtyp
 def over_bins(x: Tensor, weight: Tensor, out: Tensor | None = None, *, table: Tensor | None = None) -> Tensor:
     """`weight`, `[F', F]`, times each of `x`, `[B, F, D]`; added to `out`, `[B, F', D]`, if that is given.
 
-    With a table `[2, D]`, the product is multiplied by its first row, and its second is added, then ReLU, before that.
+    With a table `[2, D]` of scales and biases, the product is first scaled, biased and passed through ReLU.
     """
     x, weight = x.contiguous(), weight.contiguous()
     y = x.new_empty(len(x), len(weight), x.shape[2]) if out is None else out

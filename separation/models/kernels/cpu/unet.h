@@ -264,9 +264,8 @@ int unet_normalise(const float* x, const float* table, long rows, long features,
     });
 }
 
-// y [items, rows, features] = weights [rows, depth] times each of x [items, depth, features], or y plus that. If a
-// table [2, features] of scales and biases is given, the products are scaled, and what is negative becomes zero, before
-// that.
+// y [items, rows, features] = weights [rows, depth] times each of x [items, depth, features], or y plus that. With a
+// table [2, features] of scales and biases, the products are first scaled, biased and passed through ReLU.
 int unet_over_bins(const float* x, const float* weights, const float* table, float* y, const long* sizes,
                    long threads) {
     using namespace unet;
