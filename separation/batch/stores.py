@@ -271,7 +271,7 @@ class Store:
                 if is_final or passed > self._patience:
                     raise _told(e, url, doing) from e
                 signals.check()  # in threads, which no signal interrupts
-                if passed > NOTICE_SECONDS:
+                if passed > NOTICE_SECONDS and self._patience > CLEANING_SECONDS:  # else it was told before
                     self._notice(e, url)
             time.sleep(wait * random.uniform(0.5, 1))  # so that many workers do not repeat at once
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)

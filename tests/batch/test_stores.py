@@ -231,6 +231,25 @@ def test_a_store_that_is_away_is_told_once_and_a_signal_ends_the_wait(
     assert record.getMessage() == "s3://bucket does not answer (nobody is there): asked again for 5 minutes"
 
 
+def test_removing_after_a_failure_does_not_tell_again_that_the_store_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("s3fs")
+    now = [0.0]
+
+    def away() -> None:
+        raise ConnectionError("nobody is there")
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(stores.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stores.time, "sleep", sleep)
+    with pytest.raises(stores.UnreachableError, match="nobody is there"):
+        Store("s3", stores.CLEANING_SECONDS)._repeated(Url("s3", "bucket", "a.wav"), away, doing="remove")
+    assert now[0] > stores.NOTICE_SECONDS and not caplog.records
+
+
 def test_the_libraries_print_nothing(bucket: Bucket) -> None:
     assert Store("s3").head(url(bucket, "a.wav")) is None
     root, heard = logging.getLogger(), BufferingHandler(10**6)
