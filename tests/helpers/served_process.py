@@ -190,6 +190,14 @@ class Server:
         """The lines that a prediction has printed so far."""
         return [event["message"] for event in self.events(f'"{id}"') if "source" in event]
 
+    def written(self) -> str:
+        """What the worker wrote outside of predictions, without line ends.
+
+        Put together again: coglet ends a line at each 4,096 bytes that it reads.
+        """
+        lines = [line for line in self.log.read_text().splitlines() if line.endswith('"target":"coglet::user"}')]
+        return "".join(json.loads(line)["fields"]["message"] for line in lines)
+
     def leftovers(self) -> set[str]:
         """The names of the temporary files, without PyTorch's own folder."""
         return {path.name for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")}
