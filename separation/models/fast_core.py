@@ -52,8 +52,8 @@ class CpuCoreModel(SeparationModel):
         self._core = None
 
 
-class GpuCoreModel(CpuCoreModel):
-    """A model with a core for GPUs too.
+class FastCoreModel(CpuCoreModel):
+    """A model with a core for CPUs and for GPUs.
 
     It is made from the model's weights when they arrive on a GPU in 16 bits, and made again when they change. A forward
     therefore allocates no weights and can be captured as a CUDA graph.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from separation.errors import CheckpointError, InputError
 from separation.models import demucs_networks
 from separation.models.base import Blueprint, Identity, Normalisation, SeparationModel, Transform
-from separation.models.kernels.demucs_gpu import HybridNetwork, Inputs
+from separation.models.kernels.demucs_core import HybridNetwork, Inputs
 from separation.models.kernels.native import NotFusedError
 from separation.models.kernels.registry import cpu_fault, ops
 from separation.models.old_demucs import OldDemucs
@@ -120,7 +120,7 @@ class DemucsModel(SeparationModel):
 class HybridDemucs(DemucsModel):
     """Networks of two branches, one for the spectrogram and one for the waveform, whose estimates are added.
 
-    On CPUs, and in 16 bits on a GPU, the layers of kernels/demucs_gpu.py replace the package's networks; see `fuse`.
+    On CPUs, and in 16 bits on a GPU, the layers of kernels/demucs_core.py replace the package's networks; see `fuse`.
     """
 
     # After `fuse`: the STFT of a chunk of length 0, and the length to which shorter chunks are padded with zeros.
@@ -238,7 +238,7 @@ class HybridDemucs(DemucsModel):
 
 
 class _FusedNetwork(nn.Module):
-    """A network of the package in the layers of kernels/demucs_gpu.py: chunks `[B, C, T]` to estimates `[B, S, C, T]`.
+    """A network of the package in the layers of kernels/demucs_core.py: chunks `[B, C, T]` to estimates `[B, S, C, T]`.
 
     Raises NotFusedError if they do not support it.
     """

@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, Normalisation, Transform
-from separation.models.fast_core import GpuCoreModel
-from separation.models.kernels.mdx23c_gpu import GpuMDX23C
+from separation.models.fast_core import FastCoreModel
+from separation.models.kernels.mdx23c_core import MDX23CCore
 from separation.models.kernels.unet_cpu import for_cpu
 from separation.models.layers import GroupNorm
 from separation.models.shapes import Shapes, quotient
@@ -69,7 +69,7 @@ class MDX23CConfig:
             )
 
 
-class MDX23C(GpuCoreModel):
+class MDX23C(FastCoreModel):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T must be `chunk_samples`.
 
     Input and output are float32. Convolutions and linear layers may be in bfloat16 or float16 (see `to_precision`).
@@ -164,11 +164,11 @@ class MDX23C(GpuCoreModel):
         return torch.stack([self._estimate(index, features, chunks.shape[-1]) for index in self._outputs], 1)
 
     def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
-        return GpuMDX23C(self, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
+        return MDX23CCore(self, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
 
     def make_cpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
         layers = for_cpu(self)
-        return GpuMDX23C(layers, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
+        return MDX23CCore(layers, num_stems=self.config.num_stems, num_subbands=self.config.num_subbands)
 
     @property
     def cast_weight(self) -> Tensor:

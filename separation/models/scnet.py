@@ -17,8 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from separation.models.base import Identity, Normalisation, Transform
-from separation.models.fast_core import GpuCoreModel
-from separation.models.kernels.scnet_gpu import GpuSCNet
+from separation.models.fast_core import FastCoreModel
+from separation.models.kernels.scnet_core import SCNetCore
 from separation.models.kernels.unet_cpu import for_cpu
 from separation.models.layers import GroupNorm, chosen, join_weights
 from separation.models.shapes import Shapes, quotient
@@ -64,7 +64,7 @@ class SCNetConfig:
         return len(self.sources)
 
 
-class SCNet(GpuCoreModel):
+class SCNet(FastCoreModel):
     """Chunks of waveform `[B, C, T]` to estimates `[B, S, C, T]`; T > nfft // 2.
 
     Input and output are float32. Convolutions, linear layers and LSTMs may be in bfloat16 or float16 (see
@@ -144,12 +144,12 @@ class SCNet(GpuCoreModel):
         return self._stft.waveform(torch.view_as_complex(spectra.contiguous()).transpose(-1, -2), length)
 
     def make_gpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
-        return GpuSCNet(self, (_fourier, _inverse_fourier), num_stems=self.config.num_stems)
+        return SCNetCore(self, (_fourier, _inverse_fourier), num_stems=self.config.num_stems)
 
     def make_cpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
         layers = for_cpu(self, but=Fusion)
         fourier, num_stems = (_fourier, _inverse_fourier), self.config.num_stems
-        return GpuSCNet(layers, fourier, num_stems=num_stems, cpu_precision=self.precision)
+        return SCNetCore(layers, fourier, num_stems=num_stems, cpu_precision=self.precision)
 
     @property
     def cast_weight(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operations between the matrix products of MDX23C and SCNet on a GPU: references in plain PyTorch.
+"""The operations between the matrix products of MDX23C and SCNet on GPUs and CPUs: references in plain PyTorch.
 
 The Triton kernels of the same names are in unet_triton.py, those for CPUs in unet_cpu.py. Norms and sums are in
 float32; results are rounded once.

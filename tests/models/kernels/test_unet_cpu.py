@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helpers.small_unets import XL_IHF, small_mdx23c, small_scnet
 from separation.evaluation.metrics import sdr
-from separation.models.fast_core import GpuCoreModel
+from separation.models.fast_core import FastCoreModel
 from separation.models.kernels import unet_cpu, unet_ops
 from separation.models.kernels.native import library
 from separation.models.kernels.registry import cpu_fault
@@ -104,7 +104,7 @@ def test_a_linear_layer_over_bins(rows: int, depth: int, features: int, adds: bo
     ],
     ids=["mdx23c", "mdx23c BatchNorm", "mdx23c GroupNorm", "scnet", "scnet XL IHF"],
 )
-def test_the_cpu_core_equals_the_plain_layers(make: Callable[[], GpuCoreModel]) -> None:
+def test_the_cpu_core_equals_the_plain_layers(make: Callable[[], FastCoreModel]) -> None:
     model = make()
     for value in model.state_dict().values():
         if value.ndim == 1:  # of a norm or a bias: a mistake would not show with gains of exactly one

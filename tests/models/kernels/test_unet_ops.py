@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.small_unets import small_mdx23c, small_scnet
 from separation.evaluation.metrics import sdr
-from separation.models.kernels import scnet_gpu, unet_ops
+from separation.models.kernels import scnet_core, unet_ops
 from separation.models.kernels.registry import ops
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -204,7 +204,7 @@ def test_the_kernels_equal_their_references_on_a_gpu(dtype: torch.dtype, error: 
 def test_a_forward_on_a_gpu_equals_the_cpus_and_can_be_captured(
     monkeypatch: pytest.MonkeyPatch, make: Any, dtype: torch.dtype, decibels: float, largest: int
 ) -> None:
-    monkeypatch.setattr(scnet_gpu, "MOST_LSTM_FEATURES", largest)
+    monkeypatch.setattr(scnet_core, "MOST_LSTM_FEATURES", largest)
     model = make()
     chunks = torch.randn(3, 2, model.chunk_samples) * 0.1
     with torch.inference_mode():

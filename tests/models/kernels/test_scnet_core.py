@@ -1,4 +1,4 @@
-"""SCNet's layers for a GPU equal its plain layers, here on the CPU."""
+"""SCNet's faster layers equal its plain layers, here on the CPU."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 
 from helpers.small_unets import XL_IHF, small_scnet
 from separation.evaluation.metrics import sdr
-from separation.models.kernels import scnet_gpu
+from separation.models.kernels import scnet_core
 
 
 @pytest.mark.parametrize("largest", [0, 256], ids=["PyTorch's LSTM", "our LSTM"])
@@ -30,7 +30,7 @@ from separation.models.kernels import scnet_gpu
 def test_the_gpu_core_equals_the_plain_layers(
     monkeypatch: pytest.MonkeyPatch, largest: int, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(scnet_gpu, "MOST_LSTM_FEATURES", largest)
+    monkeypatch.setattr(scnet_core, "MOST_LSTM_FEATURES", largest)
     model = small_scnet(**changes)
     for value in model.state_dict().values():
         if value.ndim == 1:  # a mistake would not show with gains of exactly one

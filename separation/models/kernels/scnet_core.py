@@ -1,4 +1,4 @@
-"""SCNet's network for a GPU: features come last, a residual branch takes three kernel launches, an LSTM one.
+"""SCNet's network for GPUs and CPUs: features come last; on a GPU, a branch takes three kernel launches, an LSTM one.
 
 Products take the weights' precision and accumulate in float32; the residual stream of the dual paths is float32.
 Axes: B batch, S stem, C channel, F bin, N frame, D feature.
@@ -23,7 +23,7 @@ from separation.models.kernels.unet_ops import ACTIVATIONS, EPS, GELU, NONE
 MOST_LSTM_FEATURES = 256
 
 
-class GpuSCNet:
+class SCNetCore:
     """The network on the given layers' weights, some of them rearranged.
 
     `fourier` are the Fourier transform along N and its inverse. With `cpu_precision`, the layers are those of

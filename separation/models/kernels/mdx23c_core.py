@@ -1,4 +1,4 @@
-"""MDX23C's network for a GPU: a norm and its activation are one kernel, and residual sums are part of the products.
+"""MDX23C's network for GPUs and CPUs: a norm with its activation is one kernel; products add residual sums.
 
 Products take the weights' precision and accumulate in float32. Axes: B batch, S stem, C channel, D feature, N frame,
 F bin.
@@ -19,7 +19,7 @@ from separation.models.layers import GroupNorm
 CHANNELS_LAST = True  # the memory format; cuDNN would transpose features-first tensors and back
 
 
-class GpuMDX23C:
+class MDX23CCore:
     """The network on the given layers' weights. Changes the weights' memory format in place; copies none."""
 
     def __init__(self, layers: nn.Module, *, num_stems: int, num_subbands: int) -> None:

@@ -1,11 +1,11 @@
-"""MDX23C's layers for a GPU equal its plain layers, here on the CPU."""
+"""MDX23C's faster layers equal its plain layers, here on the CPU."""
 
 import pytest
 import torch
 
 from helpers.small_unets import small_mdx23c
 from separation.evaluation.metrics import sdr
-from separation.models.kernels import mdx23c_gpu
+from separation.models.kernels import mdx23c_core
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -21,7 +21,7 @@ from separation.models.kernels import mdx23c_gpu
 def test_the_gpu_core_equals_the_plain_layers(
     monkeypatch: pytest.MonkeyPatch, channels_last: bool, changes: dict
 ) -> None:
-    monkeypatch.setattr(mdx23c_gpu, "CHANNELS_LAST", channels_last)
+    monkeypatch.setattr(mdx23c_core, "CHANNELS_LAST", channels_last)
     model = small_mdx23c(**changes)
     for value in model.state_dict().values():
         if value.ndim == 1:  # of a norm: a mistake would not show with gains of exactly one

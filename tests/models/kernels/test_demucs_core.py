@@ -1,4 +1,4 @@
-"""The Demucs family's layers for a GPU equal those of the demucs package, here on the CPU."""
+"""The Demucs family's faster layers equal those of the demucs package, here on the CPU."""
 
 import copy
 from typing import Any
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fused(model: DemucsModel, dtype: torch.dtype = torch.float32) -> HybridDemucs:
-    """A copy of the model with the layers for a GPU."""
+    """A copy of the model with the faster layers."""
     other = copy.deepcopy(model)
     assert isinstance(other, HybridDemucs)
     other.to_precision(dtype)
