@@ -8,7 +8,7 @@ export type Status = (typeof STATUSES)[number];
 export interface Analysis {
   /** Beats per minute. */
   tempoBpm: number | null;
-  /** Such as "F# minor". */
+  /** Such as "F# minor" or "Bb major". */
   key: string | null;
   /** Integrated loudness of the song (EBU R128), in LUFS. */
   loudnessLufs: number | null;

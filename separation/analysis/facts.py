@@ -32,7 +32,7 @@ class SongAnalysis:
 
     Attributes:
         tempo_bpm: beats per minute.
-        key: such as "F# minor".
+        key: such as "F# minor" or "Bb major".
         loudness: of the song, under "mixture", and of each stem, under its name.
     """
 

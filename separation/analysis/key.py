@@ -15,7 +15,12 @@ from separation.audio.waveform import Readable, read_padded
 
 Floats = NDArray[np.float64]
 
-TONICS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+# As musicians spell them, with the fewer accidentals; of F# and Gb major, and Eb and D# minor, which have six each, the
+# usual one.
+TONICS = {
+    "major": ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"),
+    "minor": ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"),
+}
 # How often each degree, in semitones over the tonic, sounds in music in a key.
 PROFILES = {
     "major": (0.238, 0.006, 0.111, 0.006, 0.137, 0.094, 0.016, 0.214, 0.009, 0.080, 0.008, 0.081),
@@ -32,7 +37,7 @@ _READ_FRAMES = 64
 
 
 def key(wave: Readable, sample_rate: int) -> str | None:
-    """The key, such as "F# minor"; None if nothing has a pitch, or no key fits.
+    """The key, such as "F# minor" or "Bb major"; None if nothing has a pitch, or no key fits.
 
     Args:
         wave: `[C, T]`, best the bass and the harmony without drums and vocals.
@@ -42,7 +47,7 @@ def key(wave: Readable, sample_rate: int) -> str | None:
     if counts is None:
         return None
     correlation, name = max(
-        (float(np.corrcoef(counts, np.roll(profile, tonic))[0, 1]), f"{TONICS[tonic]} {mode}")
+        (float(np.corrcoef(counts, np.roll(profile, tonic))[0, 1]), f"{TONICS[mode][tonic]} {mode}")
         for mode, profile in PROFILES.items()
         for tonic in range(12)
     )

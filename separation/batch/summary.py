@@ -179,12 +179,17 @@ def _page_row(outcome: Outcome, row: dict[str, Any], folder: Path, *, analysed: 
     if analysed:
         cells += [
             _number(row["tempo_bpm"], "{:.1f}".format),
-            f'<td class=key data-sort="{_text(row["key"] or "")}">{_text(row["key"] or "")}</td>',
+            f'<td class=key data-sort="{_text(row["key"] or "")}">{_text(_with_signs(row["key"] or ""))}</td>',
             _number(row["integrated_lufs"], lambda lufs: f"{lufs:.1f}".replace("-", "−")),
         ]
     files = {**({"listen": outcome.page} if outcome.page else {}), **outcome.stems}
     links = " ".join(_link(name, path, folder) for name, path in files.items())
     return f"<tr>{''.join(cells)}<td class=files>{links}</td></tr>"
+
+
+def _with_signs(key: str) -> str:
+    """A key such as "Bb minor" as musicians write it: "B♭ minor"."""
+    return key[:2].replace("#", "♯").replace("b", "♭") + key[2:]
 
 
 def _number(value: float | None, form: Any = str) -> str:

@@ -1,7 +1,10 @@
 const SHORTEST = Math.round(0.1 * song.rate); // samples of a loop
 const FED = 1 << 14; // samples of the song that are stretched at once
 const MARGIN = 1 << 13; // samples before a position that the stretcher needs
-const TONICS = ["C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B"];
+const TONICS = {
+  major: ["C", "D♭", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"],
+  minor: ["C", "C♯", "D", "E♭", "E", "F", "F♯", "G", "G♯", "A", "B♭", "B"],
+};
 const LOOP_FIELDS = ["from", "to"].map(id => document.getElementById(id));
 
 /** The sound of the tracks at another tempo (1 is as it was) and pitch, which a worker computes: stretch.js. */
@@ -197,10 +200,11 @@ function songFacts(tempo, semitones) {
 
 /** The song's key, and the one that is so many semitones higher, with the rest in cents. */
 function transposed(semitones) {
-  const [tonic, mode] = song.key.replace("#", "♯").split(" ");
+  const [tonic, mode] = song.key.replace("#", "♯").replace(/^(.)b/, "$1♭").split(" ");
+  const natural = TONICS.major.indexOf(tonic[0]), accidental = { "♯": 1, "♭": -1 }[tonic[1]] ?? 0;
   const steps = Math.round(semitones), cents = Math.round(100 * (semitones - steps));
-  const moved = TONICS[(TONICS.indexOf(tonic) + steps + 24) % 12];
-  const keys = moved === tonic ? [tonic] : [tonic, moved];
+  const moved = TONICS[mode][(natural + accidental + steps + 24) % 12];
+  const keys = steps % 12 ? [tonic, moved] : [tonic];
   return keys.map(each => `${each} ${mode}`).join(" → ") + (cents ? ` ${signed(cents)} cents` : "");
 }
 

@@ -78,7 +78,7 @@ class Place:
         return bool(_fields(self.template) & set(FROM_ANALYSIS))
 
     def analysed(self, tempo_bpm: float | None, key: str | None) -> "Place":
-        """The place of a song with this tempo and key, such as "F# minor"; None is for what cannot be told."""
+        """The place of a song with this tempo and key, such as "Bb minor"; None is for what cannot be told."""
         values = {
             "bpm": "0" if tempo_bpm is None else f"{round(tempo_bpm, 1):.0f}",  # records hold one decimal place
             "key": "Unknown key" if key is None else key.replace(" major", "").replace(" minor", "m"),

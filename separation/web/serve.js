@@ -193,7 +193,7 @@ class Card {
       cancelled: "Cancelled",
     }[state];
     this.element.className = state;
-    const { tempo_bpm: tempo, key } = analysis ?? {}, facts = [...tempo ? [`${tempo.toFixed(1)} BPM`] : [], ...key ? [key.replace("#", "♯")] : []];
+    const { tempo_bpm: tempo, key } = analysis ?? {}, facts = [...tempo ? [`${tempo.toFixed(1)} BPM`] : [], ...key ? [key.replace("#", "♯").replace(/^(.)b/, "$1♭")] : []];
     this.part(".state span").textContent = [this.text, ...state === "done" ? facts : []].join(" · ");
     this.part(".state path").setAttribute("d", ICONS[state] ?? ICONS.other);
     this.part(".note").textContent = state === "done" && problem || "";

@@ -33,8 +33,13 @@ def found(samples: Tensor, rate: int = RATE) -> str | None:
 
 @pytest.mark.parametrize("tonic", range(12))
 def test_every_key_is_found(tonic: int) -> None:
-    assert found(chords(tonic, MAJOR)) == f"{TONICS[tonic]} major"
-    assert found(chords(tonic, MINOR)) == f"{TONICS[tonic]} minor"
+    assert found(chords(tonic, MAJOR)) == f"{TONICS['major'][tonic]} major"
+    assert found(chords(tonic, MINOR)) == f"{TONICS['minor'][tonic]} minor"
+
+
+def test_keys_have_few_accidentals() -> None:
+    assert found(chords(1, MAJOR)) == "Db major" and found(chords(1, MINOR)) == "C# minor"
+    assert found(chords(10, MAJOR)) == "Bb major" and found(chords(8, MINOR)) == "G# minor"
 
 
 @pytest.mark.parametrize("a_hertz", [430, 449])

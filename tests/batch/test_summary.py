@@ -88,6 +88,7 @@ def test_the_page_names_what_failed_first_and_links_relative_to_itself(tmp_path:
     assert 'href="../out/a%20%231%3F.wav/vocals.wav"' in text and "é\\n&lt;b&gt;\\udce9.wav" in text
     assert "<dt>Done</dt><dd>3</dd>" in text and "<dt>Music</dt><dd>10:00</dd>" in text
     assert "6.0 × real-time" in text and "&lt;i&gt;" in text and "<i>" not in text
+    assert ">F♯ minor<" in text
     assert 'href="s3:' not in text and "<span>vocals</span>" in text
 
 

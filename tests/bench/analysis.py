@@ -36,7 +36,7 @@ def key_relation(found: str | None, true: str) -> str:
     if found is None:
         return "none"
     (tonic, mode), (true_tonic, true_mode) = found.split(), true.split()
-    steps = (TONICS.index(tonic) - TONICS.index(true_tonic)) % 12
+    steps = (TONICS[mode].index(tonic) - TONICS[true_mode].index(true_tonic)) % 12
     if mode == true_mode:
         return {0: "exact", 5: "fifth", 7: "fifth"}.get(steps, "other")
     return {0: "parallel", 9 if mode == "minor" else 3: "relative"}.get(steps, "other")

@@ -1,8 +1,8 @@
 """Render songs whose tempo and key are known, in ten drum grooves and all 24 keys.
 
-    PYTHONPATH=weights/demo python tests/bench/known_songs.py SONGS
+    PYTHONPATH=.:weights/demo python tests/bench/known_songs.py SONGS
 
-SONGS/<number>/ then holds what weights/demo/make_song.py renders, and truth.json: `bpm`, `key` (such as "F# minor") and
+SONGS/<number>/ then holds what weights/demo/make_song.py renders, and truth.json: `bpm`, `key` (such as "Bb minor") and
 `groove`. Song n is in the n-th key from A, and its tempo is drawn from those at which its groove is played. A song that
 is there is kept. Needs what make_song.py needs.
 """
@@ -17,7 +17,9 @@ from pathlib import Path
 import make_song
 import numpy as np
 import soundfile
-from make_song import CRASH, DRUM_CHANNEL, HAT, HAT_OPEN, KICK, NOTE_NAMES, SAMPLE_RATE, SNARE_LOUD, STEMS, Note
+from make_song import CRASH, DRUM_CHANNEL, HAT, HAT_OPEN, KICK, SAMPLE_RATE, SNARE_LOUD, STEMS, Note
+
+from separation.analysis.key import TONICS
 
 BARS = 12
 LOWEST_A = 45
@@ -91,7 +93,8 @@ def render(number: int) -> tuple[dict[str, make_song.Audio], dict[str, object]]:
         stem *= make_song.STEM_RMS[name] / (np.sqrt((stem**2).mean()) + 1e-9)
     stems["mixture"] = sum(stems[name] for name in STEMS)
     gain = make_song.MIXTURE_PEAK / np.abs(stems["mixture"]).max()
-    key = f"{NOTE_NAMES[(LOWEST_A + steps_over_a) % 12]} {'minor' if minor else 'major'}"
+    mode = "minor" if minor else "major"
+    key = f"{TONICS[mode][(LOWEST_A + steps_over_a) % 12]} {mode}"
     return {name: stem * gain for name, stem in stems.items()}, {"bpm": bpm, "key": key, "groove": groove}
 
 

@@ -336,6 +336,23 @@ def test_tempo_and_pitch_change_what_plays_and_what_is_shown(browser: Browser) -
     assert browser.run(about) == "0:12 · 3 stems · 128.0 BPM · E major"
 
 
+@pytest.mark.parametrize(
+    "key, shown",
+    [
+        ("Bb minor", ["B♭ minor", "B♭ minor → B minor", "B♭ minor → G♯ minor", "B♭ minor"]),
+        ("Bb major", ["B♭ major", "B♭ major → B major", "B♭ major → A♭ major", "B♭ major"]),
+        ("G# minor", ["G♯ minor", "G♯ minor → A minor", "G♯ minor → F♯ minor", "G♯ minor"]),
+        ("A# major", ["A♯ major", "A♯ major → B major", "A♯ major → A♭ major", "A♯ major"]),  # in older records
+    ],
+)
+def test_keys_are_spelt_as_musicians_spell_them(browser: Browser, key: str, shown: list[str]) -> None:
+    browser.run(f"globalThis.before = song.key; song.key = {key!r}")
+    try:
+        assert browser.run("return [0, 1, -2, 12].map(transposed)") == shown
+    finally:
+        browser.run("song.key = before")
+
+
 def test_tracks_play_in_sync_at_another_tempo_and_pitch(browser: Browser) -> None:
     browser.run("change({ tempo: 1.2, semitones: -4 })")
     browser.click("[aria-label='Mute vocals']")
