@@ -4,7 +4,8 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from http.client import HTTPException, HTTPResponse
+from http import HTTPStatus
+from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -41,6 +42,7 @@ from separation.checkpoints.keys import LARGEST
 from separation.documents import CONTROL, first_line, quoted
 from separation.errors import CheckpointError, DownloadError
 from separation.progress import Progress
+from separation.system.network_errors import why_no_connection
 from separation.system.output import not_through_links
 from separation.system.places import size_bytes, weights_folder
 
@@ -180,6 +182,7 @@ def _transfer(file: WeightFile, url: str, part: Path, *, quiet: bool, progress: 
 def _open(url: str, offset: int) -> HTTPResponse | None:
     """The response from byte `offset` on; None if the server has no more bytes than these."""
     request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
+    host = request.host  # becomes the proxy's, if there is one
     try:
         response: HTTPResponse = _opener().open(request, timeout=TIMEOUT_SECONDS)
         return response
@@ -187,13 +190,17 @@ def _open(url: str, offset: int) -> HTTPResponse | None:
         e.close()
         if e.code == 416:  # range not satisfiable: `part` is complete, and the checksum tells whether it is right
             return None
-        reason = f"the server answers {e.code} {CONTROL.sub(' ', ' '.join(str(e.reason).split()))}"
+        who = "the proxy" if e.code == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED else "the server"
+        reason = f"{who} answers {e.code} {CONTROL.sub(' ', ' '.join(str(e.reason).split()))}"
         if e.code < 500 and e.code != 429:
             raise _not_downloaded(url, reason) from e
         raise _BrokenConnectionError(reason) from e
+    except InvalidURL as e:
+        raise _not_downloaded(url, f"not a valid URL: {first_line(e)}") from e
     except (OSError, HTTPException) as e:
-        cause = e.reason if isinstance(e, URLError) else e
-        raise _BrokenConnectionError(f"no connection: {cause}") from e
+        if isinstance(e, URLError) and isinstance(e.reason, str):  # the URL has no host, or another scheme
+            raise _not_downloaded(url, e.reason) from e
+        raise _BrokenConnectionError(why_no_connection(e, with_proxy=request.host != host)) from e
     except ValueError as e:  # the URL, or one that the server redirects to
         raise _not_downloaded(url, f"not a valid URL: {first_line(e)}") from e
 
@@ -229,4 +236,4 @@ def _receive(response: HTTPResponse) -> bytes:
     try:
         return response.read(BLOCK_BYTES)
     except (OSError, HTTPException) as e:
-        raise _BrokenConnectionError(f"the connection broke: {e}") from e
+        raise _BrokenConnectionError(why_no_connection(e)) from e

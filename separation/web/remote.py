@@ -23,12 +23,14 @@ from urllib.parse import urlsplit
 
 from requests import PreparedRequest, Response, Session, TooManyRedirects
 from requests.adapters import HTTPAdapter
+from requests.exceptions import InvalidSchema, ProxyError
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from urllib3.exceptions import ConnectTimeoutError, DecodeError, NewConnectionError
 
 from separation.errors import AudioError, InputError
 from separation.settings import switch
+from separation.system.network_errors import why_no_connection
 from separation.web.errors import log_traceback
 
 LOCAL, PRIVATE = "SEPARATION_LOCAL_URLS", "SEPARATION_PRIVATE_URLS"
@@ -118,12 +120,24 @@ def download(url: str, name: str, allowed: Allowed) -> Generator[bytes, None, No
             guard.check_time()
             log_traceback()
             status = getattr(getattr(e, "response", None), "status_code", None)
-            reason = f"the web server answers {status}" if status else type(e).__name__
+            reason = f"the {'proxy' if status == 407 else 'web server'} answers {status}" if status else _reason(e)
             # Errors of the URL itself are ValueErrors: another try would fail in the same way.
             may_pass = status >= 500 if status else not isinstance(e, ValueError)
             raise (BrokenOffError if may_pass else InputError)(
                 f"{name!r} could not be downloaded ({reason}): check the URL"
             ) from e
+
+
+def _reason(error: Exception) -> str:
+    """Why a song could not be downloaded, in words without a host or an address."""
+    match error:
+        case InvalidSchema():
+            return "it is no http or https URL"
+        case ValueError():
+            return "it is not a valid URL"
+        case DecodeError():
+            return "its compression is damaged"
+    return why_no_connection(error, with_proxy=isinstance(error, ProxyError))
 
 
 def kind_of_address(address: Address) -> str:

@@ -10,6 +10,7 @@ from urllib.request import Request
 
 import pytest
 
+from helpers.bad_servers import FAILURES, SILENT_SECONDS, failing
 from helpers.weights_server import CONTENT, SHA256, Server, names_in, run_at_once, unstated, weight_file
 from separation.checkpoints import download, keys
 from separation.checkpoints.download import fetch
@@ -133,6 +134,17 @@ def test_without_a_network_the_error_names_the_file_the_url_the_folder_and_the_c
         fetch(weight_file(url), quiet=True)
     for part in ("weights.bin", url, str(weights / "sub"), "python -m separation models download some_model"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failed_download_says_in_words_what_happened(
+    name: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", SILENT_SECONDS)
+    with failing(name, tmp_path, monkeypatch) as url, pytest.raises(DownloadError) as caught:
+        fetch(weight_file(url), quiet=True)
+    assert f"could not be downloaded from {url} ({FAILURES[name]}): put it into that folder" in str(caught.value)
 
 
 # Files that cannot be written

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from helpers.bad_servers import FAILURES, SILENT_SECONDS, failing
 from helpers.served_process import Receiver
 from separation.errors import AudioError, InputError
 from separation.web import remote
@@ -266,7 +267,9 @@ def test_the_tls_certificate_is_checked_against_the_name(
     names(**{"songs.example": ["127.0.0.2"], "other.example": ["127.0.0.2"]})
     url = public_server.url.replace("http://127.0.0.2", "https://songs.example")
     assert fetched(f"{url}/song.wav", Allowed()) == b"a song"
-    with pytest.raises(InputError, match=r"could not be downloaded \(SSLError\)"):
+    with pytest.raises(
+        InputError, match=r"could not be downloaded \(the certificate is not trusted: Hostname mismatch"
+    ):
         fetched(f"{url.replace('songs', 'other')}/song.wav", Allowed())
 
 
@@ -296,7 +299,7 @@ def test_a_redirect_loop_ends_after_ten_redirects() -> None:
 def test_a_redirect_to_another_scheme_is_refused(scheme: str) -> None:
     with Receiver() as receiver:
         receiver.files["/song.wav"] = f"{scheme}://127.0.0.1/etc/passwd"
-        with pytest.raises(InputError, match=r"could not be downloaded \(InvalidSchema\): check the URL"):
+        with pytest.raises(InputError, match=r"could not be downloaded \(it is no http or https URL\): check the URL"):
             fetched(f"{receiver.url}/song.wav")
 
 
@@ -400,6 +403,16 @@ def test_one_download_that_breaks_off_is_started_anew_with_a_warning(
     assert len(requested) == 2
     (warning,) = caplog.messages
     assert warning.startswith("'song.wav' could not be downloaded (") and warning.endswith("); trying once more")
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failed_download_says_in_words_what_happened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SILENT_SECONDS", SILENT_SECONDS)
+    with failing(name, tmp_path, monkeypatch) as url, pytest.raises(InputError) as caught:
+        fetched(url)
+    assert str(caught.value) == f"'song.wav' could not be downloaded ({FAILURES[name]}): check the URL"
 
 
 @pytest.mark.parametrize("answer, tries", [((0, b"short"), 2), ((500, b""), 2), ((404, b""), 1)])

@@ -117,7 +117,11 @@ def test_stages_are_in_words_and_the_next_song_has_a_time_from_the_start(
 @pytest.mark.parametrize(
     "url, told, logged",
     [
-        ("http://127.0.0.1:9/", "could not be downloaded: connect the server to the internet", "no connection"),
+        (
+            "http://127.0.0.1:9/",
+            "could not be downloaded: connect the server to the internet",
+            "the connection was refused",
+        ),
         (None, "are missing or wrong: do what the server's log says, or choose another model", "has no url"),
     ],
 )
