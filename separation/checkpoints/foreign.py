@@ -19,10 +19,12 @@ FOREIGN_SUFFIXES = {
 HYPER_CONNECTIONS = "a RoFormer with hyper-connections, which versions of their package compute differently"
 HYPERACE_V1 = "a BS-RoFormer HyperACE of version 1, of which public copies of its code disagree"
 ADAPTER = "a LoRA adapter without its model"
+WRAPPED_BY_PEFT = "a model with LoRA adapters as the package peft holds both in memory"
 OTHER_PROGRAM = "use the program that it was made for"
 # What to use instead, where that is known.
 INSTEAD = {
     HYPERACE_V1: "use one of version 2, such as bs_roformer_hyperace_v2_vocals_unwa",
+    WRAPPED_BY_PEFT: "use the model's own weights and the folder that peft's save_pretrained writes",
     HYPER_CONNECTIONS: "use the program and the version of its packages that it was trained with",
 }
 # By the YAML's `architecture`, or the `model_type` in its `training` section.
@@ -46,7 +48,7 @@ NAMES = {
     r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
     r"mask_estimators\.\d+\.(?!to_freqs|segm|layers|norm)\w+\..*": "a RoFormer with other mask estimators",
     r".*\.A_log": TYPES["bs_mamba2"],
-    r".*\.lora_[AB]\..*": "a LoRA adapter of the package peft",
+    r".*\.lora_[AB]\..*": WRAPPED_BY_PEFT,
     r"swin_upernet_model\..*": TYPES["swin_upernet"],
     r"unet_model\..*": TYPES["segm_models"],
 }
@@ -64,7 +66,7 @@ def by_yaml(document: Mapping[str, Any]) -> str | None:
 def by_names(names: Iterable[str]) -> str | None:
     """The kind of the unsupported model that has weights of these names; None if none has."""
     names = list(names)
-    if names and all(re.fullmatch(r".*\.lora_[AB]", name) for name in names):
+    if names and all(re.fullmatch(r".*\.lora_[AB](\.weight)?", name) for name in names):
         return ADAPTER
     found = (kind for pattern, kind in NAMES.items() if any(re.fullmatch(pattern, name) for name in names))
     return next(found, None)

@@ -189,8 +189,8 @@ def _read(model: SeparationModel, stored: Mapping[str, Stored], description: Che
 
     LoRA adapters in the files or beside them are merged.
     """
-    path = _adapter(description)
-    beside = {} if path is None else read_adapter(open_weights(path), networks=len(stored))
+    lora, path = description.lora, _adapter(description)
+    beside = {} if lora is None or path is None else read_adapter(lora, open_weights(path), networks=len(stored))
     dtypes = {key: value.dtype for key, value in model.state_dict().items()}
     weights: dict[str, Tensor] = {}
     for part, file in stored.items():
@@ -199,7 +199,7 @@ def _read(model: SeparationModel, stored: Mapping[str, Stored], description: Che
         adapted = adapted_weights([*file.tensors, *beside])  # these are cast after the merge
         read = read_weights(file, {key: dtype for key, dtype in wanted.items() if key not in adapted}) | beside
         if adapted:
-            read = merged(read, description.lora, wanted)
+            read = merged(read, lora, wanted)
         weights |= {prefix + key: value for key, value in read.items()}
     return {key: value for key, value in weights.items() if not re.fullmatch(model.UNUSED_KEYS, key)}
 
@@ -209,8 +209,8 @@ def _origin(description: Checkpoint, checksums: Mapping[str, Callable[[], str]])
     settings = hyper_parameters(description)
     if description.shares:
         settings["shares"] = description.shares
-    if (lora := description.lora) is not None:
-        settings["lora"] = lora.r, lora.alpha, lora.enabled
+    if description.lora is not None:
+        settings["lora"] = description.lora.identity
     return Origin(
         architecture=description.architecture,
         hyper_parameters={name: repr(value) for name, value in settings.items()},

@@ -82,7 +82,11 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
         ),
         ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators", OTHER),
         ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)", OTHER),
-        ("layers.0.1.layers.0.0.to_qkv.lora_A.weight", "a LoRA adapter of the package peft", OTHER),
+        (
+            "base_model.model.layers.0.1.layers.0.0.to_qkv.lora_A.default.weight",
+            "a model with LoRA adapters as the package peft holds both in memory",
+            "the model's own weights and the folder that peft's save_pretrained writes",
+        ),
         ("separator.0.mamba.A_log", "a BS-Mamba2, whose layers are those of the package mamba_ssm for CUDA", MSST),
         (
             "unet_model.encoder.conv_stem.weight",
