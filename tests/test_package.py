@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import separation
-from helpers.common import PROJECT, SONG
+from helpers.common import PROJECT, SONG, slow
 from helpers.fused import needs_fused
 from helpers.house import imports, modules
 from separation.cpu import KINDS, find_compiler, machine, usable_kinds
@@ -68,7 +68,7 @@ def pins() -> dict[str, Requirement]:
     [
         ("", None, "passive"),
         ("", "active", "active"),
-        ("import torch", None, "None"),  # it would only affect the processes that this one starts
+        slow(("import torch", None, "None")),  # it would only affect the processes that this one starts
     ],
 )
 def test_importing_the_package_makes_idle_threads_sleep_unless_it_is_too_late_or_the_user_says_otherwise(

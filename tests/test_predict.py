@@ -27,7 +27,7 @@ from torch import Tensor
 
 import predict
 from helpers.cog_rules import read_runner
-from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, read, slow, song
+from helpers.common import METRICS, PROGRESS_LINE, PROJECT, QUICK, SHARED, SONG, STEMS, quick_first, read, slow, song
 from helpers.house import imports, modules
 from helpers.served_process import SETUP_STEPS
 from helpers.small_model import assert_same_model, chunks, identity, small_model, write_yaml
@@ -235,7 +235,8 @@ def test_an_altered_download_fails_the_build(config: dict[str, Any], tmp_path: P
     assert not [path for path in (tmp_path / "weights").rglob("*") if path.suffix == ".verified"]
 
 
-@pytest.mark.parametrize("nesting", [slow(None), "state_dict"])
+@pytest.mark.slow
+@pytest.mark.parametrize("nesting", [None, "state_dict"])
 def test_the_converted_checkpoint_of_the_image_loads_without_its_source_or_a_checksum(
     config: dict[str, Any], weights: Path, tmp_path: Path, nesting: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +265,7 @@ def test_the_converted_checkpoint_of_the_image_loads_without_its_source_or_a_che
     assert_same_model(model, small_model(), chunks())
 
 
-@pytest.mark.parametrize("line", [0, -1], ids=["converted", "unchanged"])
+@pytest.mark.parametrize("line", [slow(0), -1], ids=["converted", "unchanged"])
 def test_a_second_build_downloads_nothing_and_makes_the_same_files(
     config: dict[str, Any], tmp_path: Path, line: int
 ) -> None:
@@ -367,7 +368,9 @@ def audio(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stems, format, rate", [("vocals_instrumental", "wav", 44100), ("all_4", "flac", 48000.0)])
+@pytest.mark.parametrize(
+    "stems, format, rate", quick_first([("vocals_instrumental", "wav", 44100), ("all_4", "flac", 48000.0)], 1)
+)
 def test_floats_are_accepted_for_ints(
     predictor: predict.Predictor, audio: Path, stems: str, format: str, rate: float
 ) -> None:
@@ -377,7 +380,7 @@ def test_floats_are_accepted_for_ints(
 
 
 @pytest.mark.parametrize("stems", STEMS)
-@pytest.mark.parametrize("format", ["wav", "mp3", "flac"])
+@pytest.mark.parametrize("format", quick_first(["wav", "mp3", "flac"], 1))
 def test_every_choice_gives_decodable_files_in_the_order_of_the_contract(
     predictor: predict.Predictor, audio: Path, stems: str, format: str
 ) -> None:
@@ -399,7 +402,7 @@ def test_estimates_are_cached_only_if_the_environment_says_so(
     assert sorted((tmp_path / "cache").glob("*.*")) == kept
 
 
-@pytest.mark.parametrize("bitrate", [128, 192, 320.0])
+@pytest.mark.parametrize("bitrate", quick_first([128, 192, 320.0], 1))
 def test_mp3_files_have_the_requested_bitrate(predictor: predict.Predictor, tmp_path: Path, bitrate: float) -> None:
     audio = tmp_path / "song.wav"
     audio.write_bytes(song(4))
@@ -408,7 +411,7 @@ def test_mp3_files_have_the_requested_bitrate(predictor: predict.Predictor, tmp_
         assert file.stat().st_size * 8 / 4000 == pytest.approx(bitrate, rel=0.05)
 
 
-@pytest.mark.parametrize("stem", ["vocals", "drums", "bass", "other", "guitar", "piano"])
+@pytest.mark.parametrize("stem", quick_first(["vocals", "drums", "bass", "other", "guitar", "piano"], 2))
 def test_two_stems_are_the_stem_and_the_rest_of_the_song_whatever_stems_says(
     predictor: predict.Predictor, audio: Path, stem: str
 ) -> None:
@@ -423,7 +426,9 @@ def test_the_inputs_have_their_defaults_for_callers_from_python_too(predictor: p
         predictor.predict(stems="all_4")
 
 
-@pytest.mark.parametrize("inputs, start, stop", [({"start": 1.5, "end": 3}, 1.5, 3), ({"start": 2}, 2, 5)])
+@pytest.mark.parametrize(
+    "inputs, start, stop", quick_first([({"start": 1.5, "end": 3}, 1.5, 3), ({"start": 2}, 2, 5)], 1)
+)
 def test_a_part_of_a_song_has_the_samples_of_the_whole_song(
     predictor: predict.Predictor, tmp_path: Path, inputs: dict[str, float], start: float, stop: float
 ) -> None:
@@ -446,6 +451,7 @@ def test_a_preview_is_the_loudest_half_minute(predictor: predict.Predictor, tmp_
     assert (vocals + instrumental)[44100:-44100] == pytest.approx(0.2, abs=0.001)
 
 
+@pytest.mark.slow
 def test_an_analysis_is_among_the_metrics_without_what_cannot_be_told(
     predictor: predict.Predictor, audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -408,7 +408,7 @@ OTHER_FORMATS = {
 @needs_ffmpeg
 @pytest.mark.parametrize(
     "suffix, layout",
-    quick_first([(suffix, layout) for suffix, (_, *layouts) in OTHER_FORMATS.items() for layout in layouts], 4),
+    quick_first([(suffix, layout) for suffix, (_, *layouts) in OTHER_FORMATS.items() for layout in layouts], 2),
 )
 def test_files_of_ffmpeg_are_mixed_down_by_their_loudspeakers(suffix: str, layout: str, tmp_path: Path) -> None:
     names = FFMPEG_LAYOUTS[layout]
@@ -446,7 +446,7 @@ def test_the_channel_order_of_a_mov_is_used(tag: int, layout: str, tmp_path: Pat
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("family, gives", [(2, [(1, 1), (1, -1), (0, 0), (0, 0)]), (255, None)])
+@pytest.mark.parametrize("family, gives", quick_first([(2, [(1, 1), (1, -1), (0, 0), (0, 0)]), (255, None)], 1))
 def test_opus_without_loudspeakers_is_ambisonic_or_the_usual_layout(
     family: int, gives: list[tuple[float, float]] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

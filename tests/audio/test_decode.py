@@ -257,7 +257,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     ],
     ids=["text", "byte", "utf16", "zeros", "riff", "id3", "random", "mp3-header", "hls", "concat"],
 )
-@pytest.mark.parametrize("name", quick_first(["song.mp3", "song.m3u8", "song.wav", "song.au"], 2))
+@pytest.mark.parametrize("name", quick_first(["song.mp3", "song.m3u8", "song.wav", "song.au"], 1))
 def test_what_is_not_audio_is_refused(content: bytes, name: str, tmp_path: Path) -> None:
     write(tmp_path / "source.wav", noise(1000))
     (tmp_path / name).write_bytes(content)

@@ -70,6 +70,7 @@ def test_with_alac_the_tracks_are_exact_and_the_stems_sum_to_the_mixture(tmp_pat
     assert np.array_equal(sum(tracks[1:]), tracks[0])
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_with_aac_the_tracks_are_in_time_and_announce_their_exact_length(tmp_path: Path) -> None:
     path = written(tmp_path, OutputOptions("m4a"))
@@ -85,6 +86,7 @@ def test_with_aac_the_tracks_are_in_time_and_announce_their_exact_length(tmp_pat
             assert struct.unpack(">III", file.read(12)) == (1, N_SAMPLES, 1024)
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize("bitrate", [None, LOSSLESS])
 def test_a_split_file_has_the_same_tracks_in_time(bitrate: Bitrate | None, tmp_path: Path) -> None:

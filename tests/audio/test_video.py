@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.common import needs_ffmpeg
+from helpers.common import needs_ffmpeg, quick_first
 from helpers.sounds import noise, samples_of, write
 from separation.audio.beside import suffix_of
 from separation.audio.video import check_picture, write_video
@@ -42,7 +42,7 @@ def lag(one: Tensor, other: Tensor) -> int:
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("suffix", PICTURES)
+@pytest.mark.parametrize("suffix", quick_first(PICTURES, 1))
 def test_the_picture_is_copied_and_the_sum_of_the_sounds_is_in_time(suffix: str, tmp_path: Path) -> None:
     waves = {"a": noise(N_SAMPLES), "b": noise(2 * N_SAMPLES)[:, :N_SAMPLES]}
     files = {name: write(tmp_path / f"{name}.wav", samples) for name, samples in waves.items()}
@@ -76,7 +76,7 @@ SUBTITLES = "1\n00:00:00,200 --> 00:00:01,000\nfirst line\n\n2\n00:00:01,200 -->
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("suffix, codec", [("mp4", "mov_text"), ("mov", "mov_text"), ("mkv", "srt")])
+@pytest.mark.parametrize("suffix, codec", quick_first([("mp4", "mov_text"), ("mov", "mov_text"), ("mkv", "srt")], 1))
 def test_subtitles_stay_with_their_language(suffix: str, codec: str, tmp_path: Path) -> None:
     sound = write(tmp_path / "a.wav", noise(N_SAMPLES))
     (tmp_path / "lyrics.srt").write_text(SUBTITLES)

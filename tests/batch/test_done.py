@@ -198,6 +198,7 @@ def test_a_users_file_is_refused_before_a_model_is_loaded(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_with_overwrite_a_users_files_are_replaced_and_links_are_not_followed(tmp_path: Path) -> None:
     song = write_song(tmp_path / "mysong.wav")
     folder = tmp_path / "mysong"
@@ -225,6 +226,7 @@ def test_a_refused_song_does_not_stop_the_others(tmp_path: Path, capsys: pytest.
     assert contents(tmp_path / "out" / "1") == {"vocals.wav": b"mine"}
 
 
+@pytest.mark.slow
 def test_stems_are_replaced_unless_the_user_has_changed_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +301,7 @@ def test_another_song_with_the_same_name_size_and_time_is_told_apart(
     assert contents(copy) == before
 
 
+@pytest.mark.slow
 def test_another_song_is_separated_into_another_folder_or_with_overwrite(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

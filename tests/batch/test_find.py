@@ -239,6 +239,7 @@ def test_a_linked_file_is_a_song(tmp_path: Path) -> None:
 VIDEO = {".avi": (), ".mpg": (), ".wmv": (), ".ts": (), ".flv": (), ".3gp": ("-ar", "8000", "-ac", "1", "-c:a", "aac")}
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_videos_in_a_folder_are_songs(tmp_path: Path) -> None:
     (tmp_path / "song.wav").write_bytes(common.song(0.3))

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helpers.command_line import files_in, json_lines, separate, separating, write_songs
-from helpers.common import below, read, slow
+from helpers.common import below, read
 from separation.audio.options import OutputOptions
 from separation.batch import run
 from separation.batch.find import find
@@ -91,6 +91,7 @@ def job(format: str = "wav") -> Job:
     return Job({}, output=OutputOptions(format))
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_files_and_use_the_model_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +235,8 @@ def test_there_are_no_more_workers_than_songs(tmp_path: Path, monkeypatch: pytes
     assert outcome.status == "done" and threads == {threading.main_thread().name}
 
 
-@pytest.mark.parametrize("format", ["wav", slow("mp3")])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["wav", "mp3"])
 def test_closing_the_iterator_stops_workers_and_removes_unfinished_files(format: str, tmp_path: Path) -> None:
     write_songs(tmp_path / "music", *(f"{n}.wav" for n in range(6)), seconds=10)
     separator = Separator("demo", options=EngineOptions(device="cpu", chunk_seconds=4, overlap_seconds=1))

@@ -21,6 +21,7 @@ from separation.system.names import Place, song_fields
 from separation.system.record import RECORD
 
 
+@pytest.mark.slow
 def test_a_page_is_added_to_finished_stems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_songs(tmp_path, "1.wav")
     assert separate(tmp_path / "1.wav", "-o", tmp_path / "out") == 0
@@ -56,6 +57,7 @@ def test_songs_in_one_folder_are_skipped_when_they_are_done_and_do_not_replace_o
     assert "has the stems of another song" in unfinished([other], job)[1][0].error
 
 
+@pytest.mark.slow
 def test_an_analysis_is_recorded_and_can_follow_later_without_separating_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +89,7 @@ def test_a_damaged_record_of_an_analysis_is_made_again(tmp_path: Path, capsys: p
     assert json_lines(capsys.readouterr().out) == json_lines(first)
 
 
+@pytest.mark.slow
 def test_songs_with_tempo_and_key_in_their_names_are_named_when_they_are_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +113,7 @@ def test_songs_with_tempo_and_key_in_their_names_are_named_when_they_are_known(
     assert page == tmp_path / "out" / "a (stems).html" and page.exists() and with_page["stems"] == made["stems"]
 
 
+@pytest.mark.slow
 def test_names_with_the_tempo_that_clash_are_refused_as_early_as_they_are_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from demucs.apply import BagOfModels
 
-from helpers.common import slow
+from helpers.common import quick_first, slow
 from helpers.demucs_files import CHUNK_SAMPLES, CLASSES, SOURCES, assert_separates_as, by_demucs, network, save, song
 from separation.checkpoints.catalogue import read_config
 from separation.checkpoints.load import load_model
@@ -66,7 +66,7 @@ def test_each_specialist_of_a_bag_gives_its_stem(tmp_path: Path) -> None:
     assert load_model(path, stems=["drums"]).stems == ("drums",)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", quick_first(CLASSES, 1))
 @pytest.mark.parametrize("weights", [{}, slow({"weights": [[1, 1], [1, 1]]})])
 def test_equal_shares_give_the_mean(name: str, weights: dict[str, Any], tmp_path: Path) -> None:
     nets = [network(name, seed) for seed in (1, 2)]
@@ -99,6 +99,7 @@ def test_unequal_shares_give_the_weighted_mean(names: tuple[str, str], tmp_path:
     assert model.origin is not None and model.origin.hyper_parameters["shares"] == "((0.75, 0.0), (0.25, 1.0))"
 
 
+@pytest.mark.slow
 def test_unequal_shares_separate_as_demucs_does(tmp_path: Path) -> None:
     nets, weights = [network("hdemucs", seed) for seed in (1, 2, 3)], [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
     for number, net in enumerate(nets):
@@ -107,7 +108,9 @@ def test_unequal_shares_separate_as_demucs_does(tmp_path: Path) -> None:
     assert_separates_as(model, BagOfModels(nets, weights))
 
 
-@pytest.mark.parametrize("path", sorted(Path(demucs.__file__).parent.glob("remote/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", quick_first(sorted(Path(demucs.__file__).parent.glob("remote/*.yaml")), 4), ids=lambda path: path.stem
+)
 def test_every_published_bag_of_demucs_can_be_read(path: Path, tmp_path: Path) -> None:
     published = yaml.safe_load(path.read_text(encoding="utf-8"))
     sources = ["drums", "bass", "other", "vocals"]

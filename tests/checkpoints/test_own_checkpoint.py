@@ -13,7 +13,7 @@ import soundfile
 import torch
 import yaml
 
-from helpers.common import PROJECT
+from helpers.common import PROJECT, slow
 from helpers.own_checkpoint import COMMUNITY, own_model, put
 from helpers.small_model import write_weights
 from helpers.weights_server import Server
@@ -87,7 +87,7 @@ def test_separate_accepts_weights_and_a_name_in_a_folder(
             ["--model-name", "demo", "--recipe", "standard"],
             "--model-name gives all stems of one model and cannot be combined with --recipe",
         ),
-        (["--model-path", "alone.ckpt"], "alone.ckpt needs the YAML file that it was published with"),
+        slow((["--model-path", "alone.ckpt"], "alone.ckpt needs the YAML file that it was published with")),
     ],
 )
 def test_a_checkpoint_that_cannot_be_found_is_one_error(
@@ -109,6 +109,7 @@ def test_a_checkpoint_that_cannot_be_found_is_one_error(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_bench_accepts_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "x.ckpt", "x.yaml")
     weights = tmp_path / "x.ckpt"

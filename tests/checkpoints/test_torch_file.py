@@ -329,10 +329,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, in
     return {path.name: answer for path, answer in load_all(paths).items()}
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_loads_within_the_limits(answers: dict[str, tuple[str, int]]) -> None:
     assert answers["whole.ckpt"][0] == "loaded"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CRAFTED)
 def test_a_hostile_file_is_refused_before_it_takes_memory(name: str, answers: dict[str, tuple[str, int]]) -> None:
     answer, grown_mib = answers[name]
@@ -342,6 +344,7 @@ def test_a_hostile_file_is_refused_before_it_takes_memory(name: str, answers: di
     assert grown_mib < 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pipe.ckpt", "device.ckpt", "loop.ckpt", "folder.ckpt"])
 def test_only_regular_files_are_opened(name: str, answers: dict[str, tuple[str, int]]) -> None:
     assert "there is no file" in answers[name][0]

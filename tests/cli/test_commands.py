@@ -35,6 +35,7 @@ def test_the_cache_is_listed_and_cleared(
     assert capsys.readouterr().out == f"0 estimates in {folder}: 0.00 of 8 GiB\n"
 
 
+@pytest.mark.slow
 def test_serve_prints_the_pages_address_and_ends_with_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEPARATION_SONGS", str(tmp_path / "songs"))
     with started("serve", "--port", "0", "--no-browser", "--device", "cpu") as process:

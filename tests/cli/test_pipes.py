@@ -31,6 +31,7 @@ def test_a_song_from_stdin_gives_the_stem_of_the_file_on_stdout(tmp_path: Path, 
     assert (read(ran.stdout) == read(tmp_path / "out" / "song" / "vocals.wav")).all()
 
 
+@pytest.mark.slow
 def test_a_stem_on_stdout_has_the_format_that_is_asked_for(tmp_path: Path) -> None:
     write_songs(tmp_path, "song.wav")
     ran = piped(tmp_path / "song.wav", "-o", "-", "--only", "vocals", "--format", "flac", stdin=b"")
@@ -39,6 +40,7 @@ def test_a_stem_on_stdout_has_the_format_that_is_asked_for(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["song.wav"]
 
 
+@pytest.mark.slow
 def test_stems_of_a_song_from_stdin_go_to_a_folder_with_progress_as_json(tmp_path: Path) -> None:
     ran = piped("-", "-o", tmp_path, "--json", "--progress", "json", stdin=song(1))
     assert ran.returncode == 0
@@ -98,6 +100,7 @@ def test_a_folder_of_songs_does_not_fit_into_stdout(tmp_path: Path, capsys: pyte
     assert "2 songs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_on_stdin_is_one_line(tmp_path: Path) -> None:
     ran = piped("-", "-o", tmp_path / "out", stdin=b"")
     assert ran.returncode == 2

@@ -14,7 +14,7 @@ import pytest
 
 from helpers import common
 from helpers.command_line import DEMO
-from helpers.common import PROJECT, below, slow
+from helpers.common import PROJECT, below, quick_first, slow
 from separation.cli.main import main
 from separation.system.record import RECORD
 
@@ -54,20 +54,23 @@ NO_SPACE = "error: cannot write to the standard output: No space left on device"
 @needs_full
 @pytest.mark.parametrize(
     "redirections, code, out, err",
-    [
-        ("", 0, 2, ["2 songs: 2 skipped"]),
-        (">&-", 0, 0, ["2 songs: 2 skipped"]),
-        ("2>&-", 0, 2, []),
-        ("<&- >&- 2>&-", 0, 0, []),
-        (">/dev/full", 1, 0, ["2 songs: 2 skipped", NO_SPACE]),
-        ("2>/dev/full", 0, 2, []),
-        (">/dev/full 2>/dev/full", 1, 0, []),
-        (">/dev/full 2>&-", 1, 0, []),
-        (">&- 2>/dev/full", 0, 0, []),
-        ("| head -0", 1, 0, ["2 songs: 2 skipped"]),
-        ("2>&1 >/dev/null | head -0", 0, 0, []),
-        ("2>&1 | head -0", 1, 0, []),
-    ],
+    quick_first(
+        [
+            ("", 0, 2, ["2 songs: 2 skipped"]),
+            (">&-", 0, 0, ["2 songs: 2 skipped"]),
+            ("2>&-", 0, 2, []),
+            ("<&- >&- 2>&-", 0, 0, []),
+            (">/dev/full", 1, 0, ["2 songs: 2 skipped", NO_SPACE]),
+            ("2>/dev/full", 0, 2, []),
+            (">/dev/full 2>/dev/full", 1, 0, []),
+            (">/dev/full 2>&-", 1, 0, []),
+            (">&- 2>/dev/full", 0, 0, []),
+            ("| head -0", 1, 0, ["2 songs: 2 skipped"]),
+            ("2>&1 >/dev/null | head -0", 0, 0, []),
+            ("2>&1 | head -0", 1, 0, []),
+        ],
+        4,
+    ),
 )
 def test_closed_and_full_streams_change_only_the_exit_code(
     redirections: str, code: int, out: int, err: list[str], done: Path
@@ -78,7 +81,8 @@ def test_closed_and_full_streams_change_only_the_exit_code(
 
 
 @needs_full
-@pytest.mark.parametrize("redirections", [">&- 2>&-", slow(">/dev/full 2>/dev/full"), slow("| head -0")])
+@pytest.mark.slow
+@pytest.mark.parametrize("redirections", [">&- 2>&-", ">/dev/full 2>/dev/full", "| head -0"])
 def test_all_songs_are_separated_even_if_nothing_can_be_printed(redirections: str, done: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(done / "music", tmp_path / "music")).parent
     (copy / "music" / "0.wav").write_text("words")
@@ -116,7 +120,7 @@ def test_a_non_blocking_pipe_gets_every_line(done: Path) -> None:
         (signal.SIGINT, "separation.cli.start"),
         (signal.SIGINT, "argparse"),
         (signal.SIGINT, "separation.checkpoints.catalogue"),
-        (signal.SIGINT, "numpy.linalg"),
+        slow((signal.SIGINT, "numpy.linalg")),
         slow((signal.SIGINT, "torch._C")),
         (signal.SIGTERM, "argparse"),
         slow((signal.SIGTERM, "numpy.linalg")),
@@ -145,7 +149,7 @@ def test_a_signal_during_the_imports_ends_the_program_without_a_traceback(
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", quick_first([signal.SIGINT, signal.SIGHUP], 1))
 def test_signals_that_the_parent_process_ignores_stay_ignored(number: signal.Signals, done: Path) -> None:
     command = [sys.executable, "-m", "separation", "separate", done / "music", "-o", done / "out", *DEMO]
     with subprocess.Popen(

@@ -111,6 +111,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
     assert_refused(with_file, capsys, tmp_path / "never", "cannot write to", "file")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0
     if shutil.which("unshare")
@@ -198,6 +199,7 @@ def test_two_stems_are_two_files_that_add_up_to_the_song(
     assert np.abs(drums).max() > 0
 
 
+@pytest.mark.slow
 def test_a_part_of_a_song_is_written_beside_the_whole(
     tmp_path: Path, music: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,7 +264,8 @@ def test_a_stem_never_overwrites_the_song(song: Path, tmp_path: Path, capsys: py
     assert [path.name for path in tmp_path.rglob("*.wav")] == ["vocals.wav"]
 
 
-@pytest.mark.parametrize("number", quick_first([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_leaves_no_unfinished_file(number: int, tmp_path: Path, music: np.ndarray) -> None:
     song = tmp_path / "song.wav"
     soundfile.write(song, np.tile(music, (40, 1)), RATE)
@@ -288,7 +291,7 @@ def test_a_name_that_the_terminal_cannot_show_is_printed_as_escapes(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "name, format",
-    [("song.mp3", "FLAC"), ('it\'s a "song" – 歌 🎵 .v1.wav', "WAV")],
+    quick_first([("song.mp3", "FLAC"), ('it\'s a "song" – 歌 🎵 .v1.wav', "WAV")], 1),
     ids=["flac named mp3", "odd name"],
 )
 def test_a_song_with_an_odd_name_is_separated(name: str, format: str, tmp_path: Path, music: np.ndarray) -> None:
@@ -307,6 +310,7 @@ def test_m4a_is_decoded_with_ffmpeg(tmp_path: Path, song: Path) -> None:
     assert soundfile.info(tmp_path / "out" / "song" / "vocals.wav").frames >= RATE
 
 
+@pytest.mark.slow
 def test_a_report_is_written_beside_the_stems(
     song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

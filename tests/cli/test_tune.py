@@ -28,6 +28,7 @@ def tune(*arguments: str | Path) -> int:
     return main(["tune", str(SONG), *OPTIONS, *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_downloaded_models_are_compared(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune("--stem", "vocals", "--recipe", "demo", "--json") == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
@@ -62,6 +63,7 @@ def test_the_task_and_the_stem_may_be_what_a_model_leaves(models: Path, capsys: 
     assert tune("--stem", "rest", "-o", "out") == 0  # replaces its own page
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_is_left_out_and_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (models / "one.safetensors").write_bytes(b"no weights")
     assert tune("--stem", "rest", "-o", "out") == 2

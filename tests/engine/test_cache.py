@@ -94,7 +94,7 @@ def state(cache: Cache) -> dict[str, int]:
 # A hit gives the same as a miss
 
 
-@pytest.mark.parametrize("options", [{}, {"format": "flac", "gain": 3}])
+@pytest.mark.parametrize("options", quick_first([{}, {"format": "flac", "gain": 3}], 1))
 def test_a_hit_runs_no_model_and_gives_the_same_files_bit_for_bit(
     options: dict[str, Any], pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
 ) -> None:
@@ -149,6 +149,7 @@ def test_more_stems_compute_only_the_missing_estimates(
     assert all_4 == (runs(separator(pool, None, stems="all_4"), song, tmp_path / "cold four")[0], set())
 
 
+@pytest.mark.slow
 def test_estimates_that_only_cached_estimates_depend_on_are_neither_read_nor_computed(
     pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
 ) -> None:
@@ -267,7 +268,7 @@ def test_the_table_names_every_option_of_separate() -> None:
 
 @pytest.mark.parametrize(
     "is_hit, option",
-    quick_first((case for cases in OPTIONS.values() for case in cases), 8),
+    quick_first((case for cases in OPTIONS.values() for case in cases), 3),
     ids=lambda value: " ".join(map(str, [value])),
 )
 def test_an_option_causes_a_miss_if_and_only_if_it_changes_an_estimate(
@@ -389,6 +390,7 @@ def test_the_key_contains_the_device_the_code_and_everything_in_a_models_yaml(
     assert {key for key, value in on_mps.items() if value != on_cpu[key]} == {"device"}
 
 
+@pytest.mark.slow
 def test_the_engine_version_changes_with_each_file_that_computes_and_with_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,6 +513,7 @@ def test_half_an_entry_is_a_miss_and_is_removed_later(suffix: str, cache: Cache)
     assert len(list(cache.folder.glob("*.*"))) == 2
 
 
+@pytest.mark.slow
 def test_if_the_folder_cannot_be_used_there_is_one_warning_and_the_song_is_separated(
     pool: ModelPool, song: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -613,6 +616,7 @@ Cache({str(cache.folder)!r}).put({SETTINGS!r}, blocks(), 4, {FACTS!r})
     assert len(cache.entries()) == 2
 
 
+@pytest.mark.slow
 def test_killing_a_process_at_any_moment_leaves_whole_entries_or_none(cache: Cache) -> None:
     code = f"""
 cache = Cache({str(cache.folder)!r}, limit_bytes=200_000)
@@ -634,6 +638,7 @@ while True:
                 assert file.read() == bytes([kept.facts["of"]]) * 20_000
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_folder_never_read_half_an_entry(cache: Cache) -> None:
     code = f"""
 import logging
@@ -777,6 +782,7 @@ def test_other_users_cannot_read_the_cache(cache: Cache) -> None:
     assert {path.stat().st_mode & 0o077 for path in [cache.folder, *cache.folder.glob("*.*")]} == {0}
 
 
+@pytest.mark.slow
 def test_views_and_ensembles_take_their_estimates_from_the_cache(
     pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
 ) -> None:

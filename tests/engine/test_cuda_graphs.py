@@ -232,6 +232,7 @@ def clip() -> Tensor:
     return torch.from_numpy(audio.T.copy())
 
 
+@pytest.mark.slow
 def test_a_song_has_the_same_samples_with_and_without_graphs(clip: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     def separated() -> Tensor:
         separator = Separator.from_model(quick_model().to(GPU), options=replace(QUICK, batch_size=4))

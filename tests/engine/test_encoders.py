@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from helpers.common import slow
+from helpers.common import quick_first, slow
 from helpers.small_separators import QUICK, Recorder, write
 from separation import ModelPool, OutputError, Separator
 from separation.audio.encode import encode
@@ -61,7 +61,7 @@ def test_stems_are_encoded_in_parallel(
     assert [path.name for path in files.values()] == ["vocals.mp3", "instrumental.mp3"]
 
 
-@pytest.mark.parametrize("level", [0.5, 3.0])
+@pytest.mark.parametrize("level", quick_first([0.5, 3.0], 1))
 @pytest.mark.parametrize(
     "options",
     [
@@ -124,7 +124,7 @@ def test_every_stem_is_encoded_while_the_model_still_runs(
     assert len(model.seen) == 3
 
 
-@pytest.mark.parametrize("where", ["an encoder", "a sum", "the input of a run", "the end of that input"])
+@pytest.mark.parametrize("where", ["an encoder", "a sum", "the input of a run", slow("the end of that input")])
 def test_an_error_on_another_thread_ends_the_run_with_that_error(
     where: str, clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_one_model_gives_two_stems_without_a_recipe(clip: Tensor) -> None:
         Separator.from_model(model, two_stems="vocals")
 
 
+@pytest.mark.slow
 def test_the_lowest_bin_of_an_offset_is_in_the_stems_unless_the_yaml_zeroes_it(tmp_path: Path) -> None:
     """The stems differ below the second bin only."""
     weights = write_weights(small_model().state_dict(), tmp_path / "small.ckpt")
@@ -104,6 +105,7 @@ def test_the_same_input_gives_the_same_samples_whatever_ran_before(pool: ModelPo
     assert torch.equal(separator.separate(clip)["vocals"], first)
 
 
+@pytest.mark.slow
 def test_batch_size_and_thread_count_do_not_change_the_stems(pool: ModelPool, clip: Tensor) -> None:
     short = clip[:, :120_000]
     expected = Separator(
@@ -126,6 +128,7 @@ def test_batch_size_and_thread_count_do_not_change_the_stems(pool: ModelPool, cl
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_batch_size_in_bfloat16_changes_the_stems_by_no_more_than_its_rounding(clip: Tensor) -> None:
     half = ModelPool(EngineOptions(device="cpu", precision="bf16"))
     options = EngineOptions(chunk_seconds=4, overlap_seconds=2)
@@ -269,6 +272,7 @@ def test_a_file_is_separated_by_a_model_of_another_rate_as_in_memory(tmp_path: P
     assert (estimate - separator.separate(mixture)["vocals"]).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_separate_the_shipped_song(pool: ModelPool) -> None:
     mixture = read(SONG)
     stems = Separator("demo", "all_6", pool=pool).separate(mixture)

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from helpers.common import GIVES_BACK, PROJECT, needs_ffmpeg
+from helpers.common import GIVES_BACK, PROJECT, needs_ffmpeg, quick_first
 from helpers.small_separators import QUICK, Recorder, random_model, read, write
 from helpers.sounds import ffmpeg
 from separation import EstimateError, InputError, ModelPool, OutputError, Separator
@@ -62,7 +62,7 @@ def test_a_file_gives_the_stems_that_memory_gives(pool: ModelPool, clip: Tensor,
 
 
 @pytest.mark.parametrize("format, tolerance", [("wav", 1e-7), ("flac", 1e-6), ("mp3", 0.05)])
-@pytest.mark.parametrize("sample_rate", [44100, 48000])
+@pytest.mark.parametrize("sample_rate", quick_first([44100, 48000], 1))
 def test_every_format_and_rate_has_the_songs_length_and_sums_to_the_mixture(
     pool: ModelPool, clip: Tensor, tmp_path: Path, format: str, tolerance: float, sample_rate: int
 ) -> None:
@@ -145,6 +145,7 @@ def test_a_song_can_be_cancelled_while_it_is_decoded(pool: ModelPool, clip: Tens
     assert [path.name for path in tmp_path.iterdir()] == ["song.wav"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_stems_are_written_is_not_lost_and_leaves_no_file(
     pool: ModelPool, clip: Tensor, tmp_path: Path
 ) -> None:
@@ -263,7 +264,7 @@ def test_memory_does_not_grow_with_the_song(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] <= 20_000, peaks  # KiB; the longer song alone has 160 MiB of float32
 
 
-@pytest.mark.parametrize("title", ["Größe", ""])
+@pytest.mark.parametrize("title", quick_first(["Größe", ""], 1))
 def test_the_stems_have_the_songs_tags_and_titles_with_the_names_of_the_stems(
     title: str, pool: ModelPool, clip: Tensor, tmp_path: Path
 ) -> None:
@@ -283,6 +284,7 @@ def test_the_stems_have_the_songs_tags_and_titles_with_the_names_of_the_stems(
             assert tags == (f"{title or '01 song'} ({stem})", "Band", "Album")
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_a_stem_file_has_the_songs_name_and_its_tracks_sum_to_the_song(
     pool: ModelPool, clip: Tensor, tmp_path: Path

@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers.common import SONG, below, read, slow
+from helpers.common import SONG, below, quick_first, read, slow
 from helpers.simulated_gpu import DEVICE, Counts, SimulatedGPU, SimulatedTensor, simulated_gpu
 from helpers.small_model import HYPER_PARAMETERS, write_yaml
 from separation import EstimateError, Separator, device
@@ -545,7 +545,7 @@ def test_the_demo_gives_the_cpus_stems(gpu: SimulatedGPU, clip: Tensor, precisio
     assert_near(stems["cuda"], stems["cpu"], decibels)
 
 
-@pytest.mark.parametrize("batch_size", ["auto", 1, slow(4)])
+@pytest.mark.parametrize("batch_size", [slow("auto"), 1, slow(4)])
 def test_a_song_in_memory_gives_the_cpus_stems(
     gpu: SimulatedGPU, quick: Callable[..., Separator], clip: Tensor, expected: dict[str, Tensor], batch_size: Any
 ) -> None:
@@ -555,6 +555,7 @@ def test_a_song_in_memory_gives_the_cpus_stems(
     assert all(torch.equal(first[stem], again[stem]) for stem in first)
 
 
+@pytest.mark.slow
 def test_a_longer_song_makes_no_more_copies_from_memory_that_is_not_page_locked(
     gpu: SimulatedGPU, quick: Callable[..., Separator], clip: Tensor
 ) -> None:
@@ -568,6 +569,7 @@ def test_a_longer_song_makes_no_more_copies_from_memory_that_is_not_page_locked(
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_file_gives_the_cpus_stems_and_frees_its_memory(
     gpu: SimulatedGPU, quick: Callable[..., Separator], song: Path, expected: dict[str, Tensor]
 ) -> None:
@@ -583,7 +585,7 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("end", ["an error", "given up"])
+@pytest.mark.parametrize("end", quick_first(["an error", "given up"], 1))
 def test_a_song_that_ends_early_leaves_the_engine_usable(
     gpu: SimulatedGPU,
     quick: Callable[..., Separator],
@@ -651,7 +653,7 @@ def test_a_batch_that_does_not_fit_is_halved(gpu: SimulatedGPU, failure: Excepti
 
 # What a chunk costs
 
-COUNTED = ["bs_roformer_viperx_1297", "htdemucs", slow("mdx23c_instvoc_hq_2"), slow("scnet")]
+COUNTED = [slow("bs_roformer_viperx_1297"), "htdemucs", slow("mdx23c_instvoc_hq_2"), slow("scnet")]
 COUNTED += [slow(name) for name in ("mel_band_roformer_kim", "bs_roformer_sw", "hdemucs_mmi", "drumsep")]
 COUNTED += [slow(name) for name in ("scnet_xl_ihf", "htdemucs_6s", "demo")]
 

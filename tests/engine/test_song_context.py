@@ -19,7 +19,7 @@ import soundfile
 
 from helpers import common
 from helpers.command_line import DEMO
-from helpers.common import below, slow
+from helpers.common import below, quick_first
 from helpers.house import modules
 from separation import EstimateError, InputError, OutputError, Separator
 from separation.batch.job import Job, Song
@@ -97,7 +97,8 @@ def write_songs(folder: Path) -> dict[str, list[str]]:
     return expected
 
 
-@pytest.mark.parametrize("workers", [slow("1"), "3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "3"])
 def test_the_json_of_a_song_has_its_warnings_and_each_is_printed_once(
     workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -190,7 +191,7 @@ FULL: dict[str, tuple[int, str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", FULL)
+@pytest.mark.parametrize("what", quick_first(FULL, 2))
 def test_a_full_disk_is_an_error_that_names_the_song_and_the_folder(
     what: str, separator: Separator, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_attention_batch_size_and_precision_are_those_requested(capsys: pytest.C
     assert "precision bf16" in found["device"]
 
 
+@pytest.mark.slow
 def test_a_model_without_a_checkpoint_is_measured_with_random_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def test_one_command_separates_and_scores_a_folder_like_musdb18_hq(
             assert printed["mean"][stem][name] == pytest.approx(sum(values) / 3, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_files_of_separate_score_like_the_engines_output(
     tmp_path: Path, stems: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def test_all_candidates_get_the_same_seconds_of_the_song(models: Path) -> None:
     assert all(result.song_seconds > 10 * result.seconds for result in found.results)  # the song has 15 s
 
 
+@pytest.mark.slow
 def test_a_candidate_that_fails_does_not_stop_the_others(models: Path) -> None:
     put_candidate(models, "broken", stems=["voice", "rest"])
     (models / "broken.safetensors").write_bytes(b"no weights")

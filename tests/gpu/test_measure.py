@@ -128,6 +128,7 @@ def test_the_steps_behind_one_that_takes_the_process_down_still_run(
     assert (row["step"], row["error"]) == ("viperx", "the process ended with -6")
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_ended_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs = STEP_THAT_DIES.replace("os.abort()", "import time; time.sleep(600)")
     (tmp_path / "measure.py").write_text(hangs, encoding="utf-8")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from demucs.apply import BagOfModels
 
-from helpers.common import quick_first
+from helpers.common import quick_first, slow
 from helpers.small_demucs import (
     CHUNK_SAMPLES,
     KINDS,
@@ -25,7 +25,7 @@ from separation.models.kernels.registry import cpu_fault
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("overlap, lengths", [(0.25, LENGTHS), pytest.param(0.5, LENGTHS[-2:], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("overlap, lengths", [(0.25, [1, 30_000]), slow((0.25, LENGTHS)), slow((0.5, LENGTHS[-2:]))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_equals_apply_model_without_shifts(kind: str, overlap: float, lengths: list[int]) -> None:
     net = network(0, kind)
@@ -51,7 +51,9 @@ def test_several_networks_equal_the_bag_that_averages_them() -> None:
 
 @torch.no_grad()
 @pytest.mark.skipif(bool(cpu_fault()), reason=cpu_fault() or "kernels for CPUs work")
-@pytest.mark.parametrize("other, fault", [("amplitudes", "networks that mask amplitudes"), ("demucs", "one branch")])
+@pytest.mark.parametrize(
+    "other, fault", [slow(("amplitudes", "networks that mask amplitudes")), ("demucs", "one branch")]
+)
 def test_in_a_bag_the_networks_that_have_faster_layers_get_them(
     other: str, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,6 +81,7 @@ def test_short_chunks_of_a_bag_are_extended_to_the_length_of_training() -> None:
     assert relative_error(model(chunks), expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_specialists_equal_the_bag_and_only_requested_ones_are_built() -> None:
     nets = [network(seed) for seed in range(4)]
     mixture = song(50_000)
@@ -114,7 +117,7 @@ def test_a_network_of_all_stems_returns_all_of_them_for_any_request() -> None:
 
 
 @pytest.mark.parametrize("precision, decibels", quick_first([(torch.bfloat16, 25), (torch.float16, 42)], 1))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick_first(KINDS, 2))
 def test_half_precision_stays_close_to_float32(kind: str, precision: torch.dtype, decibels: float) -> None:
     model = model_of([network(0, kind)], kind)
     mixture = song(30_000)
@@ -126,7 +129,7 @@ def test_half_precision_stays_close_to_float32(kind: str, precision: torch.dtype
     assert near > decibels
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick_first(KINDS, 2))
 def test_estimates_are_reproducible_and_independent_of_the_batch(kind: str) -> None:
     model = model_of([network(0, kind)], kind)
     mixture = song(60_000)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.common import quick_first
 from helpers.fused import needs_fused
 from helpers.recorded import drawn_weights
 from helpers.small_model import identity
@@ -57,6 +58,7 @@ def test_each_part_of_the_branch_equals_the_independent_implementation(part: str
         assert largest_relative_error(ours(*inputs), theirs(*inputs)) <= 1e-5
 
 
+@pytest.mark.slow
 @needs_fused
 def test_the_branch_has_these_parts_in_this_order_and_is_added_to_the_mlps() -> None:
     """Its norms multiply rounding by a thousand, so that two correct implementations agree less than their parts."""
@@ -85,7 +87,9 @@ def branches() -> tuple[Segmentation, torch.nn.Module]:
     return ours, theirs
 
 
-@pytest.mark.parametrize("more", [{}, {"num_stems": 2, "stft_hop_length": 441, "mask_estimator_depth": 3}])
+@pytest.mark.parametrize(
+    "more", quick_first([{}, {"num_stems": 2, "stft_hop_length": 441, "mask_estimator_depth": 3}], 1)
+)
 def test_output_equals_the_independent_implementation(more: dict[str, Any]) -> None:
     peer = pytest.importorskip("pymss_core.modules.bs_roformer", reason="needs pymss-core")
     theirs = peer.BSRoformerHyperACE(**HYPER, time_transformer_depth=1, freq_transformer_depth=1, **more).eval()
@@ -117,6 +121,7 @@ def test_only_stereo_models_of_version_2_are_built() -> None:
         HyperACEConfig(**HYPER, hyperace_version=1)
 
 
+@pytest.mark.slow
 def test_chunks_and_stems_do_not_depend_on_the_others() -> None:
     assert_batch_and_stems_are_alone(KIND)
 
@@ -131,6 +136,6 @@ def test_the_layers_for_a_gpu_equal_the_plain_ones() -> None:
     assert_gpu_layers_are_equal(KIND, 1e-5)
 
 
-@pytest.mark.parametrize("more", [{}, {"use_mask_estimator_hyper_ace": True, "hyperace_version": 2}])
+@pytest.mark.parametrize("more", quick_first([{}, {"use_mask_estimator_hyper_ace": True, "hyperace_version": 2}], 1))
 def test_a_published_pair_loads_as_it_is(tmp_path: Path, more: dict[str, Any]) -> None:
     assert_published_files_load(KIND, tmp_path, **more)

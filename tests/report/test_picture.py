@@ -83,6 +83,7 @@ def test_the_same_rows_give_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_seven_rows_of_noise_stay_under_a_megabyte_and_a_half(tmp_path: Path) -> None:
     draw(tmp_path / "a.svg", [Row("mixture", noise(20.0), SAMPLE_RATE)] * 7, title="the worst to compress")
     assert (tmp_path / "a.svg").stat().st_size < 1_500_000

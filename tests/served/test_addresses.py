@@ -6,6 +6,8 @@ import pytest
 
 from helpers.served_process import DEMO, Receiver, Server
 
+pytestmark = pytest.mark.slow  # a server of its own; web/test_remote.py has all addresses
+
 
 @pytest.fixture(scope="module")
 def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

@@ -15,6 +15,8 @@ from helpers.cog_rules import read_runner
 from helpers.common import METRICS, PROJECT, song
 from helpers.served_process import DEMO, Receiver, Server, data_uri, decoded, wait_for
 
+pytestmark = pytest.mark.slow  # two servers; test_predictions.py has one prediction after the other
+
 SHORT = {"chunk_size": 4, "overlap": 1}
 SLOTS = read_runner((PROJECT / "predict.py").read_text(encoding="utf-8"), "Predictor").concurrency
 BROKEN = (b"words, words, words\n" * 100, b"", song(2)[:100_000])
@@ -75,7 +77,6 @@ def test_three_songs_at_once_are_separated_as_alone(many: Server, server: Server
     check_songs(many, server, [0, 2, 7])
 
 
-@pytest.mark.slow
 def test_eight_songs_at_once_are_separated_as_alone(many: Server, server: Server) -> None:
     assert SLOTS == len(SONGS) == 8
     check_songs(many, server, list(range(8)))
@@ -128,7 +129,6 @@ def folders(server: Server) -> set[str]:
     return {name for name in server.leftovers() if name.startswith(("stems-", "song-"))}
 
 
-@pytest.mark.slow
 def test_twenty_predictions_cancelled_at_random_disturb_no_other_and_leave_nothing(
     many: Server, server: Server, receiver: Receiver
 ) -> None:
@@ -156,7 +156,6 @@ def test_twenty_predictions_cancelled_at_random_disturb_no_other_and_leave_nothi
     assert len(ended) == 20 and set(ended.values()) == {"canceled"}
 
 
-@pytest.mark.slow
 def test_separation_concurrency_limits_the_songs_in_work(
     tmp_path_factory: pytest.TempPathFactory, receiver: Receiver
 ) -> None:
@@ -172,7 +171,6 @@ def test_separation_concurrency_limits_the_songs_in_work(
         assert receiver.wait_for_end()["status"] == "succeeded"
 
 
-@pytest.mark.slow
 def test_setup_fails_if_the_number_of_songs_is_wrong(tmp_path_factory: pytest.TempPathFactory) -> None:
     with Server(tmp_path_factory.mktemp("wrong"), **DEMO, SEPARATION_CONCURRENCY="many") as wrong:
         health = wrong.health()

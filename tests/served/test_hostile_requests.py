@@ -19,7 +19,7 @@ import pytest
 import soundfile
 
 from helpers import served_process
-from helpers.common import PROJECT, SONG, needs_ffmpeg
+from helpers.common import PROJECT, SONG, needs_ffmpeg, quick_first
 from helpers.served_process import Server, data_uri, wait_for
 
 LIMIT_MIB = 2
@@ -167,7 +167,7 @@ def test_only_http_https_and_uploads_are_accepted(audio: str, server: HostileSer
     assert error(server, audio).endswith(f"InputError: {message}")
 
 
-@pytest.mark.parametrize("path", ["a/song", "to-song", "packed-song"])
+@pytest.mark.parametrize("path", quick_first(["a/song", "to-song", "packed-song"], 1))
 def test_a_song_from_a_url_a_redirect_or_with_a_content_encoding_is_separated(
     path: str, server: HostileServer, web: tuple[str, list[str]]
 ) -> None:
@@ -216,6 +216,7 @@ def test_a_failed_download_has_a_one_line_error(
     assert f"InputError: {reason}: check the URL" in error(server, url.replace("{web}", web[0]))
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_once_is_started_anew(server: HostileServer, web: tuple[str, list[str]]) -> None:
     prediction = answer(server, f"{web[0]}/once-short")
     assert prediction["status"] == "succeeded"
@@ -229,7 +230,7 @@ def test_a_download_that_breaks_off_once_is_started_anew(server: HostileServer, 
 # Limits
 
 
-@pytest.mark.parametrize("path", ["endless", "gzip"])
+@pytest.mark.parametrize("path", quick_first(["endless", "gzip"], 1))
 def test_an_endless_download_stops_at_the_limit(path: str, server: HostileServer, web: tuple[str, list[str]]) -> None:
     message = f"AudioError: '{path}' has more than 2 MiB, the limit here: send a smaller file"
     assert error(server, f"{web[0]}/{path}").endswith(message)
@@ -241,6 +242,7 @@ def test_an_upload_over_the_limit_is_refused(server: HostileServer) -> None:
     assert "is not audio" in error(server, data_uri(bytes(LIMIT_MIB * 2**20)))
 
 
+@pytest.mark.slow
 def test_a_download_can_be_cancelled(server: HostileServer, web: tuple[str, list[str]]) -> None:
     assert_works(server)
     answers: list[dict[str, Any]] = []
@@ -316,6 +318,7 @@ def assert_operator_reads(message: str, server: HostileServer) -> None:
 SERVER_FAILED = "Error: the server failed ({}): try again, or ask its operator to read the log"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limit, where", [(2**15, "[Errno 27] File too large"), (2**18, "cannot write to '{temporary}/stems-")]
 )
@@ -331,6 +334,7 @@ def test_a_full_disk_is_reported_without_paths_and_logged_with_them(
     assert_works(server)
 
 
+@pytest.mark.slow
 def test_a_missing_temporary_folder_is_reported_without_its_path(server: HostileServer) -> None:
     elsewhere = server.temporary.with_name("elsewhere")
     server.temporary.rename(elsewhere)
@@ -345,6 +349,7 @@ def test_a_missing_temporary_folder_is_reported_without_its_path(server: Hostile
     assert_works(server)
 
 
+@pytest.mark.slow
 def test_wrong_weights_are_reported_without_their_path(server: HostileServer) -> None:
     path = server.weights / "model_bs_roformer_ep_317_sdr_12.9755.ckpt"
     path.write_bytes(b"altered")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from helpers.common import GIVES_BACK, PROGRESS_LINE, PROJECT, song
+from helpers.common import GIVES_BACK, PROGRESS_LINE, PROJECT, quick_first, song
 from helpers.served_process import (
     ASYNC,
     COGLETS_FOLDERS,
@@ -126,6 +126,7 @@ def test_a_put_whose_id_differs_from_its_bodys_is_answered_422(server: Server) -
 # Cancelled and failed predictions
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_cancel_during_a_song_takes_effect_within_a_chunk_and_leaves_nothing(
     server: Server, receiver: Receiver, expected: list[NDArray[np.float32]]
@@ -153,6 +154,7 @@ def test_a_cancel_during_a_song_takes_effect_within_a_chunk_and_leaves_nothing(
         np.testing.assert_array_equal(samples, right)
 
 
+@pytest.mark.slow
 def test_cancelling_a_synchronous_prediction_answers_its_request(server: Server, receiver: Receiver) -> None:
     server.wait_until_idle()
     body = json.dumps({"input": {"audio": data_uri(LONG), **SHORT}})
@@ -167,6 +169,7 @@ def test_cancelling_a_synchronous_prediction_answers_its_request(server: Server,
     assert (prediction["id"], prediction["status"]) == ("waiting", "canceled")
 
 
+@pytest.mark.slow
 def test_a_client_that_disconnects_cancels_its_synchronous_prediction(server: Server, receiver: Receiver) -> None:
     server.wait_until_idle()
     body = {"input": {"audio": data_uri(LONG), **SHORT}, "id": "left", "webhook": receiver.url}
@@ -179,12 +182,15 @@ def test_a_client_that_disconnects_cancels_its_synchronous_prediction(server: Se
 
 @pytest.mark.parametrize(
     "content, inputs",
-    [
-        (b"words, words, words\n" * 100, {}),
-        (song(2)[:100_000], {}),
-        (b"", {}),
-        (None, {"chunk_size": 4, "overlap": 4}),
-    ],
+    quick_first(
+        [
+            (b"words, words, words\n" * 100, {}),
+            (song(2)[:100_000], {}),
+            (b"", {}),
+            (None, {"chunk_size": 4, "overlap": 4}),
+        ],
+        2,
+    ),
     ids=["words", "cut", "empty", "overlap"],
 )
 def test_a_failed_prediction_does_not_affect_the_next(

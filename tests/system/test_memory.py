@@ -13,7 +13,7 @@ import torch
 
 from helpers import common
 from helpers.command_line import DEMO
-from helpers.common import PROJECT
+from helpers.common import PROJECT, slow
 from separation import EstimateError, Separator
 from separation.cli.main import main
 from separation.engine.options import EngineOptions
@@ -78,7 +78,7 @@ def test_other_errors_pass_through(error: Exception) -> None:
     assert raised.value is error
 
 
-@pytest.mark.parametrize("kind", ["PyTorch", "oneDNN"])
+@pytest.mark.parametrize("kind", ["PyTorch", slow("oneDNN")])
 def test_a_song_that_needs_too_much_memory_does_not_stop_the_others(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

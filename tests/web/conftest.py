@@ -10,9 +10,9 @@ from helpers.common import song
 from helpers.page_server import Client, Process, idle_server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """A server that separates songs; at the end, it must stop without an error or leftover files."""
+    """One server that separates songs, for all modules; at the end, it must stop without an error or leftover files."""
     running = Process(tmp_path_factory.mktemp("served"))
     yield running
     code, said = running.stop(signal.SIGTERM)
@@ -27,7 +27,7 @@ def idle(tmp_path: Path) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def short() -> bytes:
     """A song of two seconds."""
     return song(2)

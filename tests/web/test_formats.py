@@ -23,6 +23,7 @@ def test_formats_that_need_ffmpeg_are_offered_only_with_it(monkeypatch: pytest.M
     assert {name for name, format in offered().items() if format["stems"] is not None} == {STEM_FILE}
 
 
+@pytest.mark.slow
 def test_a_reaper_project_comes_with_its_stems_in_one_archive(server: Process, short: bytes) -> None:
     id = server.send(short, format="reaper")
     status = server.wait_until_over(id)
@@ -36,6 +37,7 @@ def test_a_reaper_project_comes_with_its_stems_in_one_archive(server: Process, s
 
 
 @needs_ffmpeg
+@pytest.mark.slow
 def test_a_stem_file_has_a_page_a_mix_and_the_songs_name(server: Process) -> None:
     id = server.send(song(2), "Höhle.wav", format=STEM_FILE, stems="all_4")
     status = server.wait_until_over(id)
@@ -48,6 +50,7 @@ def test_a_stem_file_has_a_page_a_mix_and_the_songs_name(server: Process) -> Non
     assert np.abs(mix - read(song(2))).max() < 0.2  # AAC
 
 
+@pytest.mark.slow
 def test_wav_has_24_bits_if_wanted(server: Process, short: bytes, tmp_path: Path) -> None:
     id = server.send(short, format="wav24")
     server.wait_until_over(id)

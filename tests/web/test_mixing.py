@@ -66,6 +66,7 @@ def test_a_mix_is_the_exact_sum_of_the_stems_files(server: Process, short: bytes
     assert not [path for path in (server.songs / id).rglob("*") if path.name.startswith((WORK_PREFIX, "mix"))]
 
 
+@pytest.mark.slow
 def test_a_mix_without_stems_is_refused(tmp_path: Path, short: bytes) -> None:
     with idle_server(tmp_path) as (client, songs, _):
         id, waiting = client.send(short), client.announce(short)

@@ -58,6 +58,7 @@ def test_quality_licence_and_download_are_those_of_the_yaml(found: dict[str, Any
     assert facts["mel_band_roformer_deux_becruily"]["licence_class"] == "non-commercial"
 
 
+@pytest.mark.slow
 def test_a_model_of_the_users_own_is_offered_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "own.yaml", "own.ckpt")
     monkeypatch.setenv("SEPARATION_MODELS", str(tmp_path))

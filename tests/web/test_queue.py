@@ -91,6 +91,7 @@ def test_a_song_too_long_for_a_listening_page_still_has_its_stems(
     assert status["problem"].startswith("cannot make the report of 'song.wav': 'song.wav' is longer than 0.5 s")
 
 
+@pytest.mark.slow
 def test_a_finished_song_tells_its_warnings_but_not_those_of_the_server(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "songs").mkdir()

@@ -206,6 +206,7 @@ def test_the_file_of_a_part_is_used_again_without_another_upload(tmp_path: Path,
     assert (tmp_path / answer["id"] / "song" / "song.flac").read_bytes() == short
 
 
+@pytest.mark.slow
 def test_the_next_server_goes_on_with_the_songs(tmp_path: Path, short: bytes) -> None:
     with idle_server(tmp_path) as (client, _, _):
         waiting, gone = client.send(short, part=[0.5, 1]), client.send(short)

@@ -88,6 +88,7 @@ def source(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightFil
         thread.join()
 
 
+@pytest.mark.slow
 def test_stages_are_in_words_and_the_next_song_has_a_time_from_the_start(
     pool: ModelPool, tmp_path: Path, source: WeightFile, weights: Path
 ) -> None:

@@ -33,6 +33,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     native.library.cache_clear(), native.load.cache_clear()
 
 
+@pytest.mark.slow
 @needs_fused
 def test_the_library_is_compiled_once_and_cached_wherever_its_sources_are(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -158,6 +159,7 @@ for threads in (1, 4):
 """
 
 
+@pytest.mark.slow
 @needs_fused
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of memory")
 def test_running_out_of_memory_is_an_error_and_does_not_end_the_process() -> None:

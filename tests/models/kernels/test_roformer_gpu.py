@@ -72,6 +72,7 @@ def demo() -> Iterator[tuple[SeparationModel, Tensor, Tensor]]:
         yield model, chunks, model(chunks).flatten(0, 2)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_half_precision_is_close_to_float32(demo: tuple[SeparationModel, Tensor, Tensor]) -> None:
     plain, chunks, expected = demo

@@ -280,12 +280,9 @@ def compiled(kernel: Any, arguments: tuple, constants: dict[str, int], capabilit
 
 
 @pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "capability, hidden_sizes",
-    [
-        (90, (64,)),
-        *(pytest.param(number, (64, 256), marks=pytest.mark.slow) for number in (75, 80, 86, 89, 90, 100, 120)),
-    ],
+    "capability, hidden_sizes", [(90, (64,)), *((number, (64, 256)) for number in (75, 80, 86, 89, 90, 100, 120))]
 )
 def test_every_kernel_compiles_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, hidden_sizes: tuple[int, ...]
