@@ -19,11 +19,33 @@ from separation.checkpoints import download
 
 os.environ["SEPARATION_CACHE"] = "off"  # so that no test finds another test's estimates
 
+# The files whose slow tests take more than a minute together, the longest ones first
+LONGEST = [
+    "audio/test_damaged_songs.py",
+    "test_docs.py",
+    "test_real_music.py",
+    "client/test_client.py",
+    "test_package.py",
+    "bench/test_scaling.py",
+    "served/test_lifecycle.py",
+    "web/test_page.py",
+    "served/test_hostile_requests.py",
+    "bench/test_bench_cluster.py",
+    "checkpoints/test_fuzzed_models.py",
+]
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two processes for the whole suite; only this one for single files, which others would delay."""
     return 2 if config.args == config.getini("testpaths") else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first: a process that starts one last would work on it alone, for up to five minutes."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places), LONGEST
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:
