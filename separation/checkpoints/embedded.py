@@ -1,4 +1,4 @@
-"""Descriptions inside weights files: Demucs stores each network's class and arguments with its weights."""
+"""Descriptions inside weights files: of Demucs, each network's class and arguments; of an MDX-Net, its arguments."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from separation.checkpoints import uvr
 from separation.documents import DocumentError, first_line, read_json, read_safetensors_header
 from separation.errors import CheckpointError
 from separation.system.memory import enough_memory
@@ -22,7 +23,8 @@ def embedded_description(weights: Path) -> dict[str, Any] | None:
     if weights.suffix != ".safetensors":
         from separation.checkpoints.state_dict import open_weights  # imports PyTorch
 
-        return open_weights(weights).description
+        stored = open_weights(weights)
+        return stored.description if stored.sizes is None else uvr.mdx_net(weights, {})
     metadata = safetensors_metadata(weights)
     if not {"klass", "kwargs"} <= set(metadata):
         return None

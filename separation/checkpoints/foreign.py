@@ -43,7 +43,6 @@ KEYS = {
 }
 # By names of weights that no other model has.
 NAMES = {
-    r"encoding_blocks\.\d+\.tfc\.H\..*": "an MDX-Net (ConvTDFNet) before its export as an .onnx file",
     r"mask_estimators\.\d+\.segm\.hyperace\.high_order_branch\.2\..*": HYPERACE_V1,
     r".*\.(static_alpha|static_beta|dynamic_alpha_fn|dynamic_beta_fn)": HYPER_CONNECTIONS,
     r"mask_estimators\.\d+\.(?!to_freqs|segm|layers|norm)\w+\..*": "a RoFormer with other mask estimators",

@@ -159,7 +159,7 @@ class _Network:
         weight = self._read(node, 1)
         bias = self._read(node, 2) if len(node.inputs) > 2 else partial(torch.zeros, shape[axis])
         if (norm := self._norm()) is not None:
-            weight, bias = partial(_scaled, weight, norm.scale, axis), partial(_moved, bias, norm.scale, norm.shift)
+            weight, bias = partial(scaled, weight, norm.scale, axis), partial(moved, bias, norm.scale, norm.shift)
         weights |= {f"{name}.weight": weight, f"{name}.bias": bias}
         if activated:
             self._take("Relu", 1)
@@ -187,8 +187,8 @@ class _Network:
         node = self._take("BatchNormalization", 5)
         gain, bias, mean, variance = (self._read(node, number) for number in range(1, 5))
         epsilon = float(node.attributes.get("epsilon", 1e-5))  # type: ignore[arg-type]  # _take checks for lists
-        scale = partial(_norm_scale, gain, variance, epsilon)
-        return _Norm(scale, partial(_norm_shift, bias, mean, scale))
+        scale = partial(norm_scale, gain, variance, epsilon)
+        return _Norm(scale, partial(norm_shift, bias, mean, scale))
 
     def _transpose(self) -> None:
         if self._take("Transpose", 1).attributes.get("perm") != (0, 1, 3, 2):
@@ -267,20 +267,18 @@ def _transposed(read: Callable[[], Tensor]) -> Tensor:
     return read().T.contiguous()
 
 
-def _norm_scale(read_gain: Callable[[], Tensor], read_variance: Callable[[], Tensor], epsilon: float) -> Tensor:
+def norm_scale(read_gain: Callable[[], Tensor], read_variance: Callable[[], Tensor], epsilon: float) -> Tensor:
     return read_gain().double() / (read_variance().double() + epsilon).sqrt()
 
 
-def _norm_shift(
-    read_bias: Callable[[], Tensor], read_mean: Callable[[], Tensor], scale: Callable[[], Tensor]
-) -> Tensor:
+def norm_shift(read_bias: Callable[[], Tensor], read_mean: Callable[[], Tensor], scale: Callable[[], Tensor]) -> Tensor:
     return read_bias().double() - read_mean().double() * scale()
 
 
-def _scaled(read: Callable[[], Tensor], scale: Callable[[], Tensor], axis: int) -> Tensor:
+def scaled(read: Callable[[], Tensor], scale: Callable[[], Tensor], axis: int) -> Tensor:
     """The weights of a convolution, multiplied by the factors of the norm that follows."""
     return read().double() * scale().reshape([-1 if each == axis else 1 for each in range(4)])
 
 
-def _moved(read: Callable[[], Tensor], scale: Callable[[], Tensor], shift: Callable[[], Tensor]) -> Tensor:
+def moved(read: Callable[[], Tensor], scale: Callable[[], Tensor], shift: Callable[[], Tensor]) -> Tensor:
     return read().double() * scale() + shift()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from separation.checkpoints.foreign import refuse_suffix
 from separation.checkpoints.mdx_graph import open_mdx_net
+from separation.checkpoints.mdx_training import arguments_in, is_in_training, trained_mdx_net
 from separation.checkpoints.pickles import Ignored, Name, check_plain
 from separation.checkpoints.torch_file import Storage, check_total, read_tensor, read_torch_file
 from separation.checkpoints.unwrap import state_dict_in
@@ -82,7 +83,7 @@ def building(path: Path, most_weights: int) -> Iterator[None]:
 class Stored:
     """An opened weights file: a function to read each tensor, and the file's description of its network, if any.
 
-    The description is a blueprint or, of a file in ONNX form, the sizes that its graph has, as a YAML states them.
+    The description is a blueprint or, of an MDX-Net, what the file says about it, as a YAML states that.
     """
 
     path: Path
@@ -117,6 +118,9 @@ def open_weights(path: Path) -> Stored:
         tensors, choices = state_dict_in(saved)
         blueprint = blueprint or _of_demucs_2(tensors)
         check_total(tensors, size_bytes(path))
+        if is_in_training(tensors):
+            weights, sizes = trained_mdx_net(path, tensors, _shapes_of(tensors), arguments_in(saved))
+            return Stored(path, weights, None, sizes)
     if not tensors:
         raise CheckpointError(f"{path} has no state dict (names and tensors): give a model's checkpoint")
     if odd := next((name for name in tensors if len(name) > MOST_NAME or not name.isprintable()), None):
@@ -251,9 +255,14 @@ def _of_demucs_1(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, "sources": list(SOURCES), "resample": False, "is_scaled": False, "segment": 10}
 
 
+def _shapes_of(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that are in the file as they are."""
+    return {name: value.args[3] for name, value in weights.items() if value.func is read_tensor}
+
+
 def _of_demucs_2(weights: Mapping[str, Any]) -> Blueprint | None:
     """The network that bare weights of Demucs 2 are for, by their names and shapes; None for other weights."""
-    shapes = Shapes({name: value.args[3] for name, value in weights.items() if value.func is read_tensor})
+    shapes = Shapes(_shapes_of(weights))
     if "encoder.0.2.weight" not in shapes or "lstm.linear.weight" not in shapes:
         return None
     sizes = DemucsV2.sizes_in(shapes, None)

@@ -1,6 +1,7 @@
 """Ultimate Vocal Remover's table of models, configs/uvr.yaml: what their files do not say, by a hash of the file.
 
-With it, its models need no YAML beside them. Nothing here imports PyTorch unless weights must be opened.
+With it, its models need no YAML beside them; nor do MDX-Nets in training, which describe themselves. Nothing here
+imports PyTorch unless weights must be opened.
 """
 
 import functools
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from separation.checkpoints.keys import LARGEST_OTHER
 from separation.documents import quoted, read_yaml
 from separation.errors import CheckpointError
 from separation.system.places import shipped, size_bytes
@@ -49,34 +51,68 @@ def completed(weights: Path, document: Mapping[str, Any] | None = None) -> dict[
     Raises CheckpointError for weights that cannot be used, or if something is neither there nor in the table.
     """
     if weights.suffix == ".onnx":
-        return _mdx_net(weights, document or {})
+        return mdx_net(weights, document or {})
+    if document is not None and (own := _own_of_mdx_net(document)) is not None and _is_mdx_net(weights):
+        return mdx_net(weights, own)
     if weights.suffix == ".pth" and (document is None or _names_bands(document)):
         return _vr(weights, document or {})
     return None if document is None else dict(document)
 
 
-def _mdx_net(weights: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+def mdx_net(weights: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """The content that a YAML for this MDX-Net needs; see `completed`."""
     from separation.checkpoints.state_dict import open_weights  # imports PyTorch
 
     sizes = open_weights(weights).sizes
     assert sizes is not None
     known = _table()["mdx_net"].get(hash_of(weights), {})
-    found = {
-        "stems": [known["stem"]] if known else [],
-        "audio": {"n_fft": known.get("n_fft")},
-        "model": {"compensate": known.get("compensate", 1.0)},
-    }
-    made = _merged(_merged(sizes, found), document)
+    if known:
+        found = {"stems": [known["stem"]], "audio": {"n_fft": known["n_fft"]}}
+        sizes = _merged(sizes, {**found, "model": {"compensate": known.get("compensate", 1.0)}})
+    made = _merged(sizes, document)
     audio = made["audio"]
-    if not made["stems"] or not isinstance(audio["n_fft"], int):
+    if not made.get("stems") and "n_fft" in sizes["audio"]:
+        raise CheckpointError(
+            f"{weights} is an MDX-Net that does not name its stem: put a file {weights.stem}.yaml with the lines "
+            "`architecture: mdx_net` and `stems: [vocals]` beside it, with its own stem"
+        )
+    if not made.get("stems") or not _is_size(audio.get("n_fft")):
         raise CheckpointError(
             f"{weights} is an MDX-Net that the table of Ultimate Vocal Remover does not have: put a file "
             f"{weights.stem}.yaml with the lines `stems: [vocals]` and `audio: {{n_fft: 6144}}` beside it, with the "
             f"model's own stem and n_fft, which is at least {2 * audio['dim_f'] - 2} (usual are 4096, 5120, 6144, "
             "7680, 8192 and 16384)"
         )
-    frames = audio.pop("dim_t")
+    frames = audio.pop("dim_t", 256)
+    if wrong := [key for key, value in (("hop_length", audio["hop_length"]), ("dim_t", frames)) if not _is_size(value)]:
+        raise CheckpointError(
+            f"{weights}: {wrong[0]} of its section audio must be a positive integer: correct its YAML"
+        )
     return {**made, "audio": {"chunk_size": audio["hop_length"] * (frames - 1) - audio["n_fft"]} | audio}
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_OTHER
+
+
+def _is_mdx_net(weights: Path) -> bool:
+    """Whether these weights are an MDX-Net that describes itself."""
+    from separation.checkpoints.state_dict import open_weights  # imports PyTorch
+
+    return open_weights(weights).sizes is not None
+
+
+def _own_of_mdx_net(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a YAML says about an MDX-Net, as this project states it; None if it is for another model.
+
+    The YAML files of kuielab/mdx-net have the arguments of its class.
+    """
+    if document.get("architecture") == "mdx_net":
+        return document
+    if not str(document.get("_target_")).endswith(".ConvTDFNet"):
+        return None
+    audio = {key: document[key] for key in ("n_fft", "hop_length", "dim_t") if key in document}
+    return {"audio": audio} | ({"stems": [document["target_name"]]} if "target_name" in document else {})
 
 
 def _names_bands(document: Mapping[str, Any]) -> bool:

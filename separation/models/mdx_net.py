@@ -22,7 +22,7 @@ from separation.models.kernels.mdx_net_cpu import CpuMDXNet
 from separation.models.shapes import Shapes, quotient
 from separation.models.stft import Stft
 
-SILENT_BINS = 3  # the lowest bins, which the network never sees
+SILENT_BINS = 3  # the lowest bins, which Ultimate Vocal Remover hides from the network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class MDXNetConfig:
     bottleneck_factor: int
     bias: bool = False  # of the linear layers
     compensate: float = 1.0  # the factor by which the estimate is multiplied
+    silent_bins: int = SILENT_BINS  # the lowest bins, which the network does not see
 
     def __post_init__(self) -> None:
         frames_unit = 2**self.num_scales
@@ -131,14 +132,15 @@ class MDXNet(CpuCoreModel):
         return self._stft.waveform(torch.view_as_complex(spectra.contiguous()), chunks.shape[-1])
 
     def make_cpu_core(self) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
-        return CpuMDXNet(self, silent_bins=SILENT_BINS, compensate=self.config.compensate)
+        return CpuMDXNet(self, silent_bins=self.config.silent_bins, compensate=self.config.compensate)
 
     def transform(self, length: int) -> Transform:
         return Transform.of(self._stft, bins=self.config.dim_f)
 
     def core(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         x = rearrange(inputs[0], "b c f n ri -> b (c ri) f n")
-        x = F.pad(x[:, :, SILENT_BINS:], (0, 0, SILENT_BINS, 0))
+        silent = self.config.silent_bins
+        x = F.pad(x[:, :, silent:], (0, 0, silent, 0))
         x = F.relu(self.first_conv(x.to(self.first_conv.weight.dtype))).transpose(-1, -2)
         skips = []
         for block, down in zip(self.encoding_blocks, self.ds, strict=True):

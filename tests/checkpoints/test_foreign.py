@@ -81,7 +81,6 @@ def test_the_yaml_of_an_unsupported_model_is_refused_by_name(
             VERSION_2,
         ),
         ("mask_estimators.0.other.0.0.to_qkv.weight", "a RoFormer with other mask estimators", OTHER),
-        ("encoding_blocks.0.tfc.H.0.0.weight", r"an MDX-Net \(ConvTDFNet\)", OTHER),
         (
             "base_model.model.layers.0.1.layers.0.0.to_qkv.lora_A.default.weight",
             "a model with LoRA adapters as the package peft holds both in memory",
@@ -114,11 +113,11 @@ def test_an_unsupported_model_in_the_users_folder_does_not_hide_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SEPARATION_MODELS", str(tmp_path))
-    write_weights({"encoding_blocks.0.tfc.H.0.0.weight": torch.zeros(2)}, tmp_path / "vr.pth")
+    write_weights({"unet_model.encoder.conv_stem.weight": torch.zeros(2)}, tmp_path / "vr.pth")
     assert main(["models", "list"]) == 2
     captured = capsys.readouterr()
     assert (
-        f"error: {tmp_path / 'vr.pth'} is an MDX-Net (ConvTDFNet) before its export as an .onnx file: {END}\n"
-        in captured.out
+        f"error: {tmp_path / 'vr.pth'} is a network of segmentation_models_pytorch or TorchSeg, whose layers are those "
+        f"of the package timm: {UNSUPPORTED}{MSST}\n" in captured.out
     )
     assert "htdemucs_ft " in captured.out and "models cannot be used: check vr\n" in captured.err
