@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 Report = Callable[[float, str], None]  # (share of the job done, 0 to 1; stage)
 
+WAIT = 25  # logging level between INFO and WARNING: why somebody at a terminal has to wait
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import hashlib
+import logging
 import os
 import subprocess
 import tempfile
@@ -14,7 +15,10 @@ from pathlib import Path
 import torch
 
 from separation.cpu import KERNELS, KINDS, SOURCE, Kind, find_compiler, machine, usable_kinds
+from separation.progress import WAIT
 from separation.system.places import cache_folder
+
+logger = logging.getLogger("separation")
 
 PANEL = 32  # weights are packed in panels of so many columns; the columns of a panel belong to one head
 
@@ -112,6 +116,7 @@ def _compiled(kind: Kind, *, emulated: bool) -> tuple[ctypes.CDLL, str]:
                 # Another user could replace the library by code of their own.
                 raise PermissionError(errno.EPERM, "other users can write to its folder")
             if not path.exists():
+                logger.log(WAIT, "compiling the kernels for this CPU (%s), only this once: about 20 s", kind.name)
                 _compile(kind, compiler, path, emulated=emulated)
             return ctypes.CDLL(str(path)), f"compiled by {version}"
         except OSError as e:

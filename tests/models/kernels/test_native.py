@@ -1,5 +1,6 @@
 """The kernels are compiled once and cached; without them the plain layers run."""
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from separation.checkpoints.load import load_model
 from separation.models.attention import choose_attention
 from separation.models.kernels import native
 from separation.models.kernels.native import NotFusedError
+from separation.progress import WAIT
 
 BF16 = kind_of("avx512_bf16")
 
@@ -49,6 +51,17 @@ def test_the_library_is_compiled_once_and_cached_wherever_its_sources_are(
         monkeypatch.setattr(module, "SOURCE", another_checkout / cpu.SOURCE.name)
     monkeypatch.setattr(native, "_compile", lambda *_, **__: pytest.fail("compiled again"))
     assert (native.library().kind, native.library().origin) == (first.kind, first.origin)
+
+
+@needs_fused
+def test_who_waits_for_the_compiler_is_told_so(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-std=c++1"))  # fails at once
+    with caplog.at_level(WAIT), pytest.raises(NotFusedError):
+        native.load(BF16)
+    assert caplog.messages == ["compiling the kernels for this CPU (avx512_bf16), only this once: about 20 s"]
+    assert caplog.records[0].levelno < logging.WARNING
 
 
 @pytest.mark.slow
