@@ -2,12 +2,12 @@
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from queue import SimpleQueue
 
+from separation.batch.claims import Waiting
 from separation.batch.job import AnySong, Job, Outcome
 from separation.batch.staged import separate_anywhere
 from separation.batch.urls import Location
@@ -90,7 +90,7 @@ def run(
     """Separate the songs and yield each outcome as soon as it is known.
 
     If this thread gets an exception, such as Ctrl-C, or the iterator is closed, the songs in progress are cancelled and
-    leave no file behind.
+    leave no file behind. Songs that another process is separating come last; see `separation.batch.claims`.
 
     Args:
         songs: at least one.
@@ -100,20 +100,22 @@ def run(
         bar: shows the progress of that song.
         afresh: separates the songs that are left when no separator is; see `separation.batch.fresh`.
     """
-    waiting = deque(songs)
+    waiting = Waiting(songs)
     workers = min(workers, -(-len(songs) // max(1, len(separators))))
     if workers == len(separators) == 1:  # in this thread, which sees an exception at once
-        while waiting and separators:
-            yield _separate_next(waiting.popleft(), job, separators, separators[0], bar)
+        while separators:
+            with waiting.next(threading.Event()) as song:
+                if song is None:
+                    break
+                outcome = _separate_next(song, job, separators, separators[0], bar)
+            yield outcome
     elif separators:
         yield from _run_together(waiting, job, separators, workers, bar)
-    if waiting:
-        yield from afresh(waiting)
+    if left := waiting.left():
+        yield from afresh(left)
 
 
-def _run_together(
-    waiting: deque[AnySong], job: Job, separators: list[Separator], workers: int, bar: Bar
-) -> Iterator[Outcome]:
+def _run_together(waiting: Waiting, job: Job, separators: list[Separator], workers: int, bar: Bar) -> Iterator[Outcome]:
     """Separate songs in threads, until none is waiting or no separator is left."""
     stopped = threading.Event()
     told: SimpleQueue[Outcome | BaseException | None] = SimpleQueue()  # None: a thread has ended
@@ -124,11 +126,11 @@ def _run_together(
     def work(separator: Separator) -> None:
         try:
             while separator in separators and not stopped.is_set():
-                try:
-                    song = waiting.popleft()
-                except IndexError:  # another thread took the last one
-                    break
-                told.put(_separate_next(song, job, separators, separator, cancellable_bar))
+                with waiting.next(stopped) as song:
+                    if song is None:
+                        break
+                    outcome = _separate_next(song, job, separators, separator, cancellable_bar)
+                told.put(outcome)
             told.put(None)
         except BaseException as e:
             told.put(e)

@@ -4,8 +4,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,6 +26,17 @@ def not_through_links(path: str, flags: int) -> int:
         if e.errno == errno.ELOOP:
             raise OSError(e.errno, "it is a symbolic link, and links are not followed", path) from e
         raise
+
+
+@contextmanager
+def present(folder: Path) -> Iterator[None]:
+    """Create a folder and those above it that are missing; at the end, remove those of them that are empty."""
+    with ExitStack() as cleaning:
+        for parent in reversed((folder, *folder.parents)):
+            if not parent.exists():
+                parent.mkdir(parents=True, exist_ok=True)  # another song may have removed its parent
+                cleaning.callback(_remove_if_empty, parent)
+        yield
 
 
 class OutputFolder:
@@ -55,10 +66,7 @@ class OutputFolder:
     def __enter__(self) -> Self:
         with output_errors(self.folder), ExitStack() as on_error:
             on_error.callback(self._cleaning.close)
-            for parent in reversed((self.folder, *self.folder.parents)):
-                if not parent.exists():
-                    parent.mkdir(parents=True, exist_ok=True)  # another song may have removed its parent
-                    self._cleaning.callback(_remove_if_empty, parent)
+            self._cleaning.enter_context(present(self.folder))
             for left in self.folder.glob(f"{WORK_PREFIX}*"):
                 _remove_if_abandoned(left)
             self.work = self._make_work()
