@@ -15,10 +15,15 @@ KBPS = 256
 def check_picture(path: Path) -> None:
     """Raise InputError if ffmpeg is missing or a file has no picture, AudioError if ffmpeg cannot read it."""
     check_installed("a video")
+    if not is_video(path):
+        raise InputError(f"{path.name!r} has no picture: leave the video out")
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file that ffmpeg can read has a picture, other than a cover. Raises AudioError if it cannot."""
     answer = probe(path, repr(path.name), "-show_entries", "stream=codec_type:stream_disposition=attached_pic")
     streams = (stream for stream in answer["streams"] if stream.get("codec_type") == "video")
-    if all(stream.get("disposition", {}).get("attached_pic") for stream in streams):
-        raise InputError(f"{path.name!r} has no picture: leave the video out")
+    return not all(stream.get("disposition", {}).get("attached_pic") for stream in streams)
 
 
 def write_video(source: Path, sounds: Mapping[str, Path], target: Path) -> None:

@@ -37,6 +37,7 @@ class Report:
         scores: stem -> its SDR in dB.
         links: text -> URL of the links at the top of the page.
         mix: the URL, relative to the page's, of a server that mixes the stems' own files; empty if there is none.
+        video: its URL for the mix as the sound of the song's video; empty if the song is none.
         record: the name of the record that lists the page.
         excerpt: the part of the song of which these are the stems; None means the whole song.
         analysis: tempo and key, which the page shows, and the loudness of each track.
@@ -48,6 +49,7 @@ class Report:
     scores: Mapping[str, float] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     mix: str = ""
+    video: str = ""
     record: str = RECORD
     excerpt: Excerpt | None = None
     analysis: SongAnalysis | None = None
@@ -103,7 +105,7 @@ def _page_data(report: Report, pictures: Mapping[str, Picture], peak: float) -> 
         for index, (name, picture) in enumerate(pictures.items())
     ]
     tempo, key = (report.analysis.tempo_bpm, report.analysis.key) if report.analysis else (None, None)
-    links = {"links": dict(report.links), "mix": report.mix}
+    links = {"links": dict(report.links), "mix": report.mix, "video": report.video}
     return {"title": report.title, "tempo": tempo, "key": key, "tracks": tracks, **links}
 
 

@@ -40,13 +40,17 @@ LEAD_SAMPLES = SAMPLE_RATE // 10  # extra sound on both sides of a segment, for 
 MP3_LEVEL = 0.5  # from 0 (best) to 1; about 100 kbit/s, variable
 PARTS = {  # what stands for a file of this folder in a template
     "/* style */": "player.css",
+    "/* files */": "files.js",
     "/* player */": "player.js",
     "/* tools */": "tools.js",
     "/* stretch */": "stretch.js",
     "<!-- transport -->": "transport.html",
     "<!-- lane -->": "lane.html",
 }
-FOR_A_SERVER = {"/* served mix */": "served_mix.js"}  # in a page whose data names a server, as `mix`
+FOR_A_SERVER = {  # in a page whose data names a server, as `mix`
+    "/* fetched */": "fetched.js",
+    "/* served mix */": "served_mix.js",
+}
 CONNECTS = "; connect-src 'self'"  # what such a page needs of the policy against other connections
 WAVE_HEIGHT = 96  # height of the loudest sample; waveforms reach from -100 to 100
 

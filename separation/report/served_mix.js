@@ -35,6 +35,7 @@ class ServedMix extends Mixdown {
     const times = player.loop ? [["start", this.start / song.rate], ["end", this.end / song.rate]] : [];
     this.isStretched = this.sound.tempo !== 1 || this.sound.semitones !== 0;
     this.url = `${song.mix}?${new URLSearchParams([...levels, ...times])}`;
+    this.videoUrl = `${song.video}?${new URLSearchParams(levels)}`;
   }
 
   cancel() {
@@ -44,7 +45,7 @@ class ServedMix extends Mixdown {
 
   async file() {
     try {
-      const file = await this.fetched(share => this.progress(this.isStretched ? FETCHED * share : share));
+      const file = await fetched(this.url, this.asking.signal, share => this.progress(this.isStretched ? FETCHED * share : share));
       return this.isStretched ? await this.stretched(file) : file;
     } catch (error) {
       if (this.isCancelled) return null;
@@ -52,18 +53,6 @@ class ServedMix extends Mixdown {
     } finally {
       this.sound.end();
     }
-  }
-
-  /** The server's file. */
-  async fetched(progress) {
-    const response = await fetch(this.url, { signal: this.asking.signal });
-    if (!response.ok) throw new Error(await response.text());
-    const bytes = Number(response.headers.get("Content-Length")), reader = response.body.getReader(), parts = [];
-    for (let at = 0, part; !(part = await reader.read()).done;) {
-      parts.push(new Blob([part.value])); // which the browser may keep on disk
-      progress((at += part.value.length) / bytes);
-    }
-    return new Blob(parts, { type: "audio/wav" });
   }
 
   /** A mix at the player's tempo and pitch; null if cancelled. */
@@ -78,9 +67,40 @@ class ServedMix extends Mixdown {
   }
 
   problem(error) {
-    return error instanceof TypeError ? "The server does not respond: start it, and save the mix again." : `No mix: ${error.message}`;
+    const { what } = this.constructor;
+    return error instanceof TypeError ? `The server does not respond: start it, and save the ${what} again.` : `No ${what}: ${error.message}`;
+  }
+}
+
+/** The video that the song came from, whole, with the mix as its sound, which the server makes. */
+class ServedVideo extends ServedMix {
+  static what = "video";
+
+  static refusal({ tracks, sound: { tempo, semitones } }) {
+    if (tracks.some(({ mixture, solo }) => mixture && solo)) return "The video that you have has this sound: choose stems, not the mixture.";
+    if (tempo !== 1 || semitones !== 0) return "A video keeps its tempo and pitch: set them to 100 % and 0 first.";
+    return super.refusal({ tracks });
+  }
+
+  constructor(player, progress) {
+    super(player, progress);
+    this.isStretched = false;
+    this.url = this.videoUrl;
+  }
+
+  async file() {
+    const file = await super.file();
+    if (file) this.name = file.name;
+    return file;
   }
 }
 
 // The server has the stems, but not the mixture. A copy of this page, opened from a disk, has no server.
 mixdownFor = ({ tracks }) => location.protocol === "file:" || tracks.some(({ mixture, solo }) => mixture && solo) ? Mixdown : ServedMix;
+
+if (song.video && location.protocol !== "file:") {
+  const [box, button] = ["div", "button"].map(tag => document.createElement(tag));
+  Object.assign(button, { id: "save-video", className: "save", textContent: "Save video", onclick: () => save(button, ServedVideo) });
+  box.append(button, " whole, with this mix");
+  document.querySelector(".tools").append(box);
+}

@@ -68,7 +68,9 @@ function joined(first, second) {
 /** A WAV file of what the player plays now: its levels, its loop, its tempo and pitch. It is made in parts, so that no whole
 song is in memory, and from sound of its own, so that the player goes on. `progress` gets shares. */
 class Mixdown {
+  static what = "mix";
   static quality = "as WAV, from MP3";
+  name = `${song.title} mix.wav`; // of the file
   isCancelled = false;
 
   constructor(player, progress) {
@@ -92,6 +94,11 @@ class Mixdown {
     } finally {
       this.sound.end();
     }
+  }
+
+  /** What has to change before there can be a file, in words; empty if nothing. */
+  static refusal({ tracks }) {
+    return tracks.some(track => player.level(track)) ? "" : `No track is audible: unmute one to save a ${this.what}.`;
   }
 
   /** Why there is no file, in words. */
@@ -270,35 +277,31 @@ function toolKey(event) {
 let mixdown = null; // the one that is being made
 let mixdownFor = () => Mixdown; // a kind of Mixdown for what a player plays
 
-async function saveMix() {
-  const status = document.getElementById("status"), button = document.getElementById("save");
+/** Saves a file of a kind of Mixdown, or cancels it while it is being made. `button` does both. */
+async function save(button, Kind) {
+  const status = document.getElementById("status"), buttons = document.querySelectorAll(".save");
   if (mixdown) {
     mixdown.cancel();
     return;
   }
-  if (!player.tracks.some(track => player.level(track))) {
-    status.textContent = "No track is audible: unmute one to save a mix.";
-    return;
-  }
-  status.textContent = "";
+  status.textContent = Kind.refusal(player);
+  if (status.textContent) return;
   const label = button.textContent;
-  mixdown = new (mixdownFor(player))(player, share => { button.textContent = `Cancel (${Math.floor(100 * share)} %)`; });
+  mixdown = new Kind(player, share => { button.textContent = `Cancel (${Math.floor(100 * share)} %)`; });
   mixdown.progress(0);
+  for (const other of buttons) other.disabled = other !== button;
   try {
     const file = await mixdown.file();
-    if (file) download(file, `${song.title} mix.wav`);
+    if (file) {
+      saveAs(file, mixdown.name);
+      status.textContent = `The ${Kind.what} is ready: ${mixdown.name}`;
+    }
   } catch (error) {
     status.textContent = mixdown.problem(error);
   }
   mixdown = null;
   button.textContent = label;
-}
-
-function download(file, name) {
-  const href = URL.createObjectURL(file);
-  Object.assign(document.createElement("a"), { href, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(href), 60_000); // by then the browser has it
-  document.getElementById("status").textContent = `The mix is ready: ${name}`;
+  for (const other of buttons) other.disabled = false;
 }
 
 function connectTools() {
@@ -307,5 +310,5 @@ function connectTools() {
   document.getElementById("clear").onclick = () => player.repeat(null);
   connectNumber("tempo", value => showSound(value / 100, sound.semitones), value => change({ tempo: value / 100 }));
   connectNumber("pitch", value => showSound(sound.tempo, value), value => change({ semitones: value }));
-  document.getElementById("save").onclick = saveMix;
+  document.getElementById("save").onclick = event => save(event.currentTarget, mixdownFor(player));
 }

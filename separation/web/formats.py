@@ -21,6 +21,11 @@ class Format:
     options: OutputOptions
 
     @property
+    def is_stereo(self) -> bool:
+        """Whether it is always in stereo."""
+        return self.options.format == STEM_FILE
+
+    @property
     def n_stems(self) -> int | None:
         """How many stems it needs; None for any number."""
         return N_STEMS if self.options.format == STEM_FILE else None
@@ -42,10 +47,13 @@ FORMATS = {
 
 
 def offered() -> dict[str, dict[str, Any]]:
-    """The formats that can be written here as JSON: `title`, and `stems`, how many are needed; null for any number."""
+    """The formats that can be written here as JSON.
+
+    Each has `title`; `stems`, how many are needed, or null for any number; and `stereo`, whether it is always that.
+    """
     has_ffmpeg = is_installed()
     return {
-        name: {"title": format.title, "stems": format.n_stems}
+        name: {"title": format.title, "stems": format.n_stems, "stereo": format.is_stereo}
         for name, format in FORMATS.items()
         if has_ffmpeg or format.options.format in SNDFILE_FORMATS
     }

@@ -1,4 +1,4 @@
-"""A mix of a song's stems, from their own files, as the listening page asks for it."""
+"""A mix of a song's stems, from their own files, as the page asks for it: a sound file, or the sound of a video."""
 
 import math
 from collections.abc import Mapping
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from separation.audio.beside import suffix_of
 from separation.audio.excerpt import Excerpt
+from separation.audio.ffmpeg_writer import check_installed
 from separation.audio.mix import write_mix
+from separation.audio.video import write_video
 from separation.errors import InputError
 from separation.web.queued import QueuedSong
 
-MIX = "mix.wav"
+MIX, VIDEO = "mix.wav", "video"  # names in the URL
 START, END = "start", "end"  # beside the names of stems
 MOST = 16.0  # level; the page's sliders reach 1
 
@@ -58,3 +61,16 @@ class Mix:
         levels = {stems[stem]: level for stem, level in self.levels.items()}
         write_mix(levels, folder / MIX, part=self.part, tags={"title": f"{song.title} (mix)"})
         return folder / MIX
+
+    def write_video(self, song: QueuedSong, folder: Path) -> Path:
+        """Write the song's video into a folder, with the mix as its sound. Its name is that of the only stem, or `mix`.
+
+        Raises InputError if the mix is not whole, and what `write` and `write_video` raise.
+        """
+        if self.part != Excerpt():
+            raise InputError("a video is written whole: leave out start and end")
+        check_installed("a video")
+        name = next(iter(self.levels)) if len(self.levels) == 1 else "mix"
+        target = folder / f"{name}.{suffix_of(song.path)}"
+        write_video(song.path, {"mix": self.write(song, folder)}, target)
+        return target

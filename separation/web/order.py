@@ -31,10 +31,13 @@ class Order:
         recipe: the recipe, by its name, with `stems`, its choice of stems.
         model: instead of a recipe, the name of the model whose stems are wanted.
         part: the part of the song to separate; None means the whole song.
+        channels: of the stems, as in OutputOptions.
+        accept_damaged: take what can be read of a damaged song.
         song_seconds: how long the song lasts, as its sender says; None if the sender cannot tell.
 
     Raises:
-        InputError: there is no such recipe, choice of stems, model or format, or the format cannot hold the stems.
+        InputError: there is no such recipe, choice of stems, model, format or number of channels, or the format cannot
+            hold the stems.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Order:
     stems: str | None = None
     model: str | None = None
     part: Excerpt | None = None
+    channels: str = "stereo"
+    accept_damaged: bool = False
     song_seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +56,9 @@ class Order:
             raise InputError(f"output format {quoted(self.format)} is not offered: choose {' or '.join(FORMATS)}")
         if self.format == STEM_FILE:
             tracks_of(stems)
+        replace(FORMATS[self.format].options, channels=self.channels)  # which refuses wrong ones
+        if not isinstance(self.accept_damaged, bool):
+            raise InputError(f"accept_damaged is {str(self.accept_damaged)[:20]!r}: send true or false")
 
     @classmethod
     def read(cls, order: Mapping[Any, Any]) -> "Order":
@@ -58,18 +66,28 @@ class Order:
 
         Raises InputError if a key is missing or has a wrong value.
         """
-        part, seconds = _part(order.get("part")), order.get("seconds")
-        song_seconds = None if seconds is None else _time(seconds)
+        seconds = order.get("seconds")
+        options: dict[str, Any] = {
+            "part": _part(order.get("part")),
+            "channels": order.get("channels", "stereo"),
+            "accept_damaged": order.get("accept_damaged", False),
+            "song_seconds": None if seconds is None else _time(seconds),
+        }
         match order:
             case {"name": str(name), "format": str(format), "model": str(model)}:
-                return cls(_safe_name(name), format, model=model, part=part, song_seconds=song_seconds)
+                return cls(_safe_name(name), format, model=model, **options)
             case {"name": str(name), "format": str(format), "recipe": str(recipe), "stems": str(stems)}:
-                return cls(_safe_name(name), format, recipe, stems, part=part, song_seconds=song_seconds)
+                return cls(_safe_name(name), format, recipe, stems, **options)
         raise InputError("the order is incomplete: give name, recipe and stems or model, format, and bytes or again")
 
     def as_json(self) -> dict[str, Any]:
         wanted = {"recipe": self.recipe, "stems": self.stems} if self.model is None else {"model": self.model}
-        known = {"part": self.part and self.part.as_json(), "seconds": self.song_seconds}
+        known = {
+            "part": self.part and self.part.as_json(),
+            "channels": None if self.channels == "stereo" else self.channels,
+            "accept_damaged": self.accept_damaged or None,
+            "seconds": self.song_seconds,
+        }
         known = {key: value for key, value in known.items() if value is not None}
         return {"name": self.name, **wanted, "format": self.format, **known}
 
@@ -88,7 +106,7 @@ class Order:
 
     @property
     def output(self) -> OutputOptions:
-        return replace(FORMATS[self.format].options, excerpt=self.part)
+        return replace(FORMATS[self.format].options, channels=self.channels, excerpt=self.part)
 
     @property
     def choice(self) -> str:

@@ -19,15 +19,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
+from separation.audio.damage import DamagedError
 from separation.audio.options import STEM_FILE
 from separation.engine.cache import Cache
 from separation.engine.pool import ModelPool
 from separation.engine.song_context import song_context
-from separation.errors import InputError, SeparationError
+from separation.errors import AudioError, InputError, SeparationError
 from separation.system.places import size_bytes
 from separation.web.errors import CancelledError, RefusedError, errors_without_paths
 from separation.web.limits import max_mib, max_seconds
-from separation.web.mixing import MIX, Mix
+from separation.web.mixing import Mix
 from separation.web.order import Order
 from separation.web.queued import ID_BYTES, WORK_PREFIX, ZIP, QueuedSong, restored
 from separation.web.work import Worker
@@ -70,7 +71,7 @@ class SongQueue:
         """Register a song and return its id.
 
         `order` is a dict as `Order.read` takes it, with `bytes`, the size of the file that will be sent; or with
-        `again`, the id of another song, if the song is already here because only a part of it was wanted.
+        `again`, the id of another song whose file is still here; see `QueuedSong.again`.
 
         Raises:
             InputError: `order` is not such a dict, or has an unknown recipe, choice of stems, model or format.
@@ -96,7 +97,7 @@ class SongQueue:
         wanted = replace(wanted, name=other.name, song_seconds=other.order.song_seconds)
         song = QueuedSong(id, wanted, other.n_bytes, self._folder / id)
         with self._changed:
-            if other.state != "done" or not other.path.is_file():
+            if other.again is None or not other.has_file:
                 raise RefusedError(HTTPStatus.CONFLICT, f"{other.name!r} is not on the server any more: send it again")
             self._check_line(other.name)
             with errors_without_paths():
@@ -148,15 +149,16 @@ class SongQueue:
                 self._finish(song, "failed")
             else:
                 self._finish(song, "done", "\n".join([*_about_the_song(warnings, song.name), song.problem]).strip())
-                if song.order.part is None:
+                if song.order.part is None and not song.is_video:
                     song.path.unlink(missing_ok=True)  # it may have been removed meanwhile
 
     def status(self, id: str) -> dict[str, Any]:
         """A song's state and progress as JSON.
 
         `ahead` is the number of songs before it in the queue, and `left` the seconds until it is done or, if it waits,
-        until its turn: an estimate, or null. `again` tells whether its file is still here. `analysis` is null until it
-        is done.
+        until its turn: an estimate, or null. `again` is `whole` or `rest` if its file can be separated again; see
+        `QueuedSong.again`. `video` lists the stems that can be the sound of a video. `analysis` is null until it is
+        done.
         """
         song = self._get(id)
         with self._changed:
@@ -172,7 +174,8 @@ class SongQueue:
                 "problem": song.problem,
                 "ahead": len(ahead),
                 "files": {name: size_bytes(path) for name, path in song.files.items()},
-                "again": song.state == "done" and song.order.part is not None,
+                "again": song.again,
+                "video": song.stem_names if song.is_video and song.state == "done" else [],
                 "analysis": song.analysis and song.analysis.as_json(),
             }
 
@@ -198,22 +201,28 @@ class SongQueue:
         return files, f"{song.title} - {ZIP}"
 
     @contextmanager
-    def mixed(self, id: str, mix: Mix) -> Iterator[tuple[Path, str]]:
+    def mixed(self, id: str, mix: Mix, *, in_video: bool = False) -> Iterator[tuple[Path, str]]:
         """A mix of a song's stems, in a file that is deleted afterwards, and the file name for its download.
 
+        Args:
+            in_video: the mix is the sound of the song's video.
+
         Raises:
-            RefusedError: the song is unknown, or its stems are not here.
+            RefusedError: the song is unknown or no video, or its files are not here.
             SeparationError: the mix cannot be made.
         """
         song = self._get(id)
         song.touch()
+        if in_video and not song.is_video:
+            raise RefusedError(HTTPStatus.NOT_FOUND, f"{song.name!r} is no video that was separated whole: save a mix")
         if not song.downloads:
             raise RefusedError(HTTPStatus.NOT_FOUND, f"{song.name!r} has no stems yet: go back to the page")
-        if not all(path.is_file() for path in song.downloads.values()):
-            raise RefusedError(HTTPStatus.GONE, f"the stems of {song.name!r} are not here any more: send it again")
+        if not all(path.is_file() for path in [*song.downloads.values(), *([song.path] if in_video else [])]):
+            raise RefusedError(HTTPStatus.GONE, f"the files of {song.name!r} are not here any more: send it again")
         try:
             with TemporaryDirectory(prefix=WORK_PREFIX, dir=song.folder, ignore_cleanup_errors=True) as folder:
-                yield mix.write(song, Path(folder)), f"{song.title} - {MIX}"
+                made = mix.write_video(song, Path(folder)) if in_video else mix.write(song, Path(folder))
+                yield made, f"{song.title} - {made.name}"
         finally:
             if id not in self._songs:  # removed meanwhile
                 shutil.rmtree(song.folder, ignore_errors=True)
@@ -284,7 +293,11 @@ class SongQueue:
             song.share, song.stage, song.seconds_left = share, stage, seconds_left
             self._check_wanted(song)
 
-        self._worker.work(song, tell)
+        try:
+            self._worker.work(song, tell)
+        except DamagedError as e:
+            song.is_damaged = True
+            raise AudioError(f"{e.args[0]}: get the file again, or use what is there") from e
 
     def _get(self, id: str) -> QueuedSong:
         song = self._songs.get(id)

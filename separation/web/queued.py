@@ -3,7 +3,7 @@
 Each song has a folder, named after its id:
 
     song.json       its state, replaced as a whole with every change
-    song/NAME       the file that was sent
+    song/NAME       the file that was sent, until nothing needs it any more
     stems/          the stems
     stems.html      the page to listen to them
     work-*          temporary files
@@ -57,6 +57,8 @@ class QueuedSong:
     stage: str = ""
     seconds_left: float | None = None  # of the separation, an estimate
     problem: str = ""  # why the song failed, or what a finished one lacks, in lines
+    is_damaged: bool = False  # it failed because its file is damaged, which is kept to use what is there
+    is_video: bool = False  # its file is kept for its picture
     files: dict[str, Path] = field(default_factory=dict)  # name in the URL -> file
     analysis: SongAnalysis | None = None
     queued: float = 0.0  # when it came into the queue, in the system's time, which orders the queue
@@ -74,6 +76,11 @@ class QueuedSong:
         return self.folder / "song" / self.name
 
     @property
+    def has_file(self) -> bool:
+        """Whether the file is here, complete."""
+        return size_bytes(self.path) == self.n_bytes
+
+    @property
     def title(self) -> str:
         """What the names of downloads start with."""
         part = f" {self.order.part}" if self.order.part else ""
@@ -83,6 +90,21 @@ class QueuedSong:
     def downloads(self) -> dict[str, Path]:
         """The files but the page to listen, by their names in the URL."""
         return {name: path for name, path in self.files.items() if name != LISTEN}
+
+    @property
+    def stem_names(self) -> list[str]:
+        """The names of the stems that are here."""
+        if self.order.format == STEM_FILE:
+            return list(self.order.load().stems) if self.downloads else []
+        return [path.stem for path in self.downloads.values() if path.suffix != PROJECT_SUFFIX]
+
+    @property
+    def again(self) -> str | None:
+        """What its file, which is still here, can be separated again for: the `whole` song, or the `rest` of a damaged
+        one; None if for nothing."""
+        if self.state == "done" and self.order.part is not None:
+            return "whole"
+        return "rest" if self.state == "failed" and self.is_damaged else None
 
     def stems(self, folder: Path) -> dict[str, Path]:
         """The files of the stems by name. If they are in one file, it is split into files in `folder`.
@@ -109,6 +131,8 @@ class QueuedSong:
             "bytes": self.n_bytes,
             "state": self.state,
             "problem": self.problem,
+            "damaged": self.is_damaged,
+            "video": self.is_video,
             "files": {name: path.relative_to(self.folder).as_posix() for name, path in self.files.items()},
             "queued": self.queued,
             "analysis": self.analysis and self.analysis.as_json(),
@@ -121,10 +145,21 @@ class QueuedSong:
         os.replace(part, self.folder / STATE)
 
     def fail(self, problem: str) -> None:
-        """Remove what was sent and what came of it; the reason stays. Raises OSError if it cannot be saved."""
+        """Remove what was sent, unless it is damaged, and what came of it; the reason stays.
+
+        Raises OSError if it cannot be saved.
+        """
         self.state, self.problem, self.files = "failed", problem, {}
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.is_damaged:
+            self.remove_results()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.save()
+
+    def remove_results(self) -> None:
+        """Remove what came of the song's file."""
+        for left in (self.folder / "stems", self.folder / LISTEN):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> "QueuedSong":
@@ -141,6 +176,8 @@ class QueuedSong:
             folder,
             str(state["state"]),
             problem=str(state["problem"]),
+            is_damaged=bool(state.get("damaged")),
+            is_video=bool(state.get("video")),
             files=files,
             queued=float(state["queued"]),
             analysis=SongAnalysis.from_json(analysis) if analysis else None,
@@ -189,15 +226,16 @@ def _restored(folder: Path) -> QueuedSong:
     for left in folder.glob(f"{WORK_PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
     if song.state in ("waiting", "separating"):
-        for left in (folder / "stems", folder / "stems.html"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        song.remove_results()
         song.state = "waiting"
-        if size_bytes(song.path) != song.n_bytes:
+        if not song.has_file:
             song.fail(f"the server was stopped and {song.name!r} is not complete any more: send it again")
     elif song.state == "done":
         if not all(path.is_file() for path in song.files.values()):
             song.fail(f"the stems of {song.name!r} are not here any more: send it again")
-    elif song.state != "failed":
+    elif song.state == "failed":
+        song.is_damaged = song.is_damaged and song.has_file
+    else:
         song.fail(f"the server was stopped while {song.name!r} was being sent: send it again")
     return song
 

@@ -71,6 +71,7 @@ class Card {
   state = "";
   unsent = false; // its file has not arrived, and only this page has it
   sending = new AbortController();
+  asking = null; // stops the making of its video
   left = new Countdown();
 
   constructor({ id = null, at, name, order, title }) {
@@ -80,6 +81,8 @@ class Card {
     this.part("small").textContent = title;
     this.part("progress").setAttribute("aria-label", `Progress of ${name}`);
     this.part("button").onclick = () => this.dismiss();
+    this.part(".video select").setAttribute("aria-label", `Video with: sound of ${name}`);
+    this.part(".video button").onclick = () => this.saveVideo();
     this.element.card = this;
     this.show({ state: "new", share: 0, files: {} });
   }
@@ -177,7 +180,7 @@ class Card {
     this.id = null;
   }
 
-  show({ state, share, stage, problem, ahead, left, files, again, analysis }) {
+  show({ state, share, stage, problem, ahead, left, files, again = null, video = [], analysis }) {
     const percent = `${Math.floor(share * 100)}%`, before = this.state, songs = ahead === 1 ? "1 song" : `${ahead} songs`;
     if (state !== before) this.left = new Countdown();
     const rest = this.left.update(left), time = rest === null ? "" : about(rest);
@@ -202,14 +205,15 @@ class Card {
     const verb = this.finished ? "Remove" : "Cancel";
     this.part(".dismiss").textContent = verb;
     this.part(".dismiss").setAttribute("aria-label", `${verb} ${this.name}`);
-    this.showFiles(files, Boolean(again));
+    this.showFiles(files, again);
+    this.showVideo(video);
     if (state !== before && (this.finished || state === "separating")) {
       find("#announcement").textContent = `${this.name}: ${state === "separating" ? "separating" : this.text} ${this.part(".note").textContent}`.trim();
     }
   }
 
   showFiles(files, again) {
-    const names = Object.keys(files), shown = `${names} ${again}`;
+    const names = Object.keys(files), shown = `${names} ${again}`, button = (text, onclick) => make("button", { type: "button", onclick, ariaLabel: `${text}: ${this.name}` }, text);
     if (shown === this.files) return;
     this.files = shown;
     const stems = names.filter(name => name !== LISTEN && !name.endsWith(PROJECT));
@@ -217,7 +221,8 @@ class Card {
     const all = names.some(name => name.endsWith(PROJECT)) ? "REAPER project as zip" : "all as zip";
     this.part(".files").replaceChildren(...[
       ...names.filter(name => name === LISTEN).map(name => this.link(name, "Listen", `Listen to ${this.name}`, "first")),
-      ...again ? [make("button", { type: "button", onclick: () => this.whole(), ariaLabel: `Separate the whole song: ${this.name}` }, "Separate the whole song")] : [],
+      ...again === "whole" ? [button("Separate the whole song", () => this.whole())] : [],
+      ...again === "rest" ? [button("Use what is there", () => this.rest())] : [],
       ...stems.map(name => this.download(name, name.endsWith(STEM_FILE) ? "stem file" : name.replace(/\.[^.]*$/, ""), files[name])),
       ...stems.length && !stems[0].endsWith(STEM_FILE) ? [this.download(ZIP, all, sum)] : [],
     ]);
@@ -226,11 +231,58 @@ class Card {
   /** Separate the rest of a song of which this is a part. */
   whole() {
     const { part: _, ...order } = this.order;
+    this.again(order, element => find("ol").prepend(element));
+  }
+
+  /** Separate what is there of a damaged song. Its new card takes the place of this one. */
+  async rest() {
+    const card = await this.again({ ...this.order, accept_damaged: true }, element => this.element.replaceWith(element));
+    if (card.id) this.remove();
+    else card.element.after(this.element);
+  }
+
+  /** Order the file of this song again. `place` puts the new card's element on the page. Returns the card once it has an id, or
+  there is no order. */
+  async again(order, place) {
     const card = new Card({ at: Date.now(), name: this.name, order, title: titleOf(order) });
-    find("ol").prepend(card.element);
+    place(card.element);
     listed();
     card.part("button").focus();
-    card.sendAgain(this.id);
+    await card.sendAgain(this.id);
+    return card;
+  }
+
+  /** Offer the stems that can be the sound of the song's video. */
+  showVideo(stems) {
+    const select = this.part(".video select");
+    this.part(".video").hidden = !stems.length;
+    if (select.options.length !== stems.length) fill(select, stems.map(stem => [stem, words(stem)]), "instrumental");
+    if (!this.asking) this.labelVideo("Save video");
+  }
+
+  labelVideo(text) {
+    if (this.videoText === text) return;
+    this.videoText = text;
+    this.part(".video button").replaceChildren(text, make("span", { className: "unseen" }, ` of ${this.name}`));
+  }
+
+  /** Save the video with the chosen stem as its sound; a second click cancels that. */
+  async saveVideo() {
+    if (this.asking) return this.asking.abort();
+    const say = text => { this.part(".video p").textContent = text; }, query = new URLSearchParams([[this.part(".video select").value, 1]]);
+    this.asking = new AbortController();
+    say("");
+    this.labelVideo("Making the video: cancel");
+    try {
+      const file = await fetched(`/songs/${this.id}/video?${query}`, this.asking.signal, share => this.labelVideo(`Cancel (${Math.floor(100 * share)} %)`));
+      saveAs(file, file.name);
+      say(`The video is ready: ${file.name}`);
+    } catch (error) {
+      if (error instanceof TypeError) lost();
+      else if (error.name !== "AbortError") say(`No video: ${error.message}`);
+    }
+    this.asking = null;
+    this.labelVideo("Save video");
   }
 
   link(name, text, ariaLabel = null, className = "") {
@@ -281,10 +333,11 @@ function words(stem) {
 }
 
 /** An order in words, for its card. */
-function titleOf({ part, format, ...order }) {
+function titleOf({ part, format, channels, accept_damaged: rest, ...order }) {
   const { recipe, stems, model } = order, offer = OFFERS[JSON.stringify(model ? { model } : { recipe, stems })];
   const extent = Array.isArray(part) ? [`${clock(part[0])} to ${part[1] === null ? "the end" : clock(part[1])}`] : part ? ["the loudest half minute"] : [];
-  return [offer ? offer.title : model ?? `${recipe}, ${stems}`, ...extent, options.formats[format]?.title ?? format].join(" · ");
+  const mono = { mono: ["mono"], source: ["channels as in the song"] }[channels] ?? [];
+  return [offer ? offer.title : model ?? `${recipe}, ${stems}`, ...extent, options.formats[format]?.title ?? format, ...mono, ...rest ? ["what is there"] : []].join(" · ");
 }
 
 function fill(select, values, wanted) {
@@ -302,6 +355,16 @@ function fillFormats(count) {
   }
   if (format.selectedOptions[0]?.disabled) format.selectedIndex = 0;
   if (format.value !== before) find("#announcement").textContent = `Format: ${format.selectedOptions[0].textContent}`;
+}
+
+/** Offer mono if the chosen format can be mono. */
+function fillChannels() {
+  const channels = find("#channels"), { stereo } = options.formats[find("#format").value];
+  for (const option of channels.options) option.disabled = stereo && option.value !== "stereo";
+  if (channels.selectedOptions[0].disabled) {
+    channels.value = "stereo";
+    find("#announcement").textContent = "Channels: Stereo";
+  }
 }
 
 function radio(value, title, hint) {
@@ -356,9 +419,11 @@ function changed() {
   find("#more").hidden = !more;
   describe(OFFERS[wanted()]);
   fillFormats(OFFERS[wanted()].stems.length);
+  fillChannels();
   showStart();
   localStorage.setItem("choice", JSON.stringify({
     wanted: find("[name=wanted]:checked").value, task: find("#task").value, model: find("#model").value, format: find("#format").value,
+    channels: find("#channels").value,
   }));
 }
 
@@ -383,7 +448,7 @@ function choose(list) {
 
 let files = []; // chosen but not sent yet
 const region = new Region(options.preview, () => showStart());
-const before = { format: "wav", ...JSON.parse(localStorage.getItem("choice")) };
+const before = { format: "wav", channels: "stereo", ...JSON.parse(localStorage.getItem("choice")) };
 find("#presets").append(
   ...options.presets.map(({ order, title, hint }) => radio(JSON.stringify(order), title, hint)),
   radio(MORE, "More", `${Object.keys(options.facts).length} models for ${Object.keys(options.tasks).length} tasks`),
@@ -393,6 +458,7 @@ const tasks = Object.entries(options.tasks).map(([task, { title }]) => [task, ta
 fill(find("#task"), [[RECIPES, "several tasks: recipes"], ...tasks], before.task);
 fill(find("#model"), offersOf(find("#task").value), before.model);
 fill(find("#format"), Object.entries(options.formats).map(([name, { title }]) => [name, title]), before.format);
+find("#channels").value = before.channels;
 changed();
 const kept = Object.keys(localStorage).filter(key => key.startsWith("song ")).map(key => JSON.parse(localStorage.getItem(key)));
 find("ol").append(...kept.filter(({ order }) => order).sort((one, other) => other.at - one.at).map(song => new Card(song).element));
@@ -404,14 +470,14 @@ find("#limits").textContent = `WAV, FLAC, MP3 and OGG; M4A and video if ffmpeg i
 
 find("#wanted").onchange = changed;
 find("#task").onchange = () => fill(find("#model"), offersOf(find("#task").value)); // then #wanted gets the event
-find("#format").onchange = changed;
+find("#format").onchange = find("#channels").onchange = changed;
 find("#files").onchange = event => {
   choose(event.target.files);
   event.target.value = ""; // lets the user choose the same file again
 };
 find("form").onsubmit = async event => {
   event.preventDefault();
-  const order = { ...OFFERS[wanted()].order, format: find("#format").value, part: region.order };
+  const order = { ...OFFERS[wanted()].order, format: find("#format").value, channels: find("#channels").value, part: region.order };
   if (region.length !== null) order.seconds = region.length;
   const title = titleOf(order);
   const queue = files.map((file, index) => [new Card({ at: Date.now() - index, name: file.name, order, title }), file]);

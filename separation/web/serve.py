@@ -7,6 +7,7 @@
     GET     /songs/ID           returns its state and progress
     GET     /songs/ID/NAME      returns a stem or a byte range of it, stems.html to listen, or stems.zip
     GET     /songs/ID/mix.wav   returns a mix of the stems; its query has their levels: ?vocals=0.5&drums=1
+    GET     /songs/ID/video     returns the video that the song came from, with such a mix as its sound
     DELETE  /songs/ID           cancels the song or deletes its results
 
 HEAD is answered like GET, without the body. OPTIONS lists the methods of a path. A connection carries one request, so
@@ -31,6 +32,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
+from pathlib import Path
 from typing import NoReturn
 from urllib.parse import unquote
 
@@ -40,7 +42,7 @@ from separation.engine.pool import ModelPool
 from separation.errors import InputError, SeparationError
 from separation.web.connections import LimitedServer, Limits
 from separation.web.errors import CancelledError, RefusedError, errors_without_paths
-from separation.web.mixing import MIX, Mix
+from separation.web.mixing import MIX, VIDEO, Mix
 from separation.web.page import page
 from separation.web.queue import SongQueue, read_some
 from separation.web.queued import LISTEN, ZIP, locked_folder
@@ -178,8 +180,8 @@ class Handler(Responder):
                 }
             case ["songs", id, name] if name == ZIP:
                 return {"GET": lambda: partial(self.send_zip, *songs.archive(id))}
-            case ["songs", id, name] if name == MIX:
-                return {"GET": partial(self._mix, id)}
+            case ["songs", id, name] if name in (MIX, VIDEO):
+                return {"GET": partial(self._mix, id, in_video=name == VIDEO)}
             case ["songs", id, name]:
                 return {"GET": partial(self._file, id, name)}
         return {}
@@ -210,18 +212,18 @@ class Handler(Responder):
         path, download_name = self.server.songs.file(id, name)
         if name == LISTEN:
             return partial(self.send_file, path.open("rb"), {"Content-Type": "text/html; charset=utf-8"})
-        media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return partial(self.send_file, path.open("rb"), {"Content-Type": media_type} | attachment(download_name))
+        return partial(self.send_file, path.open("rb"), _media_type(path) | attachment(download_name))
 
-    def _mix(self, id: str) -> Send:
+    def _mix(self, id: str, *, in_video: bool) -> Send:
         with ExitStack() as on_error:
             wanted = Mix.read(self.path.partition("?")[2])
-            path, download_name = on_error.enter_context(self.server.songs.mixed(id, wanted))
+            path, download_name = on_error.enter_context(self.server.songs.mixed(id, wanted, in_video=in_video))
             mixed = on_error.pop_all()
+        media_type = _media_type(path) if in_video else {"Content-Type": "audio/wav"}
 
         def send() -> None:
             with mixed:
-                self.send_file(path.open("rb"), {"Content-Type": "audio/wav"} | attachment(download_name))
+                self.send_file(path.open("rb"), media_type | attachment(download_name))
 
         return send
 
@@ -233,3 +235,7 @@ class Handler(Responder):
             limit = f"the request has more than {max_bytes:,.0f} bytes, the limit here: send less"
             raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit)
         return int(text)
+
+
+def _media_type(path: Path) -> dict[str, str]:
+    return {"Content-Type": mimetypes.guess_type(path.name)[0] or "application/octet-stream"}

@@ -9,7 +9,9 @@ from tempfile import TemporaryDirectory
 
 from separation.analysis.facts import MIXTURE
 from separation.analysis.song import analyse
+from separation.audio.ffmpeg import is_installed
 from separation.audio.options import STEM_FILE, OutputOptions
+from separation.audio.video import is_video
 from separation.checkpoints.catalogue import missing, read_config
 from separation.checkpoints.download import fetch
 from separation.engine.cache import Cache
@@ -19,7 +21,7 @@ from separation.engine.separator import DECODED, DECODING, ESTIMATED, Separator
 from separation.errors import AudioError, CheckpointError, DownloadError, InputError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
-from separation.web.mixing import MIX
+from separation.web.mixing import MIX, VIDEO
 from separation.web.pace import Paces, SongPace
 from separation.web.queued import LISTEN, PROJECT_SUFFIX, WORK_PREFIX, ZIP, QueuedSong
 
@@ -65,9 +67,11 @@ class Worker:
             song.folder / "stems",
             song.order.output,
             max_seconds=self.max_seconds,
+            accept_damaged=song.order.accept_damaged,
             progress=stages.separating,
         )
         song.files = {path.name: path for path in stems.values()}
+        song.is_video = song.order.part is None and _is_video(song.path)
         try:
             self._analyse_and_write_page(song, stages)
         except AudioError as e:  # too long for a page
@@ -117,10 +121,26 @@ class Worker:
                 song.analysis = analyse(song.path, stems, folder=folder, progress=analysing)
             title = f"{song.name}, {part}" if part else song.name
             links = {"← all songs": "/", **_links(song)}
-            report = Report(title, song.path, stems, links=links, mix=MIX, excerpt=part, analysis=song.analysis)
+            report = Report(
+                title,
+                song.path,
+                stems,
+                links=links,
+                mix=MIX,
+                video=VIDEO if song.is_video else "",
+                excerpt=part,
+                analysis=song.analysis,
+            )
             writing = stages.finishing("Making the listening page").part(analysed, 1)
             write_report(report, song.folder / LISTEN, progress=writing)
         song.files = {**song.files, LISTEN: song.folder / LISTEN}
+
+
+def _is_video(path: Path) -> bool:
+    try:
+        return is_installed() and is_video(path)
+    except AudioError:  # libsndfile reads more sound files than ffprobe
+        return False
 
 
 def _links(song: QueuedSong) -> dict[str, str]:

@@ -21,6 +21,7 @@ def test_formats_that_need_ffmpeg_are_offered_only_with_it(monkeypatch: pytest.M
     monkeypatch.setattr(formats, "is_installed", lambda: True)
     assert list(offered()) == list(FORMATS)
     assert {name for name, format in offered().items() if format["stems"] is not None} == {STEM_FILE}
+    assert {name for name, format in offered().items() if format["stereo"]} == {STEM_FILE}
 
 
 @pytest.mark.slow
@@ -56,3 +57,12 @@ def test_wav_has_24_bits_if_wanted(server: Process, short: bytes, tmp_path: Path
     server.wait_until_over(id)
     stem = server.ask("GET", f"/songs/{id}/vocals.wav")[1]
     assert soundfile.info(io.BytesIO(stem)).subtype == "PCM_24"
+
+
+@pytest.mark.slow
+def test_a_mono_song_has_mono_stems_if_wanted(server: Process) -> None:
+    mono = io.BytesIO()
+    soundfile.write(mono, read(song(0.3)).mean(axis=1), 44100, format="WAV")
+    id = server.send(mono.getvalue(), channels="source")
+    assert server.wait_until_over(id)["state"] == "done"
+    assert soundfile.info(io.BytesIO(server.ask("GET", f"/songs/{id}/vocals.flac")[1])).channels == 1

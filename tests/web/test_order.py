@@ -22,6 +22,7 @@ MODEL = {"name": "song.wav", "model": "mel_band_roformer_kim", "format": "wav"}
         MODEL | {"part": [10.0, 40.0]},
         MODEL | {"part": [10.0, None]},
         RECIPE | {"format": "stem.mp4"},
+        RECIPE | {"channels": "source", "accept_damaged": True},
         MODEL | {"format": "reaper"},
     ],
 )
@@ -35,6 +36,7 @@ def test_an_order_names_a_recipe_or_the_stems_of_a_model() -> None:
     assert order.load().stems == ("vocals", "instrumental")
     assert order.n_stems == 2
     assert order.output.excerpt == Excerpt(80, 110)
+    assert (order.output.channels, order.accept_damaged) == ("stereo", False)
     assert {Order.read(RECIPE).choice, order.choice} == {"demo all_4", "mel_band_roformer_kim"}
 
 
@@ -48,6 +50,10 @@ def test_an_order_names_a_recipe_or_the_stems_of_a_model() -> None:
         ({"model": "configs/models/demo.yaml"}, "unknown model"),
         ({"format": "exe"}, "output format 'exe' is not offered: choose wav or wav24 or flac"),
         ({"format": "stem.mp4", "stems": "vocals_instrumental"}, "holds four stems, not 2"),
+        ({"channels": "quad"}, "number of channels 'quad' is not offered: choose stereo or mono or source"),
+        ({"channels": 1}, "number of channels 1 is not offered"),
+        ({"channels": "mono", "format": "stem.mp4"}, "always in stereo: leave the channels out"),
+        ({"accept_damaged": "yes"}, "accept_damaged is 'yes': send true or false"),
         ({"name": 3}, "the order is incomplete"),
         ({"part": "loud"}, r"must be \[start, end\] in seconds, or preview"),
         ({"part": [1]}, r"must be \[start, end\]"),

@@ -19,12 +19,14 @@ from helpers.browser import RIGHT, Browser
 from helpers.common import SONG, STEMS, needs_chromium, needs_ffmpeg, read, song
 from helpers.page_server import MAX_MIB, Process
 from helpers.served_process import wait_for
+from helpers.videos import picture, video
 from separation import Separator
+from separation.audio.ffmpeg import is_installed
 from separation.audio.options import OutputOptions
 from separation.engine.options import EngineOptions
 from separation.web.queue import KEEP_SECONDS
 
-TAB = "\ue004"
+TAB, ENTER = "\ue004", "\ue007"
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,98 @@ def test_a_stem_file_is_only_offered_for_four_stems(browser: Browser) -> None:
 
 @needs_chromium
 @pytest.mark.slow
+def test_mono_stems_are_offered_unless_the_format_is_in_stereo(browser: Browser, short: bytes, tmp_path: Path) -> None:
+    (tmp_path / "song.wav").write_bytes(short)
+    select(browser, "demo", "all_4", format="stem.mp4" if is_installed() else "flac")
+    change(browser, "#format", "flac")
+    change(browser, "#channels", "mono")
+    browser.choose("#files", tmp_path / "song.wav")
+    browser.click("#start")
+    wait_for(lambda: "Done" in card(browser), "the end of the song")
+    assert "FLAC, 24 bit · mono" in card(browser)
+    browser.click("a[href$='vocals.flac']")
+    assert soundfile.info(io.BytesIO(downloaded(tmp_path / "song - vocals.flac"))).channels == 1
+    if is_installed():
+        change(browser, "#format", "stem.mp4")
+        assert browser.run("return document.querySelector('#channels').value") == "stereo"
+        assert browser.run("return document.querySelector('#channels [value=mono]').disabled")
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_what_is_there_of_a_damaged_song_is_separated_without_another_upload(chromium: Browser, tmp_path: Path) -> None:
+    (tmp_path / "song.wav").write_bytes(song(2)[: 2**18])
+    (tmp_path / "work").mkdir()
+    server = Process(tmp_path / "work")
+    chromium.open(server.url)
+    chromium.developer("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    select(chromium, "demo")
+    chromium.choose("#files", tmp_path / "song.wav")
+    chromium.click("#start")
+    told = "'song.wav' is cut short (the last 1.26 s of 2.00 s are missing, from 0.74 s on)"
+    wait_for(lambda: f"{told}: get the file again, or use what is there" in card(chromium), "the refusal")
+    (tmp_path / "song.wav").unlink()
+    chromium.open(server.url)
+    wait_for(lambda: told in card(chromium), "the refusal after a reload")
+    chromium.run("document.querySelector('#songs .files button').focus()")
+    assert chromium.label("#songs .files button") == "Use what is there: song.wav"
+    chromium.press(ENTER)
+    wait_for(lambda: "Done" in card(chromium), "the end of the song")
+    assert told in card(chromium) and "what is there" in card(chromium) and card(chromium, 1) == ""
+    chromium.click("a[href$='vocals.flac']")
+    assert len(read(downloaded(tmp_path / "song - vocals.flac"))) == (2**18 - 88) // 8  # without the header
+    assert chromium.console() == []
+    assert server.stop(signal.SIGTERM) == (128 + signal.SIGTERM, f"{told}\n")
+
+
+@needs_chromium
+@needs_ffmpeg
+@pytest.mark.slow
+def test_a_video_is_saved_with_a_stem_or_the_mix_as_its_sound(
+    browser: Browser, server: Process, short: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "song.wav").write_bytes(short)
+    clip = video(tmp_path / "clip.mp4", tmp_path / "song.wav")
+    select(browser, "demo")
+    browser.choose("#files", clip)
+    browser.click("#start")
+    wait_for(lambda: "Done" in card(browser), "the end of the song")
+    assert browser.run("return document.querySelector('.video select').value") == "instrumental"
+    change(browser, ".video select", "vocals")
+    browser.click(".video button")
+    vocals = downloaded(tmp_path / "clip - vocals.mp4")
+    wait_for(lambda: "The video is ready: clip - vocals.mp4" in card(browser), "the notice")
+    assert picture(tmp_path / "clip - vocals.mp4") == picture(clip)
+    assert browser.label(".video button") == "Save video of clip.mp4"
+    browser.click("[aria-label='Listen to clip.mp4']")
+    wait_for(lambda: browser.run("return globalThis.play !== undefined && !play.disabled"), "the player")
+    browser.run("player.set(player.tracks[2], { volume: 0.5 })")
+    status = "return document.querySelector('#status').textContent"
+    for state, words in {
+        "change({ tempo: 0.5 })": "A video keeps its tempo and pitch: set them to 100 % and 0 first.",
+        "change({ tempo: 1 }); player.set(player.tracks[0], { solo: true })": "choose stems, not the mixture",
+        "for (const track of player.tracks) player.set(track, { solo: false, muted: true })": "to save a video",
+    }.items():
+        browser.run(state)
+        browser.click("#save-video")
+        assert words in browser.run(status)
+    browser.run("for (const track of player.tracks) player.set(track, { muted: false })")
+    browser.click("#save-video")
+    mix = downloaded(tmp_path / "clip - mix.mp4")
+    wait_for(lambda: browser.run(status) == "The video is ready: clip - mix.mp4", "the notice")
+    assert picture(tmp_path / "clip - mix.mp4") == picture(clip) and mix != vocals
+    part = server.send(clip.read_bytes(), "clip.mp4", part=[0, 1])
+    assert server.wait_until_over(part)["video"] == []
+    page = browser.run("return location.pathname").rpartition("/")[0]
+    (server.songs / page.rpartition("/")[2] / "song" / "clip.mp4").unlink()
+    browser.click("#save-video")
+    wait_for(lambda: browser.run(status), "the refusal")
+    assert browser.run(status) == "No video: the files of 'clip.mp4' are not here any more: send it again"
+    assert "Failed to load resource" in browser.console()[0]  # Chromium logs the refusal
+
+
+@needs_chromium
+@pytest.mark.slow
 def test_the_page_warns_before_unsent_songs_are_lost(browser: Browser, short: bytes, tmp_path: Path) -> None:
     unload = "const leaving = new Event('beforeunload', { cancelable: true }); return !dispatchEvent(leaving)"
     select(browser, "demo")
@@ -220,7 +314,7 @@ def test_dropped_songs_queue_up_and_can_be_cancelled(browser: Browser, short: by
     long, brief = (base64.b64encode(content).decode() for content in (song(15, format="FLAC"), short))
     browser.run(script, [["<b>1</b>.flac", long], ["2.wav", brief]])
     assert browser.run("return document.querySelector('#chosen').textContent").startswith("2 files")
-    browser.press("\ue007")  # Enter: the drop has focused the button
+    browser.press(ENTER)  # the drop has focused the button
     wait_for(lambda: "1 song ahead" in card(browser, 1), "the second song's place in the line")
     assert card(browser).startswith("<b>1</b>.flac")
     browser.click("[aria-label='Cancel <b>1</b>.flac']")
@@ -373,6 +467,7 @@ def test_every_control_has_a_label_and_can_be_reached_with_the_keyboard(browser:
         "#task": "Task",
         "#model": "Model",
         "#format": "Format",
+        "#channels": "Channels",
         "#start": "Separate 0:00 to 0:03",
     }
     labels = {selector: browser.label(selector) for selector in names}
@@ -404,11 +499,16 @@ def test_the_page_says_what_is_known_about_a_choice(browser: Browser, tmp_path: 
 
 
 @needs_chromium
+@needs_ffmpeg
 @pytest.mark.slow
 @pytest.mark.parametrize("size", VIEWS)
-def test_axe_finds_nothing_in_any_state(browser: Browser, tmp_path: Path, size: tuple[int, int, str]) -> None:
+def test_axe_finds_nothing_in_any_state(
+    browser: Browser, short: bytes, tmp_path: Path, size: tuple[int, int, str]
+) -> None:
     (tmp_path / "song.flac").write_bytes(song(15, format="FLAC"))
-    (tmp_path / "words.txt").write_text("words")
+    (tmp_path / "cut.wav").write_bytes(song(2)[: 2**18])
+    (tmp_path / "song.wav").write_bytes(short)
+    clip = video(tmp_path / "clip.mp4", tmp_path / "song.wav")
     found: dict[str, list[str]] = {}
     with view(browser, *size):
         browser.run("location.reload()")
@@ -421,12 +521,18 @@ def test_axe_finds_nothing_in_any_state(browser: Browser, tmp_path: Path, size: 
         found["chosen"] = faults(browser)
         browser.click("#loudest")
         browser.click("#start")
-        browser.choose("#files", tmp_path / "words.txt")
+        browser.choose("#files", clip)
+        browser.click("[value=whole]")
         browser.click("#start")
-        wait_for(lambda: "%" in card(browser, 1) and "ahead" in card(browser), "separating and waiting")
+        browser.choose("#files", tmp_path / "cut.wav")
+        browser.click("#start")
+        wait_for(lambda: "%" in card(browser, 2) and "ahead" in card(browser), "separating and waiting")
         found["waiting and separating"] = faults(browser)
-        wait_for(lambda: "Done" in card(browser, 1) and "is not audio" in card(browser), "done and failed")
+        wait_for(lambda: "Done" in card(browser, 2) and "Use what is there" in card(browser), "done and failed")
         found["done and failed"] = faults(browser)
+        browser.click("[aria-label='Listen to clip.mp4']")
+        assert browser.run("return document.querySelector('#save-video').checkVisibility()")
+        found["listening"] = faults(browser)
     assert not any(found.values()), found
 
 

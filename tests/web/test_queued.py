@@ -49,10 +49,22 @@ def names(folder: Path) -> list[str]:
 
 def test_a_song_is_on_disk_as_it_is(tmp_path: Path) -> None:
     analysis = SongAnalysis(128.0, "F# minor", {"mixture": Loudness(-14.0, 5.5, None)})
-    saved = put(tmp_path, "done", problem="no page", queued=5.0, analysis=analysis)
+    saved = put(tmp_path, "done", problem="no page", queued=5.0, analysis=analysis, is_damaged=True, is_video=True)
     os.utime(saved.folder / STATE, (7, 7))
     loaded = QueuedSong.load(saved.folder)
-    for field in ("id", "order", "n_bytes", "folder", "state", "problem", "files", "queued", "analysis"):
+    for field in (
+        "id",
+        "order",
+        "n_bytes",
+        "folder",
+        "state",
+        "problem",
+        "files",
+        "queued",
+        "analysis",
+        "is_damaged",
+        "is_video",
+    ):
         assert getattr(loaded, field) == getattr(saved, field)
     assert loaded.touched == 7
     loaded.touch()
@@ -70,6 +82,17 @@ def test_a_song_that_failed_keeps_only_the_reason(tmp_path: Path) -> None:
     saved.fail("it is not music: sing")
     assert names(tmp_path) == [f"{saved.id}/{STATE}"]
     assert QueuedSong.load(saved.folder).problem == "it is not music: sing"
+
+
+def test_a_damaged_song_keeps_its_file_as_long_as_that_is_complete(tmp_path: Path) -> None:
+    saved = put(tmp_path, "separating", is_damaged=True)
+    saved.fail("it is cut short: get the file again, or use what is there")
+    assert names(tmp_path) == [f"{saved.id}/{STATE}", f"{saved.id}/song/song.flac"]
+    (found,) = restored(tmp_path)
+    assert (found.state, found.again, found.problem) == ("failed", "rest", saved.problem)
+    saved.path.write_bytes(b"so")
+    (found,) = restored(tmp_path)
+    assert (found.state, found.again, found.problem) == ("failed", None, saved.problem)
 
 
 # All songs
@@ -192,7 +215,7 @@ def test_the_file_of_a_part_is_used_again_without_another_upload(tmp_path: Path,
     part = put(tmp_path, "done", short, replace(ORDER, part=Excerpt(0.5, 1), song_seconds=2.0))
     whole = put(tmp_path, "done", short)
     with idle_server(tmp_path) as (client, _, _):
-        assert [client.status(song.id)["again"] for song in (part, whole)] == [True, False]
+        assert [client.status(song.id)["again"] for song in (part, whole)] == ["whole", None]
         order = {"name": "another name", "again": part.id} | QUICK
         status, answer = client.ask("POST", "/songs", order | {"stems": "all_4"})
         assert status == 201
@@ -204,6 +227,27 @@ def test_the_file_of_a_part_is_used_again_without_another_upload(tmp_path: Path,
         status, message = client.ask("POST", "/songs", order | {"again": whole.id})
         assert (status, message) == (409, "'song.flac' is not on the server any more: send it again")
     assert (tmp_path / answer["id"] / "song" / "song.flac").read_bytes() == short
+
+
+def test_a_damaged_song_is_kept_by_the_next_server_and_can_be_ordered_again(tmp_path: Path) -> None:
+    content = song(2)[: 2**18]  # of 705,644 bytes
+    with idle_server(tmp_path) as (client, songs, _):
+        threading.Thread(target=songs.run, daemon=True).start()
+        refused = client.wait_until_over(id := client.send(content, channels="mono"))
+        assert (refused["state"], refused["again"], refused["files"]) == ("failed", "rest", {})
+        told = "'song.wav' is cut short (the last 1.26 s of 2.00 s are missing, from 0.74 s on)"
+        assert refused["problem"] == f"{told}: get the file again, or use what is there"
+    with idle_server(tmp_path) as (client, songs, _):
+        kept = client.status(id)
+        assert [kept[key] for key in ("state", "again", "problem")] == ["failed", "rest", refused["problem"]]
+        order = {"name": "", "again": id, "accept_damaged": True, "channels": "mono"} | QUICK
+        status, answer = client.ask("POST", "/songs", order)
+        assert status == 201
+        client.ask("DELETE", f"/songs/{id}")
+    with idle_server(tmp_path) as (client, _, _):
+        waiting = client.status(answer["id"])
+        assert (waiting["state"], waiting["accept_damaged"], waiting["channels"]) == ("waiting", True, "mono")
+    assert names(tmp_path / answer["id"]) == ["song.json", "song/song.wav"]
 
 
 @pytest.mark.slow
