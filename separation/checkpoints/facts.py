@@ -49,6 +49,7 @@ OTHER_RANKING_TESTS = {  # of stems that Multisong does not have
     "guitar": "MVSEP guitar leaderboard",
     "piano": "MVSEP piano leaderboard",
     "wind": "MVSEP wind leaderboard",
+    "bowed_strings": "MVSEP strings leaderboard",
 }
 UNNAMED_TEST = "test set not named"
 NO_LICENCE = "not stated"

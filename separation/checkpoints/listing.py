@@ -1,5 +1,6 @@
 """Which models there are for a task: all that have names here, filtered and sorted."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -124,7 +125,8 @@ def _check(wanted: Filter, models: Sequence[Checkpoint]) -> None:
             raise InputError(f"unknown {kind} {quoted(value)}: use {_instead(value, choices)}")
     if wanted.sort == "quality" and wanted.stem is None and (wanted.task is None or _no_stem_of_its_own(wanted.task)):
         raise InputError(
-            "quality compares models by the SDR of one stem on one test set: add --stem, such as --stem vocals"
+            "quality compares models by the SDR of one stem on one test set: add --stem, such as --stem "
+            + _most_measured(model for model in models if wanted.task in (None, *model.facts.tasks))
         )
     if wanted.stem is not None:
         _check_stem(wanted.stem, wanted.task, [model for model in models if wanted.task in (None, *model.facts.tasks)])
@@ -132,6 +134,15 @@ def _check(wanted: Filter, models: Sequence[Checkpoint]) -> None:
 
 def _no_stem_of_its_own(task: str) -> bool:
     return task not in ("vocals", "instrumental", "drums", "bass", "guitar", "piano", "other")
+
+
+def _most_measured(models: Iterable[Checkpoint]) -> str:
+    """The stem for which most of the models have a figure to rank them by; of none, which most of them give."""
+    counts = Counter[str]()
+    for model in models:
+        for stem in model.stems:
+            counts[stem] += 1 if model.facts.ranking_sdr(stem) is None else 1000
+    return counts.most_common(1)[0][0]
 
 
 def _check_stem(stem: str, task: str | None, models: Sequence[Checkpoint]) -> None:

@@ -33,9 +33,13 @@ def table(entries: Sequence[Entry], wanted: Filter) -> list[str]:
             for entry in group
         ]
     notes = ["* is downloaded"] if any(entry.is_here for entry in entries) else []
-    if stem:
+    figures = [entry.model.facts.ranking_sdr(stem) for entry in entries] if stem else []
+    if stem and any(figures):
         notes.append(f"{stem.upper()} is the SDR of {stem} in dB on {ranking_test(stem)}")
-    return [*lines, "", "; ".join(notes)] if notes else lines
+    if None in figures:
+        rest = "such a model may still be better" if any(figures) else "the order is that of the names"
+        notes.append(f"-: no published figure on {ranking_test(stem or '')}; {rest}")
+    return [*lines, "", *notes] if notes else lines
 
 
 def _line(mark: str, cells: Sequence[str], stems: str, widths: Sequence[int]) -> str:

@@ -76,7 +76,7 @@ def test_models_that_cannot_be_read_are_named_with_their_errors() -> None:
         ({"stem": "drums", "task": "karaoke"}, "no model for karaoke gives the stem 'drums': use one of lead_vocals, "),
         ({"task": "lead_vocals"}, "lead_vocals is a stem, not a task: use --stem lead_vocals$"),
         ({"sort": "quality"}, "quality compares models by the SDR of one stem on one test set: add --stem, such as"),
-        ({"sort": "quality", "task": "karaoke"}, "quality compares models by the SDR of one stem"),
+        ({"sort": "quality", "task": "karaoke"}, "quality compares models by .*, such as --stem lead_vocals$"),
     ],
 )
 @pytest.mark.usefixtures("shipped", "weights")
@@ -99,6 +99,13 @@ def test_a_filter_that_finds_nothing_knows_which_part_of_it_to_leave_out() -> No
     assert without_one(Filter(stem="instrumental", licence="permissive", sort="quality")) == {"stem": 1, "licence": 1}
     assert without_one(Filter(task="drums", stem="drums", here=True)) == {"here": 1}
     assert without_one(Filter(task="drums", licence="permissive", here=True)) == {}
+
+
+@pytest.mark.parametrize("task, stem", [("strings", "bowed_strings"), ("karaoke", "lead_vocals"), ("winds", "wind")])
+@pytest.mark.usefixtures("weights")
+def test_an_order_without_a_stem_is_an_error_that_names_one_of_the_task(task: str, stem: str) -> None:
+    with pytest.raises(InputError, match=f"add --stem, such as --stem {stem}$"):
+        listed(Filter(task=task, sort="quality"))
 
 
 @pytest.mark.usefixtures("weights")

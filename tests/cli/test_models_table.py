@@ -35,8 +35,17 @@ def test_an_order_by_quality_has_no_groups_and_says_what_is_compared() -> None:
         "  mel_band_roformer_kim   10.98  913  permissive  vocals (instrumental)",
         "* demo                        -    9  permissive  vocals, drums, bass, guitar, piano, other",
         "",
-        "* is downloaded; VOCALS is the SDR of vocals in dB on MVSEP Multisong",
+        "* is downloaded",
+        "VOCALS is the SDR of vocals in dB on MVSEP Multisong",
+        "-: no published figure on MVSEP Multisong; such a model may still be better",
     ]
+
+
+@pytest.mark.usefixtures("weights")
+def test_an_order_by_quality_without_any_figure_says_so() -> None:
+    _, *lines = table(entries("bs_roformer_mega_harp_mvsep"), Filter(stem="harp", sort="quality"))
+    assert lines[-1] == "-: no published figure on MVSEP Multisong; the order is that of the names"
+    assert not any(line.startswith("HARP is") for line in lines)
 
 
 @pytest.mark.usefixtures("weights")
