@@ -82,6 +82,7 @@ class Job:
         stems: the stems to write, which are known before a model is loaded, each with the names of its models.
         output: how to write them.
         accept_damaged: also separate songs that lack a large or unknown part.
+        needs_picture: with `output.video`, a song without a picture fails, rather than getting only its stems.
         analyse: also find the tempo and the key, and measure the loudness.
         report: also write a listening page.
     """
@@ -90,6 +91,7 @@ class Job:
     stems: Mapping[str, str] = field(default_factory=dict)
     output: OutputOptions = OutputOptions()
     accept_damaged: bool = False
+    needs_picture: bool = False
     analyse: bool = False
     report: bool = False
 

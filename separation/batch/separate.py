@@ -1,6 +1,7 @@
 """Separates one song, analyses it and writes its page, as far as that is not done."""
 
-from contextlib import ExitStack
+import logging
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from separation.analysis.song import analyse
 from separation.audio.beside import PROJECT, VIDEO
+from separation.audio.video import is_video
 from separation.batch.done import (
     SongFile,
     add_run,
@@ -25,11 +27,13 @@ from separation.device import is_gpu_fault, is_out_of_memory
 from separation.documents import first_line
 from separation.engine.separator import Separator
 from separation.engine.song_context import song_context
-from separation.errors import SeparationError
+from separation.errors import AudioError, SeparationError
 from separation.progress import Progress
 from separation.report.page import Report, write_report
 from separation.system.output import OutputFolder
 from separation.system.signals import uninterrupted
+
+logger: logging.Logger = logging.getLogger("separation")
 
 SEPARATED = 0.7  # share of a song's progress bar for the separation, if an analysis or a page follows
 ANALYSED = 0.5  # share of the rest for the analysis, if a page follows
@@ -76,7 +80,7 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
         files = separator.separate_file(
             song.path,
             song.folder,
-            replace(job.output, name=job.output.name and song.place.template),
+            replace(job.output, name=job.output.name and song.place.template, video=_video(song, job)),
             accept_damaged=job.accept_damaged,
             progress=report,
         )
@@ -95,6 +99,17 @@ def _write_stems(song: Song, job: Job, separator: Separator, progress: Progress,
         }
         add_run(song, run)
     return run
+
+
+def _video(song: Song, job: Job) -> str | None:
+    """What the sound of the song's video is to be; None, with a warning, if a song among videos has no picture."""
+    if job.output.video is None or job.needs_picture:
+        return job.output.video
+    with suppress(AudioError):  # the decoder says more
+        if not is_video(song.path):
+            logger.warning("there is no picture, so only the stems are written")
+            return None
+    return job.output.video
 
 
 def _stems_of(song: Song, run: dict[str, Any]) -> dict[str, Path]:

@@ -66,7 +66,9 @@ def _separate(args: argparse.Namespace, pipes: Pipes) -> int:
     outcomes, n_songs = list(found.failed), len(found.failed) + len(songs)
     job, left = Job({}), songs
     if songs:  # report a missing song before a missing model
-        job = _job(args)
+        first, path = args.songs[0], str(found.songs[0].path)
+        is_only = len(args.songs) == 1 and path in (first, str(Path(first)))  # rather than found in a folder
+        job = replace(_job(args), needs_picture=is_only)
         left, finished = unfinished_anywhere(songs, job, force=args.force_refresh)
         outcomes += finished
     if pipes.to_stdout and n_songs > 1:

@@ -1,6 +1,7 @@
 """A song is separated, analysed and given a page, each only if it is not done."""
 
 import re
+import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from helpers import common
 from helpers.command_line import json_lines, separate, write_songs
+from helpers.common import needs_ffmpeg
 from separation.audio.options import OutputOptions
 from separation.batch import separate as one_song
 from separation.batch.done import unfinished
@@ -137,3 +139,44 @@ def test_names_with_the_tempo_that_clash_are_refused_as_early_as_they_are_known(
     options = ("-o", out, "--name", "{bpm} {stem}.{ext}", "--overwrite", "--only", "drums")
     assert separate(song, *options) == 2
     assert "a stem would overwrite the song" in capsys.readouterr().err and song.read_bytes() == before
+
+
+@needs_ffmpeg
+def test_only_a_song_that_must_have_a_picture_keeps_its_video(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_songs(tmp_path, "1.wav")
+    (tmp_path / "2.mp3").write_text("words")
+    plain, broken = (Song(tmp_path / name, tmp_path / "out") for name in ("1.wav", "2.mp3"))
+    job = Job({}, output=OutputOptions(video="vocals"))
+    assert one_song._video(plain, job) is None
+    assert caplog.messages == ["there is no picture, so only the stems are written"]
+    for song, of in ((plain, replace(job, needs_picture=True)), (broken, job)):  # whose errors come later
+        assert one_song._video(song, of) == "vocals"
+
+
+@needs_ffmpeg
+@pytest.mark.slow
+def test_songs_without_a_picture_in_a_folder_of_videos_get_their_stems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    music, out = tmp_path / "phone", tmp_path / "out"
+    write_songs(music, "song.wav")
+    (music / "broken.mp3").write_text("words")
+    picture = ("-f", "lavfi", "-i", "testsrc=size=64x48:rate=25:duration=0.3")
+    encoding = ("-c:v", "mpeg4", "-c:a", "aac", "-shortest", str(music / "clip.mp4"))
+    subprocess.run(["ffmpeg", "-v", "error", *picture, "-i", str(music / "song.wav"), *encoding], check=True)
+    command = ("-o", out, "--video", "instrumental", "--json")
+    for statuses in (["failed", "done", "done"], ["failed", "skipped", "skipped"]):
+        assert separate(music, *command) == 2
+        captured = capsys.readouterr()
+        lines = sorted(json_lines(captured.out), key=lambda line: line["song"])
+        assert [line["status"] for line in lines] == statuses
+        assert "'broken.mp3' is not audio" in lines[0]["error"]
+        assert [*lines[1]["stems"]] == ["vocals", "instrumental", "video"] and lines[1]["warnings"] == []
+        assert [*lines[2]["stems"]] == ["vocals", "instrumental"]
+        assert lines[2]["warnings"] == ["'song.wav': there is no picture, so only the stems are written"]
+    assert (out / "clip" / "video.mp4").exists() and not list((out / "song").glob("video*"))
+    assert separate(music / "song.wav", music / "clip.mp4", "-o", tmp_path / "named", "--video", "vocals") == 0
+    capsys.readouterr()
+    assert separate(music / "song.wav", "-o", tmp_path / "alone", "--video", "vocals") == 2
+    assert capsys.readouterr().err == "error: 'song.wav' has no picture: leave the video out\n"
+    assert not (tmp_path / "alone").exists()
