@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from separation.checkpoints.keys import section, take
-from separation.documents import DocumentError, escaped, first_line, quoted, read_json
+from separation.documents import MOST_BYTES, DocumentError, escaped, first_line, quoted, read_json
 from separation.errors import CheckpointError
 
 PEFT_CONFIG = "adapter_config.json"
@@ -70,6 +70,8 @@ def lora_in(document: dict[str, Any], path: Path) -> Lora | None:
     if not given:
         return None
     file = path.parent / take(given, "file", str, path) if "file" in given else None
+    if file is not None and not file.exists():
+        raise CheckpointError(f"{path}: there is no file {file}: correct the file in the section lora")
     if file is not None and (file.is_dir() or (file.parent / PEFT_CONFIG).is_file()):
         return _of_peft(file)
     enabled = given.get("enable_lora", [True])
@@ -98,7 +100,8 @@ def _of_peft(file: Path) -> Lora:
         missing = " or ".join(PEFT_WEIGHTS) if config.is_file() else PEFT_CONFIG
         raise CheckpointError(f"the folder {folder} has no {missing}: name the folder of an adapter that peft saved")
     try:
-        given = read_json(config.read_bytes())
+        with config.open("rb") as stream:
+            given = read_json(stream.read(MOST_BYTES + 1))
     except (DocumentError, OSError) as e:
         raise CheckpointError(f"{config} cannot be used ({first_line(e)}): get it again") from e
     if not isinstance(given, dict) or given.get("peft_type") != "LORA":
