@@ -77,9 +77,10 @@ def mdx_net(weights: Path, document: Mapping[str, Any]) -> dict[str, Any]:
             "`architecture: mdx_net` and `stems: [vocals]` beside it, with its own stem"
         )
     if not made.get("stems") or not _is_size(audio.get("n_fft")):
+        also = "" if weights.suffix == ".onnx" else "`architecture: mdx_net`, "
         raise CheckpointError(
             f"{weights} is an MDX-Net that the table of Ultimate Vocal Remover does not have: put a file "
-            f"{weights.stem}.yaml with the lines `stems: [vocals]` and `audio: {{n_fft: 6144}}` beside it, with the "
+            f"{weights.stem}.yaml with the lines {also}`stems: [vocals]` and `audio: {{n_fft: 6144}}` beside it, with the "
             f"model's own stem and n_fft, which is at least {2 * audio['dim_f'] - 2} (usual are 4096, 5120, 6144, "
             "7680, 8192 and 16384)"
         )

@@ -147,6 +147,17 @@ def test_without_a_stem_the_error_says_what_to_add(tmp_path: Path) -> None:
         load_model(path)
 
 
+def test_without_an_n_fft_the_error_says_what_to_add(tmp_path: Path) -> None:
+    network = trained()
+    del network.window
+    path = write(tmp_path, network, {"target_name": "drums"})
+    with pytest.raises(CheckpointError, match=r"lines `architecture: mdx_net`, `stems: \[vocals\]` and `audio: "):
+        load_model(path)
+    document = {"architecture": "mdx_net", "stems": ["bass"], "audio": {"n_fft": N_FFT, "hop_length": HOP}}
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    assert load_model(path).stems == ("bass",)
+
+
 def group_norm(network: TrainedNet) -> None:
     network.first_conv[1] = nn.GroupNorm(2, 6)  # type: ignore[operator]
 
