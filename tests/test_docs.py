@@ -439,6 +439,7 @@ def test_a_damaged_songs_error_is_as_documented(objects: Objects, working_folder
     assert without_numbers(fault) in without_numbers(section(COMMAND_LINE, "Which songs"))
 
 
+@pytest.mark.slow
 def test_the_fields_of_separate_are_documented(objects: Objects, working_folder: Path) -> None:
     Path("broken.flac").write_bytes(Path("song.flac").read_bytes()[:9000])
     found = objects("separate", "song.flac", "broken.flac", "-o", "out", "--recipe", "demo", "--report", "--analyse")

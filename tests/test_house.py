@@ -10,7 +10,7 @@ from graphlib import TopologicalSorter
 import pytest
 
 import separation
-from helpers.common import PROJECT
+from helpers.common import PROJECT, quick_first
 from helpers.house import imports, modules
 from separation import device
 from separation.engine import options
@@ -201,25 +201,29 @@ except SystemExit:
 
 @pytest.mark.parametrize(
     "code",
-    [
-        "import separation",
-        run_command("--help"),
-        run_command("separate", "--help"),
-        run_command("separate", "song.wav", "-o", "out", "--format", "ogg"),
-        run_command("evaluate", "--help"),
-        run_command("export", "--help"),
-        run_command("completion", "zsh"),
-        run_command("models", "list"),
-        run_command("models", "show", "nonsense"),
-        run_command("cache", "list"),
-        run_command("models", "verify", "demo"),
-    ],
+    quick_first(
+        [
+            "import separation",
+            run_command("--help"),
+            run_command("separate", "--help"),
+            run_command("separate", "song.wav", "-o", "out", "--format", "ogg"),
+            run_command("evaluate", "--help"),
+            run_command("export", "--help"),
+            run_command("completion", "zsh"),
+            run_command("models", "list"),
+            run_command("models", "show", "nonsense"),
+            run_command("cache", "list"),
+            run_command("models", "verify", "demo"),
+        ],
+        6,
+    ),
 )
 def test_what_separates_nothing_imports_nothing_heavy(code: str) -> None:
     heavy = {"torch", "numpy", "torchaudio", "librosa", "soundfile", "demucs", "scipy", "einops"}
     assert not heavy & modules_after(code)
 
 
+@pytest.mark.slow
 def test_loading_models_imports_nothing_that_only_training_and_compiling_need() -> None:
     unused = {
         "sympy",

@@ -500,17 +500,20 @@ def test_a_predictions_folder_is_removed_when_the_next_one_starts(
 
 @pytest.mark.parametrize(
     "content, changes, error, sentence",
-    [
-        (b"words, words, words\n" * 100, {}, AudioError, r"'song\.wav' is not audio"),
-        (b"", {}, AudioError, r"'song\.wav' is empty"),
-        (None, {"overlap": 4}, InputError, r"overlap \(4 s\) must be smaller than the chunk size \(4 s\)"),
-        (None, {"stems": "all_5"}, RecipeError, "'all_5'"),
-        (None, {"stems": "drum_kit"}, RecipeError, "'demo' has no stems 'drum_kit': choose one of all_4, all_6, v"),
-        (None, {"output_format": "wma"}, InputError, "'wma'"),
-        (None, {"start": 3, "end": 2}, InputError, "a part from 3s to 2s is empty"),
-        (None, {"start": 2}, InputError, "starts after the song's end at 1s"),
-        (None, {"start": 1, "preview": True}, InputError, "a preview chooses its part of the song"),
-    ],
+    quick_first(
+        [
+            (b"words, words, words\n" * 100, {}, AudioError, r"'song\.wav' is not audio"),
+            (b"", {}, AudioError, r"'song\.wav' is empty"),
+            (None, {"overlap": 4}, InputError, r"overlap \(4 s\) must be smaller than the chunk size \(4 s\)"),
+            (None, {"stems": "all_5"}, RecipeError, "'all_5'"),
+            (None, {"stems": "drum_kit"}, RecipeError, "'demo' has no stems 'drum_kit': choose one of all_4, all_6, v"),
+            (None, {"output_format": "wma"}, InputError, "'wma'"),
+            (None, {"start": 3, "end": 2}, InputError, "a part from 3s to 2s is empty"),
+            (None, {"start": 2}, InputError, "starts after the song's end at 1s"),
+            (None, {"start": 1, "preview": True}, InputError, "a preview chooses its part of the song"),
+        ],
+        5,
+    ),
 )
 def test_a_failed_prediction_says_why_and_does_not_affect_the_next(
     predictor: predict.Predictor,
@@ -599,7 +602,7 @@ def test_an_upload_is_separated_and_then_deleted(
     assert stem_folders(temporary) == [files[0].parent] and song_folders(temporary) == []
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "....wav"])
+@pytest.mark.parametrize("name", quick_first(["", ".", "..", "....wav"], 2))
 def test_an_upload_without_a_name_or_named_with_dots_is_separated(
     predictor: predict.Predictor, temporary: Path, name: str
 ) -> None:

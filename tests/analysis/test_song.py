@@ -41,6 +41,7 @@ def test_the_song_alone_will_do() -> None:
     assert analysis.key == "E major"
 
 
+@pytest.mark.slow
 def test_a_song_without_drums_has_no_tempo_and_one_of_drums_has_no_key(tmp_path: Path) -> None:
     silence = write(tmp_path / "silence.wav", 1e-5 * read(STEMS / "drums.ogg"))
     assert analyse(SONG, {**FOUR, "drums": silence}).tempo_bpm is None

@@ -432,7 +432,9 @@ def test_the_mask_of_a_flac_in_ogg_is_used(tmp_path: Path) -> None:
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("tag, layout", [(114, "3.0"), (122, "5.1(side)"), (124, "5.1(side)"), (121, "5.1(side)")])
+@pytest.mark.parametrize(
+    "tag, layout", quick_first([(114, "3.0"), (122, "5.1(side)"), (124, "5.1(side)"), (121, "5.1(side)")], 2)
+)
 def test_the_channel_order_of_a_mov_is_used(tag: int, layout: str, tmp_path: Path) -> None:
     names = _CORE_AUDIO[tag].split()
     movie, source = tmp_path / "song.mov", tones(tmp_path / "source.wav", FFMPEG_LAYOUTS[layout])

@@ -79,6 +79,7 @@ def test_none_of_1500_damaged_songs_loses_more_than_50_ms_silently(tmp_path: Pat
     assert sum(bool(answer.refusal) for answer in answers) < N_MUTATIONS / 2
 
 
+@pytest.mark.slow
 def test_survival_measures_the_intact_moved_lost_and_altered_seconds() -> None:
     whole = damaged_songs.song()[:, 0]
     part = RATE // 2

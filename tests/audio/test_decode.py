@@ -49,7 +49,7 @@ def test_full_scale_in_every_channel_stays_within_full_scale(tmp_path: Path) -> 
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("codec", ["flac", "libvorbis", "libopus", "aac"])
+@pytest.mark.parametrize("codec", quick_first(["flac", "libvorbis", "libopus", "aac"], 2))
 def test_the_same_surround_file_mixes_down_the_same_in_every_format(codec: str, tmp_path: Path) -> None:
     # A tone in L, R, C, LFE, Ls, Rs, one after the other, so that the levels on both sides tell the order.
     samples = torch.zeros(6, 6 * 8000)
@@ -159,7 +159,9 @@ def test_a_misleading_suffix_does_not_matter(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["two words.x", "-i.x", 'it\'s "quoted".x', "🎵 Füße.x", "a:b?c*%d&|;$(x).x", "new\nline.x", "file:x", "..x"],
+    quick_first(
+        ["two words.x", "-i.x", 'it\'s "quoted".x', "🎵 Füße.x", "a:b?c*%d&|;$(x).x", "new\nline.x", "file:x", "..x"], 3
+    ),
 )
 @pytest.mark.parametrize("format", ["wav", pytest.param("m4a", marks=needs_ffmpeg)])
 def test_odd_file_names_work(name: str, format: str, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def separator(pool: ModelPool) -> Separator:
     return Separator("demo", "all_4", options=EngineOptions(chunk_seconds=4, overlap_seconds=1), pool=pool)
 
 
-@pytest.mark.parametrize("kind", quick_first(KINDS, 4))
+@pytest.mark.parametrize("kind", quick_first(KINDS, 2))
 def test_stems_are_finite_have_the_songs_length_and_sum_to_it(kind: str, pool: ModelPool, tmp_path: Path) -> None:
     song, mixture, rate = write(tmp_path / "song.wav", kind)
     files = separator(pool).separate_file(song, tmp_path / "out")
@@ -154,7 +154,7 @@ def separated(samples: Samples, pool: ModelPool, folder: Path) -> dict[str, Tens
     return {stem: read(path) for stem, path in files.items()}
 
 
-@pytest.mark.parametrize("precision, least", [("fp32", 80), ("bf16", 40)])
+@pytest.mark.parametrize("precision, least", quick_first([("fp32", 80), ("bf16", 40)], 1))
 def test_music_that_is_60_db_quieter_gives_stems_that_are_60_db_quieter(
     precision: str, least: float, tmp_path: Path
 ) -> None:
@@ -196,7 +196,7 @@ def test_a_warning_says_that_surround_is_mixed_down(tmp_path: Path, caplog: pyte
     )
 
 
-@pytest.mark.parametrize("rate", [8000, 22050, 96000])
+@pytest.mark.parametrize("rate", quick_first([8000, 22050, 96000], 1))
 def test_a_rate_that_mp3_does_not_support_is_refused_in_one_line_before_any_work(
     rate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,7 +216,7 @@ def test_a_rate_that_is_not_offered_is_refused(rate: object, pool: ModelPool, tm
         separator(pool).separate_file("song.wav", tmp_path, OutputOptions(sample_rate=rate))
 
 
-@pytest.mark.parametrize("depth, gain", [("16", 0.5), ("24", 0.5), ("32f", 1)])
+@pytest.mark.parametrize("depth, gain", quick_first([("16", 0.5), ("24", 0.5), ("32f", 1)], 2))
 def test_loud_stems_are_scaled_by_one_gain_in_integer_formats_only(
     depth: str, gain: float, pool: ModelPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,6 +230,7 @@ def test_loud_stems_are_scaled_by_one_gain_in_integer_formats_only(
     assert (max(stem.abs().max() for stem in stems) > 1) == (depth == "32f")
 
 
+@pytest.mark.slow
 def test_stems_that_are_too_large_for_wav_become_rf64_with_one_warning(
     pool: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

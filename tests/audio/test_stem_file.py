@@ -105,6 +105,7 @@ def _children(file: io.BufferedReader, parent: bytes, kind: bytes) -> list[tuple
     return [(atom.content, atom.end) for atom in atoms(file, found.content, found.end) if atom.kind == kind]
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_only_the_mixture_is_enabled_and_every_offset_points_into_the_sound(tmp_path: Path) -> None:
     path = written(tmp_path, OutputOptions("m4a"), PNG)

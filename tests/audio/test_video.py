@@ -47,6 +47,7 @@ def test_the_picture_is_copied_and_the_sum_of_the_sounds_is_in_time(suffix: str,
         assert error.square().mean() < 0.5 * expected.square().mean()
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_one_sound_keeps_its_level(tmp_path: Path) -> None:
     tone = 0.5 * torch.sin(torch.arange(N_SAMPLES) * 0.05).expand(2, -1)

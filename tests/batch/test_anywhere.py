@@ -140,7 +140,8 @@ def test_a_name_that_leads_out_of_the_output_is_refused(tmp_path: Path) -> None:
     assert "'s3://bucket/music/../up.wav' has `..` in its name" in result.failed[0].error
 
 
-@pytest.mark.parametrize("many", [0, pytest.param(99, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("many", [0, 99])
 def test_finished_songs_are_skipped_and_a_stopped_refresh_resumes(
     many: int, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -318,6 +318,7 @@ def test_another_song_is_separated_into_another_folder_or_with_overwrite(
     assert "another song" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_songs_with_the_same_name_are_separated_into_two_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -450,6 +451,7 @@ def test_the_record_of_another_song_without_stems_is_ignored(copy: Path) -> None
     assert separate(copy / "b" / "01.wav", "-o", copy / "out") == 0
 
 
+@pytest.mark.slow
 def test_stems_that_python_replaced_do_not_count_as_the_other_songs(
     copy: Path, pool: ModelPool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_an_analysis_is_recorded_and_can_follow_later_without_separating_again(
     assert skipped == {**analysed, "status": "skipped", "tries": 0}
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_an_analysis_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_songs(tmp_path, "1.wav", seconds=1)
     command = (tmp_path / "1.wav", "-o", tmp_path / "out", "--analyse", "--json")

@@ -9,6 +9,7 @@ import pytest
 
 from helpers import common
 from helpers.command_line import settings_of
+from helpers.common import quick_first
 from helpers.s3_server import Bucket
 from separation.audio.options import OutputOptions
 from separation.batch import staged, stores
@@ -109,12 +110,15 @@ def test_a_song_that_another_worker_has_finished_meanwhile_is_dropped(
 
 @pytest.mark.parametrize(
     "kind, words",
-    [
-        ("missing", "1.wav' does not exist: check the address"),
-        ("damaged", "'1.wav' is not audio"),
-        ("in the way", "out/vocals.wav' already exists and is not an object that this program wrote"),
-        ("no bucket", "s3://missing-bucket does not exist: check the name of the bucket"),
-    ],
+    quick_first(
+        [
+            ("missing", "1.wav' does not exist: check the address"),
+            ("damaged", "'1.wav' is not audio"),
+            ("in the way", "out/vocals.wav' already exists and is not an object that this program wrote"),
+            ("no bucket", "s3://missing-bucket does not exist: check the name of the bucket"),
+        ],
+        2,
+    ),
 )
 def test_a_song_that_cannot_be_separated_fails_alone_and_leaves_nothing(
     kind: str, words: str, bucket: Bucket, separator: Separator, job: Job

@@ -62,6 +62,7 @@ def test_a_users_own_model_runs_on_its_own_chunk(tmp_path: Path) -> None:
     assert (plan.chunk_samples, plan.overlap_samples) == (220_500, 88_200)
 
 
+@pytest.mark.slow
 def test_equal_choices_are_one_estimate_in_the_cache(tmp_path: Path) -> None:
     (tmp_path / "song.wav").write_bytes(song(1))
     sizes = {"freqs_per_bands": (205,) * 5, "stft_n_fft": 2048, "stft_win_length": 2048, "stft_hop_length": 1024}

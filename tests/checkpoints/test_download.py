@@ -265,6 +265,7 @@ def test_downloads_are_not_written_through_symbolic_links(suffix: str, server: S
     assert names_in(weights) == ["mine.txt", "x.bin", "x.bin.verified"]
 
 
+@pytest.mark.slow
 def test_a_removed_lock_is_not_trusted(server: Server, weights: Path) -> None:
     """A refused file's lock is removed: a process that waited for it and a later one must not download at once."""
     server.content, server.delay_seconds = b"x" * len(CONTENT), 0.2

@@ -261,6 +261,7 @@ def test_a_single_network_of_the_same_architecture_loads(tmp_path: Path, weights
     assert_near(load_model(path)(mixture), networks["drums"](mixture))
 
 
+@pytest.mark.slow
 def test_files_without_a_stem_are_averaged_each_with_its_own_arguments(tmp_path: Path, weights: Path) -> None:
     nets = [network("hdemucs"), network("hdemucs", seed=1, cac=False, hybrid_old=True)]
     for number, net in enumerate(nets):

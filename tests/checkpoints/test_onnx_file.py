@@ -59,6 +59,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
             open_weights(path)
 
 
+@pytest.mark.slow
 def test_no_damage_does_anything_but_raise_an_error(tmp_path: Path) -> None:
     """A few hundred files, each with some bytes changed, mostly in the graph; a change may also be harmless."""
     path = MDXNetGraph().write(tmp_path / "x.onnx")

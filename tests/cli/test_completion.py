@@ -88,12 +88,13 @@ def test_fish_completes(line: str, found: set[str], folder: Path) -> None:
 
 
 @needs("zsh")
-@pytest.mark.parametrize("line, found", quick_first([each for each in EXPECTED if len(each[1]) == 1], 3))
+@pytest.mark.parametrize("line, found", quick_first([each for each in EXPECTED if len(each[1]) == 1], 1))
 def test_zsh_completes(line: str, found: set[str], folder: Path) -> None:
     (word,) = found
     assert_zsh_completes(line, word.replace(" ", "\\ ").removeprefix(line.rpartition(" ")[2]), folder)
 
 
+@pytest.mark.slow
 @needs("zsh")
 @pytest.mark.parametrize("line, found", quick_first(WITH_EQUALS, 1))
 def test_zsh_completes_after_an_equals_sign(line: str, found: str, folder: Path) -> None:

@@ -63,6 +63,7 @@ def test_a_filtered_list_is_sorted_by_the_figures_of_one_test_set(
     assert [each["name"] for each in found] == [row[2:].split()[0] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_filter_that_no_model_passes_says_so(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--json"]):
         assert main(["models", "list", "--here", "--task", "crowd", *more]) == 0

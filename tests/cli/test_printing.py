@@ -57,6 +57,7 @@ def test_names_of_songs_never_reach_a_terminal_raw(tmp_path: Path, monkeypatch: 
     assert r"\x1b[2J\x1b]0;owned\x07.wav: 0.3 s in" in text and r"\u202egnp.wav" in text
 
 
+@pytest.mark.slow
 def test_json_holds_names_exactly_and_nothing_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     music = hostile_folder(tmp_path / "music")
     assert main(["separate", str(music), "-o", str(tmp_path / "out"), *DEMO, "--json"]) == 2

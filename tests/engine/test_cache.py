@@ -124,6 +124,7 @@ def test_a_cached_waveform_is_the_same_bit_for_bit(cache: Cache, tmp_path: Path)
     assert cache.entries()  # closing the waveform did not delete the entry
 
 
+@pytest.mark.slow
 def test_a_song_is_identified_by_its_samples_alone(pool: ModelPool, song: Path, cache: Cache, tmp_path: Path) -> None:
     runs(separator(pool, cache), song, tmp_path / "first")
     audio, _ = soundfile.read(song, dtype="int16")
@@ -268,7 +269,7 @@ def test_the_table_names_every_option_of_separate() -> None:
 
 @pytest.mark.parametrize(
     "is_hit, option",
-    quick_first((case for cases in OPTIONS.values() for case in cases), 3),
+    quick_first((case for cases in OPTIONS.values() for case in cases), 2),
     ids=lambda value: " ".join(map(str, [value])),
 )
 def test_an_option_causes_a_miss_if_and_only_if_it_changes_an_estimate(

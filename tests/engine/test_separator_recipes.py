@@ -113,6 +113,10 @@ def augmented(model: Callable[..., Arrays], mix: NDArray[np.float32]) -> Arrays:
 
 # Recipes, and the same computation in numpy from two models and the mixture.
 CONSTRUCTS: dict[str, Callable[..., Arrays]] = {
+    "{vocals: [a, b], drums: {a: 3, b: 1}}": lambda a, b, mix: {
+        "vocals": (a(mix)["vocals"] + b(mix)["vocals"]) / 2,
+        "drums": 0.75 * a(mix)["drums"] + 0.25 * b(mix)["drums"],
+    },
     "{vocals: {max: [a, b, residual after drums]}, drums: a with tta, bass: residual}": lambda a, b, mix: {
         "vocals": (v := largest(a(mix)["vocals"], b(mix)["vocals"], mix - (d := augmented(a, mix)["drums"]))),
         "drums": d,
@@ -121,10 +125,6 @@ CONSTRUCTS: dict[str, Callable[..., Arrays]] = {
     "{(vocals): {median_fft: [a, b]}, drums: a of vocals, bass: vocals by b with 2 shifts}": lambda a, b, mix: {
         "drums": a((a(mix)["vocals"] + b(mix)["vocals"]) / 2)["drums"],
         "bass": (b(mix)["vocals"] + b(mix, 11025)["vocals"]) / 2,
-    },
-    "{vocals: [a, b], drums: {a: 3, b: 1}}": lambda a, b, mix: {
-        "vocals": (a(mix)["vocals"] + b(mix)["vocals"]) / 2,
-        "drums": 0.75 * a(mix)["drums"] + 0.25 * b(mix)["drums"],
     },
     "{vocals: a, drums: b, bass: a, other: residual}": lambda a, b, mix: {
         "vocals": (v := a(mix)["vocals"]),
@@ -185,12 +185,12 @@ def test_each_construct_of_a_recipe_equals_the_plain_computation_in_numpy(
     "text, two_stems, runs",
     [
         ("{vocals: a, drums: a, bass: a, other: residual}", None, 1),
-        ("{vocals: a, drums: a after vocals, bass: a after vocals, other: residual}", None, 2),
-        ("{(drums): a, vocals: a of drums, bass: [a of drums, a]}", None, 2),
+        slow(("{vocals: a, drums: a after vocals, bass: a after vocals, other: residual}", None, 2)),
+        slow(("{(drums): a, vocals: a of drums, bass: [a of drums, a]}", None, 2)),
         ("{vocals: a, drums: a after vocals, bass: a after drums}", "vocals", 1),
         slow(("{vocals: a, drums: a after vocals, bass: a after drums}", "drums", 2)),
         ("{vocals: a, drums: a after vocals, bass: a after drums}", "bass", 3),
-        ("{vocals: a, (drums): a after vocals, other: residual}", "other", 1),
+        slow(("{vocals: a, (drums): a after vocals, other: residual}", "other", 1)),
     ],
 )
 def test_every_needed_chunk_is_computed_once_and_no_other(

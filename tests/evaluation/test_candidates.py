@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from helpers.candidate_models import put_candidate
+from helpers.common import quick_first
 from separation.errors import InputError, RecipeError
 from separation.evaluation.candidates import Candidates, find_candidates, size_bytes
 
@@ -38,6 +39,7 @@ def test_a_model_with_a_warning_is_not_the_one_to_get_first(models: Path) -> Non
     assert missing[-2:] == ["bs_roformer_sw", "bs_roformer_guitar_xlance"]  # which have better figures
 
 
+@pytest.mark.slow
 def test_a_stem_alone_gives_all_models_that_give_it(models: Path) -> None:
     found = find_candidates(None, "vocals")
     assert here(found) == ["demo", "plain"]
@@ -69,15 +71,22 @@ def test_models_that_cannot_be_read_are_named(models: Path) -> None:
 
 @pytest.mark.parametrize(
     "task, stem, words",
-    [
-        (None, None, "there is no task and no stem to compare models for: add --task vocals"),
-        ("singing", None, "singing"),
-        ("vocals", "kazoo", "no model for vocals gives the stem 'kazoo': use one that `separation models list` names"),
-        (None, "vocal", "no model gives the stem 'vocal': use vocals or "),
-        ("six_stems", None, "models for six_stems give several stems: add --stem, one of "),
-        ("winds", None, "models for winds give several stems: add --stem, one of bassoon, brass, "),
-        ("violin", None, "violin is a stem, not a task: use --stem violin"),
-    ],
+    quick_first(
+        [
+            (None, None, "there is no task and no stem to compare models for: add --task vocals"),
+            ("singing", None, "singing"),
+            (
+                "vocals",
+                "kazoo",
+                "no model for vocals gives the stem 'kazoo': use one that `separation models list` names",
+            ),
+            (None, "vocal", "no model gives the stem 'vocal': use vocals or "),
+            ("six_stems", None, "models for six_stems give several stems: add --stem, one of "),
+            ("winds", None, "models for winds give several stems: add --stem, one of bassoon, brass, "),
+            ("violin", None, "violin is a stem, not a task: use --stem violin"),
+        ],
+        3,
+    ),
 )
 def test_what_cannot_be_found_is_an_error_that_says_what_there_is(
     task: str | None, stem: str | None, words: str, models: Path

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from helpers.common import quick_first
 from helpers.recorded import drawn_weights
 from helpers.small_model import assert_chunks_are_alone, assert_half_precision_is_near, assert_near, identity
 from separation import CheckpointError, InputError, Separator, load_model
@@ -29,7 +30,10 @@ def make(**changes: Any) -> Apollo:
 
 @pytest.mark.parametrize(
     "changes, length",
-    [({}, 8_000), ({"sr": 16_000, "win": 11, "feature_dim": 48, "layer": 1}, 8_123), ({"feature_dim": 64}, 20_000)],
+    quick_first(
+        [({}, 8_000), ({"sr": 16_000, "win": 11, "feature_dim": 48, "layer": 1}, 8_123), ({"feature_dim": 64}, 20_000)],
+        1,
+    ),
 )
 def test_output_equals_the_independent_implementation(changes: dict, length: int) -> None:
     reference = pytest.importorskip("pymss_core.modules.look2hear.apollo", reason="needs pymss-core")

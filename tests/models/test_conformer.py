@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from helpers.common import quick_first
 from helpers.recorded import assert_as_recorded
 from helpers.small_model import assert_chunks_are_alone, assert_half_precision_is_near, identity, write_weights
 from separation import load_model
@@ -65,7 +66,7 @@ def test_the_first_melband_conformer_equals_the_reference() -> None:
     assert_as_recorded(early(freq_conformer_depth=1), 12_000, RECORDED_EARLY)
 
 
-@pytest.mark.parametrize("model", [make, early])
+@pytest.mark.parametrize("model", quick_first([make, early], 1))
 def test_chunks_do_not_depend_on_the_others(model: Callable[[], SeparationModel]) -> None:
     assert_chunks_are_alone(model())
 
@@ -123,6 +124,7 @@ def test_frames_that_are_not_centred_are_refused(tmp_path: Path) -> None:
         load_model(write(tmp_path, conformer_document(center=False), make()))
 
 
+@pytest.mark.slow
 def test_a_first_melband_conformer_loads_as_it_is(tmp_path: Path) -> None:
     document = {
         "audio": {"chunk_size": 12_000, "sample_rate": 44100},

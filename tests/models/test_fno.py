@@ -45,6 +45,7 @@ def test_output_equals_the_reference(hyper: dict[str, Any], length: int, figures
     assert_as_recorded(BSRoFormerFNO(config, identity(["a", "b"][: config.num_stems])), length, figures)
 
 
+@pytest.mark.slow
 def test_the_published_model_has_the_size_of_its_file() -> None:
     description = read_config("bs_roformer_inst_fno_unwa")
     model = build(description)

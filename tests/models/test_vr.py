@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.common import quick_first
 from helpers.recorded import drawn_chunks, figures_of
 from helpers.small_model import assert_near, identity
 from helpers.vr_bands import BANDS, USED, config_of, vr_weights
@@ -47,12 +48,15 @@ def tiny(**changes: Any) -> VR:
 
 @pytest.mark.parametrize(
     "network, arch",
-    [
-        ({"nout": 16}, 31191),
-        ({"nout": 16, "aspp_layers": 7}, 33966),
-        ({"nout": 8, "nout_lstm": 16}, 51000),
-        ({"nout": 16, "nout_lstm": 32}, 51000),
-    ],
+    quick_first(
+        [
+            ({"nout": 16}, 31191),
+            ({"nout": 16, "aspp_layers": 7}, 33966),
+            ({"nout": 8, "nout_lstm": 16}, 51000),
+            ({"nout": 16, "nout_lstm": 32}, 51000),
+        ],
+        2,
+    ),
     ids=str,
 )
 def test_masks_equal_the_independent_implementation(network: dict[str, int], arch: int) -> None:
@@ -187,7 +191,7 @@ def test_resampling_equals_scipys(rates: tuple[int, int]) -> None:
     assert np.abs(got.numpy() - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("network", [{}, {"nout": 8, "nout_lstm": 16}], ids=str)
+@pytest.mark.parametrize("network", quick_first([{}, {"nout": 8, "nout_lstm": 16}], 1), ids=str)
 def test_a_song_does_not_depend_on_the_batch_size_or_the_level(network: dict[str, int]) -> None:
     model = tiny(**network)
     mixture = torch.randn(2, 12_000) * torch.linspace(0, 0.1, 12_000)
@@ -218,7 +222,7 @@ def test_both_stems_are_the_song_but_for_its_highest_bins() -> None:
 
 
 @pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 25), (torch.float16, 40)])
-@pytest.mark.parametrize("network", [{}, {"nout": 8, "nout_lstm": 16}], ids=str)
+@pytest.mark.parametrize("network", quick_first([{}, {"nout": 8, "nout_lstm": 16}], 1), ids=str)
 def test_half_precision_stays_close_to_float32(network: dict, precision: torch.dtype, decibels: float) -> None:
     model = tiny(**network)
     chunk = torch.randn(1, 2, model.config.input_samples) * 0.1

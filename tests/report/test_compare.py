@@ -92,6 +92,7 @@ def test_the_page_loads_nothing_else(tmp_path: Path) -> None:
     assert not re.search(r"@import|fetch\(|XMLHttpRequest|(?:src|href)=(?!\"data:)", text)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_or_written_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there are no candidates"):
         write_comparison(Comparison("a", "b", tone(441, 0.5, 1), []), tmp_path / "out" / "page.html")

@@ -76,6 +76,7 @@ def test_a_sine_is_one_bright_line_at_its_frequency(tmp_path: Path) -> None:
     assert abs(brightest - BANDS * (1 - mel_share)) <= 1
 
 
+@pytest.mark.slow
 def test_the_same_rows_give_the_same_file(tmp_path: Path) -> None:
     rows = [Row("mixture", noise(2.0), SAMPLE_RATE), Row("vocals", noise(2.0, 0.01), SAMPLE_RATE)]
     draw(tmp_path / "a.svg", rows, title="a song")

@@ -183,15 +183,18 @@ def test_a_redirect_to_another_scheme_is_refused(path: str, server: HostileServe
 
 @pytest.mark.parametrize(
     "path, name",
-    [
-        ("words.mp3", "words.mp3"),
-        ("words/x", "x"),
-        ("words/..%2F..%2Fetc%2Fpasswd", ".._.._etc_passwd".strip(".")),
-        ("words/%2e%2e", "song"),
-        ("words/", "song"),
-        ("words/%00%0Ax", "_\\nx"),
-        ("words/" + "x" * 1000, "x" * 199 + "~"),
-    ],
+    quick_first(
+        [
+            ("words.mp3", "words.mp3"),
+            ("words/x", "x"),
+            ("words/..%2F..%2Fetc%2Fpasswd", ".._.._etc_passwd".strip(".")),
+            ("words/%2e%2e", "song"),
+            ("words/", "song"),
+            ("words/%00%0Ax", "_\\nx"),
+            ("words/" + "x" * 1000, "x" * 199 + "~"),
+        ],
+        3,
+    ),
 )
 def test_a_downloaded_file_keeps_its_name_without_folders(
     path: str, name: str, server: HostileServer, web: tuple[str, list[str]]
@@ -287,6 +290,7 @@ def test_a_playlist_reads_neither_other_files_nor_the_network(
     assert len(web[1]) == n_requested
 
 
+@pytest.mark.slow
 def test_a_damaged_mp3_is_one_warning_in_the_log_without_decoder_messages(server: HostileServer) -> None:
     file = io.BytesIO()
     soundfile.write(file, np.zeros((20 * 44100, 2)), 44100, format="MP3")

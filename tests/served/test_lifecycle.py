@@ -78,6 +78,7 @@ def is_running(pid: int) -> bool:
 # During a prediction
 
 
+@pytest.mark.slow
 def test_a_second_request_while_busy_is_answered_409(server: Server, receiver: Receiver) -> None:
     start_long(server, receiver, "first", until=10)
     assert server.request("GET", "/health-check")[1]["status"] == "BUSY"

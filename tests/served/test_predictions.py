@@ -49,6 +49,7 @@ def test_the_response_has_the_metrics_of_the_prediction(server: Server) -> None:
     assert 100 < figures["peak_memory_mib"] < 100_000
 
 
+@pytest.mark.slow
 def test_a_part_of_a_song_and_its_analysis_may_be_asked_for_in_whole_numbers(server: Server) -> None:
     prediction = server.predict(song(5), start=1, end=3, analyse=True, **SHORT)
     assert prediction["status"] == "succeeded", prediction["error"]
@@ -57,6 +58,7 @@ def test_a_part_of_a_song_and_its_analysis_may_be_asked_for_in_whole_numbers(ser
     assert -60 < prediction["metrics"]["loudness_lufs"] < 0
 
 
+@pytest.mark.slow
 def test_two_stems_are_mp3_files_of_the_requested_bitrate(server: Server) -> None:
     prediction = server.predict(
         song(3), two_stems="drums", output_format="mp3", mp3_bitrate=128, recipe="demo", **SHORT

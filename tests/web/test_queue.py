@@ -46,6 +46,7 @@ def test_stems_and_archive_equal_those_of_separate_file(server: Process, short: 
         np.testing.assert_array_equal(read(stem), read(path))
 
 
+@pytest.mark.slow
 def test_songs_are_separated_in_order_and_cancelled_ones_leave_no_files(server: Process, short: bytes) -> None:
     working, first, second = (server.send(song(15, format="FLAC")), server.send(short), server.send(short))
     wait_for(lambda: server.status(working)["state"] == "separating", "its turn")
@@ -79,6 +80,7 @@ def test_a_file_that_is_not_a_song_fails_with_the_engines_message(server: Proces
     assert [path.name for path in (server.songs / id).iterdir()] == ["song.json"]
 
 
+@pytest.mark.slow
 def test_a_song_too_long_for_a_listening_page_still_has_its_stems(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from helpers.bad_servers import FAILURES, SILENT_SECONDS, failing
+from helpers.common import quick_first
 from helpers.served_process import Receiver
 from separation.errors import AudioError, InputError
 from separation.web import remote
@@ -340,12 +341,15 @@ def raw_server(*parts: bytes, endless: bytes) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "parts, endless",
-    [
-        ([b"HTTP/1.1 200 OK\r\nX: "], b"x"),
-        ([b"HTTP/1.1 200 OK\r\n\r\n"], b"x"),
-        ([b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"], b"x"),
-        ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], b"1\r\nx\r\n"),
-    ],
+    quick_first(
+        [
+            ([b"HTTP/1.1 200 OK\r\nX: "], b"x"),
+            ([b"HTTP/1.1 200 OK\r\n\r\n"], b"x"),
+            ([b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"], b"x"),
+            ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"], b"1\r\nx\r\n"),
+        ],
+        1,
+    ),
     ids=["head", "body", "body of known length", "chunks"],
 )
 def test_a_slow_download_times_out(parts: list[bytes], endless: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
