@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from helpers.command_line import DEMO, json_lines, separate, write_songs
-from helpers.common import PROJECT, SONG, read, slow, song
+from helpers.common import PROJECT, SONG, read, song
 
 
 def piped(*arguments: str | Path, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
@@ -20,7 +20,8 @@ def piped(*arguments: str | Path, stdin: bytes) -> subprocess.CompletedProcess[b
     return subprocess.run(command, cwd=PROJECT, input=stdin, capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("format", ["WAV", slow("FLAC")])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["WAV", "FLAC"])
 def test_a_song_from_stdin_gives_the_stem_of_the_file_on_stdout(tmp_path: Path, format: str) -> None:
     path = tmp_path / "song.bin"
     path.write_bytes(song(1, format=format))

@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from helpers.common import slow
 from helpers.small_model import identity
 from separation.checkpoints.load import load_model
 from separation.errors import CheckpointError
@@ -67,9 +68,9 @@ def largest_relative_error(ours: RoFormer, theirs: torch.nn.Module, chunks: Tens
     "family, hyper",
     [
         ("bs_roformer", {"stereo": True, "stft_hop_length": 441}),
-        ("bs_roformer", {"stereo": False, "num_stems": 4}),
+        slow(("bs_roformer", {"stereo": False, "num_stems": 4})),
         ("bs_roformer", {"stereo": True, "num_stems": 4, "stft_hop_length": 512, "mask_estimator_depth": 3}),
-        ("bs_roformer", {"stft_hop_length": 1024, "mask_estimator_depth": 1, "mlp_expansion_factor": 2}),
+        slow(("bs_roformer", {"stft_hop_length": 1024, "mask_estimator_depth": 1, "mlp_expansion_factor": 2})),
         (
             "bs_roformer",
             {
@@ -82,19 +83,29 @@ def largest_relative_error(ours: RoFormer, theirs: torch.nn.Module, chunks: Tens
         ),
         ("bs_roformer", {"stereo": True, "time_transformer_depth": 2, "freq_transformer_depth": 2, "zero_dc": True}),
         ("bs_roformer", {"stereo": True, "stft_normalized": True, "stft_win_length": 1024}),
-        ("bs_roformer", {"stereo": True, "depth": 4, "skip_connection": True}),
+        slow(("bs_roformer", {"stereo": True, "depth": 4, "skip_connection": True})),
         ("bs_roformer", {"stereo": True, "num_stems": 2, "use_shared_bias": True}),
         ("bs_roformer", {"stereo": True, "use_pope": True, "mlp_expansion_factor": 2}),
         ("mel_band_roformer", {"stereo": True, "stft_hop_length": 441, "mask_estimator_depth": 2}),
         ("mel_band_roformer", {"stereo": False, "num_stems": 4}),
-        ("mel_band_roformer", {"stereo": True, "num_stems": 2, "mask_estimator_depth": 3, "mlp_expansion_factor": 2}),
-        ("mel_band_roformer", {"stft_n_fft": 1024, "stft_win_length": 1024, "stft_hop_length": 256, "num_bands": 40}),
+        slow(
+            (
+                "mel_band_roformer",
+                {"stereo": True, "num_stems": 2, "mask_estimator_depth": 3, "mlp_expansion_factor": 2},
+            )
+        ),
+        slow(
+            (
+                "mel_band_roformer",
+                {"stft_n_fft": 1024, "stft_win_length": 1024, "stft_hop_length": 256, "num_bands": 40},
+            )
+        ),
         (
             "mel_band_roformer",
             {"stereo": True, "time_transformer_depth": 2, "freq_transformer_depth": 2, "zero_dc": True},
         ),
-        ("mel_band_roformer", {"stereo": True, "stft_normalized": True, "sample_rate": 22050}),
-        ("mel_band_roformer", {"stereo": True, "depth": 4, "skip_connection": True}),
+        slow(("mel_band_roformer", {"stereo": True, "stft_normalized": True, "sample_rate": 22050})),
+        slow(("mel_band_roformer", {"stereo": True, "depth": 4, "skip_connection": True})),
     ],
     ids=lambda value: (
         value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items() if k[:5] != "freqs")

@@ -275,8 +275,8 @@ FAMILIES = pytest.mark.parametrize(
     "family, hyper",
     [
         ("bs_roformer", {}),
-        ("bs_roformer", {"use_shared_bias": True, "skip_connection": True, "depth": 3}),
-        ("mel_band_roformer", {}),
+        slow(("bs_roformer", {"use_shared_bias": True, "skip_connection": True, "depth": 3})),
+        slow(("mel_band_roformer", {})),
         ("mel_band_roformer", {"mask_estimator_depth": 2, "time_transformer_depth": 2, "skip_connection": True}),
     ],
 )
