@@ -252,11 +252,12 @@ class Card {
     return card;
   }
 
-  /** Offer the stems that can be the sound of the song's video. */
+  /** Offer the sounds that the song's video can have: a stem, or all others. */
   showVideo(stems) {
-    const select = this.part(".video select");
+    const query = chosen => `${new URLSearchParams(chosen.map(stem => [stem, 1]))}`;
+    const others = stems.length > 2 ? stems.map(stem => [query(stems.filter(other => other !== stem)), `all but ${words(stem)}`]) : [];
+    if (this.part(".video").hidden) fill(this.part(".video select"), [...stems.map(stem => [query([stem]), words(stem)]), ...others], query(["instrumental"]));
     this.part(".video").hidden = !stems.length;
-    if (select.options.length !== stems.length) fill(select, stems.map(stem => [stem, words(stem)]), "instrumental");
     if (!this.asking) this.labelVideo("Save video");
   }
 
@@ -266,15 +267,15 @@ class Card {
     this.part(".video button").replaceChildren(text, make("span", { className: "unseen" }, ` of ${this.name}`));
   }
 
-  /** Save the video with the chosen stem as its sound; a second click cancels that. */
+  /** Save the video with the chosen sound; a second click cancels that. */
   async saveVideo() {
     if (this.asking) return this.asking.abort();
-    const say = text => { this.part(".video p").textContent = text; }, query = new URLSearchParams([[this.part(".video select").value, 1]]);
+    const say = text => { this.part(".video p").textContent = text; };
     this.asking = new AbortController();
     say("");
     this.labelVideo("Making the video: cancel");
     try {
-      const file = await fetched(`/songs/${this.id}/video?${query}`, this.asking.signal, share => this.labelVideo(`Cancel (${Math.floor(100 * share)} %)`));
+      const file = await fetched(`/songs/${this.id}/video?${this.part(".video select").value}`, this.asking.signal, share => this.labelVideo(`Cancel (${Math.floor(100 * share)} %)`));
       saveAs(file, file.name);
       say(`The video is ready: ${file.name}`);
     } catch (error) {

@@ -248,16 +248,24 @@ def test_a_video_is_saved_with_a_stem_or_the_mix_as_its_sound(
 ) -> None:
     (tmp_path / "song.wav").write_bytes(short)
     clip = video(tmp_path / "clip.mp4", tmp_path / "song.wav")
-    select(browser, "demo")
+    select(browser, "demo", "all_4")
     browser.choose("#files", clip)
     browser.click("#start")
     wait_for(lambda: "Done" in card(browser), "the end of the song")
-    assert browser.run("return document.querySelector('.video select').value") == "instrumental"
-    change(browser, ".video select", "vocals")
+    assert browser.run("return document.querySelector('.video select').options.length") == 8
+    change(browser, ".video select", "drums=1&bass=1&other=1")
+    assert "all but vocals" in browser.run("return document.querySelector('.video :checked').textContent")
+    browser.click(".video button")
+    wait_for(lambda: "The video is ready: clip - mix.mp4" in card(browser), "the notice")
+    (tmp_path / "clip - mix.mp4").unlink()
+    change(browser, ".video select", "vocals=1")
     browser.click(".video button")
     vocals = downloaded(tmp_path / "clip - vocals.mp4")
     wait_for(lambda: "The video is ready: clip - vocals.mp4" in card(browser), "the notice")
     assert picture(tmp_path / "clip - vocals.mp4") == picture(clip)
+    with view(browser, 320, 740, "light"):
+        browser.run("document.querySelector('.video option').textContent = 'a long name '.repeat(9)")
+        assert browser.run("return document.documentElement.scrollWidth") == 320
     assert browser.label(".video button") == "Save video of clip.mp4"
     browser.click("[aria-label='Listen to clip.mp4']")
     wait_for(lambda: browser.run("return globalThis.play !== undefined && !play.disabled"), "the player")
