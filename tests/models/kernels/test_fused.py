@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from helpers.arm import ArmKernels, needs_arm
+from helpers.common import slow
 from helpers.fused import every_kind, needs_fused, use_kind
 from helpers.small_model import identity
 from separation.checkpoints.load import load_model
