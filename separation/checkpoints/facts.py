@@ -50,6 +50,7 @@ OTHER_RANKING_TESTS = {  # of stems that Multisong does not have
     "piano": "MVSEP piano leaderboard",
     "wind": "MVSEP wind leaderboard",
     "bowed_strings": "MVSEP strings leaderboard",
+    **dict.fromkeys(("kick", "snare", "toms", "hihat", "cymbals"), "DrumSep test"),
 }
 UNNAMED_TEST = "test set not named"
 NO_LICENCE = "not stated"

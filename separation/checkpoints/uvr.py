@@ -80,8 +80,8 @@ def mdx_net(weights: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         also = "" if weights.suffix == ".onnx" else "`architecture: mdx_net`, "
         raise CheckpointError(
             f"{weights} is an MDX-Net that the table of Ultimate Vocal Remover does not have: put a file "
-            f"{weights.stem}.yaml with the lines {also}`stems: [vocals]` and `audio: {{n_fft: 6144}}` beside it, with the "
-            f"model's own stem and n_fft, which is at least {2 * audio['dim_f'] - 2} (usual are 4096, 5120, 6144, "
+            f"{weights.stem}.yaml with the lines {also}`stems: [vocals]` and `audio: {{n_fft: 6144}}` beside it, with "
+            f"the model's own stem and n_fft, which is at least {2 * audio['dim_f'] - 2} (usual are 4096, 5120, 6144, "
             "7680, 8192 and 16384)"
         )
     frames = audio.pop("dim_t", 256)

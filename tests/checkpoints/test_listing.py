@@ -115,3 +115,9 @@ def test_stems_that_multisong_lacks_are_ranked_on_their_own_leaderboards() -> No
     known = [figure for figure in figures if figure is not None]
     assert known == sorted(known, reverse=True) and len(known) >= 4
     assert guitar[0].name == "bs_roformer_sw" and not any(figures[len(known) :])
+
+
+@pytest.mark.usefixtures("weights")
+def test_the_parts_of_a_drum_kit_are_ranked_on_the_test_that_all_its_models_took() -> None:
+    found = [entry.model.name for entry in listed(Filter(task="drum_kit", stem="kick", sort="quality"))[0]]
+    assert found == ["drumsep", "mdx23c_drumsep_6stem_aufr33_jarredou", "hdemucs_drumsep_inagoy"]
