@@ -125,8 +125,11 @@ class Store:
 
     def check_bucket(self, url: Url) -> None:
         """Raise InputError if the bucket of an address does not exist, as far as the credentials allow to see that."""
-        with suppress(NotPermittedError):
-            self._repeated(url, lambda: self._files.info(url.bucket), doing="look at")
+        try:
+            with suppress(NotPermittedError):
+                self._repeated(url, lambda: self._files.info(url.bucket), doing="look at")
+        except FileNotFoundError as e:
+            raise _told(e, url) from e
 
     def objects(self, folder: Url) -> list[StoredObject]:
         """The objects below a folder, in order of their names."""
@@ -197,7 +200,7 @@ class Store:
                     writer.write(block)
                     progress(file.tell() / n_bytes, "uploading")
 
-        self._repeated(url, attempt, doing="write")
+        self._written(url, attempt)
         found = self.head(url)
         if found is None or (found.run == run and found.n_bytes != path.stat().st_size):
             raise OutputError(f"{str(url)!r} is not what was uploaded: check what else writes to the bucket")
@@ -210,7 +213,7 @@ class Store:
             with self._writing(url, run) as writer:
                 writer.write(content)
 
-        self._repeated(url, attempt, doing="write")
+        self._written(url, attempt)
 
     def remove(self, url: Url) -> None:
         """Remove an object, unless it is gone already."""
@@ -250,35 +253,44 @@ class Store:
     def _tag(self, facts: Any) -> str:
         return str(facts["ETag"]).strip('"') if self._scheme == "s3" else str(facts.get("crc32c") or facts["etag"])
 
+    def _written(self, url: Url, attempt: Callable[[], Result]) -> Result:
+        """Write an object, and once more if "not found" is the answer.
+
+        That means that the bucket is missing, or that the upload is finished already but the first answer was lost.
+        """
+        with suppress(FileNotFoundError):
+            return self._repeated(url, attempt, doing="write")
+        try:
+            return self._repeated(url, attempt, doing="write")
+        except FileNotFoundError as e:
+            raise _told(e, url, "write") from e
+
     def _repeated(self, url: Url, attempt: Callable[[], Result], doing: str = "read") -> Result:
         """Call `attempt` until it succeeds. Any other error than a passing one ends this, and so does the patience.
 
-        Raises FileNotFoundError if there is no such object to read or to remove.
+        Raises FileNotFoundError if there is no such object or bucket.
         """
-        start, wait, n_not_found = time.monotonic(), 0.5, 0
+        start, wait = time.monotonic(), 0.5
         while True:
             try:
                 return attempt()
+            except FileNotFoundError:
+                raise
             except Exception as e:
-                # All others are errors of this program, or cancel the song.
-                is_not_found = isinstance(e, FileNotFoundError)
-                if not _is_from_store(e) or (is_not_found and doing in ("read", "remove")):
+                if not _is_from_store(e):  # an error of this program, or what cancels the song
                     raise
                 passed = time.monotonic() - start
-                # The bucket is missing, or an upload is finished already whose answer was lost: it is begun again.
-                n_not_found += is_not_found
-                is_final = n_not_found > 1 if is_not_found and doing == "write" else not _is_passing(e)
-                if is_final or passed > self._patience:
+                if not _is_passing(e) or passed > self._patience:
                     raise _told(e, url, doing) from e
                 signals.check()  # in threads, which no signal interrupts
-                if passed > NOTICE_SECONDS and self._patience > CLEANING_SECONDS:  # else it was told before
-                    self._notice(e, url)
+                self._notice(e, url, passed)
             time.sleep(wait * random.uniform(0.5, 1))  # so that many workers do not repeat at once
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
-    def _notice(self, error: Exception, url: Url) -> None:
-        """Say that the store does not answer, for all threads once a minute."""
-        if time.monotonic() - self._noticed > 60:
+    def _notice(self, error: Exception, url: Url, passed: float) -> None:
+        """Say that the store has not answered for a while, for all threads once a minute; not again while cleaning."""
+        is_due = passed > NOTICE_SECONDS and time.monotonic() - self._noticed > 60
+        if is_due and self._patience > CLEANING_SECONDS:
             self._noticed = time.monotonic()
             bucket, minutes = f"{url.scheme}://{url.bucket}", self._patience / 60
             logger.warning("%s does not answer (%s): asked again for %.0f minutes", bucket, _reason(error), minutes)

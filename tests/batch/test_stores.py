@@ -198,11 +198,24 @@ def test_only_errors_that_pass_are_repeated_and_others_keep_their_reason(
 
     monkeypatch.setattr(stores.time, "sleep", lambda seconds: None)
     if expected is None:
-        assert Store("s3")._repeated(Url("s3", "b", "k"), attempt, "write") == "written"
+        assert Store("s3")._written(Url("s3", "b", "k"), attempt) == "written"
         return
     with pytest.raises(SeparationError) as caught:
-        Store("s3")._repeated(Url("s3", "b", "k"), attempt, "write")
+        Store("s3")._written(Url("s3", "b", "k"), attempt)
     assert expected in str(caught.value)
+
+
+def test_what_is_not_found_twice_while_it_is_written_has_no_bucket() -> None:
+    pytest.importorskip("s3fs")
+    tries = []
+
+    def attempt() -> None:
+        tries.append(1)
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    with pytest.raises(InputError, match=r"^s3://b does not exist: check the name of the bucket$"):
+        Store("s3")._written(Url("s3", "b", "k"), attempt)
+    assert len(tries) == 2
 
 
 def test_a_store_that_is_away_is_told_once_and_a_signal_ends_the_wait(
