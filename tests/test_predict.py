@@ -420,6 +420,7 @@ def test_two_stems_are_the_stem_and_the_rest_of_the_song_whatever_stems_says(
     assert np.abs(read(files[0]) + read(files[1]) - read(audio)).max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_the_inputs_have_their_defaults_for_callers_from_python_too(predictor: predict.Predictor, audio: Path) -> None:
     assert [file.name for file in predictor.predict(audio)] == ["vocals.wav", "instrumental.wav"]
     with pytest.raises(TypeError, match="'audio'"):

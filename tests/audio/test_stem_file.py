@@ -123,6 +123,7 @@ def test_only_the_mixture_is_enabled_and_every_offset_points_into_the_sound(tmp_
         assert count and all(sound.content <= offset < sound.end for offset in offsets)
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 def test_the_atom_is_where_programs_look_and_tags_and_cover_are_kept(tmp_path: Path) -> None:
     path = written(tmp_path, OutputOptions("m4a"), PNG)

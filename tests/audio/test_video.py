@@ -61,8 +61,9 @@ def test_one_sound_keeps_its_level(tmp_path: Path) -> None:
 SUBTITLES = "1\n00:00:00,200 --> 00:00:01,000\nfirst line\n\n2\n00:00:01,200 --> 00:00:01,900\nsecond line\n"
 
 
+@pytest.mark.slow
 @needs_ffmpeg
-@pytest.mark.parametrize("suffix, codec", quick_first([("mp4", "mov_text"), ("mov", "mov_text"), ("mkv", "srt")], 1))
+@pytest.mark.parametrize("suffix, codec", [("mp4", "mov_text"), ("mov", "mov_text"), ("mkv", "srt")])
 def test_subtitles_stay_with_their_language(suffix: str, codec: str, tmp_path: Path) -> None:
     sound = write(tmp_path / "a.wav", noise(N_SAMPLES))
     (tmp_path / "lyrics.srt").write_text(SUBTITLES)

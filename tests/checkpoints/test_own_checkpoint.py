@@ -42,6 +42,7 @@ def run(*arguments: object) -> int:
     return main([*map(str, arguments), "--device", "cpu", "--precision", "fp32"])
 
 
+@pytest.mark.slow
 def test_separate_accepts_weights_and_a_name_in_a_folder(
     tmp_path: Path, song: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from helpers import common
 from helpers.command_line import DEMO, separate, write_songs
-from helpers.common import slow
 from separation.cli.main import main
 
 HOSTILE = ["\x1b[2J\x1b]0;owned\x07", "line\nfeed\r", "\u202egnp", os.fsdecode(b"latin \xe9"), "\x7f\x9b31m"]
@@ -79,7 +78,8 @@ def test_an_error_about_a_wrong_argument_is_one_printable_line(
     assert line.isprintable() and line.startswith("error: ")
 
 
-@pytest.mark.parametrize("workers", [slow("1"), "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_terminal_gets_a_bar_for_each_song_and_one_for_all(
     workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

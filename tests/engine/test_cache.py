@@ -138,6 +138,7 @@ def test_a_song_is_identified_by_its_samples_alone(pool: ModelPool, song: Path, 
     assert runs(separator(pool, cache), tmp_path / "song.wav", tmp_path / "other")[1] == {"demo"}
 
 
+@pytest.mark.slow
 def test_more_stems_compute_only_the_missing_estimates(
     pool: ModelPool, song: Path, cache: Cache, tmp_path: Path
 ) -> None:

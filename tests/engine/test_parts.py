@@ -119,7 +119,8 @@ def test_models_whose_estimates_another_model_needs_run_over_the_whole_song(
     assert len(loaded["standard"].seen) < len(separator.plans["standard"].starts(clip.shape[1]))
 
 
-@pytest.mark.parametrize("kind", quick_first(LINES, 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LINES)
 def test_the_whole_song_reuses_the_part_that_is_in_the_cache(
     clip: Tensor, tmp_path: Path, one_thread: None, kind: str
 ) -> None:

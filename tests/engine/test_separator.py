@@ -59,6 +59,7 @@ def test_two_stems_override_stems_and_an_unknown_stem_is_an_error(pool: ModelPoo
             Separator("demo", two_stems=stem, pool=pool)
 
 
+@pytest.mark.slow
 def test_one_model_gives_two_stems_without_a_recipe(clip: Tensor) -> None:
     model = random_model(("left", "right"))
     stems = Separator.from_model(model, two_stems="right").separate(clip[:, :50_000])
@@ -88,6 +89,7 @@ def test_the_lowest_bin_of_an_offset_is_in_the_stems_unless_the_yaml_zeroes_it(t
         assert difference[:, lowest:].max() < 1e-3 * difference.max()
 
 
+@pytest.mark.slow
 def test_one_model_gives_what_it_leaves_if_that_has_a_name(clip: Tensor) -> None:
     model = random_model(("vocals",), residual="instrumental")
     mixture = clip[:, :50_000]
@@ -151,6 +153,7 @@ def test_stems_do_not_depend_on_pairs_nor_on_pytorchs_threads(monkeypatch: pytes
         assert (result - results[0]).abs().max() <= 1e-6 * results[0].abs().max()
 
 
+@pytest.mark.slow
 def test_music_60_db_lower_gives_the_same_stems_60_db_lower(pool: ModelPool, clip: Tensor) -> None:
     separator = Separator("demo", "all_4", pool=pool, options=QUICK)
     loud, quiet = separator.separate(clip[:, :150_000]), separator.separate(clip[:, :150_000] * 1e-3)

@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers.common import SONG, below, quick_first, read, slow
+from helpers.common import SONG, below, read, slow
 from helpers.simulated_gpu import DEVICE, Counts, SimulatedGPU, SimulatedTensor, simulated_gpu
 from helpers.small_model import HYPER_PARAMETERS, write_yaml
 from separation import EstimateError, Separator, device
@@ -585,7 +585,8 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("end", quick_first(["an error", "given up"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["an error", "given up"])
 def test_a_song_that_ends_early_leaves_the_engine_usable(
     gpu: SimulatedGPU,
     quick: Callable[..., Separator],

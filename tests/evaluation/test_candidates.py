@@ -53,6 +53,7 @@ def test_the_stem_of_a_task_is_the_one_that_most_models_name_first(models: Path)
     assert find_candidates("karaoke", None).stem == "lead_vocals"
 
 
+@pytest.mark.slow
 def test_recipes_take_part_if_they_are_named(models: Path) -> None:
     found = find_candidates(None, "drums", ["standard", "standard"])
     names = [candidate.name for candidate in found.missing]

@@ -136,6 +136,7 @@ def test_the_layers_for_a_gpu_equal_the_plain_ones() -> None:
     assert_gpu_layers_are_equal(KIND, 1e-5)
 
 
-@pytest.mark.parametrize("more", quick_first([{}, {"use_mask_estimator_hyper_ace": True, "hyperace_version": 2}], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"use_mask_estimator_hyper_ace": True, "hyperace_version": 2}])
 def test_a_published_pair_loads_as_it_is(tmp_path: Path, more: dict[str, Any]) -> None:
     assert_published_files_load(KIND, tmp_path, **more)

@@ -59,11 +59,13 @@ def test_output_equals_the_authors_network(changes: dict, length: int, figures: 
     assert_as_recorded(make(**changes), length, figures)
 
 
+@pytest.mark.slow
 def test_an_estimate_does_not_depend_on_the_other_chunks_of_the_batch() -> None:
     assert_chunks_are_alone(make())
 
 
-@pytest.mark.parametrize("precision, decibels", quick_first([(torch.bfloat16, 30), (torch.float16, 45)], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, decibels", [(torch.bfloat16, 30), (torch.float16, 45)])
 def test_half_precision_stays_close_to_float32(precision: torch.dtype, decibels: float) -> None:
     model = make()
     chunks = torch.randn(1, 1, 6_000) * 0.1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.axe import VIEWS, faults, view
 from helpers.browser import HOME, RIGHT, Browser
-from helpers.common import needs_chromium, quick_first
+from helpers.common import needs_chromium
 from helpers.served_process import wait_for
 from separation.errors import InputError, OutputError
 from separation.evaluation.weighting import loudness_lufs
@@ -62,7 +62,8 @@ def test_silence_keeps_its_level_and_next_to_silence_stays_quiet() -> None:
     assert gains[2] == pytest.approx(30 * gains[0])
 
 
-@pytest.mark.parametrize("blind", quick_first([False, True], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("blind", [False, True])
 def test_names_and_facts_are_plain_unless_the_comparison_is_blind(blind: bool, tmp_path: Path) -> None:
     write_comparison(comparison(blind=blind, seconds=0.5), tmp_path / "vocals.html")
     assert {path.name for path in tmp_path.iterdir()} == {"vocals.html", RECORD}

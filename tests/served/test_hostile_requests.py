@@ -233,7 +233,8 @@ def test_a_download_that_breaks_off_once_is_started_anew(server: HostileServer, 
 # Limits
 
 
-@pytest.mark.parametrize("path", quick_first(["endless", "gzip"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["endless", "gzip"])
 def test_an_endless_download_stops_at_the_limit(path: str, server: HostileServer, web: tuple[str, list[str]]) -> None:
     message = f"AudioError: '{path}' has more than 2 MiB, the limit here: send a smaller file"
     assert error(server, f"{web[0]}/{path}").endswith(message)

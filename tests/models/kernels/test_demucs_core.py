@@ -55,8 +55,9 @@ def test_long_chunks_on_which_an_lstm_runs_in_frames_equal_the_package() -> None
     assert relative_error(fused(model)(x), model(x)) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("kind", quick_first(HYBRIDS, 1))
+@pytest.mark.parametrize("kind", HYBRIDS)
 def test_in_half_precision_they_are_as_close_to_float32_as_autocast(kind: str) -> None:
     model = model_of([network(0, kind)], kind)
     exact = model(chunks())
@@ -81,8 +82,9 @@ def test_specialists_and_averaged_networks_equal_the_package() -> None:
     assert relative_error(fused(members)(chunks()), members(chunks())) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("kind", quick_first(HYBRIDS, 1))
+@pytest.mark.parametrize("kind", HYBRIDS)
 def test_a_copy_in_float16_can_be_cast_to_bfloat16(kind: str) -> None:
     model = model_of([network(0, kind)], kind)
     half = fused(model, torch.float16)
