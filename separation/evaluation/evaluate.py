@@ -5,6 +5,7 @@ A song is a folder with an audio file for each stem: `<song>/<stem>.wav`, as `se
 """
 
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,9 +29,11 @@ from separation.errors import AudioError, EstimateError, InputError
 from separation.evaluation import spectral
 from separation.evaluation.choice import DEFAULT_SCORES, columns
 from separation.evaluation.log_wmse import log_wmse
-from separation.evaluation.metrics import Read, Scores, has_museval, scores
+from separation.evaluation.metrics import Read, Scores, has_museval, is_ill_conditioned, scores
 from separation.progress import Progress
 from separation.system.text import shown
+
+logger = logging.getLogger("separation")
 
 TOLERANCE_SECONDS = 0.1  # how much recordings of one song may differ in length
 SEPARATED = 0.9  # share of the progress bar for the separation; the rest is for the scores
@@ -267,6 +270,11 @@ class _Song:
             true = _read([[waves[path] for path in self.references[stem]] for stem in group])
             estimated = _read([[waves[self.estimates[stem]]] for stem in group])
             found = scores(true, estimated, n_samples, sir_and_sar=sir_and_sar)
+            if is_ill_conditioned(found):
+                logger.warning(
+                    f"{self.name!r}: SIR and SAR of {', '.join(group)} are wrong, because museval's equations fail on "
+                    "references that are nearly mono or lossy: go by the other scores"
+                )
             result |= zip(group, found, strict=True)
         return {stem: result[stem] for stem in self.references}
 

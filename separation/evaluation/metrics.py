@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from separation.errors import InputError
 Read = Callable[[int, int], Tensor]  # samples [start, stop) of every stem, [S, C, stop - start]
 
 FRAME_SAMPLES = 44100  # one second; BSS-eval v4 scores each frame
+EXACT_DB = 40.0  # where rounding in museval begins to limit a SAR
+TOLERANCE_DB = 3.0  # how much medians over frames may differ from a whole song
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,20 @@ def scores(references: Read, estimates: Read, n_samples: int, *, sir_and_sar: bo
             medians.T.tolist(), sums.sum(dim=0).T.tolist(), strict=True
         )
     ]
+
+
+def is_ill_conditioned(group: Iterable[Scores]) -> bool:
+    """Whether SIR and SAR of stems that were scored together are impossible, because museval's equations have failed.
+
+    Artefacts are what no filter of the references explains, so they are at most the error. With an SDR of r, as a
+    ratio, the estimate has at least 1 - 1/√r of the reference's level. So the SAR is at least (√r - 1)² - 1.
+    """
+    return any(score.sar_db < _lowest_sar_db(min(score.sdr_musdb_db, EXACT_DB)) - TOLERANCE_DB for score in group)
+
+
+def _lowest_sar_db(sdr_db: float) -> float:
+    ratio = (10 ** (sdr_db / 20) - 1) ** 2 - 1
+    return 10 * math.log10(ratio) if sdr_db > 0 and ratio > 0 else -math.inf
 
 
 def has_museval() -> bool:

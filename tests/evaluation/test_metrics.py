@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from separation.errors import InputError
-from separation.evaluation.metrics import FRAME_SAMPLES, Scores, level_dbfs, scores, sdr, si_sdr
+from separation.evaluation.metrics import FRAME_SAMPLES, Scores, is_ill_conditioned, level_dbfs, scores, sdr, si_sdr
 
 RATE = 44100
 
@@ -187,6 +187,38 @@ def test_a_silent_estimate_scores_zero_and_does_not_affect_others() -> None:
     assert math.isnan(silence.sdr_musdb_db)
     for mine, alone in zip([first, last], score(references[[0, 2]], estimates[[0, 2]]), strict=True):
         assert astuple(mine) == pytest.approx(astuple(alone), nan_ok=True)
+
+
+def in_db(sdr_db: float, sar_db: float) -> Scores:
+    return Scores(sdr_db, sdr_db, sdr_db, 10.0, sar_db)
+
+
+@pytest.mark.parametrize(
+    "sdr_db, sar_db, wrong",
+    [
+        (11.1, 0.0, True),  # the demo song's bass
+        (math.inf, 12.8, True),  # its drums, scored against themselves
+        (math.inf, 65.8, False),
+        (10.2, 9.8, False),
+        (0.0, -20.0, False),  # a faint estimate that has nothing in common with its reference
+        (8.0, math.nan, False),
+        (-math.inf, -math.inf, False),
+    ],
+)
+def test_a_sar_that_no_estimate_can_have_is_noticed(sdr_db: float, sar_db: float, wrong: bool) -> None:
+    assert is_ill_conditioned([in_db(3.0, 5.0), in_db(sdr_db, sar_db)]) is wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side, wrong", [(1e-6, True), (1.0, False)])
+def test_nearly_mono_references_give_a_sar_that_no_estimate_can_have(
+    side: float, wrong: bool, museval: ModuleType
+) -> None:
+    low = torch.fft.rfft(noise(2, 3, 2 * RATE)) * (torch.arange(RATE + 1) < 300)
+    mono, left, right = torch.fft.irfft(low).split(1, dim=1)
+    references = mono + side * noise(2, 2, 2 * RATE, seed=1)
+    estimates = references + 0.3 * references.flip(0) + 0.1 * torch.cat([left, right], dim=1)
+    assert is_ill_conditioned(score(references, estimates)) is wrong
 
 
 def test_a_single_stem_has_no_sir_or_sar() -> None:
