@@ -33,7 +33,7 @@ from separation.evaluation.metrics import Read, Scores, has_museval, is_ill_cond
 from separation.progress import Progress
 from separation.system.text import shown
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 TOLERANCE_SECONDS = 0.1  # how much recordings of one song may differ in length
 SEPARATED = 0.9  # share of the progress bar for the separation; the rest is for the scores

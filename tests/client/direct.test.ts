@@ -128,8 +128,8 @@ test("an abort cancels the prediction in the container, and the next one is sepa
   let started = "";
   const onStart = (id: string): void => void (started = id);
   const separating = failure(separator.separate(longSong, { outputFormat: "flac", signal: abort.signal, onStart }));
-  await until(async () => (started && (await logged("Starting prediction", started)).length > 0 ? true : undefined));
-  // Cog's server can lose a cancel that comes earlier. The client's next one, 2 s later, may find the song done.
+  // Cog's server can lose a cancel that comes before the song has begun. The client's next one, 2 s later, may find it done.
+  await until(async () => (started && (await logged("decoding", started)).length > 0 ? true : undefined));
   await new Promise((resolve) => setTimeout(resolve, 200));
   abort.abort("enough");
   const error = await separating;

@@ -18,7 +18,7 @@ from separation.cpu import KERNELS, KINDS, SOURCE, Kind, find_compiler, machine,
 from separation.progress import WAIT
 from separation.system.places import cache_folder
 
-logger = logging.getLogger("separation")
+logger: logging.Logger = logging.getLogger("separation")
 
 PANEL = 32  # weights are packed in panels of so many columns; the columns of a panel belong to one head
 
