@@ -158,10 +158,11 @@ test("a request whose connection drops makes one prediction, which the container
   const proxy = new Proxy(plain());
   const behind = new Separator({ container: await proxy.listen() });
   try {
-    const before = (await logged("Starting prediction")).length;
+    const [before, begun] = [(await logged("Starting prediction")).length, (await logged("decoding")).length];
     proxy.drops = async () => {
-      await until(async () => ((await logged("Starting prediction")).length > before ? true : undefined));
-      await new Promise((resolve) => setTimeout(resolve, 1000)); // Cog's server can lose a cancel just after the start
+      // Cog's server can lose a cancel that comes before the song has begun.
+      await until(async () => ((await logged("decoding")).length > begun ? true : undefined));
+      await new Promise((resolve) => setTimeout(resolve, 200));
     };
     const error = await failure(behind.separate(longSong, { outputFormat: "flac" }));
     assert.ok(error instanceof RequestError);
