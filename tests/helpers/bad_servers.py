@@ -62,10 +62,10 @@ def failing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         monkeypatch.delenv(variable, raising=False)
     if name in ANSWERS:
         scheme, answer, _ = ANSWERS[name]
-        with _server(answer, _certified(tmp_path) if scheme == "tls" else None) as place:
+        with serving(answer, _certified(tmp_path) if scheme == "tls" else None) as place:
             yield f"{scheme.replace('tls', 'https')}://{place}/file"
     elif name == "proxy's password":
-        with _server(_sends(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")) as place:
+        with serving(_sends(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")) as place:
             monkeypatch.setenv("https_proxy", f"http://{place}")
             yield "https://songs.invalid/file"
     elif name.startswith("no name"):
@@ -85,7 +85,8 @@ def failing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @contextmanager
-def _server(answer: Callable[[socket.socket], None], tls: ssl.SSLContext | None = None) -> Iterator[str]:
+def serving(answer: Callable[[socket.socket], None], tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """A server that answers one connection after the other. Yields its host and port."""
     over = threading.Event()
 
     def serve() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers.bad_servers import FAILURES, SILENT_SECONDS, failing
+from helpers.bad_servers import FAILURES, SILENT_SECONDS, failing, serving
 from helpers.common import quick_first
 from helpers.served_process import Receiver
 from separation.errors import AudioError, InputError
@@ -310,33 +310,16 @@ def raw_server(*parts: bytes, endless: bytes) -> Iterator[str]:
     over = threading.Event()
 
     def answer(connection: socket.socket) -> None:
-        with connection:
-            connection.recv(1 << 16)
-            try:
-                for part in itertools.chain(parts, itertools.repeat(endless)):
-                    connection.sendall(part)
-                    if over.wait(0.01):
-                        return
-            except OSError:  # the client has gone
+        for part in itertools.chain(parts, itertools.repeat(endless)):
+            connection.sendall(part)
+            if over.wait(0.01):
                 return
 
-    def serve() -> None:
-        while True:
-            connection = server.accept()[0]
-            if over.is_set():
-                connection.close()
-                return
-            answer(connection)
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=serve)
-        thread.start()
+    with serving(answer) as place:
         try:
-            yield f"http://127.0.0.1:{server.getsockname()[1]}"
+            yield f"http://{place}"
         finally:
             over.set()
-            socket.create_connection(server.getsockname()).close()
-            thread.join()
 
 
 @pytest.mark.parametrize(
