@@ -32,6 +32,19 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, alone in a list, which passes only when the store sleeps."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(stores.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stores.time, "sleep", sleep)
+    return now
+
+
 def test_a_file_goes_to_a_store_and_back_and_its_run_is_known(bucket: Bucket, tmp_path: Path) -> None:
     store, shares = Store("s3"), list[float]()
     (tmp_path / "a.wav").write_bytes(b"123")
@@ -219,25 +232,18 @@ def test_what_is_not_found_twice_while_it_is_written_has_no_bucket() -> None:
 
 
 def test_a_store_that_is_away_is_told_once_and_a_signal_ends_the_wait(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    now: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("s3fs")
-    now = [0.0]
 
     def away() -> None:
         raise ConnectionError("nobody is there?signature=secret")
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
 
     def check() -> None:
         if now[0] > 50:  # the main thread has received a signal
             raise KeyboardInterrupt
 
     monkeypatch.setattr(stores.signals, "check", check)
-
-    monkeypatch.setattr(stores.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stores.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         Store("s3")._repeated(Url("s3", "bucket", "a.wav"), away)
     assert 50 < now[0] < 80
@@ -246,19 +252,13 @@ def test_a_store_that_is_away_is_told_once_and_a_signal_ends_the_wait(
 
 
 def test_removing_after_a_failure_does_not_tell_again_that_the_store_is_away(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    now: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("s3fs")
-    now = [0.0]
 
     def away() -> None:
         raise ConnectionError("nobody is there")
 
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(stores.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stores.time, "sleep", sleep)
     with pytest.raises(stores.UnreachableError, match="nobody is there"):
         Store("s3", stores.CLEANING_SECONDS)._repeated(Url("s3", "bucket", "a.wav"), away, doing="remove")
     assert now[0] > stores.NOTICE_SECONDS and not caplog.records
